@@ -1,0 +1,143 @@
+"""What crosses a Serve handle, and what an engine must do: numpy, builtins and frozen dataclasses only.
+
+Nothing here may import jax: unpickling one ``jax.Array`` would load jax in the ingress process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+
+Progress = Callable[[int, int, str], None]
+"""Called as ``progress(done, total, what)`` while an engine warms up."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """Token sequences and the positions whose next-token distribution is read, packed.
+
+    Sequence ``i`` is ``tokens[offsets[i]:offsets[i + 1]]``. Read ``r`` takes the distribution after position
+    ``read_positions[r]`` (counted from the start of its sequence) of sequence ``read_sequences[r]``, and from it
+    the values of the token ids ``targets[target_offsets[r]:target_offsets[r + 1]]``. Reads are ordered by sequence.
+
+    Attributes:
+        tokens: ids of all sequences, one after the other; each ``0 <= id < vocab_size``.
+        offsets: n + 1 bounds into ``tokens``, the first 0; no sequence is empty.
+        read_sequences: one sequence number a read, not descending.
+        read_positions: one position a read, within its sequence.
+        targets: ids of all reads, one after the other.
+        target_offsets: one more than there are reads, bounds into ``targets``.
+        vocab_logprobs: True: values are log-probabilities over the whole vocabulary, in nats. False: values are
+            logits, that is log-probabilities up to one constant per read, which a softmax over the targets
+            removes; the vocabulary matmul is then not needed.
+    """
+
+    tokens: Int32
+    offsets: Int64
+    read_sequences: Int32
+    read_positions: Int32
+    targets: Int32
+    target_offsets: Int64
+    vocab_logprobs: bool = True
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> Int64:
+        """Tokens in each sequence."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """What an engine answers for one ``TokenBatch``.
+
+    Attributes:
+        values: float32, aligned with ``TokenBatch.targets``. NaN where the model's arithmetic was not finite:
+            only the sequences concerned carry it.
+        computed_tokens: for each sequence, how many of its tokens were computed for it; the others came from
+            a prefix shared with another sequence or kept from an earlier batch.
+    """
+
+    values: Float32
+    computed_tokens: Int32
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Facts about a loaded model that requests are checked against and ``/v1/info`` shows.
+
+    Attributes:
+        vocab_size: rows of the output head: valid ids are ``0 <= id < vocab_size``.
+        max_prompt_tokens: the longest sequence that can be scored (the model's context, or the largest bucket).
+        context_length: the model's own limit, in tokens.
+        dtype: of the weights, ``"float32"`` or ``"bfloat16"``.
+        architecture: the Hugging Face architecture name, or ``"fake"``.
+        platform: ``"cpu"``, ``"tpu"`` or ``"gpu"``; the fake engine says ``"none"``.
+        buckets: the shapes compiled at start-up, each as text, ``"4x256"``: rows x positions.
+    """
+
+    vocab_size: int
+    max_prompt_tokens: int
+    context_length: int
+    dtype: str
+    architecture: str
+    platform: str
+    buckets: tuple[str, ...]
+
+
+class Engine(Protocol):
+    """A loaded model that scores batches. Not thread-safe: one thread calls it."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    def warmup(self, progress: Progress | None = None) -> None:
+        """Compile every shape that ``score`` can need; afterwards nothing compiles."""
+        ...
+
+    def score(self, batch: TokenBatch) -> BatchResult:
+        """Prefill the sequences and read the targets' values.
+
+        Raises:
+            ValueError: a sequence is empty or longer than ``info.max_prompt_tokens``.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreJob:
+    """One replica-sized part of a request.
+
+    Attributes:
+        request_id: the request's ``x-request-id``, for logs.
+        deadline: Unix time in seconds after which nobody wants the answer; None: never.
+    """
+
+    request_id: str
+    batch: TokenBatch
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """The answer to one ``ScoreJob``.
+
+    Attributes:
+        queue_seconds: from arrival at the replica to the start of the first device batch that held a part of it.
+        device_seconds: summed over the device batches that held a part of it.
+    """
+
+    result: BatchResult
+    queue_seconds: float
+    device_seconds: float

@@ -1,0 +1,66 @@
+"""The one configuration: typed, frozen, unknown keys refused.
+
+Serve hands ``args:`` of a YAML file, or ``key=value`` words of ``serve run``, to ``app.build`` as this model.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Limits(_Frozen):
+    """What a request may ask at most. Published in ``/v1/info``."""
+
+    max_items: Annotated[int, Field(ge=1)] = 10_000
+    max_labels: Annotated[int, Field(ge=1)] = 1_000
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 32 * 2**20
+    max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Per item. None: as many as the engine reads (``/v1/info`` shows the number)."""
+    max_request_tokens: Annotated[int, Field(ge=1)] = 20_000_000
+    """Summed over a request's prompts, the query counted once per item."""
+    max_queued_tokens: Annotated[int, Field(ge=1)] = 4_000_000
+    """Waiting in one replica, shared prefixes counted once; past it a request gets 503 with Retry-After."""
+
+
+class Settings(_Frozen):
+    """Everything that a deployment of the service can be told."""
+
+    model: str = "demo"
+    """``demo``, a folder in Hugging Face layout, a hub id, or a ``.gguf`` file."""
+    revision: str | None = None
+    """Of a hub id: branch, tag or commit."""
+    served_name: str | None = None
+    """The name that requests and ``/v1/models`` use. None: taken from ``model``."""
+    aliases: tuple[str, ...] = ()
+    """More names for the same model. ``default`` is always one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights and matmul operands; sums, norms, softmax and the head are float32 in both."""
+    engine: Literal["jax", "fake"] = "jax"
+    """``fake``: deterministic scores from hashed tokens, for tests of everything but the model."""
+
+    max_batch_tokens: Annotated[int, Field(ge=64)] = 8_192
+    """Tokens in one device batch, shared prefixes counted once."""
+    scorer_replicas: Annotated[int, Field(ge=1)] = 1
+    scorer_cpus: Annotated[float, Field(ge=0)] = 1.0
+    ingress_replicas: Annotated[int, Field(ge=1)] = 1
+    ingress_cpus: Annotated[float, Field(ge=0)] = 0.5
+    tokenizer_threads: Annotated[int, Field(ge=1)] = 2
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Past it a request gets 504 and its queued work is dropped."""
+    stall_s: Annotated[float, Field(gt=0)] = 300.0
+    """A device batch older than this makes the replica unhealthy, and Serve replaces it."""
+
+    limits: Limits = Limits()
+
+    @property
+    def name(self) -> str:
+        """The served name."""
+        if self.served_name is not None:
+            return self.served_name
+        return self.model.rstrip("/").removesuffix(".gguf").rsplit("/", 1)[-1]
