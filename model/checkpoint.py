@@ -1,0 +1,156 @@
+"""Safetensors of a Hugging Face folder -> a model's parameters. Strict both ways, one tensor in memory at a time."""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import ml_dtypes  # noqa: F401  # pyright: ignore[reportUnusedImport]  teaches numpy the name "bfloat16"
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+
+T = TypeVar("T")
+Place = tuple[str | int, ...]
+Transform = Literal["same", "transpose"]
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = ("F32", "BF16", "F16")
+
+_TRANSFORMS: dict[Transform, Callable[[npt.NDArray[Any]], npt.NDArray[Any]]] = {
+    "same": lambda tensor: tensor,
+    "transpose": lambda tensor: tensor.T,
+}
+
+
+class CheckpointError(ValueError):
+    """A broken file, or tensors that do not fit the model: the message lists all of them by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a checkpoint's tensor goes.
+
+    Attributes:
+        path: of the parameter in the model.
+        shape: of the tensor in the checkpoint.
+        transform: from there to the parameter.
+    """
+
+    path: Place
+    shape: tuple[int, ...]
+    transform: Transform
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def load(
+    folder: Path,
+    targets: Mapping[str, Target],
+    *,
+    ignored: Sequence[str] = (),
+    put: Callable[[Place, npt.NDArray[Any]], T],
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict[Place, T]:
+    """Every target's parameter, as ``put`` made it. Nothing is read before the whole table is known to fit.
+
+    Args:
+        folder: has ``model.safetensors``, or shards and ``model.safetensors.index.json``.
+        targets: tensor name -> its place; each must be there, and nothing else may be.
+        ignored: patterns (of the whole name) of tensors that may be present and mean nothing.
+        put: given the path and the transformed tensor (float32, bfloat16 or float16, perhaps not contiguous), keeps it;
+            called for one tensor at a time, so that the host never holds the model twice.
+        progress: called as ``progress(done, total, what)``, tensors.
+
+    Raises:
+        CheckpointError: a file is missing or broken, or tensors are missing, unexpected, duplicate, mis-shaped or of a
+            dtype that is not read.
+    """
+    files = _files(folder)
+    found = _survey(folder, files)
+    _check(folder, targets, found, ignored)
+
+    loaded: dict[Place, T] = {}
+    for file in files:
+        with _open(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118  it is a handle, not a dict
+                if (target := targets.get(name)) is None:
+                    continue
+                loaded[target.path] = put(target.path, _TRANSFORMS[target.transform](tensors.get_tensor(name)))
+                if progress is not None:
+                    progress(len(loaded), len(targets), name)
+    return loaded
+
+
+def _files(folder: Path) -> list[Path]:
+    """The checkpoint's files; a missing shard is refused."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}; other weight formats are not read")
+    files = [folder / name for name in sorted(set(_weight_map(folder).values()))]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise CheckpointError(f"{folder}: {INDEX} names files that are not there: {', '.join(missing)}; fetch them")
+    return files
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / INDEX} is damaged ({error!r}): no 'weight_map' can be read from it"
+        ) from error
+
+
+def _open(file: Path) -> Any:
+    """The file's handle: the package's own type is not annotated."""
+    return safe_open(file, framework="np")
+
+
+def _survey(folder: Path, files: Sequence[Path]) -> dict[str, list[_Found]]:
+    """Every tensor in the files, from their headers alone."""
+    found: dict[str, list[_Found]] = {}
+    broken: list[str] = []
+    for file in files:
+        try:
+            with _open(file) as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    view = tensors.get_slice(name)
+                    found.setdefault(name, []).append(_Found(file, tuple(view.get_shape()), view.get_dtype()))
+        except (SafetensorError, OSError) as error:
+            broken.append(f"{file.name} ({error})")
+    if broken:
+        raise CheckpointError(f"{folder}: not whole safetensors files: {', '.join(broken)}; fetch them again")
+    return found
+
+
+def _check(
+    folder: Path, targets: Mapping[str, Target], found: Mapping[str, Sequence[_Found]], ignored: Sequence[str]
+) -> None:
+    problems: list[str] = []
+    for name, target in targets.items():
+        if name not in found:
+            problems.append(f"missing: {name} {target.shape}")
+    for name, places in sorted(found.items()):
+        if (target := targets.get(name)) is None:
+            if not any(re.fullmatch(pattern, name) for pattern in ignored):
+                problems.append(f"unexpected: {name} {places[0].shape}")
+            continue
+        if len(places) > 1:
+            problems.append(f"duplicate: {name} in {', '.join(place.file.name for place in places)}")
+        for place in places:
+            if place.shape != target.shape:
+                problems.append(f"mis-shaped: {name} is {place.shape}, the config asks for {target.shape}")
+            if place.dtype not in DTYPES:
+                problems.append(f"dtype: {name} is {place.dtype}; read are {', '.join(DTYPES)}")
+    if problems:
+        raise CheckpointError(f"the tensors of {folder} do not fit its config.json:\n  " + "\n  ".join(problems))
