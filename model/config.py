@@ -83,6 +83,8 @@ IGNORED = {
     # The tokenizer's, and generation's.
     "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id",
     "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty",
+    # A classification head's.
+    "id2label", "label2id",
     # Training's.
     "initializer_range", "attention_dropout",
 }  # fmt: skip
@@ -206,9 +208,10 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         ConfigError: an architecture, key, value or rope type that is not implemented, or sizes that do not fit.
     """
     names = config.get("architectures")
-    if not isinstance(names, list) or len(cast("list[Any]", names)) != 1 or names[0] not in PARSERS:
-        raise ConfigError(f"architectures is {names!r}; implemented: {', '.join(PARSERS)} (exactly one)")
-    return PARSERS[names[0]](Fields(config))
+    for architecture, parse in PARSERS.items():
+        if names == [architecture]:
+            return parse(Fields(config))
+    raise ConfigError(f"architectures is {names!r}; implemented: {', '.join(PARSERS)} (exactly one)")
 
 
 def _llama(fields: Fields) -> ModelConfig:
