@@ -1,0 +1,71 @@
+"""Cutting and joining packed batches: pure functions on numpy arrays."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from serve_app.contract import Int64, TokenBatch
+
+
+def reads_of(batch: TokenBatch, start: int, stop: int) -> slice:
+    """Which reads belong to sequences ``start`` to ``stop``."""
+    first, last = np.searchsorted(batch.read_sequences, [start, stop])
+    return slice(int(first), int(last))
+
+
+def shared_with_previous(batch: TokenBatch) -> Int64:
+    """For each sequence, the number of leading tokens that it shares with the one before it (0 for the first).
+
+    A sequence's last token never counts: it is where the model is read, so it is always computed.
+    """
+    shared = np.zeros(batch.num_sequences, np.int64)
+    bounds = batch.offsets.tolist()
+    previous = batch.tokens[:0]
+    for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        current = batch.tokens[start:stop]
+        room = min(len(previous), len(current) - 1)
+        differs = previous[:room] != current[:room]
+        first = int(differs.argmax()) if room else 0
+        shared[i] = first if room and differs[first] else room
+        previous = current
+    return shared
+
+
+def cut(batch: TokenBatch, start: int, stop: int) -> TokenBatch:
+    """Sequences ``start`` to ``stop`` of ``batch``, and their reads."""
+    reads = reads_of(batch, start, stop)
+    first_target, last_target = batch.target_offsets[reads.start], batch.target_offsets[reads.stop]
+    return TokenBatch(
+        tokens=batch.tokens[batch.offsets[start] : batch.offsets[stop]],
+        offsets=batch.offsets[start : stop + 1] - batch.offsets[start],
+        read_sequences=batch.read_sequences[reads] - np.int32(start),
+        read_positions=batch.read_positions[reads],
+        targets=batch.targets[first_target:last_target],
+        target_offsets=batch.target_offsets[reads.start : reads.stop + 1] - first_target,
+        vocab_logprobs=batch.vocab_logprobs,
+    )
+
+
+def join(batches: Sequence[TokenBatch]) -> TokenBatch:
+    """One batch of all sequences, in order. All must have the same ``vocab_logprobs``."""
+    if len(batches) == 1:
+        return batches[0]
+    firsts = np.cumsum([0, *(batch.num_sequences for batch in batches)])
+    return TokenBatch(
+        tokens=np.concatenate([batch.tokens for batch in batches]),
+        offsets=_join_offsets([batch.offsets for batch in batches]),
+        read_sequences=np.concatenate(
+            [batch.read_sequences + np.int32(first) for batch, first in zip(batches, firsts, strict=False)]
+        ),
+        read_positions=np.concatenate([batch.read_positions for batch in batches]),
+        targets=np.concatenate([batch.targets for batch in batches]),
+        target_offsets=_join_offsets([batch.target_offsets for batch in batches]),
+        vocab_logprobs=batches[0].vocab_logprobs,
+    )
+
+
+def _join_offsets(parts: Sequence[Int64]) -> Int64:
+    return np.concatenate([[0], np.cumsum(np.concatenate([np.diff(part) for part in parts]))]).astype(np.int64)

@@ -1,0 +1,348 @@
+"""The queue before the device: forms the next batch when the device is free, from the sequences of several jobs.
+
+Plain asyncio, without Serve, so that unit tests can run it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from serve_app.batches import cut, join, reads_of, shared_with_previous
+from serve_app.contract import BatchResult, Engine, JobResult, ScoreJob, TokenBatch
+from serve_app.errors import DeadlineExceededError, InternalError, OverloadedError
+
+logger = logging.getLogger("ray.serve")
+
+TURNS_PER_BATCH = 4
+"""A job's turn ends ``max_batch_tokens / TURNS_PER_BATCH`` tokens after its first sequence. Shorter turns would be
+fairer, but every turn computes the prefix that the job's sequences share once more."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStats:
+    """Counters since the start, but for the ``queued_`` ones, which tell the present state.
+
+    Attributes:
+        queued_jobs: not yet answered, those on the device included.
+        queued_tokens: waiting for the device, shared prefixes counted once.
+        batches: computed by the device.
+        sequences: computed by the device.
+        computed_tokens: computed by the device, shared prefixes counted once.
+        device_seconds: spent in the engine.
+        refused: jobs turned away because the queue was full.
+        cancelled: jobs whose caller left before the answer.
+        expired: jobs dropped because their deadline passed before the device was free.
+        failed: jobs on which the engine raised.
+    """
+
+    queued_jobs: int = 0
+    queued_tokens: int = 0
+    batches: int = 0
+    sequences: int = 0
+    computed_tokens: int = 0
+    device_seconds: float = 0.0
+    refused: int = 0
+    cancelled: int = 0
+    expired: int = 0
+    failed: int = 0
+
+
+class _Pending:
+    """A job that is not answered yet."""
+
+    def __init__(self, job: ScoreJob, answer: asyncio.Future[JobResult]) -> None:
+        self.job = job
+        self.answer = answer
+        self.lengths: list[int] = job.batch.lengths.tolist()
+        self.costs: list[int] = (job.batch.lengths - shared_with_previous(job.batch)).tolist()
+        self.waiting_tokens = sum(self.costs)
+        self.taken = 0
+        self.missing = job.batch.num_sequences
+        self.values = np.empty(len(job.batch.targets), np.float32)
+        self.computed_tokens = np.empty(job.batch.num_sequences, np.int32)
+        self.arrived = time.monotonic()
+        self.queue_seconds = -1.0  # until its first batch starts
+        self.device_seconds = 0.0
+
+    @property
+    def exhausted(self) -> bool:
+        """All its sequences were handed to the device."""
+        return self.taken == len(self.costs)
+
+    def expired(self) -> bool:
+        return self.job.deadline is not None and time.time() > self.job.deadline
+
+    def hand_out_first(self) -> int:
+        """Take the next sequence as a batch's first of this job, with no neighbour to share a prefix: its length."""
+        self.waiting_tokens -= self.costs[self.taken]
+        self.taken += 1
+        return self.lengths[self.taken - 1]
+
+    def hand_out_more(self, room: int) -> int:
+        """Take the sequences that follow while they fit into ``room`` tokens: what they cost."""
+        spent = 0
+        while not self.exhausted and spent + self.costs[self.taken] <= room:
+            spent += self.costs[self.taken]
+            self.taken += 1
+        self.waiting_tokens -= spent
+        return spent
+
+    def keep(self, part: _Part, result: BatchResult) -> None:
+        """Put the values of ``part`` in their place; with the last of them comes the answer."""
+        self.values[part.targets()] = result.values
+        self.computed_tokens[part.start : part.stop] = result.computed_tokens
+        self.missing -= part.stop - part.start
+        if self.missing == 0 and not self.answer.done():
+            self.answer.set_result(
+                JobResult(BatchResult(self.values, self.computed_tokens), self.queue_seconds, self.device_seconds)
+            )
+
+
+class _Part(NamedTuple):
+    """Sequences ``start`` to ``stop`` of a job, in one device batch."""
+
+    pending: _Pending
+    start: int
+    stop: int
+
+    def batch(self) -> TokenBatch:
+        return cut(self.pending.job.batch, self.start, self.stop)
+
+    def targets(self) -> slice:
+        """Where its values stand among the job's."""
+        batch = self.pending.job.batch
+        reads = reads_of(batch, self.start, self.stop)
+        return slice(int(batch.target_offsets[reads.start]), int(batch.target_offsets[reads.stop]))
+
+
+class DeviceQueue:
+    """Answers jobs with one engine, in device batches of at most ``max_batch_tokens``.
+
+    A batch is formed when the device is free, never before, so that it holds whatever has come by then. Jobs take
+    turns; a job's sequences stay in order, so that those which share a prefix are neighbours. The engine runs in a
+    thread of its own: the event loop stays free.
+
+    Args:
+        max_batch_tokens: in one device batch, shared prefixes counted once. A longer sequence goes alone.
+        max_queued_tokens: waiting for the device; past it jobs are refused.
+    """
+
+    def __init__(self, engine: Engine, *, max_batch_tokens: int, max_queued_tokens: int) -> None:
+        self._engine = engine
+        self._max_batch_tokens = max_batch_tokens
+        self._max_queued_tokens = max_queued_tokens
+        self._jobs: set[_Pending] = set()
+        self._ring: deque[_Pending] = deque()
+        """Jobs with sequences to hand out; the next turn is the first one's."""
+        self._work = asyncio.Event()
+        """Set while sequences wait or the device is busy."""
+        self._moved = 0.0
+        """When a device batch last started or ended or, if later, when work came to an idle queue."""
+        self._batches = self._sequences = self._computed_tokens = 0
+        self._device_seconds = 0.0
+        self._refused = self._cancelled = self._expired = self._failed = 0
+        self._closed = False
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._task = asyncio.create_task(self._run())
+        self._task.add_done_callback(lambda _: self._abandon())
+
+    def submit(self, job: ScoreJob, answer: asyncio.Future[JobResult]) -> None:
+        """Queue ``job``; ``answer`` gets its result or error. Cancelling ``answer`` drops what is still queued.
+
+        The answer's error may be:
+            OverloadedError: the queue is full, or closed.
+            DeadlineExceededError: the deadline passed before the device was free.
+            InternalError: the engine raised on this job.
+        """
+        if answer.done():
+            return
+        pending = _Pending(job, answer)
+        if self._closed:
+            answer.set_exception(_closed_error())
+            return
+        queued = self.queued_tokens
+        if queued and queued + pending.waiting_tokens > self._max_queued_tokens:
+            self._refused += 1
+            answer.set_exception(
+                OverloadedError(
+                    f"{queued:,} tokens are queued and this request adds {pending.waiting_tokens:,}; the limit is "
+                    f"{self._max_queued_tokens:,}; try again in {self._drain_seconds()} s",
+                    retry_after_s=self._drain_seconds(),
+                )
+            )
+            return
+        self._jobs.add(pending)
+        answer.add_done_callback(lambda _: self._forget(pending))
+        if pending.exhausted:
+            empty = BatchResult(pending.values, pending.computed_tokens)
+            answer.set_result(JobResult(empty, queue_seconds=0.0, device_seconds=0.0))
+            return
+        self._ring.append(pending)
+        if not self._work.is_set():
+            self._moved = time.monotonic()
+            self._work.set()
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens that wait for the device, shared prefixes counted once."""
+        return sum(pending.waiting_tokens for pending in self._ring)
+
+    @property
+    def running(self) -> bool:
+        """The loop is alive. False after ``close`` or a fault: no job will be answered."""
+        return not self._task.done()
+
+    def stalled_seconds(self) -> float:
+        """How long no device batch has started or ended while there is work; 0.0 when there is none.
+
+        Work is what the device holds, too: a batch that hangs counts after all its callers have left.
+        """
+        return time.monotonic() - self._moved if self._work.is_set() else 0.0
+
+    def stats(self) -> QueueStats:
+        """The counters at this moment."""
+        return QueueStats(
+            queued_jobs=len(self._jobs),
+            queued_tokens=self.queued_tokens,
+            batches=self._batches,
+            sequences=self._sequences,
+            computed_tokens=self._computed_tokens,
+            device_seconds=self._device_seconds,
+            refused=self._refused,
+            cancelled=self._cancelled,
+            expired=self._expired,
+            failed=self._failed,
+        )
+
+    async def close(self) -> None:
+        """Stop. Callers that still wait get ``OverloadedError``; a batch on the device is waited for."""
+        self._closed = True
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        await asyncio.to_thread(self._thread.shutdown)
+
+    async def _run(self) -> None:
+        while True:
+            await self._work.wait()
+            parts = self._next_parts()
+            if parts:
+                await self._compute(parts)
+            else:
+                self._work.clear()
+
+    def _next_parts(self) -> list[_Part]:
+        """The next device batch: the jobs' turns in ring order, then what still fits from those that had one.
+
+        A job that gets nothing, since its next sequence does not fit or its reads are of the other kind, keeps its
+        place at the front and opens the next batch.
+        """
+        for pending in [pending for pending in self._ring if pending.expired() and not pending.answer.done()]:
+            self._expired += 1
+            late = f"the deadline of request {pending.job.request_id} passed while it was queued; ask for fewer items"
+            pending.answer.set_exception(DeadlineExceededError(late + ", or raise timeout_s"))
+        self._ring = deque(pending for pending in self._ring if not pending.answer.done())
+        if not self._ring:
+            return []
+        kind = self._ring[0].job.batch.vocab_logprobs
+        turn = self._max_batch_tokens // TURNS_PER_BATCH
+        room = self._max_batch_tokens
+        served: list[tuple[_Pending, int]] = []
+        passed_over: list[_Pending] = []
+        for pending in self._ring:
+            start = pending.taken
+            fits = pending.lengths[start] <= room or not served
+            if not fits or pending.job.batch.vocab_logprobs != kind:
+                passed_over.append(pending)
+                continue
+            room -= pending.hand_out_first()
+            room -= pending.hand_out_more(min(turn, room))
+            served.append((pending, start))
+        for pending, _ in served:
+            room -= pending.hand_out_more(room)
+        self._ring = deque([*passed_over, *(pending for pending, _ in served if not pending.exhausted)])
+        return [_Part(pending, start, pending.taken) for pending, start in served]
+
+    async def _compute(self, parts: list[_Part]) -> None:
+        """Run one device batch. If it fails, each job's part runs alone, so that the job at fault harms only itself."""
+        started = self._moved = time.monotonic()
+        for pending, _, _ in parts:
+            if pending.queue_seconds < 0:
+                pending.queue_seconds = started - pending.arrived
+        try:
+            result = await asyncio.get_running_loop().run_in_executor(self._thread, self._on_device, parts)
+        except Exception:
+            requests = ", ".join(part.pending.job.request_id for part in parts)
+            logger.exception("the engine failed on a batch of request(s) %s", requests)
+            if len(parts) > 1:
+                for part in parts:
+                    if not part.pending.answer.done():
+                        await self._compute([part])
+            else:
+                self._fail(parts[0].pending)
+            return
+        self._moved = time.monotonic()
+        self._count(parts, result, self._moved - started)
+        self._scatter(parts, result, self._moved - started)
+
+    def _on_device(self, parts: list[_Part]) -> BatchResult:
+        return self._engine.score(join([part.batch() for part in parts]))
+
+    def _count(self, parts: list[_Part], result: BatchResult, seconds: float) -> None:
+        self._batches += 1
+        self._sequences += sum(stop - start for _, start, stop in parts)
+        self._computed_tokens += int(result.computed_tokens.sum())
+        self._device_seconds += seconds
+
+    def _scatter(self, parts: list[_Part], result: BatchResult, seconds: float) -> None:
+        sequence = target = 0
+        for part in parts:
+            sequences = slice(sequence, sequence + part.stop - part.start)
+            own = part.targets()
+            targets = slice(target, target + own.stop - own.start)
+            part.pending.device_seconds += seconds
+            part.pending.keep(part, BatchResult(result.values[targets], result.computed_tokens[sequences]))
+            sequence, target = sequences.stop, targets.stop
+
+    def _fail(self, pending: _Pending) -> None:
+        self._failed += 1
+        if not pending.answer.done():
+            pending.answer.set_exception(
+                InternalError(
+                    f"the model failed on this request; the server's log has it under {pending.job.request_id}"
+                )
+            )
+
+    def _forget(self, pending: _Pending) -> None:
+        """After the answer, whatever it is: a cancelled job's sequences are not computed any more."""
+        self._jobs.discard(pending)
+        self._cancelled += pending.answer.cancelled()
+        if pending in self._ring:
+            self._ring.remove(pending)
+
+    def _abandon(self) -> None:
+        """The loop has ended, by ``close`` or a fault: nobody will answer the jobs that are left."""
+        self._closed = True
+        if not self._task.cancelled() and (error := self._task.exception()):
+            logger.error("the device queue has stopped", exc_info=error)
+        for pending in self._jobs:
+            if not pending.answer.done():
+                pending.answer.set_exception(_closed_error())
+
+    def _drain_seconds(self) -> int:
+        """When the queue may be empty at the speed so far: 1 to 60 s."""
+        if not self._computed_tokens:
+            return 1
+        return min(max(math.ceil(self.queued_tokens * self._device_seconds / self._computed_tokens), 1), 60)
+
+
+def _closed_error() -> OverloadedError:
+    return OverloadedError("this replica is shutting down; try again", retry_after_s=1)

@@ -1,0 +1,106 @@
+"""An engine without a model: a distribution made from a hash of the tokens, to test everything around a model."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import numpy.typing as npt
+
+from serve_app.batches import shared_with_previous
+from serve_app.contract import BatchResult, Float32, ModelInfo, Progress, TokenBatch
+
+UInt64 = npt.NDArray[np.uint64]
+
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+"""Odd, so its powers modulo 2**64 never reach 0: every position counts."""
+_SPREAD = 2_654_435_761
+"""A prime above any vocabulary, so ``id * _SPREAD % vocab_size`` is a permutation of the ids."""
+_NATS = 8.0
+"""The least spread of the log-probabilities, from the likeliest id to the unlikeliest; the most is twice that."""
+
+
+class FakeEngine:
+    """Scores that depend on a read's tokens only, and whose probabilities over the vocabulary sum to 1.
+
+    The ids, in an order that the hash of the prompt shifts, have geometrically falling probabilities:
+    ``p(id) = q ** rank * (1 - q) / (1 - q ** V)``.
+
+    Args:
+        seconds_per_token: slept for every computed token, to keep a device busy.
+        nan_token: a sequence that holds this id has NaN for values; None: no id does that.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = 49_152,
+        context_length: int = 8_192,
+        *,
+        seconds_per_token: float = 0.0,
+        nan_token: int | None = None,
+    ) -> None:
+        self._info = ModelInfo(
+            vocab_size=vocab_size,
+            max_prompt_tokens=context_length,
+            context_length=context_length,
+            dtype="float32",
+            architecture="fake",
+            platform="none",
+            buckets=(),
+        )
+        self._seconds_per_token = seconds_per_token
+        self._nan_token = nan_token
+        self._powers = np.cumprod(np.full(context_length, _STEP))
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._info
+
+    def warmup(self, progress: Progress | None = None) -> None:
+        if progress is not None:
+            progress(1, 1, "nothing to compile")
+
+    def score(self, batch: TokenBatch) -> BatchResult:
+        shortest, longest = (batch.lengths.min(), batch.lengths.max()) if batch.num_sequences else (1, 1)
+        if not 1 <= shortest <= longest <= self._info.max_prompt_tokens:
+            raise ValueError(
+                f"sequences have {shortest:,} to {longest:,} tokens; "
+                f"this engine reads 1 to {self._info.max_prompt_tokens:,}"
+            )
+        computed = (batch.lengths - shared_with_previous(batch)).astype(np.int32)
+        time.sleep(self._seconds_per_token * int(computed.sum()))
+        return BatchResult(self._values(batch), computed)
+
+    def _values(self, batch: TokenBatch) -> Float32:
+        vocab_size = self._info.vocab_size
+        starts = batch.offsets[:-1]
+        seeds = self._hashes(batch)[starts[batch.read_sequences] + batch.read_positions]
+        shift = (seeds % np.uint64(vocab_size)).astype(np.int64)
+        falling = _NATS * (1 + (seeds >> np.uint64(11)) / 2**53) / vocab_size  # nats from one rank to the next
+        read = np.repeat(np.arange(len(seeds)), np.diff(batch.target_offsets))
+        rank = (batch.targets.astype(np.int64) * _SPREAD + shift[read]) % vocab_size
+        values = -falling[read] * rank
+        if batch.vocab_logprobs:
+            values += (np.log(-np.expm1(-falling)) - np.log(-np.expm1(-falling * vocab_size)))[read]
+        if self._nan_token is not None:
+            poisoned = np.zeros(batch.num_sequences, np.bool_)
+            sequence = np.repeat(np.arange(batch.num_sequences), batch.lengths)
+            poisoned[sequence[batch.tokens == self._nan_token]] = True
+            values[poisoned[batch.read_sequences][read]] = np.nan
+        return values.astype(np.float32)
+
+    def _hashes(self, batch: TokenBatch) -> UInt64:
+        """For each token, a hash of its sequence up to and including it."""
+        positions = np.arange(len(batch.tokens)) - np.repeat(batch.offsets[:-1], batch.lengths)
+        sums = np.concatenate(
+            [np.zeros(1, np.uint64), np.cumsum(_mixed(batch.tokens.astype(np.uint64)) * self._powers[positions])]
+        )
+        return _mixed(sums[1:] - np.repeat(sums[batch.offsets[:-1]], batch.lengths))
+
+
+def _mixed(x: UInt64) -> UInt64:
+    """The finaliser of splitmix64: every bit of the result depends on every bit of ``x``."""
+    x = x + _STEP
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,140 @@
+"""The scorer: one replica holds one engine. The only module of the service that loads the model package, and jax."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ray import serve
+
+from serve_app import model_source
+from serve_app.contract import BatchResult, Engine, JobResult, ModelInfo, Progress, ScoreJob, TokenBatch
+from serve_app.device_queue import DeviceQueue, QueueStats
+from serve_app.errors import OverloadedError
+from serve_app.fake_engine import FakeEngine
+from serve_app.settings import Settings
+
+if TYPE_CHECKING:
+    from model.engine import Engine as ModelEngine
+
+logger = logging.getLogger("ray.serve")
+
+INTAKE_BATCH = 32
+INTAKE_CONCURRENCY = 32
+MAX_ONGOING = INTAKE_BATCH * INTAKE_CONCURRENCY
+"""Calls that a replica accepts at once. They are waiting for the device, which costs nothing; the bound that matters
+is ``limits.max_queued_tokens``."""
+INTAKE_WAIT_S = 0.001
+INTAKE_LIMIT_S = 15.0
+"""The intake never waits for the device, so a call that is not through after this long never will be."""
+
+
+class _ModelEngine:
+    """The model's engine with answers in the contract's classes: unpickling its own would load jax in the ingress."""
+
+    def __init__(self, engine: ModelEngine) -> None:
+        self._engine = engine
+
+    @property
+    def info(self) -> ModelInfo:
+        return ModelInfo(**dataclasses.asdict(self._engine.info))
+
+    def warmup(self, progress: Progress | None = None) -> None:
+        self._engine.warmup(progress)
+
+    def score(self, batch: TokenBatch) -> BatchResult:
+        result = self._engine.score(batch)
+        return BatchResult(result.values, result.computed_tokens)
+
+
+def load_engine(settings: Settings) -> Engine:
+    """The engine that ``settings`` name, warmed up. Takes seconds to minutes; the log tells how far it is."""
+    if settings.engine == "fake":
+        engine: Engine = FakeEngine()
+    else:
+        from model.engine import load
+
+        folder = model_source.resolve(settings.model, settings.revision, say=logger.info)
+        logger.info("loading %s", folder)
+        engine = _ModelEngine(load(folder, dtype=settings.dtype))
+    started = time.monotonic()
+    engine.warmup(lambda done, total, what: logger.info("warming up, %d of %d: %s", done, total, what))
+    logger.info("warmed up in %.1f s", time.monotonic() - started)
+    return engine
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    job: ScoreJob
+    answer: asyncio.Future[JobResult]
+
+
+class Scorer:
+    """Answers ``ScoreJob``s. Ready, for Serve, when the engine is warm."""
+
+    async def __init__(self, settings: Settings) -> None:
+        # In a thread, so that the replica answers Serve's questions while it loads.
+        self._engine = await asyncio.to_thread(load_engine, settings)
+        self._queue = DeviceQueue(
+            self._engine,
+            max_batch_tokens=settings.max_batch_tokens,
+            max_queued_tokens=settings.limits.max_queued_tokens,
+        )
+        self._stall_s = settings.stall_s
+        self._intake_works = True
+
+    async def score(self, job: ScoreJob) -> JobResult:
+        """The values of all targets of ``job``. A caller that is cancelled takes its queued work with it.
+
+        Raises:
+            OverloadedError: the queue is full, or the replica is stopping or stuck; another may have room.
+            DeadlineExceededError: ``job.deadline`` passed while the job was queued.
+            InternalError: the engine failed on this job.
+        """
+        answer: asyncio.Future[JobResult] = asyncio.get_running_loop().create_future()
+        try:
+            await asyncio.wait_for(self._intake(_Call(job, answer)), INTAKE_LIMIT_S)
+            return await answer
+        except TimeoutError:
+            self._intake_works = False
+            raise OverloadedError("this replica is stuck and will be replaced; try again", retry_after_s=1) from None
+        finally:
+            answer.cancel()
+
+    @serve.batch(  # pyright: ignore[reportUnknownMemberType]
+        max_batch_size=INTAKE_BATCH, batch_wait_timeout_s=INTAKE_WAIT_S, max_concurrent_batches=INTAKE_CONCURRENCY
+    )
+    async def _intake(self, calls: list[_Call]) -> list[None]:
+        """Queue the calls that came together. It neither waits for answers nor raises: either would touch all calls."""
+        for call in calls:
+            try:
+                self._queue.submit(call.job, call.answer)
+            except BaseException as error:
+                call.answer.set_exception(error)
+        return [None] * len(calls)
+
+    async def info(self) -> ModelInfo:
+        """Facts about the loaded model."""
+        return self._engine.info
+
+    async def stats(self) -> QueueStats:
+        """The queue's counters."""
+        return self._queue.stats()
+
+    async def check_health(self) -> None:
+        """Raise when no answer can be expected; Serve then replaces the replica."""
+        if not self._intake_works:
+            raise RuntimeError(f"a call was not taken in within {INTAKE_LIMIT_S:.0f} s")
+        if not self._queue.running:
+            raise RuntimeError("the device queue has stopped")
+        stalled = self._queue.stalled_seconds()
+        if stalled > self._stall_s:
+            raise RuntimeError(f"the device has not finished a batch for {stalled:.0f} s; stall_s is {self._stall_s}")
+
+    async def __del__(self) -> None:
+        """Serve awaits this when the replica stops, after its calls have ended."""
+        await self._queue.close()
