@@ -162,6 +162,8 @@ def _config(fields: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
     llama = {key.removeprefix("llama."): value for key, value in fields.items() if key.startswith("llama.")}
     if unknown := sorted(llama.keys() - HANDLED):
         raise GgufError(f"keys not known to the conversion: {', '.join('llama.' + key for key in unknown)}")
+    if per_layer := sorted(key for key, value in llama.items() if isinstance(value, list)):
+        raise GgufError(f"llama.{per_layer[0]} differs between layers; only one number for all is converted")
 
     def required(key: str) -> Any:
         if key not in llama:
@@ -169,8 +171,6 @@ def _config(fields: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
         return llama[key]
 
     heads, width = required("attention.head_count"), required("embedding_length")
-    if not isinstance(heads, int):
-        raise GgufError("llama.attention.head_count differs between layers; only one number is converted")
     head_width = llama.get("attention.key_length", width // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if llama.get(key, head_width) != head_width:

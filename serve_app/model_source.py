@@ -18,6 +18,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
 from huggingface_hub.errors import (
@@ -245,7 +246,7 @@ def _hub(model: str, revision: str | None) -> Path:
             f"{model} is not in the hub's cache and the hub cannot be reached; check the network (what was "
             "downloaded so far is kept), or name a local folder or 'demo'"
         ) from error
-    except OSError as error:
+    except (OSError, httpx.HTTPError) as error:
         raise ModelSourceError(
             f"could not download {model} from the hub: {error}; try again (what was downloaded so far is kept)"
         ) from error
