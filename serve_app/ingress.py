@@ -1,0 +1,330 @@
+"""The front end: HTTP routes over a ``ScoringService``, and the Serve deployment that holds one.
+
+Neither this module nor anything that it imports loads jax or the model package.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import uuid
+from collections.abc import Callable, Coroutine
+from typing import Any, cast
+
+from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel
+from ray import serve
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.contract import JobResult, ModelInfo, ScoreJob
+from serve_app.errors import (
+    BY_STATUS,
+    InternalError,
+    InvalidRequestError,
+    MethodNotAllowedError,
+    NotFoundError,
+    OverloadedError,
+    ScoringError,
+    TooLargeError,
+)
+from serve_app.prompts import TextTokenizer
+from serve_app.schemas import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    ErrorResponse,
+    InfoResponse,
+    ModelsResponse,
+    ScoreRequest,
+    ScoreResponse,
+    StatusResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+    parse,
+)
+from serve_app.service import ScoringService
+from serve_app.settings import Settings
+
+logger = logging.getLogger("ray.serve")
+
+RETRY_AFTER_S = 1
+"""What a 503 says when nothing better is known."""
+
+CLIENT_GONE = 499
+"""Nobody reads it but the access log."""
+
+_MAX_REQUEST_ID = 128
+_NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:@/+=-]")
+
+
+def create_app(get_service: Callable[[], ScoringService], *, echo_request_id: bool = True) -> FastAPI:
+    """The HTTP side of a service, free of Serve.
+
+    Args:
+        get_service: called in every request.
+        echo_request_id: put ``x-request-id`` into responses. False behind Serve's proxy, which does it itself and
+            would put it there twice.
+    """
+    app = FastAPI(title="score-serve", redirect_slashes=False)
+    app.add_middleware(_RequestContext, echo=echo_request_id)
+    app.add_exception_handler(ScoringError, _on_scoring_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+
+    async def body(request: Request) -> bytes:
+        return await _read_body(request, get_service().max_body_bytes)
+
+    @app.post("/v1/score", **_documented(ScoreResponse, ScoreRequest, 503, 504))
+    async def score(request: Request) -> Response:
+        """The labels' probabilities as the continuation of query + item, for every item."""
+        asked = parse(ScoreRequest, await body(request))
+        request_id: str = request.state.request_id
+        return await _unless_gone(request, get_service().score(asked, request_id=request_id))
+
+    @app.post("/tokenize", **_documented(TokenizeResponse, TokenizeRequest, 504))
+    async def tokenize(request: Request) -> Response:
+        """Ids and pieces of text, as the model would see it."""
+        asked = parse(TokenizeRequest, await body(request))
+        return await _unless_gone(request, get_service().tokenize(asked))
+
+    @app.post("/detokenize", **_documented(DetokenizeResponse, DetokenizeRequest, 504))
+    async def detokenize(request: Request) -> Response:
+        """The text of ids."""
+        asked = parse(DetokenizeRequest, await body(request))
+        return await _unless_gone(request, get_service().detokenize(asked))
+
+    @app.get("/v1/models", **_documented(ModelsResponse))
+    async def models() -> Response:
+        """The names under which the model answers."""
+        return _json(get_service().models())
+
+    @app.get("/v1/info", **_documented(InfoResponse))
+    async def info() -> Response:
+        """What is served, and the limits of a request."""
+        return _json(get_service().info())
+
+    @app.get("/health", **_documented(StatusResponse))
+    async def health() -> Response:
+        """This front end is alive."""
+        return _json(StatusResponse())
+
+    @app.get("/ready", **_documented(StatusResponse, None, 503))
+    async def ready() -> Response:
+        """Able to score: a known prompt was, rightly."""
+        await get_service().ready()
+        return _json(StatusResponse())
+
+    # FastAPI keeps the handlers; the names are only read by it.
+    del score, tokenize, detokenize, models, info, health, ready
+    return app
+
+
+@serve.deployment  # pyright: ignore[reportUnknownMemberType]
+@serve.ingress()  # pyright: ignore[reportUnknownMemberType, reportUntypedClassDecorator]
+class Ingress:
+    """The Serve deployment: the HTTP routes, and the same over handles for Ray jobs.
+
+    Args:
+        settings: of the whole service.
+        scorer: handle of the deployment that holds the engines; its ``info()`` is waited for.
+    """
+
+    async def __init__(self, settings: Settings, scorer: DeploymentHandle[Any]) -> None:
+        from serve_app import model_source
+
+        info: ModelInfo = await cast(Any, scorer).info.remote()
+        folder = await asyncio.to_thread(model_source.resolve, settings.model, settings.revision, say=logger.info)
+        tokenizer = await asyncio.to_thread(TextTokenizer.load, folder)
+        self._service = ScoringService(settings, tokenizer, info, ScorerReplicas(scorer, settings.scorer_replicas))
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(lambda: self._service, echo_request_id=False)
+
+    async def score(self, request: ScoreRequest) -> ScoreResponse:
+        """As ``POST /v1/score``, for callers inside the Ray cluster.
+
+        Raises:
+            ScoringError: as ``ScoringService.score``.
+        """
+        return await self._service.score(request, request_id=uuid.uuid4().hex)
+
+
+class ScorerReplicas:
+    """``service.Replicas`` over a Serve handle: Ray's failures become the service's errors.
+
+    Args:
+        scorer: its ``score`` takes a ``ScoreJob`` and returns a ``JobResult``.
+        count: replicas of that deployment.
+    """
+
+    def __init__(self, scorer: DeploymentHandle[Any], count: int) -> None:
+        self._scorer: Any = scorer
+        self.count = count
+
+    async def score(self, job: ScoreJob) -> JobResult:
+        """Compute ``job``, once more if its replica was lost: scoring has no effects.
+
+        Raises:
+            ScoringError: what the replica raised; no room; no replica left.
+        """
+        try:
+            return await self._score(job)
+        except _ReplicaLostError as lost:
+            logger.warning("request %s: a replica was lost, trying another: %s", job.request_id, lost)
+        try:
+            return await self._score(job)
+        except _ReplicaLostError as lost:
+            raise OverloadedError(
+                "no healthy replica answered; try again shortly", retry_after_s=RETRY_AFTER_S
+            ) from lost
+
+    async def _score(self, job: ScoreJob) -> JobResult:
+        response = self._scorer.score.remote(job)
+        try:
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except BackPressureError as error:
+            wait = max(1, round(error.retry_after_s or RETRY_AFTER_S))
+            raise OverloadedError(f"all replicas are full; try again in {wait} s", retry_after_s=wait) from error
+        except (RayError, RayServeException) as error:
+            cause: object = cast(Any, error).cause if isinstance(error, RayTaskError) else error
+            if isinstance(cause, ScoringError):
+                raise cause from None
+            if isinstance(cause, RayError | RayServeException):
+                raise _ReplicaLostError(str(cause)) from error
+            raise InternalError("the scorer failed on this request; the server's log has more") from error
+
+
+class _ReplicaLostError(Exception):
+    """The replica died, or left, with the job."""
+
+
+class _RequestContext:
+    """Gives every request its id, and every fault that nobody caught a flat 500. Plain ASGI."""
+
+    def __init__(self, app: ASGIApp, *, echo: bool) -> None:
+        self._app = app
+        self._echo = echo
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = False
+
+        async def tracked(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                if self._echo:
+                    message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, tracked)
+        except ClientDisconnect:
+            await Response(status_code=CLIENT_GONE)(scope, receive, tracked)
+        except Exception:
+            logger.exception("request %s: a fault of ours", request_id)
+            if started:
+                raise
+            fault = InternalError(f"the server failed on this request; its log names it by {request_id}")
+            await _error_response(fault)(scope, receive, tracked)
+
+
+def _request_id(scope: Scope) -> str:
+    """The caller's ``x-request-id``, freed of what could harm a log or a header, or a new one."""
+    given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+    return _NOT_IN_REQUEST_ID.sub("", given.decode("latin-1"))[:_MAX_REQUEST_ID] or uuid.uuid4().hex
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    """The body, refused as soon as it is known to be longer than ``limit`` bytes."""
+    content_type = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise InvalidRequestError(f"Content-Type is {content_type[:60]!r}; send JSON as 'application/json'")
+    too_large = TooLargeError(f"the body is larger than {limit} bytes, the most that this service takes; split it")
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > limit:
+        raise too_large
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            raise too_large
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, BaseModel]) -> Response:
+    """The response that ``work`` gives; a client that leaves before cancels it."""
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return _json(task.result())
+        raise ClientDisconnect
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.wait((task, gone))
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _json(answer: BaseModel) -> Response:
+    return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
+
+
+def _error_response(error: ScoringError, headers: dict[str, str] | None = None) -> Response:
+    headers = dict(headers or {})
+    if error.status == OverloadedError.status:
+        headers["retry-after"] = str(error.retry_after_s or RETRY_AFTER_S)
+    return Response(json.dumps(error.body()), error.status, headers, media_type="application/json")
+
+
+async def _on_scoring_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ScoringError)
+    if error.status == InternalError.status:
+        logger.error("request %s: %s", request.state.request_id, error.message, exc_info=error)
+    return _error_response(error)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """Starlette's own 404 and 405, flat."""
+    assert isinstance(error, HTTPException)
+    path = request.url.path[:200]
+    if error.status_code == MethodNotAllowedError.status:
+        flat: ScoringError = MethodNotAllowedError(f"{path} does not take {request.method}; see /docs for the routes")
+    elif error.status_code == NotFoundError.status:
+        flat = NotFoundError(f"there is no route {path}; see /docs for the routes")
+    else:
+        flat = BY_STATUS.get(error.status_code, InternalError)(str(error.detail))
+    return _error_response(flat, dict(error.headers or {}))
+
+
+def _documented(answer: type[BaseModel], asked: type[BaseModel] | None = None, *statuses: int) -> dict[str, Any]:
+    """What OpenAPI says of a route whose handler reads the body and writes the response itself."""
+    codes = ([400, 404, 413] if asked else []) + [500, *statuses]
+    options: dict[str, Any] = {
+        "response_model": answer,
+        "responses": {code: {"model": ErrorResponse, "description": BY_STATUS[code].__doc__} for code in codes},
+    }
+    if asked:
+        content = {"application/json": {"schema": asked.model_json_schema()}}
+        options["openapi_extra"] = {"requestBody": {"required": True, "content": content}}
+    return options

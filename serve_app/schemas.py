@@ -1,0 +1,280 @@
+"""Wire types of every route, the same in Python, and the one way from a body of bytes to a checked request.
+
+Types only are checked here. What needs the model or the limits (vocabulary, lengths, counts) is in ``prompts.py``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from serve_app.errors import InvalidRequestError
+
+# A list stops at its first wrong element: a million wrong ids are one error, not a million.
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Ids = Annotated[list[int], Field(fail_fast=True)]
+IdLists = Annotated[list[Ids], Field(fail_fast=True)]
+
+_SHOWN = 60
+"""Characters of an offending value that an error message repeats."""
+
+
+class _Request(BaseModel):
+    # Strict: a token id is neither true nor 1.5 nor "7". Unknown fields are refused: a misspelt option must not be
+    # ignored in silence.
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    elsewhere: ClassVar[dict[str, str]] = {}
+    """Fields that belong to another route, and what to say to who sends them here."""
+
+
+class _Response(BaseModel):
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+_PAIRS = "this is the label-scoring API (query, items, label_token_ids); to score pairs of texts use /v1/rerank"
+
+
+class ScoreRequest(_Request):
+    """Which labels a model would continue each prompt with, and how likely: ``POST /v1/score``.
+
+    Attributes:
+        query: text or token ids, the same kind as ``items``. None: empty.
+        items: one prompt each. A single string is one item; an empty list is answered with no scores.
+        label_token_ids: the labels, one list for all items or one list an item.
+        apply_softmax: True: probabilities over the labels alone, each row sums to 1. False: over the whole vocabulary.
+        item_first: the prompt is item + query instead of query + item.
+        temperature: divides the logprobs before the softmax; other than 1.0 only with ``apply_softmax``.
+        model: ``"default"`` or a served name.
+        return_token_logprobs: also answer the labels' logprobs over the whole vocabulary, in nats.
+    """
+
+    elsewhere: ClassVar[dict[str, str]] = dict.fromkeys(("text_1", "text_2", "queries", "data_1", "documents"), _PAIRS)
+
+    query: Annotated[str | Ids | None, Field(union_mode="left_to_right")] = None
+    items: Annotated[Texts | IdLists | str, Field(union_mode="left_to_right")]
+    label_token_ids: Annotated[Ids | IdLists, Field(union_mode="left_to_right")]
+    apply_softmax: bool = False
+    item_first: bool = False
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    model: str = "default"
+    return_token_logprobs: bool = False
+
+
+class PromptTokensDetails(_Response):
+    """``cached_tokens``: prompt tokens that did not have to be computed for this request."""
+
+    cached_tokens: int
+
+
+class Usage(_Response):
+    """Tokens of all prompts, the query counted once an item. Nothing is ever generated."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+    total_tokens: int
+    reasoning_tokens: int = 0
+    prompt_tokens_details: PromptTokensDetails
+
+
+class ScoreResponse(_Response):
+    """Scores in the order of the items, each row in the order of its labels.
+
+    Attributes:
+        scores: probabilities, 0 to 1.
+        token_logprobs: nats, over the whole vocabulary and without temperature, if asked for. A label that the
+            model holds to be impossible has float32's lowest number, since JSON has no infinity.
+    """
+
+    scores: list[list[float]]
+    model: str
+    usage: Usage
+    object: Literal["scoring"] = "scoring"
+    token_logprobs: list[list[float]] | None = None
+
+
+class TokenizeRequest(_Request):
+    """Text to tokens: ``POST /tokenize``."""
+
+    model: str = "default"
+    prompt: Annotated[str | Texts, Field(union_mode="left_to_right")]
+    add_special_tokens: bool = True
+
+
+class TokenizeResponse(_Response):
+    """Ids and the vocabulary's own spelling of each; one list a prompt where the prompt was a list."""
+
+    tokens: list[int] | list[list[int]]
+    count: int | list[int]
+    max_model_len: int
+    token_strs: list[str] | list[list[str]]
+
+
+class DetokenizeRequest(_Request):
+    """Tokens to text: ``POST /detokenize``."""
+
+    model: str = "default"
+    tokens: Ids
+
+
+class DetokenizeResponse(_Response):
+    """The text, special tokens included."""
+
+    prompt: str
+
+
+class ModelCard(_Response):
+    """One name under which the model answers."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    max_model_len: int
+
+
+class ModelsResponse(_Response):
+    """OpenAI's list of models."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class LimitsInfo(_Response):
+    """What a request may ask at most."""
+
+    max_items: int
+    max_labels: int
+    max_body_bytes: int
+    max_prompt_tokens: int
+    max_request_tokens: int
+    max_queued_tokens: int
+    timeout_s: float
+
+
+class InfoResponse(_Response):
+    """What is served and how: ``GET /v1/info``."""
+
+    model: str
+    names: list[str]
+    architecture: str
+    context_length: int
+    vocab_size: int
+    dtype: str
+    platform: str
+    buckets: list[str]
+    limits: LimitsInfo
+    version: str
+
+
+class StatusResponse(_Response):
+    """Of ``/health`` and ``/ready``."""
+
+    status: Literal["ok"] = "ok"
+
+
+class ErrorResponse(_Response):
+    """The one shape of all errors (``errors.py``)."""
+
+    object: Literal["error"] = "error"
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+R = TypeVar("R", bound=_Request)
+
+
+def parse(model: type[R], body: bytes) -> R:
+    """The checked request that a JSON body holds.
+
+    Raises:
+        InvalidRequestError: always one message, naming the field, the index, the value and what is expected.
+    """
+    if not body.strip():
+        raise InvalidRequestError("the body is empty; send a JSON object")
+    try:
+        request = model.model_validate_json(body)
+    except ValidationError as error:
+        raise invalid(error, model) from None
+    _refuse_duplicates(model, body)
+    return request
+
+
+def invalid(error: ValidationError, model: type[_Request]) -> InvalidRequestError:
+    """Pydantic's findings as the one that helps most: an unknown field before all, else the first field's."""
+    found = error.errors(include_url=False)
+    for finding in found:
+        if finding["type"] == "extra_forbidden":
+            return _unknown(str(finding["loc"][-1]), model)
+    if not found[0]["loc"]:
+        if found[0]["type"] == "json_invalid":
+            return InvalidRequestError(f"the body is not valid JSON: {found[0]['msg'].removeprefix('Invalid JSON: ')}")
+        return InvalidRequestError(f"the body must be a JSON object, not {_shown(found[0]['input'])}")
+    field = str(found[0]["loc"][0])
+    if found[0]["type"] == "missing":
+        return InvalidRequestError(f"{field} is required", param=field)
+    # A union reports each of its kinds; the one that got furthest is the one that was meant.
+    mine = [finding for finding in found if finding["loc"][0] == field]
+    index = max(_index(finding) for finding in mine)
+    furthest = [finding for finding in mine if _index(finding) == index]
+    expected = " or ".join(dict.fromkeys(f["msg"].removeprefix("Input should be ") for f in furthest))
+    where = field + "".join(f"[{i}]" for i in index)
+    return InvalidRequestError(
+        f"{where} must be {expected}, not {_shown(furthest[0]['input'])}",
+        param=field,
+        index=index[0] if index and field == "items" else None,
+    )
+
+
+def _index(finding: ErrorDetails) -> tuple[int, ...]:
+    """Where in its field, without the names of the union's kinds."""
+    return tuple(part for part in finding["loc"][1:] if isinstance(part, int))
+
+
+def _unknown(name: str, model: type[_Request]) -> InvalidRequestError:
+    name = name if len(name) <= _SHOWN else name[:_SHOWN] + "..."
+    fields = list(model.model_fields)
+    if name in model.elsewhere:
+        advice = model.elsewhere[name]
+    elif close := difflib.get_close_matches(name, fields, n=1):
+        advice = f"did you mean {close[0]!r}?"
+    else:
+        advice = f"the fields are {', '.join(fields)}"
+    return InvalidRequestError(f"unknown field {name!r}: {advice}", param=name)
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON, short enough for a message."""
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"  # pyright: ignore[reportUnknownArgumentType]
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, str) and len(value) > _SHOWN:
+        value = value[:_SHOWN] + "..."
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) <= 2 * _SHOWN else text[:_SHOWN] + "..."
+
+
+def _refuse_duplicates(model: type[_Request], body: bytes) -> None:
+    """Refuse a field that is given twice, which JSON parsers resolve each in their own way.
+
+    The body was parsed before, so it has one level of fields and no unknown one. Only a body in which a name
+    stands twice, or an ASCII letter is spelt as an escape, is read again.
+    """
+    if b"\\u00" not in body and all(body.count(f'"{name}"'.encode()) < 2 for name in model.model_fields):
+        return
+
+    def check(pairs: list[tuple[str, Any]]) -> None:
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise InvalidRequestError(f"{name} is given twice; send it once", param=name)
+            seen.add(name)
+
+    json.loads(body, object_pairs_hook=check)
