@@ -1,15 +1,21 @@
-"""The composition root: the only place that makes and binds deployments."""
+"""The composition root: the only place that binds deployments."""
 
 # No postponed annotations here: Serve reads the parameter's class to parse ``key=value`` words and ``args:``.
 
-from ray.serve import Application
+from typing import cast
 
-from serve_app.ingress import Ingress
+from ray import serve
+from ray.serve import Application, Deployment
+
+from serve_app import ingress
 from serve_app.scorer import MAX_ONGOING, Scorer
 from serve_app.settings import Settings
 
-HEALTH = {"health_check_period_s": 5.0, "health_check_timeout_s": 30.0}
-DRAIN = {"graceful_shutdown_wait_loop_s": 0.5, "graceful_shutdown_timeout_s": 60.0}
+HEALTH_PERIOD_S = 5.0
+HEALTH_TIMEOUT_S = 30.0
+DRAIN_POLL_S = 0.5
+DRAIN_S = 60.0
+"""A replica that is replaced has this long to answer what it has accepted."""
 
 
 def build(args: Settings) -> Application:
@@ -18,19 +24,23 @@ def build(args: Settings) -> Application:
     ``serve run serve_app.app:build model=demo``, or ``import_path`` and ``args`` in a Serve config file. Neither the
     process that builds nor the front ends load jax.
     """
-    scorer = Scorer.options(  # pyright: ignore[reportUnknownMemberType]
+    scorer = serve.deployment(  # pyright: ignore[reportUnknownMemberType]
         num_replicas=args.scorer_replicas,
         ray_actor_options={"num_cpus": args.scorer_cpus},
         max_ongoing_requests=MAX_ONGOING,
-        **HEALTH,
-        **DRAIN,
-    )
-    ingress = Ingress.options(  # pyright: ignore[reportUnknownMemberType]
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
+        graceful_shutdown_timeout_s=DRAIN_S,
+    )(Scorer)
+    front = cast(Deployment, ingress.Ingress).options(  # pyright: ignore[reportUnknownMemberType]
         num_replicas=args.ingress_replicas,
         ray_actor_options={"num_cpus": args.ingress_cpus},
         max_ongoing_requests=MAX_ONGOING,
         max_queued_requests=4 * MAX_ONGOING,
-        **HEALTH,
-        **DRAIN,
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
+        graceful_shutdown_timeout_s=DRAIN_S,
     )
-    return ingress.bind(args, scorer.bind(args))
+    return front.bind(args, scorer.bind(args))  # pyright: ignore[reportUnknownMemberType]

@@ -1,0 +1,71 @@
+"""The command line: ``score-serve serve``."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from serve_app import launcher
+from serve_app.model_source import ModelSourceError
+from serve_app.settings import Settings
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Engine(StrEnum):
+    jax = "jax"
+    fake = "fake"
+
+
+@app.callback()
+def _about() -> None:  # pyright: ignore[reportUnusedFunction]
+    """A language model as a judge: label probabilities for many items. No token is ever generated."""
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str, typer.Option(help="'demo', a folder in Hugging Face layout, a hub id, or a .gguf file.")
+    ] = "demo",
+    revision: Annotated[str | None, typer.Option(help="Of a hub id: branch, tag or commit.")] = None,
+    served_name: Annotated[str | None, typer.Option(help="The name that requests use. [default: from --model]")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.float32,
+    engine: Annotated[Engine, typer.Option(help="'fake': scores from hashed tokens, for tests.")] = Engine.jax,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 opens the service to the network.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    replicas: Annotated[int, typer.Option(min=1, help="Scorers, each with the whole model.")] = 1,
+    max_batch_tokens: Annotated[int, typer.Option(min=64, help="Tokens in one device batch.")] = 8_192,
+) -> None:
+    """Serve a model on this machine until Ctrl-C. The demo model is fetched once (93 MB)."""
+    try:
+        settings = Settings(
+            model=model,
+            revision=revision,
+            served_name=served_name,
+            dtype=dtype.value,
+            engine=engine.value,
+            scorer_replicas=replicas,
+            max_batch_tokens=max_batch_tokens,
+        )
+        launcher.run(settings, host=host, port=port)
+    except (launcher.LaunchError, ModelSourceError, ValidationError) as error:
+        Console(stderr=True, highlight=False).print(f"error: {error}", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def main() -> None:
+    """Entry point of ``score-serve``."""
+    app()

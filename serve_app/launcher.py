@@ -1,0 +1,225 @@
+"""Ray, Serve and the service in one foreground process, for a laptop or a single host."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import httpx
+from rich.console import Console
+
+from serve_app import model_source
+from serve_app.settings import Settings
+
+APP_NAME = "score"
+"""Of the Serve application: ``serve.get_app_handle("score")``."""
+
+MIN_FREE_BYTES = 2 * 2**30
+"""On the disk of Ray's temporary files, which Ray fills with logs and, if memory is short, with requests."""
+
+Say = Callable[[str], None]
+
+
+class LaunchError(Exception):
+    """The service cannot start. The message says why and what to do."""
+
+
+def run(settings: Settings, *, host: str, port: int) -> None:
+    """Serve until SIGINT or SIGTERM, then stop every process that was started.
+
+    Raises:
+        LaunchError: the port is taken, the disk is full, or a replica cannot start.
+        ModelSourceError: the model cannot be had.
+    """
+    console = Console(stderr=True, highlight=False)
+    with _interrupted_by_sigterm(), console.status("starting") as status:
+
+        def say(line: str) -> None:
+            """A moving last line on a terminal, plain lines elsewhere."""
+            status.update(line)
+            if not console.is_terminal:
+                console.print(line)
+
+        check_port(host, port)
+        check_disk(Path(tempfile.gettempdir()))
+        model_source.resolve(settings.model, settings.revision, say=say)
+        url = f"http://{host}:{port}"
+        with _service(settings, host, port, say) as logs:
+            wait_until_ready(url, logs, say)
+            status.stop()
+            console.print(f"ready: {settings.name} at {url} (Ctrl-C stops it); try:\n")
+            console.out(example(url))
+            try:
+                signal.pause()
+            except KeyboardInterrupt:
+                say("stopping, after the requests in flight; Ctrl-C again drops them")
+                drain()
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise LaunchError unless a server can listen there."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise LaunchError(
+                f"cannot listen on {host}:{port} ({error.strerror}); stop what uses it, or name another with --port"
+            ) from error
+
+
+def check_disk(folder: Path) -> None:
+    """Raise LaunchError when ``folder`` has too little room for Ray's files."""
+    free = shutil.disk_usage(folder).free
+    if free < MIN_FREE_BYTES:
+        raise LaunchError(
+            f"{folder} has {free / 2**30:.1f} GiB free and Ray needs {MIN_FREE_BYTES / 2**30:.0f}; "
+            "free some space, or set TMPDIR to a folder on another disk"
+        )
+
+
+def wait_until_ready(url: str, logs: Path, say: Say) -> None:
+    """Return when the service can score, telling what it is doing until then.
+
+    Raises:
+        LaunchError: it never will.
+    """
+    from ray import serve
+    from ray.serve.schema import ApplicationStatus
+
+    news = log_lines(logs)
+    while True:
+        for line in news:
+            if line is None:
+                break
+            say(line)
+        application = serve.status().applications[APP_NAME]
+        messages = [deployment.message for deployment in application.deployments.values() if deployment.message]
+        if failed := [message for message in messages if "Error" in message]:
+            raise LaunchError(f"the service did not start: {reason(failed[0])}")
+        if application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+            raise LaunchError(f"the service did not start: {reason(application.message)}")
+        if application.status == ApplicationStatus.RUNNING and _is_ready(url):
+            return
+        time.sleep(0.2)
+
+
+def drain() -> None:
+    """Stop the application when its requests are answered, or at the next SIGINT or SIGTERM."""
+    from ray import serve
+
+    with suppress(KeyboardInterrupt):
+        serve.delete(APP_NAME)
+
+
+def reason(message: str) -> str:
+    """What the user has to know of Serve's message, which holds the traceback of a replica: its last error."""
+    errors = list(re.finditer(r"^(?:[\w.]+\.)?(\w+(?:Error|Exception): )", message, re.MULTILINE))
+    return message[errors[-1].start(1) :].strip() if errors else message.strip()
+
+
+def log_lines(folder: Path) -> Iterator[str | None]:
+    """What the scorers' logs say, line by line, for ever; None where there is nothing new."""
+    read: dict[Path, int] = {}
+    while True:
+        for path in sorted(folder.glob("replica_*Scorer*.log")):
+            with path.open() as file:
+                file.seek(read.get(path, 0))
+                while (line := file.readline()).endswith("\n"):
+                    read[path] = file.tell()
+                    if " -- " in line:
+                        yield line.split(" -- ", 1)[1].strip()
+        yield None
+
+
+def example(url: str) -> str:
+    """A request that works, as a shell command: is a film review positive or negative?"""
+    with httpx.Client(base_url=url) as client:
+        tokens = client.post("/tokenize", json={"prompt": [" positive", " negative"], "add_special_tokens": False})
+    labels = [ids[0] for ids in tokens.raise_for_status().json()["tokens"]]
+    request: dict[str, Any] = {
+        "query": "\nIs this film review positive or negative? It is",
+        "items": ["I loved every minute of it.", "A waste of two hours."],
+        "item_first": True,
+        "label_token_ids": labels,
+        "apply_softmax": True,
+    }
+    return f"curl {url}/v1/score -H 'Content-Type: application/json' -d '{json.dumps(request)}'\n"
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready", timeout=60).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@contextmanager
+def _service(settings: Settings, host: str, port: int, say: Say) -> Generator[Path]:
+    """Ray, Serve and the application; yields the folder of the replicas' logs."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Ray takes a second to import: --help and user errors come before it.
+    import ray
+    from ray import serve
+
+    from serve_app.app import build
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    needed = settings.scorer_replicas * settings.scorer_cpus + settings.ingress_replicas * settings.ingress_cpus
+    say("starting Ray")
+    with tempfile.TemporaryDirectory(prefix="score-serve-", ignore_cleanup_errors=True) as logs:
+        try:
+            ray.init(  # pyright: ignore[reportUnknownMemberType]
+                # A laptop with fewer cores than the replicas ask for runs them all the same.
+                num_cpus=max(os.cpu_count() or 1, math.ceil(needed)),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _node_ip_address="127.0.0.1",
+            )
+            quiet = {"log_level": "WARNING", "enable_access_log": False}
+            http = {"host": host, "port": port}
+            serve.start(http_options=http, logging_config=quiet)  # pyright: ignore[reportUnknownMemberType]
+            say("starting the service")
+            serve.run_many(  # pyright: ignore[reportUnknownMemberType]
+                [
+                    serve.RunTarget(
+                        build(settings),
+                        name=APP_NAME,
+                        logging_config={"logs_dir": logs, "enable_access_log": False},
+                    )
+                ],
+                wait_for_ingress_deployment_creation=False,
+                wait_for_applications_running=False,
+            )
+            yield Path(logs)
+        finally:
+            # One more Ctrl-C must not leave processes behind.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            ray.shutdown()  # pyright: ignore[reportUnknownMemberType]
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Generator[None]:
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
