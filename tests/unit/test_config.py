@@ -169,8 +169,9 @@ def test_read_config(tmp_path: Path) -> None:
 
 def test_what_transformers_itself_writes_is_read(tmp_path: Path) -> None:
     """Every key of a LlamaConfig that transformers saves, defaults included, is known."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
         architectures=["LlamaForCausalLM"], rope_parameters={"rope_theta": 77.0, "rope_type": "linear", "factor": 3.0}
     )
     for use_diff in (True, False):

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from model.config import Rope, from_hf, read_config
 from model.gguf import PRES, GgufError, convert, main
+from serve_app.model_source import resolve
 from tests.tiny import SPECIALS, make_llama
 from tests.tiny_gguf import Edit, write_gguf
 
@@ -186,3 +187,24 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_the_conversion_loads_no_jax() -> None:
     code = "import sys, model.gguf; print(sorted({'jax', 'flax', 'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+@pytest.mark.demo
+def test_the_tokenizer_of_the_demo_model() -> None:
+    """Ids as stored in the fixed workloads, with their reference scores: digits apart, and the space before them."""
+    folder = resolve("demo")
+    assert from_hf(read_config(folder)).vocab_size == 49152
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text, ids in {
+        " Yes": [9230],
+        " No": [2838],
+        "\nItem: x96 x81This', b'\nAnswer:": [
+            198, 12659, 42, 1792, 41, 38, 1792, 40, 33, 1348, 923, 278, 23, 198, 21350, 42,
+        ],
+        "\nDocument: oct: 0:o ; bin: 0:b \".format(42) 'int: 42;\nAnswer:": [
+            198, 24217, 42, 14530, 42, 216, 32, 42, 95, 8544, 10047, 42, 216, 32, 42, 82, 14626, 3477, 24, 36, 34, 25,
+            637, 591, 42, 216, 36, 34, 43, 198, 21350, 42,
+        ],
+        "<|im_start|><|im_end|>": [1, 2],
+    }.items():  # fmt: skip
+        assert tokenizer.encode(text).ids == ids

