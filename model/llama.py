@@ -1,0 +1,179 @@
+"""Llama (2, 3.x) and its look-alikes such as SmolLM: grouped-query attention, rotary positions, gated MLP.
+
+Source: transformers' ``modeling_llama``, whose float32 forward the parity tests compare with.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from model.attention import Context, attend
+from model.checkpoint import Target
+from model.config import ModelConfig
+from model.layers import GatedMLP, Linear, RMSNorm, rope_angles, rotate
+
+Angles = tuple[Float[Array, "M half"], Float[Array, "M half"]]
+KeysValues = Float[Array, "L 2 K M H"]
+
+
+class Attention(nnx.Module):
+    """Projections of one attention layer; the attending itself is ``model.attention``."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
+        self.config = config
+        heads, kv_heads = config.heads * config.head_width, config.kv_heads * config.head_width
+        self.q = Linear(config.width, heads, bias=config.attention_bias, dtype=dtype)
+        self.k = Linear(config.width, kv_heads, bias=config.attention_bias, dtype=dtype)
+        self.v = Linear(config.width, kv_heads, bias=config.attention_bias, dtype=dtype)
+        self.o = Linear(heads, config.width, bias=config.attention_bias, dtype=dtype)
+
+    def queries(self, x: Float[Array, "M D"], angles: Angles) -> Float[Array, "M N H"]:
+        """Rotated, scaled by 1 / sqrt(H), in the weights' dtype."""
+        q = self.q(x).reshape(-1, self.config.heads, self.config.head_width)
+        q = rotate(q, angles) * self.config.head_width**-0.5
+        return q.astype(self.q.kernel.dtype)
+
+    def keys_values(
+        self, x: Float[Array, "M D"], angles: Angles
+    ) -> tuple[Float[Array, "M K H"], Float[Array, "M K H"]]:
+        """Keys, rotated, and values, in the weights' dtype."""
+        k = self.k(x).reshape(-1, self.config.kv_heads, self.config.head_width)
+        v = self.v(x).reshape(-1, self.config.kv_heads, self.config.head_width)
+        return rotate(k, angles).astype(self.k.kernel.dtype), v.astype(self.v.kernel.dtype)
+
+    def output(self, attended: Float[Array, "M N H"]) -> Float[Array, "M D"]:
+        return self.o(attended.reshape(attended.shape[0], -1))
+
+
+class Block(nnx.Module):
+    """One decoder layer."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
+        self.attention_norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
+        self.attention = Attention(config, dtype)
+        self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
+        self.mlp = GatedMLP(config.width, config.ff_width, bias=config.mlp_bias, dtype=dtype)
+
+    def finish(self, x: Float[Array, "M D"], attended: Float[Array, "M N H"]) -> Float[Array, "M D"]:
+        """The layer's output, from its input and what attention gathered."""
+        x = x + self.attention.output(attended)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Llama(nnx.Module):
+    """Prefill of packed tokens, as keys and values or as hidden states at the read positions.
+
+    Args:
+        implementation: of attention, see ``model.attention``.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, implementation: str) -> None:
+        self.config = config
+        self.implementation = implementation
+        self.embedding = nnx.Param(jnp.zeros((config.vocab_size, config.width), dtype))
+        self.blocks = nnx.vmap(lambda _: Block(config, dtype))(
+            jnp.arange(config.layers)
+        )  # parameters stacked: [L, ...]
+        self.norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
+        self.head = None if config.tied_head else nnx.Param(jnp.zeros((config.vocab_size, config.width), dtype))
+
+    def keys_values(self, tokens: Int[Array, " M"], positions: Int[Array, " M"], context: Context) -> KeysValues:
+        """Keys and values of every layer; the last layer's attention and MLP are not needed, so not computed."""
+        x, angles, kept = self._run(tokens, positions, context, keep=True)
+        assert kept is not None
+        last = self._block(self.config.layers - 1)
+        final = jnp.stack(last.attention.keys_values(last.attention_norm(x), angles))
+        return lax.dynamic_update_index_in_dim(kept, final.transpose(0, 2, 1, 3), self.config.layers - 1, 0)
+
+    def hidden(
+        self, tokens: Int[Array, " M"], positions: Int[Array, " M"], context: Context, reads: Int[Array, " R"]
+    ) -> Float[Array, "R D"]:
+        """Final normalised hidden states of the tokens at flat indices ``reads``, float32.
+
+        Past its keys and values, the last layer runs on the read tokens alone.
+        """
+        x, angles, _ = self._run(tokens, positions, context, keep=False)
+        layer = self.config.layers - 1
+        last = self._block(layer)
+        normed = last.attention_norm(x)
+        k, v = last.attention.keys_values(normed, angles)
+        q = last.attention.queries(normed[reads], (angles[0][reads], angles[1][reads]))
+        attended = attend(q, k, v, context, layer, implementation=self.implementation, reads=reads)
+        return self.norm(last.finish(x[reads], attended))
+
+    def head_weights(self) -> Float[Array, "V D"]:
+        """The output head's rows."""
+        return self.embedding[...] if self.head is None else self.head[...]
+
+    def _block(self, layer: int | Int[Array, ""]) -> Block:
+        """One layer's module, cut from the stack."""
+        graph, stacked = nnx.split(self.blocks)
+        return nnx.merge(graph, jax.tree.map(lambda p: lax.dynamic_index_in_dim(p, layer, keepdims=False), stacked))
+
+    def _run(
+        self, tokens: Int[Array, " M"], positions: Int[Array, " M"], context: Context, *, keep: bool
+    ) -> tuple[Float[Array, "M D"], Angles, KeysValues | None]:
+        """All layers but the last: its input, the rope angles, and, with ``keep``, the others' keys and values.
+
+        A loop over stacked layers, so that a program compiles in the time of one layer, not of L.
+        """
+        angles = rope_angles(self.config.rope, self.config.head_width, positions)
+        x = self.embedding[...][tokens].astype(jnp.float32)
+        shape = (self.config.layers, 2, self.config.kv_heads, len(tokens), self.config.head_width)
+        kept = jnp.zeros(shape, self.embedding.dtype) if keep else None
+
+        def step(
+            layer: Int[Array, ""], carry: tuple[Float[Array, "M D"], KeysValues | None]
+        ) -> tuple[Float[Array, "M D"], KeysValues | None]:
+            x, kept = carry
+            block = self._block(layer)
+            normed = block.attention_norm(x)
+            k, v = block.attention.keys_values(normed, angles)
+            q = block.attention.queries(normed, angles)
+            x = block.finish(x, attend(q, k, v, context, layer, implementation=self.implementation))
+            if kept is not None:
+                kept = lax.dynamic_update_index_in_dim(kept, jnp.stack([k, v]).transpose(0, 2, 1, 3), layer, 0)
+            return x, kept
+
+        x, kept = lax.fori_loop(0, self.config.layers - 1, step, (x, kept))
+        return x, angles, kept
+
+
+def weights(config: ModelConfig) -> dict[str, Target]:
+    """Each tensor of a Hugging Face checkpoint -> where it goes here. Linear weights are stored [out, in] there."""
+    width, vocab = config.width, config.vocab_size
+    heads, kv_heads = config.heads * config.head_width, config.kv_heads * config.head_width
+    table = {
+        "model.embed_tokens.weight": Target(("embedding",), (vocab, width), "same"),
+        "model.norm.weight": Target(("norm", "scale"), (width,), "same"),
+    }
+    if not config.tied_head:
+        table["lm_head.weight"] = Target(("head",), (vocab, width), "same")
+    linears = {
+        "self_attn.q_proj": ("attention.q", heads, width, config.attention_bias),
+        "self_attn.k_proj": ("attention.k", kv_heads, width, config.attention_bias),
+        "self_attn.v_proj": ("attention.v", kv_heads, width, config.attention_bias),
+        "self_attn.o_proj": ("attention.o", width, heads, config.attention_bias),
+        "mlp.gate_proj": ("mlp.gate", config.ff_width, width, config.mlp_bias),
+        "mlp.up_proj": ("mlp.up", config.ff_width, width, config.mlp_bias),
+        "mlp.down_proj": ("mlp.down", width, config.ff_width, config.mlp_bias),
+    }
+    norms = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
+    for layer in range(config.layers):
+        source, block = f"model.layers.{layer}", ("blocks", layer)
+        for name, (path, out, into, bias) in linears.items():
+            here = (*block, *path.split("."))
+            table[f"{source}.{name}.weight"] = Target((*here, "kernel"), (out, into), "transpose")
+            if bias:
+                table[f"{source}.{name}.bias"] = Target((*here, "bias"), (out,), "same")
+        for name, path in norms.items():
+            table[f"{source}.{name}.weight"] = Target((*block, path, "scale"), (width,), "same")
+    return table
+
+
+def ignored(config: ModelConfig) -> tuple[str, ...]:
+    """Tensors that some checkpoints carry though nothing reads them: old rope tables, and a copy of a tied head."""
+    inv_freq = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+    return (inv_freq, r"lm_head\.weight") if config.tied_head else (inv_freq,)

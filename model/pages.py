@@ -1,0 +1,143 @@
+"""Pages of key/value memory: which prefix lies in which page, and which to give up when room is short.
+
+Host side only, pure Python: the device holds one pool array, this module says what each page of it means. A prefix is
+a path in a tree of pages; each edge is keyed by the page's own tokens, not by a hash of them, so two prefixes never
+collide. Only whole paths are kept: a page is given up only when no page continues it.
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+PAGE_TOKENS = 128
+"""Tokens in a page: wide enough for one efficient matmul a step, small enough that a short prefix wastes little."""
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """One page: its number in the pool, the tokens in it (fewer than ``PAGE_TOKENS`` only at the end of a path)."""
+
+    page: int
+    tokens: npt.NDArray[np.int32]
+    parent: "Node | None"
+    children: dict[bytes, "Node"] = field(default_factory=dict[bytes, "Node"])
+    last_used: int = 0
+    pins: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """Counts since start-up; tokens and pages."""
+
+    pages: int
+    pages_used: int
+    hit_tokens: int
+    missed_tokens: int
+    evicted_pages: int
+
+
+class OutOfPagesError(RuntimeError):
+    """Every page is in use by the batch at hand."""
+
+
+class PrefixCache:
+    """Least-recently-used cache of prefixes over a fixed number of pages.
+
+    Args:
+        pages: how many the pool has. Page 0 is never handed out: unused page-table entries point to it.
+    """
+
+    def __init__(self, pages: int) -> None:
+        self._root = Node(0, np.zeros(0, np.int32), None)
+        self._free = list(range(pages - 1, 0, -1))
+        self._nodes: set[Node] = set()
+        self._pages = pages
+        self._clock = 0
+        self._hits = self._misses = self._evicted = 0
+
+    def lookup(self, prefix: npt.NDArray[np.int32]) -> list[Node]:
+        """The longest path whose pages all hold the prefix's own tokens, whole pages or its very end.
+
+        Every page but the last is full. A last page with more tokens than the prefix has left serves too, since the
+        reader stops at the prefix's length.
+        """
+        path: list[Node] = []
+        node = self._root
+        for start in range(0, len(prefix), PAGE_TOKENS):
+            piece = prefix[start : start + PAGE_TOKENS]
+            child = node.children.get(piece.tobytes())
+            if child is None and start + PAGE_TOKENS >= len(prefix):
+                child = next((c for c in node.children.values() if _starts_with(c.tokens, piece)), None)
+            if child is None:
+                break
+            path.append(child)
+            node = child
+        self._touch(path)
+        return path
+
+    def extend(self, path: list[Node], tokens: npt.NDArray[np.int32]) -> Node:
+        """A page for the tokens that follow ``path``; gives up the least recently used page if none is free.
+
+        Raises:
+            OutOfPagesError: all pages are pinned.
+        """
+        parent = path[-1] if path else self._root
+        node = Node(self._take_page(), tokens.copy(), parent)
+        parent.children[node.tokens.tobytes()] = node
+        self._nodes.add(node)
+        self._touch([node])
+        return node
+
+    def discard(self, nodes: list[Node]) -> None:
+        """Forget pages whose contents were never written, and all that continue them."""
+        for node in reversed(nodes):
+            if node in self._nodes:
+                self._remove(node)
+
+    @contextmanager
+    def pinned(self, path: list[Node]) -> Generator[None]:
+        """Keep the path's pages while a batch reads them."""
+        held = tuple(path)
+        for node in held:
+            node.pins += 1
+        try:
+            yield
+        finally:
+            for node in held:
+                node.pins -= 1
+
+    def count(self, *, hit: int, missed: int) -> None:
+        """Add to the hit and miss counts, in tokens."""
+        self._hits += hit
+        self._misses += missed
+
+    @property
+    def stats(self) -> CacheStats:
+        return CacheStats(self._pages - 1, len(self._nodes), self._hits, self._misses, self._evicted)
+
+    def _touch(self, path: list[Node]) -> None:
+        self._clock += 1
+        for node in path:
+            node.last_used = self._clock
+
+    def _take_page(self) -> int:
+        if not self._free:
+            leaves = [node for node in self._nodes if not node.children and not node.pins]
+            if not leaves:
+                raise OutOfPagesError(f"all {self._pages - 1} prefix pages are in use")
+            self._remove(min(leaves, key=lambda node: node.last_used))
+            self._evicted += 1
+        return self._free.pop()
+
+    def _remove(self, node: Node) -> None:
+        assert node.parent is not None
+        del node.parent.children[node.tokens.tobytes()]
+        self._nodes.discard(node)
+        self._free.append(node.page)
+
+
+def _starts_with(tokens: npt.NDArray[np.int32], piece: npt.NDArray[np.int32]) -> bool:
+    return len(tokens) >= len(piece) and bool(np.array_equal(tokens[: len(piece)], piece))

@@ -1,0 +1,279 @@
+"""From token sequences to device work: which prefixes are shared, and which rows share a program call.
+
+Pure numpy. The prompts of a request form a tree of tokens; each token of the tree is computed once where that saves
+more than it costs. What is left of each sequence is a row; rows are packed, whole, into bins of a few fixed widths, and
+bins into calls of a few fixed shapes, so that every call runs a program compiled at start-up.
+"""
+
+import bisect
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Tokens = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Shape:
+    """A compiled program's size: ``bins`` bins of ``width`` positions with room for ``reads`` read positions."""
+
+    width: int
+    bins: int
+
+    @property
+    def tokens(self) -> int:
+        return self.bins * self.width
+
+    @property
+    def reads(self) -> int:
+        return max(4, self.tokens // 8)
+
+    @property
+    def cost(self) -> float:
+        """Of one call, in units of one token's matmuls.
+
+        Attention over the bin grows with its width; 4,096 positions cost about as much as a small model's matmuls.
+        A call costs some 24 tokens whatever its size: weights are read once per call.
+        """
+        return self.tokens * (1 + self.width / 4096) + 24
+
+    def __str__(self) -> str:
+        return f"{self.bins}x{self.width}"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Tokens ``start:stop`` of one sequence, computed together over the prefix ``:start``."""
+
+    sequence: int
+    start: int
+    stop: int
+    reads: int
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Rows over one prefix: the first ``prefix_length`` tokens of sequence ``prefix_of`` (the same in all rows)."""
+
+    prefix_of: int
+    prefix_length: int
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A row's place in a call: its first token goes to position ``offset`` of bin ``bin``."""
+
+    row: Row
+    bin: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One launch of the program of ``shape``."""
+
+    shape: Shape
+    placements: tuple[Placement, ...]
+
+
+def shapes(max_width: int, call_tokens: int) -> tuple[Shape, ...]:
+    """The ladder of compiled shapes: for each width one full call of about ``call_tokens`` tokens, and one single bin.
+
+    Widths grow by steps of a sixth to a third, in multiples of 16.
+    """
+    widths: list[int] = []
+    width = 16
+    while width < max_width:
+        widths.append(width)
+        width += max(16, 16 * round(width / 4 / 16))
+    widths.append(max_width)
+    ladder = {Shape(w, 1) for w in widths} | {Shape(w, max(1, call_tokens // w)) for w in widths}
+    return tuple(sorted(ladder))
+
+
+def share(sequences: Sequence[Tokens], limits: Sequence[int], *, min_saving: int) -> list[tuple[int, int, list[int]]]:
+    """Group sequences by common token prefixes, where sharing saves at least ``min_saving`` tokens.
+
+    Args:
+        sequences: token ids.
+        limits: for each sequence, how many leading tokens a prefix may take at most: the first read position, since
+            a read token must be in a row.
+        min_saving: tokens; what one more prefix costs in launches and padding.
+
+    Returns:
+        (a sequence that has the prefix, prefix length, member sequences) per group, parents before the groups whose
+        prefix continues theirs; every sequence is a member of exactly one group. Prefix length 0: nothing shared.
+    """
+    if not sequences:
+        return []
+    heads = [tokens[:limit] for tokens, limit in zip(sequences, limits, strict=True)]
+    keys = [head.astype(">i4").tobytes() for head in heads]
+    order = sorted(range(len(sequences)), key=keys.__getitem__)
+    common = np.array([_common_prefix(heads[a], heads[b]) for a, b in itertools.pairwise(order)], np.int64)
+    longest = max(map(len, heads))
+    groups: list[tuple[int, int, list[int]]] = [(order[0], 0, [])]
+    pending = [(0, len(order), 0)]  # an interval of `order`, and the group that its sequences belong to so far
+    while pending:
+        low, high, group = pending.pop()
+        depth = int(common[low : high - 1].min()) if high - low > 1 else len(heads[order[low]])
+        if (high - low - 1) * (depth - groups[group][1]) >= min_saving:
+            groups.append((order[low], depth, []))
+            group = len(groups) - 1
+        if (high - low - 1) * (longest - groups[group][1]) < min_saving:  # nothing deeper can pay
+            groups[group][2].extend(order[low:high])
+            continue
+        bounds = [low, *(low + 1 + np.flatnonzero(common[low : high - 1] == depth)).tolist(), high]
+        pending.extend((start, stop, group) for start, stop in itertools.pairwise(bounds))
+    return [group for group in groups if group[2]]
+
+
+def _common_prefix(a: Tokens, b: Tokens) -> int:
+    """Leading tokens that two sequences share."""
+    n = min(len(a), len(b))
+    differing = np.flatnonzero(a[:n] != b[:n])
+    return int(differing[0]) if differing.size else n
+
+
+def groups(
+    sequences: Sequence[Tokens], reads: Sequence[Sequence[int]], *, max_width: int, max_reads: int, min_saving: int
+) -> list[Group]:
+    """Shared prefixes and rows for sequences with reads at the given ascending positions.
+
+    Tokens after a sequence's last read are not computed. A row longer than ``max_width``, or with more than
+    ``max_reads`` reads, is cut: its earlier tokens become a prefix of its own.
+    """
+    result: list[Group] = []
+    shared = share(sequences, [positions[0] for positions in reads], min_saving=min_saving)
+    for prefix_of, prefix_length, members in shared:
+        rows: list[Row] = []
+        for sequence in members:
+            pieces = _pieces(sequence, prefix_length, reads[sequence], max_width, max_reads)
+            for piece in pieces:
+                if piece.start == prefix_length:
+                    rows.append(piece)
+                else:
+                    result.append(Group(sequence, piece.start, (piece,)))
+        if rows:
+            result.append(Group(prefix_of, prefix_length, tuple(rows)))
+    return result
+
+
+def _pieces(sequence: int, start: int, reads: Sequence[int], max_width: int, max_reads: int) -> Iterable[Row]:
+    """Rows that hold all reads of one sequence; stretches without a read are left to the prefix."""
+    if reads[-1] + 1 - start <= max_width and len(reads) <= max_reads:
+        return [Row(sequence, start, reads[-1] + 1, len(reads))]
+    rows: list[Row] = []
+    done = 0
+    while done < len(reads):
+        end = done
+        while end < len(reads) and end - done < max_reads and reads[end] - reads[done] < max_width:
+            end += 1
+        stop = reads[end - 1] + 1
+        first = max(rows[-1].stop if rows else start, stop - max_width)
+        rows.append(Row(sequence, first, stop, end - done))
+        done = end
+    return rows
+
+
+def pack(rows: Sequence[Row], ladder: Sequence[Shape]) -> list[Call]:
+    """Pack rows of one group into calls, choosing among the ladder's widths what costs least.
+
+    Tried: all rows in bins of one width, and long and short rows apart.
+
+    Raises:
+        ValueError: a row is longer than the widest bin.
+    """
+    ordered = sorted(rows, key=lambda row: -row.length)
+    widths = sorted({shape.width for shape in ladder})
+    longest = ordered[0].length
+    if longest > widths[-1]:
+        raise ValueError(f"a row of {longest} tokens does not fit the widest bin of {widths[-1]}")
+    fitting = [width for width in widths if width >= longest]
+    best = min((_calls(ordered, width, ladder) for width in fitting[:6]), key=_cost)
+    for width in [width for width in widths if ordered[-1].length <= width < longest][-1::-2][:5]:
+        cut = next(i for i, row in enumerate(ordered) if row.length <= width)
+        apart = _calls(ordered[:cut], fitting[0], ladder) + _calls(ordered[cut:], width, ladder)
+        best = min(best, apart, key=_cost)
+    return best
+
+
+def _cost(calls: Sequence[Call]) -> float:
+    return sum(call.shape.cost for call in calls)
+
+
+def _bins(rows: Sequence[Row], shape: Shape) -> list[list[Row]]:
+    """Best-fit of rows, longest first, into bins of the shape's width, at most ``shape.reads`` reads in each."""
+    bins: list[list[Row]] = []
+    reads: list[int] = []
+    room: list[tuple[int, int]] = []  # (free tokens, bin), ascending
+    for row in rows:
+        at = bisect.bisect_left(room, (row.length, -1))
+        if at < len(room) and reads[room[at][1]] + row.reads <= shape.reads:
+            free, number = room.pop(at)
+        else:
+            free, number = shape.width, len(bins)
+            bins.append([])
+            reads.append(0)
+        bins[number].append(row)
+        reads[number] += row.reads
+        free -= row.length
+        if free and reads[number] < shape.reads:
+            bisect.insort(room, (free, number))
+    return bins
+
+
+def _calls(rows: Sequence[Row], width: int, ladder: Sequence[Shape]) -> list[Call]:
+    """Rows in bins of one width as full calls; what does not fill the last one goes where it costs least."""
+    full = max(shape for shape in ladder if shape.width == width)
+    calls: list[Call] = []
+    taken: list[list[Row]] = []
+    for members in _bins(rows, min(shape for shape in ladder if shape.width == width)):
+        if len(taken) == full.bins or sum(row.reads for bin in (*taken, members) for row in bin) > full.reads:
+            calls.append(_call(full, taken))
+            taken = []
+        taken.append(members)
+    rest = [row for members in taken for row in members]
+    singles = [shape for shape in ladder if shape.bins == 1 and shape.width >= rest[0].length]
+    options = [[_call(shape, [members]) for members in _bins(rest, shape)] for shape in singles]
+    options.append([_call(full, taken)])
+    return calls + min(options, key=_cost)
+
+
+def _call(shape: Shape, bins: Sequence[Sequence[Row]]) -> Call:
+    placements: list[Placement] = []
+    for number, rows in enumerate(bins):
+        offset = 0
+        for row in rows:
+            placements.append(Placement(row, number, offset))
+            offset += row.length
+    return Call(shape, tuple(placements))
+
+
+def chunks(length: int, sizes: Sequence[int]) -> list[int]:
+    """Sizes of the prefill chunks that cover ``length`` tokens with the least padding, largest first."""
+    largest = sizes[-1]
+    result = [largest] * (length // largest)
+    rest = length - largest * len(result)
+    if rest:
+        result.append(next(size for size in sizes if size >= rest))
+    return result
+
+
+def padding_waste(calls: Sequence[Call]) -> float:
+    """Share of computed positions that hold no token, 0 to 1."""
+    computed = sum(call.shape.tokens for call in calls)
+    real = sum(placement.row.length for call in calls for placement in call.placements)
+    return 1 - real / computed if computed else 0.0
+
+
+def bucket(count: int, sizes: Sequence[int]) -> int:
+    """The smallest size that holds ``count``, or the largest."""
+    return sizes[min(bisect.bisect_left(sizes, count), len(sizes) - 1)]

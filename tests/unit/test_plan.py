@@ -1,0 +1,128 @@
+"""The planner: every read computed once, prefixes truly shared, nothing outside its bin."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model import plan
+
+LADDER = plan.shapes(128, 256)
+
+token_lists = st.lists(st.integers(0, 2), min_size=1, max_size=200)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[list[np.ndarray], list[list[int]]]:
+    """Sequences over three tokens, so that common prefixes are frequent, with one or more reads each."""
+    stems = draw(st.lists(token_lists, min_size=1, max_size=3))
+    sequences: list[np.ndarray] = []
+    reads: list[list[int]] = []
+    for _ in range(draw(st.integers(1, 12))):
+        tokens = draw(st.sampled_from(stems)) + draw(st.lists(st.integers(0, 2), max_size=30))
+        sequences.append(np.array(tokens, np.int32))
+        reads.append(sorted(draw(st.sets(st.integers(0, len(tokens) - 1), min_size=1, max_size=6))))
+    return sequences, reads
+
+
+@settings(deadline=None, max_examples=300)
+@given(batches(), st.integers(1, 64))
+def test_every_read_is_in_exactly_one_row_over_its_own_prefix(
+    batch: tuple[list[np.ndarray], list[list[int]]], min_saving: int
+) -> None:
+    sequences, reads = batch
+    groups = plan.groups(sequences, reads, max_width=64, max_reads=4, min_saving=min_saving)
+    found: Counter[tuple[int, int]] = Counter()
+    for group in groups:
+        prefix = sequences[group.prefix_of][: group.prefix_length]
+        assert len(prefix) == group.prefix_length
+        for row in group.rows:
+            assert row.start == group.prefix_length
+            assert 0 < row.length <= 64
+            np.testing.assert_array_equal(sequences[row.sequence][: row.start], prefix)
+            inside = [p for p in reads[row.sequence] if row.start <= p < row.stop]
+            assert len(inside) == row.reads <= 4
+            found.update((row.sequence, p) for p in inside)
+    assert found == Counter((i, p) for i, positions in enumerate(reads) for p in positions)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.tuples(st.integers(1, 128), st.integers(1, 4)), min_size=1, max_size=150))
+def test_packed_rows_do_not_overlap_and_fit(sizes: list[tuple[int, int]]) -> None:
+    rows = [plan.Row(i, 0, length, min(length, reads)) for i, (length, reads) in enumerate(sizes)]
+    calls = plan.pack(rows, LADDER)
+    placed = [placement.row for call in calls for placement in call.placements]
+    assert sorted(placed, key=lambda row: row.sequence) == rows
+    for call in calls:
+        assert call.shape in LADDER
+        assert sum(placement.row.reads for placement in call.placements) <= call.shape.reads
+        used = np.zeros((call.shape.bins, call.shape.width), int)
+        for placement in call.placements:
+            assert placement.offset + placement.row.length <= call.shape.width
+            used[placement.bin, placement.offset : placement.offset + placement.row.length] += 1
+        assert used.max() == 1
+
+
+def test_a_query_shared_by_many_items_is_one_group() -> None:
+    rng = np.random.default_rng(0)
+    query = rng.integers(0, 1000, 300)
+    sequences = [np.concatenate([query, [i], rng.integers(0, 1000, 9)]).astype(np.int32) for i in range(50)]
+    groups = plan.groups(sequences, [[309]] * 50, max_width=64, max_reads=4, min_saving=64)
+    assert [(g.prefix_length, len(g.rows)) for g in groups] == [(300, 50)]
+
+
+def test_a_tree_of_prefixes_is_shared_at_both_levels() -> None:
+    """Two queries behind one system prompt: the deeper prefixes continue the common one."""
+    rng = np.random.default_rng(1)
+    system = rng.integers(0, 1000, 200)
+    queries = [np.concatenate([system, [q], rng.integers(0, 1000, 99)]) for q in (1, 2)]
+    sequences = [
+        np.concatenate([queries[q], [i], rng.integers(0, 1000, 5)]).astype(np.int32) for q in (0, 1) for i in range(8)
+    ]
+    groups = plan.groups(sequences, [[305]] * 16, max_width=64, max_reads=4, min_saving=64)
+    assert sorted((g.prefix_length, len(g.rows)) for g in groups) == [(300, 8), (300, 8)]
+    shared = plan.share(sequences, [305] * 16, min_saving=64)
+    assert {length for _, length, _ in shared} == {300}
+
+
+def test_sharing_that_saves_too_little_is_left() -> None:
+    sequences = [np.array([1, 2, 3, i, 9], np.int32) for i in range(4)]
+    groups = plan.groups(sequences, [[4]] * 4, max_width=64, max_reads=4, min_saving=10)
+    assert [(g.prefix_length, len(g.rows)) for g in groups] == [(0, 4)]
+
+
+def test_a_long_prompt_leaves_its_last_tokens_as_the_row() -> None:
+    (group,) = plan.groups([np.arange(1000, dtype=np.int32)], [[999]], max_width=128, max_reads=4, min_saving=64)
+    assert group.prefix_length == 872
+    assert [(row.start, row.stop) for row in group.rows] == [(872, 1000)]
+
+
+def test_tokens_after_the_last_read_are_not_computed() -> None:
+    (group,) = plan.groups([np.arange(100, dtype=np.int32)], [[9]], max_width=128, max_reads=4, min_saving=64)
+    assert [(row.start, row.stop) for row in group.rows] == [(0, 10)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_realistic_lengths_waste_at_most_a_tenth(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    lengths = np.clip(np.exp(rng.normal(3.5, 0.9, 200)), 4, 300).astype(int)
+    rows = [plan.Row(i, 0, int(length), 1) for i, length in enumerate(lengths)]
+    assert plan.padding_waste(plan.pack(rows, plan.shapes(512, 1024))) <= 0.10
+
+
+def test_a_row_wider_than_every_bin_is_refused() -> None:
+    with pytest.raises(ValueError, match="129 tokens does not fit the widest bin of 128"):
+        plan.pack([plan.Row(0, 0, 129, 1)], LADDER)
+
+
+def test_prefill_chunks_cover_the_prefix() -> None:
+    assert plan.chunks(0, (128, 256)) == []
+    assert plan.chunks(1, (128, 256)) == [128]
+    assert plan.chunks(300, (128, 256)) == [256, 128]
+    assert plan.chunks(512, (128, 256)) == [256, 256]
+
+
+def test_buckets() -> None:
+    assert [plan.bucket(n, (1, 8, 32)) for n in (1, 2, 8, 9, 32, 100)] == [1, 8, 8, 32, 32, 32]
