@@ -1,0 +1,48 @@
+"""Asking the service over HTTP, with the checks that hold of every answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+
+@dataclass
+class Http:
+    """Asks the service, and checks what holds of every answer."""
+
+    client: httpx.AsyncClient
+    info: dict[str, Any]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.info["vocab_size"]
+
+    async def score(self, **body: Any) -> dict[str, Any]:
+        response = await self.client.post("/v1/score", json=body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    async def refused(self, path: str = "/v1/score", *, status: int = 400, **body: Any) -> dict[str, Any]:
+        """The error that a JSON body gets."""
+        return self.flat(await self.client.post(path, json=body), status)
+
+    def flat(self, response: httpx.Response, status: int) -> dict[str, Any]:
+        """The error body, which must have the one shape."""
+        error = response.json()
+        assert response.status_code == status, error
+        assert set(error) == {"object", "message", "type", "param", "code"}
+        assert error["object"] == "error"
+        assert error["code"] == status
+        assert error["message"]
+        return error
+
+    async def ids(self, text: str) -> list[int]:
+        response = await self.client.post("/tokenize", json={"prompt": text})
+        return response.json()["tokens"]
+
+    async def post(self, body: str | bytes, path: str = "/v1/score", **headers: str) -> httpx.Response:
+        """Send a body as it is."""
+        headers = {"content-type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
+        return await self.client.post(path, content=body, headers=headers)

@@ -1,0 +1,21 @@
+"""The HTTP suite's client: on the fake in this process, or on a running service (``--service-url``)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+
+from serve_app.ingress import create_app
+from serve_app.service import ScoringService
+from tests.boundary.asking import Http
+
+
+@pytest.fixture
+async def http(request: pytest.FixtureRequest, service: ScoringService) -> AsyncIterator[Http]:
+    url = request.config.getoption("--service-url")
+    transport = None if url else httpx.ASGITransport(create_app(lambda: service))
+    async with httpx.AsyncClient(base_url=url or "http://fake", transport=transport, timeout=120) as client:
+        info = (await client.get("/v1/info")).json()
+        yield Http(client, info)

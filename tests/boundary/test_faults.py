@@ -1,0 +1,268 @@
+"""What HTTP says when the service is at its limits or broken, on the fake in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from serve_app.contract import BatchResult, JobResult, ModelInfo, ScoreJob, TokenBatch
+from serve_app.errors import OverloadedError
+from serve_app.fake_engine import FakeEngine
+from serve_app.ingress import create_app
+from serve_app.prompts import TextTokenizer
+from serve_app.service import Replicas, ScoringService
+from serve_app.settings import Limits, Settings
+from tests.boundary.asking import Http
+from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
+
+ASK: dict[str, Any] = {"query": [1, 2], "items": [[3], [4]], "label_token_ids": [5, 6]}
+INFO: ModelInfo = FakeEngine(VOCAB_SIZE, CONTEXT).info
+FAKE = Settings(model="fake-judge", engine="fake")
+
+
+class Failing:
+    """Raises what it is given."""
+
+    count = 1
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    async def score(self, _job: ScoreJob) -> JobResult:
+        raise self.error
+
+
+class Hanging:
+    """Never answers, and remembers who stopped waiting."""
+
+    count = 1
+
+    def __init__(self) -> None:
+        self.started = asyncio.Event()
+        self.cancelled = asyncio.Event()
+
+    async def score(self, _job: ScoreJob) -> JobResult:
+        self.started.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        raise AssertionError
+
+
+class Mixing(FakeEngine):
+    """Gives every sequence its batch's first values: rows that were mixed up."""
+
+    def score(self, batch: TokenBatch) -> BatchResult:
+        result = super().score(batch)
+        return replace(result, values=np.resize(result.values[:2], len(result.values)))
+
+
+@asynccontextmanager
+async def serving(tokenizer: TextTokenizer, replicas: Replicas, settings: Settings = FAKE) -> AsyncIterator[Http]:
+    service = ScoringService(settings, tokenizer, INFO, replicas)
+    transport = httpx.ASGITransport(create_app(lambda: service))
+    async with httpx.AsyncClient(base_url="http://fake", transport=transport) as client:
+        yield Http(client, service.info().model_dump())
+    service.close()
+
+
+@pytest.fixture
+def replicas() -> DirectReplicas:
+    return DirectReplicas(FakeEngine(VOCAB_SIZE, CONTEXT))
+
+
+class TestLimits:
+    async def test_items(self, tokenizer: TextTokenizer, replicas: DirectReplicas):
+        settings = Settings(engine="fake", limits=Limits(max_items=3))
+        async with serving(tokenizer, replicas, settings) as http:
+            await http.score(items=["a"] * 3, label_token_ids=[1])
+            error = await http.refused(status=413, items=["a"] * 4, label_token_ids=[1])
+            assert "4" in error["message"]
+            assert "at most 3" in error["message"]
+            assert error["param"] == "items"
+            assert "at most 3" in (await http.refused("/tokenize", status=413, prompt=["a"] * 4))["message"]
+
+    async def test_labels(self, tokenizer: TextTokenizer, replicas: DirectReplicas):
+        async with serving(tokenizer, replicas, Settings(engine="fake", limits=Limits(max_labels=2))) as http:
+            await http.score(items=["a"], label_token_ids=[1, 2])
+            for labels in ([1, 2, 3], [[1, 2, 3]]):
+                error = await http.refused(items=["a"], label_token_ids=labels)
+                assert "at most 2" in error["message"]
+                assert error["param"] == "label_token_ids"
+
+    async def test_prompt_tokens(self, tokenizer: TextTokenizer, replicas: DirectReplicas):
+        async with serving(tokenizer, replicas, Settings(engine="fake", limits=Limits(max_prompt_tokens=4))) as http:
+            await http.score(query=[1, 2], items=[[3, 4]], label_token_ids=[1])
+            error = await http.refused(query=[1, 2], items=[[3], [3, 4, 5]], label_token_ids=[1])
+            assert "items[1]: the prompt has 5 tokens; this model reads at most 4" in error["message"]
+            assert http.info["limits"]["max_prompt_tokens"] == 4
+
+    async def test_request_tokens(self, tokenizer: TextTokenizer, replicas: DirectReplicas):
+        async with serving(tokenizer, replicas, Settings(engine="fake", limits=Limits(max_request_tokens=9))) as http:
+            await http.score(query=[1, 2], items=[[3]] * 3, label_token_ids=[1])
+            error = await http.refused(status=413, query=[1, 2], items=[[3]] * 4, label_token_ids=[1])
+            assert "at most 9" in error["message"]
+
+    async def test_body(self, tokenizer: TextTokenizer, replicas: DirectReplicas):
+        async with serving(tokenizer, replicas, Settings(engine="fake", limits=Limits(max_body_bytes=1024))) as http:
+            body = json.dumps({"items": ["a"], "label_token_ids": [1]})
+            assert (await http.post(body.ljust(1024))).status_code == 200
+            assert "1024 bytes" in http.flat(await http.post(body.ljust(1025)), 413)["message"]
+
+    async def test_body_of_unknown_length_is_not_read_to_its_end(
+        self, tokenizer: TextTokenizer, replicas: DirectReplicas
+    ):
+        sent = 0
+
+        async def endless() -> AsyncIterator[bytes]:
+            nonlocal sent
+            while True:
+                sent += 100
+                yield b" " * 100
+
+        async with serving(tokenizer, replicas, Settings(engine="fake", limits=Limits(max_body_bytes=1024))) as http:
+            response = await http.client.post(
+                "/v1/score", content=endless(), headers={"content-type": "application/json"}
+            )
+            assert "1024 bytes" in http.flat(response, 413)["message"]
+            assert sent == 1100
+
+
+class TestFaults:
+    async def test_a_fault_of_ours_gives_its_request_id_and_nothing_else(self, tokenizer: TextTokenizer, caplog: Any):
+        async with serving(tokenizer, Failing(RuntimeError("secret /some/path"))) as http:
+            response = await http.post(json.dumps(ASK), x_request_id="find-me")
+            error = http.flat(response, 500)
+            assert error["type"] == "InternalServerError"
+            assert "find-me" in error["message"]
+            assert "secret" not in response.text
+            assert "Traceback" not in response.text
+            assert response.headers["x-request-id"] == "find-me"
+        assert "find-me" in caplog.text
+        assert "secret" in caplog.text
+
+    async def test_overload(self, tokenizer: TextTokenizer):
+        async with serving(tokenizer, Failing(OverloadedError("full", retry_after_s=7))) as http:
+            response = await http.post(json.dumps(ASK))
+            assert http.flat(response, 503)["message"] == "full"
+            assert response.headers["retry-after"] == "7"
+        async with serving(tokenizer, Failing(OverloadedError("full"))) as http:
+            assert (await http.post(json.dumps(ASK))).headers["retry-after"] == "1"
+
+    async def test_output_that_is_not_finite_names_the_item(self, tokenizer: TextTokenizer):
+        replicas = DirectReplicas(FakeEngine(VOCAB_SIZE, CONTEXT, nan_token=4))
+        async with serving(tokenizer, replicas) as http:
+            error = await http.refused(status=500, **ASK)
+            assert error["type"] == "InternalServerError"
+            assert "items[1]" in error["message"]
+            await http.score(**ASK | {"items": [[3]]})
+
+    async def test_deadline(self, tokenizer: TextTokenizer):
+        replicas = Hanging()
+        async with serving(tokenizer, replicas, Settings(engine="fake", timeout_s=0.05)) as http:
+            error = await http.refused(status=504, **ASK)
+            assert "0.05 s" in error["message"]
+            assert replicas.cancelled.is_set()
+
+    async def test_a_client_that_leaves_cancels_its_work(self, tokenizer: TextTokenizer):
+        replicas = Hanging()
+        service = ScoringService(FAKE, tokenizer, INFO, replicas)
+        sent: list[dict[str, Any]] = []
+        asked = False
+
+        async def receive() -> dict[str, Any]:
+            nonlocal asked
+            if not asked:
+                asked = True
+                return {"type": "http.request", "body": json.dumps(ASK).encode(), "more_body": False}
+            await replicas.started.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await create_app(lambda: service)(scope("/v1/score"), receive, send)
+        assert replicas.cancelled.is_set()
+        assert sent[0]["status"] == 499
+        service.close()
+
+    async def test_a_client_that_leaves_while_sending(self, tokenizer: TextTokenizer, caplog: Any):
+        service = ScoringService(FAKE, tokenizer, INFO, Hanging())
+        sent: list[dict[str, Any]] = []
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await create_app(lambda: service)(scope("/v1/score"), receive, send)
+        assert sent[0]["status"] == 499
+        assert not caplog.records
+        service.close()
+
+
+class TestReady:
+    async def test_once_a_known_answer_came_back(self, tokenizer: TextTokenizer, replicas: DirectReplicas):
+        failing = Failing(OverloadedError("no healthy replica"))
+        async with serving(tokenizer, failing) as http:
+            for _ in range(2):
+                response = await http.client.get("/ready")
+                assert "no healthy replica" in http.flat(response, 503)["message"]
+                assert response.headers["retry-after"] == "1"
+            assert (await http.client.get("/health")).status_code == 200
+        async with serving(tokenizer, replicas) as http:
+            for _ in range(2):
+                assert (await http.client.get("/ready")).status_code == 200
+            assert len(replicas.jobs) == 2
+
+    async def test_not_with_an_answer_that_depends_on_the_batch(self, tokenizer: TextTokenizer):
+        async with serving(tokenizer, DirectReplicas(Mixing(VOCAB_SIZE, CONTEXT))) as http:
+            assert "in a batch" in http.flat(await http.client.get("/ready"), 503)["message"]
+
+    async def test_not_with_output_that_is_not_finite(self, tokenizer: TextTokenizer):
+        replicas = DirectReplicas(FakeEngine(VOCAB_SIZE, CONTEXT, nan_token=(VOCAB_SIZE - 1) // 2))
+        async with serving(tokenizer, replicas) as http:
+            assert "not finite" in http.flat(await http.client.get("/ready"), 503)["message"]
+
+
+class TestRequestId:
+    @pytest.mark.parametrize(
+        ("given", "kept"),
+        [('a b\tc;d"<é>', "abcd"), ("x" * 500, "x" * 128), ("ok/1:2.3_4@5=6+7-8", "ok/1:2.3_4@5=6+7-8")],
+    )
+    async def test_is_freed_of_what_could_harm_a_log(
+        self, tokenizer: TextTokenizer, replicas: DirectReplicas, given: str, kept: str
+    ):
+        async with serving(tokenizer, replicas) as http:
+            response = await http.client.get("/health", headers=[(b"x-request-id", given.encode())])
+            assert response.headers["x-request-id"] == kept
+
+    async def test_is_left_to_serves_proxy(self, tokenizer: TextTokenizer, replicas: DirectReplicas):
+        service = ScoringService(FAKE, tokenizer, INFO, replicas)
+        transport = httpx.ASGITransport(create_app(lambda: service, echo_request_id=False))
+        async with httpx.AsyncClient(base_url="http://fake", transport=transport) as client:
+            assert "x-request-id" not in (await client.get("/health")).headers
+        service.close()
+
+
+def scope(path: str) -> dict[str, Any]:
+    return {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+        "server": ("fake", 80),
+        "scheme": "http",
+    }

@@ -1,0 +1,136 @@
+"""Thousands of requests that nobody should send: never a 5xx, and a good one is answered right afterwards."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from schemathesis.checks import CHECKS
+
+from serve_app.fake_engine import FakeEngine
+from serve_app.ingress import create_app
+from serve_app.prompts import TextTokenizer
+from serve_app.service import ScoringService
+from serve_app.settings import Settings
+from tests.boundary.asking import Http
+from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas, save_tokenizer
+
+GOOD: dict[str, Any] = {"query": "the ", "items": ["fox", "dog"], "label_token_ids": [5, 7]}
+GOOD_BODY = json.dumps(GOOD).encode()
+FAKE = Settings(model="fake-judge", engine="fake")
+PATHS = st.sampled_from(["/v1/score", "/tokenize", "/detokenize"])
+
+# The fixture is one service for all examples, on purpose: it must survive them.
+HOSTILE = settings(
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
+)
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=12,
+)
+ids = st.integers(-2, VOCAB_SIZE + 1) | st.sampled_from([10**12, 10**30, -(10**30), True, 1.5, "1", None])
+id_lists = st.lists(ids, max_size=5)
+texts = st.lists(st.text(max_size=20), max_size=5)
+almost_right = st.fixed_dictionaries(
+    {},
+    optional={
+        "query": st.text(max_size=20) | id_lists | anything,
+        "items": st.text(max_size=20) | texts | st.lists(id_lists, max_size=4) | anything,
+        "label_token_ids": id_lists | st.lists(id_lists, max_size=4) | anything,
+        "apply_softmax": st.booleans() | anything,
+        "item_first": st.booleans() | anything,
+        "temperature": st.floats() | st.integers() | anything,
+        "model": st.sampled_from(["default", "judge"]) | st.text(max_size=10) | anything,
+        "return_token_logprobs": st.booleans() | anything,
+        "prompt": st.text(max_size=20) | texts | anything,
+        "tokens": id_lists | anything,
+        "add_special_tokens": st.booleans() | anything,
+        "unknown": anything,
+    },
+)
+
+
+@st.composite
+def mostly_right(draw: st.DrawFn) -> dict[str, Any]:
+    """A good request with one or two fields made wrong, or left out."""
+    request = dict(GOOD)
+    wrong = draw(almost_right)
+    for field in draw(st.lists(st.sampled_from(sorted(wrong)), max_size=2)) if wrong else []:
+        request[field] = wrong[field]
+    if draw(st.booleans()):
+        request.pop(draw(st.sampled_from(sorted(request))))
+    return request
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> bytes:
+    """A good body with bytes cut out and others put in."""
+    body = bytearray(GOOD_BODY)
+    for _ in range(draw(st.integers(1, 3))):
+        start = draw(st.integers(0, len(body)))
+        end = draw(st.integers(start, min(len(body), start + 6)))
+        body[start:end] = draw(st.binary(max_size=6) | st.sampled_from([b'"', b"[", b"]", b"{", b"\\", b"\\u", b","]))
+    return bytes(body)
+
+
+async def survives(http: Http, path: str, body: bytes) -> None:
+    response = await http.post(body, path)
+    if response.status_code == 200:
+        assert "NaN" not in response.text
+        if path == "/v1/score":
+            for row in response.json()["scores"]:
+                assert all(0 <= value <= 1 for value in row)
+    else:
+        assert response.status_code in (400, 404, 413), response.text
+        http.flat(response, response.status_code)
+        assert len(response.content) < 2000
+    answer = await http.score(**GOOD)
+    assert [len(row) for row in answer["scores"]] == [2, 2]
+
+
+@settings(HOSTILE, max_examples=1000)
+@given(path=PATHS, body=st.binary(max_size=200) | damaged())
+async def test_bytes(http: Http, path: str, body: bytes):
+    await survives(http, path, body)
+
+
+@settings(HOSTILE, max_examples=500)
+@given(path=PATHS, value=anything | almost_right)
+async def test_json(http: Http, path: str, value: Any):
+    await survives(http, path, json.dumps(value).encode())
+
+
+@settings(HOSTILE, max_examples=1000)
+@given(request=mostly_right())
+async def test_almost_right_requests(http: Http, request: dict[str, Any]):
+    await survives(http, "/v1/score", json.dumps(request).encode())
+
+
+@cache
+def service() -> ScoringService:
+    """Without a queue: schemathesis gives each request an event loop of its own."""
+    engine = FakeEngine(VOCAB_SIZE, CONTEXT)
+    with TemporaryDirectory() as folder:
+        tokenizer = TextTokenizer.load(save_tokenizer(Path(folder), adds_bos=False))
+    return ScoringService(FAKE, tokenizer, engine.info, DirectReplicas(engine))
+
+
+api = schemathesis.openapi.from_asgi("/openapi.json", create_app(service))
+
+
+@api.parametrize()
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+def test_answers_as_its_openapi_says(case: schemathesis.Case):
+    # Not checked: that whatever fits the schema is accepted. The vocabulary's size, the limits and the models' names
+    # are not in the schema.
+    case.call_and_validate(excluded_checks=[CHECKS.get_one("positive_data_acceptance")])

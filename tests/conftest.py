@@ -1,0 +1,45 @@
+"""Shared fixtures: a small tokenizer, and the service in this process on the fake engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from serve_app.fake_engine import FakeEngine
+from serve_app.prompts import TextTokenizer
+from serve_app.service import ScoringService
+from serve_app.settings import Settings
+from tests.local import CONTEXT, VOCAB_SIZE, LocalReplicas, save_tokenizer
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--service-url", help="run tests/boundary against this running service instead of the fake")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
+    """Adds no BOS, as SmolLM's."""
+    return TextTokenizer.load(save_tokenizer(tmp_path_factory.mktemp("plain"), adds_bos=False))
+
+
+@pytest.fixture(scope="session")
+def bos_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
+    """Adds a BOS, as Llama's."""
+    return TextTokenizer.load(save_tokenizer(tmp_path_factory.mktemp("bos"), adds_bos=True))
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return Settings(model="fake-judge", aliases=("judge",), engine="fake", max_batch_tokens=1024, timeout_s=60)
+
+
+@pytest.fixture
+async def service(settings: Settings, tokenizer: TextTokenizer) -> AsyncIterator[ScoringService]:
+    """The whole service but for HTTP and Serve."""
+    engine = FakeEngine(VOCAB_SIZE, CONTEXT)
+    replicas = LocalReplicas(engine, settings)
+    service = ScoringService(settings, tokenizer, engine.info, replicas)
+    yield service
+    service.close()
+    await replicas.queue.close()

@@ -1,0 +1,69 @@
+"""The service's parts in this process: a small tokenizer, and replicas around the fake engine."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from serve_app.contract import Engine, JobResult, ScoreJob
+from serve_app.device_queue import DeviceQueue
+from serve_app.settings import Settings
+
+VOCAB_SIZE = 512
+"""More than the tokenizer has, as in real models whose head is padded."""
+CONTEXT = 256
+
+CORPUS = ["the quick brown fox jumps over the lazy dog", "is this text positive or negative", " yes no yes no"]
+
+
+def save_tokenizer(folder: Path, *, adds_bos: bool) -> Path:
+    """A byte-level BPE tokenizer in Hugging Face layout, with an added special token."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS * 4, trainer)
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    saved: Any = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    saved.save_pretrained(folder)
+    return folder
+
+
+class LocalReplicas:
+    """``service.Replicas`` in this process: a device queue around a fake engine."""
+
+    def __init__(self, engine: Engine, settings: Settings, count: int = 1) -> None:
+        self.count = count
+        self.queue = DeviceQueue(
+            engine,
+            max_batch_tokens=settings.max_batch_tokens,
+            max_queued_tokens=settings.limits.max_queued_tokens,
+        )
+
+    async def score(self, job: ScoreJob) -> JobResult:
+        answer: asyncio.Future[JobResult] = asyncio.get_running_loop().create_future()
+        self.queue.submit(job, answer)
+        return await answer
+
+
+class DirectReplicas:
+    """``service.Replicas`` without a queue or an event loop of its own: the engine answers at once."""
+
+    def __init__(self, engine: Engine, count: int = 1) -> None:
+        self.engine = engine
+        self.count = count
+        self.jobs: list[ScoreJob] = []
+
+    async def score(self, job: ScoreJob) -> JobResult:
+        self.jobs.append(job)
+        return JobResult(self.engine.score(job.batch), queue_seconds=0.0, device_seconds=0.0)
