@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,6 +58,8 @@ def load_engine(settings: Settings) -> Engine:
     if settings.engine == "fake":
         engine: Engine = FakeEngine()
     else:
+        # jax reads it when it is imported; the next start then finds its programs compiled.
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(model_source.cache_folder() / "compiled"))
         from model.engine import load
 
         folder = model_source.resolve(settings.model, settings.revision, say=logger.info)
@@ -74,11 +78,14 @@ class _Call:
 
 
 class Scorer:
-    """Answers ``ScoreJob``s. Ready, for Serve, when the engine is warm."""
+    """The class of the deployment: answers ``ScoreJob``s. Ready, for Serve, when the engine is warm.
 
-    async def __init__(self, settings: Settings) -> None:
-        # In a thread, so that the replica answers Serve's questions while it loads.
-        self._engine = await asyncio.to_thread(load_engine, settings)
+    Args:
+        load: makes the engine; runs in a thread, so that the replica answers Serve's questions meanwhile.
+    """
+
+    async def __init__(self, settings: Settings, load: Callable[[Settings], Engine] = load_engine) -> None:
+        self._engine = await asyncio.to_thread(load, settings)
         self._queue = DeviceQueue(
             self._engine,
             max_batch_tokens=settings.max_batch_tokens,
