@@ -23,7 +23,7 @@ _SHOWN = 60
 """Characters of an offending value that an error message repeats."""
 
 
-class _Request(BaseModel):
+class RequestBody(BaseModel):
     # Strict: a token id is neither true nor 1.5 nor "7". Unknown fields are refused: a misspelt option must not be
     # ignored in silence.
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -32,14 +32,14 @@ class _Request(BaseModel):
     """Fields that belong to another route, and what to say to who sends them here."""
 
 
-class _Response(BaseModel):
+class ResponseBody(BaseModel):
     model_config = ConfigDict(allow_inf_nan=False)
 
 
 _PAIRS = "this is the label-scoring API (query, items, label_token_ids); to score pairs of texts use /v1/rerank"
 
 
-class ScoreRequest(_Request):
+class ScoreRequest(RequestBody):
     """Which labels a model would continue each prompt with, and how likely: ``POST /v1/score``.
 
     Attributes:
@@ -65,13 +65,13 @@ class ScoreRequest(_Request):
     return_token_logprobs: bool = False
 
 
-class PromptTokensDetails(_Response):
+class PromptTokensDetails(ResponseBody):
     """``cached_tokens``: prompt tokens that did not have to be computed for this request."""
 
     cached_tokens: int
 
 
-class Usage(_Response):
+class Usage(ResponseBody):
     """Tokens of all prompts, the query counted once an item. Nothing is ever generated."""
 
     prompt_tokens: int
@@ -81,7 +81,7 @@ class Usage(_Response):
     prompt_tokens_details: PromptTokensDetails
 
 
-class ScoreResponse(_Response):
+class ScoreResponse(ResponseBody):
     """Scores in the order of the items, each row in the order of its labels.
 
     Attributes:
@@ -97,7 +97,7 @@ class ScoreResponse(_Response):
     token_logprobs: list[list[float]] | None = None
 
 
-class TokenizeRequest(_Request):
+class TokenizeRequest(RequestBody):
     """Text to tokens: ``POST /tokenize``."""
 
     model: str = "default"
@@ -105,7 +105,7 @@ class TokenizeRequest(_Request):
     add_special_tokens: bool = True
 
 
-class TokenizeResponse(_Response):
+class TokenizeResponse(ResponseBody):
     """Ids and the vocabulary's own spelling of each; one list a prompt where the prompt was a list."""
 
     tokens: list[int] | list[list[int]]
@@ -114,20 +114,20 @@ class TokenizeResponse(_Response):
     token_strs: list[str] | list[list[str]]
 
 
-class DetokenizeRequest(_Request):
+class DetokenizeRequest(RequestBody):
     """Tokens to text: ``POST /detokenize``."""
 
     model: str = "default"
     tokens: Ids
 
 
-class DetokenizeResponse(_Response):
+class DetokenizeResponse(ResponseBody):
     """The text, special tokens included."""
 
     prompt: str
 
 
-class ModelCard(_Response):
+class ModelCard(ResponseBody):
     """One name under which the model answers."""
 
     id: str
@@ -137,14 +137,14 @@ class ModelCard(_Response):
     max_model_len: int
 
 
-class ModelsResponse(_Response):
+class ModelsResponse(ResponseBody):
     """OpenAI's list of models."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
-class LimitsInfo(_Response):
+class LimitsInfo(ResponseBody):
     """What a request may ask at most."""
 
     max_items: int
@@ -156,7 +156,7 @@ class LimitsInfo(_Response):
     timeout_s: float
 
 
-class InfoResponse(_Response):
+class InfoResponse(ResponseBody):
     """What is served and how: ``GET /v1/info``."""
 
     model: str
@@ -171,13 +171,13 @@ class InfoResponse(_Response):
     version: str
 
 
-class StatusResponse(_Response):
+class StatusResponse(ResponseBody):
     """Of ``/health`` and ``/ready``."""
 
     status: Literal["ok"] = "ok"
 
 
-class ErrorResponse(_Response):
+class ErrorResponse(ResponseBody):
     """The one shape of all errors (``errors.py``)."""
 
     object: Literal["error"] = "error"
@@ -187,7 +187,7 @@ class ErrorResponse(_Response):
     code: int
 
 
-R = TypeVar("R", bound=_Request)
+R = TypeVar("R", bound=RequestBody)
 
 
 def parse(model: type[R], body: bytes) -> R:
@@ -206,7 +206,7 @@ def parse(model: type[R], body: bytes) -> R:
     return request
 
 
-def invalid(error: ValidationError, model: type[_Request]) -> InvalidRequestError:
+def invalid(error: ValidationError, model: type[RequestBody]) -> InvalidRequestError:
     """Pydantic's findings as the one that helps most: an unknown field before all, else the first field's."""
     found = error.errors(include_url=False)
     for finding in found:
@@ -237,7 +237,7 @@ def _index(finding: ErrorDetails) -> tuple[int, ...]:
     return tuple(part for part in finding["loc"][1:] if isinstance(part, int))
 
 
-def _unknown(name: str, model: type[_Request]) -> InvalidRequestError:
+def _unknown(name: str, model: type[RequestBody]) -> InvalidRequestError:
     name = name if len(name) <= _SHOWN else name[:_SHOWN] + "..."
     fields = list(model.model_fields)
     if name in model.elsewhere:
@@ -261,7 +261,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 2 * _SHOWN else text[:_SHOWN] + "..."
 
 
-def _refuse_duplicates(model: type[_Request], body: bytes) -> None:
+def _refuse_duplicates(model: type[RequestBody], body: bytes) -> None:
     """Refuse a field that is given twice, which JSON parsers resolve each in their own way.
 
     The body was parsed before, so it has one level of fields and no unknown one. Only a body in which a name

@@ -1,0 +1,206 @@
+"""A client of the scoring service over HTTP, with the service's own types and errors."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+from pydantic import BaseModel, ValidationError
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+
+from serve_app.errors import (
+    BY_STATUS,
+    DeadlineExceededError,
+    InternalError,
+    InvalidRequestError,
+    OverloadedError,
+    ScoringError,
+)
+from serve_app.schemas import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    ErrorResponse,
+    InfoResponse,
+    ModelsResponse,
+    RequestBody,
+    ScoreRequest,
+    ScoreResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+    invalid,
+)
+
+LONGEST_WAIT_S = 30.0
+"""Between two attempts, whatever Retry-After says."""
+
+_BACKOFF = wait_exponential_jitter(multiplier=0.25, jitter=0.25, max=LONGEST_WAIT_S)
+_OVERLOADED = (429, 502, 503)
+"""Of the service, or of a proxy before it."""
+
+R = TypeVar("R", bound=BaseModel)
+Q = TypeVar("Q", bound=RequestBody)
+
+
+class ScoreClient:
+    """Asks a running service. Threads may share one; close it, or use it in a ``with`` statement.
+
+    A request that meets 503 or no connection is sent again after what ``Retry-After`` says, or longer and longer:
+    scoring has no effects, so that it may run twice.
+
+    Args:
+        base_url: such as ``http://127.0.0.1:8000``.
+        model: the name that requests carry.
+        timeout_s: of one attempt, in seconds.
+        attempts: in all, 1 or more.
+        transport: in place of the network, for tests.
+
+    All methods that ask raise:
+        InvalidRequestError: the request is wrong; some of that is found before it is sent.
+        NotFoundError: the service has no such model.
+        TooLargeError: the request is over the service's limits (``info``).
+        OverloadedError: no room, or no connection, in any attempt.
+        DeadlineExceededError: no answer in time.
+        InternalError: a fault of the service.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        model: str = "default",
+        timeout_s: float = 600.0,
+        attempts: int = 5,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self._http = httpx.Client(base_url=base_url, timeout=timeout_s, transport=transport)
+        self._model = model
+        self._timeout_s = timeout_s
+        self._attempts = attempts
+
+    def score(
+        self,
+        query: str | list[int] | None,
+        items: str | list[str] | list[list[int]],
+        *,
+        label_token_ids: list[int] | list[list[int]],
+        apply_softmax: bool = False,
+        item_first: bool = False,
+        temperature: float = 1.0,
+        return_token_logprobs: bool = False,
+    ) -> ScoreResponse:
+        """The labels' probabilities for every item; the arguments are ``ScoreRequest``'s fields."""
+        request = _checked(
+            ScoreRequest,
+            query=query,
+            items=items,
+            label_token_ids=label_token_ids,
+            apply_softmax=apply_softmax,
+            item_first=item_first,
+            temperature=temperature,
+            return_token_logprobs=return_token_logprobs,
+            model=self._model,
+        )
+        return self._ask(ScoreResponse, "POST", "/v1/score", request)
+
+    def tokenize(self, prompt: str | list[str], *, add_special_tokens: bool = True) -> TokenizeResponse:
+        """Ids and pieces of text, as the model would see it."""
+        request = _checked(TokenizeRequest, prompt=prompt, add_special_tokens=add_special_tokens, model=self._model)
+        return self._ask(TokenizeResponse, "POST", "/tokenize", request)
+
+    def detokenize(self, tokens: list[int]) -> str:
+        """The text of ids."""
+        request = _checked(DetokenizeRequest, tokens=tokens, model=self._model)
+        return self._ask(DetokenizeResponse, "POST", "/detokenize", request).prompt
+
+    def models(self) -> ModelsResponse:
+        """The names under which the model answers."""
+        return self._ask(ModelsResponse, "GET", "/v1/models")
+
+    def info(self) -> InfoResponse:
+        """What is served, and the limits of a request."""
+        return self._ask(InfoResponse, "GET", "/v1/info")
+
+    def health(self) -> bool:
+        """A front end is alive. Asked once."""
+        return self._is_ok("/health")
+
+    def ready(self) -> bool:
+        """The service can score. Asked once."""
+        return self._is_ok("/ready")
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _is_ok(self, path: str) -> bool:
+        try:
+            return self._http.get(path).is_success
+        except httpx.TransportError:
+            return False
+
+    def _ask(self, answer: type[R], method: str, path: str, request: RequestBody | None = None) -> R:
+        retrying = Retrying(
+            retry=retry_if_exception_type(OverloadedError),
+            stop=stop_after_attempt(self._attempts),
+            wait=_wait,
+            reraise=True,
+        )
+        return answer.model_validate_json(retrying(self._send, method, path, request))
+
+    def _send(self, method: str, path: str, request: RequestBody | None) -> bytes:
+        content = None if request is None else request.model_dump_json(exclude_none=True)
+        headers = {} if request is None else {"content-type": "application/json"}
+        try:
+            response = self._http.request(method, path, content=content, headers=headers)
+        except httpx.ReadTimeout as error:
+            raise DeadlineExceededError(
+                f"{self._http.base_url} gave no answer in {self._timeout_s:g} s; raise timeout_s or send fewer items"
+            ) from error
+        except httpx.TransportError as error:
+            raise OverloadedError(
+                f"{self._http.base_url} cannot be reached: {error or type(error).__name__}; is the service running?"
+            ) from error
+        if not response.is_success:
+            raise _error(response)
+        return response.content
+
+
+def _checked(model: type[Q], /, **fields: Any) -> Q:
+    try:
+        return model(**fields)
+    except ValidationError as error:
+        raise invalid(error, model) from None
+
+
+def _wait(state: RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    asked = error.retry_after_s if isinstance(error, OverloadedError) else None
+    return max(_BACKOFF(state), min(asked or 0, LONGEST_WAIT_S))
+
+
+def _error(response: httpx.Response) -> ScoringError:
+    """The service's error as its class; a proxy's by its status."""
+    status = response.status_code
+    if status in _OVERLOADED:
+        kind: type[ScoringError] = OverloadedError
+    else:
+        kind = BY_STATUS.get(status, InvalidRequestError if status < 500 else InternalError)
+    retry_after = response.headers.get("retry-after", "")
+    try:
+        flat = ErrorResponse.model_validate_json(response.content)
+    except ValidationError:
+        flat = ErrorResponse(message=f"HTTP {status}: {response.text[:200]}", type="", param=None, code=status)
+    return kind(
+        flat.message,
+        param=flat.param,
+        retry_after_s=int(retry_after) if retry_after.isdecimal() else None,
+    )

@@ -1,0 +1,159 @@
+"""The HTTP client, against an HTTP server that exists in this process only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from serve_app.client import LONGEST_WAIT_S, ScoreClient
+from serve_app.errors import (
+    ERRORS,
+    DeadlineExceededError,
+    InternalError,
+    InvalidRequestError,
+    OverloadedError,
+    ScoringError,
+    TooLargeError,
+)
+from serve_app.schemas import PromptTokensDetails, ScoreResponse, Usage
+
+USAGE = Usage(prompt_tokens=4, total_tokens=4, prompt_tokens_details=PromptTokensDetails(cached_tokens=1))
+ANSWER = ScoreResponse(scores=[[0.25, 0.75]], model="m", usage=USAGE)
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that were waited between attempts, without waiting."""
+    slept: list[float] = []
+    monkeypatch.setattr("tenacity.nap.time.sleep", slept.append)
+    return slept
+
+
+def client(*answers: httpx.Response | Exception, attempts: int = 5) -> tuple[ScoreClient, list[httpx.Request]]:
+    """A client whose requests get ``answers`` in turn, and the requests."""
+    requests: list[httpx.Request] = []
+    left = list(answers)
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        requests.append(request)
+        answer = left.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    made = ScoreClient("http://judge", attempts=attempts, timeout_s=3, transport=httpx.MockTransport(handle))
+    return made, requests
+
+
+def good(answer: Any = ANSWER) -> httpx.Response:
+    return httpx.Response(200, text=answer.model_dump_json(exclude_none=True))
+
+
+def failed(error: ScoringError, **headers: str) -> httpx.Response:
+    return httpx.Response(error.status, json=error.body(), headers={k.replace("_", "-"): v for k, v in headers.items()})
+
+
+def test_score_sends_the_fields_and_returns_the_response():
+    asking, requests = client(good())
+    with asking:
+        answer = asking.score("q", ["a"], label_token_ids=[1, 2], apply_softmax=True, temperature=0.5)
+    assert answer == ANSWER
+    assert str(requests[0].url) == "http://judge/v1/score"
+    assert requests[0].headers["content-type"] == "application/json"
+    assert json.loads(requests[0].content) == {
+        "query": "q",
+        "items": ["a"],
+        "label_token_ids": [1, 2],
+        "apply_softmax": True,
+        "item_first": False,
+        "temperature": 0.5,
+        "model": "default",
+        "return_token_logprobs": False,
+    }
+
+
+def test_a_wrong_request_is_not_sent():
+    asking, requests = client()
+    with asking, pytest.raises(InvalidRequestError, match=r"items\[1\] must be a valid string, not 3") as caught:
+        asking.score("q", ["a", 3], label_token_ids=[1])  # type: ignore[list-item]
+    assert caught.value.param == "items"
+    assert not requests
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_errors_are_the_services_classes(kind: type[ScoringError]):
+    asking, _ = client(failed(kind("what is wrong", param="items")), attempts=1)
+    with asking, pytest.raises(kind, match="what is wrong") as caught:
+        asking.info()
+    assert type(caught.value) is kind
+    assert caught.value.param == "items"
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(401, InvalidRequestError), (413, TooLargeError), (500, InternalError), (502, OverloadedError)]
+)
+def test_errors_of_a_proxy(status: int, kind: type[ScoringError]):
+    asking, _ = client(httpx.Response(status, text="<html>no</html>"), attempts=1)
+    with asking, pytest.raises(kind, match=f"HTTP {status}: <html>no"):
+        asking.models()
+
+
+def test_overload_is_retried_after_what_the_service_says(waits: list[float]):
+    asking, requests = client(
+        failed(OverloadedError("full"), retry_after="7"),
+        failed(OverloadedError("full"), retry_after="86400"),
+        failed(OverloadedError("full"), retry_after="Wed, 21 Oct 2026 07:28:00 GMT"),
+        good(),
+    )
+    with asking:
+        assert asking.score("q", ["a"], label_token_ids=[1]) == ANSWER
+    assert len(requests) == 4
+    assert waits[:2] == [7, LONGEST_WAIT_S]
+    assert 0 < waits[2] < LONGEST_WAIT_S
+
+
+@pytest.mark.parametrize(
+    "failure", [httpx.ConnectError("refused"), httpx.ReadError("reset"), httpx.RemoteProtocolError("closed")]
+)
+def test_a_lost_connection_is_retried(failure: Exception, waits: list[float]):
+    asking, requests = client(failure, good())
+    with asking:
+        asking.score("q", ["a"], label_token_ids=[1])
+    assert len(requests) == 2
+    assert len(waits) == 1
+
+
+def test_attempts_end(waits: list[float]):
+    asking, requests = client(*[httpx.ConnectError("refused")] * 3, attempts=3)
+    with asking, pytest.raises(OverloadedError, match="http://judge cannot be reached: refused"):
+        asking.score("q", ["a"], label_token_ids=[1])
+    assert len(requests) == 3
+    assert waits == sorted(waits)
+
+
+@pytest.mark.parametrize("failure", [httpx.ReadTimeout("slow"), failed(InvalidRequestError("no"))])
+def test_other_failures_are_not_retried(failure: Any):
+    asking, requests = client(failure)
+    with asking, pytest.raises((DeadlineExceededError, InvalidRequestError)):
+        asking.score("q", ["a"], label_token_ids=[1])
+    assert len(requests) == 1
+
+
+@pytest.mark.parametrize("ask", [ScoreClient.health, ScoreClient.ready])
+def test_health_and_ready_are_asked_once(ask: Callable[[ScoreClient], bool]):
+    asking, requests = client(httpx.Response(200), httpx.Response(503), httpx.ConnectError("refused"))
+    with asking:
+        assert [ask(asking) for _ in range(3)] == [True, False, False]
+    assert len(requests) == 3
+
+
+def test_closing_closes_the_connections():
+    asking, _ = client(good())
+    with asking:
+        pass
+    with pytest.raises(RuntimeError, match="closed"):
+        asking.health()
