@@ -1,0 +1,96 @@
+"""The application as ``build`` makes it, through a real Ray Serve, on the fake engine."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from serve_app.app import build
+from serve_app.fake_engine import FakeEngine
+from serve_app.schemas import ScoreRequest, ScoreResponse
+from serve_app.settings import Settings
+from tests.batches import label_batch
+from tests.e2e.conftest import APP_NAME, mapped_files, replica_process
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def client(deploy: Callable[[Any], httpx.Client], settings: Settings) -> httpx.Client:
+    return deploy(build(settings.model_copy(update={"scorer_replicas": 2, "max_batch_tokens": 256})))
+
+
+def expected(query: list[int], items: list[list[int]], labels: list[int]) -> list[list[float]]:
+    batch = label_batch([query + item for item in items], [labels] * len(items))
+    return np.exp(FakeEngine().score(batch).values.astype(np.float64)).reshape(-1, len(labels)).tolist()
+
+
+def random_request(rng: random.Random, *, most_items: int = 60) -> dict[str, Any]:
+    query = [rng.randrange(49_152) for _ in range(rng.randrange(1, 40))]
+    items = [[rng.randrange(49_152) for _ in range(rng.randrange(1, 30))] for _ in range(rng.randrange(1, most_items))]
+    return {"query": query, "items": items, "label_token_ids": rng.sample(range(49_152), rng.randrange(1, 6))}
+
+
+def test_scores_are_the_engines(client: httpx.Client):
+    answer = client.post("/v1/score", json={"query": [5, 6], "items": [[7], [8, 9]], "label_token_ids": [1, 49_151]})
+    assert answer.status_code == 200, answer.text
+    np.testing.assert_allclose(answer.json()["scores"], expected([5, 6], [[7], [8, 9]], [1, 49_151]), rtol=1e-6)
+
+
+def test_it_is_ready(client: httpx.Client):
+    assert client.get("/ready").status_code == 200
+
+
+def test_a_request_that_spans_batches_and_replicas_comes_back_in_order(client: httpx.Client):
+    items = [[i, i + 1, i + 2] for i in range(2_000)]
+    answer = client.post("/v1/score", json={"query": [3], "items": items, "label_token_ids": [1, 2]})
+    np.testing.assert_allclose(answer.json()["scores"], expected([3], items, [1, 2]), rtol=1e-6)
+
+
+def test_concurrent_requests_get_what_they_would_get_alone(client: httpx.Client):
+    rng = random.Random(0)
+    requests = [random_request(rng) for _ in range(60)]
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda request: client.post("/v1/score", json=request), requests))
+    for request, answer in zip(requests, answers, strict=True):
+        assert answer.status_code == 200, answer.text
+        wanted = expected(request["query"], request["items"], request["label_token_ids"])
+        np.testing.assert_allclose(answer.json()["scores"], wanted, rtol=1e-6)
+
+
+def test_a_bad_request_leaves_the_service_whole(client: httpx.Client):
+    bad = client.post("/v1/score", json={"query": [1], "items": [[2]], "label_token_ids": [49_152]})
+    assert (bad.status_code, bad.json()["type"]) == (400, "BadRequestError")
+    assert "49152" in bad.json()["message"]
+    good = client.post("/v1/score", json={"query": [1], "items": [[2]], "label_token_ids": [49_151]})
+    assert good.status_code == 200
+
+
+def test_a_ray_task_scores_through_the_handle_with_the_types_of_http(client: httpx.Client):
+    import ray
+    from ray import serve
+
+    request = {"query": [5, 6], "items": [[7], [8, 9]], "label_token_ids": [1, 2]}
+
+    @ray.remote(num_cpus=0.1)
+    def job() -> ScoreResponse:
+        handle = serve.get_app_handle(APP_NAME)
+        return handle.score.remote(ScoreRequest(**request)).result(timeout_s=60)
+
+    answer = ray.get(job.remote())
+    assert isinstance(answer, ScoreResponse)
+    assert answer.scores == client.post("/v1/score", json=request).json()["scores"]
+
+
+def test_no_process_of_the_service_has_loaded_jax(client: httpx.Client):
+    assert client.get("/ready").status_code == 200
+    for deployment in ("Ingress", "Scorer"):
+        loaded = mapped_files(replica_process(deployment))
+        assert "numpy" in loaded  # the look would find what there is
+        assert "jaxlib" not in loaded

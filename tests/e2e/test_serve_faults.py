@@ -1,0 +1,169 @@
+"""What goes wrong, through a real Ray Serve, on a fake engine that takes its time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+
+from serve_app.contract import Engine
+from serve_app.device_queue import QueueStats
+from serve_app.fake_engine import FakeEngine
+from serve_app.ingress import Ingress
+from serve_app.scorer import MAX_ONGOING, Scorer
+from serve_app.settings import Limits, Settings
+from tests.e2e.conftest import APP_NAME, replica_process
+
+pytestmark = pytest.mark.ray
+
+POISON = 13
+SECONDS_PER_TOKEN = 0.001
+QUEUE_LIMIT = 6_000
+
+
+def application(settings: Settings, *, scorers: int) -> Any:
+    """As ``app.build``, with the slow engine."""
+    from ray import serve
+
+    def slow_engine(_settings: Settings) -> Engine:  # local, so that replicas, which lack this module, get its code
+        return FakeEngine(seconds_per_token=SECONDS_PER_TOKEN, nan_token=POISON)
+
+    options: dict[str, Any] = {
+        "max_ongoing_requests": MAX_ONGOING,
+        "ray_actor_options": {"num_cpus": 0.1},
+        "health_check_period_s": 1,
+        "graceful_shutdown_wait_loop_s": 0.1,
+    }
+    settings = settings.model_copy(
+        update={
+            "scorer_replicas": scorers,
+            "max_batch_tokens": 128,
+            "limits": Limits(max_queued_tokens=QUEUE_LIMIT),
+        }
+    )
+    scorer = serve.deployment(num_replicas=scorers, **options)(Scorer).bind(settings, slow_engine)
+    return Ingress.options(**options).bind(settings, scorer)
+
+
+@pytest.fixture(scope="module")
+def client(deploy: Callable[[Any], httpx.Client], settings: Settings) -> httpx.Client:
+    return deploy(application(settings, scorers=2))
+
+
+def ask(client: httpx.Client, items: list[list[int]], **more: Any) -> httpx.Response:
+    return client.post("/v1/score", json={"query": [1], "items": items, "label_token_ids": [1, 2]}, **more)
+
+
+def stats() -> QueueStats:
+    """Of one scorer, whichever Serve picks."""
+    from ray import serve
+
+    return serve.get_deployment_handle("Scorer", APP_NAME).stats.remote().result(timeout_s=60)
+
+
+@contextmanager
+def under_load(client: httpx.Client, failures: list[str]) -> Iterator[Callable[[], int]]:
+    """Eight callers in a closed loop; yields how many answers came so far, and adds all that is not right."""
+    items = [[i, i + 1] for i in range(100, 120)]
+    right = ask(client, items).json()["scores"]
+    stop = threading.Event()
+    done = 0
+
+    def caller() -> None:
+        nonlocal done
+        while not stop.is_set():
+            try:
+                answer = ask(client, items)
+            except httpx.HTTPError as error:
+                failures.append(repr(error))
+                continue
+            if answer.status_code != 200 or answer.json()["scores"] != right:
+                failures.append(answer.text)
+            done += 1
+
+    with ThreadPoolExecutor(8) as pool:
+        callers = [pool.submit(caller) for _ in range(8)]
+        try:
+            yield lambda: done
+        finally:
+            stop.set()
+        for finished in callers:
+            finished.result()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """The test's own time limit ends a wait that is in vain."""
+    while not condition():
+        time.sleep(0.05)
+
+
+def test_a_poisoned_item_harms_only_its_own_request(client: httpx.Client):
+    clean = [[i, i + 1] for i in range(100, 110)]
+    alone = ask(client, clean).json()["scores"]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda i: ask(client, [[POISON]] if i % 2 else clean), range(16)))
+    for i, answer in enumerate(answers):
+        if i % 2:
+            assert answer.status_code == 500
+            assert "items[0]" in answer.json()["message"]
+        else:
+            np.testing.assert_array_equal(answer.json()["scores"], alone)
+
+
+def test_a_killed_scorer_loses_no_request(client: httpx.Client):
+    failures: list[str] = []
+    with under_load(client, failures) as done:
+        wait_for(lambda: done() > 20)
+        victim = replica_process("Scorer")
+        victim.kill()
+        before = done()
+        wait_for(lambda: done() > before + 50)
+    assert failures == []
+    assert not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_redeploy_under_load_fails_no_request(
+    client: httpx.Client, deploy: Callable[[Any], httpx.Client], settings: Settings
+):
+    failures: list[str] = []
+    old = {replica_process("Ingress").pid, replica_process("Scorer").pid}
+    with under_load(client, failures) as done:
+        wait_for(lambda: done() > 20)
+        deploy(application(settings.model_copy(update={"aliases": ("judge",)}), scorers=1))
+        before = done()
+        wait_for(lambda: done() > before + 50)
+    assert failures == []
+    assert old.isdisjoint({replica_process("Ingress").pid, replica_process("Scorer").pid})
+    assert "judge" in client.get("/v1/info").json()["names"]
+
+
+def test_a_client_that_leaves_takes_its_queued_work_along(
+    client: httpx.Client, deploy: Callable[[Any], httpx.Client], settings: Settings
+):
+    deploy(application(settings, scorers=1))
+    with pytest.raises(httpx.ReadTimeout):
+        ask(client, [[i] * 100 for i in range(100, 150)], timeout=1)
+    wait_for(lambda: stats().cancelled == 1)
+    assert stats().queued_tokens == 0
+    assert ask(client, [[5]]).status_code == 200
+
+
+def test_past_the_queues_limit_the_answer_is_503_with_retry_after(client: httpx.Client):
+    big = [[i] * 150 for i in range(100, 130)]
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(lambda: ask(client, big))
+        wait_for(lambda: stats().queued_tokens > QUEUE_LIMIT / 2)
+        refused = ask(client, big)
+        assert not first.done()
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) >= 1
+        assert f"{QUEUE_LIMIT:,}" in refused.json()["message"]
+        assert first.result().status_code == 200
