@@ -9,13 +9,24 @@ import difflib
 import json
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from serve_app.errors import InvalidRequestError
 
+
+def _encodable(text: str) -> str:
+    """JSON's parser refuses lone surrogates; strings that are made in Python may hold them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("surrogate", "text without lone surrogates") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
 # A list stops at its first wrong element: a million wrong ids are one error, not a million.
-Texts = Annotated[list[str], Field(fail_fast=True)]
+Texts = Annotated[list[Text], Field(fail_fast=True)]
 Ids = Annotated[list[int], Field(fail_fast=True)]
 IdLists = Annotated[list[Ids], Field(fail_fast=True)]
 
@@ -55,13 +66,13 @@ class ScoreRequest(RequestBody):
 
     elsewhere: ClassVar[dict[str, str]] = dict.fromkeys(("text_1", "text_2", "queries", "data_1", "documents"), _PAIRS)
 
-    query: Annotated[str | Ids | None, Field(union_mode="left_to_right")] = None
-    items: Annotated[Texts | IdLists | str, Field(union_mode="left_to_right")]
+    query: Annotated[Text | Ids | None, Field(union_mode="left_to_right")] = None
+    items: Annotated[Texts | IdLists | Text, Field(union_mode="left_to_right")]
     label_token_ids: Annotated[Ids | IdLists, Field(union_mode="left_to_right")]
     apply_softmax: bool = False
     item_first: bool = False
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    model: str = "default"
+    model: Text = "default"
     return_token_logprobs: bool = False
 
 
@@ -100,8 +111,8 @@ class ScoreResponse(ResponseBody):
 class TokenizeRequest(RequestBody):
     """Text to tokens: ``POST /tokenize``."""
 
-    model: str = "default"
-    prompt: Annotated[str | Texts, Field(union_mode="left_to_right")]
+    model: Text = "default"
+    prompt: Annotated[Text | Texts, Field(union_mode="left_to_right")]
     add_special_tokens: bool = True
 
 
@@ -117,7 +128,7 @@ class TokenizeResponse(ResponseBody):
 class DetokenizeRequest(RequestBody):
     """Tokens to text: ``POST /detokenize``."""
 
-    model: str = "default"
+    model: Text = "default"
     tokens: Ids
 
 
@@ -223,13 +234,17 @@ def invalid(error: ValidationError, model: type[RequestBody]) -> InvalidRequestE
     mine = [finding for finding in found if finding["loc"][0] == field]
     index = max(_index(finding) for finding in mine)
     furthest = [finding for finding in mine if _index(finding) == index]
-    expected = " or ".join(dict.fromkeys(f["msg"].removeprefix("Input should be ") for f in furthest))
+    expected = " or ".join(dict.fromkeys(_expected(finding) for finding in furthest))
     where = field + "".join(f"[{i}]" for i in index)
     return InvalidRequestError(
         f"{where} must be {expected}, not {_shown(furthest[0]['input'])}",
         param=field,
         index=index[0] if index and field == "items" else None,
     )
+
+
+def _expected(finding: ErrorDetails) -> str:
+    return finding["msg"].removeprefix("Input should be ").replace("array", "list")
 
 
 def _index(finding: ErrorDetails) -> tuple[int, ...]:
@@ -252,12 +267,12 @@ def _unknown(name: str, model: type[RequestBody]) -> InvalidRequestError:
 def _shown(value: Any) -> str:
     """A value as JSON, short enough for a message."""
     if isinstance(value, list | tuple):
-        return f"a list of {len(value)}"  # pyright: ignore[reportUnknownArgumentType]
+        return f"a {type(value).__name__} of {len(value)}"  # pyright: ignore[reportUnknownArgumentType]
     if isinstance(value, dict):
         return "an object"
     if isinstance(value, str) and len(value) > _SHOWN:
         value = value[:_SHOWN] + "..."
-    text = json.dumps(value, ensure_ascii=False, default=repr)
+    text = json.dumps(value, ensure_ascii=False, default=repr).encode(errors="backslashreplace").decode()
     return text if len(text) <= 2 * _SHOWN else text[:_SHOWN] + "..."
 
 

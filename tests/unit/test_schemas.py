@@ -1,0 +1,83 @@
+"""The wire types in Python, and the errors that their callers get there."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from serve_app.errors import InvalidRequestError
+from serve_app.schemas import ScoreRequest, TokenizeRequest, invalid, parse
+
+
+def test_requests_are_built_in_python_as_over_http():
+    built = ScoreRequest(query="q", items=["a"], label_token_ids=[1])
+    assert built == parse(ScoreRequest, b'{"query": "q", "items": ["a"], "label_token_ids": [1]}')
+    assert (built.apply_softmax, built.item_first, built.temperature, built.model) == (False, False, 1.0, "default")
+    assert not built.return_token_logprobs
+    ids = ScoreRequest(query=[1], items=[[2, 3]], label_token_ids=[[4], [5]], temperature=2)
+    assert parse(ScoreRequest, ids.model_dump_json().encode()) == ids
+
+
+def test_integers_of_any_size_keep_their_value():
+    request = parse(ScoreRequest, b'{"items": [[%d]], "label_token_ids": [-1]}' % 10**30)
+    assert request.items == [[10**30]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"items": ["a"]}, "label_token_ids is required"),
+        ({"items": ["a", b"b"], "label_token_ids": [1]}, "items[1] must be a valid string"),
+        ({"items": ["a", "\ud800"], "label_token_ids": [1]}, "items[1] must be text without lone surrogates"),
+        ({"items": "\udfff", "label_token_ids": [1]}, "text without lone surrogates"),
+        ({"items": ("a",), "label_token_ids": [1]}, "items must be a valid list or a valid string, not a tuple of 1"),
+        ({"items": ["a"], "label_token_ids": [1], "x" * 200: 1}, f"unknown field '{'x' * 60}...'"),
+        ({"items": ["a"], "label_token_ids": [1], "temperature": float("nan")}, "a finite number, not NaN"),
+        ({"items": ["a"], "label_token_ids": [1], "query": object}, "query must be"),
+        (
+            {"items": ["a"], "label_token_ids": [1.5]},
+            "label_token_ids[0] must be a valid integer or a valid list, not 1.5",
+        ),
+    ],
+)
+def test_errors_in_python(fields: dict[str, Any], message: str):
+    with pytest.raises(ValidationError) as caught:
+        ScoreRequest(**fields)
+    assert message in invalid(caught.value, ScoreRequest).message
+
+
+def test_the_index_of_an_item_goes_with_the_error():
+    with pytest.raises(InvalidRequestError) as caught:
+        parse(ScoreRequest, b'{"items": [[1], [2], ["x"]], "label_token_ids": [1]}')
+    assert (caught.value.param, caught.value.index) == ("items", 2)
+    with pytest.raises(InvalidRequestError) as caught:
+        parse(ScoreRequest, b'{"items": [[1]], "label_token_ids": [1, "x"]}')
+    assert (caught.value.param, caught.value.index) == ("label_token_ids", None)
+
+
+def test_a_million_wrong_ids_are_one_error():
+    body = json.dumps({"items": [["x"] * 100_000], "label_token_ids": [1]}).encode()
+    with pytest.raises(ValidationError) as caught:
+        ScoreRequest.model_validate_json(body)
+    assert caught.value.error_count() <= 3
+
+
+def test_an_unknown_field_is_named_before_a_missing_one():
+    with pytest.raises(InvalidRequestError, match="unknown field 'text'") as caught:
+        parse(TokenizeRequest, b'{"text": "a"}')
+    assert caught.value.param == "text"
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"prompt": "\\u00e9"}', b'{"prompt": "\\u0000 \\"prompt\\""}', b'{"prompt": "prompt"}']
+)
+def test_what_only_looks_like_a_field_given_twice(body: bytes):
+    parse(TokenizeRequest, body)
+
+
+def test_a_field_given_twice_in_escapes():
+    with pytest.raises(InvalidRequestError, match="prompt is given twice"):
+        parse(TokenizeRequest, b'{"prompt": "a", "\\u0070rompt": "b"}')

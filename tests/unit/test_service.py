@@ -1,0 +1,271 @@
+"""The life of a request: scores, usage, fan-out, deadlines, and Ray's failures as the service's errors."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import pickle
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from ray.serve.exceptions import BackPressureError, RequestCancelledError
+
+from serve_app.contract import BatchResult, JobResult, ScoreJob
+from serve_app.errors import (
+    DeadlineExceededError,
+    InternalError,
+    NotFoundError,
+    OverloadedError,
+    ScoringError,
+)
+from serve_app.fake_engine import FakeEngine
+from serve_app.ingress import ScorerReplicas
+from serve_app.prompts import TextTokenizer
+from serve_app.schemas import ScoreRequest
+from serve_app.service import LOWEST, ScoringService, label_scores
+from serve_app.settings import Settings
+from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
+
+ENGINE = FakeEngine(VOCAB_SIZE, CONTEXT)
+SETTINGS = Settings(model="fake-judge", engine="fake", max_batch_tokens=64)
+ASK = ScoreRequest(query=[1, 2], items=[[3], [4, 5], [6]], label_token_ids=[7, 8])
+
+logprobs = st.floats(-100, 0) | st.just(-math.inf)
+
+
+class TestLabelScores:
+    @given(values=st.lists(logprobs, min_size=1, max_size=8))
+    def test_plain(self, values: list[float]):
+        assert label_scores(values, 0, softmax=False) == [math.exp(value) for value in values]
+
+    @given(
+        values=st.lists(logprobs, min_size=1, max_size=8).filter(lambda values: max(values) > -math.inf),
+        temperature=st.floats(5e-324, 1e308),
+    )
+    def test_softmax(self, values: list[float], temperature: float):
+        scores = label_scores(values, 0, softmax=True, temperature=temperature)
+        assert math.fsum(scores) == pytest.approx(1, abs=1e-12)
+        assert max(scores) == scores[values.index(max(values))]
+        assert all(score == 0.0 for score, value in zip(scores, values, strict=True) if value == -math.inf)
+
+    @given(values=st.lists(st.floats(-50, 0), min_size=2, max_size=5), shift=st.floats(-50, 50))
+    def test_softmax_does_not_see_a_constant(self, values: list[float], shift: float):
+        shifted = label_scores([value + shift for value in values], 0, softmax=True)
+        assert shifted == pytest.approx(label_scores(values, 0, softmax=True), abs=1e-9)
+
+    def test_temperature(self):
+        values = [math.log(0.8), math.log(0.2)]
+        assert label_scores(values, 0, softmax=True) == pytest.approx([0.8, 0.2])
+        assert label_scores(values, 0, softmax=True, temperature=0.5) == pytest.approx([16 / 17, 1 / 17])
+        assert label_scores(values, 0, softmax=True, temperature=1e-300) == [1.0, 0.0]
+        assert label_scores(values, 0, softmax=True, temperature=1e300) == pytest.approx([0.5, 0.5])
+
+    def test_impossible_labels(self):
+        assert label_scores([-math.inf, 0.0], 0, softmax=True) == [0.0, 1.0]
+        assert label_scores([-math.inf, -math.inf], 0, softmax=False) == [0.0, 0.0]
+
+    def test_rounding_gives_no_probability_above_1(self):
+        assert label_scores([1e-7], 0, softmax=False) == [1.0]
+
+    @pytest.mark.parametrize(
+        ("values", "softmax"),
+        [
+            ([-1.0, math.nan], False),
+            ([math.nan, -1.0], True),
+            ([math.inf, 0.0], True),
+            ([math.inf], False),
+            ([-math.inf] * 2, True),
+        ],
+    )
+    def test_not_finite(self, values: list[float], softmax: bool):
+        with pytest.raises(InternalError, match=r"items\[7\]") as caught:
+            label_scores(values, 7, softmax=softmax)
+        assert caught.value.index == 7
+
+
+def service_on(replicas: Any, tokenizer: TextTokenizer, settings: Settings = SETTINGS) -> ScoringService:
+    return ScoringService(settings, tokenizer, ENGINE.info, replicas)
+
+
+class TestScore:
+    async def test_usage_counts_what_was_not_computed_as_cached(self, tokenizer: TextTokenizer):
+        answer = await service_on(DirectReplicas(ENGINE), tokenizer).score(ASK, request_id="r")
+        assert answer.usage.prompt_tokens == answer.usage.total_tokens == 10
+        # The query's two tokens are computed once for three items.
+        assert answer.usage.prompt_tokens_details.cached_tokens == 4
+        assert answer.model == "fake-judge"
+
+    async def test_an_impossible_label_has_the_lowest_logprob(self, tokenizer: TextTokenizer):
+        class Impossible(DirectReplicas):
+            async def score(self, _job: ScoreJob) -> JobResult:
+                values = np.array([-np.inf, -1.0] * 3, np.float32)
+                return JobResult(BatchResult(values, np.ones(3, np.int32)), 0.0, 0.0)
+
+        ask = ASK.model_copy(update={"return_token_logprobs": True})
+        answer = await service_on(Impossible(ENGINE), tokenizer).score(ask, request_id="r")
+        assert answer.token_logprobs == [[LOWEST, -1.0]] * 3
+        assert [row[0] for row in answer.scores] == [0.0] * 3
+        assert math.exp(LOWEST) == 0.0
+        assert "null" not in answer.model_dump_json(exclude_none=True)
+
+    async def test_a_job_carries_request_id_and_deadline(self, tokenizer: TextTokenizer):
+        replicas = DirectReplicas(ENGINE)
+        before = time.time()
+        await service_on(replicas, tokenizer).score(ASK, request_id="mine")
+        [job] = replicas.jobs
+        assert job.request_id == "mine"
+        assert before + SETTINGS.timeout_s <= job.deadline <= time.time() + SETTINGS.timeout_s
+
+    async def test_other_names(self, tokenizer: TextTokenizer):
+        settings = SETTINGS.model_copy(update={"aliases": ("judge", "default")})
+        service = service_on(DirectReplicas(ENGINE), tokenizer, settings)
+        assert service.info().names == ["fake-judge", "judge", "default"]
+        for name in service.info().names:
+            await service.score(ASK.model_copy(update={"model": name}), request_id="r")
+        with pytest.raises(NotFoundError, match="fake-judge, judge, default"):
+            await service.score(ASK.model_copy(update={"model": "x" * 1000}), request_id="r")
+
+
+MANY = ScoreRequest(query=[1] * 20, items=[[2 + i] * 10 for i in range(40)], label_token_ids=[7, 8])
+
+
+class TestFanOut:
+    async def test_many_tokens_go_to_all_replicas_and_come_back_in_order(self, tokenizer: TextTokenizer):
+        one, four = DirectReplicas(ENGINE), DirectReplicas(ENGINE, count=4)
+        whole = await service_on(one, tokenizer).score(MANY, request_id="r")
+        parts = await service_on(four, tokenizer).score(MANY, request_id="r")
+        assert len(one.jobs) == 1
+        assert [job.batch.num_sequences for job in four.jobs] == [10] * 4
+        assert parts.scores == whole.scores
+
+    async def test_when_a_part_fails_the_others_are_cancelled(self, tokenizer: TextTokenizer):
+        class OneFails:
+            count = 4
+            started = cancelled = 0
+
+            async def score(self, _job: ScoreJob) -> JobResult:
+                self.started += 1
+                if self.started == self.count:
+                    raise OverloadedError("full")
+                try:
+                    await asyncio.Event().wait()
+                except asyncio.CancelledError:
+                    self.cancelled += 1
+                    raise
+                raise AssertionError
+
+        replicas = OneFails()
+        with pytest.raises(OverloadedError, match="full"):
+            await service_on(replicas, tokenizer).score(MANY, request_id="r")
+        assert replicas.cancelled == 3
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    async def test_deadline_and_cancelling_leave_no_task(self, tokenizer: TextTokenizer):
+        class Hanging:
+            count = 4
+
+            async def score(self, _job: ScoreJob) -> JobResult:
+                await asyncio.Event().wait()
+                raise AssertionError
+
+        service = service_on(Hanging(), tokenizer, SETTINGS.model_copy(update={"timeout_s": 0.05}))
+        with pytest.raises(DeadlineExceededError, match=r"0\.05 s"):
+            await service.score(MANY, request_id="r")
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        task = asyncio.create_task(service_on(Hanging(), tokenizer).score(MANY, request_id="r"))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    async def test_a_timeout_of_someone_else_is_not_the_deadline(self, tokenizer: TextTokenizer):
+        class Timing:
+            count = 1
+
+            async def score(self, _job: ScoreJob) -> JobResult:
+                raise TimeoutError("a socket")
+
+        with pytest.raises(TimeoutError, match="a socket"):
+            await service_on(Timing(), tokenizer).score(ASK, request_id="r")
+
+
+class Scorer:
+    """Looks like a Serve handle: ``score.remote(job)`` gives what can be awaited and cancelled."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers = list(answers)
+        self.cancelled = 0
+        self.score = self
+
+    def remote(self, _job: ScoreJob) -> Scorer:
+        return self
+
+    def __await__(self) -> Any:
+        return self._answer().__await__()
+
+    async def _answer(self) -> Any:
+        answer = self.answers.pop(0)
+        if answer is None:
+            await asyncio.Event().wait()
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def cancel(self) -> None:
+        self.cancelled += 1
+
+
+def task_error(cause: Exception) -> Exception:
+    """As Ray hands it to the caller, after its trip between processes."""
+    error = RayTaskError("score", "Traceback: /secret/path", cause, "proctitle", 1, "127.0.0.1")
+    return pickle.loads(pickle.dumps(error)).as_instanceof_cause()
+
+
+JOB = ScoreJob("r", None)  # type: ignore[arg-type]
+LOST = (ActorDiedError(), ActorUnavailableError("gone", None), RequestCancelledError("r"), task_error(ActorDiedError()))
+
+
+class TestScorerReplicas:
+    @pytest.mark.parametrize("lost", LOST, ids=lambda error: type(error).__name__)
+    async def test_a_lost_replica_is_tried_again_once(self, lost: Exception):
+        assert await ScorerReplicas(Scorer(lost, "answer"), 1).score(JOB) == "answer"
+        scorer = Scorer(lost, lost, "answer")
+        with pytest.raises(OverloadedError, match="no healthy replica") as caught:
+            await ScorerReplicas(scorer, 1).score(JOB)
+        assert caught.value.retry_after_s == 1
+        assert scorer.answers == ["answer"]
+
+    @pytest.mark.parametrize(("given", "said"), [(None, 1), (0.2, 1), (7.4, 7)])
+    async def test_back_pressure_is_overload(self, given: float | None, said: int):
+        scorer = Scorer(BackPressureError(num_queued_requests=9, max_queued_requests=9, retry_after_s=given))
+        with pytest.raises(OverloadedError) as caught:
+            await ScorerReplicas(scorer, 1).score(JOB)
+        assert caught.value.retry_after_s == said
+
+    async def test_the_services_own_errors_come_through_as_they_were(self):
+        sent = OverloadedError("full", param="items", index=3, retry_after_s=9)
+        with pytest.raises(ScoringError) as caught:
+            await ScorerReplicas(Scorer(task_error(sent)), 1).score(JOB)
+        assert type(caught.value) is OverloadedError
+        assert vars(caught.value) == vars(sent)
+        assert caught.value.body() == sent.body()
+
+    async def test_a_fault_in_the_scorer_tells_nothing(self):
+        with pytest.raises(InternalError) as caught:
+            await ScorerReplicas(Scorer(task_error(ValueError("/secret"))), 1).score(JOB)
+        assert "secret" not in str(caught.value)
+
+    async def test_cancelling_reaches_the_replica(self):
+        scorer = Scorer(None)
+        task = asyncio.create_task(ScorerReplicas(scorer, 1).score(JOB))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert scorer.cancelled == 1
