@@ -1,0 +1,108 @@
+"""What loads what: import rules that only a fresh process can show."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FRONT = sorted(path.stem for path in (ROOT / "serve_app").glob("*.py") if path.stem != "__init__")
+
+
+def loaded_after(code: str) -> set[str]:
+    """Top-level packages in a process that ran ``code``."""
+    script = f"{code}\nimport sys\nprint('loaded:', *{{name.split('.')[0] for name in sys.modules}})"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    return set(result.stdout.rsplit("loaded:", 1)[1].split())
+
+
+def test_no_module_of_the_service_loads_jax_or_the_model_when_imported():
+    loaded = loaded_after("\n".join(f"import serve_app.{name}" for name in FRONT))
+    assert "serve_app" in loaded
+    assert loaded.isdisjoint({"jax", "jaxlib", "flax", "model", "torch"})
+
+
+def test_the_building_process_does_not_load_jax():
+    code = "from serve_app.app import build; from serve_app.settings import Settings; build(Settings())"
+    loaded = loaded_after(code)
+    assert "ray" in loaded
+    assert loaded.isdisjoint({"jax", "jaxlib", "flax", "model", "torch"})
+
+
+def test_unpickling_what_crosses_a_handle_does_not_load_jax():
+    code = (
+        "import pickle; from serve_app import contract, errors; import numpy as np\n"
+        "info = contract.ModelInfo(1, 1, 1, 'float32', 'x', 'cpu', ())\n"
+        "result = contract.JobResult(contract.BatchResult(np.zeros(1, np.float32), np.zeros(1, np.int32)), 0.0, 0.0)\n"
+        "pickle.loads(pickle.dumps([info, result, errors.InternalError('x')]))"
+    )
+    assert loaded_after(code).isdisjoint({"jax", "jaxlib", "flax", "model", "ray"})
+
+
+def test_the_model_package_loads_without_the_service():
+    loaded = loaded_after("import model.engine")
+    assert "jax" in loaded
+    assert loaded.isdisjoint({"serve_app", "ray", "fastapi", "pydantic"})
+
+
+def test_help_does_not_wait_for_ray():
+    loaded = loaded_after(
+        "import sys; from serve_app import cli\n"
+        "sys.argv = ['score-serve', 'serve', '--help']\n"
+        "try:\n    cli.main()\nexcept SystemExit:\n    pass"
+    )
+    assert "typer" in loaded
+    assert "ray" not in loaded
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, so that the checkout stays clean; without isolation, so that no network is needed."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "serve_app", "model"):
+        if (ROOT / name).exists():
+            subprocess.run(["cp", "-r", ROOT / name, source], check=True)
+        else:
+            (source / name).touch()
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, source],
+        check=True,
+        env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+    )
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_both_packages_whole(wheel: Path):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for package in ("serve_app", "model"):
+        wanted = {
+            path.relative_to(ROOT).as_posix()
+            for path in (ROOT / package).rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts
+        }
+        assert wanted <= names
+    assert {name.split("/")[0] for name in names if not name.startswith("score_serve-")} == {"serve_app", "model"}
+
+
+def test_the_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    (entry_points,) = tmp_path.glob("score_serve-*.dist-info/entry_points.txt")
+    assert "score-serve = serve_app.cli:main" in entry_points.read_text()
+    code = "import serve_app.app, model.engine, sys; print(serve_app.__file__, model.__file__)"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.count(str(tmp_path)) == 2
