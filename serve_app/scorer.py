@@ -141,7 +141,3 @@ class Scorer:
         stalled = self._queue.stalled_seconds()
         if stalled > self._stall_s:
             raise RuntimeError(f"the device has not finished a batch for {stalled:.0f} s; stall_s is {self._stall_s}")
-
-    async def __del__(self) -> None:
-        """Serve awaits this when the replica stops, after its calls have ended."""
-        await self._queue.close()

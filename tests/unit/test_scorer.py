@@ -1,0 +1,238 @@
+"""The scorer's class without Ray: Serve's batching needs no more of a replica than its context."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from ray import serve
+
+from serve_app import scorer
+from serve_app.contract import BatchResult, ModelInfo, ScoreJob, TokenBatch
+from serve_app.device_queue import DeviceQueue
+from serve_app.errors import DeadlineExceededError, OverloadedError
+from serve_app.fake_engine import FakeEngine
+from serve_app.scorer import MAX_ONGOING, Scorer, load_engine
+from serve_app.settings import Limits, Settings
+from tests.batches import label_batch
+from tests.tiny import make_llama
+
+
+class HeldEngine(FakeEngine):
+    """Computes nothing until ``gate`` opens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.scored: list[int] = []
+
+    def score(self, batch: TokenBatch) -> BatchResult:
+        assert self.gate.wait(30)
+        self.scored.append(batch.num_sequences)
+        return super().score(batch)
+
+
+@pytest.fixture(autouse=True)
+def replica_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Serve gives a replica: a context, and a process in which nobody has used the batching yet."""
+    batching = Scorer._intake._get_max_batch_size.__self__
+    monkeypatch.setattr(batching, "_queue", None)
+    config = SimpleNamespace(max_ongoing_requests=MAX_ONGOING)
+    monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(_deployment_config=config))
+
+
+@asynccontextmanager
+async def started(engine: FakeEngine, settings: Settings | None = None) -> AsyncIterator[Any]:
+    replica = Scorer.__new__(Scorer)
+    await replica.__init__(settings or Settings(engine="fake"), lambda _: engine)
+    try:
+        yield replica
+    finally:
+        if isinstance(engine, HeldEngine):
+            engine.gate.set()
+        await replica._queue.close()
+        # Only Serve's batching outlives its replica.
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 - there is no event to wait for
+        await asyncio.sleep(0.001)
+
+
+def job(*rows: list[int], deadline: float | None = None) -> ScoreJob:
+    return ScoreJob("r", label_batch(rows, [[1, 2]] * len(rows)), deadline)
+
+
+async def test_concurrent_calls_each_get_their_own_answer():
+    jobs = [job([i], [i, i]) for i in range(100)]
+    async with started(FakeEngine()) as replica:
+        answers = await asyncio.gather(*map(replica.score, jobs))
+        assert (await replica.stats()).sequences == 200
+    for asked, answer in zip(jobs, answers, strict=True):
+        np.testing.assert_array_equal(answer.result.values, FakeEngine().score(asked.batch).values)
+
+
+async def test_info_is_the_engines():
+    async with started(FakeEngine(vocab_size=77)) as replica:
+        assert (await replica.info()).vocab_size == 77
+
+
+async def test_the_intake_does_not_wait_for_the_device():
+    engine = HeldEngine()
+    async with started(engine) as replica:
+        calls = [asyncio.create_task(replica.score(job([i]))) for i in range(200)]
+        await until(lambda: replica._queue.stats().queued_jobs == 200)
+        await replica.check_health()
+        engine.gate.set()
+        await asyncio.gather(*calls)
+
+
+async def test_a_call_that_is_cancelled_takes_its_queued_work_along():
+    engine = HeldEngine()
+    async with started(engine) as replica:
+        first = asyncio.create_task(replica.score(job([1])))
+        await until(lambda: replica._queue.stats().queued_jobs == 1)
+        left = asyncio.create_task(replica.score(job([2], [3])))
+        await until(lambda: replica._queue.stats().queued_jobs == 2)
+        left.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await left
+        engine.gate.set()
+        await first
+        await replica.score(job([4]))
+    assert engine.scored == [1, 1]
+
+
+async def test_a_call_that_is_cancelled_before_the_intake_never_reaches_the_queue():
+    engine = HeldEngine()
+    async with started(engine) as replica:
+        left = asyncio.create_task(replica.score(job([2], [3])))
+        await asyncio.sleep(0)
+        left.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await left
+        engine.gate.set()
+        await replica.score(job([4]))
+    assert engine.scored == [1]
+
+
+async def test_errors_reach_their_caller_only():
+    engine = HeldEngine()
+    settings = Settings(engine="fake", limits=Limits(max_queued_tokens=10))
+    async with started(engine, settings) as replica:
+        busy = asyncio.create_task(replica.score(job([1])))
+        await until(lambda: replica._queue.stats().queued_jobs == 1)
+        calls = [replica.score(job([1] * 8)), replica.score(job([2] * 8)), replica.score(job([3], deadline=1.0))]
+        waiting = asyncio.gather(*calls, return_exceptions=True)
+        await asyncio.sleep(0.05)
+        engine.gate.set()
+        kept, refused, late = await waiting
+        await busy
+    assert len(kept.result.values) == 2
+    assert isinstance(refused, OverloadedError)
+    assert isinstance(late, DeadlineExceededError)
+
+
+async def test_a_job_that_cannot_be_queued_harms_only_its_caller(monkeypatch: pytest.MonkeyPatch):
+    submit = DeviceQueue.submit
+
+    def picky(queue: DeviceQueue, asked: ScoreJob, answer: Any) -> None:
+        if asked.request_id == "bad":
+            raise ValueError("not a batch")
+        submit(queue, asked, answer)
+
+    monkeypatch.setattr(DeviceQueue, "submit", picky)
+    async with started(FakeEngine()) as replica:
+        bad = ScoreJob("bad", job([1]).batch)
+        good, failed = await asyncio.gather(replica.score(job([1])), replica.score(bad), return_exceptions=True)
+        assert len(good.result.values) == 2
+        assert isinstance(failed, ValueError)
+        await replica.check_health()
+
+
+async def test_health_fails_when_the_intake_is_stuck(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(scorer, "INTAKE_LIMIT_S", 0.02)
+    async with started(FakeEngine()) as replica:
+        await replica.check_health()
+        await replica.score(job([1]))
+        # What a fault in Serve's batching leaves behind: its task is dead, and calls wait for ever.
+        (batching,) = [task for task in asyncio.all_tasks() if "_process_batches" in repr(task)]
+        batching.cancel()
+        with pytest.raises(OverloadedError, match="stuck"):
+            await replica.score(job([1]))
+        with pytest.raises(RuntimeError, match="taken in"):
+            await replica.check_health()
+
+
+async def test_health_fails_when_the_queue_has_stopped():
+    async with started(FakeEngine()) as replica:
+        await replica._queue.close()
+        with pytest.raises(RuntimeError, match="queue has stopped"):
+            await replica.check_health()
+
+
+async def test_health_fails_when_a_device_batch_hangs():
+    engine = HeldEngine()
+    async with started(engine, Settings(engine="fake", stall_s=0.05)) as replica:
+        call = asyncio.create_task(replica.score(job([1])))
+        await asyncio.sleep(0.01)
+        await replica.check_health()
+        await asyncio.sleep(0.1)
+        with pytest.raises(RuntimeError, match=r"stall_s is 0\.05"):
+            await replica.check_health()
+        engine.gate.set()
+        await call
+        await replica.check_health()
+
+
+async def test_the_event_loop_is_free_while_the_engine_loads():
+    gate = threading.Event()
+
+    def load(_: Settings) -> FakeEngine:
+        assert gate.wait(30)
+        return FakeEngine()
+
+    replica = Scorer.__new__(Scorer)
+    loading = asyncio.create_task(replica.__init__(Settings(engine="fake"), load))
+    await asyncio.sleep(0.01)
+    gate.set()
+    await loading
+    await replica._queue.close()
+
+
+async def test_a_failure_to_load_reaches_serve():
+    def load(_: Settings) -> FakeEngine:
+        raise ValueError("no such model")
+
+    replica = Scorer.__new__(Scorer)
+    with pytest.raises(ValueError, match="no such model"):
+        await replica.__init__(Settings(engine="fake"), load)
+
+
+def test_the_fake_engine_is_loaded_by_name():
+    assert load_engine(Settings(engine="fake")).info.platform == "none"
+
+
+def test_the_models_engine_answers_in_the_contracts_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # The model's own classes would load jax wherever they are unpickled.
+    # Without the warm-up, only what this one batch needs is compiled.
+    warmed: list[object] = []
+    monkeypatch.setattr("model.engine.Engine.warmup", lambda engine, _progress: warmed.append(engine))
+    monkeypatch.setenv("SCORE_SERVE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    engine = load_engine(Settings(model=str(make_llama(tmp_path / "model", context=32))))
+    assert len(warmed) == 1
+    assert type(engine.info) is ModelInfo
+    result = engine.score(job([1, 2, 3], [4]).batch)
+    assert type(result) is BatchResult
+    assert result.values.shape == (4,)
+    assert (result.values < 0).all()
