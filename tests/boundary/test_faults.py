@@ -137,6 +137,23 @@ class TestLimits:
             assert "1024 bytes" in http.flat(response, 413)["message"]
             assert sent == 1100
 
+    async def test_a_declared_length_is_refused_before_a_byte_is_read(
+        self, tokenizer: TextTokenizer, replicas: DirectReplicas
+    ):
+        service = ScoringService(FAKE, tokenizer, INFO, replicas)
+        sent: list[dict[str, Any]] = []
+        length = b"%d" % (service.max_body_bytes + 1)
+
+        async def receive() -> dict[str, Any]:
+            raise AssertionError("nothing is to be read")
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await create_app(lambda: service)(scope("/v1/score", (b"content-length", length)), receive, send)
+        assert sent[0]["status"] == 413
+        service.close()
+
 
 class TestFaults:
     async def test_a_fault_of_ours_gives_its_request_id_and_nothing_else(self, tokenizer: TextTokenizer, caplog: Any):
@@ -256,13 +273,13 @@ class TestRequestId:
         service.close()
 
 
-def scope(path: str) -> dict[str, Any]:
+def scope(path: str, *headers: tuple[bytes, bytes]) -> dict[str, Any]:
     return {
         "type": "http",
         "method": "POST",
         "path": path,
         "query_string": b"",
-        "headers": [(b"content-type", b"application/json")],
+        "headers": [(b"content-type", b"application/json"), *headers],
         "server": ("fake", 80),
         "scheme": "http",
     }

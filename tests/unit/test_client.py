@@ -19,7 +19,7 @@ from serve_app.errors import (
     ScoringError,
     TooLargeError,
 )
-from serve_app.schemas import PromptTokensDetails, ScoreResponse, Usage
+from serve_app.schemas import DetokenizeResponse, PromptTokensDetails, ScoreResponse, TokenizeResponse, Usage
 
 USAGE = Usage(prompt_tokens=4, total_tokens=4, prompt_tokens_details=PromptTokensDetails(cached_tokens=1))
 ANSWER = ScoreResponse(scores=[[0.25, 0.75]], model="m", usage=USAGE)
@@ -74,6 +74,19 @@ def test_score_sends_the_fields_and_returns_the_response():
         "model": "default",
         "return_token_logprobs": False,
     }
+
+
+def test_tokens_and_back():
+    tokens = TokenizeResponse(tokens=[5, 6], count=2, max_model_len=9, token_strs=["a", "b"])
+    asking, requests = client(good(tokens), good(DetokenizeResponse(prompt="ab")))
+    with asking:
+        assert asking.tokenize("ab", add_special_tokens=False) == tokens
+        assert asking.detokenize([5, 6]) == "ab"
+    assert [json.loads(request.content) for request in requests] == [
+        {"model": "default", "prompt": "ab", "add_special_tokens": False},
+        {"model": "default", "tokens": [5, 6]},
+    ]
+    assert [request.url.path for request in requests] == ["/tokenize", "/detokenize"]
 
 
 def test_a_wrong_request_is_not_sent():
