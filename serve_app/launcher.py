@@ -45,7 +45,8 @@ def run(settings: Settings, *, host: str, port: int) -> None:
         ModelSourceError: the model cannot be had.
     """
     console = Console(stderr=True, highlight=False)
-    with _interrupted_by_sigterm(), console.status("starting") as status:
+    interrupt_on_sigterm()
+    with console.status("starting") as status:
 
         def say(line: str) -> None:
             """A moving last line on a terminal, plain lines elsewhere."""
@@ -149,7 +150,8 @@ def example(url: str) -> str:
     """A request that works, as a shell command: is a film review positive or negative?"""
     with httpx.Client(base_url=url) as client:
         tokens = client.post("/tokenize", json={"prompt": [" positive", " negative"], "add_special_tokens": False})
-    labels = [ids[0] for ids in tokens.raise_for_status().json()["tokens"]]
+    # Where a word is several tokens, the first that tells the words apart.
+    labels = next(pair for pair in zip(*tokens.raise_for_status().json()["tokens"], strict=False) if len({*pair}) == 2)
     request: dict[str, Any] = {
         "query": "\nIs this film review positive or negative? It is",
         "items": ["I loved every minute of it.", "A waste of two hours."],
@@ -191,6 +193,7 @@ def _service(settings: Settings, host: str, port: int, say: Say) -> Generator[Pa
                 _node_ip_address="127.0.0.1",
             )
             quiet = {"log_level": "WARNING", "enable_access_log": False}
+            interrupt_on_sigterm()  # ray.init has put its own handler in place, which ends the process at once
             http = {"host": host, "port": port}
             serve.start(http_options=http, logging_config=quiet)  # pyright: ignore[reportUnknownMemberType]
             say("starting the service")
@@ -213,13 +216,10 @@ def _service(settings: Settings, host: str, port: int, say: Say) -> Generator[Pa
             ray.shutdown()  # pyright: ignore[reportUnknownMemberType]
 
 
-@contextmanager
-def _interrupted_by_sigterm() -> Generator[None]:
+def interrupt_on_sigterm() -> None:
+    """Make SIGTERM do what Ctrl-C does."""
+
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    signal.signal(signal.SIGTERM, interrupt)

@@ -201,6 +201,14 @@ async def test_cancelled_jobs_never_reach_the_device():
     assert [sequences_of(batch) for batch in engine.batches] == [[[1]]]
 
 
+async def test_a_job_whose_caller_left_before_it_came_is_not_queued():
+    async with opened(FakeEngine()) as queue:
+        answer: asyncio.Future[JobResult] = asyncio.get_running_loop().create_future()
+        answer.cancel()
+        queue.submit(ScoreJob("r", batch_of([[1]])), answer)
+        assert queue.stats().queued_jobs == 0
+
+
 async def test_a_job_cancelled_and_expired_in_the_same_tick_does_not_stop_the_queue():
     engine = FakeEngine()
     async with opened(engine) as queue:

@@ -1,0 +1,105 @@
+"""``score-serve serve`` as a user runs it: a process that starts everything, and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.e2e.conftest import free_port
+
+pytestmark = pytest.mark.ray
+
+
+@contextmanager
+def launched(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """The command, in a process group of its own, as a terminal would start it."""
+    command = [sys.executable, "-c", "from serve_app.cli import main; main()", "serve", "--engine", "fake", *arguments]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def read_until(process: subprocess.Popen[str], wanted: str) -> list[str]:
+    lines: list[str] = []
+    assert process.stderr
+    for line in process.stderr:
+        lines.append(line)
+        if wanted in line:
+            return lines
+    raise AssertionError(f"{wanted!r} is not in:\n{''.join(lines)}")
+
+
+def test_it_serves_until_ctrl_c_and_leaves_no_process(model_folder: Path):
+    port = free_port()
+    with launched("--model", str(model_folder), "--port", str(port)) as process:
+        said = read_until(process, "curl")
+        assert any("warming up" in line for line in said)
+        words = shlex.split(said[-1])
+        answer = httpx.post(words[1], json=json.loads(words[words.index("-d") + 1]))
+        assert answer.status_code == 200
+        assert [round(sum(row), 6) for row in answer.json()["scores"]] == [1, 1]
+        started = psutil.Process(process.pid).children(recursive=True)
+        assert any("raylet" in child.name() for child in started)
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal, which reaches the whole group
+        _, rest = process.communicate(timeout=60)
+        assert process.returncode == 0, rest
+        assert "Traceback" not in rest
+    _, alive = psutil.wait_procs(started, timeout=10)
+    assert alive == []
+
+
+def test_it_can_be_terminated_while_it_starts(model_folder: Path):
+    with launched("--model", str(model_folder), "--port", str(free_port())) as process:
+        read_until(process, "starting the service")
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        _, rest = process.communicate(timeout=60)
+        assert process.returncode == 130, rest
+        assert "Traceback" not in rest
+    _, alive = psutil.wait_procs(started, timeout=10)
+    assert alive == []
+
+
+def test_a_replica_that_cannot_start_ends_it_with_the_reason(model_folder: Path, tmp_path: Path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in model_folder.iterdir():
+        if not path.name.startswith("tokenizer"):
+            (broken / path.name).write_bytes(path.read_bytes())
+    with launched("--model", str(broken), "--port", str(free_port())) as process:
+        _, output = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "error: the service did not start" in output
+    assert "tokenizer" in output
+    assert "Traceback" not in output
+
+
+def test_a_taken_port_and_a_missing_model_are_errors_before_anything_starts(tmp_path: Path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with launched("--port", str(taken.getsockname()[1])) as process:
+            _, output = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "--port" in output
+    with launched("--model", str(tmp_path / "nothing"), "--port", str(free_port())) as process:
+        _, output = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "nothing" in output
+    assert "starting Ray" not in output

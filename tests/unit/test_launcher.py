@@ -1,0 +1,174 @@
+"""The launcher's parts that need no Ray, and what the command line says of user errors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from ray import serve
+from ray.serve.schema import ApplicationStatus
+from typer.testing import CliRunner
+
+from serve_app import cli, launcher, model_source
+from serve_app.launcher import LaunchError
+from serve_app.settings import Settings
+
+SERVE_MESSAGE = """The deployment failed to start 1 times in a row. Error:
+\x1b[36mray::ServeReplica:score:Scorer.initialize()\x1b[39m (pid=1)
+  File "replica.py", line 1, in initialize
+    raise ValueError("inner")
+ValueError: inner
+
+The above exception was the direct cause of the following exception:
+
+Traceback (most recent call last):
+  File "checkpoint.py", line 9, in load
+model.checkpoint.CheckpointError: 2 tensors do not fit the model:
+  missing: lm_head.weight
+  unexpected: extra.weight"""
+
+
+def test_the_reason_is_the_last_error_whole_and_without_a_traceback():
+    assert launcher.reason(SERVE_MESSAGE) == (
+        "CheckpointError: 2 tensors do not fit the model:\n  missing: lm_head.weight\n  unexpected: extra.weight"
+    )
+    assert launcher.reason("no error is named here ") == "no error is named here"
+
+
+def test_a_taken_port_is_named_with_the_remedy():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(LaunchError, match=rf"127\.0\.0\.1:{port} .*--port"):
+            launcher.check_port("127.0.0.1", port)
+    launcher.check_port("127.0.0.1", port)
+
+
+def test_a_full_disk_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    launcher.check_disk(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**29))
+    with pytest.raises(LaunchError, match=r"0\.5 GiB free and Ray needs 2.*TMPDIR"):
+        launcher.check_disk(tmp_path)
+
+
+def test_log_lines_follow_several_scorers_and_wait_for_whole_lines(tmp_path: Path):
+    first, second = tmp_path / "replica_score_Scorer_a.log", tmp_path / "replica_score_Scorer_b.log"
+    (tmp_path / "replica_score_Ingress_c.log").write_text("INFO -- not this one\n")
+    lines = launcher.log_lines(tmp_path)
+    assert next(lines) is None
+    first.write_text("INFO 2026 score -- warming up, 1 of 2: 4x256\na traceback's line\nINFO 2026 score -- half a")
+    second.write_text("INFO 2026 score -- loading\n")
+    assert [next(lines), next(lines), next(lines)] == ["warming up, 1 of 2: 4x256", "loading", None]
+    with first.open("a") as file:
+        file.write(" line\n")
+    assert [next(lines), next(lines)] == ["half a line", None]
+
+
+def application(status: ApplicationStatus, message: str = "", deployment: str = "") -> Any:
+    deployments = {"Scorer": SimpleNamespace(message=deployment)}
+    app = SimpleNamespace(status=status, message=message, deployments=deployments)
+    return lambda: SimpleNamespace(applications={launcher.APP_NAME: app})
+
+
+def test_waiting_ends_when_the_service_can_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "replica_score_Scorer_a.log").write_text("INFO -- loading\n")
+    monkeypatch.setattr(serve, "status", application(ApplicationStatus.RUNNING))
+    answers = [httpx.ConnectError("not yet"), httpx.Response(503), httpx.Response(200)]
+
+    def get(_url: str, **_: Any) -> httpx.Response:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(httpx, "get", get)
+    said: list[str] = []
+    launcher.wait_until_ready("http://service", tmp_path, said.append)
+    assert (said, answers) == (["loading"], [])
+
+
+@pytest.mark.parametrize(
+    ("state", "why"),
+    [
+        (application(ApplicationStatus.DEPLOYING, deployment=SERVE_MESSAGE), "CheckpointError: 2 tensors"),
+        (application(ApplicationStatus.DEPLOY_FAILED, message="no room"), "no room"),
+        (application(ApplicationStatus.UNHEALTHY, message="it died"), "it died"),
+    ],
+)
+def test_waiting_ends_with_the_reason_when_the_service_cannot_start(
+    state: Any, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(serve, "status", state)
+    with pytest.raises(LaunchError, match=f"did not start: {why}"):
+        launcher.wait_until_ready("http://service", tmp_path, print)
+
+
+def test_the_example_asks_with_the_tokenizers_own_ids(monkeypatch: pytest.MonkeyPatch):
+    def post(_client: httpx.Client, path: str, **_: Any) -> httpx.Response:
+        assert path == "/tokenize"
+        return httpx.Response(200, json={"tokens": [[3, 7, 8], [3, 9]]}, request=httpx.Request("POST", path))
+
+    monkeypatch.setattr(httpx.Client, "post", post)
+    command = launcher.example("http://127.0.0.1:8000")
+    assert command.startswith("curl http://127.0.0.1:8000/v1/score ")
+    body = json.loads(command.split("-d '")[1].rstrip().rstrip("'"))
+    assert body["label_token_ids"] == [7, 9]
+
+
+def test_sigterm_interrupts_as_ctrl_c_does():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        launcher.interrupt_on_sigterm()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(cli.app, ["serve", *arguments])
+
+
+def test_options_become_settings(monkeypatch: pytest.MonkeyPatch):
+    got: list[Any] = []
+    monkeypatch.setattr(launcher, "run", lambda settings, **address: got.append((settings, address)))
+    arguments = ["--model", "org/name", "--revision", "abc", "--served-name", "judge", "--dtype", "bfloat16"]
+    assert run(*arguments, "--engine", "fake", "--port", "9000", "--replicas", "2").exit_code == 0
+    settings = Settings(
+        model="org/name", revision="abc", served_name="judge", dtype="bfloat16", engine="fake", scorer_replicas=2
+    )
+    assert got == [(settings, {"host": "127.0.0.1", "port": 9000})]
+
+
+def test_without_options_the_settings_are_the_defaults(monkeypatch: pytest.MonkeyPatch):
+    got: list[Settings] = []
+    monkeypatch.setattr(launcher, "run", lambda settings, **_: got.append(settings))
+    assert run().exit_code == 0
+    assert got == [Settings()]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(LaunchError("why [it] failed"), 1), (model_source.ModelSourceError("no model"), 1), (KeyboardInterrupt(), 130)],
+)
+def test_user_errors_are_a_line_and_an_exit_code(
+    error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(launcher, "run", fail)
+    result = run()
+    assert result.exit_code == code
+    output = result.stderr + capfd.readouterr().err
+    assert "Traceback" not in output
+    if code == 1:
+        assert f"error: {error}" in output
