@@ -5,8 +5,8 @@ token sees (1) the first ``prefix_length`` positions of the prefix that all rows
 pool, and (2) the tokens of its own row up to itself.
 
 Two implementations with one signature: ``reference`` gathers the prefix and takes one softmax over everything;
-``paged`` walks the prefix page by page, one plain 2-D matmul per key/value head, and merges by the running log-sum-exp,
-so one compiled program serves every prefix length and no [tokens, prefix] array exists.
+``paged`` walks the prefix page by page, all rows in one matmul per key/value head, and merges by the running
+log-sum-exp, so one compiled program serves every prefix length and no [tokens, prefix] array exists.
 
 Source: the merge is that of FlashAttention (arXiv 2205.14135), section 3.1.
 """
@@ -116,66 +116,59 @@ def _own_reads(
     flat = segments.reshape(-1)
     visible = (flat[reads][:, None] == flat[None, :]) & (jnp.arange(flat.size)[None, :] <= reads[:, None])  # R M
     queries = _split_heads(q, kv_heads)  # K G*R H
-    values = _finite(v)
-    scores = jnp.stack([_matmul_t(queries[i], k[:, i]) for i in range(kv_heads)])  # K G*R M
-    scores = scores.reshape(kv_heads, -1, *visible.shape)
+    scores = _scores(queries, k.transpose(1, 0, 2)).reshape(kv_heads, -1, *visible.shape)
     scores = jnp.where(visible[None, None], scores, -jnp.inf).reshape(kv_heads, -1, flat.size)
     maximum = scores.max(axis=-1)
     weights = jnp.exp(scores - maximum[..., None])
-    total = weights.sum(axis=-1)
-    summed = jnp.stack([_matmul(weights[i].astype(v.dtype), values[:, i]) for i in range(kv_heads)])
-    return Partial(maximum, total, summed)
+    return Partial(maximum, weights.sum(axis=-1), _weighted(weights, _finite(v).transpose(1, 0, 2)))
 
 
-def _matmul(a: Float[Array, "x y"], b: Float[Array, "y z"]) -> Float[Array, "x z"]:
-    return lax.dot(a, b, preferred_element_type=jnp.float32)
+def _scores(queries: Float[Array, "K Q H"], keys: Float[Array, "K S H"]) -> Float[Array, "K Q S"]:
+    """Float32 products, one matmul per key/value head."""
+    return lax.dot_general(queries, keys, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32)
 
 
-def _matmul_t(a: Float[Array, "x y"], b: Float[Array, "z y"]) -> Float[Array, "x z"]:
-    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+def _weighted(weights: Float[Array, "K Q S"], values: Float[Array, "K S H"]) -> Float[Array, "K Q H"]:
+    """Float32 weighted sums, one matmul per key/value head."""
+    operand = weights.astype(values.dtype)
+    return lax.dot_general(operand, values, (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+
+
+def _fold(
+    queries: Float[Array, "K Q H"],
+    partial: Partial,
+    keys: Float[Array, "K P H"],
+    values: Float[Array, "K P H"],
+    valid: Bool[Array, " P"],
+) -> Partial:
+    """Add keys and values that all queries see, where ``valid``, to a partial softmax."""
+    scores = jnp.where(valid[None, None, :], _scores(queries, keys), -jnp.inf)
+    maximum = jnp.maximum(partial.maximum, scores.max(axis=-1))
+    weights = jnp.exp(scores - maximum[..., None])
+    scale = jnp.exp(partial.maximum - maximum)
+    total = partial.total * scale + weights.sum(axis=-1)
+    return Partial(maximum, total, partial.values * scale[..., None] + _weighted(weights, values))
 
 
 def _fold_prefix_paged(queries: Float[Array, "K Q H"], own: Partial, context: Context, layer: Layer) -> Partial:
     """Add the prefix to a partial softmax, one page a step."""
-    kv_heads = queries.shape[0]
-    page_shape = (1, 1, 2, *context.pool.shape[3:])
+    page_shape = (1, 1, *context.pool.shape[2:])
 
-    def fold(step: Int[Array, ""], partial: Partial) -> Partial:
-        start = (context.page_table[step], layer, 0, 0, 0, 0)
-        page = lax.dynamic_slice(context.pool, start, page_shape)[0, 0]  # 2 K page H
-        valid = step * PAGE_TOKENS + jnp.arange(PAGE_TOKENS) < context.prefix_length
-        parts: list[Partial] = []
-        for i in range(kv_heads):
-            scores = jnp.where(valid[None, :], _matmul_t(queries[i], page[0, i]), -jnp.inf)
-            maximum = jnp.maximum(partial.maximum[i], scores.max(axis=-1))
-            weights = jnp.exp(scores - maximum[:, None])
-            scale = jnp.exp(partial.maximum[i] - maximum)
-            summed = _matmul(weights.astype(page.dtype), page[1, i])
-            parts.append(
-                Partial(
-                    maximum,
-                    partial.total[i] * scale + weights.sum(axis=-1),
-                    partial.values[i] * scale[:, None] + summed,
-                )
-            )
-        return Partial(*(jnp.stack(x) for x in zip(*parts, strict=True)))
+    def step(number: Int[Array, ""], partial: Partial) -> Partial:
+        start = (context.page_table[number], layer, 0, 0, 0, 0)
+        keys, values = lax.dynamic_slice(context.pool, start, page_shape)[0, 0]
+        valid = number * PAGE_TOKENS + jnp.arange(PAGE_TOKENS) < context.prefix_length
+        return _fold(queries, partial, keys, values, valid)
 
     pages = (context.prefix_length + PAGE_TOKENS - 1) // PAGE_TOKENS
-    return lax.fori_loop(0, pages, fold, own)
+    return lax.fori_loop(0, pages, step, own)
 
 
 def _fold_prefix_reference(queries: Float[Array, "K Q H"], own: Partial, context: Context, layer: Layer) -> Partial:
     """Add the whole prefix at once: gathers all page slots and masks those past the prefix."""
     prefix = context.pool[context.page_table, layer]  # slots 2 K page H
-    keys, values = (prefix[:, i].transpose(1, 0, 2, 3).reshape(queries.shape[0], -1, queries.shape[2]) for i in (0, 1))
-    valid = jnp.arange(keys.shape[1]) < context.prefix_length
-    scores = jnp.einsum("kqh,kph->kqp", queries, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(valid[None, None, :], scores, -jnp.inf)
-    maximum = jnp.maximum(own.maximum, scores.max(axis=-1))
-    weights = jnp.exp(scores - maximum[..., None])
-    scale = jnp.exp(own.maximum - maximum)
-    summed = jnp.einsum("kqp,kph->kqh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    return Partial(maximum, own.total * scale + weights.sum(axis=-1), own.values * scale[..., None] + summed)
+    keys, values = prefix.transpose(1, 2, 0, 3, 4).reshape(2, queries.shape[0], -1, queries.shape[2])
+    return _fold(queries, own, keys, values, jnp.arange(keys.shape[1]) < context.prefix_length)
 
 
 FOLD_PREFIX = {"paged": _fold_prefix_paged, "reference": _fold_prefix_reference}

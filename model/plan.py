@@ -15,10 +15,15 @@ import numpy.typing as npt
 
 Tokens = npt.NDArray[np.int32]
 
+SMALLEST_CALL = 64
+"""Tokens, and reads, of the smallest program. XLA's CPU matmul gives a row the same bits whatever the number of rows,
+from 64 rows on; below, other kernels round otherwise (measured with jax 0.10.2 on an AVX2 machine), and a row's score
+would depend on the size of its batch in the fifth digit."""
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Shape:
-    """A compiled program's size: ``bins`` bins of ``width`` positions with room for ``reads`` read positions."""
+    """A compiled program's size: ``bins`` bins of ``width`` positions, with room for ``reads`` read positions."""
 
     width: int
     bins: int
@@ -29,7 +34,8 @@ class Shape:
 
     @property
     def reads(self) -> int:
-        return max(4, self.tokens // 8)
+        """Read positions that one call has room for: all in a small call, an eighth of a large one."""
+        return self.tokens if self.tokens <= 2 * SMALLEST_CALL else max(2 * SMALLEST_CALL, self.tokens // 8)
 
     @property
     def cost(self) -> float:
@@ -85,7 +91,7 @@ class Call:
 
 
 def shapes(max_width: int, call_tokens: int) -> tuple[Shape, ...]:
-    """The ladder of compiled shapes: for each width one full call of about ``call_tokens`` tokens, and one single bin.
+    """The ladder of compiled shapes: for each width one full call of about ``call_tokens`` tokens, and a smallest one.
 
     Widths grow by steps of a sixth to a third, in multiples of 16.
     """
@@ -95,7 +101,8 @@ def shapes(max_width: int, call_tokens: int) -> tuple[Shape, ...]:
         widths.append(width)
         width += max(16, 16 * round(width / 4 / 16))
     widths.append(max_width)
-    ladder = {Shape(w, 1) for w in widths} | {Shape(w, max(1, call_tokens // w)) for w in widths}
+    smallest = {Shape(w, -(-SMALLEST_CALL // w)) for w in widths}
+    ladder = smallest | {Shape(w, max(-(-SMALLEST_CALL // w), call_tokens // w)) for w in widths}
     return tuple(sorted(ladder))
 
 
@@ -210,7 +217,7 @@ def _cost(calls: Sequence[Call]) -> float:
 
 
 def _bins(rows: Sequence[Row], shape: Shape) -> list[list[Row]]:
-    """Best-fit of rows, longest first, into bins of the shape's width, at most ``shape.reads`` reads in each."""
+    """Best-fit of rows, longest first, into bins of the shape's width; none has more reads than one call may."""
     bins: list[list[Row]] = []
     reads: list[int] = []
     room: list[tuple[int, int]] = []  # (free tokens, bin), ascending
@@ -235,15 +242,18 @@ def _calls(rows: Sequence[Row], width: int, ladder: Sequence[Shape]) -> list[Cal
     full = max(shape for shape in ladder if shape.width == width)
     calls: list[Call] = []
     taken: list[list[Row]] = []
-    for members in _bins(rows, min(shape for shape in ladder if shape.width == width)):
+    for members in _bins(rows, full):
         if len(taken) == full.bins or sum(row.reads for bin in (*taken, members) for row in bin) > full.reads:
             calls.append(_call(full, taken))
             taken = []
         taken.append(members)
     rest = [row for members in taken for row in members]
-    singles = [shape for shape in ladder if shape.bins == 1 and shape.width >= rest[0].length]
-    options = [[_call(shape, [members]) for members in _bins(rest, shape)] for shape in singles]
-    options.append([_call(full, taken)])
+    options = [[_call(full, taken)]]
+    for shape in ladder:
+        if shape.width >= rest[0].length and shape.bins == -(-SMALLEST_CALL // shape.width):
+            bins = _bins(rest, shape)
+            runs = [bins[at : at + shape.bins] for at in range(0, len(bins), shape.bins)]
+            options.append([_call(shape, run) for run in runs])
     return calls + min(options, key=_cost)
 
 

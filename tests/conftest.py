@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 import pytest
 
+# Read by jax when it is imported, here and in Ray's workers.
+os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+# Compiling is most of these tests' time; LLVM's lower level halves it and costs a run 15%.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+
+from serve_app import model_source
 from serve_app.fake_engine import FakeEngine
 from serve_app.prompts import TextTokenizer
 from serve_app.service import ScoringService
 from serve_app.settings import Settings
 from tests.local import CONTEXT, VOCAB_SIZE, LocalReplicas, save_tokenizer
+
+if TYPE_CHECKING:
+    from model.engine import Engine
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,3 +55,11 @@ async def service(settings: Settings, tokenizer: TextTokenizer) -> AsyncIterator
     yield service
     service.close()
     await replicas.queue.close()
+
+
+@pytest.fixture(scope="session")
+def demo_engine() -> Engine:
+    """The demo model in float32; programs compile as they are needed."""
+    from model import engine
+
+    return engine.load(model_source.resolve("demo"))

@@ -1,0 +1,202 @@
+"""A row's values depend on its own tokens alone: not on its batch, its place, the cache, the chunks or the shapes."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from model import engine
+from model.engine import Engine
+from model.pages import PAGE_TOKENS
+from tests.batches import label_batch, reads_batch
+from tests.tiny import make_llama
+
+VOCAB = 307
+LABELS = (3, 0, 306, 77)
+TOLERANCE = 1e-5
+"""Nats, float32. Sums run in another order in another shape; nothing else may differ."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("llama"), context=1024)
+
+
+@pytest.fixture(scope="module")
+def scorer(folder: Path) -> Engine:
+    return engine.load(folder, max_row_tokens=64, call_tokens=128)
+
+
+def prompts(count: int, seed: int = 0, query: int = 0, longest: int = 60) -> list[list[int]]:
+    """Random prompts of 1 to ``longest`` tokens behind a common query."""
+    rng = np.random.default_rng(seed)
+    head = rng.integers(0, VOCAB, query).tolist()
+    return [head + rng.integers(0, VOCAB, rng.integers(1, longest + 1)).tolist() for _ in range(count)]
+
+
+def values(scorer: Engine, sequences: list[list[int]]) -> np.ndarray:
+    result = scorer.score(label_batch(sequences, [LABELS] * len(sequences)))
+    return result.values.reshape(len(sequences), len(LABELS))
+
+
+def test_alone_equals_among_500(scorer: Engine) -> None:
+    sequences = prompts(500, query=40)
+    together = values(scorer, sequences)
+    alone = np.concatenate([values(scorer, [sequence]) for sequence in sequences[::25]])
+    np.testing.assert_allclose(alone, together[::25], rtol=0, atol=TOLERANCE)
+
+
+def test_order_does_not_matter(scorer: Engine) -> None:
+    sequences = prompts(60, seed=1, query=150)
+    order = np.random.default_rng(2).permutation(60)
+    shuffled = values(scorer, [sequences[i] for i in order])
+    np.testing.assert_allclose(shuffled, values(scorer, sequences)[order], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_batch_sizes_agree(scorer: Engine, count: int) -> None:
+    sequences = prompts(8, seed=3)
+    batched = [values(scorer, sequences[at : at + count]) for at in range(0, 8, count)]
+    np.testing.assert_allclose(np.concatenate(batched), values(scorer, sequences), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("widest", "call"), [(16, 16), (32, 96), (128, 128)])
+def test_any_buckets_and_chunks_agree(scorer: Engine, folder: Path, widest: int, call: int) -> None:
+    other = engine.load(folder, max_row_tokens=widest, call_tokens=call)
+    sequences = [*prompts(12, seed=4, query=70), *prompts(2, seed=5, query=300, longest=300)]
+    np.testing.assert_allclose(values(other, sequences), values(scorer, sequences), rtol=0, atol=TOLERANCE)
+
+
+def test_cold_warm_and_evicted_prefixes_agree(folder: Path) -> None:
+    scorer = engine.load(folder, max_row_tokens=64, call_tokens=64, prefix_cache_bytes=0)
+    sequences = prompts(6, seed=6, query=400)
+    cold = values(scorer, sequences)
+    hits = scorer.cache_stats.hit_tokens
+    warm = values(scorer, sequences)
+    assert scorer.cache_stats.hit_tokens == hits + 400
+    for seed in range(7, 12):
+        values(scorer, prompts(3, seed=seed, query=600))
+    assert scorer.cache_stats.evicted_pages > 0
+    evicted = values(scorer, sequences)
+    assert scorer.cache_stats.hit_tokens == hits + 400
+    np.testing.assert_array_equal(warm, cold)
+    np.testing.assert_array_equal(evicted, cold)
+
+
+@pytest.mark.parametrize("query", [PAGE_TOKENS - 1, PAGE_TOKENS, PAGE_TOKENS + 1, 2 * PAGE_TOKENS])
+def test_prefixes_around_a_page_agree_with_no_sharing(scorer: Engine, query: int) -> None:
+    sequences = prompts(4, seed=query, query=query, longest=20)
+    alone = np.concatenate([values(scorer, [sequence]) for sequence in sequences])
+    np.testing.assert_allclose(values(scorer, sequences), alone, rtol=0, atol=TOLERANCE)
+
+
+def test_computed_tokens_count_each_token_of_the_tree_once(folder: Path) -> None:
+    scorer = engine.load(folder, max_row_tokens=64, call_tokens=128)
+    sequences = prompts(10, seed=8, query=300)
+    batch = label_batch(sequences, [LABELS] * 10)
+    unique = 300 + sum(len(sequence) - 300 for sequence in sequences)
+    assert scorer.score(batch).computed_tokens.sum() == unique
+    assert scorer.score(batch).computed_tokens.sum() == unique - 300
+
+
+def test_pad_and_eos_ids_are_tokens_like_any_other(scorer: Engine) -> None:
+    """Token 0 fills padding inside; a prompt that is made of it is still scored by its length."""
+    sequences = [[0] * n for n in range(1, 40)]
+    together = values(scorer, sequences)
+    assert len(np.unique(together[:, 0].round(4))) > 30
+    np.testing.assert_allclose(
+        together[::7], np.concatenate([values(scorer, [s]) for s in sequences[::7]]), rtol=0, atol=TOLERANCE
+    )
+
+
+def test_label_counts_may_differ(scorer: Engine) -> None:
+    sequences = prompts(9, seed=9)
+    labels = [tuple(range(1 + i)) for i in range(9)]
+    mixed = scorer.score(label_batch(sequences, labels)).values
+    alone = [scorer.score(label_batch([s], [own])).values for s, own in zip(sequences, labels, strict=True)]
+    np.testing.assert_allclose(mixed, np.concatenate(alone), rtol=0, atol=TOLERANCE)
+
+
+def test_logits_without_the_vocabulary_give_the_same_label_softmax(scorer: Engine) -> None:
+    sequences = prompts(7, seed=10)
+    logprobs = values(scorer, sequences)
+    logits = scorer.score(label_batch(sequences, [LABELS] * 7, vocab_logprobs=False)).values.reshape(7, -1)
+
+    def relative(x: np.ndarray) -> np.ndarray:
+        return x - x[:, :1]
+
+    assert np.abs(logits - logprobs).max() > 1e-3
+    np.testing.assert_allclose(relative(logits), relative(logprobs), rtol=0, atol=TOLERANCE)
+
+
+def test_a_read_anywhere_equals_the_read_at_the_end_of_the_cut_prompt(scorer: Engine) -> None:
+    sequence = prompts(1, seed=11, query=200, longest=150)[0]
+    positions = [0, 1, 77, 127, 128, 199, 200, len(sequence) - 1]
+    together = scorer.score(reads_batch([sequence], [[(p, LABELS) for p in positions]])).values
+    cut = values(scorer, [sequence[: p + 1] for p in positions])
+    np.testing.assert_allclose(together.reshape(cut.shape), cut, rtol=0, atol=TOLERANCE)
+
+
+def test_all_labels_of_the_vocabulary_sum_to_one(scorer: Engine) -> None:
+    result = scorer.score(label_batch(prompts(2, seed=12), [tuple(range(VOCAB))] * 2))
+    np.testing.assert_allclose(np.exp(result.values.reshape(2, -1)).sum(axis=1), 1, atol=1e-5)
+
+
+def test_a_prompt_whose_arithmetic_breaks_harms_only_itself(tmp_path: Path) -> None:
+    """Token 5's embedding is NaN: every prompt that holds it is NaN, its neighbours in the same bins are whole."""
+    whole = make_llama(tmp_path)
+    clean = engine.load(whole, max_row_tokens=64, call_tokens=64)
+    sequences = [[token for token in sequence if token != 5] + [1] for sequence in prompts(12, seed=13, longest=20)]
+    wanted = values(clean, sequences)
+    tensors = load_file(whole / "model.safetensors")
+    tensors["model.embed_tokens.weight"][5] = np.nan
+    save_file(tensors, whole / "model.safetensors")
+    broken = engine.load(whole, max_row_tokens=64, call_tokens=64)
+    poisoned = [list(sequence) for sequence in sequences]
+    for index in (0, 4, 5):
+        poisoned[index].insert(len(poisoned[index]) // 2, 5)
+    got = values(broken, poisoned)
+    bad = [0, 4, 5]
+    assert np.isnan(got[bad]).all()
+    good = [i for i in range(12) if i not in bad]
+    np.testing.assert_allclose(got[good], wanted[good], rtol=0, atol=TOLERANCE)
+
+
+def test_nothing_compiles_after_warmup(folder: Path) -> None:
+    scorer = engine.load(folder, max_row_tokens=32, call_tokens=64)
+    told: list[tuple[int, int, str]] = []
+    scorer.warmup(lambda *progress: told.append(progress))
+    assert told[-1][0] == told[-1][1] == len(told) == scorer.compilations
+    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.stages.Lowered, "compile", _refuse)
+        for seed in range(20, 26):
+            sequences = prompts(1 + 17 * (seed % 3), seed=seed, query=97 * (seed % 4), longest=90)
+            values(scorer, sequences)
+            scorer.score(label_batch(sequences, [range(1 + i % 40) for i in range(len(sequences))]))
+    assert scorer.compilations == told[-1][1]
+
+
+def _refuse(*_: object, **__: object) -> None:
+    raise AssertionError("a program was compiled in a request")
+
+
+def test_lengths_out_of_range_are_refused(scorer: Engine) -> None:
+    with pytest.raises(ValueError, match="sequence 0 has 1025 tokens; this model reads 1 to 1024"):
+        values(scorer, [[1] * 1025])
+    with pytest.raises(ValueError, match="sequence 1 has 0 tokens"):
+        scorer.score(reads_batch([[1], []], [[(0, LABELS)], [(0, LABELS)]]))
+
+
+def test_the_whole_context_fits(scorer: Engine) -> None:
+    full = prompts(1, seed=30, query=1023, longest=1)
+    assert len(full[0]) == 1024
+    assert np.isfinite(values(scorer, full)).all()
+
+
+def test_no_decode_exists() -> None:
+    """The source has no step that feeds a token back."""
+    sources = "".join(path.read_text() for path in Path(engine.__file__).parent.glob("*.py"))
+    for word in ("generate(", "argmax", "sample", "multinomial", "categorical"):
+        assert word not in sources

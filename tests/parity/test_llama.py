@@ -1,0 +1,41 @@
+"""Tiny random Llama checkpoints against transformers' float32 forward."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model import engine
+from tests.batches import label_batch
+from tests.parity.cases import CASES, GOLDENS, HAVE_TORCH, LABELS, expected, sequences
+from tests.tiny import make_llama
+
+
+@pytest.mark.parametrize(
+    ("case", "implementation"), [*((case, "paged") for case in CASES), ("untied", "reference"), ("tied", "reference")]
+)
+def test_float32_logprobs_equal_transformers(case: str, implementation: str, tmp_path: Path) -> None:
+    folder = make_llama(tmp_path, **CASES[case])
+    scorer = engine.load(folder, implementation=implementation, max_row_tokens=64, call_tokens=64)
+    prompts = sequences()
+    values = scorer.score(label_batch(prompts, [LABELS] * len(prompts))).values
+    wanted = np.array(expected(case, folder))
+    assert wanted.std() > 1, "the case must tell right from wrong"
+    np.testing.assert_allclose(values.reshape(wanted.shape), wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(not HAVE_TORCH, reason="torch is not installed: nothing to compare the stored answers with")
+@pytest.mark.parametrize("case", ["untied", "llama3-rope"])
+def test_stored_answers_are_transformers_own(case: str, tmp_path: Path) -> None:
+    stored = json.loads(GOLDENS.read_text())[case]
+    np.testing.assert_allclose(stored, expected(case, make_llama(tmp_path, **CASES[case])), rtol=0, atol=1e-5)
+
+
+def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
+    folder = make_llama(tmp_path)
+    prompts = sequences()
+    batch = label_batch(prompts, [LABELS] * len(prompts))
+    values = engine.load(folder, dtype="bfloat16", max_row_tokens=64, call_tokens=64).score(batch).values
+    difference = np.abs(values - np.array(expected("untied", folder)).ravel())
+    assert 1e-5 < difference.max() < 0.5
