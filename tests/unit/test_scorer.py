@@ -125,6 +125,28 @@ async def test_a_call_that_is_cancelled_before_the_intake_never_reaches_the_queu
     assert engine.scored == [1]
 
 
+async def test_a_call_that_is_cancelled_within_the_intake_takes_its_work_along(monkeypatch: pytest.MonkeyPatch):
+    submit = DeviceQueue.submit
+
+    def cancel_the_caller(queue: DeviceQueue, asked: ScoreJob, answer: Any) -> None:
+        submit(queue, asked, answer)
+        if asked.request_id == "left":
+            left.cancel()
+
+    monkeypatch.setattr(DeviceQueue, "submit", cancel_the_caller)
+    engine = HeldEngine()
+    async with started(engine) as replica:
+        first = asyncio.create_task(replica.score(job([1])))
+        await until(lambda: replica._queue.stats().queued_jobs == 1)
+        left = asyncio.create_task(replica.score(ScoreJob("left", job([2], [3]).batch)))
+        with pytest.raises(asyncio.CancelledError):
+            await left
+        engine.gate.set()
+        await first
+        await replica.score(job([4]))
+    assert engine.scored == [1, 1]
+
+
 async def test_errors_reach_their_caller_only():
     engine = HeldEngine()
     settings = Settings(engine="fake", limits=Limits(max_queued_tokens=10))
