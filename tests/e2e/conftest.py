@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,20 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def replica_process(deployment: str) -> psutil.Process:
-    """One live replica's process. Ray writes the deployment's name into its title."""
+def replica_processes(deployment: str) -> list[psutil.Process]:
+    """The live replicas in this session's cluster. Ray writes the deployment's name into a process's title."""
     title = f"ray::ServeReplica:{APP_NAME}:{deployment}"
-    found = [
-        process for process in psutil.process_iter(["cmdline"]) if title in " ".join(process.info["cmdline"] or ())
-    ]
-    assert found, f"no process is titled {title}"
-    return found[0]
+    found: list[psutil.Process] = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if title in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def replica_process(deployment: str) -> psutil.Process:
+    """One of them."""
+    return replica_processes(deployment)[0]
 
 
 def mapped_files(process: psutil.Process) -> str:

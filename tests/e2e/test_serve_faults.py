@@ -11,7 +11,6 @@ from typing import Any
 
 import httpx
 import numpy as np
-import psutil
 import pytest
 
 from serve_app.contract import Engine
@@ -20,7 +19,7 @@ from serve_app.fake_engine import FakeEngine
 from serve_app.ingress import Ingress
 from serve_app.scorer import MAX_ONGOING, Scorer
 from serve_app.settings import Limits, Settings
-from tests.e2e.conftest import APP_NAME, replica_process
+from tests.e2e.conftest import APP_NAME, replica_process, replica_processes
 
 pytestmark = pytest.mark.ray
 
@@ -72,7 +71,7 @@ def stats() -> QueueStats:
 @contextmanager
 def under_load(client: httpx.Client, failures: list[str]) -> Iterator[Callable[[], int]]:
     """Eight callers in a closed loop; yields how many answers came so far, and adds all that is not right."""
-    items = [[i, i + 1] for i in range(100, 120)]
+    items = [[i, i + 1] for i in range(100, 160)]  # 0.12 s of a device: no scorer is ever idle
     right = ask(client, items).json()["scores"]
     stop = threading.Event()
     done = 0
@@ -118,16 +117,15 @@ def test_a_poisoned_item_harms_only_its_own_request(client: httpx.Client):
             np.testing.assert_array_equal(answer.json()["scores"], alone)
 
 
-def test_a_killed_scorer_loses_no_request(client: httpx.Client):
+def test_killed_scorers_lose_no_request(client: httpx.Client):
     failures: list[str] = []
     with under_load(client, failures) as done:
-        wait_for(lambda: done() > 20)
-        victim = replica_process("Scorer")
-        victim.kill()
-        before = done()
-        wait_for(lambda: done() > before + 50)
+        for _ in range(3):
+            before = done()
+            wait_for(lambda: done() > before + 16)  # noqa: B023 - called at once
+            replica_process("Scorer").kill()
+            wait_for(lambda: len(replica_processes("Scorer")) == 2)
     assert failures == []
-    assert not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_redeploy_under_load_fails_no_request(
@@ -136,10 +134,10 @@ def test_a_redeploy_under_load_fails_no_request(
     failures: list[str] = []
     old = {replica_process("Ingress").pid, replica_process("Scorer").pid}
     with under_load(client, failures) as done:
-        wait_for(lambda: done() > 20)
+        wait_for(lambda: done() > 10)
         deploy(application(settings.model_copy(update={"aliases": ("judge",)}), scorers=1))
         before = done()
-        wait_for(lambda: done() > before + 50)
+        wait_for(lambda: done() > before + 30)
     assert failures == []
     assert old.isdisjoint({replica_process("Ingress").pid, replica_process("Scorer").pid})
     assert "judge" in client.get("/v1/info").json()["names"]
