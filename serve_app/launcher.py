@@ -153,8 +153,8 @@ def example(url: str) -> str:
     # Where a word is several tokens, the first that tells the words apart.
     labels = next(pair for pair in zip(*tokens.raise_for_status().json()["tokens"], strict=False) if len({*pair}) == 2)
     request: dict[str, Any] = {
-        "query": "\nIs this film review positive or negative? It is",
-        "items": ["I loved every minute of it.", "A waste of two hours."],
+        "query": "\nSentiment:",
+        "items": ["Review: I loved every minute of it.", "Review: A waste of two hours."],
         "item_first": True,
         "label_token_ids": labels,
         "apply_softmax": True,

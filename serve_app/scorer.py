@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
 import logging
 import os
+import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray import serve
@@ -58,8 +62,9 @@ def load_engine(settings: Settings) -> Engine:
     if settings.engine == "fake":
         engine: Engine = FakeEngine()
     else:
-        # jax reads it when it is imported; the next start then finds its programs compiled.
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(model_source.cache_folder() / "compiled"))
+        # jax reads both when it is imported; the next start then finds its programs compiled.
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_compiled_folder()))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         from model.engine import load
 
         folder = model_source.resolve(settings.model, settings.revision, say=logger.info)
@@ -69,6 +74,15 @@ def load_engine(settings: Settings) -> Engine:
     engine.warmup(lambda done, total, what: logger.info("warming up, %d of %d: %s", done, total, what))
     logger.info("warmed up in %.1f s", time.monotonic() - started)
     return engine
+
+
+def _compiled_folder() -> Path:
+    """Of programs compiled for this kind of processor: a home directory may be shared by hosts of several kinds."""
+    processor = platform.processor() + platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor += next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return model_source.cache_folder() / "compiled" / hashlib.sha256(processor.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,103 @@
+"""The real model through a real Ray Serve: what a user of the demo sees, against transformers in float32."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from serve_app import model_source
+from serve_app.app import build
+from serve_app.client import ScoreClient
+from serve_app.settings import Settings
+from tests.e2e.conftest import mapped_files, replica_process
+from tests.parity.cases import HAVE_TORCH
+
+pytestmark = [pytest.mark.ray, pytest.mark.demo]
+
+WORKLOADS = Path(__file__).parents[2] / "scripts" / "workloads" / "smollm2-135m"
+QUESTION = "\nSentiment:"
+REVIEWS = [
+    "Review: I loved every minute of it.",
+    "Review: A waste of two hours.",
+    "这部电影太棒了！",  # noqa: RUF001  the full-width mark is Chinese
+    "Worst film of the year 😡",
+]
+
+
+@pytest.fixture(scope="module")
+def client(deploy: Callable[[Any], httpx.Client]) -> httpx.Client:
+    return deploy(build(Settings(model="demo", scorer_cpus=0.1, ingress_cpus=0.1)))
+
+
+def workload(name: str, variant: int) -> tuple[dict[str, Any], list[int], np.ndarray]:
+    """A workload's inputs, its labels, and the reference's log-probabilities."""
+    content = json.loads((WORKLOADS / f"{name}.json").read_text())
+    wanted = json.loads((WORKLOADS / "ref_fp32.json").read_text())[name][variant]
+    return content["variants"][variant], content["label_ids"], np.array(wanted)
+
+
+def test_a_sentiment_question_is_answered_with_sense(client: httpx.Client) -> None:
+    tokens = client.post("/tokenize", json={"prompt": [" positive", " negative"], "add_special_tokens": False}).json()
+    labels = [ids[0] for ids in tokens["tokens"]]
+    body = {"query": QUESTION, "items": REVIEWS[:2], "item_first": True, "label_token_ids": labels}
+    good, bad = client.post("/v1/score", json={**body, "apply_softmax": True}).json()["scores"]
+    assert good[0] > 0.5 > bad[0]
+
+
+@pytest.mark.skipif(not HAVE_TORCH, reason="torch, the reference, is not installed")
+def test_scores_are_those_of_transformers(client: httpx.Client) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = model_source.resolve("demo")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    labels = [9230, 2838, 0, 49_151]
+    body = {"query": QUESTION, "items": REVIEWS, "item_first": True, "label_token_ids": labels}
+    answer = client.post("/v1/score", json={**body, "return_token_logprobs": True}).json()
+    for review, scores, logprobs in zip(REVIEWS, answer["scores"], answer["token_logprobs"], strict=True):
+        with torch.no_grad():
+            logits = model(**tokenizer(review + QUESTION, return_tensors="pt")).logits[0, -1]
+        wanted = torch.log_softmax(logits, -1)[labels].numpy()
+        np.testing.assert_allclose(logprobs, wanted, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(scores, np.exp(wanted), rtol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["text", "ids"])
+def test_w1_over_http_equals_the_reference(client: httpx.Client, kind: str) -> None:
+    inputs, labels, wanted = workload("W1", 2)
+    body = {"query": inputs[f"query_{kind}"], "items": inputs[f"items_{kind}"], "label_token_ids": labels}
+    answer = client.post("/v1/score", json={**body, "return_token_logprobs": True}).json()
+    np.testing.assert_allclose(answer["token_logprobs"], wanted, rtol=0, atol=1e-4)
+    lengths = [len(inputs["query_ids"]) + len(item) for item in inputs["items_ids"]]
+    assert answer["usage"]["prompt_tokens"] == sum(lengths)
+    # The query was computed once at most; the other 99 times, and the second time all of it, it was shared.
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] >= 99 * len(inputs["query_ids"])
+
+
+def test_softmax_is_over_the_labels_alone(client: httpx.Client) -> None:
+    inputs, labels, wanted = workload("W4", 1)
+    with ScoreClient(str(client.base_url), timeout_s=60) as typed:
+        answer = typed.score(
+            inputs["query_text"], inputs["items_text"], label_token_ids=labels, apply_softmax=True, temperature=0.5
+        )
+    weights = np.exp(wanted[0] / 0.5)
+    np.testing.assert_allclose(answer.scores[0], weights / weights.sum(), rtol=2e-4)
+
+
+def test_the_front_end_never_loads_jax_and_the_scorer_does(client: httpx.Client) -> None:
+    assert client.get("/ready").status_code == 200
+    assert "jaxlib" not in mapped_files(replica_process("Ingress"))
+    assert "jaxlib" in mapped_files(replica_process("Scorer"))
+
+
+def test_info_shows_what_was_compiled(client: httpx.Client) -> None:
+    info = client.get("/v1/info").json()
+    assert (info["architecture"], info["vocab_size"], info["context_length"]) == ("LlamaForCausalLM", 49_152, 8_192)
+    assert "1x64" in info["buckets"]
