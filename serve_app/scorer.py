@@ -63,7 +63,7 @@ def load_engine(settings: Settings) -> Engine:
         engine: Engine = FakeEngine()
     else:
         # jax reads both when it is imported; the next start then finds its programs compiled.
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_compiled_folder()))
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled_folder()))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         from model.engine import load
 
@@ -76,7 +76,7 @@ def load_engine(settings: Settings) -> Engine:
     return engine
 
 
-def _compiled_folder() -> Path:
+def compiled_folder() -> Path:
     """Of programs compiled for this kind of processor: a home directory may be shared by hosts of several kinds."""
     processor = platform.processor() + platform.machine()
     with suppress(OSError):

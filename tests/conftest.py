@@ -8,18 +8,22 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from serve_app import model_source
+from serve_app.fake_engine import FakeEngine
+from serve_app.prompts import TextTokenizer
+from serve_app.scorer import compiled_folder
+from serve_app.service import ScoringService
+from serve_app.settings import Settings
+from tests.local import CONTEXT, VOCAB_SIZE, LocalReplicas, save_tokenizer
+
 # Read by jax when it is imported, here and in Ray's workers.
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 # Compiling is most of these tests' time; LLVM's lower level halves it and costs a run 15%.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
-
-from serve_app import model_source
-from serve_app.fake_engine import FakeEngine
-from serve_app.prompts import TextTokenizer
-from serve_app.service import ScoringService
-from serve_app.settings import Settings
-from tests.local import CONTEXT, VOCAB_SIZE, LocalReplicas, save_tokenizer
+# Many tests build the same tiny model; what one compiled, the others load.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled_folder()))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 if TYPE_CHECKING:
     from model.engine import Engine
