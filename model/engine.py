@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,6 @@ TARGET_ROWS = (8, 64, 512)
 """Sizes of target-logit calls, in (hidden state, target) pairs."""
 
 
-@runtime_checkable
 class Batch(Protocol):
     """Packed sequences and reads, as ``serve_app.contract.TokenBatch`` defines them."""
 
