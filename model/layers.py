@@ -23,7 +23,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "M features_in"]) -> Float[Array, "M features_out"]:
         kernel = self.kernel[...]
         y = lax.dot(x.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
-        return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
+        return y if self.bias is None else y + self.bias[...].astype(jnp.float32)[None, :]
 
 
 class RMSNorm(nnx.Module):

@@ -20,6 +20,9 @@ SMALLEST_CALL = 64
 from 64 rows on; below, other kernels round otherwise (measured with jax 0.10.2 on an AVX2 machine), and a row's score
 would depend on the size of its batch in the fifth digit."""
 
+CALL_COST = 24
+"""What a call costs whatever its size, in units of one token's matmuls: it reads all weights once."""
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Shape:
@@ -39,15 +42,19 @@ class Shape:
 
     @property
     def cost(self) -> float:
-        """Of one call, in units of one token's matmuls.
-
-        Attention over the bin grows with its width; 4,096 positions cost about as much as a small model's matmuls.
-        A call costs some 24 tokens whatever its size: weights are read once per call.
-        """
-        return self.tokens * (1 + self.width / 4096) + 24
+        """Of one call, in the same units."""
+        return self.tokens * position_cost(self.width) + CALL_COST
 
     def __str__(self) -> str:
         return f"{self.bins}x{self.width}"
+
+
+def position_cost(width: int) -> float:
+    """Of one position in a bin of ``width``, in units of one token's matmuls: attention over the bin grows with it.
+
+    Over 4,096 positions it costs about as much as a small model's matmuls.
+    """
+    return 1 + width / 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +100,18 @@ class Call:
 def shapes(max_width: int, call_tokens: int) -> tuple[Shape, ...]:
     """The ladder of compiled shapes: for each width one full call of about ``call_tokens`` tokens, and a smallest one.
 
-    Widths grow by steps of a sixth to a third, in multiples of 16.
+    Widths go by steps of 32 up to 160, then of 48: with several rows to a bin, rows of one length in 8 to 512 tokens
+    leave 7% of the work on padding on average (computed), and mixed lengths less.
     """
     widths: list[int] = []
-    width = 16
+    width = 32
     while width < max_width:
         widths.append(width)
-        width += max(16, 16 * round(width / 4 / 16))
+        width += 32 if width < 160 else 48
     widths.append(max_width)
-    smallest = {Shape(w, -(-SMALLEST_CALL // w)) for w in widths}
-    ladder = smallest | {Shape(w, max(-(-SMALLEST_CALL // w), call_tokens // w)) for w in widths}
+    # A short prompt alone, where padding is latency, has two widths more.
+    alone = {Shape(w, -(-SMALLEST_CALL // w)) for w in (*widths, 80, 112) if w <= max_width}
+    ladder = alone | {Shape(w, max(-(-SMALLEST_CALL // w), call_tokens // w)) for w in widths}
     return tuple(sorted(ladder))
 
 
@@ -122,9 +131,12 @@ def share(sequences: Sequence[Tokens], limits: Sequence[int], *, min_saving: int
     if not sequences:
         return []
     heads = [tokens[:limit] for tokens, limit in zip(sequences, limits, strict=True)]
-    keys = [head.astype(">i4").tobytes() for head in heads]
+    # As bytes, sequences with a common beginning sort together, and comparing them is a memcmp.
+    keys = [head.tobytes() for head in heads]
     order = sorted(range(len(sequences)), key=keys.__getitem__)
-    common = np.array([_common_prefix(heads[a], heads[b]) for a, b in itertools.pairwise(order)], np.int64)
+    shared = _common_prefix(heads[order[0]], heads[order[-1]])  # by all, often a long query: not compared again
+    tails = [heads[i][shared:] for i in order]
+    common = shared + np.array([_common_prefix(a, b) for a, b in itertools.pairwise(tails)], np.int64)
     longest = max(map(len, heads))
     groups: list[tuple[int, int, list[int]]] = [(order[0], 0, [])]
     pending = [(0, len(order), 0)]  # an interval of `order`, and the group that its sequences belong to so far
@@ -198,61 +210,92 @@ def pack(rows: Sequence[Row], ladder: Sequence[Shape]) -> list[Call]:
     Raises:
         ValueError: a row is longer than the widest bin.
     """
-    ordered = sorted(rows, key=lambda row: -row.length)
+    ordered = sorted(rows, key=_longest_first)
     widths = sorted({shape.width for shape in ladder})
     longest = ordered[0].length
     if longest > widths[-1]:
         raise ValueError(f"a row of {longest} tokens does not fit the widest bin of {widths[-1]}")
-    fitting = [width for width in widths if width >= longest]
-    best = min((_calls(ordered, width, ladder) for width in fitting[:6]), key=_cost)
-    for width in [width for width in widths if ordered[-1].length <= width < longest][-1::-2][:5]:
-        cut = next(i for i, row in enumerate(ordered) if row.length <= width)
-        apart = _calls(ordered[:cut], fitting[0], ladder) + _calls(ordered[cut:], width, ladder)
-        best = min(best, apart, key=_cost)
-    return best
+    narrowest = next(width for width in widths if width >= longest)
+    tokens = [0, *itertools.accumulate(row.length for row in ordered)]
+    calls = tokens[-1] / max(shape.tokens for shape in ladder)
+
+    def least(cut: int, wide: int, narrow: int) -> float:
+        """What the rows before ``cut`` in wide bins and the others in narrow ones cost if no position is wasted."""
+        apart = tokens[cut] * position_cost(wide) + (tokens[-1] - tokens[cut]) * position_cost(narrow)
+        return apart + CALL_COST * calls
+
+    options = [(len(ordered), width, width) for width in widths if width >= longest]
+    for width in [width for width in widths if ordered[-1].length <= width < longest]:
+        cut = bisect.bisect_left(ordered, -width, key=lambda row: -row.length)
+        options.append((cut, narrowest, width))
+    best: list[tuple[list[list[Row]], int]] = []
+    best_cost = float("inf")
+    for cut, wide, narrow in sorted(options, key=lambda option: least(*option)):
+        if least(cut, wide, narrow) >= 0.98 * best_cost:
+            break  # the rest of the search could save no more than a fiftieth
+        parts = [(part, width) for part, width in ((ordered[:cut], wide), (ordered[cut:], narrow)) if part]
+        packed = [(_bins(part, _full(width, ladder)), width) for part, width in parts]
+        cost = sum(len(bins) * _full(width, ladder).cost / _full(width, ladder).bins for bins, width in packed)
+        if cost < best_cost:
+            best, best_cost = packed, cost
+    return [call for bins, width in best for call in _calls(bins, width, ladder)]
+
+
+def _longest_first(row: Row) -> tuple[int, int]:
+    return -row.length, row.reads
 
 
 def _cost(calls: Sequence[Call]) -> float:
     return sum(call.shape.cost for call in calls)
 
 
+def _full(width: int, ladder: Sequence[Shape]) -> Shape:
+    """The largest shape with bins of ``width``."""
+    return ladder[bisect.bisect_right(ladder, width, key=lambda shape: shape.width) - 1]
+
+
 def _bins(rows: Sequence[Row], shape: Shape) -> list[list[Row]]:
     """Best-fit of rows, longest first, into bins of the shape's width; none has more reads than one call may."""
     bins: list[list[Row]] = []
-    reads: list[int] = []
-    room: list[tuple[int, int]] = []  # (free tokens, bin), ascending
-    for row in rows:
-        at = bisect.bisect_left(room, (row.length, -1))
-        if at < len(room) and reads[room[at][1]] + row.reads <= shape.reads:
-            free, number = room.pop(at)
-        else:
-            free, number = shape.width, len(bins)
-            bins.append([])
-            reads.append(0)
-        bins[number].append(row)
-        reads[number] += row.reads
-        free -= row.length
-        if free and reads[number] < shape.reads:
-            bisect.insort(room, (free, number))
+    room: list[tuple[int, int, int]] = []  # (free tokens, bin, free reads), ascending
+    for (length, reads), run in itertools.groupby(rows, key=lambda row: (row.length, row.reads)):
+        alike = list(run)
+        placed = 0
+        while placed < len(alike):
+            at = bisect.bisect_left(room, (length, -1, -1))
+            if at < len(room) and room[at][2] >= reads:
+                free, number, free_reads = room.pop(at)
+            else:
+                free, number, free_reads = shape.width, len(bins), shape.reads
+                bins.append([])
+            count = min(free // length, free_reads // reads, len(alike) - placed)
+            bins[number].extend(alike[placed : placed + count])
+            placed += count
+            free, free_reads = free - count * length, free_reads - count * reads
+            if free and free_reads:
+                bisect.insort(room, (free, number, free_reads))
     return bins
 
 
-def _calls(rows: Sequence[Row], width: int, ladder: Sequence[Shape]) -> list[Call]:
-    """Rows in bins of one width as full calls; what does not fill the last one goes where it costs least."""
-    full = max(shape for shape in ladder if shape.width == width)
+def _calls(bins: Sequence[list[Row]], width: int, ladder: Sequence[Shape]) -> list[Call]:
+    """Bins of one width as full calls; the rows that do not fill the last one go where they cost least."""
+    full = _full(width, ladder)
     calls: list[Call] = []
     taken: list[list[Row]] = []
-    for members in _bins(rows, full):
-        if len(taken) == full.bins or sum(row.reads for bin in (*taken, members) for row in bin) > full.reads:
+    reads = 0
+    for members in bins:
+        wanted = sum(row.reads for row in members)
+        if len(taken) == full.bins or reads + wanted > full.reads:
             calls.append(_call(full, taken))
-            taken = []
+            taken, reads = [], 0
         taken.append(members)
-    rest = [row for members in taken for row in members]
+        reads += wanted
+    rest = sorted((row for members in taken for row in members), key=_longest_first)
     options = [[_call(full, taken)]]
     for shape in ladder:
         if shape.width >= rest[0].length and shape.bins == -(-SMALLEST_CALL // shape.width):
-            bins = _bins(rest, shape)
-            runs = [bins[at : at + shape.bins] for at in range(0, len(bins), shape.bins)]
+            few = _bins(rest, shape)
+            runs = [few[at : at + shape.bins] for at in range(0, len(few), shape.bins)]
             options.append([_call(shape, run) for run in runs])
     return calls + min(options, key=_cost)
 

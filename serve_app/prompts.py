@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 from tokenizers import Tokenizer
 
+from serve_app import joining
 from serve_app.contract import Int32, Int64, ModelInfo, TokenBatch
 from serve_app.errors import InvalidRequestError, TooLargeError
 from serve_app.schemas import ScoreRequest
@@ -30,7 +31,8 @@ class TextTokenizer:
     def __init__(self, backend: Tokenizer, bos_id: int | None) -> None:
         backend.no_truncation()
         backend.no_padding()
-        self._backend = backend
+        self.backend = backend
+        self._local = joining.is_local(backend)
         # Only a BOS that the tokenizer adds by itself can come to stand before one in the text.
         self._added_bos = bos_id if backend.encode("").ids[:1] == [bos_id] else None
 
@@ -56,7 +58,7 @@ class TextTokenizer:
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """Ids of each text. BOS stands at most once at the front, even if the text begins with it too."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         sequences = [encoding.ids for encoding in encodings]
         if add_special_tokens and self._added_bos is not None:
             for ids in sequences:
@@ -64,13 +66,27 @@ class TextTokenizer:
                     del ids[0]
         return sequences
 
+    def encode_joined(self, query: str, items: Sequence[str]) -> list[list[int]]:
+        """Ids of ``query + item`` for each item: those of ``encode``, but a long query is read about once."""
+        cut = joining.safe_cut(self.backend, query) if self._local and len(items) > 1 else 0
+        if not cut:
+            return self.encode([query + item for item in items])
+        # What is special stands before and behind the text's own tokens.
+        head, rest = query[:cut], query[cut:]
+        (whole,) = self.encode([head])
+        (bare,) = self.encode([head], add_special_tokens=False)
+        front = next(at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare)
+        before, behind = whole[: front + len(bare)], whole[front + len(bare) :]
+        tails = self.encode([rest + item for item in items], add_special_tokens=False)
+        return [before + tail + behind for tail in tails]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text, special tokens included; an id that the vocabulary has no token for gives nothing."""
-        return self._backend.decode(ids, skip_special_tokens=False)
+        return self.backend.decode(ids, skip_special_tokens=False)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The vocabulary's own spelling of each id."""
-        return [self._backend.id_to_token(i) or "" for i in ids]
+        return [self.backend.id_to_token(i) or "" for i in ids]
 
 
 class Prompts:
@@ -210,15 +226,17 @@ class Prompts:
 
     def _from_text(self, query: str, items: list[str], item_first: bool) -> Iterator[list[int]]:
         """Joined as a string first, then tokenised once: tokens at the join come out as the model was trained."""
-        texts: list[str] = []
-        characters = 0
-        for item in items:
-            texts.append(item + query if item_first else query + item)
-            characters += len(texts[-1])
-            if characters >= _CHUNK_CHARACTERS:
-                yield from self._tokenizer.encode(texts)
-                texts, characters = [], 0
-        yield from self._tokenizer.encode(texts)
+        start = 0
+        while start < len(items):
+            characters, stop = 0, start
+            while stop < len(items) and characters < _CHUNK_CHARACTERS:
+                characters += len(query) + len(items[stop])
+                stop += 1
+            if item_first:
+                yield from self._tokenizer.encode([item + query for item in items[start:stop]])
+            else:
+                yield from self._tokenizer.encode_joined(query, items[start:stop])
+            start = stop
 
     def _from_ids(self, query: list[int], items: list[list[int]], item_first: bool) -> Iterator[list[int]]:
         self._check_ids(query, "query")

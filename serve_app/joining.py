@@ -1,0 +1,79 @@
+"""Tokenising one query joined with many items in time that grows with the unique text, to the same tokens.
+
+Joined prompts are tokenised whole (contract), which for a long query repeats the same work for every item. Byte-level
+BPE tokenizers cut text into words by a regular expression that reads on from the end of the last match and looks only
+a few characters ahead. So a word boundary well before the end of the query stays one whatever follows, and the tokens
+up to it are the same in every prompt. Tokenizers of other kinds are left to tokenise everything.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, cast
+
+from tokenizers import Tokenizer
+
+WORTHWHILE = 256
+"""Characters of a query below which nothing is gained."""
+MARGIN = 64
+"""Characters between the cut and the end of the query, at least: more than any such expression looks ahead."""
+
+TRIES = 8
+"""Word boundaries to try before giving up."""
+
+_LOOKS_BACK = re.compile(r"\(\?<[=!]|\^|\$|\\[AbBGzZ]")
+
+
+def is_local(backend: Tokenizer) -> bool:
+    """Whether words are found left to right, each from the end of the last, with nothing but the text ahead in view."""
+    description = json.loads(backend.to_str())
+    plain = not any(
+        token["lstrip"] or token["rstrip"] or token["single_word"] or token["normalized"]
+        for token in description["added_tokens"]
+    )
+    return (
+        plain
+        and description["normalizer"] is None
+        and description["model"]["type"] == "BPE"
+        and not description["model"].get("continuing_subword_prefix")
+        and _splits_locally(description["pre_tokenizer"])
+    )
+
+
+def _splits_locally(step: dict[str, Any] | None) -> bool:
+    match step:
+        case {"type": "Sequence", "pretokenizers": list() as steps}:
+            return all(_splits_locally(each) for each in cast(list[dict[str, Any]], steps))
+        case {"type": "ByteLevel", "add_prefix_space": False} | {"type": "Digits"}:
+            return True
+        case {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": str() as pattern}}:
+            return not _LOOKS_BACK.search(pattern)
+        case _:
+            return False
+
+
+def safe_cut(backend: Tokenizer, query: str) -> int:
+    """Characters of the query whose tokens do not depend on what follows it; 0: none that are worth the trouble.
+
+    The tokenizer must be local (``is_local``).
+    """
+    added = [token.content for token in backend.get_added_tokens_decoder().values()]
+    last = len(query) - max(MARGIN, *map(len, added), 0)
+    if len(query) < WORTHWHILE or last <= 0 or backend.pre_tokenizer is None:
+        return 0
+    # Added tokens split the text before words are looked for: look between the last one and the next.
+    start = max((query.rfind(token, 0, last) + len(token) for token in added if token in query[:last]), default=0)
+    stop = min((at for token in added if (at := query.find(token, start)) >= 0), default=len(query))
+    words: list[tuple[str, tuple[int, int]]] = backend.pre_tokenizer.pre_tokenize_str(query[start:stop])
+    begins = [start + begin for _, (begin, _) in words if start + begin <= last]
+    # A word may also depend on what follows it, as white space does: a cut is good if it changes nothing in the query.
+    whole = _ids(backend, query)
+    for cut in reversed(begins[-TRIES:]):
+        if _ids(backend, query[:cut]) + _ids(backend, query[cut:]) == whole:
+            return cut
+    return 0
+
+
+def _ids(backend: Tokenizer, text: str) -> list[int]:
+    return backend.encode(text, add_special_tokens=False).ids
