@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -106,3 +109,18 @@ def test_the_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path):
         check=True,
     )
     assert result.stdout.count(str(tmp_path)) == 2
+
+
+def test_everything_imported_is_declared():
+    """The plain install, without the test extra, must find all that the packages import."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.match(r"[\w-]+", line)[0].lower().replace("-", "_") for line in project["dependencies"]}
+    brought = {"jaxlib": "jax", "starlette": "fastapi", "pydantic_core": "pydantic"}
+    for package in ("serve_app", "model"):
+        for path in (ROOT / package).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                modules += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+                for name in {module.partition(".")[0] for module in modules}:
+                    known = name in sys.stdlib_module_names or name in {"serve_app", "model"}
+                    assert known or brought.get(name, name) in declared, f"{path.name} imports {name}"
