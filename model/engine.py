@@ -169,6 +169,7 @@ class Engine:
             max_width=self._ladder[-1].width,
             max_reads=self._ladder[0].reads,
             min_saving=PAGE_TOKENS,
+            page=PAGE_TOKENS,
         )
         pending: list[tuple[jax.Array, list[int]]] = []
         for group in groups:

@@ -20,8 +20,10 @@ SMALLEST_CALL = 64
 from 64 rows on; below, other kernels round otherwise (measured with jax 0.10.2 on an AVX2 machine), and a row's score
 would depend on the size of its batch in the fifth digit."""
 
-CALL_COST = 24
+CALL_COST = 32
 """What a call costs whatever its size, in units of one token's matmuls: it reads all weights once."""
+ATTENTION_COST = 1 / 1536
+"""What one more position to attend to costs each token, in the same units. Both measured with the demo model on CPU."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -50,11 +52,8 @@ class Shape:
 
 
 def position_cost(width: int) -> float:
-    """Of one position in a bin of ``width``, in units of one token's matmuls: attention over the bin grows with it.
-
-    Over 4,096 positions it costs about as much as a small model's matmuls.
-    """
-    return 1 + width / 4096
+    """Of one position in a bin of ``width``, in units of one token's matmuls."""
+    return 1 + width * ATTENTION_COST
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,16 +161,27 @@ def _common_prefix(a: Tokens, b: Tokens) -> int:
 
 
 def groups(
-    sequences: Sequence[Tokens], reads: Sequence[Sequence[int]], *, max_width: int, max_reads: int, min_saving: int
+    sequences: Sequence[Tokens],
+    reads: Sequence[Sequence[int]],
+    *,
+    max_width: int,
+    max_reads: int,
+    min_saving: int,
+    page: int,
 ) -> list[Group]:
     """Shared prefixes and rows for sequences with reads at the given ascending positions.
 
     Tokens after a sequence's last read are not computed. A row longer than ``max_width``, or with more than
     ``max_reads`` reads, is cut: its earlier tokens become a prefix of its own.
+
+    Args:
+        page: a prefix is stored, computed and attended to in pages of so many tokens.
     """
     result: list[Group] = []
     shared = share(sequences, [positions[0] for positions in reads], min_saving=min_saving)
-    for prefix_of, prefix_length, members in shared:
+    for prefix_of, depth, members in shared:
+        own_tokens = sum(reads[sequence][-1] + 1 - depth for sequence in members)
+        prefix_length = _whole_pages(depth, len(members), own_tokens, page)
         rows: list[Row] = []
         for sequence in members:
             pieces = _pieces(sequence, prefix_length, reads[sequence], max_width, max_reads)
@@ -183,6 +193,17 @@ def groups(
         if rows:
             result.append(Group(prefix_of, prefix_length, tuple(rows)))
     return result
+
+
+def _whole_pages(prefix_length: int, members: int, own_tokens: int, page: int) -> int:
+    """The prefix without the tokens that only begin a page, where that page would cost more than they save.
+
+    Items of one request often begin with the same word: a page for that word is computed whole and looked at by all.
+    """
+    begun = prefix_length % page
+    if (members - 1) * begun < page * (1 + own_tokens * ATTENTION_COST):
+        return prefix_length - begun
+    return prefix_length
 
 
 def _pieces(sequence: int, start: int, reads: Sequence[int], max_width: int, max_reads: int) -> Iterable[Row]:

@@ -33,7 +33,7 @@ def test_every_read_is_in_exactly_one_row_over_its_own_prefix(
     batch: tuple[list[np.ndarray], list[list[int]]], min_saving: int
 ) -> None:
     sequences, reads = batch
-    groups = plan.groups(sequences, reads, max_width=64, max_reads=4, min_saving=min_saving)
+    groups = plan.groups(sequences, reads, max_width=64, max_reads=4, min_saving=min_saving, page=16)
     found: Counter[tuple[int, int]] = Counter()
     for group in groups:
         prefix = sequences[group.prefix_of][: group.prefix_length]
@@ -69,7 +69,7 @@ def test_a_query_shared_by_many_items_is_one_group() -> None:
     rng = np.random.default_rng(0)
     query = rng.integers(0, 1000, 300)
     sequences = [np.concatenate([query, [i], rng.integers(0, 1000, 9)]).astype(np.int32) for i in range(50)]
-    groups = plan.groups(sequences, [[309]] * 50, max_width=64, max_reads=4, min_saving=64)
+    groups = plan.groups(sequences, [[309]] * 50, max_width=64, max_reads=4, min_saving=64, page=1)
     assert [(g.prefix_length, len(g.rows)) for g in groups] == [(300, 50)]
 
 
@@ -81,7 +81,7 @@ def test_a_tree_of_prefixes_is_shared_at_both_levels() -> None:
     sequences = [
         np.concatenate([queries[q], [i], rng.integers(0, 1000, 5)]).astype(np.int32) for q in (0, 1) for i in range(8)
     ]
-    groups = plan.groups(sequences, [[305]] * 16, max_width=64, max_reads=4, min_saving=64)
+    groups = plan.groups(sequences, [[305]] * 16, max_width=64, max_reads=4, min_saving=64, page=1)
     assert sorted((g.prefix_length, len(g.rows)) for g in groups) == [(300, 8), (300, 8)]
     shared = plan.share(sequences, [305] * 16, min_saving=64)
     assert {length for _, length, _ in shared} == {300}
@@ -89,18 +89,30 @@ def test_a_tree_of_prefixes_is_shared_at_both_levels() -> None:
 
 def test_sharing_that_saves_too_little_is_left() -> None:
     sequences = [np.array([1, 2, 3, i, 9], np.int32) for i in range(4)]
-    groups = plan.groups(sequences, [[4]] * 4, max_width=64, max_reads=4, min_saving=10)
+    groups = plan.groups(sequences, [[4]] * 4, max_width=64, max_reads=4, min_saving=10, page=1)
     assert [(g.prefix_length, len(g.rows)) for g in groups] == [(0, 4)]
 
 
+@pytest.mark.parametrize(("query", "kept"), [(257, 256), (259, 256), (300, 300), (256, 256)])
+def test_a_page_that_holds_little_is_not_begun(query: int, kept: int) -> None:
+    """A hundred items of 32 tokens: one token more than two pages is not worth a third, forty-four are."""
+    head = list(range(query))
+    sequences = [np.array([*head, 1000 + i, *range(31)], np.int32) for i in range(100)]
+    reads = [[query + 31]] * 100
+    groups = plan.groups(sequences, reads, max_width=128, max_reads=4, min_saving=128, page=128)
+    assert [(g.prefix_length, len(g.rows)) for g in groups] == [(kept, 100)]
+
+
 def test_a_long_prompt_leaves_its_last_tokens_as_the_row() -> None:
-    (group,) = plan.groups([np.arange(1000, dtype=np.int32)], [[999]], max_width=128, max_reads=4, min_saving=64)
+    (group,) = plan.groups(
+        [np.arange(1000, dtype=np.int32)], [[999]], max_width=128, max_reads=4, min_saving=64, page=1
+    )
     assert group.prefix_length == 872
     assert [(row.start, row.stop) for row in group.rows] == [(872, 1000)]
 
 
 def test_tokens_after_the_last_read_are_not_computed() -> None:
-    (group,) = plan.groups([np.arange(100, dtype=np.int32)], [[9]], max_width=128, max_reads=4, min_saving=64)
+    (group,) = plan.groups([np.arange(100, dtype=np.int32)], [[9]], max_width=128, max_reads=4, min_saving=64, page=1)
     assert [(row.start, row.stop) for row in group.rows] == [(0, 10)]
 
 
