@@ -236,12 +236,16 @@ class Engine:
                     self._state, padded, positions, segments, self._pool, table, np.int32(start)
                 )
                 new: list[Node] = []
-                for at in range(0, len(tokens), PAGE_TOKENS):
-                    with self._cache.pinned(new):
-                        new.append(self._cache.extend([*path, *new], tokens[at : at + PAGE_TOKENS]))
-            pages = np.zeros(size // PAGE_TOKENS, np.int32)  # page 0 takes what lies past the prefix
-            pages[: len(new)] = [node.page for node in new]
-            self._pool = self._program("write", size)(self._pool, written, pages)
+                try:
+                    for at in range(0, len(tokens), PAGE_TOKENS):
+                        with self._cache.pinned(new):
+                            new.append(self._cache.extend([*path, *new], tokens[at : at + PAGE_TOKENS]))
+                    pages = np.zeros(size // PAGE_TOKENS, np.int32)  # page 0 takes what lies past the prefix
+                    pages[: len(new)] = [node.page for node in new]
+                    self._pool = self._program("write", size)(self._pool, written, pages)
+                except BaseException:
+                    self._cache.discard(new)  # or a later batch would read pages that were never written
+                    raise
             path = [*path, *new]
             start += len(tokens)
         return path, len(prefix) - cached

@@ -76,18 +76,45 @@ def test_any_buckets_and_chunks_agree(scorer: Engine, folder: Path, widest: int,
 
 def test_cold_warm_and_evicted_prefixes_agree(folder: Path) -> None:
     scorer = engine.load(folder, max_row_tokens=64, call_tokens=64, prefix_cache_bytes=0)
-    sequences = prompts(6, seed=6, query=400)
+    sequences = prompts(6, seed=6, query=3 * PAGE_TOKENS)
     cold = values(scorer, sequences)
     hits = scorer.cache_stats.hit_tokens
     warm = values(scorer, sequences)
-    assert scorer.cache_stats.hit_tokens == hits + 400
+    assert scorer.cache_stats.hit_tokens == hits + 3 * PAGE_TOKENS
     for seed in range(7, 12):
         values(scorer, prompts(3, seed=seed, query=600))
     assert scorer.cache_stats.evicted_pages > 0
     evicted = values(scorer, sequences)
-    assert scorer.cache_stats.hit_tokens == hits + 400
+    assert scorer.cache_stats.hit_tokens == hits + 3 * PAGE_TOKENS
     np.testing.assert_array_equal(warm, cold)
     np.testing.assert_array_equal(evicted, cold)
+
+
+def test_prefixes_that_evict_each_other_within_a_batch_agree(scorer: Engine, folder: Path) -> None:
+    """Seven queries of three pages in a cache of twelve: pages are rewritten while earlier calls may still run."""
+    small = engine.load(folder, max_row_tokens=64, call_tokens=64, prefix_cache_bytes=0)
+    sequences = [prompt for seed in range(40, 47) for prompt in prompts(3, seed=seed, query=380, longest=20)]
+    np.testing.assert_allclose(values(small, sequences), values(scorer, sequences), rtol=0, atol=TOLERANCE)
+    assert small.cache_stats.evicted_pages > 0
+
+
+def test_pages_whose_writing_failed_are_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = engine.load(folder, max_row_tokens=64, call_tokens=64)
+    sequences = prompts(3, seed=50, query=300)
+    program = scorer._program
+
+    def failing(kind: str, size: object) -> object:
+        if kind == "write":
+            raise RuntimeError("the device is gone")
+        return program(kind, size)
+
+    monkeypatch.setattr(scorer, "_program", failing)
+    with pytest.raises(RuntimeError, match="gone"):
+        values(scorer, sequences)
+    assert scorer.cache_stats.pages_used == 0
+    monkeypatch.undo()
+    alone = np.concatenate([values(scorer, [sequence]) for sequence in sequences])
+    np.testing.assert_allclose(values(scorer, sequences), alone, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("query", [PAGE_TOKENS - 1, PAGE_TOKENS, PAGE_TOKENS + 1, 2 * PAGE_TOKENS])
