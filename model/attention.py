@@ -147,6 +147,8 @@ def _fold(
     weights = jnp.exp(scores - maximum[..., None])
     scale = jnp.exp(partial.maximum - maximum)
     total = partial.total * scale + weights.sum(axis=-1)
+    # A page's tail may be another prefix's, and 0 * NaN is NaN.
+    values = jnp.where(valid[None, :, None], values, jnp.zeros_like(values))
     return Partial(maximum, total, partial.values * scale[..., None] + _weighted(weights, values))
 
 

@@ -77,6 +77,7 @@ class ModelConfig:
 IGNORED = {
     # About the file.
     "architectures", "model_type", "transformers_version", "_name_or_path", "_attn_implementation_autoset",
+    "unsloth_fixed",
     "is_decoder",
     # Ours to choose.
     "torch_dtype", "dtype", "use_cache",

@@ -84,7 +84,8 @@ class Engine:
         state: its parameters, on the device.
         max_row_tokens: the widest bin; longer rows are computed in chunks.
         call_tokens: tokens in a full call.
-        prefix_cache_bytes: device memory for prefixes, at least one prompt of the model's full context.
+        prefix_cache_bytes: device memory for prefixes; more where one prompt of ``max_prompt_tokens`` needs it.
+        max_prompt_tokens: the longest sequence; None: the model's context. A long context costs memory at start-up.
     """
 
     def __init__(
@@ -96,18 +97,20 @@ class Engine:
         max_row_tokens: int = 512,
         call_tokens: int = 1024,
         prefix_cache_bytes: int = 384 * 2**20,
+        max_prompt_tokens: int | None = None,
     ) -> None:
         self._config = model_config
         self._graph = graph
         self._state = state
         self._dtype = jax.tree.leaves(state)[0].dtype
-        width = min(max_row_tokens, -(-model_config.context_length // 16) * 16)
+        self._longest = min(model_config.context_length, max_prompt_tokens or model_config.context_length)
+        width = min(max_row_tokens, -(-self._longest // 16) * 16)
         self._ladder = plan.shapes(width, max(call_tokens, width))
-        self._slots = -(-model_config.context_length // PAGE_TOKENS) + max(CHUNKS) // PAGE_TOKENS
+        self._slots = -(-self._longest // PAGE_TOKENS) + max(CHUNKS) // PAGE_TOKENS
         page = (model_config.layers, 2, model_config.kv_heads, PAGE_TOKENS, model_config.head_width)
         pages = 1 + max(self._slots, prefix_cache_bytes // (int(np.prod(page)) * self._dtype.itemsize))
-        self._pool = jnp.zeros((pages, *page), self._dtype)
-        self._cache = PrefixCache(pages)
+        self._pool_shape = (pages, *page)
+        self._forget_prefixes()
         self._programs: dict[tuple[str, object], Callable[..., Any]] = {}
         self.compilations = 0
 
@@ -115,7 +118,7 @@ class Engine:
     def info(self) -> Info:
         return Info(
             vocab_size=self._config.vocab_size,
-            max_prompt_tokens=self._config.context_length,
+            max_prompt_tokens=self._longest,
             context_length=self._config.context_length,
             dtype=self._dtype.name,
             architecture=self._config.architecture,
@@ -148,10 +151,8 @@ class Engine:
         bounds = batch.offsets.tolist()
         sequences = [batch.tokens[a:b] for a, b in itertools.pairwise(bounds)]
         for number, tokens in enumerate(sequences):
-            if not 0 < len(tokens) <= self._config.context_length:
-                raise ValueError(
-                    f"sequence {number} has {len(tokens)} tokens; this model reads 1 to {self._config.context_length}"
-                )
+            if not 0 < len(tokens) <= self._longest:
+                raise ValueError(f"sequence {number} has {len(tokens)} tokens; this model reads 1 to {self._longest}")
         reads: list[list[int]] = [[] for _ in sequences]
         first_read = np.full(len(sequences), -1, np.int64)
         for number, (sequence, position) in enumerate(
@@ -159,9 +160,32 @@ class Engine:
         ):
             if first_read[sequence] < 0:
                 first_read[sequence] = number
+            if reads[sequence] and reads[sequence][-1] >= position:
+                raise ValueError(f"the reads of sequence {sequence} are not at ascending positions: {position}")
             reads[sequence].append(position)
         read_sequences = [number for number, positions in enumerate(reads) if positions]
-        hidden = np.zeros((len(batch.read_sequences), self._config.width), np.float32)
+        try:
+            hidden, computed = self._hidden(sequences, reads, read_sequences, first_read)
+            return Result(self._read(hidden, batch), np.minimum(computed, np.diff(batch.offsets)).astype(np.int32))
+        except Exception:
+            # The pool may have been given away to a call that failed, or hold pages that were never written.
+            self._forget_prefixes()
+            raise
+
+    def _forget_prefixes(self) -> None:
+        """Start with an empty pool."""
+        self._pool = jnp.zeros(self._pool_shape, self._dtype)
+        self._cache = PrefixCache(self._pool_shape[0])
+
+    def _hidden(
+        self,
+        sequences: Sequence[plan.Tokens],
+        reads: Sequence[Sequence[int]],
+        read_sequences: Sequence[int],
+        first_read: npt.NDArray[np.int64],
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
+        """Hidden states of all reads, and the tokens computed for each sequence."""
+        hidden = np.zeros((sum(map(len, reads)), self._config.width), np.float32)
         computed = np.zeros(len(sequences), np.int32)
         groups = plan.groups(
             [sequences[i] for i in read_sequences],
@@ -188,7 +212,7 @@ class Engine:
                     computed[read_sequences[placement.row.sequence]] += placement.row.length
         for values, numbers in pending:
             hidden[numbers] = np.asarray(values)[: len(numbers)]
-        return Result(self._read(hidden, batch), computed)
+        return hidden, computed
 
     def _call_arrays(
         self,
@@ -236,16 +260,12 @@ class Engine:
                     self._state, padded, positions, segments, self._pool, table, np.int32(start)
                 )
                 new: list[Node] = []
-                try:
-                    for at in range(0, len(tokens), PAGE_TOKENS):
-                        with self._cache.pinned(new):
-                            new.append(self._cache.extend([*path, *new], tokens[at : at + PAGE_TOKENS]))
-                    pages = np.zeros(size // PAGE_TOKENS, np.int32)  # page 0 takes what lies past the prefix
-                    pages[: len(new)] = [node.page for node in new]
-                    self._pool = self._program("write", size)(self._pool, written, pages)
-                except BaseException:
-                    self._cache.discard(new)  # or a later batch would read pages that were never written
-                    raise
+                for at in range(0, len(tokens), PAGE_TOKENS):
+                    with self._cache.pinned(new):
+                        new.append(self._cache.extend([*path, *new], tokens[at : at + PAGE_TOKENS]))
+            pages = np.zeros(size // PAGE_TOKENS, np.int32)  # page 0 takes what lies past the prefix
+            pages[: len(new)] = [node.page for node in new]
+            self._pool = self._program("write", size)(self._pool, written, pages)
             path = [*path, *new]
             start += len(tokens)
         return path, len(prefix) - cached
@@ -334,6 +354,7 @@ def load(
     dtype: Dtype = "float32",
     implementation: str = "paged",
     progress: Progress | None = None,
+    max_prompt_tokens: int | None = None,
     **sizes: int,
 ) -> Engine:
     """Read a checkpoint in Hugging Face layout onto the device; ``warmup`` comes after.
@@ -342,7 +363,7 @@ def load(
         folder: has ``config.json`` and safetensors.
         dtype: of weights and matmul operands.
         implementation: of attention, see ``model.attention``.
-        sizes: see ``Engine``.
+        max_prompt_tokens: see ``Engine``, as for ``sizes``.
 
     Raises:
         ConfigError: a config key or architecture that is not known.
@@ -370,7 +391,7 @@ def load(
 
     checkpoint.load(folder, family.weights(parsed), ignored=family.ignored(parsed), put=put, progress=progress)
     state = nnx.from_flat_state([(path, leaf.replace(arrays[path])) for path, leaf in leaves.items()])
-    return Engine(parsed, graph, state, **sizes)
+    return Engine(parsed, graph, state, max_prompt_tokens=max_prompt_tokens, **sizes)
 
 
 def _blocks(count: int, sizes: Sequence[int]) -> list[tuple[int, int, int]]:

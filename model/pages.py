@@ -91,12 +91,6 @@ class PrefixCache:
         self._touch([node])
         return node
 
-    def discard(self, nodes: list[Node]) -> None:
-        """Forget pages whose contents were never written, and all that continue them."""
-        for node in reversed(nodes):
-            if node in self._nodes:
-                self._remove(node)
-
     @contextmanager
     def pinned(self, path: list[Node]) -> Generator[None]:
         """Keep the path's pages while a batch reads them."""

@@ -26,7 +26,8 @@ class TokenBatch:
 
     Sequence ``i`` is ``tokens[offsets[i]:offsets[i + 1]]``. Read ``r`` takes the distribution after position
     ``read_positions[r]`` (counted from the start of its sequence) of sequence ``read_sequences[r]``, and from it
-    the values of the token ids ``targets[target_offsets[r]:target_offsets[r + 1]]``. Reads are ordered by sequence.
+    the values of the token ids ``targets[target_offsets[r]:target_offsets[r + 1]]``. Reads are ordered by
+    sequence, then by position, each position once.
 
     Attributes:
         tokens: ids of all sequences, one after the other; each ``0 <= id < vocab_size``.

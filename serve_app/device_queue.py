@@ -18,7 +18,7 @@ import numpy as np
 
 from serve_app.batches import cut, join, reads_of, shared_with_previous
 from serve_app.contract import BatchResult, Engine, JobResult, ScoreJob, TokenBatch
-from serve_app.errors import DeadlineExceededError, InternalError, OverloadedError
+from serve_app.errors import DeadlineExceededError, InternalError, OverloadedError, ReplicaGoneError
 
 logger = logging.getLogger("ray.serve")
 
@@ -150,6 +150,8 @@ class DeviceQueue:
         self._batches = self._sequences = self._computed_tokens = 0
         self._device_seconds = 0.0
         self._refused = self._cancelled = self._expired = self._failed = 0
+        self.failures_in_a_row = 0
+        """Device batches that ended in an error since the last that did not."""
         self._closed = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._task = asyncio.create_task(self._run())
@@ -280,6 +282,7 @@ class DeviceQueue:
         try:
             result = await asyncio.get_running_loop().run_in_executor(self._thread, self._on_device, parts)
         except Exception:
+            self.failures_in_a_row += 1
             requests = ", ".join(part.pending.job.request_id for part in parts)
             logger.exception("the engine failed on a batch of request(s) %s", requests)
             if len(parts) > 1:
@@ -289,6 +292,7 @@ class DeviceQueue:
             else:
                 self._fail(parts[0].pending)
             return
+        self.failures_in_a_row = 0
         self._moved = time.monotonic()
         self._count(parts, result, self._moved - started)
         self._scatter(parts, result, self._moved - started)
@@ -345,4 +349,4 @@ class DeviceQueue:
 
 
 def _closed_error() -> OverloadedError:
-    return OverloadedError("this replica is shutting down; try again", retry_after_s=1)
+    return ReplicaGoneError("this replica is shutting down; try again", retry_after_s=1)

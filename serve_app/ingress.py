@@ -31,6 +31,7 @@ from serve_app.errors import (
     MethodNotAllowedError,
     NotFoundError,
     OverloadedError,
+    ReplicaGoneError,
     ScoringError,
     TooLargeError,
 )
@@ -195,6 +196,8 @@ class ScorerReplicas:
             raise OverloadedError(f"all replicas are full; try again in {wait} s", retry_after_s=wait) from error
         except (RayError, RayServeException) as error:
             cause: object = cast(Any, error).cause if isinstance(error, RayTaskError) else error
+            if isinstance(cause, ReplicaGoneError):
+                raise _ReplicaLostError(cause.message) from error
             if isinstance(cause, ScoringError):
                 raise cause from None
             if isinstance(cause, RayError | RayServeException):

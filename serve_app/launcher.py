@@ -57,7 +57,7 @@ def run(settings: Settings, *, host: str, port: int) -> None:
         check_port(host, port)
         check_disk(Path(tempfile.gettempdir()))
         model_source.resolve(settings.model, settings.revision, say=say)
-        url = f"http://{host}:{port}"
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         with _service(settings, host, port, say) as logs:
             wait_until_ready(url, logs, say)
             status.stop()
@@ -148,7 +148,7 @@ def log_lines(folder: Path) -> Iterator[str | None]:
 
 def example(url: str) -> str:
     """A request that works, as a shell command: is a film review positive or negative?"""
-    with httpx.Client(base_url=url) as client:
+    with httpx.Client(base_url=url, trust_env=False) as client:
         tokens = client.post("/tokenize", json={"prompt": [" positive", " negative"], "add_special_tokens": False})
     # Where a word is several tokens, the first that tells the words apart.
     labels = next(pair for pair in zip(*tokens.raise_for_status().json()["tokens"], strict=False) if len({*pair}) == 2)
@@ -164,7 +164,7 @@ def example(url: str) -> str:
 
 def _is_ready(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/ready", timeout=60).status_code == 200
+        return httpx.get(f"{url}/ready", timeout=60, trust_env=False).status_code == 200
     except httpx.TransportError:
         return False
 

@@ -75,7 +75,9 @@ class TextTokenizer:
         head, rest = query[:cut], query[cut:]
         (whole,) = self.encode([head])
         (bare,) = self.encode([head], add_special_tokens=False)
-        front = next(at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare)
+        front = next((at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare), None)
+        if front is None:  # the text itself begins with several BOS, of which one is kept
+            return self.encode([query + item for item in items])
         before, behind = whole[: front + len(bare)], whole[front + len(bare) :]
         tails = self.encode([rest + item for item in items], add_special_tokens=False)
         return [before + tail + behind for tail in tails]
@@ -218,6 +220,8 @@ class Prompts:
         lengths: list[int] = []
         total = 0
         for sequence in sequences:
+            if sequence and max(sequence) >= self._vocab_size:  # a tokenizer with more tokens than the model
+                self._check_ids(list(sequence), "items", len(lengths))
             total += len(sequence)
             self._check_length(len(sequence), len(lengths), total)
             lengths.append(len(sequence))

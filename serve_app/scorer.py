@@ -20,7 +20,7 @@ from ray import serve
 from serve_app import model_source
 from serve_app.contract import BatchResult, Engine, JobResult, ModelInfo, Progress, ScoreJob, TokenBatch
 from serve_app.device_queue import DeviceQueue, QueueStats
-from serve_app.errors import OverloadedError
+from serve_app.errors import ReplicaGoneError
 from serve_app.fake_engine import FakeEngine
 from serve_app.settings import Settings
 
@@ -37,6 +37,9 @@ is ``limits.max_queued_tokens``."""
 INTAKE_WAIT_S = 0.001
 INTAKE_LIMIT_S = 15.0
 """The intake never waits for the device, so a call that is not through after this long never will be."""
+
+BROKEN_AFTER = 5
+"""Batches in a row on which the engine raised: what one bad job does is undone by the next good one."""
 
 
 class _ModelEngine:
@@ -69,7 +72,8 @@ def load_engine(settings: Settings) -> Engine:
 
         folder = model_source.resolve(settings.model, settings.revision, say=logger.info)
         logger.info("loading %s", folder)
-        engine = _ModelEngine(load(folder, dtype=settings.dtype))
+        longest = settings.limits.max_prompt_tokens
+        engine = _ModelEngine(load(folder, dtype=settings.dtype, max_prompt_tokens=longest))
     started = time.monotonic()
     engine.warmup(lambda done, total, what: logger.info("warming up, %d of %d: %s", done, total, what))
     logger.info("warmed up in %.1f s", time.monotonic() - started)
@@ -118,11 +122,14 @@ class Scorer:
         """
         answer: asyncio.Future[JobResult] = asyncio.get_running_loop().create_future()
         try:
-            await asyncio.wait_for(self._intake(_Call(job, answer)), INTAKE_LIMIT_S)
+            try:
+                async with asyncio.timeout(INTAKE_LIMIT_S):
+                    await self._intake(_Call(job, answer))
+            except TimeoutError:
+                self._intake_works = False
+                stuck = "this replica is stuck and will be replaced; try again"
+                raise ReplicaGoneError(stuck, retry_after_s=1) from None
             return await answer
-        except TimeoutError:
-            self._intake_works = False
-            raise OverloadedError("this replica is stuck and will be replaced; try again", retry_after_s=1) from None
         finally:
             answer.cancel()
 
@@ -131,6 +138,7 @@ class Scorer:
     )
     async def _intake(self, calls: list[_Call]) -> list[None]:
         """Queue the calls that came together. It neither waits for answers nor raises: either would touch all calls."""
+        self._intake_works = True
         for call in calls:
             try:
                 self._queue.submit(call.job, call.answer)
@@ -152,6 +160,8 @@ class Scorer:
             raise RuntimeError(f"a call was not taken in within {INTAKE_LIMIT_S:.0f} s")
         if not self._queue.running:
             raise RuntimeError("the device queue has stopped")
+        if self._queue.failures_in_a_row >= BROKEN_AFTER:
+            raise RuntimeError(f"the engine failed on the last {self._queue.failures_in_a_row} batches")
         stalled = self._queue.stalled_seconds()
         if stalled > self._stall_s:
             raise RuntimeError(f"the device has not finished a batch for {stalled:.0f} s; stall_s is {self._stall_s}")

@@ -43,6 +43,9 @@ LOWEST = float(np.finfo(np.float32).min)
 _PROBE_TOLERANCE = 0.02
 """Of a probability, between the same prompt in two batches: bfloat16 stays below it, a wrong answer does not."""
 
+DEMO_PROBE = ([504, 3575, 282, 4649, 314], [7042, 4528], [0.7725, 0.0125])
+"""Of the demo model: "The capital of France is", " Paris" and " London", and their probabilities by transformers."""
+
 T = TypeVar("T")
 
 
@@ -169,7 +172,8 @@ class ScoringService:
     async def ready(self) -> None:
         """Return once a known answer came back right; it is asked for until it did, then never again.
 
-        The same prompt is scored alone and behind a longer one. Both answers must be probabilities, and agree.
+        The same prompt is scored alone and behind a longer one. Both answers must be probabilities, and agree. The demo
+        model is also asked what transformers was asked, and must answer the same.
 
         Raises:
             OverloadedError: not able to score, with the reason.
@@ -241,7 +245,15 @@ class ScoringService:
         second = label_scores(together.values[len(labels) :].tolist(), 1, softmax=True)
         gap = max(abs(a - b) for a, b in zip(first, second, strict=True))
         if gap > _PROBE_TOLERANCE or not math.isclose(sum(first), 1.0, abs_tol=1e-9):
-            raise InternalError(f"a known prompt scored {first} alone and {second} in a batch")
+            raise InternalError(f"a prompt scored {first} alone and {second} in a batch")
+        if self._settings.model == "demo" and self._settings.engine == "jax":
+            prompt, labels, known = DEMO_PROBE
+            answer = await self._compute(
+                _probe_batch([prompt], labels), "ready", time.time() + self._settings.timeout_s
+            )
+            scores = label_scores(answer.values.tolist(), 0, softmax=False)
+            if max(abs(a - b) for a, b in zip(scores, known, strict=True)) > _PROBE_TOLERANCE:
+                raise InternalError(f"a known prompt scored {scores}; right is {known}")
 
     async def _in_time(self, work: Awaitable[T]) -> T:
         """The result of ``work``, or 504 and the work cancelled."""

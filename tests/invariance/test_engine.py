@@ -196,6 +196,40 @@ def test_a_prompt_whose_arithmetic_breaks_harms_only_itself(tmp_path: Path) -> N
     np.testing.assert_allclose(got[good], wanted[good], rtol=0, atol=TOLERANCE)
 
 
+def test_a_page_whose_tail_is_broken_serves_the_prefix_before_it(tmp_path: Path) -> None:
+    """A long prompt's NaN lies in the page that holds the end of the query which thirty others share."""
+    whole = make_llama(tmp_path, context=1024)
+    rng = np.random.default_rng(60)
+    query = [t if t != 5 else 6 for t in rng.integers(0, VOCAB, 200).tolist()]
+    items = [[i + 6, *([7 + i] * 8)] for i in range(30)]
+    long = [*query, 9, 5, 5, *([11] * 700)]
+    tensors = load_file(whole / "model.safetensors")
+    tensors["model.embed_tokens.weight"][5] = np.nan
+    save_file(tensors, whole / "model.safetensors")
+    broken = engine.load(whole, max_row_tokens=64, call_tokens=64)
+    got = values(broken, [*(query + item for item in items), long])
+    assert np.isnan(got[-1]).all()
+    alone = engine.load(whole, max_row_tokens=64, call_tokens=64)
+    wanted = values(alone, [query + item for item in items])
+    np.testing.assert_allclose(got[:-1], wanted, rtol=0, atol=TOLERANCE)
+
+
+def test_reads_out_of_order_are_refused(scorer: Engine) -> None:
+    with pytest.raises(ValueError, match="not at ascending positions"):
+        scorer.score(reads_batch([[1] * 20], [[(9, LABELS), (3, LABELS)]]))
+    with pytest.raises(ValueError, match="not at ascending positions"):
+        scorer.score(reads_batch([[1] * 20], [[(9, LABELS), (9, LABELS)]]))
+
+
+def test_a_shorter_longest_prompt_needs_fewer_pages(folder: Path) -> None:
+    small = engine.load(folder, prefix_cache_bytes=0, max_prompt_tokens=200)
+    full = engine.load(folder, prefix_cache_bytes=0)
+    assert small.cache_stats.pages < full.cache_stats.pages
+    assert small.info.max_prompt_tokens == 200
+    with pytest.raises(ValueError, match="201 tokens; this model reads 1 to 200"):
+        values(small, [[1] * 201])
+
+
 def test_nothing_compiles_after_warmup(folder: Path) -> None:
     scorer = engine.load(folder, max_row_tokens=32, call_tokens=64)
     told: list[tuple[int, int, str]] = []

@@ -108,7 +108,9 @@ def test_bos_stays_once_at_the_front(tmp_path: Path) -> None:
     tokenizer = TextTokenizer.load(save_tokenizer(tmp_path, adds_bos=True))
     query = "a long query of plain words " * 20
     assert tokenizer.encode_joined(query, ["x", "y"]) == tokenizer.encode([query + "x", query + "y"])
-    assert tokenizer.encode_joined("<s>" + query, ["x", "y"]) == tokenizer.encode(["<s>" + query + i for i in "xy"])
+    for front in ("<s>", "<s><s>", "<s><s><s>"):
+        joined = [front + query + item for item in "xy"]
+        assert tokenizer.encode_joined(front + query, ["x", "y"]) == tokenizer.encode(joined)
 
 
 def _bpe() -> Tokenizer:

@@ -60,14 +60,6 @@ def test_pinned_pages_are_never_given_up() -> None:
     cache.extend([], tokens((3, 5)))
 
 
-def test_discarded_pages_are_free_again() -> None:
-    cache = PrefixCache(3)
-    path = store(cache, tokens((1, PAGE_TOKENS), (2, 3)))
-    cache.discard(path)
-    assert cache.stats.pages_used == 0
-    assert cache.lookup(tokens((1, PAGE_TOKENS))) == []
-
-
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.lists(st.tuples(st.integers(0, 2), st.sampled_from([1, 64, 128])), min_size=1, max_size=4)))
 def test_no_page_ever_has_two_meanings(prefixes: list[list[tuple[int, int]]]) -> None:

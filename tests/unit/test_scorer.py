@@ -17,7 +17,7 @@ from ray import serve
 from serve_app import scorer
 from serve_app.contract import BatchResult, ModelInfo, ScoreJob, TokenBatch
 from serve_app.device_queue import DeviceQueue
-from serve_app.errors import DeadlineExceededError, OverloadedError
+from serve_app.errors import DeadlineExceededError, InternalError, OverloadedError
 from serve_app.fake_engine import FakeEngine
 from serve_app.scorer import MAX_ONGOING, Scorer, load_engine
 from serve_app.settings import Limits, Settings
@@ -193,6 +193,31 @@ async def test_health_fails_when_the_intake_is_stuck(monkeypatch: pytest.MonkeyP
             await replica.score(job([1]))
         with pytest.raises(RuntimeError, match="taken in"):
             await replica.check_health()
+
+
+class BrokenEngine(FakeEngine):
+    """Raises until it is mended."""
+
+    broken = True
+
+    def score(self, batch: TokenBatch) -> BatchResult:
+        if self.broken:
+            raise RuntimeError("the device is lost")
+        return super().score(batch)
+
+
+async def test_health_fails_when_every_batch_does_and_recovers_with_the_next_good_one():
+    engine = BrokenEngine()
+    async with started(engine) as replica:
+        for _ in range(scorer.BROKEN_AFTER):
+            await replica.check_health()
+            with pytest.raises(InternalError):
+                await replica.score(job([1]))
+        with pytest.raises(RuntimeError, match="failed on the last 5 batches"):
+            await replica.check_health()
+        engine.broken = False
+        await replica.score(job([1]))
+        await replica.check_health()
 
 
 async def test_health_fails_when_the_queue_has_stopped():
