@@ -3,128 +3,168 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-import resource
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
+import httpx
 import numpy as np
 
+from scripts.bench_server import Server, body, peak_mib, reset_peak, service, vllm
 from scripts.bench_work import Request, Variant
 from serve_app import model_source
+from serve_app.batches import join
+from serve_app.contract import TokenBatch
+
+if TYPE_CHECKING:
+    from model.engine import Engine
 
 NAIVE_ITEMS = 24
 """The padded batch of whole prompts is timed on this many items at most, and scaled: it would take minutes."""
 
 Answer = list[list[list[float]]]
-Run = Callable[[Variant], tuple[float, Answer, int]]
-"""(seconds for the whole variant, log-probabilities [request][item][label], peak MiB)."""
+"""Log-probabilities, [request][item][label]."""
+Run = Callable[[Variant], tuple[float, Answer]]
+"""(seconds for the whole variant, its answer)."""
 
 
-def serve_commands(system: str, dtype: str, pipe: Connection) -> None:
+class System:
+    """One system in its process.
+
+    Raises:
+        RuntimeError: from any method, when the process has ended; what it printed says why.
+    """
+
+    def __init__(self, name: str, dtype: str) -> None:
+        context = get_context("spawn")
+        self.name = name
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(name, dtype, theirs))
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._pipe.send(None)
+        self._process.join(60)
+        self._process.terminate()
+
+    def wait(self) -> None:
+        """Until it has loaded the model."""
+        self._receive()
+
+    def run(self, variant: Variant) -> tuple[float, Answer, int]:
+        """Seconds for the whole variant, its answer, and the peak memory in MiB while it was computed."""
+        self._pipe.send(variant)
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            raise RuntimeError(f"{self.name} has ended, see above") from None
+
+
+def _serve(system: str, dtype: str, pipe: Connection) -> None:
     """The process's life: load, say so, then answer variants until told None."""
-    with SYSTEMS[system](dtype) as run:
+    with SYSTEMS[system](dtype) as (run, processes):
         pipe.send("ready")
         while (variant := pipe.recv()) is not None:
-            pipe.send(run(variant))
+            for process in processes:
+                reset_peak(process)
+            seconds, answer = run(variant)
+            pipe.send((seconds, answer, sum(map(peak_mib, processes))))
 
 
-def _own_peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-
-
-@contextlib.contextmanager
-def _engine(dtype: str) -> Iterator[Run]:
-    """This project's engine, in process."""
+def load_engine(dtype: str) -> Engine:
+    """This project's engine with the demo model in this process, warmed up."""
     from serve_app.scorer import compiled_folder
 
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled_folder()))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     from model.engine import load
-    from serve_app.batches import join
-    from serve_app.contract import TokenBatch
 
     engine = load(model_source.resolve("demo"), dtype="bfloat16" if dtype == "bfloat16" else "float32")
     engine.warmup()
+    return engine
 
-    def batch(request: Request) -> TokenBatch:
-        prompts, labels = request.prompts, request.label_ids
-        count = len(prompts)
-        return TokenBatch(
-            tokens=np.concatenate([np.asarray(prompt, np.int32) for prompt in prompts]),
-            offsets=np.cumsum([0, *map(len, prompts)]).astype(np.int64),
-            read_sequences=np.arange(count, dtype=np.int32),
-            read_positions=np.array([len(prompt) - 1 for prompt in prompts], np.int32),
-            targets=np.tile(np.asarray(labels, np.int32), count),
-            target_offsets=np.arange(count + 1, dtype=np.int64) * len(labels),
-        )
 
-    def run(variant: Variant) -> tuple[float, Answer, int]:
+def token_batch(request: Request) -> TokenBatch:
+    """A request as the engine takes it: one read an item, at its last token."""
+    prompts, labels, count = request.prompts, request.label_ids, len(request.items_ids)
+    return TokenBatch(
+        tokens=np.concatenate([np.asarray(prompt, np.int32) for prompt in prompts]),
+        offsets=np.cumsum([0, *map(len, prompts)]).astype(np.int64),
+        read_sequences=np.arange(count, dtype=np.int32),
+        read_positions=np.array([len(prompt) - 1 for prompt in prompts], np.int32),
+        targets=np.tile(np.asarray(labels, np.int32), count),
+        target_offsets=np.arange(count + 1, dtype=np.int64) * len(labels),
+    )
+
+
+@contextlib.contextmanager
+def _engine(dtype: str) -> Iterator[tuple[Run, Sequence[int]]]:
+    """This project's engine, in process."""
+    engine = load_engine(dtype)
+
+    def run(variant: Variant) -> tuple[float, Answer]:
         started = time.perf_counter()
-        values = engine.score(join([batch(request) for request in variant.requests])).values
+        values = engine.score(join([token_batch(request) for request in variant.requests])).values
         seconds = time.perf_counter() - started
         answer: Answer = []
         for request in variant.requests:
             count = len(request.items_ids) * len(request.label_ids)
             answer.append(values[:count].reshape(len(request.items_ids), -1).tolist())
             values = values[count:]
-        return seconds, answer, _own_peak()
+        return seconds, answer
 
-    yield run
+    yield run, [os.getpid()]
 
 
 @contextlib.contextmanager
-def _http(dtype: str) -> Iterator[Run]:
-    """This project's service as ``score-serve serve`` starts it, asked over HTTP with text where there is text."""
-    import httpx
-    import psutil
+def _over_http(server: Server, ask: Callable[[httpx.Client, Request], list[list[float]]]) -> Iterator[Run]:
+    """A variant's requests, sent at once."""
+    with httpx.Client(base_url=server.url, timeout=3600) as client, ThreadPoolExecutor(32) as pool:
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "serve_app.cli", "serve", "--dtype", dtype, "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            url = f"http://127.0.0.1:{port}"
-            while process.poll() is None:
-                with contextlib.suppress(httpx.TransportError):
-                    if httpx.get(f"{url}/ready", timeout=60).status_code == 200:
-                        break
-                time.sleep(0.5)
-            else:
-                raise RuntimeError("the service did not start; run scripts/serve to see why")
-            scorers = [
-                child
-                for child in psutil.Process(process.pid).children(recursive=True)
-                if "ServeReplica:score:Scorer" in " ".join(child.cmdline())
-            ]
-            with httpx.Client(base_url=url, timeout=3600) as client, ThreadPoolExecutor(32) as pool:
+        def run(variant: Variant) -> tuple[float, Answer]:
+            started = time.perf_counter()
+            answer = list(pool.map(lambda request: ask(client, request), variant.requests))
+            return time.perf_counter() - started, answer
 
-                def ask(request: Request) -> list[list[float]]:
-                    kind = "text" if request.items_text else "ids"
-                    body = {
-                        "query": getattr(request, f"query_{kind}"),
-                        "items": getattr(request, f"items_{kind}"),
-                        "label_token_ids": request.label_ids,
-                        "return_token_logprobs": True,
-                    }
-                    return client.post("/v1/score", json=body).raise_for_status().json()["token_logprobs"]
+        yield run
 
-                def run(variant: Variant) -> tuple[float, Answer, int]:
-                    started = time.perf_counter()
-                    answer = list(pool.map(ask, variant.requests))
-                    seconds = time.perf_counter() - started
-                    return seconds, answer, max(child.memory_info().rss for child in scorers) // 2**20
 
-                yield run
-        finally:
-            process.terminate()
+@contextlib.contextmanager
+def _http(dtype: str) -> Iterator[tuple[Run, Sequence[int]]]:
+    """This project's service, asked with text."""
+
+    def ask(client: httpx.Client, request: Request) -> list[list[float]]:
+        return client.post("/v1/score", json=body(request)).raise_for_status().json()["token_logprobs"]
+
+    with service(dtype) as server, _over_http(server, ask) as run:
+        yield run, server.processes
+
+
+@contextlib.contextmanager
+def _vllm(dtype: str) -> Iterator[tuple[Run, Sequence[int]]]:
+    """vLLM with its prefix cache, asked with text by its own scoring route, which answers for the first label alone."""
+
+    def ask(client: httpx.Client, request: Request) -> list[list[float]]:
+        asked = body(request) | {"apply_softmax": False}
+        del asked["return_token_logprobs"]
+        answer = client.post("/generative_scoring", json=asked).raise_for_status().json()
+        return [[math.log(item["score"])] for item in answer["data"]]
+
+    with vllm(dtype) as server, _over_http(server, ask) as run:
+        yield run, server.processes
 
 
 def _torch_model(dtype: str) -> tuple[Any, Any]:
@@ -151,11 +191,11 @@ def _read(torch: Any, model: Any, hidden: Any, last: Any, labels: list[int]) -> 
 
 
 @contextlib.contextmanager
-def _hf_naive(dtype: str) -> Iterator[Run]:
+def _hf_naive(dtype: str) -> Iterator[tuple[Run, Sequence[int]]]:
     """transformers: whole prompts in padded batches of 8; the query is computed for every item."""
     torch, model = _torch_model(dtype)
 
-    def run(variant: Variant) -> tuple[float, Answer, int]:
+    def run(variant: Variant) -> tuple[float, Answer]:
         seconds, answer = 0.0, []
         for request in variant.requests:
             prompts = request.prompts[:NAIVE_ITEMS]
@@ -167,23 +207,23 @@ def _hf_naive(dtype: str) -> Iterator[Run]:
                 rows += _read(torch, model, hidden, last, request.label_ids)
             seconds += (time.perf_counter() - started) * len(request.items_ids) / len(prompts)
             answer.append(rows)
-        return seconds, answer, _own_peak()
+        return seconds, answer
 
-    yield run
+    yield run, [os.getpid()]
 
 
 @contextlib.contextmanager
-def _hf_prefix(dtype: str) -> Iterator[Run]:
+def _hf_prefix(dtype: str) -> Iterator[tuple[Run, Sequence[int]]]:
     """transformers: the query's keys and values once, expanded over batches of 50 items; the head at last positions."""
     torch, model = _torch_model(dtype)
     from transformers import DynamicCache
 
-    def run(variant: Variant) -> tuple[float, Answer, int]:
+    def run(variant: Variant) -> tuple[float, Answer]:
         answer: Answer = []
         started = time.perf_counter()
         for request in variant.requests:
             query = torch.tensor([request.query_ids])
-            cached = model.model(input_ids=query, use_cache=True).past_key_values
+            cached = model.model(input_ids=query, use_cache=True).cache
             rows: list[list[float]] = []
             for at in range(0, len(request.items_ids), 50):
                 ids, mask, last = _padded(torch, request.items_ids[at : at + 50])
@@ -194,17 +234,18 @@ def _hf_prefix(dtype: str) -> Iterator[Run]:
                     ]
                 )
                 full = torch.cat([torch.ones(len(ids), query.shape[1], dtype=mask.dtype), mask], dim=1)
-                hidden = model.model(input_ids=ids, attention_mask=full, past_key_values=expanded).last_hidden_state
+                hidden = model.model(input_ids=ids, attention_mask=full, cache=expanded).last_hidden_state
                 rows += _read(torch, model, hidden, last, request.label_ids)
             answer.append(rows)
-        return time.perf_counter() - started, answer, _own_peak()
+        return time.perf_counter() - started, answer
 
-    yield run
+    yield run, [os.getpid()]
 
 
-SYSTEMS: dict[str, Callable[[str], contextlib.AbstractContextManager[Run]]] = {
+SYSTEMS: dict[str, Callable[[str], contextlib.AbstractContextManager[tuple[Run, Sequence[int]]]]] = {
     "engine": _engine,
     "http": _http,
+    "vllm": _vllm,
     "hf-naive": _hf_naive,
     "hf-prefix": _hf_prefix,
 }

@@ -6,12 +6,18 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
+
+from serve_app import model_source
 
 FOLDER = Path(__file__).parent / "workloads" / "smollm2-135m"
 NAMES = ("W1", "W2", "W3", "W4", "W5", "W6", "W7")
+LABELS = [9230, 2838]
+"""`` Yes`` and `` No``."""
 
 
 @dataclass(frozen=True)
@@ -58,38 +64,61 @@ def load(name: str, *, most: int) -> list[Variant]:
     return variants
 
 
-def _text_ids() -> list[list[int]]:
+@cache
+def tokenizer() -> Tokenizer:
+    """The demo model's."""
+    return Tokenizer.from_file(str(model_source.resolve("demo") / "tokenizer.json"))
+
+
+@cache
+def _texts() -> list[list[int]]:
     """W2's items: the longest pieces of running text that the workloads have, 200 tokens each."""
     content = json.loads((FOLDER / "W2.json").read_text())
     return [ids for variant in content["variants"] for ids in variant["items_ids"]]
 
 
-def _cut(rng: np.random.Generator, lengths: Sequence[int]) -> list[list[int]]:
-    """Runs of the given lengths from random places of the text."""
-    pieces = _text_ids()
-    stream = list(itertools.chain.from_iterable(pieces[i] for i in rng.permutation(len(pieces))))
-    starts = rng.integers(0, len(stream) - max(lengths), len(lengths))
-    return [stream[start : start + length] for start, length in zip(starts.tolist(), lengths, strict=True)]
+def cut_request(rng: np.random.Generator, query_tokens: int, item_tokens: Sequence[int]) -> Request:
+    """A request of the given lengths, cut from random places of the workloads' text.
+
+    Each piece begins with a space and a word, and its text re-encodes to its ids, alone and joined: what is sent as
+    text is computed as the same tokens.
+    """
+    texts, coder = _texts(), tokenizer()
+    stream = list(itertools.chain.from_iterable(texts[i] for i in rng.permutation(len(texts))))
+    names = [coder.id_to_token(token) for token in stream]
+    starts = [
+        i for i, name in enumerate(names) if name[0] == "\u0120" and name[1:2].isalpha()
+    ]  # byte-level BPE's space
+    lengths = [query_tokens, *item_tokens]
+    starts = np.array([start for start in starts if start + max(lengths) <= len(stream)])
+
+    def piece(length: int) -> tuple[list[int], str]:
+        while True:
+            start = int(rng.choice(starts))
+            ids = stream[start : start + length]
+            text = coder.decode(ids, skip_special_tokens=False)
+            if coder.encode(text, add_special_tokens=False).ids == ids:
+                return ids, text
+
+    (query_ids, query_text), *items = map(piece, lengths)
+    return Request(query_ids, [ids for ids, _ in items], query_text, [text for _, text in items], LABELS)
 
 
 def _lognormal(seed: int) -> Variant:
-    """W6: a 128-token query and 200 items of log-normal length, 4 to 300 tokens."""
+    """W6, realistic lengths: a 128-token query and 200 items of log-normal length, 4 to 300 tokens."""
     rng = np.random.default_rng([6, seed])
     lengths = np.clip(np.exp(rng.normal(np.log(32), 0.9, 200)), 4, 300).astype(int).tolist()
-    query, *items = _cut(rng, [128, *lengths])
-    return Variant([Request(query, items, "", [], [9230, 2838])], None)
+    return Variant([cut_request(rng, 128, lengths)], None)
 
 
 def _ranking(seed: int) -> Variant:
-    """W7: the canonical ranking shape, a 2,000-token query and 500 items of 20 tokens."""
-    rng = np.random.default_rng([7, seed])
-    query, *items = _cut(rng, [2000, *([20] * 500)])
-    return Variant([Request(query, items, "", [], [9230, 2838])], None)
+    """W7, the canonical ranking shape: a 2,000-token query and 500 items of 20 tokens."""
+    return Variant([cut_request(np.random.default_rng([7, seed]), 2000, [20] * 500)], None)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the model; letters as in ``model``."""
+    """Of the model; ``model/__init__.py`` has the letters."""
 
     width: int
     layers: int
@@ -99,12 +128,30 @@ class Sizes:
     ff_width: int
     vocab: int
 
+    @classmethod
+    def of_demo(cls) -> Sizes:
+        config = json.loads((model_source.resolve("demo") / "config.json").read_text())
+        return cls(
+            width=config["hidden_size"],
+            layers=config["num_hidden_layers"],
+            heads=config["num_attention_heads"],
+            kv_heads=config["num_key_value_heads"],
+            head_width=config["head_dim"],
+            ff_width=config["intermediate_size"],
+            vocab=config["vocab_size"],
+        )
+
 
 def floor_flops(variant: Variant, sizes: Sizes) -> float:
     """The least floating-point operations that answer a variant's requests with full-vocabulary log-probabilities.
 
-    Each request's query is computed once, each item token once; the last layer past its keys and values, and the
-    head, at the read positions alone. Norms, softmax and the like are not counted.
+    Counted: every matmul, two operations a multiply-add. Each request's query is computed once and each item's tokens
+    once; in the last layer only keys and values are needed of the tokens that nobody reads; the head sees the read
+    positions alone; attention is exactly causal, each token against those before it and itself.
+
+    Not counted: norms, softmax, rope, activations, residual sums, looking up embeddings, padding, masked halves of
+    attention blocks, and any memory traffic. Nor is it a saving here that items, or several requests' queries, may
+    begin with the same few words: such tokens count each time.
     """
     attention = sizes.heads * sizes.head_width
     key_value = 2 * 2 * sizes.width * sizes.kv_heads * sizes.head_width
@@ -113,10 +160,8 @@ def floor_flops(variant: Variant, sizes: Sizes) -> float:
     for request in variant.requests:
         query = len(request.query_ids)
         lengths = np.array([len(item) for item in request.items_ids], np.float64)
-        tokens = query + lengths.sum()
-        # Causal: a token sees all before it and itself.
+        tokens, reads = query + lengths.sum(), len(lengths)
         keys = query * (query + 1) / 2 + (lengths * query + lengths * (lengths + 1) / 2).sum()
-        reads = len(lengths)
         total += tokens * key_value * sizes.layers
         total += (tokens * (sizes.layers - 1) + reads) * rest
         total += 4 * attention * (keys * (sizes.layers - 1) + (query + lengths).sum())
