@@ -13,7 +13,10 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from scripts.bench_bars import bars, soak
+from scripts.bench_load import load_test
 from scripts.bench_machine import GemmRates, machine, versions
+from scripts.bench_plot import plot
 from scripts.bench_report import Measured, References, show
 from scripts.bench_systems import SYSTEMS, System
 from scripts.bench_work import NAMES, Sizes, floor_flops, load
@@ -113,6 +116,11 @@ def _time(
                 found[name].differences += references.differences(workload, number, variant, answer)
     return list(found.values())
 
+
+app.command("load")(load_test)
+app.command()(plot)
+app.command()(bars)
+app.command()(soak)
 
 if __name__ == "__main__":
     app()

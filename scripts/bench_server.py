@@ -65,7 +65,7 @@ def _serving(
 
 def service(dtype: str) -> contextlib.AbstractContextManager[Server]:
     """This project's service with the demo model, as ``score-serve serve`` starts it. Memory is the scorer's."""
-    command = [sys.executable, "-m", "serve_app.cli", "serve", "--dtype", dtype]
+    command = [str(Path(sys.executable).with_name("score-serve")), "serve", "--dtype", dtype]
     return _serving(command, "/ready", lambda child: "ServeReplica:score:Scorer" in " ".join(child.cmdline()), {})
 
 
