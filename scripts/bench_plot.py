@@ -13,7 +13,7 @@ import numpy as np
 import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 from rich.console import Console
 from rich.progress import track
 
@@ -73,7 +73,9 @@ def draw(file: Path, title: str, curves: Curve) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     figure.suptitle(title, fontsize=10)
     _panel(left, ITEMS, {name: values[: len(ITEMS)] for name, values in curves.items()})
-    left.set(xlabel=f"items in the request (query {QUERY} tokens, items {ITEM_TOKENS})", ylabel="items a second")
+    left.set(
+        xlabel=f"items in the request (query {QUERY} tokens, items of {ITEM_TOKENS})", ylabel="items scored a second"
+    )
     _panel(right, QUERIES, {name: values[len(ITEMS) :] for name, values in curves.items()})
     right.set(xlabel=f"query length in tokens ({FIXED_ITEMS} items of {ITEM_TOKENS} tokens)")
     left.legend(frameon=False)
@@ -81,14 +83,17 @@ def draw(file: Path, title: str, curves: Curve) -> None:
 
 
 def _panel(axes: Axes, points: Sequence[int], curves: Curve) -> None:
-    styles: dict[str, dict[str, Any]] = {"floor": {"color": "0.5", "linestyle": "--", "label": "floor (matmuls alone)"}}
+    styles: dict[str, dict[str, Any]] = {
+        "floor": {"color": "0.5", "linestyle": "--", "marker": "", "label": "at the floor (matmuls alone)"}
+    }
     for name, values in curves.items():
         axes.plot(points, values, **({"marker": "o", "markersize": 4, "label": name} | styles.get(name, {})))
     axes.set(xscale="log", yscale="log")
     axes.xaxis.set_major_locator(FixedLocator(points))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter("")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
