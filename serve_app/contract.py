@@ -98,7 +98,7 @@ class ModelInfo:
 
 
 class Engine(Protocol):
-    """A loaded model that scores batches. Not thread-safe: one thread calls it."""
+    """A loaded model that scores batches. ``score`` is called from two threads at once."""
 
     @property
     def info(self) -> ModelInfo: ...

@@ -1,4 +1,4 @@
-"""The queue before the device: forms the next batch when the device is free, from the sequences of several jobs.
+"""The queue before the device: forms its batches late, from the sequences of several jobs.
 
 Plain asyncio, without Serve, so that unit tests can run it.
 """
@@ -26,6 +26,13 @@ TURNS_PER_BATCH = 4
 """A job's turn ends ``max_batch_tokens / TURNS_PER_BATCH`` tokens after its first sequence. Shorter turns would be
 fairer, but every turn computes the prefix that the job's sequences share once more."""
 
+IN_ENGINE = 2
+"""Device batches in the engine at once: the host plans the second and unpacks the first while the device works.
+
+The second is formed only when half of ``max_batch_tokens`` wait, and takes no more. A batch that is formed early cannot
+hold what comes later, which costs little if it is full anyway. And a small job that comes while the queue is long waits
+for two halves, as long as for one whole batch."""
+
 
 @dataclass(frozen=True, slots=True)
 class QueueStats:
@@ -37,7 +44,7 @@ class QueueStats:
         batches: computed by the device.
         sequences: computed by the device.
         computed_tokens: computed by the device, shared prefixes counted once.
-        device_seconds: spent in the engine.
+        device_seconds: while the engine had at least one batch that did not fail.
         refused: jobs turned away because the queue was full.
         cancelled: jobs whose caller left before the answer.
         expired: jobs dropped because their deadline passed before the device was free.
@@ -70,7 +77,7 @@ class _Pending:
         self.values = np.empty(len(job.batch.targets), np.float32)
         self.computed_tokens = np.empty(job.batch.num_sequences, np.int32)
         self.arrived = time.monotonic()
-        self.queue_seconds = -1.0  # until its first batch starts
+        self.queue_seconds = -1.0  # until its first batch has run
         self.device_seconds = 0.0
 
     @property
@@ -127,12 +134,14 @@ class _Part(NamedTuple):
 class DeviceQueue:
     """Answers jobs with one engine, in device batches of at most ``max_batch_tokens``.
 
-    A batch is formed when the device is free, never before, so that it holds whatever has come by then. Jobs take
-    turns; a job's sequences stay in order, so that those which share a prefix are neighbours. The engine runs in a
-    thread of its own: the event loop stays free.
+    A batch is formed when the engine is free, or nearly (``IN_ENGINE``), so that it holds whatever has come by then.
+    Jobs take turns; a job's sequences stay in order, so that those which share a prefix are neighbours. The engine runs
+    in threads of its own: the event loop stays free.
 
     Args:
-        max_batch_tokens: in one device batch, shared prefixes counted once. A longer sequence goes alone.
+        engine: its ``score`` is called from two threads.
+        max_batch_tokens: in one device batch, shared prefixes counted once. A batch's first sequence may be longer, and
+            its job gets a turn all the same: it would else compute its prefix for every sequence.
         max_queued_tokens: waiting for the device; past it jobs are refused.
     """
 
@@ -143,17 +152,20 @@ class DeviceQueue:
         self._jobs: set[_Pending] = set()
         self._ring: deque[_Pending] = deque()
         """Jobs with sequences to hand out; the next turn is the first one's."""
-        self._work = asyncio.Event()
-        """Set while sequences wait or the device is busy."""
-        self._moved = 0.0
-        """When a device batch last started or ended or, if later, when work came to an idle queue."""
+        self._changed = asyncio.Event()
+        """Set when a batch may be due: a job has come, or a batch has left the engine."""
+        self._in_engine = 0
+        self._starts: list[float] = []
+        """Of the batches that the engine holds."""
+        self._ended = 0.0
+        """When a batch last left the engine."""
         self._batches = self._sequences = self._computed_tokens = 0
         self._device_seconds = 0.0
         self._refused = self._cancelled = self._expired = self._failed = 0
         self.failures_in_a_row = 0
         """Device batches that ended in an error since the last that did not."""
         self._closed = False
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._threads = ThreadPoolExecutor(IN_ENGINE, thread_name_prefix="device")
         self._task = asyncio.create_task(self._run())
         self._task.add_done_callback(lambda _: self._abandon())
 
@@ -167,10 +179,10 @@ class DeviceQueue:
         """
         if answer.done():
             return
-        pending = _Pending(job, answer)
         if self._closed:
             answer.set_exception(_closed_error())
             return
+        pending = _Pending(job, answer)
         queued = self.queued_tokens
         if queued and queued + pending.waiting_tokens > self._max_queued_tokens:
             self._refused += 1
@@ -189,9 +201,7 @@ class DeviceQueue:
             answer.set_result(JobResult(empty, queue_seconds=0.0, device_seconds=0.0))
             return
         self._ring.append(pending)
-        if not self._work.is_set():
-            self._moved = time.monotonic()
-            self._work.set()
+        self._changed.set()
 
     @property
     def queued_tokens(self) -> int:
@@ -204,11 +214,11 @@ class DeviceQueue:
         return not self._task.done()
 
     def stalled_seconds(self) -> float:
-        """How long no device batch has started or ended while there is work; 0.0 when there is none.
+        """How long the engine has held a batch, the longer of two; 0.0 when it has none.
 
-        Work is what the device holds, too: a batch that hangs counts after all its callers have left.
+        A batch that hangs counts after all its callers have left.
         """
-        return time.monotonic() - self._moved if self._work.is_set() else 0.0
+        return time.monotonic() - min(self._starts) if self._starts else 0.0
 
     def stats(self) -> QueueStats:
         """The counters at this moment."""
@@ -230,19 +240,35 @@ class DeviceQueue:
         self._closed = True
         self._task.cancel()
         await asyncio.wait([self._task])
-        await asyncio.to_thread(self._thread.shutdown)
+        await asyncio.to_thread(self._threads.shutdown)
 
     async def _run(self) -> None:
-        while True:
-            await self._work.wait()
-            parts = self._next_parts()
-            if parts:
-                await self._compute(parts)
-            else:
-                self._work.clear()
+        async with asyncio.TaskGroup() as batches:
+            while True:
+                await self._changed.wait()
+                self._changed.clear()
+                while parts := self._next_parts():
+                    self._in_engine += 1
+                    batches.create_task(self._serve(parts))
+
+    async def _serve(self, parts: list[_Part]) -> None:
+        """Run one device batch, and make room for the next."""
+        try:
+            await self._compute(parts)
+        finally:
+            self._in_engine -= 1
+            self._changed.set()
+
+    def _room(self) -> int:
+        """Tokens for the next device batch; 0 while none is due."""
+        if not self._in_engine:
+            return self._max_batch_tokens
+        half = self._max_batch_tokens // 2
+        return half if self._in_engine < IN_ENGINE and self.queued_tokens >= half else 0
 
     def _next_parts(self) -> list[_Part]:
-        """The next device batch: the jobs' turns in ring order, then what still fits from those that had one.
+        """The next device batch, if one is due: the jobs' turns in ring order, then what still fits from those that had
+        one.
 
         A job that gets nothing, since its next sequence does not fit or its reads are of the other kind, keeps its
         place at the front and opens the next batch.
@@ -252,11 +278,11 @@ class DeviceQueue:
             late = f"the deadline of request {pending.job.request_id} passed while it was queued; ask for fewer items"
             pending.answer.set_exception(DeadlineExceededError(late + ", or raise timeout_s"))
         self._ring = deque(pending for pending in self._ring if not pending.answer.done())
-        if not self._ring:
+        room = self._room()
+        if not self._ring or not room:
             return []
         kind = self._ring[0].job.batch.vocab_logprobs
-        turn = self._max_batch_tokens // TURNS_PER_BATCH
-        room = self._max_batch_tokens
+        turn = room // TURNS_PER_BATCH
         served: list[tuple[_Pending, int]] = []
         passed_over: list[_Pending] = []
         for pending in self._ring:
@@ -266,7 +292,7 @@ class DeviceQueue:
                 passed_over.append(pending)
                 continue
             room -= pending.hand_out_first()
-            room -= pending.hand_out_more(min(turn, room))
+            room -= pending.hand_out_more(min(turn, room) if served else turn)
             served.append((pending, start))
         for pending, _ in served:
             room -= pending.hand_out_more(room)
@@ -275,27 +301,30 @@ class DeviceQueue:
 
     async def _compute(self, parts: list[_Part]) -> None:
         """Run one device batch. If it fails, each job's part runs alone, so that the job at fault harms only itself."""
-        started = self._moved = time.monotonic()
-        for pending, _, _ in parts:
-            if pending.queue_seconds < 0:
-                pending.queue_seconds = started - pending.arrived
+        started = time.monotonic()
+        self._starts.append(started)
         try:
-            result = await asyncio.get_running_loop().run_in_executor(self._thread, self._on_device, parts)
+            result = await asyncio.get_running_loop().run_in_executor(self._threads, self._on_device, parts)
         except Exception:
-            self.failures_in_a_row += 1
+            result = None
             requests = ", ".join(part.pending.job.request_id for part in parts)
             logger.exception("the engine failed on a batch of request(s) %s", requests)
-            if len(parts) > 1:
-                for part in parts:
-                    if not part.pending.answer.done():
-                        await self._compute([part])
-            else:
-                self._fail(parts[0].pending)
+        finally:
+            self._starts.remove(started)
+        # While two batches are in the engine, the device's time is the first one's.
+        begun, self._ended = max(started, self._ended), time.monotonic()
+        if result is not None:
+            self.failures_in_a_row = 0
+            self._count(parts, result, self._ended - begun)
+            self._scatter(parts, result, begun, self._ended - begun)
             return
-        self.failures_in_a_row = 0
-        self._moved = time.monotonic()
-        self._count(parts, result, self._moved - started)
-        self._scatter(parts, result, self._moved - started)
+        self.failures_in_a_row += 1
+        if len(parts) > 1:
+            for part in parts:
+                if not part.pending.answer.done():
+                    await self._compute([part])
+        else:
+            self._fail(parts[0].pending)
 
     def _on_device(self, parts: list[_Part]) -> BatchResult:
         return self._engine.score(join([part.batch() for part in parts]))
@@ -306,19 +335,21 @@ class DeviceQueue:
         self._computed_tokens += int(result.computed_tokens.sum())
         self._device_seconds += seconds
 
-    def _scatter(self, parts: list[_Part], result: BatchResult, seconds: float) -> None:
+    def _scatter(self, parts: list[_Part], result: BatchResult, begun: float, seconds: float) -> None:
         sequence = target = 0
         for part in parts:
             sequences = slice(sequence, sequence + part.stop - part.start)
             own = part.targets()
             targets = slice(target, target + own.stop - own.start)
+            if part.pending.queue_seconds < 0:
+                part.pending.queue_seconds = begun - part.pending.arrived
             part.pending.device_seconds += seconds
             part.pending.keep(part, BatchResult(result.values[targets], result.computed_tokens[sequences]))
             sequence, target = sequences.stop, targets.stop
 
     def _fail(self, pending: _Pending) -> None:
-        self._failed += 1
         if not pending.answer.done():
+            self._failed += 1
             pending.answer.set_exception(
                 InternalError(
                     f"the model failed on this request; the server's log has it under {pending.job.request_id}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import numpy as np
@@ -50,6 +51,7 @@ class FakeEngine:
         )
         self._seconds_per_token = seconds_per_token
         self._nan_token = nan_token
+        self._device = threading.Lock()
         self._powers = np.cumprod(np.full(context_length, _STEP))
 
     @property
@@ -68,7 +70,8 @@ class FakeEngine:
                 f"this engine reads 1 to {self._info.max_prompt_tokens:,}"
             )
         computed = (batch.lengths - shared_with_previous(batch)).astype(np.int32)
-        time.sleep(self._seconds_per_token * int(computed.sum()))
+        with self._device:
+            time.sleep(self._seconds_per_token * int(computed.sum()))
         return BatchResult(self._values(batch), computed)
 
     def _values(self, batch: TokenBatch) -> Float32:

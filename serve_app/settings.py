@@ -45,7 +45,7 @@ class Settings(_Frozen):
     """``fake``: deterministic scores from hashed tokens, for tests of everything but the model."""
 
     max_batch_tokens: Annotated[int, Field(ge=64)] = 8_192
-    """Tokens in one device batch, shared prefixes counted once."""
+    """Tokens in one device batch, shared prefixes counted once; half as many in one that is prepared meanwhile."""
     scorer_replicas: Annotated[int, Field(ge=1)] = 1
     scorer_cpus: Annotated[float, Field(ge=0)] = 1.0
     ingress_replicas: Annotated[int, Field(ge=1)] = 1
@@ -54,7 +54,7 @@ class Settings(_Frozen):
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Past it a request gets 504 and its queued work is dropped."""
     stall_s: Annotated[float, Field(gt=0)] = 300.0
-    """A device batch older than this makes the replica unhealthy, and Serve replaces it."""
+    """A batch that is in the engine for longer makes the replica unhealthy, and Serve replaces it."""
 
     limits: Limits = Limits()
 

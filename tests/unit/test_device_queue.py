@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from serve_app.batches import cut, join, shared_with_previous
 from serve_app.contract import BatchResult, JobResult, ScoreJob, TokenBatch
-from serve_app.device_queue import TURNS_PER_BATCH, DeviceQueue
+from serve_app.device_queue import TURNS_PER_BATCH, DeviceQueue, _Part
 from serve_app.errors import DeadlineExceededError, InternalError, OverloadedError
 from serve_app.fake_engine import FakeEngine
 
@@ -40,18 +40,18 @@ def sequences_of(batch: TokenBatch) -> list[list[int]]:
 
 
 class WatchedEngine(FakeEngine):
-    """Keeps the batches that it got; raises on ``POISON``; waits for ``gate`` in every batch."""
+    """Raises on ``POISON``; waits for ``gate`` in every batch."""
 
     def __init__(self) -> None:
         super().__init__(nan_token=667)
         self.batches: list[TokenBatch] = []
+        """In the order in which the queue formed them: two threads may call the engine in another."""
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
         self.threads: set[str] = set()
 
     def score(self, batch: TokenBatch) -> BatchResult:
-        self.batches.append(batch)
         self.threads.add(threading.current_thread().name)
         self.entered.set()
         assert self.gate.wait(30)
@@ -60,9 +60,18 @@ class WatchedEngine(FakeEngine):
         return super().score(batch)
 
 
+class WatchedQueue(DeviceQueue):
+    """Tells the engine's ``batches``."""
+
+    async def _compute(self, parts: list[_Part]) -> None:
+        if isinstance(self._engine, WatchedEngine):
+            self._engine.batches.append(join([part.batch() for part in parts]))
+        await super()._compute(parts)
+
+
 @asynccontextmanager
 async def opened(engine: FakeEngine, *, budget: int = 64, queued: int = 10_000) -> AsyncIterator[DeviceQueue]:
-    queue = DeviceQueue(engine, max_batch_tokens=budget, max_queued_tokens=queued)
+    queue = WatchedQueue(engine, max_batch_tokens=budget, max_queued_tokens=queued)
     try:
         yield queue
     finally:
@@ -87,6 +96,12 @@ async def hold(engine: WatchedEngine, queue: DeviceQueue) -> asyncio.Future[JobR
     assert await asyncio.to_thread(engine.entered.wait, 30)
     engine.batches.clear()
     return busy
+
+
+async def formed(engine: WatchedEngine, batches: int) -> None:
+    """Until so many batches were formed since ``hold``."""
+    while len(engine.batches) < batches:  # noqa: ASYNC110 - a few turns of the loop
+        await asyncio.sleep(0)
 
 
 async def test_a_job_gets_what_the_engine_says_of_it_alone():
@@ -117,19 +132,20 @@ async def test_a_batch_holds_several_jobs_and_keeps_their_order_within_the_budge
     for j, job in enumerate(jobs):
         seen = [s for batch in engine.batches for s in sequences_of(batch) if s[0] == 100 * j]
         assert seen == sequences_of(job)
-    assert engine.threads == {"device_0"}
+    assert engine.threads <= {"device_0", "device_1"}
 
 
-async def test_a_small_job_does_not_wait_for_a_big_one_that_came_first():
+async def test_a_small_job_goes_with_the_next_batch_whatever_came_before():
     engine = WatchedEngine()
-    async with opened(engine, budget=64) as queue:
+    async with opened(engine, budget=64, queued=20_000) as queue:
         busy = await hold(engine, queue)
-        big = ask(queue, batch_of([[i, 1, 2] for i in range(1_000, 3_000)]))
+        big = ask(queue, batch_of([[i, 1, 2] for i in range(1_000, 6_000)]))
+        await formed(engine, 1)
         small = ask(queue, batch_of([[7, 7, 7]]))
         engine.gate.set()
         await asyncio.gather(busy, small)
         assert not big.done()
-        assert [7, 7, 7] in sequences_of(engine.batches[0])
+        assert [7, 7, 7] in sequences_of(engine.batches[1])
         await big
 
 
@@ -152,6 +168,7 @@ async def test_a_big_job_is_not_starved_by_a_stream_of_small_ones():
 
 async def test_a_job_with_a_long_prefix_gets_a_whole_turn_for_it():
     # A turn that ended with the prefix would compute the prefix anew for every sequence.
+    # What waits is more than half a batch, so a half is formed while the device is held.
     engine = WatchedEngine()
     prefix = [*range(20)]
     async with opened(engine, budget=100) as queue:
@@ -159,9 +176,15 @@ async def test_a_job_with_a_long_prefix_gets_a_whole_turn_for_it():
         answers = [ask(queue, batch_of([[j, *prefix, i] for i in range(50)])) for j in range(8)]
         engine.gate.set()
         await asyncio.gather(busy, *answers)
-    turn = 100 // TURNS_PER_BATCH
     first = sequences_of(engine.batches[0])
-    assert len([sequence for sequence in first if sequence[0] == 0]) >= turn
+    assert len([sequence for sequence in first if sequence[0] == 0]) >= 50 // TURNS_PER_BATCH
+
+
+async def test_a_job_whose_prefix_fills_the_batch_gets_a_turn_all_the_same():
+    engine = WatchedEngine()
+    async with opened(engine, budget=64) as queue:
+        await ask(queue, batch_of([[*range(64), i] for i in range(100)]))
+    assert len(engine.batches) <= 1 + 100 // (32 // TURNS_PER_BATCH)
 
 
 async def test_an_item_above_the_budget_goes_alone():
@@ -313,13 +336,66 @@ async def test_a_job_that_fails_in_one_batch_is_not_computed_further():
             await ask(queue, batch_of([[POISON], *[[i] * 30 for i in range(50)]]))
         await ask(queue, batch_of([[1]]))
         assert queue.stats().queued_jobs == 0
-    assert len(engine.batches) == 2
+    assert len(engine.batches) == 3  # one of its batches was in the engine behind the one that failed
 
 
 async def test_values_that_are_not_finite_stay_with_their_sequence():
     async with opened(WatchedEngine()) as queue:
         answer = await ask(queue, batch_of([[1], [667], [2]]))
     assert np.isnan(answer.result.values).tolist() == [False, False, True, True, False, False]
+
+
+async def test_a_second_batch_is_formed_behind_the_first_when_half_a_batch_waits_and_no_third():
+    engine = WatchedEngine()
+    async with opened(engine, budget=64) as queue:
+        busy = await hold(engine, queue)
+        first = ask(queue, batch_of([[i] for i in range(31)]))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert queue.queued_tokens == 31
+        more = ask(queue, batch_of([[i] for i in range(100, 200)]))
+        await formed(engine, 1)
+        assert sum(map(len, sequences_of(engine.batches[0]))) == 32
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert queue.queued_tokens == 31 + 100 - 32
+        engine.gate.set()
+        await asyncio.gather(busy, first, more)
+    assert engine.threads == {"device_0", "device_1"}
+
+
+async def test_time_on_the_device_is_not_counted_twice():
+    engine = WatchedEngine()
+    began = time.monotonic()
+    async with opened(engine, budget=64) as queue:
+        busy = await hold(engine, queue)
+        behind = ask(queue, batch_of([[1] * 40]))
+        await formed(engine, 1)
+        await asyncio.sleep(0.1)
+        engine.gate.set()
+        answers = await asyncio.gather(busy, behind)
+        seconds = queue.stats().device_seconds
+        assert 0.1 <= seconds <= time.monotonic() - began
+        assert sum(answer.device_seconds for answer in answers) == pytest.approx(seconds)
+        # What the second waited for the first is waiting, too.
+        assert answers[1].queue_seconds >= 0.1 or answers[0].queue_seconds >= 0.1
+
+
+async def test_a_batch_that_fails_leaves_the_one_behind_it_whole():
+    engine = WatchedEngine()
+    async with opened(engine, budget=64) as queue:
+        busy = await hold(engine, queue)
+        bad = ask(queue, batch_of([[POISON] * 20]))
+        good = [ask(queue, batch_of([[i] * 20])) for i in range(8)]
+        engine.gate.set()
+        await asyncio.gather(busy, *good)
+        with pytest.raises(InternalError):
+            await bad
+        stats = queue.stats()
+        assert (stats.failed, stats.queued_jobs) == (1, 0)
+        assert queue.stalled_seconds() == 0.0
+    for i, answer in enumerate(good):
+        np.testing.assert_array_equal(answer.result().result.values, engine.score(batch_of([[i] * 20])).values)
 
 
 async def test_a_job_without_sequences_is_answered():
@@ -334,9 +410,11 @@ async def test_close_answers_those_who_wait_and_those_who_come():
     engine = WatchedEngine()
     async with opened(engine) as queue:
         busy = await hold(engine, queue)
+        behind = ask(queue, batch_of([[1] * 40]))
+        await formed(engine, 1)
         waiting = ask(queue, batch_of([[1]]))
         closing = asyncio.create_task(queue.close())
-        for answer in (busy, waiting):
+        for answer in (busy, behind, waiting):
             with pytest.raises(OverloadedError, match="shutting down"):
                 await answer
         with pytest.raises(OverloadedError, match="shutting down"):
@@ -369,7 +447,8 @@ async def test_stalled_seconds_grow_while_a_batch_hangs_even_when_its_callers_ha
         busy.cancel()
         await asyncio.sleep(0.05)
         assert queue.stalled_seconds() >= 0.05
-        waiting = ask(queue, batch_of([[1]]))
+        waiting = ask(queue, batch_of([[1] * 40]))
+        await formed(engine, 1)
         assert queue.stalled_seconds() >= 0.05
         engine.gate.set()
         await waiting
