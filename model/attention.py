@@ -11,11 +11,14 @@ log-sum-exp, so one compiled program serves every prefix length and no [tokens, 
 Source: the merge is that of FlashAttention (arXiv 2205.14135), section 3.1.
 """
 
+from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from model.pages import PAGE_TOKENS
 
@@ -25,13 +28,13 @@ class Context(NamedTuple):
 
     Attributes:
         segments: row number of each token within the call; -1 for padding, which sees only itself and its like.
-        pool: keys (index 0) and values (1) of all pages, for all layers.
+        pool: keys (index 0) and values (1) of all pages, for all layers, stored as by ``to_pool``.
         page_table: page numbers of the prefix in order; entries past the prefix are not read.
         prefix_length: tokens in the prefix; 0 for none.
     """
 
     segments: Int[Array, "B T"]
-    pool: Float[Array, "pages L 2 K page H"]
+    pool: Shaped[Array, "pages L 2 K page H"]
     page_table: Int[Array, " slots"]
     prefix_length: Int[Array, ""]
 
@@ -39,12 +42,23 @@ class Context(NamedTuple):
 class Partial(NamedTuple):
     """A softmax not yet normalised: running maximum, sum of exponentials, weighted sum of values."""
 
-    maximum: Float[Array, "K Q"]
-    total: Float[Array, "K Q"]
-    values: Float[Array, "K Q H"]
+    maximum: Float[Array, "*K Q"]
+    total: Float[Array, "*K Q"]
+    values: Float[Array, "*K Q H"]
 
 
 Layer = int | Int[Array, ""]
+
+
+def to_pool(x: Array) -> Array:
+    """As the pool stores it: bfloat16 as its bits. XLA's CPU backend widens a whole bfloat16 array to float32 before it
+    cuts a slice from it, which for a pool takes longer than the layer; integers it leaves alone."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def from_pool(x: Array) -> Array:
+    """The inverse of ``to_pool``."""
+    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
 def _causal_mask(segments: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
@@ -75,6 +89,16 @@ def _finite(v: Float[Array, "M K H"]) -> Float[Array, "M K H"]:
     return jnp.where(jnp.isfinite(v), v, jnp.zeros_like(v))
 
 
+def _cuts(width: int) -> list[int]:
+    """Where a bin's queries are cut, so that each part looks only at the keys up to its own end: 0 to ``width``.
+
+    Two to four parts of at least 64 spare a quarter to three eighths of a wide bin's scores; more parts are more, and
+    smaller, matmuls.
+    """
+    parts = max(1, min(4, width // 96))
+    return [0, *(-(-width * part // (parts * 8)) * 8 for part in range(1, parts)), width]
+
+
 def _own_bins(
     q: Float[Array, "M N H"], k: Float[Array, "M K H"], v: Float[Array, "M K H"], segments: Int[Array, "B T"]
 ) -> Partial:
@@ -84,24 +108,30 @@ def _own_bins(
     kv_heads = k.shape[1]
     groups = n // kv_heads
     grouped = q.reshape(bins, width, kv_heads, groups, h).transpose(0, 2, 3, 1, 4)  # B K G T H
-    grouped = grouped.reshape(bins, kv_heads, groups * width, h)
     keys = k.reshape(bins, width, kv_heads, h).transpose(0, 2, 1, 3)
     values = _finite(v).reshape(bins, width, kv_heads, h).transpose(0, 2, 1, 3)
+    mask = _causal_mask(segments)
     batch = ((0, 1), (0, 1))
-    scores = lax.dot_general(grouped, keys, (((3,), (3,)), batch), preferred_element_type=jnp.float32)
-    scores = scores.reshape(bins, kv_heads, groups, width, width)
-    scores = jnp.where(_causal_mask(segments)[:, None, None], scores, -jnp.inf)
-    maximum = scores.max(axis=-1, keepdims=True)
-    weights = jnp.exp(scores - maximum)
-    total = weights.sum(axis=-1)
-    weights = weights.astype(v.dtype).reshape(bins, kv_heads, groups * width, width)
-    summed = lax.dot_general(weights, values, (((3,), (2,)), batch), preferred_element_type=jnp.float32)
+    parts: list[tuple[Array, Array, Array]] = []
+    for start, stop in pairwise(_cuts(width)):
+        part = grouped[:, :, :, start:stop].reshape(bins, kv_heads, -1, h)
+        scores = lax.dot_general(part, keys[:, :, :stop], (((3,), (3,)), batch), preferred_element_type=jnp.float32)
+        scores = scores.reshape(bins, kv_heads, groups, stop - start, stop)
+        scores = jnp.where(mask[:, None, None, start:stop, :stop], scores, -jnp.inf)
+        maximum = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scores - maximum)
+        operand = weights.astype(v.dtype).reshape(bins, kv_heads, -1, stop)
+        summed = lax.dot_general(
+            operand, values[:, :, :stop], (((3,), (2,)), batch), preferred_element_type=jnp.float32
+        )
+        parts.append((maximum[..., 0], weights.sum(axis=-1), summed.reshape(bins, kv_heads, groups, -1, h)))
+    maximum, total, summed = (jnp.concatenate(pieces, axis=3) for pieces in zip(*parts, strict=True))
 
     def by_head(x: Float[Array, "B K G T"]) -> Float[Array, "K Q"]:
         return x.transpose(1, 2, 0, 3).reshape(kv_heads, groups * m)
 
-    summed = summed.reshape(bins, kv_heads, groups, width, h).transpose(1, 2, 0, 3, 4)
-    return Partial(by_head(maximum[..., 0]), by_head(total), summed.reshape(kv_heads, groups * m, h))
+    summed = summed.transpose(1, 2, 0, 3, 4).reshape(kv_heads, groups * m, h)
+    return Partial(by_head(maximum), by_head(total), summed)
 
 
 def _own_reads(
@@ -135,42 +165,62 @@ def _weighted(weights: Float[Array, "K Q S"], values: Float[Array, "K S H"]) -> 
 
 
 def _fold(
-    queries: Float[Array, "K Q H"],
+    queries: Float[Array, "Q H"],
     partial: Partial,
-    keys: Float[Array, "K P H"],
-    values: Float[Array, "K P H"],
-    valid: Bool[Array, " P"],
+    keys: Float[Array, "P H"],
+    values: Float[Array, "P H"],
+    valid: Bool[Array, " P"] | None = None,
 ) -> Partial:
-    """Add keys and values that all queries see, where ``valid``, to a partial softmax."""
-    scores = jnp.where(valid[None, None, :], _scores(queries, keys), -jnp.inf)
+    """Add keys and values that all queries of a head see, where ``valid``, to a partial softmax."""
+    scores = lax.dot_general(queries, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    if valid is not None:
+        scores = jnp.where(valid[None, :], scores, -jnp.inf)
+        # What is not valid may be another prefix's, and 0 * NaN is NaN.
+        values = jnp.where(valid[:, None], values, jnp.zeros_like(values))
     maximum = jnp.maximum(partial.maximum, scores.max(axis=-1))
-    weights = jnp.exp(scores - maximum[..., None])
+    weights = jnp.exp(scores - maximum[:, None])
     scale = jnp.exp(partial.maximum - maximum)
-    total = partial.total * scale + weights.sum(axis=-1)
-    # A page's tail may be another prefix's, and 0 * NaN is NaN.
-    values = jnp.where(valid[None, :, None], values, jnp.zeros_like(values))
-    return Partial(maximum, total, partial.values * scale[..., None] + _weighted(weights, values))
+    summed = lax.dot(weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return Partial(maximum, partial.total * scale + weights.sum(axis=-1), partial.values * scale[:, None] + summed)
+
+
+_fold_heads = jax.vmap(_fold, in_axes=(0, 0, 0, 0, None))
+
+
+TAILS = (PAGE_TOKENS // 4, PAGE_TOKENS)
+"""How much of a prefix's last, begun page is looked at: the smallest of these that holds the rest."""
 
 
 def _fold_prefix_paged(queries: Float[Array, "K Q H"], own: Partial, context: Context, layer: Layer) -> Partial:
-    """Add the prefix to a partial softmax, one page a step."""
+    """Add the prefix to a partial softmax: a step for each whole page, and a shorter one for what begins a page."""
     page_shape = (1, 1, *context.pool.shape[2:])
 
-    def step(number: Int[Array, ""], partial: Partial) -> Partial:
-        start = (context.page_table[number], layer, 0, 0, 0, 0)
-        keys, values = lax.dynamic_slice(context.pool, start, page_shape)[0, 0]
-        valid = number * PAGE_TOKENS + jnp.arange(PAGE_TOKENS) < context.prefix_length
-        return _fold(queries, partial, keys, values, valid)
+    def page(number: Int[Array, ""]) -> Float[Array, "2 K page H"]:
+        cut = lax.dynamic_slice(context.pool, (context.page_table[number], layer, 0, 0, 0, 0), page_shape)
+        return from_pool(cut[0, 0])
 
-    pages = (context.prefix_length + PAGE_TOKENS - 1) // PAGE_TOKENS
-    return lax.fori_loop(0, pages, step, own)
+    pages, rest = context.prefix_length // PAGE_TOKENS, context.prefix_length % PAGE_TOKENS
+
+    def whole(number: Int[Array, ""], folded: Partial) -> Partial:
+        keys, values = page(number)
+        return _fold_heads(queries, folded, keys, values, None)
+
+    folded = lax.fori_loop(0, pages, whole, own)
+
+    def begun(size: int, folded: Partial) -> Partial:
+        keys, values = page(pages)[:, :, :size]
+        return _fold_heads(queries, folded, keys, values, jnp.arange(size) < rest)
+
+    branches = [lambda folded: folded, *(partial(begun, size) for size in TAILS)]  # pyright: ignore[reportUnknownLambdaType]
+    return lax.switch((rest > 0).astype(jnp.int32) + (rest > TAILS[0]).astype(jnp.int32), branches, folded)
 
 
 def _fold_prefix_reference(queries: Float[Array, "K Q H"], own: Partial, context: Context, layer: Layer) -> Partial:
     """Add the whole prefix at once: gathers all page slots and masks those past the prefix."""
-    prefix = context.pool[context.page_table, layer]  # slots 2 K page H
+    prefix = from_pool(context.pool[context.page_table, layer])  # slots 2 K page H
     keys, values = prefix.transpose(1, 2, 0, 3, 4).reshape(2, queries.shape[0], -1, queries.shape[2])
-    return _fold(queries, own, keys, values, jnp.arange(keys.shape[1]) < context.prefix_length)
+    valid = jnp.arange(keys.shape[1]) < context.prefix_length
+    return _fold_heads(queries, own, keys, values, valid)
 
 
 FOLD_PREFIX = {"paged": _fold_prefix_paged, "reference": _fold_prefix_reference}

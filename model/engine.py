@@ -2,12 +2,13 @@
 
 Life of a batch: ``plan.groups`` finds shared prefixes and rows; each group's prefix is looked up in, or prefilled into,
 the pages of the prefix cache; the group's rows run in packed calls that return hidden states at the read positions;
-the head turns those into logits and, where asked, log-probabilities.
+the head turns those into logits and, where asked, log-probabilities. What is compiled is in ``model.programs``.
 """
 
 import concurrent.futures
 import itertools
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +21,14 @@ import numpy.typing as npt
 from flax import nnx
 
 from model import checkpoint, config, plan, registry
-from model.attention import Context
-from model.logprobs import log_normalizer, target_logits
-from model.pages import PAGE_TOKENS, CacheStats, Node, PrefixCache
+from model.attention import TAILS
+from model.pages import PAGE_TOKENS, CacheStats, Node, PrefixCache, Recurring
+from model.programs import Inputs, LayerPrograms, ModelPrograms, Prefix, Programs
 
 Dtype = Literal["float32", "bfloat16"]
 Progress = Callable[[int, int, str], None]
 
-CHUNKS = (PAGE_TOKENS, 2 * PAGE_TOKENS, 4 * PAGE_TOKENS)
+CHUNKS = (PAGE_TOKENS // 2, PAGE_TOKENS, 2 * PAGE_TOKENS, 4 * PAGE_TOKENS)
 """Sizes of prefix prefill calls, in tokens."""
 HEAD_ROWS = (1, 8, 32, 128)
 """Sizes of head calls, in hidden states."""
@@ -75,15 +76,31 @@ class Info:
     buckets: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """See ``serve_app.contract.EngineStats``."""
+
+    compilations: int
+    computed_tokens: int
+    padded_tokens: int
+    prefix_hit_tokens: int
+    prefix_missed_tokens: int
+    prefix_evicted_pages: int
+    prefix_pages: int
+    prefix_pages_used: int
+    prefix_page_bytes: int
+
+
 class Engine:
-    """Scores token batches. One thread calls it.
+    """Scores token batches. Several threads may call it: one plans or waits for results while another's calls run.
 
     Args:
         model_config: of the architecture.
-        graph: of the NNX model, see ``nnx.split``.
-        state: its parameters, on the device.
+        make_programs: given the page pool's shape and the entries of a page table, the programs over the weights.
+        dtype: of keys and values.
         max_row_tokens: the widest bin; longer rows are computed in chunks.
         call_tokens: tokens in a full call.
+        chunks: sizes of prefill calls, ascending.
         prefix_cache_bytes: device memory for prefixes; more where one prompt of ``max_prompt_tokens`` needs it.
         max_prompt_tokens: the longest sequence; None: the model's context. A long context costs memory at start-up.
     """
@@ -91,28 +108,32 @@ class Engine:
     def __init__(
         self,
         model_config: config.ModelConfig,
-        graph: nnx.GraphDef[Any],
-        state: nnx.State[Any, Any],
+        make_programs: Callable[[jax.ShapeDtypeStruct, int], Programs],
+        dtype: Any,
         *,
         max_row_tokens: int = 512,
         call_tokens: int = 1024,
+        chunks: tuple[int, ...] = CHUNKS,
         prefix_cache_bytes: int = 384 * 2**20,
         max_prompt_tokens: int | None = None,
     ) -> None:
         self._config = model_config
-        self._graph = graph
-        self._state = state
-        self._dtype = jax.tree.leaves(state)[0].dtype
+        self._dtype = jnp.dtype(dtype)
         self._longest = min(model_config.context_length, max_prompt_tokens or model_config.context_length)
+        self._chunks = chunks
         width = min(max_row_tokens, -(-self._longest // 16) * 16)
         self._ladder = plan.shapes(width, max(call_tokens, width))
-        self._slots = -(-self._longest // PAGE_TOKENS) + max(CHUNKS) // PAGE_TOKENS
+        self._slots = -(-self._longest // PAGE_TOKENS) + 1
         page = (model_config.layers, 2, model_config.kv_heads, PAGE_TOKENS, model_config.head_width)
-        pages = 1 + max(self._slots, prefix_cache_bytes // (int(np.prod(page)) * self._dtype.itemsize))
-        self._pool_shape = (pages, *page)
+        self._page_bytes = int(np.prod(page)) * self._dtype.itemsize
+        pages = 1 + max(self._slots, prefix_cache_bytes // self._page_bytes)
+        stored = jnp.uint16 if self._dtype == jnp.bfloat16 else self._dtype  # see attention.to_pool
+        self._pool_shape = jax.ShapeDtypeStruct((pages, *page), stored)
+        self._programs = make_programs(self._pool_shape, self._slots)
+        self._launching = threading.Lock()
+        self._launched: jax.Array | None = None
+        self._computed = self._padded = 0
         self._forget_prefixes()
-        self._programs: dict[tuple[str, object], Callable[..., Any]] = {}
-        self.compilations = 0
 
     @property
     def info(self) -> Info:
@@ -130,13 +151,32 @@ class Engine:
     def cache_stats(self) -> CacheStats:
         return self._cache.stats
 
+    @property
+    def compilations(self) -> int:
+        """Programs compiled since the start: no more after ``warmup``."""
+        return self._programs.compilations
+
+    @property
+    def stats(self) -> EngineStats:
+        cache = self._cache.stats
+        return EngineStats(
+            compilations=self.compilations,
+            computed_tokens=self._computed,
+            padded_tokens=self._padded,
+            prefix_hit_tokens=cache.hit_tokens,
+            prefix_missed_tokens=cache.missed_tokens,
+            prefix_evicted_pages=cache.evicted_pages,
+            prefix_pages=cache.pages,
+            prefix_pages_used=cache.pages_used,
+            prefix_page_bytes=self._page_bytes,
+        )
+
     def warmup(self, progress: Progress | None = None) -> None:
         """Compile every program that ``score`` can call, several at a time."""
-        wanted: list[tuple[str, Any]] = [("rows", shape) for shape in self._ladder]
-        wanted += [(kind, size) for kind in ("prefill", "write") for size in CHUNKS]
+        wanted = self._programs.wanted(self._ladder, self._chunks)
         wanted += [("normalizer", size) for size in HEAD_ROWS] + [("targets", size) for size in TARGET_ROWS]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            compiling = {pool.submit(self._compile, kind, size): f"{kind} {size}" for kind, size in wanted}
+            compiling = {pool.submit(self._programs.compile, kind, size): f"{kind} {size}" for kind, size in wanted}
             for done, future in enumerate(concurrent.futures.as_completed(compiling), 1):
                 future.result()
                 if progress is not None:
@@ -164,29 +204,6 @@ class Engine:
                 raise ValueError(f"the reads of sequence {sequence} are not at ascending positions: {position}")
             reads[sequence].append(position)
         read_sequences = [number for number, positions in enumerate(reads) if positions]
-        try:
-            hidden, computed = self._hidden(sequences, reads, read_sequences, first_read)
-            return Result(self._read(hidden, batch), np.minimum(computed, np.diff(batch.offsets)).astype(np.int32))
-        except Exception:
-            # The pool may have been given away to a call that failed, or hold pages that were never written.
-            self._forget_prefixes()
-            raise
-
-    def _forget_prefixes(self) -> None:
-        """Start with an empty pool."""
-        self._pool = jnp.zeros(self._pool_shape, self._dtype)
-        self._cache = PrefixCache(self._pool_shape[0])
-
-    def _hidden(
-        self,
-        sequences: Sequence[plan.Tokens],
-        reads: Sequence[Sequence[int]],
-        read_sequences: Sequence[int],
-        first_read: npt.NDArray[np.int64],
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
-        """Hidden states of all reads, and the tokens computed for each sequence."""
-        hidden = np.zeros((sum(map(len, reads)), self._config.width), np.float32)
-        computed = np.zeros(len(sequences), np.int32)
         groups = plan.groups(
             [sequences[i] for i in read_sequences],
             [reads[i] for i in read_sequences],
@@ -194,79 +211,109 @@ class Engine:
             max_reads=self._ladder[0].reads,
             min_saving=PAGE_TOKENS,
             page=PAGE_TOKENS,
+            begun=TAILS,
         )
-        pending: list[tuple[jax.Array, list[int]]] = []
-        for group in groups:
-            owner = read_sequences[group.prefix_of]
-            prefix = sequences[owner][: group.prefix_length]
-            path, missed = self._prefix(prefix)
-            computed[owner] += missed
-            table = np.zeros(self._slots, np.int32)
-            table[: len(path)] = [node.page for node in path]
-            context = (self._pool, table, np.int32(group.prefix_length))
-            for call in plan.pack(group.rows, self._ladder):
-                numbers: list[int] = []
-                arrays = self._call_arrays(call, sequences, reads, read_sequences, first_read, numbers)
-                pending.append((self._program("rows", call.shape)(self._state, *arrays, *context), numbers))
-                for placement in call.placements:
-                    computed[read_sequences[placement.row.sequence]] += placement.row.length
-        for values, numbers in pending:
-            hidden[numbers] = np.asarray(values)[: len(numbers)]
-        return hidden, computed
+        work = _Work(sequences, reads, read_sequences, first_read, np.zeros(len(sequences), np.int32))
+        try:
+            with self._launching:
+                pending = [call for group in self._with_recurring(groups, work) for call in self._launch(group, work)]
+            hidden = np.zeros((len(batch.read_positions), self._config.width), np.float32)
+            for values, numbers in pending:
+                hidden[numbers] = np.asarray(values)[: len(numbers)]
+            return Result(self._read(hidden, batch), np.minimum(work.computed, np.diff(batch.offsets)).astype(np.int32))
+        except Exception:
+            # The pool may have been given away to a call that failed, or hold pages that were never written.
+            with self._launching:
+                self._forget_prefixes()
+            raise
 
-    def _call_arrays(
-        self,
-        call: plan.Call,
-        sequences: Sequence[plan.Tokens],
-        reads: Sequence[Sequence[int]],
-        numbering: Sequence[int],
-        first_read: npt.NDArray[np.int64],
-        numbers: list[int],
-    ) -> tuple[npt.NDArray[np.int32], ...]:
-        """A call's tokens, positions, segments and read indices; appends the batch's read numbers to ``numbers``."""
-        shape = call.shape
-        tokens, positions = np.zeros(shape.tokens, np.int32), np.zeros(shape.tokens, np.int32)
-        segments = np.full(shape.tokens, -1, np.int32)
-        indices = np.zeros(shape.reads, np.int32)
-        for segment, placement in enumerate(call.placements):
-            row = placement.row
-            sequence = numbering[row.sequence]
-            at = placement.bin * shape.width + placement.offset
-            tokens[at : at + row.length] = sequences[sequence][row.start : row.stop]
-            positions[at : at + row.length] = np.arange(row.start, row.stop)
-            segments[at : at + row.length] = segment
-            for order, position in enumerate(reads[sequence]):
-                if row.start <= position < row.stop:
-                    indices[len(numbers)] = at + position - row.start
-                    numbers.append(int(first_read[sequence]) + order)
-        return tokens, positions, segments.reshape(shape.bins, shape.width), indices
+    def _forget_prefixes(self) -> None:
+        """Start with an empty pool."""
+        self._pool = jnp.zeros(self._pool_shape.shape, self._pool_shape.dtype)
+        self._cache = PrefixCache(self._pool_shape.shape[0])
+        self._recurring = Recurring()
+
+    def _with_recurring(self, groups: Sequence[plan.Group], work: "_Work") -> list[plan.Group]:
+        """Groups in which a row that begins like an earlier batch's row takes that beginning as its prefix.
+
+        A prompt that comes alone shares nothing within its batch. Its beginning is kept when it comes the second time,
+        in whole pages, so that prompts that never recur cost no page.
+        """
+        result: list[plan.Group] = []
+        for group in groups:
+            stay: list[plan.Row] = []
+            deeper: dict[bytes, list[plan.Row]] = {}
+            for row in group.rows:
+                number = work.numbering[row.sequence]
+                until = work.reads[number][0] if row.start == group.prefix_length else 0
+                if until - group.prefix_length < PAGE_TOKENS:
+                    stay.append(row)
+                    continue
+                tokens = work.sequences[number][: until - until % PAGE_TOKENS]
+                pages = max(self._recurring.pages(tokens), len(self._cache.lookup(tokens)))
+                if pages * PAGE_TOKENS - group.prefix_length < PAGE_TOKENS:
+                    stay.append(row)
+                else:
+                    cut = plan.Row(row.sequence, pages * PAGE_TOKENS, row.stop, row.reads)
+                    deeper.setdefault(tokens[: cut.start].tobytes(), []).append(cut)
+            if stay:
+                result.append(plan.Group(group.prefix_of, group.prefix_length, tuple(stay)))
+            result += [plan.Group(rows[0].sequence, rows[0].start, tuple(rows)) for rows in deeper.values()]
+        return result
+
+    def _launch(self, group: plan.Group, work: "_Work") -> list[tuple[jax.Array, list[int]]]:
+        """Start a group's calls: for each, the hidden states to come, and the numbers of the reads that they are of."""
+        owner = work.numbering[group.prefix_of]
+        path, missed = self._prefix(work.sequences[owner][: group.prefix_length])
+        work.computed[owner] += missed
+        prefix = Prefix(self._pool, self._table(path), group.prefix_length)
+        launched: list[tuple[jax.Array, list[int]]] = []
+        for call in plan.pack(group.rows, self._ladder):
+            inputs, numbers = work.inputs(call)
+            self._wait_for_last()
+            self._launched = self._programs.rows(call.shape, inputs, prefix)
+            launched.append((self._launched, numbers))
+            self._count(sum(placement.row.length for placement in call.placements), call.shape.tokens)
+            for placement in call.placements:
+                work.computed[work.numbering[placement.row.sequence]] += placement.row.length
+        return launched
+
+    def _wait_for_last(self) -> None:
+        """Let the last launched rows end: a CPU would run both calls at once, and each would be in the other's way."""
+        if self._launched is not None:
+            self._launched.block_until_ready()
+
+    def _count(self, real: int, positions: int) -> None:
+        self._computed += real
+        self._padded += positions - real
+
+    def _table(self, path: Sequence[Node]) -> npt.NDArray[np.int32]:
+        table = np.zeros(self._slots, np.int32)
+        table[: len(path)] = [node.page for node in path]
+        return table
 
     def _prefix(self, prefix: plan.Tokens) -> tuple[list[Node], int]:
         """Pages that hold the prefix, prefilled where they are not in the cache; and how many tokens that took."""
         path = self._cache.lookup(prefix)
         cached = min(len(prefix), len(path) * PAGE_TOKENS)
         self._cache.count(hit=cached, missed=len(prefix) - cached)
-        start = cached
-        for size in plan.chunks(len(prefix) - cached, CHUNKS):
-            tokens = prefix[start : start + size]
+        for at in range(cached, len(prefix), PAGE_TOKENS):
             with self._cache.pinned(path):
-                table = np.zeros(self._slots, np.int32)
-                table[: len(path)] = [node.page for node in path]
-                padded, segments = np.zeros(size, np.int32), np.full((1, size), -1, np.int32)
-                padded[: len(tokens)] = tokens
-                segments[0, : len(tokens)] = 0
-                positions = np.arange(start, start + size, dtype=np.int32)
-                written = self._program("prefill", size)(
-                    self._state, padded, positions, segments, self._pool, table, np.int32(start)
-                )
-                new: list[Node] = []
-                for at in range(0, len(tokens), PAGE_TOKENS):
-                    with self._cache.pinned(new):
-                        new.append(self._cache.extend([*path, *new], tokens[at : at + PAGE_TOKENS]))
-            pages = np.zeros(size // PAGE_TOKENS, np.int32)  # page 0 takes what lies past the prefix
-            pages[: len(new)] = [node.page for node in new]
-            self._pool = self._program("write", size)(self._pool, written, pages)
-            path = [*path, *new]
+                path.append(self._cache.extend(path, prefix[at : at + PAGE_TOKENS]))
+        table = self._table(path)
+        start = cached
+        for size in plan.chunks(len(prefix) - cached, self._chunks):
+            tokens = prefix[start : start + size]
+            padded, segments = np.zeros(size, np.int32), np.full((1, size), -1, np.int32)
+            padded[: len(tokens)] = tokens
+            segments[0, : len(tokens)] = 0
+            inputs = Inputs(padded, np.arange(start, start + size, dtype=np.int32), segments, np.zeros(0, np.int32))
+            self._wait_for_last()
+            written = self._programs.prefill(size, inputs, Prefix(self._pool, table, start))
+            first, offset = divmod(start, PAGE_TOKENS)
+            pages = [node.page for node in path[first : (start + len(tokens) - 1) // PAGE_TOKENS + 1]]
+            self._pool = self._programs.write(self._pool, written, size, pages, offset, len(tokens))
+            self._count(len(tokens), size)
             start += len(tokens)
         return path, len(prefix) - cached
 
@@ -279,73 +326,53 @@ class Engine:
             inputs, ids = np.zeros((size, hidden.shape[1]), np.float32), np.zeros(size, np.int32)
             inputs[:count] = hidden[rows[at : at + count]]
             ids[:count] = batch.targets[at : at + count]
-            values[at : at + count] = np.asarray(self._program("targets", size)(self._state, inputs, ids))[:count]
+            values[at : at + count] = np.asarray(self._programs.targets(inputs, ids))[:count]
         if batch.vocab_logprobs:
             normalizers = np.empty(len(hidden), np.float32)
             for at, size, count in _blocks(len(hidden), HEAD_ROWS):
                 inputs = np.zeros((size, hidden.shape[1]), np.float32)
                 inputs[:count] = hidden[at : at + count]
-                normalizers[at : at + count] = np.asarray(self._program("normalizer", size)(self._state, inputs))[
-                    :count
-                ]
+                normalizers[at : at + count] = np.asarray(self._programs.normalizer(inputs))[:count]
             values -= np.repeat(normalizers, repeats)
         return values
 
-    def _program(self, kind: str, size: object) -> Callable[..., Any]:
-        return self._programs.get((kind, size)) or self._compile(kind, size)
 
-    def _compile(self, kind: str, size: Any) -> Callable[..., Any]:
-        """Build one program for one size."""
-        merge = nnx.merge
-        graph, slots = self._graph, self._slots
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A batch on its way.
 
-        def int32(*dims: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(dims, jnp.int32)
+    Attributes:
+        reads: of each sequence, ascending positions.
+        numbering: the planner's sequence number -> the batch's; the planner sees only sequences with reads.
+        first_read: of each sequence, its first read's number in the batch.
+        computed: of each sequence, tokens computed so far.
+    """
 
-        def rows(state: Any, tokens: Any, positions: Any, segments: Any, reads: Any, pool: Any, table: Any, n: Any):
-            return merge(graph, state).hidden(tokens, positions, Context(segments, pool, table, n), reads)
+    sequences: Sequence[plan.Tokens]
+    reads: Sequence[Sequence[int]]
+    numbering: Sequence[int]
+    first_read: npt.NDArray[np.int64]
+    computed: npt.NDArray[np.int32]
 
-        def prefill(state: Any, tokens: Any, positions: Any, segments: Any, pool: Any, table: Any, n: Any):
-            return merge(graph, state).keys_values(tokens, positions, Context(segments, pool, table, n))
-
-        def write(pool: Any, keys_values: Any, pages: Any):
-            layers, two, heads, _, width = keys_values.shape
-            paged = keys_values.reshape(layers, two, heads, -1, PAGE_TOKENS, width).transpose(3, 0, 1, 2, 4, 5)
-            for i in range(paged.shape[0]):
-                pool = jax.lax.dynamic_update_slice(pool, paged[i : i + 1], (pages[i], 0, 0, 0, 0, 0))
-            return pool
-
-        def targets(state: Any, hidden: Any, ids: Any):
-            return target_logits(hidden, ids, merge(graph, state).head_weights())
-
-        def normalizer(state: Any, hidden: Any):
-            return log_normalizer(hidden, merge(graph, state).head_weights())
-
-        prefix = (self._pool, int32(slots), int32())
-        with jax.default_matmul_precision("highest" if self._dtype == jnp.float32 else "default"):
-            match kind:
-                case "rows":
-                    m = size.tokens
-                    arguments = (self._state, int32(m), int32(m), int32(size.bins, size.width), int32(size.reads))
-                    lowered = jax.jit(rows).lower(*arguments, *prefix)
-                case "prefill":
-                    lowered = jax.jit(prefill).lower(self._state, int32(size), int32(size), int32(1, size), *prefix)
-                case "write":
-                    c = self._config
-                    kv = jax.ShapeDtypeStruct((c.layers, 2, c.kv_heads, size, c.head_width), self._dtype)
-                    lowered = jax.jit(write, donate_argnums=0).lower(self._pool, kv, int32(size // PAGE_TOKENS))
-                case "targets":
-                    hidden = jax.ShapeDtypeStruct((size, self._config.width), jnp.float32)
-                    lowered = jax.jit(targets).lower(self._state, hidden, int32(size))
-                case "normalizer":
-                    hidden = jax.ShapeDtypeStruct((size, self._config.width), jnp.float32)
-                    lowered = jax.jit(normalizer).lower(self._state, hidden)
-                case _:
-                    raise ValueError(f"no program {kind!r}")
-        program = lowered.compile()
-        self.compilations += 1
-        self._programs[kind, size] = program
-        return program
+    def inputs(self, call: plan.Call) -> tuple[Inputs, list[int]]:
+        """A call's arrays, and the batch's numbers of the reads in it."""
+        shape = call.shape
+        tokens, positions = np.zeros(shape.tokens, np.int32), np.zeros(shape.tokens, np.int32)
+        segments = np.full(shape.tokens, -1, np.int32)
+        indices = np.zeros(shape.reads, np.int32)
+        numbers: list[int] = []
+        for segment, placement in enumerate(call.placements):
+            row = placement.row
+            sequence = self.numbering[row.sequence]
+            at = placement.bin * shape.width + placement.offset
+            tokens[at : at + row.length] = self.sequences[sequence][row.start : row.stop]
+            positions[at : at + row.length] = np.arange(row.start, row.stop)
+            segments[at : at + row.length] = segment
+            for order, position in enumerate(self.reads[sequence]):
+                if row.start <= position < row.stop:
+                    indices[len(numbers)] = at + position - row.start
+                    numbers.append(int(self.first_read[sequence]) + order)
+        return Inputs(tokens, positions, segments.reshape(shape.bins, shape.width), indices), numbers
 
 
 def load(
@@ -353,9 +380,10 @@ def load(
     *,
     dtype: Dtype = "float32",
     implementation: str = "paged",
+    by_layer: bool | None = None,
     progress: Progress | None = None,
     max_prompt_tokens: int | None = None,
-    **sizes: int,
+    **sizes: Any,
 ) -> Engine:
     """Read a checkpoint in Hugging Face layout onto the device; ``warmup`` comes after.
 
@@ -363,6 +391,7 @@ def load(
         folder: has ``config.json`` and safetensors.
         dtype: of weights and matmul operands.
         implementation: of attention, see ``model.attention``.
+        by_layer: how the layers run, see ``model.programs``; None: by layer on CPU.
         max_prompt_tokens: see ``Engine``, as for ``sizes``.
 
     Raises:
@@ -371,27 +400,36 @@ def load(
     """
     parsed = config.from_hf(config.read_config(folder))
     target = jnp.dtype(dtype)
-    family, module = registry.build(parsed, dtype=target, implementation=implementation)
-    graph, abstract = nnx.split(module)
-
-    leaves: dict[Any, Any] = dict(nnx.to_flat_state(abstract))
+    family, abstract = registry.build(parsed, dtype=target, implementation=implementation)
+    if by_layer is None:
+        by_layer = jax.default_backend() == "cpu"
     arrays: dict[tuple[str | int, ...], jax.Array] = {}
     insert = jax.jit(jax.lax.dynamic_update_index_in_dim, donate_argnums=0, static_argnums=3)
 
     def put(path: tuple[str | int, ...], tensor: npt.NDArray[Any]) -> None:
-        """Onto the device; a layer's tensor goes into its place in the stack of all layers."""
-        stacked = tuple(part for part in path if isinstance(part, str))
-        if stacked == path:
+        """Onto the device; a layer's tensor goes into its place in the stack of all layers, where there is one."""
+        if path[0] != "blocks" or by_layer:
             arrays[path] = jnp.asarray(tensor, target)
-        else:
-            (layer,) = (part for part in path if isinstance(part, int))
-            if stacked not in arrays:
-                arrays[stacked] = jnp.zeros(leaves[stacked].shape, target)
-            arrays[stacked] = insert(arrays[stacked], jnp.asarray(tensor, target), layer, 0)
+            return
+        _, layer, *rest = path
+        if (stack := ("blocks", *rest)) not in arrays:
+            arrays[stack] = jnp.zeros((parsed.layers, *tensor.shape), target)
+        arrays[stack] = insert(arrays[stack], jnp.asarray(tensor, target), layer, 0)
 
     checkpoint.load(folder, family.weights(parsed), ignored=family.ignored(parsed), put=put, progress=progress)
-    state = nnx.from_flat_state([(path, leaf.replace(arrays[path])) for path, leaf in leaves.items()])
-    return Engine(parsed, graph, state, max_prompt_tokens=max_prompt_tokens, **sizes)
+
+    def state(like: nnx.State[Any, Any], *place: str | int) -> nnx.State[Any, Any]:
+        leaves: Any = nnx.to_flat_state(like)
+        return nnx.from_flat_state([(path, leaf.replace(arrays[*place, *path])) for path, leaf in leaves])
+
+    def programs(pool: jax.ShapeDtypeStruct, slots: int) -> Programs:
+        common = (parsed, abstract, state(abstract.ends[1]), pool, slots)
+        block = abstract.block[1]
+        if by_layer:
+            return LayerPrograms(*common, layers=[state(block, "blocks", layer) for layer in range(parsed.layers)])
+        return ModelPrograms(*common, layers=state(block, "blocks"))
+
+    return Engine(parsed, programs, target, max_prompt_tokens=max_prompt_tokens, **sizes)
 
 
 def _blocks(count: int, sizes: Sequence[int]) -> list[tuple[int, int, int]]:

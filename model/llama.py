@@ -3,19 +3,17 @@
 Source: transformers' ``modeling_llama``, whose float32 forward the parity tests compare with.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Float, Int
 
-from model.attention import Context, attend
+from model.attention import Context, Layer, attend
 from model.checkpoint import Target
 from model.config import ModelConfig
 from model.layers import GatedMLP, Linear, RMSNorm, rope_angles, rotate
 
 Angles = tuple[Float[Array, "M half"], Float[Array, "M half"]]
-KeysValues = Float[Array, "L 2 K M H"]
+KeysValues = Float[Array, "2 M K H"]
 
 
 class Attention(nnx.Module):
@@ -48,97 +46,65 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One decoder layer."""
-
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
-        self.attention_norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
-        self.attention = Attention(config, dtype)
-        self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
-        self.mlp = GatedMLP(config.width, config.ff_width, bias=config.mlp_bias, dtype=dtype)
-
-    def finish(self, x: Float[Array, "M D"], attended: Float[Array, "M N H"]) -> Float[Array, "M D"]:
-        """The layer's output, from its input and what attention gathered."""
-        x = x + self.attention.output(attended)
-        return x + self.mlp(self.mlp_norm(x))
-
-
-class Llama(nnx.Module):
-    """Prefill of packed tokens, as keys and values or as hidden states at the read positions.
+    """One decoder layer.
 
     Args:
         implementation: of attention, see ``model.attention``.
     """
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, implementation: str) -> None:
-        self.config = config
         self.implementation = implementation
+        self.attention_norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
+        self.attention = Attention(config, dtype)
+        self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
+        self.mlp = GatedMLP(config.width, config.ff_width, bias=config.mlp_bias, dtype=dtype)
+
+    def __call__(
+        self, x: Float[Array, "M D"], angles: Angles, context: Context, layer: Layer
+    ) -> tuple[Float[Array, "M D"], KeysValues]:
+        """The layer's output, and its keys and values."""
+        normed = self.attention_norm(x)
+        k, v = self.attention.keys_values(normed, angles)
+        q = self.attention.queries(normed, angles)
+        attended = attend(q, k, v, context, layer, implementation=self.implementation)
+        return self._finish(x, attended), jnp.stack([k, v])
+
+    def keys_values(self, x: Float[Array, "M D"], angles: Angles) -> KeysValues:
+        """Of a last layer whose output nobody reads."""
+        return jnp.stack(self.attention.keys_values(self.attention_norm(x), angles))
+
+    def read(
+        self, x: Float[Array, "M D"], angles: Angles, context: Context, layer: Layer, reads: Int[Array, " R"]
+    ) -> Float[Array, "R D"]:
+        """The output at the tokens at flat indices ``reads`` alone: past keys and values nothing else is computed."""
+        normed = self.attention_norm(x)
+        k, v = self.attention.keys_values(normed, angles)
+        q = self.attention.queries(normed[reads], (angles[0][reads], angles[1][reads]))
+        attended = attend(q, k, v, context, layer, implementation=self.implementation, reads=reads)
+        return self._finish(x[reads], attended)
+
+    def _finish(self, x: Float[Array, "Q D"], attended: Float[Array, "Q N H"]) -> Float[Array, "Q D"]:
+        x = x + self.attention.output(attended)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Ends(nnx.Module):
+    """What lies before the first layer and behind the last."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype) -> None:
+        self.config = config
         self.embedding = nnx.Param(jnp.zeros((config.vocab_size, config.width), dtype))
-        self.blocks = nnx.vmap(lambda _: Block(config, dtype))(
-            jnp.arange(config.layers)
-        )  # parameters stacked: [L, ...]
         self.norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
         self.head = None if config.tied_head else nnx.Param(jnp.zeros((config.vocab_size, config.width), dtype))
 
-    def keys_values(self, tokens: Int[Array, " M"], positions: Int[Array, " M"], context: Context) -> KeysValues:
-        """Keys and values of every layer; the last layer's attention and MLP are not needed, so not computed."""
-        x, angles, kept = self._run(tokens, positions, context, keep=True)
-        assert kept is not None
-        last = self._block(self.config.layers - 1)
-        final = jnp.stack(last.attention.keys_values(last.attention_norm(x), angles))
-        return lax.dynamic_update_index_in_dim(kept, final.transpose(0, 2, 1, 3), self.config.layers - 1, 0)
-
-    def hidden(
-        self, tokens: Int[Array, " M"], positions: Int[Array, " M"], context: Context, reads: Int[Array, " R"]
-    ) -> Float[Array, "R D"]:
-        """Final normalised hidden states of the tokens at flat indices ``reads``, float32.
-
-        Past its keys and values, the last layer runs on the read tokens alone.
-        """
-        x, angles, _ = self._run(tokens, positions, context, keep=False)
-        layer = self.config.layers - 1
-        last = self._block(layer)
-        normed = last.attention_norm(x)
-        k, v = last.attention.keys_values(normed, angles)
-        q = last.attention.queries(normed[reads], (angles[0][reads], angles[1][reads]))
-        attended = attend(q, k, v, context, layer, implementation=self.implementation, reads=reads)
-        return self.norm(last.finish(x[reads], attended))
+    def embed(self, tokens: Int[Array, " M"], positions: Int[Array, " M"]) -> tuple[Float[Array, "M D"], Angles]:
+        """The first layer's input, float32, and the rope angles of all layers."""
+        angles = rope_angles(self.config.rope, self.config.head_width, positions)
+        return self.embedding[...][tokens].astype(jnp.float32), angles
 
     def head_weights(self) -> Float[Array, "V D"]:
         """The output head's rows."""
         return self.embedding[...] if self.head is None else self.head[...]
-
-    def _block(self, layer: int | Int[Array, ""]) -> Block:
-        """One layer's module, cut from the stack."""
-        graph, stacked = nnx.split(self.blocks)
-        return nnx.merge(graph, jax.tree.map(lambda p: lax.dynamic_index_in_dim(p, layer, keepdims=False), stacked))
-
-    def _run(
-        self, tokens: Int[Array, " M"], positions: Int[Array, " M"], context: Context, *, keep: bool
-    ) -> tuple[Float[Array, "M D"], Angles, KeysValues | None]:
-        """All layers but the last: its input, the rope angles, and, with ``keep``, the others' keys and values.
-
-        A loop over stacked layers, so that a program compiles in the time of one layer, not of L.
-        """
-        angles = rope_angles(self.config.rope, self.config.head_width, positions)
-        x = self.embedding[...][tokens].astype(jnp.float32)
-        shape = (self.config.layers, 2, self.config.kv_heads, len(tokens), self.config.head_width)
-        kept = jnp.zeros(shape, self.embedding.dtype) if keep else None
-
-        def step(
-            layer: Int[Array, ""], carry: tuple[Float[Array, "M D"], KeysValues | None]
-        ) -> tuple[Float[Array, "M D"], KeysValues | None]:
-            x, kept = carry
-            block = self._block(layer)
-            normed = block.attention_norm(x)
-            k, v = block.attention.keys_values(normed, angles)
-            q = block.attention.queries(normed, angles)
-            x = block.finish(x, attend(q, k, v, context, layer, implementation=self.implementation))
-            if kept is not None:
-                kept = lax.dynamic_update_index_in_dim(kept, jnp.stack([k, v]).transpose(0, 2, 1, 3), layer, 0)
-            return x, kept
-
-        x, kept = lax.fori_loop(0, self.config.layers - 1, step, (x, kept))
-        return x, angles, kept
 
 
 def weights(config: ModelConfig) -> dict[str, Target]:

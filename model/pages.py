@@ -133,5 +133,32 @@ class PrefixCache:
         self._free.append(node.page)
 
 
+class Recurring:
+    """Remembers the beginnings of prompts, in whole pages, to tell those that come again.
+
+    By hash: a collision may keep a prefix that was not worth it, never change a score.
+
+    Args:
+        most: beginnings remembered; the oldest are forgotten.
+    """
+
+    def __init__(self, most: int = 16_384) -> None:
+        self._most = most
+        self._seen: dict[int, None] = {}
+
+    def pages(self, tokens: npt.NDArray[np.int32]) -> int:
+        """Whole pages at the front of ``tokens`` that came before, at the front of a prompt; then remembers all."""
+        known = 0
+        for pages in range(1, len(tokens) // PAGE_TOKENS + 1):
+            key = hash(tokens[: pages * PAGE_TOKENS].tobytes())
+            if key in self._seen:
+                known = pages
+                del self._seen[key]
+            self._seen[key] = None
+        while len(self._seen) > self._most:
+            del self._seen[next(iter(self._seen))]
+        return known
+
+
 def _starts_with(tokens: npt.NDArray[np.int32], piece: npt.NDArray[np.int32]) -> bool:
     return len(tokens) >= len(piece) and bool(np.array_equal(tokens[: len(piece)], piece))

@@ -168,6 +168,7 @@ def groups(
     max_reads: int,
     min_saving: int,
     page: int,
+    begun: Sequence[int] = (),
 ) -> list[Group]:
     """Shared prefixes and rows for sequences with reads at the given ascending positions.
 
@@ -175,13 +176,15 @@ def groups(
     ``max_reads`` reads, is cut: its earlier tokens become a prefix of its own.
 
     Args:
-        page: a prefix is stored, computed and attended to in pages of so many tokens.
+        page: a prefix is stored and attended to in pages of so many tokens.
+        begun: how many tokens of a page are looked at where a prefix ends within it, ascending, the last ``page``;
+            empty: always the whole page.
     """
     result: list[Group] = []
     shared = share(sequences, [positions[0] for positions in reads], min_saving=min_saving)
     for prefix_of, depth, members in shared:
         own_tokens = sum(reads[sequence][-1] + 1 - depth for sequence in members)
-        prefix_length = _whole_pages(depth, len(members), own_tokens, page)
+        prefix_length = _whole_pages(depth, len(members), own_tokens, page, begun or (page,))
         rows: list[Row] = []
         for sequence in members:
             pieces = _pieces(sequence, prefix_length, reads[sequence], max_width, max_reads)
@@ -195,14 +198,15 @@ def groups(
     return result
 
 
-def _whole_pages(prefix_length: int, members: int, own_tokens: int, page: int) -> int:
+def _whole_pages(prefix_length: int, members: int, own_tokens: int, page: int, begun: Sequence[int]) -> int:
     """The prefix without the tokens that only begin a page, where that page would cost more than they save.
 
-    Items of one request often begin with the same word: a page for that word is computed whole and looked at by all.
+    Items of one request often begin with the same word: a page for that word is computed and looked at by all.
     """
-    begun = prefix_length % page
-    if (members - 1) * begun < page * (1 + own_tokens * ATTENTION_COST):
-        return prefix_length - begun
+    rest = prefix_length % page
+    seen = bucket(rest, begun)
+    if (members - 1) * rest < max(seen, SMALLEST_CALL) + CALL_COST + own_tokens * seen * ATTENTION_COST:
+        return prefix_length - rest
     return prefix_length
 
 

@@ -1,5 +1,6 @@
 """A row's values depend on its own tokens alone: not on its batch, its place, the cache, the chunks or the shapes."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -74,6 +75,47 @@ def test_any_buckets_and_chunks_agree(scorer: Engine, folder: Path, widest: int,
     np.testing.assert_allclose(values(other, sequences), values(scorer, sequences), rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("chunk", [17, 64, 256])
+def test_chunked_prefill_agrees_with_one_long_row(folder: Path, chunk: int) -> None:
+    """The same prompts in one row of up to 1,024 tokens, and cut into chunks that end anywhere in a page."""
+    whole = engine.load(folder, max_row_tokens=1024, call_tokens=1024)
+    chunked = engine.load(folder, max_row_tokens=32, call_tokens=64, chunks=(chunk,))
+    sequences = [prompt for seed in (70, 71) for prompt in prompts(1, seed=seed, query=700, longest=300)]
+    np.testing.assert_allclose(values(chunked, sequences), values(whole, sequences), rtol=0, atol=TOLERANCE)
+    shared = prompts(4, seed=72, query=300, longest=40)
+    np.testing.assert_allclose(values(chunked, shared), values(whole, shared), rtol=0, atol=TOLERANCE)
+
+
+def test_one_launch_a_layer_and_one_a_model_agree(scorer: Engine, folder: Path) -> None:
+    looped = engine.load(folder, by_layer=False, max_row_tokens=64, call_tokens=128)
+    sequences = [*prompts(20, seed=73, query=150), *prompts(1, seed=74, query=400, longest=300)]
+    np.testing.assert_allclose(values(looped, sequences), values(scorer, sequences), rtol=0, atol=TOLERANCE)
+
+
+def test_a_prompt_that_comes_alone_is_kept_the_second_time(folder: Path) -> None:
+    scorer = engine.load(folder, max_row_tokens=512, call_tokens=512)
+    query, items = prompts(1, seed=75, query=300, longest=1)[0], prompts(4, seed=76, longest=20)
+    computed = [int(scorer.score(label_batch([query + item], [LABELS])).computed_tokens.sum()) for item in items]
+    lengths = [len(query + item) for item in items]
+    assert computed == [lengths[0], lengths[1], lengths[2] - 2 * PAGE_TOKENS, lengths[3] - 2 * PAGE_TOKENS]
+    got = np.concatenate([values(scorer, [query + item]) for item in items])
+    wanted = values(engine.load(folder, max_row_tokens=512, call_tokens=512), [query + item for item in items])
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE)
+
+
+def test_two_threads_get_what_one_gets(folder: Path) -> None:
+    """Small cache: both evict what the other reads."""
+    shared = engine.load(folder, max_row_tokens=64, call_tokens=64, prefix_cache_bytes=0)
+    batches = [prompts(5, seed=seed, query=250 + 100 * (seed % 3), longest=40) for seed in range(80, 92)]
+    wanted = [values(engine.load(folder, max_row_tokens=64, call_tokens=64), batch) for batch in batches[:3]]
+    with ThreadPoolExecutor(2) as threads:
+        got = list(threads.map(lambda batch: values(shared, batch), batches * 2))
+    for number, one in enumerate(got):
+        np.testing.assert_allclose(one, got[number % len(batches)], rtol=0, atol=TOLERANCE)
+    for one, right in zip(got, wanted, strict=False):
+        np.testing.assert_allclose(one, right, rtol=0, atol=TOLERANCE)
+
+
 def test_cold_warm_and_evicted_prefixes_agree(folder: Path) -> None:
     scorer = engine.load(folder, max_row_tokens=64, call_tokens=64, prefix_cache_bytes=0)
     sequences = prompts(6, seed=6, query=3 * PAGE_TOKENS)
@@ -101,14 +143,11 @@ def test_prefixes_that_evict_each_other_within_a_batch_agree(scorer: Engine, fol
 def test_pages_whose_writing_failed_are_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = engine.load(folder, max_row_tokens=64, call_tokens=64)
     sequences = prompts(3, seed=50, query=300)
-    program = scorer._program
 
-    def failing(kind: str, size: object) -> object:
-        if kind == "write":
-            raise RuntimeError("the device is gone")
-        return program(kind, size)
+    def failing(*_: object) -> None:
+        raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(scorer, "_program", failing)
+    monkeypatch.setattr(scorer._programs, "write", failing)  # pyright: ignore[reportPrivateUsage]
     with pytest.raises(RuntimeError, match="gone"):
         values(scorer, sequences)
     assert scorer.cache_stats.pages_used == 0
