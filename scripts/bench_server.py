@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class Server:
 @contextlib.contextmanager
 def _serving(
     command: Sequence[str], ready: str, counts: Callable[[psutil.Process], bool], environment: dict[str, str]
-) -> Iterator[Server]:
+) -> Generator[Server]:
     """Start a server on a free port, wait until ``ready`` answers 200, and stop it in the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

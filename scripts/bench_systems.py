@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -75,7 +75,8 @@ class System:
 
 def _serve(system: str, dtype: str, pipe: Connection) -> None:
     """The process's life: load, say so, then answer variants until told None."""
-    with SYSTEMS[system](dtype) as (run, processes):
+    # A pipe that ends early is the parent's end: there is nobody to tell.
+    with contextlib.suppress(EOFError, BrokenPipeError), SYSTEMS[system](dtype) as (run, processes):
         pipe.send("ready")
         while (variant := pipe.recv()) is not None:
             for process in processes:
@@ -111,7 +112,7 @@ def token_batch(request: Request) -> TokenBatch:
 
 
 @contextlib.contextmanager
-def _engine(dtype: str) -> Iterator[tuple[Run, Sequence[int]]]:
+def _engine(dtype: str) -> Generator[tuple[Run, Sequence[int]]]:
     """This project's engine, in process."""
     engine = load_engine(dtype)
 
@@ -130,7 +131,7 @@ def _engine(dtype: str) -> Iterator[tuple[Run, Sequence[int]]]:
 
 
 @contextlib.contextmanager
-def _over_http(server: Server, ask: Callable[[httpx.Client, Request], list[list[float]]]) -> Iterator[Run]:
+def _over_http(server: Server, ask: Callable[[httpx.Client, Request], list[list[float]]]) -> Generator[Run]:
     """A variant's requests, sent at once."""
     with httpx.Client(base_url=server.url, timeout=3600) as client, ThreadPoolExecutor(32) as pool:
 
@@ -143,7 +144,7 @@ def _over_http(server: Server, ask: Callable[[httpx.Client, Request], list[list[
 
 
 @contextlib.contextmanager
-def _http(dtype: str) -> Iterator[tuple[Run, Sequence[int]]]:
+def _http(dtype: str) -> Generator[tuple[Run, Sequence[int]]]:
     """This project's service, asked with text."""
 
     def ask(client: httpx.Client, request: Request) -> list[list[float]]:
@@ -154,7 +155,7 @@ def _http(dtype: str) -> Iterator[tuple[Run, Sequence[int]]]:
 
 
 @contextlib.contextmanager
-def _vllm(dtype: str) -> Iterator[tuple[Run, Sequence[int]]]:
+def _vllm(dtype: str) -> Generator[tuple[Run, Sequence[int]]]:
     """vLLM with its prefix cache, asked with text by its own scoring route, which answers for the first label alone."""
 
     def ask(client: httpx.Client, request: Request) -> list[list[float]]:
@@ -191,7 +192,7 @@ def _read(torch: Any, model: Any, hidden: Any, last: Any, labels: list[int]) -> 
 
 
 @contextlib.contextmanager
-def _hf_naive(dtype: str) -> Iterator[tuple[Run, Sequence[int]]]:
+def _hf_naive(dtype: str) -> Generator[tuple[Run, Sequence[int]]]:
     """transformers: whole prompts in padded batches of 8; the query is computed for every item."""
     torch, model = _torch_model(dtype)
 
@@ -213,8 +214,11 @@ def _hf_naive(dtype: str) -> Iterator[tuple[Run, Sequence[int]]]:
 
 
 @contextlib.contextmanager
-def _hf_prefix(dtype: str) -> Iterator[tuple[Run, Sequence[int]]]:
-    """transformers: the query's keys and values once, expanded over batches of 50 items; the head at last positions."""
+def _hf_prefix(dtype: str) -> Generator[tuple[Run, Sequence[int]]]:
+    """transformers: the query's keys and values once, expanded over batches of 50 items; the head at last positions.
+
+    Items are batched by length: in W6's own order the padding would be three quarters of the work.
+    """
     torch, model = _torch_model(dtype)
     from transformers import DynamicCache
 
@@ -224,9 +228,11 @@ def _hf_prefix(dtype: str) -> Iterator[tuple[Run, Sequence[int]]]:
         for request in variant.requests:
             query = torch.tensor([request.query_ids])
             cached = model.model(input_ids=query, use_cache=True).cache
-            rows: list[list[float]] = []
-            for at in range(0, len(request.items_ids), 50):
-                ids, mask, last = _padded(torch, request.items_ids[at : at + 50])
+            order = sorted(range(len(request.items_ids)), key=lambda i: len(request.items_ids[i]))
+            rows: dict[int, list[float]] = {}
+            for at in range(0, len(order), 50):
+                batch = order[at : at + 50]
+                ids, mask, last = _padded(torch, [request.items_ids[i] for i in batch])
                 expanded = DynamicCache(
                     [
                         (layer.keys.expand(len(ids), -1, -1, -1), layer.values.expand(len(ids), -1, -1, -1))
@@ -235,8 +241,8 @@ def _hf_prefix(dtype: str) -> Iterator[tuple[Run, Sequence[int]]]:
                 )
                 full = torch.cat([torch.ones(len(ids), query.shape[1], dtype=mask.dtype), mask], dim=1)
                 hidden = model.model(input_ids=ids, attention_mask=full, cache=expanded).last_hidden_state
-                rows += _read(torch, model, hidden, last, request.label_ids)
-            answer.append(rows)
+                rows |= zip(batch, _read(torch, model, hidden, last, request.label_ids), strict=True)
+            answer.append([rows[i] for i in range(len(order))])
         return time.perf_counter() - started, answer
 
     yield run, [os.getpid()]

@@ -41,7 +41,7 @@ def test_cut_workloads_have_their_lengths_and_their_texts_are_their_ids(
     assert shortest <= min(lengths) <= max(lengths) <= longest
     assert len(set(map(tuple, one.items_ids))) > 0.9 * items
     assert one.query_ids != second.requests[0].query_ids
-    for prompt, text in list(zip(one.prompts, one.items_text, strict=True))[:100]:
+    for prompt, text in list(zip(one.prompts, one.items_text, strict=True))[:200]:
         assert tokenizer().encode(one.query_text + text, add_special_tokens=False).ids == prompt
 
 
