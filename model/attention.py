@@ -15,7 +15,6 @@ from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
@@ -42,9 +41,9 @@ class Context(NamedTuple):
 class Partial(NamedTuple):
     """A softmax not yet normalised: running maximum, sum of exponentials, weighted sum of values."""
 
-    maximum: Float[Array, "*K Q"]
-    total: Float[Array, "*K Q"]
-    values: Float[Array, "*K Q H"]
+    maximum: Float[Array, "K Q"]
+    total: Float[Array, "K Q"]
+    values: Float[Array, "K Q H"]
 
 
 Layer = int | Int[Array, ""]
@@ -92,8 +91,8 @@ def _finite(v: Float[Array, "M K H"]) -> Float[Array, "M K H"]:
 def _cuts(width: int) -> list[int]:
     """Where a bin's queries are cut, so that each part looks only at the keys up to its own end: 0 to ``width``.
 
-    Two to four parts of at least 64 spare a quarter to three eighths of a wide bin's scores; more parts are more, and
-    smaller, matmuls.
+    Two to four parts of about 100 and more spare a quarter to three eighths of a wide bin's scores; more parts are
+    more, and smaller, matmuls.
     """
     parts = max(1, min(4, width // 96))
     return [0, *(-(-width * part // (parts * 8)) * 8 for part in range(1, parts)), width]
@@ -165,26 +164,23 @@ def _weighted(weights: Float[Array, "K Q S"], values: Float[Array, "K S H"]) -> 
 
 
 def _fold(
-    queries: Float[Array, "Q H"],
+    queries: Float[Array, "K Q H"],
     partial: Partial,
-    keys: Float[Array, "P H"],
-    values: Float[Array, "P H"],
+    keys: Float[Array, "K P H"],
+    values: Float[Array, "K P H"],
     valid: Bool[Array, " P"] | None = None,
 ) -> Partial:
-    """Add keys and values that all queries of a head see, where ``valid``, to a partial softmax."""
-    scores = lax.dot_general(queries, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    """Add keys and values that all queries see, where ``valid`` (None: everywhere), to a partial softmax."""
+    scores = _scores(queries, keys)
     if valid is not None:
-        scores = jnp.where(valid[None, :], scores, -jnp.inf)
+        scores = jnp.where(valid[None, None, :], scores, -jnp.inf)
         # What is not valid may be another prefix's, and 0 * NaN is NaN.
-        values = jnp.where(valid[:, None], values, jnp.zeros_like(values))
+        values = jnp.where(valid[None, :, None], values, jnp.zeros_like(values))
     maximum = jnp.maximum(partial.maximum, scores.max(axis=-1))
-    weights = jnp.exp(scores - maximum[:, None])
+    weights = jnp.exp(scores - maximum[..., None])
     scale = jnp.exp(partial.maximum - maximum)
-    summed = lax.dot(weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    return Partial(maximum, partial.total * scale + weights.sum(axis=-1), partial.values * scale[:, None] + summed)
-
-
-_fold_heads = jax.vmap(_fold, in_axes=(0, 0, 0, 0, None))
+    total = partial.total * scale + weights.sum(axis=-1)
+    return Partial(maximum, total, partial.values * scale[..., None] + _weighted(weights, values))
 
 
 TAILS = (PAGE_TOKENS // 4, PAGE_TOKENS)
@@ -203,13 +199,13 @@ def _fold_prefix_paged(queries: Float[Array, "K Q H"], own: Partial, context: Co
 
     def whole(number: Int[Array, ""], folded: Partial) -> Partial:
         keys, values = page(number)
-        return _fold_heads(queries, folded, keys, values, None)
+        return _fold(queries, folded, keys, values)
 
     folded = lax.fori_loop(0, pages, whole, own)
 
     def begun(size: int, folded: Partial) -> Partial:
         keys, values = page(pages)[:, :, :size]
-        return _fold_heads(queries, folded, keys, values, jnp.arange(size) < rest)
+        return _fold(queries, folded, keys, values, jnp.arange(size) < rest)
 
     branches = [lambda folded: folded, *(partial(begun, size) for size in TAILS)]  # pyright: ignore[reportUnknownLambdaType]
     return lax.switch((rest > 0).astype(jnp.int32) + (rest > TAILS[0]).astype(jnp.int32), branches, folded)
@@ -220,7 +216,7 @@ def _fold_prefix_reference(queries: Float[Array, "K Q H"], own: Partial, context
     prefix = from_pool(context.pool[context.page_table, layer])  # slots 2 K page H
     keys, values = prefix.transpose(1, 2, 0, 3, 4).reshape(2, queries.shape[0], -1, queries.shape[2])
     valid = jnp.arange(keys.shape[1]) < context.prefix_length
-    return _fold_heads(queries, own, keys, values, valid)
+    return _fold(queries, own, keys, values, valid)
 
 
 FOLD_PREFIX = {"paged": _fold_prefix_paged, "reference": _fold_prefix_reference}

@@ -238,17 +238,19 @@ class ModelPrograms(Programs):
         self._layers = layers
 
     def rows(self, shape: Shape, inputs: Inputs, prefix: Prefix) -> jax.Array:
-        context = Context(inputs.segments, prefix.pool, prefix.table, np.int32(prefix.length))  # pyright: ignore[reportArgumentType]
-        program = self.get("rows", shape)
-        return program(self._ends, self._layers, inputs.tokens, inputs.positions, context, inputs.reads)
+        return self.get("rows", shape)(*self._arguments(inputs, prefix), inputs.reads)
 
     def prefill(self, size: int, inputs: Inputs, prefix: Prefix) -> Any:
-        context = Context(inputs.segments, prefix.pool, prefix.table, np.int32(prefix.length))  # pyright: ignore[reportArgumentType]
-        return self.get("prefill", size)(self._ends, self._layers, inputs.tokens, inputs.positions, context)
+        return self.get("prefill", size)(*self._arguments(inputs, prefix))
 
     def wanted(self, ladder: Sequence[Shape], chunks: Sequence[int]) -> list[tuple[str, Size]]:
         wanted: list[tuple[str, Size]] = [("rows", shape) for shape in ladder]
         return wanted + [(kind, size) for size in chunks for kind in ("prefill", "write")]
+
+    def _arguments(self, inputs: Inputs, prefix: Prefix) -> tuple[Any, ...]:
+        """What ``rows`` and ``prefill`` both take."""
+        context = Context(inputs.segments, prefix.pool, prefix.table, np.int32(prefix.length))  # pyright: ignore[reportArgumentType]
+        return self._ends, self._layers, inputs.tokens, inputs.positions, context
 
     def _definition(self, kind: str, size: Any) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
         ends_graph, block_graph, last = self._ends_graph, self._block_graph, self._config.layers - 1
