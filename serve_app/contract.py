@@ -97,11 +97,41 @@ class ModelInfo:
     buckets: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """An engine's counters since its start, but for the last three, which tell the present state.
+
+    Attributes:
+        compilations: programs compiled; none after ``Engine.warmup``.
+        computed_tokens: positions computed that hold a token.
+        padded_tokens: positions computed that hold none.
+        prefix_hit_tokens: of prefixes looked up, those that were kept from earlier.
+        prefix_missed_tokens: of prefixes looked up, the others.
+        prefix_evicted_pages: pages of the prefix cache given to other prefixes.
+        prefix_pages: that the cache has.
+        prefix_pages_used: that hold a prefix.
+        prefix_page_bytes: of one page, on the device.
+    """
+
+    compilations: int = 0
+    computed_tokens: int = 0
+    padded_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    prefix_missed_tokens: int = 0
+    prefix_evicted_pages: int = 0
+    prefix_pages: int = 0
+    prefix_pages_used: int = 0
+    prefix_page_bytes: int = 0
+
+
 class Engine(Protocol):
     """A loaded model that scores batches. ``score`` is called from two threads at once."""
 
     @property
     def info(self) -> ModelInfo: ...
+
+    @property
+    def stats(self) -> EngineStats: ...
 
     def warmup(self, progress: Progress | None = None) -> None:
         """Compile every shape that ``score`` can need; afterwards nothing compiles."""

@@ -44,6 +44,7 @@ class QueueStats:
         batches: computed by the device.
         sequences: computed by the device.
         computed_tokens: computed by the device, shared prefixes counted once.
+        cached_tokens: the others of those sequences.
         device_seconds: while the engine had at least one batch that did not fail.
         refused: jobs turned away because the queue was full.
         cancelled: jobs whose caller left before the answer.
@@ -56,6 +57,7 @@ class QueueStats:
     batches: int = 0
     sequences: int = 0
     computed_tokens: int = 0
+    cached_tokens: int = 0
     device_seconds: float = 0.0
     refused: int = 0
     cancelled: int = 0
@@ -159,7 +161,7 @@ class DeviceQueue:
         """Of the batches that the engine holds."""
         self._ended = 0.0
         """When a batch last left the engine."""
-        self._batches = self._sequences = self._computed_tokens = 0
+        self._batches = self._sequences = self._computed_tokens = self._cached_tokens = 0
         self._device_seconds = 0.0
         self._refused = self._cancelled = self._expired = self._failed = 0
         self.failures_in_a_row = 0
@@ -228,6 +230,7 @@ class DeviceQueue:
             batches=self._batches,
             sequences=self._sequences,
             computed_tokens=self._computed_tokens,
+            cached_tokens=self._cached_tokens,
             device_seconds=self._device_seconds,
             refused=self._refused,
             cancelled=self._cancelled,
@@ -332,7 +335,9 @@ class DeviceQueue:
     def _count(self, parts: list[_Part], result: BatchResult, seconds: float) -> None:
         self._batches += 1
         self._sequences += sum(stop - start for _, start, stop in parts)
-        self._computed_tokens += int(result.computed_tokens.sum())
+        computed = int(result.computed_tokens.sum())
+        self._computed_tokens += computed
+        self._cached_tokens += sum(sum(part.pending.lengths[part.start : part.stop]) for part in parts) - computed
         self._device_seconds += seconds
 
     def _scatter(self, parts: list[_Part], result: BatchResult, begun: float, seconds: float) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serve_app.batches import shared_with_previous
-from serve_app.contract import BatchResult, Float32, ModelInfo, Progress, TokenBatch
+from serve_app.contract import BatchResult, EngineStats, Float32, ModelInfo, Progress, TokenBatch
 
 UInt64 = npt.NDArray[np.uint64]
 
@@ -52,11 +52,16 @@ class FakeEngine:
         self._seconds_per_token = seconds_per_token
         self._nan_token = nan_token
         self._device = threading.Lock()
+        self._computed_tokens = 0
         self._powers = np.cumprod(np.full(context_length, _STEP))
 
     @property
     def info(self) -> ModelInfo:
         return self._info
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(computed_tokens=self._computed_tokens)
 
     def warmup(self, progress: Progress | None = None) -> None:
         if progress is not None:
@@ -71,6 +76,7 @@ class FakeEngine:
             )
         computed = (batch.lengths - shared_with_previous(batch)).astype(np.int32)
         with self._device:
+            self._computed_tokens += int(computed.sum())
             time.sleep(self._seconds_per_token * int(computed.sum()))
         return BatchResult(self._values(batch), computed)
 

@@ -21,6 +21,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.contract import JobResult, ModelInfo, ScoreJob
@@ -35,6 +36,7 @@ from serve_app.errors import (
     ScoringError,
     TooLargeError,
 )
+from serve_app.metrics import scrape
 from serve_app.prompts import TextTokenizer
 from serve_app.schemas import (
     DetokenizeRequest,
@@ -109,6 +111,11 @@ def create_app(get_service: Callable[[], ScoringService], *, echo_request_id: bo
         """What is served, and the limits of a request."""
         return _json(get_service().info())
 
+    @app.get("/metrics", response_class=PlainTextResponse, responses=_errors(500, 503))
+    async def metrics() -> Response:
+        """The scorers' counters, for Prometheus."""
+        return PlainTextResponse(await get_service().metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
     @app.get("/health", **_documented(StatusResponse))
     async def health() -> Response:
         """This front end is alive."""
@@ -121,7 +128,7 @@ def create_app(get_service: Callable[[], ScoringService], *, echo_request_id: bo
         return _json(StatusResponse())
 
     # FastAPI keeps the handlers; the names are only read by it.
-    del score, tokenize, detokenize, models, info, health, ready
+    del score, tokenize, detokenize, models, info, metrics, health, ready
     return app
 
 
@@ -183,6 +190,10 @@ class ScorerReplicas:
             raise OverloadedError(
                 "no healthy replica answered; try again shortly", retry_after_s=RETRY_AFTER_S
             ) from lost
+
+    async def metrics(self) -> str:
+        """All replicas' counters, as Prometheus reads them; some seconds old."""
+        return await scrape()
 
     async def _score(self, job: ScoreJob) -> JobResult:
         response = self._scorer.score.remote(job)
@@ -320,13 +331,14 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     return _error_response(flat, dict(error.headers or {}))
 
 
+def _errors(*codes: int) -> dict[int | str, dict[str, Any]]:
+    return {code: {"model": ErrorResponse, "description": BY_STATUS[code].__doc__} for code in codes}
+
+
 def _documented(answer: type[BaseModel], asked: type[BaseModel] | None = None, *statuses: int) -> dict[str, Any]:
     """What OpenAPI says of a route whose handler reads the body and writes the response itself."""
     codes = ([400, 404, 413] if asked else []) + [500, *statuses]
-    options: dict[str, Any] = {
-        "response_model": answer,
-        "responses": {code: {"model": ErrorResponse, "description": BY_STATUS[code].__doc__} for code in codes},
-    }
+    options: dict[str, Any] = {"response_model": answer, "responses": _errors(*codes)}
     if asked:
         content = {"application/json": {"schema": asked.model_json_schema()}}
         options["openapi_extra"] = {"requestBody": {"required": True, "content": content}}

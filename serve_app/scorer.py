@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 from ray import serve
 
 from serve_app import model_source
-from serve_app.contract import BatchResult, Engine, JobResult, ModelInfo, Progress, ScoreJob, TokenBatch
+from serve_app.contract import BatchResult, Engine, EngineStats, JobResult, ModelInfo, Progress, ScoreJob, TokenBatch
 from serve_app.device_queue import DeviceQueue, QueueStats
 from serve_app.errors import ReplicaGoneError
 from serve_app.fake_engine import FakeEngine
+from serve_app.metrics import ScorerMetrics
 from serve_app.settings import Settings
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ INTAKE_WAIT_S = 0.001
 INTAKE_LIMIT_S = 15.0
 """The intake never waits for the device, so a call that is not through after this long never will be."""
 
+REPORT_S = 1.0
+"""Between two looks at the counters for Ray's metrics, which Ray itself collects every 10 s."""
+
 BROKEN_AFTER = 5
 """Batches in a row on which the engine raised: what one bad job does is undone by the next good one."""
 
@@ -51,6 +55,10 @@ class _ModelEngine:
     @property
     def info(self) -> ModelInfo:
         return ModelInfo(**dataclasses.asdict(self._engine.info))
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(**dataclasses.asdict(self._engine.stats))
 
     def warmup(self, progress: Progress | None = None) -> None:
         self._engine.warmup(progress)
@@ -111,6 +119,8 @@ class Scorer:
         )
         self._stall_s = settings.stall_s
         self._intake_works = True
+        self._metrics = ScorerMetrics()
+        self._reporting = asyncio.create_task(self._report())
 
     async def score(self, job: ScoreJob) -> JobResult:
         """The values of all targets of ``job``. A caller that is cancelled takes its queued work with it.
@@ -129,7 +139,9 @@ class Scorer:
                 self._intake_works = False
                 stuck = "this replica is stuck and will be replaced; try again"
                 raise ReplicaGoneError(stuck, retry_after_s=1) from None
-            return await answer
+            result = await answer
+            self._metrics.answered(result)
+            return result
         finally:
             answer.cancel()
 
@@ -153,6 +165,11 @@ class Scorer:
     async def stats(self) -> QueueStats:
         """The queue's counters."""
         return self._queue.stats()
+
+    async def _report(self) -> None:
+        while True:
+            self._metrics.update(self._queue.stats(), self._engine.stats)
+            await asyncio.sleep(REPORT_S)
 
     async def check_health(self) -> None:
         """Raise when no answer can be expected; Serve then replaces the replica."""

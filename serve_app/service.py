@@ -65,6 +65,14 @@ class Replicas(Protocol):
         """
         ...
 
+    async def metrics(self) -> str:
+        """The counters of all replicas, as Prometheus reads them.
+
+        Raises:
+            OverloadedError: they cannot be had at the moment.
+        """
+        ...
+
 
 class ScoringService:
     """Scores requests on ``replicas``. One instance serves any number of concurrent calls on one event loop.
@@ -168,6 +176,10 @@ class ScoringService:
             ),
             version=version("score-serve"),
         )
+
+    async def metrics(self) -> str:
+        """See ``Replicas.metrics``."""
+        return await self._replicas.metrics()
 
     async def ready(self) -> None:
         """Return once a known answer came back right; it is asked for until it did, then never again.

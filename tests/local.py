@@ -55,6 +55,9 @@ class LocalReplicas:
         self.queue.submit(job, answer)
         return await answer
 
+    async def metrics(self) -> str:
+        return "# no Ray, no metrics\n"
+
 
 class DirectReplicas:
     """``service.Replicas`` without a queue or an event loop of its own: the engine answers at once."""
@@ -67,3 +70,6 @@ class DirectReplicas:
     async def score(self, job: ScoreJob) -> JobResult:
         self.jobs.append(job)
         return JobResult(self.engine.score(job.batch), queue_seconds=0.0, device_seconds=0.0)
+
+    async def metrics(self) -> str:
+        return "# no Ray, no metrics\n"

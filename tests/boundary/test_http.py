@@ -156,6 +156,11 @@ class TestRoutes:
             response = await http.client.get(path)
             assert (response.status_code, response.json()) == (200, {"status": "ok"})
 
+    async def test_metrics(self, http: Http):
+        response = await http.client.get("/metrics")
+        assert response.status_code == 200
+        assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+
     async def test_tokenize_and_back(self, http: Http):
         text = "the quick 狐狸 🦊"
         one = (await http.client.post("/tokenize", json={"prompt": text})).json()

@@ -67,6 +67,7 @@ def cluster() -> Iterator[str]:
         log_to_driver=False,
         logging_level=logging.ERROR,
         _node_ip_address="127.0.0.1",
+        _system_config={"metrics_report_interval_ms": 500},
     )
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     yield f"http://127.0.0.1:{port}"
