@@ -6,8 +6,10 @@ from typing import cast
 
 from ray import serve
 from ray.serve import Application, Deployment
+from ray.serve.config import RequestRouterConfig
 
 from serve_app import ingress
+from serve_app.router import PrefixRouter
 from serve_app.scorer import MAX_ONGOING, Scorer
 from serve_app.settings import Settings
 
@@ -28,6 +30,9 @@ def build(args: Settings) -> Application:
         num_replicas=args.scorer_replicas,
         ray_actor_options={"num_cpus": args.scorer_cpus},
         max_ongoing_requests=MAX_ONGOING,
+        request_router_config=RequestRouterConfig(
+            request_router_class=PrefixRouter  # pyright: ignore[reportArgumentType]
+        ),
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from serve_app.contract import Int64, TokenBatch
+from serve_app.contract import Int32, Int64, TokenBatch
 
 
 def reads_of(batch: TokenBatch, start: int, stop: int) -> slice:
@@ -26,12 +26,25 @@ def shared_with_previous(batch: TokenBatch) -> Int64:
     previous = batch.tokens[:0]
     for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
         current = batch.tokens[start:stop]
-        room = min(len(previous), len(current) - 1)
-        differs = previous[:room] != current[:room]
-        first = int(differs.argmax()) if room else 0
-        shared[i] = first if room and differs[first] else room
+        shared[i] = common_prefix(previous, current[:-1])
         previous = current
     return shared
+
+
+def shared_prefix(batch: TokenBatch) -> int:
+    """Tokens at the front that all sequences have in common."""
+    first = batch.tokens[: batch.offsets[1]]
+    for start, stop in itertools.pairwise(batch.offsets[1:].tolist()):
+        first = first[: common_prefix(first, batch.tokens[start:stop])]
+    return len(first)
+
+
+def common_prefix(one: Int32, other: Int32) -> int:
+    """Tokens at the front that are the same."""
+    room = min(len(one), len(other))
+    differs = one[:room] != other[:room]
+    first = int(differs.argmax()) if room else 0
+    return first if room and differs[first] else room
 
 
 def cut(batch: TokenBatch, start: int, stop: int) -> TokenBatch:

@@ -147,17 +147,34 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Affinity:
+    """What ties a job to a replica: a prefix that was computed there for an earlier one.
+
+    Attributes:
+        key: of the prefix, 16 bytes that tell its tokens from others.
+        part: the job's number in a split request; the parts go to different replicas.
+        worth: how many more jobs than at another replica it may meet there.
+    """
+
+    key: bytes
+    part: int
+    worth: float
+
+
+@dataclass(frozen=True, slots=True)
 class ScoreJob:
     """One replica-sized part of a request.
 
     Attributes:
         request_id: the request's ``x-request-id``, for logs.
         deadline: Unix time in seconds after which nobody wants the answer; None: never.
+        affinity: for the choice of the replica; None: any.
     """
 
     request_id: str
     batch: TokenBatch
     deadline: float | None = None
+    affinity: Affinity | None = None
 
 
 @dataclass(frozen=True, slots=True)

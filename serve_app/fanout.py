@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 
-from serve_app.batches import cut
-from serve_app.contract import BatchResult, TokenBatch
+from serve_app.batches import cut, shared_prefix
+from serve_app.contract import Affinity, BatchResult, TokenBatch
+
+PAGE_TOKENS = 128
+"""The engine keeps prefixes in whole pages of so many tokens."""
+
+MOST_JOBS = 4.0
+"""A prefix that many want at once is soon held by several replicas: no job waits for more than so many others."""
 
 
 def split(batch: TokenBatch, parts: int, min_tokens: int) -> list[TokenBatch]:
     """At most ``parts`` batches of whole sequences, in order and near equal in tokens.
 
-    Every part computes the prefix that all sequences share anew, so only the tokens behind it count: each part has
-    at least ``min_tokens`` (1 or more) of them, else there are fewer parts. A batch that is not worth a split comes
-    back as it is.
+    Every part computes the prefix that all sequences share anew, so only the tokens behind it count: each part has at
+    least ``min_tokens`` (1 or more) of them, else there are fewer parts. And at least as many as the prefix has, since
+    k parts of n tokens save the request the time of (k - 1) * n, and cost (k - 1) prefixes. A batch that is not worth a
+    split comes back as it is.
     """
     if parts < 2 or batch.num_sequences < 2:
         return [batch]
-    done = np.concatenate((np.zeros(1, np.int64), np.cumsum(batch.lengths - _shared_prefix(batch))))
+    shared = shared_prefix(batch)
+    done = np.concatenate((np.zeros(1, np.int64), np.cumsum(batch.lengths - shared)))
     total = int(done[-1])
+    min_tokens = max(min_tokens, shared)
     parts = min(parts, total // min_tokens)
     if parts < 2:
         return [batch]
@@ -43,12 +53,18 @@ def merge(results: Sequence[BatchResult]) -> BatchResult:
     )
 
 
-def _shared_prefix(batch: TokenBatch) -> int:
-    """Tokens at the front that all sequences have in common."""
-    shared = int(batch.lengths.min())
-    first = batch.tokens[:shared]
-    for start in batch.offsets[1:-1].tolist():
-        same = batch.tokens[start : start + shared] == first[:shared]
-        if not same.all():
-            shared = int(same.argmin())
-    return shared
+def affinities(parts: Sequence[TokenBatch], prefix_tokens: int) -> Sequence[Affinity | None]:
+    """Where each part of a request should go: to where the whole pages of its prefix were computed before.
+
+    A miss costs a job the prefix; a wait costs it the tokens of those before it, which are taken to be jobs like this
+    one.
+
+    Args:
+        prefix_tokens: at the front of every sequence that may come again in another request.
+    """
+    prefix_tokens -= prefix_tokens % PAGE_TOKENS
+    if not prefix_tokens:
+        return [None] * len(parts)
+    key = hashlib.blake2b(parts[0].tokens[:prefix_tokens].tobytes(), digest_size=16).digest()
+    own = [max(int((part.lengths - prefix_tokens).sum()), 1) for part in parts]
+    return [Affinity(key, number, min(prefix_tokens / tokens, MOST_JOBS)) for number, tokens in enumerate(own)]

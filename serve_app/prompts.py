@@ -11,6 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from serve_app import joining
+from serve_app.batches import common_prefix, shared_prefix
 from serve_app.contract import Int32, Int64, ModelInfo, TokenBatch
 from serve_app.errors import InvalidRequestError, TooLargeError
 from serve_app.schemas import ScoreRequest
@@ -139,6 +140,18 @@ class Prompts:
             vocab_logprobs=request.return_token_logprobs or not request.apply_softmax,
         )
 
+    def prefix_tokens(self, request: ScoreRequest, batch: TokenBatch) -> int:
+        """Tokens at the front of every prompt of ``batch`` that another request may have, too: the query's, if there is
+        one and it comes first, else those that all prompts share.
+        """
+        if batch.num_sequences == 0 or request.item_first or not request.query:
+            return shared_prefix(batch) if batch.num_sequences > 1 else 0
+        if not isinstance(request.query, str):
+            return len(request.query)
+        # Its last tokens may come out otherwise at the join with an item.
+        (alone,) = self._tokenizer.encode([request.query])
+        return common_prefix(np.asarray(alone, np.int32), batch.tokens[: batch.offsets[1]])
+
     def tokenize(self, texts: Sequence[str], add_special_tokens: bool) -> list[tuple[list[int], list[str]]]:
         """Ids and pieces of each text.
 
@@ -220,8 +233,6 @@ class Prompts:
         lengths: list[int] = []
         total = 0
         for sequence in sequences:
-            if sequence and max(sequence) >= self._vocab_size:  # a tokenizer with more tokens than the model
-                self._check_ids(list(sequence), "items", len(lengths))
             total += len(sequence)
             self._check_length(len(sequence), len(lengths), total)
             lengths.append(len(sequence))
@@ -237,9 +248,12 @@ class Prompts:
                 characters += len(query) + len(items[stop])
                 stop += 1
             if item_first:
-                yield from self._tokenizer.encode([item + query for item in items[start:stop]])
+                sequences = self._tokenizer.encode([item + query for item in items[start:stop]])
             else:
-                yield from self._tokenizer.encode_joined(query, items[start:stop])
+                sequences = self._tokenizer.encode_joined(query, items[start:stop])
+            for index, sequence in enumerate(sequences, start):
+                self._check_ids(sequence, "items", index)  # the tokenizer may have more tokens than the model
+                yield sequence
             start = stop
 
     def _from_ids(self, query: list[int], items: list[list[int]], item_first: bool) -> Iterator[list[int]]:

@@ -40,6 +40,9 @@ DEFAULT_NAME = "default"
 LOWEST = float(np.finfo(np.float32).min)
 """Stands for a logprob of -inf where JSON must carry it; its exponential is 0.0 too."""
 
+INLINE_VALUES = 2_000
+"""A response with more values, whose softmax takes milliseconds, is made in a thread: the event loop must go on."""
+
 _PROBE_TOLERANCE = 0.02
 """Of a probability, between the same prompt in two batches: bfloat16 stays below it, a wrong answer does not."""
 
@@ -204,11 +207,20 @@ class ScoringService:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _score(self, request: ScoreRequest, request_id: str, deadline: float) -> ScoreResponse:
-        batch = await self._in_thread(partial(self._prompts.prepare, request))
+        batch, prefix_tokens = await self._in_thread(partial(self._prepare, request))
         if batch.num_sequences == 0:
             result = BatchResult(np.zeros(0, np.float32), np.zeros(0, np.int32))
         else:
-            result = await self._compute(batch, request_id, deadline)
+            result = await self._compute(batch, prefix_tokens, request_id, deadline)
+        respond = partial(self._response, request, batch, result)
+        return respond() if len(batch.targets) <= INLINE_VALUES else await self._in_thread(respond)
+
+    def _prepare(self, request: ScoreRequest) -> tuple[TokenBatch, int]:
+        """The prompts, and how much of their front may come again; 0 where there is no choice of replica."""
+        batch = self._prompts.prepare(request)
+        return batch, self._prompts.prefix_tokens(request, batch) if self._replicas.count > 1 else 0
+
+    def _response(self, request: ScoreRequest, batch: TokenBatch, result: BatchResult) -> ScoreResponse:
         values, bounds = result.values.tolist(), batch.target_offsets.tolist()
         rows = [values[start:end] for start, end in pairwise(bounds)]
         prompt_tokens = len(batch.tokens)
@@ -230,11 +242,12 @@ class ScoringService:
             else None,
         )
 
-    async def _compute(self, batch: TokenBatch, request_id: str, deadline: float) -> BatchResult:
+    async def _compute(self, batch: TokenBatch, prefix_tokens: int, request_id: str, deadline: float) -> BatchResult:
         """On as many replicas as it is worth. When one part fails the others are cancelled."""
         # A part that fills a device batch by itself loses nothing by the split but the prefix.
         parts = fanout.split(batch, self._replicas.count, self._settings.max_batch_tokens)
-        jobs = [ScoreJob(request_id, part, deadline) for part in parts]
+        affinities = fanout.affinities(parts, prefix_tokens)
+        jobs = [ScoreJob(request_id, part, deadline, to) for part, to in zip(parts, affinities, strict=True)]
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._run(job)) for job in jobs]
@@ -250,7 +263,7 @@ class ScoringService:
         prompt, other = [last // 2, last // 3, last // 5], [last // 7, last // 2, last // 11, 0, last]
         labels = [0, last]
         alone, together = [
-            await self._compute(_probe_batch(prompts, labels), "ready", time.time() + self._settings.timeout_s)
+            await self._compute(_probe_batch(prompts, labels), 0, "ready", time.time() + self._settings.timeout_s)
             for prompts in ([prompt], [other, prompt])
         ]
         first = label_scores(alone.values.tolist(), 0, softmax=True)
@@ -261,7 +274,7 @@ class ScoringService:
         if self._settings.model == "demo" and self._settings.engine == "jax":
             prompt, labels, known = DEMO_PROBE
             answer = await self._compute(
-                _probe_batch([prompt], labels), "ready", time.time() + self._settings.timeout_s
+                _probe_batch([prompt], labels), 0, "ready", time.time() + self._settings.timeout_s
             )
             scores = label_scores(answer.values.tolist(), 0, softmax=False)
             if max(abs(a - b) for a, b in zip(scores, known, strict=True)) > _PROBE_TOLERANCE:

@@ -66,6 +66,8 @@ def test_parts_are_the_batch_in_order_and_each_is_worth_it(made: tuple[TokenBatc
     assert_equal(join(split), batch)
     if len(split) > 1:
         shared = shared_prefix(batch)
+        # Each part computes the prefix once more.
+        min_tokens = max(min_tokens, shared)
         assert all(own_tokens(part, shared) >= min_tokens for part in split)
         # No part is larger than its share by more than one sequence and what was left over.
         share = own_tokens(batch, shared) / len(split)
@@ -83,7 +85,7 @@ def test_scoring_the_parts_is_scoring_the_batch(made: tuple[TokenBatch, int], pa
 
 
 def test_even_items_go_to_all_replicas_evenly():
-    prefix = list(range(50))
+    prefix = list(range(10))
     batch = batch_of([[*prefix, 60 + i, 1, 2, 3] for i in range(12)])
     assert [part.num_sequences for part in fanout.split(batch, 4, 8)] == [3, 3, 3, 3]
 
@@ -94,10 +96,37 @@ def test_even_items_go_to_all_replicas_evenly():
         (batch_of([[1, 2, 3, 4]]), 1),  # one sequence
         (batch_of([[1, 2, 3]] * 8), 1),  # nothing but the shared prefix
         (batch_of([[1, 2, 3, i] for i in range(8)]), 5),  # the prefix does not count
+        (batch_of([[*range(20), i, 1] for i in range(19)]), 1),  # two parts would save less than their prefix costs
     ],
 )
 def test_what_is_not_worth_it_stays_whole(batch: TokenBatch, min_tokens: int):
     assert fanout.split(batch, 2, min_tokens) == [batch]
+
+
+def test_a_prefix_that_comes_again_has_the_same_key_whatever_follows():
+    prefix = [*range(300)]
+    (one,) = fanout.affinities([batch_of([[*prefix, 7]])], 300)
+    (other,) = fanout.affinities([batch_of([[*prefix, 8], [*prefix, 9, 9]])], 300)
+    (longer,) = fanout.affinities([batch_of([[*prefix, *prefix]])], 383)
+    (different,) = fanout.affinities([batch_of([[1, *prefix]])], 300)
+    assert one.key == other.key == longer.key  # two whole pages
+    assert one.key != different.key
+    assert len(one.key) == 16
+
+
+def test_what_fills_no_page_has_no_affinity():
+    assert fanout.affinities([batch_of([[*range(200)]])] * 2, 127) == [None, None]
+
+
+def test_an_affinity_is_worth_what_the_prefix_costs_in_jobs_like_this_one():
+    prefix = [*range(256)]
+    parts = [batch_of([[*prefix, *[i] * 64] for i in range(8)]), batch_of([[*prefix, *[i] * 32] for i in range(2)])]
+    big, small = fanout.affinities(parts, 256)
+    assert (big.part, small.part) == (0, 1)
+    assert big.worth == 0.5  # 256 tokens against 8 x 64
+    assert small.worth == 4.0
+    (tiny,) = fanout.affinities([batch_of([[*prefix, 1]])], 256)
+    assert tiny.worth == fanout.MOST_JOBS
 
 
 def test_merge_keeps_the_order():

@@ -129,6 +129,37 @@ class TestText:
         assert (caught.value.param, caught.value.index) == ("items", 1)
 
 
+class TestPrefix:
+    @pytest.mark.parametrize(
+        ("fields", "tokens"),
+        [
+            ({"query": [1, 2, 3], "items": [[4]]}, 3),
+            ({"query": [1, 2, 3], "items": [[4, 5], [4, 6]]}, 3),  # as many as in a request with other items
+            ({"query": [1, 2, 3], "items": [[4]], "item_first": True}, 0),
+            ({"query": [9], "items": [[1, 2, 3], [1, 2, 4]], "item_first": True}, 2),
+            ({"items": [[1, 2, 3], [1, 2, 4, 5]]}, 2),
+            ({"items": [[1, 2, 3]]}, 0),
+            ({"items": []}, 0),
+        ],
+    )
+    def test_of_ids(self, tokenizer: TextTokenizer, fields: dict[str, Any], tokens: int):
+        request = ScoreRequest(label_token_ids=[1], **fields)
+        made = Prompts(tokenizer, INFO, Limits())
+        assert made.prefix_tokens(request, made.prepare(request)) == tokens
+
+    def test_of_text_ends_where_the_join_begins(self, bos_tokenizer: TextTokenizer):
+        made = Prompts(bos_tokenizer, INFO, Limits())
+        for items in (["jumps"], [" yes", " no"]):
+            request = ScoreRequest(query="the quick brown f", items=items, label_token_ids=[1])
+            batch = made.prepare(request)
+            shared = made.prefix_tokens(request, batch)
+            assert shared >= len(bos_tokenizer.encode(["the quick brown"])[0])
+            assert sequences(batch)[0][:shared] == bos_tokenizer.encode(["the quick brown f"])[0][:shared]
+        request = ScoreRequest(query="the quick brown f", items=["ox"], label_token_ids=[1])
+        whole = bos_tokenizer.encode(["the quick brown fox"])[0]
+        assert 0 < made.prefix_tokens(request, made.prepare(request)) < len(whole)
+
+
 class TestRefused:
     @pytest.mark.parametrize(
         ("fields", "param", "index"),

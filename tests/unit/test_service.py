@@ -27,7 +27,7 @@ from serve_app.fake_engine import FakeEngine
 from serve_app.ingress import ScorerReplicas
 from serve_app.prompts import TextTokenizer
 from serve_app.schemas import ScoreRequest
-from serve_app.service import LOWEST, ScoringService, label_scores
+from serve_app.service import INLINE_VALUES, LOWEST, ScoringService, label_scores
 from serve_app.settings import Settings
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
 
@@ -113,6 +113,14 @@ class TestScore:
         assert math.exp(LOWEST) == 0.0
         assert "null" not in answer.model_dump_json(exclude_none=True)
 
+    async def test_a_large_answer_is_that_of_small_ones(self, tokenizer: TextTokenizer):
+        service = service_on(DirectReplicas(ENGINE), tokenizer)
+        items = [[i % VOCAB_SIZE, i // VOCAB_SIZE] for i in range(INLINE_VALUES // 2 + 1)]
+        large = await service.score(ASK.model_copy(update={"items": items}), request_id="r")
+        for i in (0, len(items) - 1):
+            small = await service.score(ASK.model_copy(update={"items": [items[i]]}), request_id="r")
+            assert large.scores[i] == small.scores[0]
+
     async def test_a_job_carries_request_id_and_deadline(self, tokenizer: TextTokenizer):
         replicas = DirectReplicas(ENGINE)
         before = time.time()
@@ -142,6 +150,18 @@ class TestFanOut:
         assert len(one.jobs) == 1
         assert [job.batch.num_sequences for job in four.jobs] == [10] * 4
         assert parts.scores == whole.scores
+
+    async def test_parts_and_later_requests_know_the_prefix_of_a_long_query(self, tokenizer: TextTokenizer):
+        replicas = DirectReplicas(ENGINE, count=2)
+        service = service_on(replicas, tokenizer)
+        many = ScoreRequest(query=[1] * 130, items=[[2 + i] * 20 for i in range(20)], label_token_ids=[7])
+        await service.score(many, request_id="r")
+        await service.score(many.model_copy(update={"items": [[3]]}), request_id="r")
+        await service.score(many.model_copy(update={"item_first": True, "items": [[3]]}), request_id="r")
+        first, second, again, other = [job.affinity for job in replicas.jobs]
+        assert first.key == second.key == again.key
+        assert (first.part, second.part, again.part) == (0, 1, 0)
+        assert other is None
 
     async def test_when_a_part_fails_the_others_are_cancelled(self, tokenizer: TextTokenizer):
         class OneFails:
