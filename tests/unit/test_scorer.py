@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ import pytest
 from ray import serve
 
 from serve_app import scorer
-from serve_app.contract import BatchResult, ModelInfo, ScoreJob, TokenBatch
+from serve_app.contract import BatchResult, EngineStats, JobResult, ModelInfo, ScoreJob, TokenBatch
 from serve_app.device_queue import DeviceQueue
 from serve_app.errors import DeadlineExceededError, InternalError, OverloadedError
 from serve_app.fake_engine import FakeEngine
@@ -96,20 +96,28 @@ async def test_the_intake_does_not_wait_for_the_device():
         await asyncio.gather(*calls)
 
 
-async def test_a_call_that_is_cancelled_takes_its_queued_work_along():
+async def one_leaves(leave: Callable[[Any, asyncio.Task[JobResult]], Awaitable[None]]) -> None:
+    """A call behind another is cancelled by ``leave``: its two sequences are never computed."""
     engine = HeldEngine()
     async with started(engine) as replica:
         first = asyncio.create_task(replica.score(job([1])))
         await until(lambda: replica._queue.stats().queued_jobs == 1)
-        left = asyncio.create_task(replica.score(job([2], [3])))
-        await until(lambda: replica._queue.stats().queued_jobs == 2)
-        left.cancel()
+        left = asyncio.create_task(replica.score(ScoreJob("left", job([2], [3]).batch)))
+        await leave(replica, left)
         with pytest.raises(asyncio.CancelledError):
             await left
         engine.gate.set()
         await first
         await replica.score(job([4]))
     assert engine.scored == [1, 1]
+
+
+async def test_a_call_that_is_cancelled_takes_its_queued_work_along():
+    async def leave(replica: Any, left: asyncio.Task[JobResult]) -> None:
+        await until(lambda: replica._queue.stats().queued_jobs == 2)
+        left.cancel()
+
+    await one_leaves(leave)
 
 
 async def test_a_call_that_is_cancelled_before_the_intake_never_reaches_the_queue():
@@ -127,24 +135,18 @@ async def test_a_call_that_is_cancelled_before_the_intake_never_reaches_the_queu
 
 async def test_a_call_that_is_cancelled_within_the_intake_takes_its_work_along(monkeypatch: pytest.MonkeyPatch):
     submit = DeviceQueue.submit
+    callers: list[asyncio.Task[JobResult]] = []
 
     def cancel_the_caller(queue: DeviceQueue, asked: ScoreJob, answer: Any) -> None:
         submit(queue, asked, answer)
         if asked.request_id == "left":
-            left.cancel()
+            callers[0].cancel()
+
+    async def leave(_: Any, left: asyncio.Task[JobResult]) -> None:
+        callers.append(left)
 
     monkeypatch.setattr(DeviceQueue, "submit", cancel_the_caller)
-    engine = HeldEngine()
-    async with started(engine) as replica:
-        first = asyncio.create_task(replica.score(job([1])))
-        await until(lambda: replica._queue.stats().queued_jobs == 1)
-        left = asyncio.create_task(replica.score(ScoreJob("left", job([2], [3]).batch)))
-        with pytest.raises(asyncio.CancelledError):
-            await left
-        engine.gate.set()
-        await first
-        await replica.score(job([4]))
-    assert engine.scored == [1, 1]
+    await one_leaves(leave)
 
 
 async def test_errors_reach_their_caller_only():
@@ -281,5 +283,8 @@ def test_the_models_engine_answers_in_the_contracts_classes(tmp_path: Path, monk
     assert type(engine.info) is ModelInfo
     result = engine.score(job([1, 2, 3], [4]).batch)
     assert type(result) is BatchResult
+    assert type(engine.stats) is EngineStats
+    assert engine.stats.compilations > 0
+    assert engine.stats.computed_tokens == 4
     assert result.values.shape == (4,)
     assert (result.values < 0).all()
