@@ -17,6 +17,7 @@ from serve_app.contract import Engine
 from serve_app.device_queue import QueueStats
 from serve_app.fake_engine import FakeEngine
 from serve_app.ingress import Ingress
+from serve_app.router import PrefixRouter
 from serve_app.scorer import MAX_ONGOING, Scorer
 from serve_app.settings import Limits, Settings
 from tests.e2e.conftest import APP_NAME, replica_process, replica_processes
@@ -31,6 +32,7 @@ QUEUE_LIMIT = 6_000
 def application(settings: Settings, *, scorers: int) -> Any:
     """As ``app.build``, with the slow engine."""
     from ray import serve
+    from ray.serve.config import RequestRouterConfig
 
     def slow_engine(_settings: Settings) -> Engine:  # local, so that replicas, which lack this module, get its code
         return FakeEngine(seconds_per_token=SECONDS_PER_TOKEN, nan_token=POISON)
@@ -48,7 +50,9 @@ def application(settings: Settings, *, scorers: int) -> Any:
             "limits": Limits(max_queued_tokens=QUEUE_LIMIT),
         }
     )
-    scorer = serve.deployment(num_replicas=scorers, **options)(Scorer).bind(settings, slow_engine)
+    routed = RequestRouterConfig(request_router_class=PrefixRouter)
+    deployment = serve.deployment(num_replicas=scorers, request_router_config=routed, **options)
+    scorer = deployment(Scorer).bind(settings, slow_engine)
     return Ingress.options(**options).bind(settings, scorer)
 
 
