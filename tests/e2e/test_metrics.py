@@ -14,16 +14,25 @@ import httpx
 import pytest
 
 from serve_app.app import build
-from serve_app.settings import Settings
+from serve_app.settings import Limits, Settings
 
-pytestmark = pytest.mark.ray
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(600),  # two replicas compile everything side by side, if nothing was compiled before
+]
 
 REPLICAS = 2
 
 
 @pytest.fixture(scope="module")
 def client(deploy: Callable[[Any], httpx.Client], model_folder: Path) -> httpx.Client:
-    settings = Settings(model=str(model_folder), scorer_replicas=REPLICAS, scorer_cpus=0.1, ingress_cpus=0.1)
+    settings = Settings(
+        model=str(model_folder),
+        scorer_replicas=REPLICAS,
+        scorer_cpus=0.1,
+        ingress_cpus=0.1,
+        limits=Limits(max_prompt_tokens=256),  # fewer shapes to compile
+    )
     return deploy(build(settings))
 
 
@@ -49,12 +58,12 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 def requests(rng: random.Random, vocab: int) -> list[dict[str, Any]]:
     """Of all kinds and lengths, some with a query that comes again and fills a page."""
-    long_query = [rng.randrange(vocab) for _ in range(200)]
+    long_query = [rng.randrange(vocab) for _ in range(150)]
     made: list[dict[str, Any]] = []
     for i in range(60):
-        query = long_query if i % 3 == 0 else [rng.randrange(vocab) for _ in range(rng.randrange(1, 300))]
+        query = long_query if i % 3 == 0 else [rng.randrange(vocab) for _ in range(rng.randrange(1, 150))]
         items = [
-            [rng.randrange(vocab) for _ in range(rng.randrange(1, 150))] for _ in range(rng.choice([1, 2, 5, 20, 60]))
+            [rng.randrange(vocab) for _ in range(rng.randrange(1, 100))] for _ in range(rng.choice([1, 2, 5, 20, 60]))
         ]
         labels = rng.sample(range(vocab), rng.randrange(1, 6))
         made.append({"query": query, "items": items, "label_token_ids": labels, "apply_softmax": rng.random() < 0.5})
