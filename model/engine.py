@@ -383,6 +383,7 @@ def load(
     by_layer: bool | None = None,
     progress: Progress | None = None,
     max_prompt_tokens: int | None = None,
+    compiled_folder: Path | None = None,
     **sizes: Any,
 ) -> Engine:
     """Read a checkpoint in Hugging Face layout onto the device; ``warmup`` comes after.
@@ -393,6 +394,7 @@ def load(
         implementation: of attention, see ``model.attention``.
         by_layer: how the layers run, see ``model.programs``; None: by layer on CPU.
         max_prompt_tokens: see ``Engine``, as for ``sizes``.
+        compiled_folder: keeps compiled programs for the next start, see ``model.compiled``.
 
     Raises:
         ConfigError: a config key or architecture that is not known.
@@ -423,7 +425,7 @@ def load(
         return nnx.from_flat_state([(path, leaf.replace(arrays[*place, *path])) for path, leaf in leaves])
 
     def programs(pool: jax.ShapeDtypeStruct, slots: int) -> Programs:
-        common = (parsed, abstract, state(abstract.ends[1]), pool, slots)
+        common = (parsed, abstract, state(abstract.ends[1]), pool, slots, compiled_folder)
         block = abstract.block[1]
         if by_layer:
             return LayerPrograms(*common, layers=[state(block, "blocks", layer) for layer in range(parsed.layers)])
