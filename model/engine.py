@@ -5,6 +5,7 @@ the pages of the prefix cache; the group's rows run in packed calls that return 
 the head turns those into logits and, where asked, log-probabilities. What is compiled is in ``model.programs``.
 """
 
+import bisect
 import concurrent.futures
 import itertools
 import os
@@ -120,7 +121,7 @@ class Engine:
         self._config = model_config
         self._dtype = jnp.dtype(dtype)
         self._longest = min(model_config.context_length, max_prompt_tokens or model_config.context_length)
-        self._chunks = chunks
+        self._chunks = chunks[: bisect.bisect_left(chunks, self._longest) + 1]
         width = min(max_row_tokens, -(-self._longest // 16) * 16)
         self._ladder = plan.shapes(width, max(call_tokens, width))
         self._slots = -(-self._longest // PAGE_TOKENS) + 1
