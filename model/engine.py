@@ -33,6 +33,8 @@ CHUNKS = (PAGE_TOKENS // 2, PAGE_TOKENS, 2 * PAGE_TOKENS, 4 * PAGE_TOKENS)
 """Sizes of prefix prefill calls, in tokens."""
 HEAD_ROWS = (1, 8, 32, 128)
 """Sizes of head calls, in hidden states."""
+ARGMAX_ROWS = (8, 128)
+"""The same of head calls that also find the likeliest tokens."""
 TARGET_ROWS = (8, 64, 512)
 """Sizes of target-logit calls, in (hidden state, target) pairs."""
 
@@ -54,6 +56,8 @@ class Batch(Protocol):
     def target_offsets(self) -> npt.NDArray[np.int64]: ...
     @property
     def vocab_logprobs(self) -> bool: ...
+    @property
+    def argmax(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,8 @@ class Result:
 
     values: npt.NDArray[np.float32]
     computed_tokens: npt.NDArray[np.int32]
+    argmax: npt.NDArray[np.int32]
+    argmax_values: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +181,8 @@ class Engine:
     def warmup(self, progress: Progress | None = None) -> None:
         """Compile every program that ``score`` can call, several at a time."""
         wanted = self._programs.wanted(self._ladder, self._chunks)
-        wanted += [("normalizer", size) for size in HEAD_ROWS] + [("targets", size) for size in TARGET_ROWS]
+        head_calls = {"normalizer": HEAD_ROWS, "argmax": ARGMAX_ROWS, "targets": TARGET_ROWS}
+        wanted += [(kind, size) for kind, sizes in head_calls.items() for size in sizes]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             compiling = {pool.submit(self._programs.compile, kind, size): f"{kind} {size}" for kind, size in wanted}
             for done, future in enumerate(concurrent.futures.as_completed(compiling), 1):
@@ -221,7 +228,9 @@ class Engine:
             hidden = np.zeros((len(batch.read_positions), self._config.width), np.float32)
             for values, numbers in pending:
                 hidden[numbers] = np.asarray(values)[: len(numbers)]
-            return Result(self._read(hidden, batch), np.minimum(work.computed, np.diff(batch.offsets)).astype(np.int32))
+            computed = np.minimum(work.computed, np.diff(batch.offsets)).astype(np.int32)
+            values, argmax, argmax_values = self._read(hidden, batch)
+            return Result(values, computed, argmax, argmax_values)
         except Exception:
             # The pool may have been given away to a call that failed, or hold pages that were never written.
             with self._launching:
@@ -318,8 +327,12 @@ class Engine:
             start += len(tokens)
         return path, len(prefix) - cached
 
-    def _read(self, hidden: npt.NDArray[np.float32], batch: Batch) -> npt.NDArray[np.float32]:
-        """Target logits, less the log-normaliser where log-probabilities are asked."""
+    def _read(
+        self, hidden: npt.NDArray[np.float32], batch: Batch
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """Target logits, less the log-normaliser where log-probabilities are asked; and where the likeliest tokens are
+        asked, those and their values in the same way.
+        """
         repeats = np.diff(batch.target_offsets)
         values = np.empty(len(batch.targets), np.float32)
         rows = np.repeat(np.arange(len(hidden)), repeats)
@@ -328,14 +341,22 @@ class Engine:
             inputs[:count] = hidden[rows[at : at + count]]
             ids[:count] = batch.targets[at : at + count]
             values[at : at + count] = np.asarray(self._programs.targets(inputs, ids))[:count]
+        found = len(hidden) if batch.argmax else 0
+        normalizers = np.zeros(len(hidden), np.float32)
+        argmax, argmax_values = np.empty(found, np.int32), np.empty(found, np.float32)
+        if batch.argmax or batch.vocab_logprobs:
+            for at, size, count in _blocks(len(hidden), ARGMAX_ROWS if batch.argmax else HEAD_ROWS):
+                inputs, place = np.zeros((size, hidden.shape[1]), np.float32), slice(at, at + count)
+                inputs[:count] = hidden[place]
+                if batch.argmax:
+                    read = self._programs.argmax(inputs)
+                    normalizers[place], argmax[place], argmax_values[place] = (np.asarray(x)[:count] for x in read)
+                else:
+                    normalizers[place] = np.asarray(self._programs.normalizer(inputs))[:count]
         if batch.vocab_logprobs:
-            normalizers = np.empty(len(hidden), np.float32)
-            for at, size, count in _blocks(len(hidden), HEAD_ROWS):
-                inputs = np.zeros((size, hidden.shape[1]), np.float32)
-                inputs[:count] = hidden[at : at + count]
-                normalizers[at : at + count] = np.asarray(self._programs.normalizer(inputs))[:count]
             values -= np.repeat(normalizers, repeats)
-        return values
+            argmax_values -= normalizers[:found]
+        return values, argmax, argmax_values
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from jax import lax
 from model import compiled
 from model.attention import Context, to_pool
 from model.config import ModelConfig
-from model.logprobs import log_normalizer, target_logits
+from model.logprobs import argmax, log_normalizer, target_logits
 from model.pages import PAGE_TOKENS
 from model.plan import Shape, reads_of
 from model.registry import Abstract
@@ -112,6 +112,10 @@ class Programs:
         """Log of the summed exponentials of all logits, per hidden state."""
         return self.get("normalizer", len(hidden))(self._ends, hidden)
 
+    def argmax(self, hidden: npt.NDArray[np.float32]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """``normalizer``'s values, and per hidden state the id of the highest logit, and that logit."""
+        return self.get("argmax", len(hidden))(self._ends, hidden)
+
     def get(self, kind: str, size: Size) -> Callable[..., Any]:
         """The program, compiled now if ``warmup`` did not."""
         return self._compiled.get((kind, size)) or self.compile(kind, size)
@@ -135,11 +139,16 @@ class Programs:
         def normalizer(ends: Any, hidden: Any) -> jax.Array:
             return log_normalizer(hidden, nnx.merge(ends_graph, ends).head_weights())
 
+        def highest(ends: Any, hidden: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+            return argmax(hidden, nnx.merge(ends_graph, ends).head_weights())
+
         match kind:
             case "targets":
                 return targets, (self._ends, _float32(size, width), _int32(size)), ()
             case "normalizer":
                 return normalizer, (self._ends, _float32(size, width)), ()
+            case "argmax":
+                return highest, (self._ends, _float32(size, width)), ()
             case "write":
                 arguments = (self._pool, self._written(size), _int32(touched_pages(size)), _int32(), _int32())
                 return _write, arguments, (0,)

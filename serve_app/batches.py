@@ -59,11 +59,12 @@ def cut(batch: TokenBatch, start: int, stop: int) -> TokenBatch:
         targets=batch.targets[first_target:last_target],
         target_offsets=batch.target_offsets[reads.start : reads.stop + 1] - first_target,
         vocab_logprobs=batch.vocab_logprobs,
+        argmax=batch.argmax,
     )
 
 
 def join(batches: Sequence[TokenBatch]) -> TokenBatch:
-    """One batch of all sequences, in order. All must have the same ``vocab_logprobs``."""
+    """One batch of all sequences, in order. All must have the same ``vocab_logprobs`` and ``argmax``."""
     if len(batches) == 1:
         return batches[0]
     firsts = np.cumsum([0, *(batch.num_sequences for batch in batches)])
@@ -77,6 +78,7 @@ def join(batches: Sequence[TokenBatch]) -> TokenBatch:
         targets=np.concatenate([batch.targets for batch in batches]),
         target_offsets=_join_offsets([batch.target_offsets for batch in batches]),
         vocab_logprobs=batches[0].vocab_logprobs,
+        argmax=batches[0].argmax,
     )
 
 

@@ -6,7 +6,7 @@ Nothing here may import jax: unpickling one ``jax.Array`` would load jax in the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -39,6 +39,7 @@ class TokenBatch:
         vocab_logprobs: True: values are log-probabilities over the whole vocabulary, in nats. False: values are
             logits, that is log-probabilities up to one constant per read, which a softmax over the targets
             removes; the vocabulary matmul is then not needed.
+        argmax: also find each read's likeliest token, which takes the vocabulary matmul.
     """
 
     tokens: Int32
@@ -48,6 +49,7 @@ class TokenBatch:
     targets: Int32
     target_offsets: Int64
     vocab_logprobs: bool = True
+    argmax: bool = False
 
     @property
     def num_sequences(self) -> int:
@@ -68,10 +70,14 @@ class BatchResult:
             only the sequences concerned carry it.
         computed_tokens: for each sequence, how many of its tokens were computed for it; the others came from
             a prefix shared with another sequence or kept from an earlier batch.
+        argmax: for each read, the likeliest token, the lowest id of equals; empty if ``TokenBatch.argmax`` is False.
+        argmax_values: their values, NaN where an id means nothing.
     """
 
     values: Float32
     computed_tokens: Int32
+    argmax: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
+    argmax_values: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
 
 
 @dataclass(frozen=True, slots=True)

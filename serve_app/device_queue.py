@@ -78,9 +78,16 @@ class _Pending:
         self.missing = job.batch.num_sequences
         self.values = np.empty(len(job.batch.targets), np.float32)
         self.computed_tokens = np.empty(job.batch.num_sequences, np.int32)
+        reads = len(job.batch.read_positions) if job.batch.argmax else 0
+        self.argmax, self.argmax_values = np.empty(reads, np.int32), np.empty(reads, np.float32)
         self.arrived = time.monotonic()
         self.queue_seconds = -1.0  # until its first batch has run
         self.device_seconds = 0.0
+
+    @property
+    def kind(self) -> tuple[bool, bool]:
+        """Only jobs whose reads are of one kind share a device batch."""
+        return self.job.batch.vocab_logprobs, self.job.batch.argmax
 
     @property
     def exhausted(self) -> bool:
@@ -109,11 +116,14 @@ class _Pending:
         """Put the values of ``part`` in their place; with the last of them comes the answer."""
         self.values[part.targets()] = result.values
         self.computed_tokens[part.start : part.stop] = result.computed_tokens
+        if self.job.batch.argmax:
+            self.argmax[part.reads()], self.argmax_values[part.reads()] = result.argmax, result.argmax_values
         self.missing -= part.stop - part.start
         if self.missing == 0 and not self.answer.done():
-            self.answer.set_result(
-                JobResult(BatchResult(self.values, self.computed_tokens), self.queue_seconds, self.device_seconds)
-            )
+            self.answer.set_result(JobResult(self.result(), self.queue_seconds, self.device_seconds))
+
+    def result(self) -> BatchResult:
+        return BatchResult(self.values, self.computed_tokens, self.argmax, self.argmax_values)
 
 
 class _Part(NamedTuple):
@@ -126,10 +136,13 @@ class _Part(NamedTuple):
     def batch(self) -> TokenBatch:
         return cut(self.pending.job.batch, self.start, self.stop)
 
+    def reads(self) -> slice:
+        """Which of the job's."""
+        return reads_of(self.pending.job.batch, self.start, self.stop)
+
     def targets(self) -> slice:
         """Where its values stand among the job's."""
-        batch = self.pending.job.batch
-        reads = reads_of(batch, self.start, self.stop)
+        batch, reads = self.pending.job.batch, self.reads()
         return slice(int(batch.target_offsets[reads.start]), int(batch.target_offsets[reads.stop]))
 
 
@@ -199,8 +212,7 @@ class DeviceQueue:
         self._jobs.add(pending)
         answer.add_done_callback(lambda _: self._forget(pending))
         if pending.exhausted:
-            empty = BatchResult(pending.values, pending.computed_tokens)
-            answer.set_result(JobResult(empty, queue_seconds=0.0, device_seconds=0.0))
+            answer.set_result(JobResult(pending.result(), queue_seconds=0.0, device_seconds=0.0))
             return
         self._ring.append(pending)
         self._changed.set()
@@ -284,14 +296,14 @@ class DeviceQueue:
         room = self._room()
         if not self._ring or not room:
             return []
-        kind = self._ring[0].job.batch.vocab_logprobs
+        kind = self._ring[0].kind
         turn = room // TURNS_PER_BATCH
         served: list[tuple[_Pending, int]] = []
         passed_over: list[_Pending] = []
         for pending in self._ring:
             start = pending.taken
             fits = pending.lengths[start] <= room or not served
-            if not fits or pending.job.batch.vocab_logprobs != kind:
+            if not fits or pending.kind != kind:
                 passed_over.append(pending)
                 continue
             room -= pending.hand_out_first()
@@ -341,16 +353,25 @@ class DeviceQueue:
         self._device_seconds += seconds
 
     def _scatter(self, parts: list[_Part], result: BatchResult, begun: float, seconds: float) -> None:
-        sequence = target = 0
+        sequence = read = target = 0
         for part in parts:
             sequences = slice(sequence, sequence + part.stop - part.start)
-            own = part.targets()
+            own, own_reads = part.targets(), part.reads()
             targets = slice(target, target + own.stop - own.start)
+            reads = slice(read, read + own_reads.stop - own_reads.start)
             if part.pending.queue_seconds < 0:
                 part.pending.queue_seconds = begun - part.pending.arrived
             part.pending.device_seconds += seconds
-            part.pending.keep(part, BatchResult(result.values[targets], result.computed_tokens[sequences]))
-            sequence, target = sequences.stop, targets.stop
+            part.pending.keep(
+                part,
+                BatchResult(
+                    result.values[targets],
+                    result.computed_tokens[sequences],
+                    result.argmax[reads],
+                    result.argmax_values[reads],
+                ),
+            )
+            sequence, read, target = sequences.stop, reads.stop, targets.stop
 
     def _fail(self, pending: _Pending) -> None:
         if not pending.answer.done():

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serve_app.batches import shared_with_previous
-from serve_app.contract import BatchResult, EngineStats, Float32, ModelInfo, Progress, TokenBatch
+from serve_app.contract import BatchResult, EngineStats, Float32, Int32, ModelInfo, Progress, TokenBatch
 
 UInt64 = npt.NDArray[np.uint64]
 
@@ -78,9 +78,13 @@ class FakeEngine:
         with self._device:
             self._computed_tokens += int(computed.sum())
             time.sleep(self._seconds_per_token * int(computed.sum()))
-        return BatchResult(self._values(batch), computed)
+        values, argmax, argmax_values = self._read(batch)
+        if not batch.argmax:
+            argmax, argmax_values = argmax[:0], argmax_values[:0]
+        return BatchResult(values, computed, argmax, argmax_values)
 
-    def _values(self, batch: TokenBatch) -> Float32:
+    def _read(self, batch: TokenBatch) -> tuple[Float32, Int32, Float32]:
+        """The targets' values, and for each read the likeliest token and its value."""
         vocab_size = self._info.vocab_size
         starts = batch.offsets[:-1]
         seeds = self._hashes(batch)[starts[batch.read_sequences] + batch.read_positions]
@@ -88,15 +92,17 @@ class FakeEngine:
         falling = _NATS * (1 + (seeds >> np.uint64(11)) / 2**53) / vocab_size  # nats from one rank to the next
         read = np.repeat(np.arange(len(seeds)), np.diff(batch.target_offsets))
         rank = (batch.targets.astype(np.int64) * _SPREAD + shift[read]) % vocab_size
-        values = -falling[read] * rank
+        first = -shift % vocab_size * pow(_SPREAD, -1, vocab_size) % vocab_size  # whose rank is 0
+        highest = np.zeros(len(seeds))
         if batch.vocab_logprobs:
-            values += (np.log(-np.expm1(-falling)) - np.log(-np.expm1(-falling * vocab_size)))[read]
+            highest = np.log(-np.expm1(-falling)) - np.log(-np.expm1(-falling * vocab_size))
         if self._nan_token is not None:
             poisoned = np.zeros(batch.num_sequences, np.bool_)
             sequence = np.repeat(np.arange(batch.num_sequences), batch.lengths)
             poisoned[sequence[batch.tokens == self._nan_token]] = True
-            values[poisoned[batch.read_sequences][read]] = np.nan
-        return values.astype(np.float32)
+            highest[poisoned[batch.read_sequences]] = np.nan
+        values = highest[read] - falling[read] * rank
+        return values.astype(np.float32), first.astype(np.int32), highest.astype(np.float32)
 
     def _hashes(self, batch: TokenBatch) -> UInt64:
         """For each token, a hash of its sequence up to and including it."""

@@ -50,6 +50,8 @@ def merge(results: Sequence[BatchResult]) -> BatchResult:
     return BatchResult(
         values=np.concatenate([result.values for result in results]),
         computed_tokens=np.concatenate([result.computed_tokens for result in results]),
+        argmax=np.concatenate([result.argmax for result in results]),
+        argmax_values=np.concatenate([result.argmax_values for result in results]),
     )
 
 

@@ -64,7 +64,7 @@ class _ModelEngine:
 
     def score(self, batch: TokenBatch) -> BatchResult:
         result = self._engine.score(batch)
-        return BatchResult(result.values, result.computed_tokens)
+        return BatchResult(result.values, result.computed_tokens, result.argmax, result.argmax_values)
 
 
 def load_engine(settings: Settings) -> Engine:

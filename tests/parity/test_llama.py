@@ -1,13 +1,14 @@
 """Tiny random Llama checkpoints against transformers' float32 forward."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from model import engine
-from tests.batches import label_batch
+from tests.batches import label_batch, reads_batch
 from tests.parity.cases import CASES, GOLDENS, HAVE_TORCH, LABELS, expected, sequences
 from tests.tiny import make_llama
 
@@ -23,6 +24,26 @@ def test_float32_logprobs_equal_transformers(case: str, implementation: str, tmp
     wanted = np.array(expected(case, folder))
     assert wanted.std() > 1, "the case must tell right from wrong"
     np.testing.assert_allclose(values.reshape(wanted.shape), wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(not HAVE_TORCH, reason="torch, the reference, is not installed")
+def test_every_token_of_a_prompt_and_the_likeliest_ones(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = make_llama(tmp_path, **CASES["untied"])
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    prompts = [*sequences()[-5:], sequences()[1]]
+    reads = [[*((at, [token]) for at, token in enumerate(tokens[1:])), (len(tokens) - 1, [])] for tokens in prompts]
+    scorer = engine.load(folder, max_row_tokens=64, call_tokens=64)
+    result = scorer.score(replace(reads_batch(prompts, reads), argmax=True))
+    with torch.no_grad():
+        logprobs = [torch.log_softmax(reference(torch.tensor([tokens])).logits[0], -1).numpy() for tokens in prompts]
+    own = [rows[np.arange(len(tokens) - 1), tokens[1:]] for rows, tokens in zip(logprobs, prompts, strict=True)]
+    np.testing.assert_allclose(result.values, np.concatenate(own), rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(result.argmax, np.concatenate([rows.argmax(-1) for rows in logprobs]))
+    highest = np.concatenate([rows.max(-1) for rows in logprobs])
+    np.testing.assert_allclose(result.argmax_values, highest, rtol=0, atol=1e-4)
 
 
 @pytest.mark.skipif(not HAVE_TORCH, reason="torch is not installed: nothing to compare the stored answers with")

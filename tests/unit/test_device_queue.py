@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -218,6 +219,21 @@ async def test_jobs_of_the_two_kinds_do_not_share_a_batch_and_neither_starves():
     assert [batch.vocab_logprobs for batch in engine.batches] == [True, False]
     for job, answer in zip(jobs, results[1:], strict=True):
         np.testing.assert_array_equal(answer.result.values, FakeEngine().score(job).values)
+
+
+async def test_jobs_that_ask_for_the_likeliest_token_get_it_in_their_order():
+    engine = WatchedEngine()
+    async with opened(engine, budget=64) as queue:
+        busy = await hold(engine, queue)
+        jobs = [replace(batch_of([[i, j] for j in range(20)]), argmax=i % 3 > 0) for i in range(6)]
+        answers = [ask(queue, job) for job in jobs]
+        engine.gate.set()
+        results = await asyncio.gather(busy, *answers)
+    for job, answer in zip(jobs, results[1:], strict=True):
+        wanted = FakeEngine().score(job)
+        assert len(wanted.argmax) == (20 if job.argmax else 0)
+        for name in ("values", "argmax", "argmax_values"):
+            np.testing.assert_array_equal(getattr(answer.result, name), getattr(wanted, name))
 
 
 async def test_cancelled_jobs_never_reach_the_device():

@@ -1,5 +1,7 @@
 """The fake engine is a proper language model as far as anything outside a model can tell."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -38,6 +40,18 @@ def test_logits_are_logprobs_up_to_a_constant_of_the_read():
     difference = logits - logprobs
     np.testing.assert_allclose(difference, np.broadcast_to(difference[:, :1], difference.shape), atol=1e-5)
     assert np.abs(difference).min() > 1
+
+
+@pytest.mark.parametrize("vocab", [False, True])
+@pytest.mark.parametrize("vocab_size", [1, 2, V, 49_152])
+def test_argmax_is_the_likeliest_of_all_targets(vocab_size: int, vocab: bool):
+    engine, sequences = FakeEngine(vocab_size), [[0], [0, 0], [0, 0, 0]]
+    batch = read(sequences, [*range(vocab_size)], vocab=vocab)
+    values = engine.score(batch).values.reshape(3, -1)
+    found = engine.score(replace(batch, argmax=True))
+    assert found.argmax.tolist() == values.argmax(1).tolist()
+    np.testing.assert_array_equal(found.argmax_values, values.max(1))
+    assert len(engine.score(batch).argmax) == len(engine.score(batch).argmax_values) == 0
 
 
 def test_every_token_and_its_place_matter():
