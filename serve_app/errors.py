@@ -32,6 +32,11 @@ class ScoringError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.message, self.param, self.index, self.retry_after_s)
 
+    def nested_body(self) -> dict[str, Any]:
+        """The error object of the routes that OpenAI's clients ask."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.status}
+        return {"error": error}
+
     def body(self) -> dict[str, Any]:
         """The flat error object of the scoring routes."""
         return {

@@ -24,6 +24,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app.completions import CompletionRequest, CompletionResponse, OpenAIErrorResponse
 from serve_app.contract import JobResult, ModelInfo, ScoreJob
 from serve_app.errors import (
     BY_STATUS,
@@ -36,8 +37,10 @@ from serve_app.errors import (
     ScoringError,
     TooLargeError,
 )
+from serve_app.generative import GenerativeScoringRequest, GenerativeScoringResponse
 from serve_app.metrics import scrape
 from serve_app.prompts import TextTokenizer
+from serve_app.rerank import RerankRequest, RerankResponse
 from serve_app.schemas import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -61,6 +64,9 @@ RETRY_AFTER_S = 1
 
 CLIENT_GONE = 499
 """Nobody reads it but the access log."""
+
+COMPLETIONS = "/v1/completions"
+"""The route whose errors are nested."""
 
 _MAX_REQUEST_ID = 128
 _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:@/+=-]")
@@ -88,6 +94,29 @@ def create_app(get_service: Callable[[], ScoringService], *, echo_request_id: bo
         asked = parse(ScoreRequest, await body(request))
         request_id: str = request.state.request_id
         return await _unless_gone(request, get_service().score(asked, request_id=request_id))
+
+    @app.post("/v1/rerank", **_documented(RerankResponse, RerankRequest, 503, 504))
+    @app.post("/v2/rerank", **_documented(RerankResponse, RerankRequest, 503, 504))
+    @app.post("/rerank", **_documented(RerankResponse, RerankRequest, 503, 504))
+    async def rerank(request: Request) -> Response:
+        """The documents by their relevance to the query, best first."""
+        asked = parse(RerankRequest, await body(request))
+        request_id: str = request.state.request_id
+        return await _unless_gone(request, get_service().rerank(asked, request_id=request_id))
+
+    @app.post(COMPLETIONS, **_documented(CompletionResponse, CompletionRequest, 503, 504, error=OpenAIErrorResponse))
+    async def completions(request: Request) -> Response:
+        """Logprobs of the prompts' own tokens, and the likeliest next ones."""
+        asked = parse(CompletionRequest, await body(request))
+        request_id: str = request.state.request_id
+        return await _unless_gone(request, get_service().complete(asked, request_id=request_id))
+
+    @app.post("/generative_scoring", **_documented(GenerativeScoringResponse, GenerativeScoringRequest, 503, 504))
+    async def generative_scoring(request: Request) -> Response:
+        """The first label's probability for every item, in vLLM's shape."""
+        asked = parse(GenerativeScoringRequest, await body(request))
+        request_id: str = request.state.request_id
+        return await _unless_gone(request, get_service().generative_scoring(asked, request_id=request_id))
 
     @app.post("/tokenize", **_documented(TokenizeResponse, TokenizeRequest, 504))
     async def tokenize(request: Request) -> Response:
@@ -128,7 +157,7 @@ def create_app(get_service: Callable[[], ScoringService], *, echo_request_id: bo
         return _json(StatusResponse())
 
     # FastAPI keeps the handlers; the names are only read by it.
-    del score, tokenize, detokenize, models, info, metrics, health, ready
+    del score, rerank, completions, generative_scoring, tokenize, detokenize, models, info, metrics, health, ready
     return app
 
 
@@ -260,7 +289,7 @@ class _RequestContext:
             if started:
                 raise
             fault = InternalError(f"the server failed on this request; its log names it by {request_id}")
-            await _error_response(fault)(scope, receive, tracked)
+            await _error_response(fault, scope["path"])(scope, receive, tracked)
 
 
 def _request_id(scope: Scope) -> str:
@@ -312,41 +341,49 @@ def _json(answer: BaseModel) -> Response:
     return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
 
 
-def _error_response(error: ScoringError, headers: dict[str, str] | None = None) -> Response:
+def _error_response(error: ScoringError, path: str, headers: dict[str, str] | None = None) -> Response:
     headers = dict(headers or {})
     if error.status == OverloadedError.status:
         headers["retry-after"] = str(error.retry_after_s or RETRY_AFTER_S)
-    return Response(json.dumps(error.body()), error.status, headers, media_type="application/json")
+    content = error.nested_body() if path == COMPLETIONS else error.body()
+    return Response(json.dumps(content), error.status, headers, media_type="application/json")
 
 
 async def _on_scoring_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ScoringError)
     if error.status == InternalError.status:
         logger.error("request %s: %s", request.state.request_id, error.message, exc_info=error)
-    return _error_response(error)
+    return _error_response(error, request.url.path)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     """Starlette's own 404 and 405, flat."""
     assert isinstance(error, HTTPException)
-    path = request.url.path[:200]
+    path = request.url.path
     if error.status_code == MethodNotAllowedError.status:
-        flat: ScoringError = MethodNotAllowedError(f"{path} does not take {request.method}; see /docs for the routes")
+        flat: ScoringError = MethodNotAllowedError(
+            f"{path[:200]} does not take {request.method}; see /docs for the routes"
+        )
     elif error.status_code == NotFoundError.status:
-        flat = NotFoundError(f"there is no route {path}; see /docs for the routes")
+        flat = NotFoundError(f"there is no route {path[:200]}; see /docs for the routes")
     else:
         flat = BY_STATUS.get(error.status_code, InternalError)(str(error.detail))
-    return _error_response(flat, dict(error.headers or {}))
+    return _error_response(flat, path, dict(error.headers or {}))
 
 
-def _errors(*codes: int) -> dict[int | str, dict[str, Any]]:
-    return {code: {"model": ErrorResponse, "description": BY_STATUS[code].__doc__} for code in codes}
+def _errors(*codes: int, error: type[BaseModel] = ErrorResponse) -> dict[int | str, dict[str, Any]]:
+    return {code: {"model": error, "description": BY_STATUS[code].__doc__} for code in codes}
 
 
-def _documented(answer: type[BaseModel], asked: type[BaseModel] | None = None, *statuses: int) -> dict[str, Any]:
+def _documented(
+    answer: type[BaseModel],
+    asked: type[BaseModel] | None = None,
+    *statuses: int,
+    error: type[BaseModel] = ErrorResponse,
+) -> dict[str, Any]:
     """What OpenAPI says of a route whose handler reads the body and writes the response itself."""
     codes = ([400, 404, 413] if asked else []) + [500, *statuses]
-    options: dict[str, Any] = {"response_model": answer, "responses": _errors(*codes)}
+    options: dict[str, Any] = {"response_model": answer, "responses": _errors(*codes, error=error)}
     if asked:
         content = {"application/json": {"schema": asked.model_json_schema()}}
         options["openapi_extra"] = {"requestBody": {"required": True, "content": content}}

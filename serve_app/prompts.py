@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from serve_app import joining
 from serve_app.batches import common_prefix, shared_prefix
+from serve_app.checks import check_ids
 from serve_app.contract import Int32, Int64, ModelInfo, TokenBatch
 from serve_app.errors import InvalidRequestError, TooLargeError
 from serve_app.schemas import ScoreRequest
@@ -67,14 +68,14 @@ class TextTokenizer:
                     del ids[0]
         return sequences
 
-    def encode_joined(self, query: str, items: Sequence[str]) -> list[list[int]]:
+    def encode_joined(self, query: str, items: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """Ids of ``query + item`` for each item: those of ``encode``, but a long query is read about once."""
         cut = joining.safe_cut(self.backend, query) if self._local and len(items) > 1 else 0
         if not cut:
-            return self.encode([query + item for item in items])
+            return self.encode([query + item for item in items], add_special_tokens=add_special_tokens)
         # What is special stands before and behind the text's own tokens.
         head, rest = query[:cut], query[cut:]
-        (whole,) = self.encode([head])
+        (whole,) = self.encode([head], add_special_tokens=add_special_tokens)
         (bare,) = self.encode([head], add_special_tokens=False)
         front = next((at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare), None)
         if front is None:  # the text itself begins with several BOS, of which one is kept
@@ -120,7 +121,7 @@ class Prompts:
                 f"temperature is {request.temperature}, which needs apply_softmax: true", param="temperature"
             )
         labels = self._labels(request.label_token_ids, len(items))
-        tokens, offsets = self._tokens(request.query, items, request.item_first)
+        tokens, offsets = self._tokens(request, items)
         count = len(items)
         if labels and isinstance(labels[0], list):
             rows = cast(list[list[int]], labels)
@@ -149,7 +150,7 @@ class Prompts:
         if not isinstance(request.query, str):
             return len(request.query)
         # Its last tokens may come out otherwise at the join with an item.
-        (alone,) = self._tokenizer.encode([request.query])
+        (alone,) = self._tokenizer.encode([request.query], add_special_tokens=request.add_special_tokens)
         return common_prefix(np.asarray(alone, np.int32), batch.tokens[: batch.offsets[1]])
 
     def tokenize(self, texts: Sequence[str], add_special_tokens: bool) -> list[tuple[list[int], list[str]]]:
@@ -208,23 +209,15 @@ class Prompts:
             raise InvalidRequestError(f"{where} names {twice} more than once", param=param, index=index)
 
     def _check_ids(self, ids: list[int], param: str, index: int | None = None) -> None:
-        # On Python's integers, before numpy: 10**30 must be an answer too, not an overflow.
-        if ids and (min(ids) < 0 or max(ids) >= self._vocab_size):
-            wrong = next(i for i in ids if not 0 <= i < self._vocab_size)
-            raise InvalidRequestError(
-                f"Token ID {_short(wrong)} is out of vocabulary (vocab size: {self._vocab_size})",
-                param=param,
-                index=index,
-            )
+        check_ids(ids, self._vocab_size, param, index)
 
-    def _tokens(
-        self, query: str | list[int] | None, items: list[str] | list[list[int]], item_first: bool
-    ) -> tuple[Int32, Int64]:
+    def _tokens(self, request: ScoreRequest, items: list[str] | list[list[int]]) -> tuple[Int32, Int64]:
         """The prompts' ids, packed."""
+        query, item_first = request.query, request.item_first
         if not items:
             return np.zeros(0, np.int32), np.zeros(1, np.int64)
         if isinstance(items[0], str) and not isinstance(query, list):
-            sequences = self._from_text(query or "", cast(list[str], items), item_first)
+            sequences = self._from_text(query or "", cast(list[str], items), item_first, request.add_special_tokens)
         elif isinstance(items[0], list) and not isinstance(query, str):
             sequences = self._from_ids(query or [], cast(list[list[int]], items), item_first)
         else:
@@ -239,7 +232,9 @@ class Prompts:
             parts.append(np.asarray(sequence, np.int32))
         return np.concatenate(parts), _offsets(lengths)
 
-    def _from_text(self, query: str, items: list[str], item_first: bool) -> Iterator[list[int]]:
+    def _from_text(
+        self, query: str, items: list[str], item_first: bool, add_special_tokens: bool
+    ) -> Iterator[list[int]]:
         """Joined as a string first, then tokenised once: tokens at the join come out as the model was trained."""
         start = 0
         while start < len(items):
@@ -248,9 +243,11 @@ class Prompts:
                 characters += len(query) + len(items[stop])
                 stop += 1
             if item_first:
-                sequences = self._tokenizer.encode([item + query for item in items[start:stop]])
+                texts = [item + query for item in items[start:stop]]
+                sequences = self._tokenizer.encode(texts, add_special_tokens=add_special_tokens)
             else:
-                sequences = self._tokenizer.encode_joined(query, items[start:stop])
+                part = items[start:stop]
+                sequences = self._tokenizer.encode_joined(query, part, add_special_tokens=add_special_tokens)
             for index, sequence in enumerate(sequences, start):
                 self._check_ids(sequence, "items", index)  # the tokenizer may have more tokens than the model
                 yield sequence
@@ -286,8 +283,3 @@ class Prompts:
 
 def _offsets(lengths: list[int]) -> Int64:
     return np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
-
-
-def _short(number: int) -> str:
-    text = str(number)
-    return text if len(text) <= 40 else f"{text[:20]}... ({len(text)} digits)"

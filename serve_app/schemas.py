@@ -9,6 +9,7 @@ import difflib
 import json
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
+import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
@@ -29,6 +30,9 @@ Text = Annotated[str, AfterValidator(_encodable)]
 Texts = Annotated[list[Text], Field(fail_fast=True)]
 Ids = Annotated[list[int], Field(fail_fast=True)]
 IdLists = Annotated[list[Ids], Field(fail_fast=True)]
+
+LOWEST = float(np.finfo(np.float32).min)
+"""Stands for a logprob of -inf where JSON must carry it; its exponential is 0.0 too."""
 
 _SHOWN = 60
 """Characters of an offending value that an error message repeats."""
@@ -62,6 +66,7 @@ class ScoreRequest(RequestBody):
         temperature: divides the logprobs before the softmax; other than 1.0 only with ``apply_softmax``.
         model: ``"default"`` or a served name.
         return_token_logprobs: also answer the labels' logprobs over the whole vocabulary, in nats.
+        add_special_tokens: to text, as the tokenizer was trained: BOS, for most. Token ids are taken as they are.
     """
 
     elsewhere: ClassVar[dict[str, str]] = dict.fromkeys(("text_1", "text_2", "queries", "data_1", "documents"), _PAIRS)
@@ -74,6 +79,7 @@ class ScoreRequest(RequestBody):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     model: Text = "default"
     return_token_logprobs: bool = False
+    add_special_tokens: bool = True
 
 
 class PromptTokensDetails(ResponseBody):

@@ -15,10 +15,20 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from serve_app import fanout
+from serve_app.batches import shared_prefix
+from serve_app.completions import Completer, CompletionRequest, CompletionResponse
 from serve_app.contract import BatchResult, JobResult, ModelInfo, ScoreJob, TokenBatch
 from serve_app.errors import DeadlineExceededError, InternalError, NotFoundError, OverloadedError, ScoringError
+from serve_app.generative import (
+    GenerativeScoringRequest,
+    GenerativeScoringResponse,
+    as_response,
+    as_score_request,
+)
 from serve_app.prompts import Prompts, TextTokenizer
+from serve_app.rerank import Reranker, RerankRequest, RerankResponse
 from serve_app.schemas import (
+    LOWEST,
     DetokenizeRequest,
     DetokenizeResponse,
     InfoResponse,
@@ -37,9 +47,6 @@ from serve_app.settings import Settings
 DEFAULT_NAME = "default"
 """Always a name of the served model."""
 
-LOWEST = float(np.finfo(np.float32).min)
-"""Stands for a logprob of -inf where JSON must carry it; its exponential is 0.0 too."""
-
 INLINE_VALUES = 2_000
 """A response with more values, whose softmax takes milliseconds, is made in a thread: the event loop must go on."""
 
@@ -50,6 +57,22 @@ DEMO_PROBE = ([504, 3575, 282, 4649, 314], [7042, 4528], [0.7725, 0.0125])
 """Of the demo model: "The capital of France is", " Paris" and " London", and their probabilities by transformers."""
 
 T = TypeVar("T")
+A = TypeVar("A", covariant=True)
+
+
+class Question(Protocol[A]):
+    """A request once its prompts are built: what an engine is to compute, and how its result becomes an answer."""
+
+    @property
+    def batch(self) -> TokenBatch: ...
+
+    def answer(self, result: BatchResult) -> A:
+        """Runs in a thread.
+
+        Raises:
+            InternalError: the model's output is not finite.
+        """
+        ...
 
 
 class Replicas(Protocol):
@@ -92,6 +115,8 @@ class ScoringService:
         self._info = info
         self._replicas = replicas
         self._prompts = Prompts(tokenizer, info, settings.limits)
+        parts = (settings, tokenizer, info, self._prompts.max_prompt_tokens)
+        self._reranker, self._completer = Reranker(*parts), Completer(*parts)
         self._threads = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenizer")
         self._started = int(time.time())
         self._probe_passed = False
@@ -118,6 +143,33 @@ class ScoringService:
         self._check_model(request.model)
         deadline = time.time() + self._settings.timeout_s
         return await self._in_time(self._score(request, request_id, deadline))
+
+    async def rerank(self, request: RerankRequest, *, request_id: str) -> RerankResponse:
+        """The documents, best first.
+
+        Raises:
+            ScoringError: as ``score``.
+        """
+        return await self._ask(request.model, partial(self._reranker.prepare, request, request_id), request_id)
+
+    async def complete(self, request: CompletionRequest, *, request_id: str) -> CompletionResponse:
+        """Logprobs of prompts, and their likeliest next tokens.
+
+        Raises:
+            ScoringError: as ``score``.
+        """
+        return await self._ask(request.model, partial(self._completer.prepare, request, request_id), request_id)
+
+    async def generative_scoring(
+        self, request: GenerativeScoringRequest, *, request_id: str
+    ) -> GenerativeScoringResponse:
+        """As ``score``, in vLLM's shape.
+
+        Raises:
+            ScoringError: as ``score``.
+        """
+        answer = await self.score(as_score_request(request), request_id=request_id)
+        return as_response(answer, request.request_id or request_id)
 
     async def tokenize(self, request: TokenizeRequest) -> TokenizeResponse:
         """Ids and pieces of text, as ``score`` would see them."""
@@ -205,6 +257,22 @@ class ScoringService:
     def close(self) -> None:
         """Stop the tokenizer's threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _ask(self, model: str, prepare: Callable[[], Question[A]], request_id: str) -> A:
+        """The answer to what ``prepare`` asks; it runs in a thread."""
+        self._check_model(model)
+        deadline = time.time() + self._settings.timeout_s
+        return await self._in_time(self._answer(prepare, request_id, deadline))
+
+    async def _answer(self, prepare: Callable[[], Question[A]], request_id: str, deadline: float) -> A:
+        question = await self._in_thread(prepare)
+        batch = question.batch
+        if len(batch.read_positions) == 0:
+            result = BatchResult(np.zeros(0, np.float32), np.zeros(batch.num_sequences, np.int32))
+        else:
+            several = batch.num_sequences > 1 and self._replicas.count > 1
+            result = await self._compute(batch, shared_prefix(batch) if several else 0, request_id, deadline)
+        return await self._in_thread(partial(question.answer, result))
 
     async def _score(self, request: ScoreRequest, request_id: str, deadline: float) -> ScoreResponse:
         batch, prefix_tokens = await self._in_thread(partial(self._prepare, request))

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from serve_app.templates import TEMPLATES, RerankTemplate
 
 
 class _Frozen(BaseModel):
@@ -56,7 +58,18 @@ class Settings(_Frozen):
     stall_s: Annotated[float, Field(gt=0)] = 300.0
     """A batch that is in the engine for longer makes the replica unhealthy, and Serve replaces it."""
 
+    rerank_template: str | RerankTemplate | None = None
+    """Of ``/v1/rerank``: a name in ``templates.py``, or a template itself. None: by the model's name, else a plain
+    one."""
+
     limits: Limits = Limits()
+
+    @field_validator("rerank_template")
+    @classmethod
+    def _known(cls, template: str | RerankTemplate | None) -> str | RerankTemplate | None:
+        if isinstance(template, str) and template not in TEMPLATES:
+            raise ValueError(f"there is no template {template!r}; the names are {', '.join(TEMPLATES)}")
+        return template
 
     @property
     def name(self) -> str:

@@ -38,6 +38,16 @@ class Http:
         assert error["message"]
         return error
 
+    def nested(self, response: httpx.Response, status: int) -> dict[str, Any]:
+        """The error of a body in OpenAI's shape."""
+        assert response.status_code == status, response.text
+        assert set(response.json()) == {"error"}
+        error = response.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["code"] == status
+        assert error["message"]
+        return error
+
     async def ids(self, text: str) -> list[int]:
         response = await self.client.post("/tokenize", json={"prompt": text})
         return response.json()["tokens"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -22,9 +24,14 @@ from tests.boundary.asking import Http
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas, save_tokenizer
 
 GOOD: dict[str, Any] = {"query": "the ", "items": ["fox", "dog"], "label_token_ids": [5, 7]}
+OTHERS: dict[str, dict[str, Any]] = {
+    "/v1/rerank": {"query": "the ", "documents": ["fox", {"text": "dog"}]},
+    "/v1/completions": {"prompt": ["fox", "dog"], "max_tokens": 1, "logprobs": 1, "echo": True},
+    "/generative_scoring": GOOD,
+}
 GOOD_BODY = json.dumps(GOOD).encode()
 FAKE = Settings(model="fake-judge", engine="fake")
-PATHS = st.sampled_from(["/v1/score", "/tokenize", "/detokenize"])
+PATHS = st.sampled_from(["/v1/score", "/tokenize", "/detokenize", *OTHERS])
 
 # The fixture is one service for all examples, on purpose: it must survive them.
 HOSTILE = settings(
@@ -53,17 +60,22 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "prompt": st.text(max_size=20) | texts | anything,
     "tokens": id_lists | anything,
     "add_special_tokens": st.booleans() | anything,
+    "documents": texts | st.lists(st.fixed_dictionaries({"text": st.text(max_size=20)}), max_size=3) | anything,
+    "top_n": st.integers(-1, 3) | anything,
+    "max_tokens": st.integers(-1, 2) | anything,
+    "logprobs": st.integers(-1, 2) | anything,
+    "echo": st.booleans() | anything,
     "unknown": anything,
 }
 
 
 @st.composite
-def almost_right(draw: st.DrawFn) -> dict[str, Any]:
+def almost_right(draw: st.DrawFn, good: Mapping[str, Any] = GOOD) -> dict[str, Any]:
     """A good request with up to three fields made wrong, or one left out."""
-    request = dict(GOOD)
+    request = dict(good)
     for field in draw(st.lists(st.sampled_from(sorted(FIELDS)), max_size=3)):
         request[field] = draw(FIELDS[field])
-    left_out = draw(st.none() | st.sampled_from(sorted(GOOD)))
+    left_out = draw(st.none() | st.sampled_from(sorted(good)))
     request.pop(left_out, None)
     return request
 
@@ -88,7 +100,8 @@ async def survives(http: Http, path: str, body: bytes) -> None:
                 assert all(0 <= value <= 1 for value in row)
     else:
         assert response.status_code in (400, 404, 413), response.text
-        http.flat(response, response.status_code)
+        shape = http.nested if path == "/v1/completions" else http.flat
+        shape(response, response.status_code)
         assert len(response.content) < 2000
     answer = await http.score(**GOOD)
     assert [len(row) for row in answer["scores"]] == [2, 2]
@@ -110,6 +123,13 @@ async def test_json(http: Http, path: str, value: Any):
 @given(request=almost_right())
 async def test_almost_right_requests(http: Http, request: dict[str, Any]):
     await survives(http, "/v1/score", json.dumps(request).encode())
+
+
+@settings(HOSTILE, max_examples=100)
+@pytest.mark.parametrize("path", OTHERS)
+@given(data=st.data())
+async def test_almost_right_requests_of_other_routes(http: Http, path: str, data: st.DataObject):
+    await survives(http, path, json.dumps(data.draw(almost_right(OTHERS[path]))).encode())
 
 
 @cache

@@ -15,6 +15,7 @@ from serve_app import model_source
 from serve_app.app import build
 from serve_app.client import ScoreClient
 from serve_app.settings import Settings
+from serve_app.templates import PLAIN, TEMPLATES
 from tests.e2e.conftest import mapped_files, replica_process
 from tests.parity.cases import HAVE_TORCH
 
@@ -50,23 +51,67 @@ def test_a_sentiment_question_is_answered_with_sense(client: httpx.Client) -> No
     assert good[0] > 0.5 > bad[0]
 
 
-@pytest.mark.skipif(not HAVE_TORCH, reason="torch, the reference, is not installed")
-def test_scores_are_those_of_transformers(client: httpx.Client) -> None:
+@pytest.fixture(scope="module")
+def transformers() -> Callable[[str], tuple[list[int], np.ndarray]]:
+    """A text's ids, and the logprobs over the vocabulary after each of them, [T, V], by transformers in float32."""
+    if not HAVE_TORCH:
+        pytest.skip("torch, the reference, is not installed")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = model_source.resolve("demo")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def read(text: str) -> tuple[list[int], np.ndarray]:
+        ids = tokenizer(text).input_ids
+        with torch.no_grad():
+            return ids, torch.log_softmax(model(torch.tensor([ids])).logits[0], -1).numpy()
+
+    return read
+
+
+Reference = Callable[[str], tuple[list[int], np.ndarray]]
+
+
+def test_scores_are_those_of_transformers(client: httpx.Client, transformers: Reference) -> None:
     labels = [9230, 2838, 0, 49_151]
     body = {"query": QUESTION, "items": REVIEWS, "item_first": True, "label_token_ids": labels}
     answer = client.post("/v1/score", json={**body, "return_token_logprobs": True}).json()
     for review, scores, logprobs in zip(REVIEWS, answer["scores"], answer["token_logprobs"], strict=True):
-        with torch.no_grad():
-            logits = model(**tokenizer(review + QUESTION, return_tensors="pt")).logits[0, -1]
-        wanted = torch.log_softmax(logits, -1)[labels].numpy()
+        wanted = transformers(review + QUESTION)[1][-1, labels]
         np.testing.assert_allclose(logprobs, wanted, rtol=0, atol=1e-4)
         np.testing.assert_allclose(scores, np.exp(wanted), rtol=2e-4)
+
+
+def test_documents_are_ranked_by_transformers_share_of_yes(client: httpx.Client, transformers: Reference) -> None:
+    query = "What is the capital of France?"
+    documents = ["Bananas are rich in potassium.", "Paris is the capital of France.", "Berlin lies on the Spree."]
+    answer = client.post("/v1/rerank", json={"query": query, "documents": documents}).json()
+    (yes, _), (no, _) = transformers(" yes"), transformers(" no")
+    for result in answer["results"]:
+        template = TEMPLATES[PLAIN]
+        texts = {"instruct": template.instruct, "query": query, "document": documents[result["index"]]}
+        _, logprobs = transformers(template.prompt.format(**texts))
+        p_yes, p_no = np.exp(logprobs[-1, [*yes, *no]])
+        assert result["relevance_score"] == pytest.approx(p_yes / (p_yes + p_no), rel=2e-4)
+    assert answer["results"][0]["index"] == 1
+
+
+def test_every_token_of_a_prompt_has_transformers_logprob(client: httpx.Client, transformers: Reference) -> None:
+    prompts = [f"{QUESTION} {review}" for review in REVIEWS]
+    body = {"prompt": prompts, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0, "seed": 1234}
+    answer = client.post("/v1/completions", json=body).json()
+    for prompt, choice in zip(prompts, answer["choices"], strict=True):
+        ids, logprobs = transformers(prompt)
+        told = choice["logprobs"]
+        own = logprobs[np.arange(len(ids) - 1), ids[1:]]
+        np.testing.assert_allclose(told["token_logprobs"][1:-1], own, rtol=0, atol=1e-4)
+        highest = [max(top.values()) for top in told["top_logprobs"][1:]]
+        np.testing.assert_allclose(highest, logprobs.max(-1), rtol=0, atol=1e-4)
+        greedy = [a == b for a, b in zip(told["token_logprobs"][1:-1], highest[:-1], strict=True)]
+        assert greedy == (logprobs.argmax(-1)[:-1] == ids[1:]).tolist()
+        assert told["token_logprobs"][-1] == highest[-1]
 
 
 @pytest.mark.parametrize("kind", ["text", "ids"])

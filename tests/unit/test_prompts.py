@@ -99,7 +99,9 @@ class TestText:
     ):
         calls: list[int] = []
         encode = tokenizer.encode
-        monkeypatch.setattr(tokenizer, "encode", lambda texts: calls.append(len(texts)) or encode(texts))
+        monkeypatch.setattr(
+            tokenizer, "encode", lambda texts, **options: calls.append(len(texts)) or encode(texts, **options)
+        )
         with pytest.raises(InvalidRequestError, match=r"items\[0\]: the prompt has"):
             prepare(tokenizer, query="x " * 2**19, items=["a"] * 1000)
         assert calls == [1]

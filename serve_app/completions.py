@@ -1,0 +1,323 @@
+"""Log-likelihoods in OpenAI's shape: ``/v1/completions``, prefill only.
+
+``echo`` with ``logprobs`` tells what the model thinks of each token of a prompt, which is what evaluation harnesses ask
+for. The distribution after every position is read on the engine, one target each; no [positions, vocabulary] array
+exists anywhere. At most one token comes after a prompt: the likeliest, which its prefill has found anyway.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Annotated, Any, Literal, cast
+
+import numpy as np
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
+
+from serve_app.checks import check_ids
+from serve_app.contract import BatchResult, ModelInfo, TokenBatch
+from serve_app.errors import InternalError, InvalidRequestError, TooLargeError
+from serve_app.prompts import TextTokenizer
+from serve_app.schemas import LOWEST, IdLists, Ids, PromptTokensDetails, RequestBody, ResponseBody, Text, Texts, Usage
+from serve_app.settings import Settings
+
+
+def _one_at_most(count: int) -> int:
+    if not 0 <= count <= 1:
+        raise PydanticCustomError("one_token", "0 or 1, since this service prefills prompts and never generates text")
+    return count
+
+
+def _likeliest_only(count: int) -> int:
+    if not 0 <= count <= 1:
+        raise PydanticCustomError("one_logprob", "0 or 1: at most the likeliest token is told beside the prompt's own")
+    return count
+
+
+def _greedy(temperature: float) -> float:
+    if temperature:
+        raise PydanticCustomError("greedy", "0 or left out, since the one token is the likeliest and never sampled")
+    return temperature
+
+
+Prompt = str | list[str] | list[int] | list[list[int]]
+
+_ZERO_OR_ONE: dict[str, Any] = {"minimum": 0, "maximum": 1}
+
+
+class CompletionRequest(RequestBody):
+    """Logprobs of prompts, and their likeliest next tokens: ``POST /v1/completions``.
+
+    Attributes:
+        prompt: one or several, as text or token ids.
+        max_tokens: 0, or 1 for the likeliest next token.
+        echo: begin the answer's text, and its logprobs, with the prompt.
+        logprobs: 0: of the answer's tokens; 1: also of the likeliest token in each place. None: no logprobs.
+        temperature: 0, which is also the default.
+        n, stream: only these values.
+        seed, top_p, user: without effect, since nothing is sampled.
+    """
+
+    model: Text = "default"
+    prompt: Annotated[Text | Texts | Ids | IdLists, Field(union_mode="left_to_right")]
+    max_tokens: Annotated[int, AfterValidator(_one_at_most), Field(json_schema_extra=_ZERO_OR_ONE)]
+    echo: bool = False
+    logprobs: Annotated[int, AfterValidator(_likeliest_only), Field(json_schema_extra=_ZERO_OR_ONE)] | None = None
+    temperature: Annotated[float, AfterValidator(_greedy), Field(json_schema_extra={"const": 0})] | None = None
+    n: Literal[1] | None = None
+    stream: Literal[False] | None = None
+    seed: int | None = None
+    top_p: float | None = None
+    user: Text | None = None
+
+
+class CompletionLogprobs(ResponseBody):
+    """Of each token of the answer, in nats over the whole vocabulary.
+
+    Attributes:
+        tokens: their text.
+        token_logprobs: None for a prompt's first token, which nothing comes before.
+        top_logprobs: with ``logprobs: 1``, for each place the token that stands there and the likeliest one.
+        text_offset: characters before each token, in the concatenation of ``tokens``.
+    """
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    text_offset: list[int]
+    top_logprobs: list[dict[str, float] | None] | None = None
+
+
+class CompletionChoice(ResponseBody):
+    """The answer to one prompt."""
+
+    text: str
+    index: int
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: Literal["length"] = "length"
+
+
+class CompletionResponse(ResponseBody):
+    """One choice a prompt, in order."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class OpenAIError(ResponseBody):
+    """What ``OpenAIErrorResponse`` holds."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class OpenAIErrorResponse(ResponseBody):
+    """The shape of errors on this route, which OpenAI's clients expect."""
+
+    error: OpenAIError
+
+
+class Completer:
+    """Builds the prompts of completion requests."""
+
+    def __init__(self, settings: Settings, tokenizer: TextTokenizer, info: ModelInfo, max_prompt_tokens: int) -> None:
+        self._name = settings.name
+        self._limits = settings.limits
+        self._tokenizer = tokenizer
+        self._vocab_size = info.vocab_size
+        self._max_prompt_tokens = max_prompt_tokens
+
+    def prepare(self, request: CompletionRequest, request_id: str) -> CompletionQuestion:
+        """One sequence a prompt. Read at every position whose next token is asked about.
+
+        Raises:
+            InvalidRequestError: ids or lengths are wrong.
+            TooLargeError: more prompts or tokens than the limits allow.
+        """
+        texts, sequences = self._prompts(request.prompt)
+        rated = request.echo and request.logprobs is not None
+        arrays = [np.asarray(ids, np.int32) for ids in sequences]
+        # Each position has the next token for a target; the last has none, and is read for its likeliest.
+        firsts = [0 if rated else len(ids) - 1 for ids in arrays]
+        reads = [
+            np.arange(first, len(ids) - 1 + request.max_tokens, dtype=np.int32)
+            for first, ids in zip(firsts, arrays, strict=True)
+        ]
+        targets = [ids[first + 1 :] for first, ids in zip(firsts, arrays, strict=True)]
+        target_counts = [np.arange(len(at)) < len(own) for at, own in zip(reads, targets, strict=True)]
+        batch = TokenBatch(
+            tokens=np.concatenate(arrays),
+            offsets=np.cumsum([0, *map(len, arrays)], dtype=np.int64),
+            read_sequences=np.repeat(np.arange(len(arrays), dtype=np.int32), [len(at) for at in reads]),
+            read_positions=np.concatenate(reads),
+            targets=np.concatenate(targets),
+            target_offsets=np.concatenate(
+                [np.zeros(1, np.int64), np.cumsum(np.concatenate(target_counts), dtype=np.int64)]
+            ),
+            argmax=request.max_tokens == 1 or (rated and request.logprobs == 1),
+        )
+        return CompletionQuestion(batch, request, texts, self._tokenizer, self._name, request_id)
+
+    def _prompts(self, prompt: Prompt) -> tuple[list[str | None], list[list[int]]]:
+        """Of each prompt the text, where it came as text, and the ids."""
+        if not prompt and not isinstance(prompt, str):
+            raise InvalidRequestError("prompt is an empty list; send at least one prompt", param="prompt")
+        if isinstance(prompt, str):
+            prompt = [prompt]
+        elif isinstance(prompt[0], int):
+            prompt = [cast(list[int], prompt)]
+        if len(prompt) > self._limits.max_items:
+            raise TooLargeError(
+                f"prompt has {len(prompt)} entries; this service takes at most {self._limits.max_items}; "
+                "split the request",
+                param="prompt",
+            )
+        if isinstance(prompt[0], str):
+            texts = cast(list[str], prompt)
+            sequences = self._tokenizer.encode(texts)
+        else:
+            texts = [None] * len(prompt)
+            sequences = cast(list[list[int]], prompt)
+        total = 0
+        for index, ids in enumerate(sequences):
+            check_ids(ids, self._vocab_size, "prompt", index)
+            total += len(ids)
+            if not 0 < len(ids) <= self._max_prompt_tokens:
+                raise InvalidRequestError(
+                    f"prompt[{index}] has {len(ids)} tokens; this model reads 1 to {self._max_prompt_tokens}",
+                    param="prompt",
+                    index=index,
+                )
+            if total > self._limits.max_request_tokens:
+                raise TooLargeError(
+                    f"the prompts up to prompt[{index}] have {total} tokens; a request may have at most "
+                    f"{self._limits.max_request_tokens}; split the request",
+                    param="prompt",
+                )
+        return list(texts), sequences
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionQuestion:
+    """A completion request once its prompts are built; ``texts`` are those of prompts that came as text."""
+
+    batch: TokenBatch
+    request: CompletionRequest
+    texts: Sequence[str | None]
+    tokenizer: TextTokenizer
+    model: str
+    request_id: str
+
+    def answer(self, result: BatchResult) -> CompletionResponse:
+        """The engine's values as OpenAI shows them.
+
+        Raises:
+            InternalError: the model's output for a prompt is not finite.
+        """
+        batch = self.batch
+        prompts = range(batch.num_sequences)
+        read_bounds = np.searchsorted(batch.read_sequences, np.arange(len(prompts) + 1)).tolist()
+        offsets, target_offsets = batch.offsets.tolist(), batch.target_offsets.tolist()
+        choices: list[CompletionChoice] = []
+        for index, (start, stop), (first, last) in zip(prompts, pairwise(offsets), pairwise(read_bounds), strict=True):
+            prompt = _Read(
+                ids=batch.tokens[start:stop].tolist(),
+                logprobs=result.values[target_offsets[first] : target_offsets[last]].tolist(),
+                argmax=result.argmax[first:last].tolist(),
+                argmax_logprobs=result.argmax_values[first:last].tolist(),
+            )
+            if not all(value < math.inf for value in (*prompt.logprobs, *prompt.argmax_logprobs)):  # NaN is not, either
+                raise InternalError(
+                    f"prompt[{index}]: the model's output is not finite, so there is no logprob; leave this prompt out",
+                    param="prompt",
+                    index=index,
+                )
+            choices.append(self._choice(index, prompt))
+        prompt_tokens, generated = len(batch.tokens), len(prompts) * self.request.max_tokens
+        cached = prompt_tokens - int(result.computed_tokens.sum())
+        return CompletionResponse(
+            id=f"cmpl-{self.request_id}",
+            created=int(time.time()),
+            model=self.model,
+            choices=choices,
+            usage=Usage(
+                prompt_tokens=prompt_tokens,
+                completion_tokens=generated,
+                total_tokens=prompt_tokens + generated,
+                prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
+            ),
+        )
+
+    def _choice(self, index: int, prompt: _Read) -> CompletionChoice:
+        request = self.request
+        generated = prompt.argmax[-request.max_tokens :] if request.max_tokens else []
+        text = ""
+        if request.echo:
+            given = self.texts[index]
+            text = self.tokenizer.decode(prompt.ids) if given is None else given
+        text += "".join(self._added(prompt.ids[-1:][: len(generated)], generated))
+        if request.logprobs is None:
+            return CompletionChoice(text=text, index=index, logprobs=None)
+        nats = [*prompt.logprobs, *prompt.argmax_logprobs[len(prompt.argmax) - len(generated) :]]
+        shown = [*prompt.ids[1:], *generated] if request.echo else generated
+        before = [*prompt.ids, *generated][-len(shown) - 1 : -1] if shown else []
+        tokens = self._added(before, shown)
+        top: list[dict[str, float] | None] | None = None
+        if request.logprobs:
+            likeliest = self._added(before, prompt.argmax)
+            rows = zip(shown, tokens, nats, prompt.argmax, likeliest, prompt.argmax_logprobs, strict=True)
+            top = [_top(*row) for row in rows]
+        known: list[float | None] = [max(value, LOWEST) for value in nats]
+        if request.echo:
+            tokens, known = [self.tokenizer.decode(prompt.ids[:1]), *tokens], [None, *known]
+            top = None if top is None else [None, *top]
+        lengths = [len(token) for token in tokens]
+        logprobs = CompletionLogprobs(
+            tokens=tokens,
+            token_logprobs=known,
+            top_logprobs=top,
+            text_offset=[0, *accumulate(lengths)][: len(lengths)],
+        )
+        return CompletionChoice(text=text, index=index, logprobs=logprobs)
+
+    def _added(self, before: Sequence[int], ids: Sequence[int]) -> list[str]:
+        """The text that each id adds behind the one before it: some decoders strip a space from a text's beginning."""
+        decode = self.tokenizer.backend.decode_batch
+        left = decode([[i] for i in before], skip_special_tokens=False)
+        alone = decode([[i] for i in ids], skip_special_tokens=False)
+        both = decode([list(pair) for pair in zip(before, ids, strict=True)], skip_special_tokens=False)
+        return [
+            # A part of a character has no text of its own, and changes that of the part before it.
+            (whole[len(front) :] or own) if whole.startswith(front) else own
+            for front, own, whole in zip(left, alone, both, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What the engine told of one prompt: logprobs of its own tokens but the first, and each read's likeliest token."""
+
+    ids: list[int]
+    logprobs: list[float]
+    argmax: list[int]
+    argmax_logprobs: list[float]
+
+
+def _top(
+    token: int, text: str, logprob: float, likeliest: int, likeliest_text: str, highest: float
+) -> dict[str, float]:
+    """The token in a place, and the likeliest one there: the same if the token's logprob is the highest of the two."""
+    logprob = max(logprob, LOWEST)
+    if token == likeliest:
+        return {text: logprob}
+    # Different ids may have the same text, and the highest must not be lost.
+    return {text: logprob} | {likeliest_text: max(highest, logprob)}

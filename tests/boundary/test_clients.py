@@ -1,0 +1,116 @@
+"""Packages that people have in their code already, as they come from PyPI, over real HTTP."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+import uvicorn
+
+from serve_app.fake_engine import FakeEngine
+from serve_app.ingress import create_app
+from serve_app.prompts import TextTokenizer
+from serve_app.service import ScoringService
+from serve_app.settings import Settings
+from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas, save_tokenizer
+
+QUERY = "who is lazy?"
+DOCUMENTS = ["the fox", "the dog", "yes", "a cat"]
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    engine = FakeEngine(VOCAB_SIZE, CONTEXT)
+    tokenizer = TextTokenizer.load(save_tokenizer(tmp_path_factory.mktemp("tokenizer"), adds_bos=False))
+    settings = Settings(model="fake-judge", aliases=("rerank-v3.5",), engine="fake")
+    service = ScoringService(settings, tokenizer, engine.info, DirectReplicas(engine))
+    server = uvicorn.Server(uvicorn.Config(create_app(lambda: service), port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+    service.close()
+
+
+@pytest.fixture(scope="module")
+def ranking(url: str) -> list[tuple[int, float]]:
+    """What the service itself says."""
+    answer = httpx.post(f"{url}/v1/rerank", json={"query": QUERY, "documents": DOCUMENTS}).json()
+    return [(result["index"], result["relevance_score"]) for result in answer["results"]]
+
+
+class TestCohere:
+    def test_both_versions_of_its_client(self, url: str, ranking: list[tuple[int, float]]):
+        cohere = pytest.importorskip("cohere")
+        for client in (cohere.ClientV2(api_key="none", base_url=url), cohere.Client(api_key="none", base_url=url)):
+            answer = client.rerank(model="rerank-v3.5", query=QUERY, documents=DOCUMENTS, top_n=3)
+            assert [(result.index, result.relevance_score) for result in answer.results] == ranking[:3]
+            assert answer.id
+            assert answer.meta.tokens.input_tokens > 0
+
+    def test_objects_and_their_text(self, url: str):
+        cohere = pytest.importorskip("cohere")
+        documents = [{"text": text, "title": "none"} for text in DOCUMENTS]
+        client = cohere.Client(api_key="none", base_url=url)
+        answer = client.rerank(model="rerank-v3.5", query=QUERY, documents=documents, return_documents=True)
+        for result in answer.results:
+            assert result.document.text == DOCUMENTS[result.index]
+
+    def test_its_errors(self, url: str):
+        cohere = pytest.importorskip("cohere")
+        client = cohere.ClientV2(api_key="none", base_url=url)
+        with pytest.raises(cohere.errors.NotFoundError, match="fake-judge"):
+            client.rerank(model="rerank-v2", query=QUERY, documents=DOCUMENTS)
+        with pytest.raises(cohere.errors.BadRequestError, match="top_n"):
+            client.rerank(model="rerank-v3.5", query=QUERY, documents=DOCUMENTS, top_n=0)
+
+
+def test_llama_index(url: str, ranking: list[tuple[int, float]]):
+    package = pytest.importorskip("llama_index.postprocessor.cohere_rerank")
+    schema = pytest.importorskip("llama_index.core.schema")
+    nodes = [schema.NodeWithScore(node=schema.TextNode(text=text), score=0.0) for text in DOCUMENTS]
+    reranker = package.CohereRerank(api_key="none", base_url=url, model="rerank-v3.5", top_n=2)
+    best = reranker.postprocess_nodes(nodes, query_str=QUERY)
+    assert [(DOCUMENTS.index(node.text), node.score) for node in best] == ranking[:2]
+
+
+def test_langchain(url: str, ranking: list[tuple[int, float]]):
+    package = pytest.importorskip("langchain_cohere")
+    from langchain_core.documents import Document
+
+    reranker = package.CohereRerank(cohere_api_key="none", base_url=url, model="rerank-v3.5", top_n=2)
+    best = reranker.compress_documents([Document(page_content=text) for text in DOCUMENTS], QUERY)
+    found = [(DOCUMENTS.index(document.page_content), document.metadata["relevance_score"]) for document in best]
+    assert found == ranking[:2]
+
+
+class TestOpenAI:
+    def test_completions(self, url: str):
+        openai = pytest.importorskip("openai")
+        client = openai.OpenAI(api_key="none", base_url=f"{url}/v1")
+        answer = client.completions.create(
+            model="fake-judge", prompt=["the fox", "a dog"], max_tokens=1, echo=True, logprobs=1, temperature=0
+        )
+        assert [choice.index for choice in answer.choices] == [0, 1]
+        for choice, prompt in zip(answer.choices, ["the fox", "a dog"], strict=True):
+            assert choice.text.startswith(prompt)
+            assert choice.logprobs.token_logprobs[0] is None
+            assert all(value <= 0 for value in choice.logprobs.token_logprobs[1:])
+            assert "".join(choice.logprobs.tokens) == choice.text
+        assert answer.usage.completion_tokens == 2
+        assert [model.id for model in client.models.list()] == ["fake-judge", "rerank-v3.5"]
+
+    def test_its_errors(self, url: str):
+        openai = pytest.importorskip("openai")
+        client = openai.OpenAI(api_key="none", base_url=f"{url}/v1", max_retries=0)
+        with pytest.raises(openai.BadRequestError, match="never generates text") as caught:
+            client.completions.create(model="fake-judge", prompt="a", max_tokens=16)
+        assert (caught.value.param, caught.value.type) == ("max_tokens", "BadRequestError")
+        with pytest.raises(openai.NotFoundError, match="fake-judge"):
+            client.completions.create(model="gpt-3.5-turbo-instruct", prompt="a", max_tokens=1)
