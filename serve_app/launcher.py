@@ -30,6 +30,19 @@ APP_NAME = "score"
 MIN_FREE_BYTES = 2 * 2**30
 """On the disk of Ray's temporary files, which Ray fills with logs and, if memory is short, with requests."""
 
+FAST_FRONT = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # Ray's gRPC takes messages of at most 4 MiB, and a job of some thousand long prompts has more.
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0",
+    # The scorers' log tells how far they are; a buffered line would come too late.
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
+}
+"""Serve's HAProxy front in place of its Python proxy. Serve reads these where Ray is imported, on every node. What is
+set already stays as it is."""
+
+STATISTICS_PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
+
 Say = Callable[[str], None]
 
 
@@ -37,8 +50,13 @@ class LaunchError(Exception):
     """The service cannot start. The message says why and what to do."""
 
 
-def run(settings: Settings, *, host: str, port: int) -> None:
+def run(settings: Settings, *, host: str, port: int, fast_front: bool = False) -> None:
     """Serve until SIGINT or SIGTERM, then stop every process that was started.
+
+    Args:
+        fast_front: HAProxy in front of the service in place of Serve's own proxy. It costs a request some milliseconds
+            less. Its statistics listen on all interfaces whatever ``host`` says, and while the only front end is being
+            replaced it answers 500 at once where the proxy lets requests wait.
 
     Raises:
         LaunchError: the port is taken, the disk is full, or a replica cannot start.
@@ -54,6 +72,12 @@ def run(settings: Settings, *, host: str, port: int) -> None:
             if not console.is_terminal:
                 console.print(line)
 
+        if fast_front:
+            for name, value in FAST_FRONT.items():
+                os.environ.setdefault(name, value)
+            # Ray's own choice are two fixed ports, which a second service on this machine would share.
+            statistics = [os.environ.setdefault(name, str(free_port())) for name in STATISTICS_PORTS]
+            say(f"HAProxy in front; its statistics are on ports {' and '.join(statistics)} of all interfaces")
         check_port(host, port)
         check_disk(Path(tempfile.gettempdir()))
         model_source.resolve(settings.model, settings.revision, say=say)
@@ -68,6 +92,13 @@ def run(settings: Settings, *, host: str, port: int) -> None:
             except KeyboardInterrupt:
                 say("stopping, after the requests in flight; Ctrl-C again drops them")
                 drain()
+
+
+def free_port() -> int:
+    """One that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
 
 
 def check_port(host: str, port: int) -> None:
@@ -185,6 +216,7 @@ def _service(settings: Settings, host: str, port: int, say: Say) -> Generator[Pa
     with tempfile.TemporaryDirectory(prefix="score-serve-", ignore_cleanup_errors=True) as logs:
         try:
             ray.init(  # pyright: ignore[reportUnknownMemberType]
+                "local",  # even where another Ray runs on this machine
                 # A laptop with fewer cores than the replicas ask for runs them all the same.
                 num_cpus=max(os.cpu_count() or 1, math.ceil(needed)),
                 include_dashboard=False,
