@@ -5,6 +5,7 @@ the pages of the prefix cache; the group's rows run in packed calls that return 
 the head turns those into logits and, where asked, log-probabilities. What is compiled is in ``model.programs``.
 """
 
+import bisect
 import concurrent.futures
 import itertools
 import os
@@ -123,7 +124,7 @@ class Engine:
         self._config = model_config
         self._dtype = jnp.dtype(dtype)
         self._longest = min(model_config.context_length, max_prompt_tokens or model_config.context_length)
-        self._chunks = chunks
+        self._chunks = chunks[: bisect.bisect_left(chunks, self._longest) + 1]
         width = min(max_row_tokens, -(-self._longest // 16) * 16)
         self._ladder = plan.shapes(width, max(call_tokens, width))
         self._slots = -(-self._longest // PAGE_TOKENS) + 1
@@ -397,6 +398,7 @@ def load(
     by_layer: bool | None = None,
     progress: Progress | None = None,
     max_prompt_tokens: int | None = None,
+    compiled_folder: Path | None = None,
     **sizes: Any,
 ) -> Engine:
     """Read a checkpoint in Hugging Face layout onto the device; ``warmup`` comes after.
@@ -407,6 +409,7 @@ def load(
         implementation: of attention, see ``model.attention``.
         by_layer: how the layers run, see ``model.programs``; None: by layer on CPU.
         max_prompt_tokens: see ``Engine``, as for ``sizes``.
+        compiled_folder: keeps compiled programs for the next start, see ``model.compiled``.
 
     Raises:
         ConfigError: a config key or architecture that is not known.
@@ -437,7 +440,7 @@ def load(
         return nnx.from_flat_state([(path, leaf.replace(arrays[*place, *path])) for path, leaf in leaves])
 
     def programs(pool: jax.ShapeDtypeStruct, slots: int) -> Programs:
-        common = (parsed, abstract, state(abstract.ends[1]), pool, slots)
+        common = (parsed, abstract, state(abstract.ends[1]), pool, slots, compiled_folder)
         block = abstract.block[1]
         if by_layer:
             return LayerPrograms(*common, layers=[state(block, "blocks", layer) for layer in range(parsed.layers)])

@@ -39,8 +39,8 @@ class Shape:
 
     @property
     def reads(self) -> int:
-        """Read positions that one call has room for: all in a small call, an eighth of a large one."""
-        return self.tokens if self.tokens <= 2 * SMALLEST_CALL else max(2 * SMALLEST_CALL, self.tokens // 8)
+        """Read positions that one call has room for."""
+        return reads_of(self.tokens)
 
     @property
     def cost(self) -> float:
@@ -49,6 +49,11 @@ class Shape:
 
     def __str__(self) -> str:
         return f"{self.bins}x{self.width}"
+
+
+def reads_of(tokens: int) -> int:
+    """Read positions that a call of ``tokens`` has room for: all in a small call, an eighth of a large one."""
+    return tokens if tokens <= 2 * SMALLEST_CALL else max(2 * SMALLEST_CALL, tokens // 8)
 
 
 def position_cost(width: int) -> float:

@@ -6,6 +6,7 @@ loop over stacked layers within one program, for devices where a launch is dear 
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,11 +16,12 @@ import numpy.typing as npt
 from flax import nnx
 from jax import lax
 
+from model import compiled
 from model.attention import Context, to_pool
 from model.config import ModelConfig
 from model.logprobs import log_normalizer, target_logits
 from model.pages import PAGE_TOKENS
-from model.plan import Shape
+from model.plan import Shape, reads_of
 from model.registry import Abstract
 
 Size = Shape | int
@@ -57,17 +59,27 @@ class Programs:
         ends: parameters of ``Family.ends``.
         pool: shape and dtype of the page pool, [pages, L, 2, K, page, H].
         slots: entries of a page table.
+        folder: of compiled programs, see ``model.compiled``.
     """
 
     def __init__(
-        self, config: ModelConfig, abstract: Abstract, ends: State, pool: jax.ShapeDtypeStruct, slots: int
+        self,
+        config: ModelConfig,
+        abstract: Abstract,
+        ends: State,
+        pool: jax.ShapeDtypeStruct,
+        slots: int,
+        folder: Path | None,
     ) -> None:
         self._config = config
         self._ends_graph, self._block_graph = abstract.ends[0], abstract.block[0]
+        self._code = f"{type(self).__name__} {self._ends_graph} {self._block_graph}"
+        """With a program's kind and size it tells what is computed; the graphs hold all constants of the config."""
         self._ends = ends
         self._dtype = jax.tree.leaves(ends)[0].dtype
         self._pool = pool
         self._slots = slots
+        self._folder = folder
         self._compiled: dict[tuple[str, Size], Callable[..., Any]] = {}
         self.compilations = 0
 
@@ -105,10 +117,10 @@ class Programs:
         return self._compiled.get((kind, size)) or self.compile(kind, size)
 
     def compile(self, kind: str, size: Size) -> Callable[..., Any]:
-        """Build one program for one size."""
+        """Build, or find on disk, one program for one size."""
         function, arguments, donated = self._definition(kind, size)
         with jax.default_matmul_precision("highest" if self._dtype == jnp.float32 else "default"):
-            program = jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
+            program = compiled.program(f"{kind} {size} {self._code}", function, arguments, donated, self._folder)
         self.compilations += 1
         self._compiled[kind, size] = program
         return program
@@ -157,14 +169,17 @@ class LayerPrograms(Programs):
         self._numbers = [jnp.int32(number) for number in range(len(layers))]
 
     def rows(self, shape: Shape, inputs: Inputs, prefix: Prefix) -> jax.Array:
-        x, angles, context, reads = self._begin(inputs, prefix)
+        x, angles, context = self._begin(inputs, prefix)
+        reads, flat = jax.device_put((inputs.reads, inputs.segments.reshape(1, -1)))
         layer = self.get("layer", shape)
         for number, weights in zip(self._numbers[:-1], self._layers[:-1], strict=True):
             x = layer(weights, x, angles, context, number)
-        return self.get("read", shape)(self._ends, self._layers[-1], x, angles, context, self._numbers[-1], reads)
+        # What is read sees no bins, only rows: one program serves all shapes of as many tokens.
+        context, read = context._replace(segments=flat), self.get("read", shape.tokens)
+        return read(self._ends, self._layers[-1], x, angles, context, self._numbers[-1], reads)
 
     def prefill(self, size: int, inputs: Inputs, prefix: Prefix) -> Any:
-        x, angles, context, _ = self._begin(inputs, prefix)
+        x, angles, context = self._begin(inputs, prefix)
         layer = self.get("keep", size)
         kept: list[jax.Array] = []
         for number, weights in zip(self._numbers[:-1], self._layers[:-1], strict=True):
@@ -173,20 +188,22 @@ class LayerPrograms(Programs):
         return (*kept, self.get("last", size)(self._layers[-1], x, angles))
 
     def wanted(self, ladder: Sequence[Shape], chunks: Sequence[int]) -> list[tuple[str, Size]]:
-        wanted: list[tuple[str, Size]] = [(kind, shape) for shape in ladder for kind in ("layer", "read")]
+        called = sorted({shape.tokens for shape in ladder})
+        wanted: list[tuple[str, Size]] = [("layer", shape) for shape in ladder]
         wanted += [(kind, size) for size in chunks for kind in ("keep", "last", "write")]
-        return wanted + [("embed", tokens) for tokens in sorted({*chunks, *(shape.tokens for shape in ladder)})]
+        wanted += [("read", tokens) for tokens in called]
+        return wanted + [("embed", tokens) for tokens in sorted({*chunks, *called})]
 
-    def _begin(self, inputs: Inputs, prefix: Prefix) -> tuple[Any, Any, Context, jax.Array]:
+    def _begin(self, inputs: Inputs, prefix: Prefix) -> tuple[Any, Any, Context]:
         """The first layer's input, and what all layers take, on the device once for all of them."""
-        host = (inputs.tokens, inputs.positions, inputs.segments, inputs.reads, prefix.table, np.int32(prefix.length))
-        tokens, positions, segments, reads, table, length = jax.device_put(host)
+        host = (inputs.tokens, inputs.positions, inputs.segments, prefix.table, np.int32(prefix.length))
+        tokens, positions, segments, table, length = jax.device_put(host)
         x, angles = self.get("embed", len(inputs.tokens))(self._ends, tokens, positions)
-        return x, angles, Context(segments, positions, prefix.pool, table, length), reads
+        return x, angles, Context(segments, positions, prefix.pool, table, length)
 
     def _definition(self, kind: str, size: Any) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
         ends_graph, block_graph, final = self._ends_graph, self._block_graph, self._config.layers - 1
-        weights, tokens = self._layers[0], size.tokens if isinstance(size, Shape) else size
+        weights, tokens = self._layers[0], int(size.tokens if isinstance(size, Shape) else size)
         segments = _int32(size.bins, size.width) if isinstance(size, Shape) else _int32(1, size)
 
         def embed(ends: Any, tokens: Any, positions: Any) -> Any:
@@ -218,7 +235,7 @@ class LayerPrograms(Programs):
             case "last":
                 return last, (weights, x, angles), ()
             case "read":
-                return read, (self._ends, *arguments, _int32(size.reads)), ()
+                return read, (self._ends, *arguments, _int32(reads_of(tokens))), ()
             case _:
                 return super()._definition(kind, size)
 

@@ -87,13 +87,11 @@ def _serve(system: str, dtype: str, pipe: Connection) -> None:
 
 def load_engine(dtype: str) -> Engine:
     """This project's engine with the demo model in this process, warmed up."""
+    from model.engine import load
     from serve_app.scorer import compiled_folder
 
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled_folder()))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    from model.engine import load
-
-    engine = load(model_source.resolve("demo"), dtype="bfloat16" if dtype == "bfloat16" else "float32")
+    target = "bfloat16" if dtype == "bfloat16" else "float32"
+    engine = load(model_source.resolve("demo"), dtype=target, compiled_folder=compiled_folder())
     engine.warmup()
     return engine
 

@@ -143,11 +143,8 @@ class Ingress:
     """
 
     async def __init__(self, settings: Settings, scorer: DeploymentHandle[Any]) -> None:
-        from serve_app import model_source
-
-        info: ModelInfo = await cast(Any, scorer).info.remote()
-        folder = await asyncio.to_thread(model_source.resolve, settings.model, settings.revision, say=logger.info)
-        tokenizer = await asyncio.to_thread(TextTokenizer.load, folder)
+        # While the scorer warms up: transformers takes seconds to import.
+        tokenizer, info = await asyncio.gather(asyncio.to_thread(_load_tokenizer, settings), _info(scorer))
         self._service = ScoringService(settings, tokenizer, info, ScorerReplicas(scorer, settings.scorer_replicas))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -160,6 +157,17 @@ class Ingress:
             ScoringError: as ``ScoringService.score``.
         """
         return await self._service.score(request, request_id=uuid.uuid4().hex)
+
+
+def _load_tokenizer(settings: Settings) -> TextTokenizer:
+    from serve_app import model_source
+
+    return TextTokenizer.load(model_source.resolve(settings.model, settings.revision, say=logger.info))
+
+
+async def _info(scorer: DeploymentHandle[Any]) -> ModelInfo:
+    """Of the loaded model; comes when the first replica is warm."""
+    return await cast(Any, scorer).info.remote()
 
 
 class ScorerReplicas:

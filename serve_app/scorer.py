@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import hashlib
 import logging
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -73,15 +72,14 @@ def load_engine(settings: Settings) -> Engine:
     if settings.engine == "fake":
         engine: Engine = FakeEngine()
     else:
-        # jax reads both when it is imported; the next start then finds its programs compiled.
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled_folder()))
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         from model.engine import load
 
         folder = model_source.resolve(settings.model, settings.revision, say=logger.info)
         logger.info("loading %s", folder)
         longest = settings.limits.max_prompt_tokens
-        engine = _ModelEngine(load(folder, dtype=settings.dtype, max_prompt_tokens=longest))
+        engine = _ModelEngine(
+            load(folder, dtype=settings.dtype, max_prompt_tokens=longest, compiled_folder=compiled_folder())
+        )
     started = time.monotonic()
     engine.warmup(lambda done, total, what: logger.info("warming up, %d of %d: %s", done, total, what))
     logger.info("warmed up in %.1f s", time.monotonic() - started)

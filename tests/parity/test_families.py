@@ -66,7 +66,7 @@ def hidden_states(scorer: Engine, tokens: np.ndarray) -> list[np.ndarray]:
     segments = np.repeat(np.array([[0], [-1]], np.int32), 32, axis=1)
     inputs = Inputs(np.pad(tokens, (0, 32)).astype(np.int32), places, segments, places)
     prefix = Prefix(scorer._pool, np.zeros(scorer._slots, np.int32), 0)  # pyright: ignore[reportPrivateUsage]
-    x, angles, context, *_ = programs._begin(inputs, prefix)
+    x, angles, context = programs._begin(inputs, prefix)
     states = [np.array(x)]
     for number, weights in list(enumerate(programs._layers))[:-1]:
         x = programs.get("layer", shape)(weights, x, angles, context, jax.numpy.int32(number))

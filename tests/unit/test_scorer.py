@@ -277,7 +277,6 @@ def test_the_models_engine_answers_in_the_contracts_classes(tmp_path: Path, monk
     warmed: list[object] = []
     monkeypatch.setattr("model.engine.Engine.warmup", lambda engine, _progress: warmed.append(engine))
     monkeypatch.setenv("SCORE_SERVE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     engine = load_engine(Settings(model=str(make_llama(tmp_path / "model", context=32))))
     assert len(warmed) == 1
     assert type(engine.info) is ModelInfo

@@ -1,0 +1,85 @@
+"""Programs on disk: found again by what decides them, made anew where they cannot be read."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from model import compiled, engine
+from tests.batches import label_batch
+from tests.tiny import make_llama
+
+PROMPTS = [[7, 8, 9], [7, 8, 10, 11], [5]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """Of the programs, empty; jax's own cache is off."""
+    before: str | None = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_compilation_cache_dir", None)  # pyright: ignore[reportUnknownMemberType]
+    compilation_cache.reset_cache()  # jax goes on using a cache that it has opened
+    yield tmp_path / "programs"
+    jax.config.update("jax_compilation_cache_dir", before)  # pyright: ignore[reportUnknownMemberType]
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("model"), layers=2)
+
+
+def score(model: Path, folder: Path | None) -> np.ndarray:
+    scorer = engine.load(model, compiled_folder=folder, max_row_tokens=16, call_tokens=16)
+    return scorer.score(label_batch(PROMPTS, [(3, 4)] * 3)).values
+
+
+def refuse(*_: object) -> None:
+    raise AssertionError("compiled")
+
+
+def test_the_second_engine_compiles_nothing(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = score(model, folder)
+    kept = sorted(folder.iterdir())
+    monkeypatch.setattr(compiled, "_compile", refuse)
+    np.testing.assert_array_equal(score(model, folder), first)
+    assert sorted(folder.iterdir()) == kept
+
+
+def test_another_constant_is_another_program(
+    folder: Path, model: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same shapes throughout: only the base of the rotary positions differs."""
+    score(model, folder)
+    other = make_llama(tmp_path_factory.mktemp("other"), layers=2, theta=99.0)
+    wanted = score(other, folder)
+    monkeypatch.setattr(compiled, "_compile", refuse)
+    np.testing.assert_array_equal(score(other, folder), wanted)
+    assert np.abs(score(model, folder) - wanted).max() > 1e-3
+
+
+def test_a_broken_file_is_made_anew(folder: Path, model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    wanted = score(model, folder)
+    for file in folder.iterdir():
+        file.write_bytes(file.read_bytes()[:1000])
+    np.testing.assert_array_equal(score(model, folder), wanted)
+    assert "is made anew" in caplog.text
+    assert all(file.is_file() for file in folder.iterdir())
+    assert all(file.stat().st_size > 1000 for file in folder.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_costs_only_the_keeping(
+    folder: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder.write_text("a file, not a folder")
+    assert np.isfinite(score(model, folder)).all()
+    assert "cannot be kept" in caplog.text
+    assert folder.read_text() == "a file, not a folder"
+
+
+def test_nothing_is_kept_where_jax_keeps_it(folder: Path, model: Path, tmp_path: Path) -> None:
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "jax"))  # pyright: ignore[reportUnknownMemberType]
+    score(model, folder)
+    assert not folder.exists()
