@@ -4,6 +4,8 @@ Five of six layers slide, with a rope of their own of a smaller base; the soft c
 transformers' ``modeling_gemma3``.
 """
 
+from dataclasses import replace
+
 from model.config import ModelConfig, Rope, common, rope_group, with_window
 from model.fields import IGNORED, NEUTRAL, ConfigError, Fields
 from model.gemma2 import NOTES, constants
@@ -30,7 +32,7 @@ def parse(fields: Fields) -> ModelConfig:
         ignored=IGNORED | NOTES | {"_sliding_window_pattern"},
         neutral={**NEUTRAL, "use_bidirectional_attention": False},
     )
-    return config
+    return config if config.sliding else replace(config, local_rope=None)
 
 
 def _ropes(fields: Fields) -> tuple[Rope, Rope]:

@@ -86,6 +86,7 @@ def test_gemma_3_has_two_ropes_in_v4_and_v5() -> None:
     assert with_("gemma3", old, rope_parameters=groups) == v4
     bare = with_("gemma3", old)
     assert (bare.rope, bare.local_rope) == (Rope(1e6), Rope(1e4))
+    assert with_("gemma3", layer_types=["full_attention"] * 3).local_rope is None
 
 
 def test_longrope() -> None:
