@@ -21,8 +21,10 @@ import numpy as np
 import numpy.typing as npt
 from flax import nnx
 
-from model import checkpoint, config, plan, registry
+from model import checkpoint, decoder, plan, registry
 from model.attention import TAILS
+from model.config import ModelConfig
+from model.fields import read_config
 from model.pages import PAGE_TOKENS, CacheStats, Node, PrefixCache, Recurring
 from model.programs import Inputs, LayerPrograms, ModelPrograms, Prefix, Programs
 
@@ -75,6 +77,7 @@ class Info:
     architecture: str
     platform: str
     buckets: tuple[str, ...]
+    classes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,7 @@ class Engine:
 
     def __init__(
         self,
-        model_config: config.ModelConfig,
+        model_config: ModelConfig,
         make_programs: Callable[[jax.ShapeDtypeStruct, int], Programs],
         dtype: Any,
         *,
@@ -146,6 +149,7 @@ class Engine:
             architecture=self._config.architecture,
             platform=jax.default_backend(),
             buckets=tuple(map(str, self._ladder)),
+            classes=self._config.classes,
         )
 
     @property
@@ -190,7 +194,7 @@ class Engine:
             ValueError: a sequence is empty or longer than the model's context.
         """
         bounds = batch.offsets.tolist()
-        sequences = [batch.tokens[a:b] for a, b in itertools.pairwise(bounds)]
+        sequences = [self._marked(batch.tokens[a:b]) for a, b in itertools.pairwise(bounds)]
         for number, tokens in enumerate(sequences):
             if not 0 < len(tokens) <= self._longest:
                 raise ValueError(f"sequence {number} has {len(tokens)} tokens; this model reads 1 to {self._longest}")
@@ -227,6 +231,16 @@ class Engine:
             with self._launching:
                 self._forget_prefixes()
             raise
+
+    def _marked(self, tokens: plan.Tokens) -> plan.Tokens:
+        """Ids by which tokens that have other keys differ, for the planner, the cache and the programs.
+
+        A prompt beyond a ``longrope``'s original context has other angles at all positions: its ids are V higher.
+        """
+        rope = self._config.rope
+        if rope.kind == "longrope" and len(tokens) > rope.original_context_length:
+            return tokens + np.int32(self._config.vocab_size)
+        return tokens
 
     def _forget_prefixes(self) -> None:
         """Start with an empty pool."""
@@ -401,7 +415,7 @@ def load(
         ConfigError: a config key or architecture that is not known.
         CheckpointError: a tensor missing, unexpected or mis-shaped, or a broken file.
     """
-    parsed = config.from_hf(config.read_config(folder))
+    parsed = registry.from_hf(read_config(folder))
     target = jnp.dtype(dtype)
     family, abstract = registry.build(parsed, dtype=target, implementation=implementation)
     if by_layer is None:
@@ -419,7 +433,7 @@ def load(
             arrays[stack] = jnp.zeros((parsed.layers, *tensor.shape), target)
         arrays[stack] = insert(arrays[stack], jnp.asarray(tensor, target), layer, 0)
 
-    checkpoint.load(folder, family.weights(parsed), ignored=family.ignored(parsed), put=put, progress=progress)
+    checkpoint.load(folder, family.weights(parsed), ignored=decoder.ignored(parsed), put=put, progress=progress)
 
     def state(like: nnx.State[Any, Any], *place: str | int) -> nnx.State[Any, Any]:
         leaves: Any = nnx.to_flat_state(like)
