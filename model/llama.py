@@ -30,7 +30,7 @@ class Attention(nnx.Module):
     def queries(self, x: Float[Array, "M D"], angles: Angles) -> Float[Array, "M N H"]:
         """Rotated, scaled by 1 / sqrt(H), in the weights' dtype."""
         q = self.q(x).reshape(-1, self.config.heads, self.config.head_width)
-        q = rotate(q, angles) * self.config.head_width**-0.5
+        q = rotate(q * self.config.head_width**-0.5, angles)  # scaled first: XLA then keeps no float32 copy on TPU
         return q.astype(self.q.kernel.dtype)
 
     def keys_values(

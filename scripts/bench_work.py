@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from model.config import ModelConfig
 from serve_app import model_source
 
 FOLDER = Path(__file__).parent / "workloads" / "smollm2-135m"
@@ -124,6 +125,18 @@ class Sizes:
     head_width: int
     ff_width: int
     vocab: int
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Sizes:
+        return cls(
+            width=config.width,
+            layers=config.layers,
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            head_width=config.head_width,
+            ff_width=config.ff_width,
+            vocab=config.vocab_size,
+        )
 
     @classmethod
     def of_demo(cls) -> Sizes:

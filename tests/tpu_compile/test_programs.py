@@ -1,0 +1,112 @@
+"""The engine's real programs compile for TPUs, on a machine without one, and cost what they should.
+
+Nothing runs here: libtpu compiles for a described topology, and its compiler refuses what the chip cannot do.
+"""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import SingleDeviceSharding
+
+from model.config import ModelConfig, Rope
+from model.cost import program_cost
+from model.engine import without_weights
+from model.plan import Shape
+from model.sizes import BY_PLATFORM
+from scripts.tpu_estimate import CHIPS, Workload, devices, estimate, launches
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="NOTHING IS COMPILED FOR TPU: libtpu is not installed; pip install -e '.[tpu-compile]'",
+)
+
+QWEN3_06B = ModelConfig(
+    "LlamaForCausalLM", 151_936, 1024, 28, 16, 8, 128, 3072, 1e-6, Rope(1e6), 40_960, True, False, False
+)
+"""Its sizes; a Llama in the rest."""
+LLAMA_31_8B = ModelConfig(
+    "LlamaForCausalLM", 128_256, 4096, 32, 32, 8, 128, 14_336, 1e-5, Rope(5e5), 131_072, False, False, False
+)
+RANKING = Workload(query_tokens=2000, items=500, item_tokens=20)
+
+
+def test_loops_and_on_chip_arrays_are_counted_rightly() -> None:
+    """A loop's cost is that of the same program written out, and a large array costs its bytes."""
+    here = SingleDeviceSharding(devices("v6e", "1x1")[0])
+
+    def shape(*dims: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, jnp.bfloat16, sharding=here)
+
+    def step(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.nn.silu(x @ w) @ w.T
+
+    def looped(w: jax.Array, x: jax.Array) -> jax.Array:
+        return lax.fori_loop(0, 5, lambda n, x: step(x, lax.dynamic_index_in_dim(w, n, keepdims=False)), x)
+
+    def written_out(w: jax.Array, x: jax.Array) -> jax.Array:
+        for n in range(5):
+            x = step(x, w[n])
+        return x
+
+    weights, x = shape(5, 1024, 4096), shape(2048, 1024)
+    costs = []
+    for function in (looped, written_out):
+        traced = jax.jit(function).trace(weights, x)
+        costs.append(program_cost(traced, traced.lower().compile(), trips=5)[0])
+    loop, plain = costs
+    assert loop.flops == pytest.approx(5 * 2 * 2 * 2048 * 1024 * 4096, rel=0.02)
+    assert loop.flops == pytest.approx(plain.flops, rel=0.02)
+    # All between the products stays on the chip: what moves is the weights, the input and the result.
+    least = 2 * (5 * 1024 * 4096 + 2 * 2048 * 1024)
+    assert least <= plain.bytes < 1.3 * least
+    assert least <= loop.bytes < 1.3 * least
+
+
+def test_ranking_on_one_v6e_is_near_the_floor() -> None:
+    """Qwen3-0.6B's sizes, a query of 2,000 tokens, 500 items of 20 tokens: the whole request, cold."""
+    found = estimate(QWEN3_06B, "v6e", "1x1", RANKING, max_prompt_tokens=8192)
+    assert not found.missing_bytes
+    assert found.floor_seconds == pytest.approx(17e-3, rel=0.05)
+    assert found.roofline_seconds is not None
+    assert found.items_per_s is not None
+    assert found.roofline_seconds <= 1.5 * found.floor_seconds
+    assert found.items_per_s >= 19_000
+
+
+@pytest.mark.parametrize(
+    ("config", "chip", "call"),
+    [
+        pytest.param(QWEN3_06B, "v5e", Shape(512, 8), id="qwen3-0.6b-v5e"),
+        pytest.param(LLAMA_31_8B, "v6e", Shape(160, 26), id="llama-3.1-8b-v6e"),
+    ],
+)
+def test_programs_fit_one_chip_and_attention_is_fused(config: ModelConfig, chip: str, call: Shape) -> None:
+    programs, _ = without_weights(config, devices(chip, "1x1")[0], BY_PLATFORM["tpu"], max_prompt_tokens=8192)
+    compiled = programs.trace("rows", call).lower().compile()
+    memory = compiled.memory_analysis()
+    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+    assert used <= CHIPS[chip].hbm_bytes
+    text = compiled.as_text()
+    assert "<=" not in text.split("metadata")[0]
+    # One matrix of scores over a prefix of 2,000 tokens, in float32, would be more than all temporaries.
+    assert memory.temp_size_in_bytes < 4 * call.tokens * config.heads * 2000
+
+
+def test_what_does_not_fit_is_said_without_compiling() -> None:
+    found = estimate(LLAMA_31_8B, "v5e", "1x1", RANKING)
+    weights = found.bytes_per_chip["weights"]
+    assert weights == pytest.approx(16.06e9, rel=0.01)
+    assert found.missing_bytes == weights + found.bytes_per_chip["prefix_cache"] - 16e9
+    assert found.roofline_seconds is None
+
+
+def test_launches_are_the_planner_s() -> None:
+    _, laid = without_weights(QWEN3_06B, devices("v6e", "1x1")[0], BY_PLATFORM["tpu"], max_prompt_tokens=8192)
+    found = launches(laid, RANKING.request())
+    rows = {launch: count for launch, count in found.items() if launch.kind == "rows"}
+    assert {launch.prefix_length for launch in rows} <= {1920, 2000}
+    assert sum(launch.size.tokens * count for launch, count in rows.items()) <= 1.05 * 500 * 20
+    assert sum(launch.size * count for launch, count in found.items() if launch.kind == "prefill") == 2048
