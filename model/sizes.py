@@ -1,6 +1,7 @@
 """How large calls, the page pool and the head's programs are: by platform, and what follows from it for one model."""
 
-from dataclasses import dataclass
+import bisect
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -60,7 +61,7 @@ class Layout:
     """What follows from ``Sizes`` for one model.
 
     Attributes:
-        sizes: as they were given.
+        sizes: as they were given, without chunks that no prompt fills.
         longest: the longest sequence, in tokens.
         ladder: shapes of rows calls, ascending.
         slots: entries of a page table.
@@ -109,4 +110,5 @@ def layout(
     stored = jnp.dtype(jnp.uint16 if dtype == jnp.bfloat16 else dtype)  # see attention.to_pool
     pages = 1 + max(slots, sizes.prefix_cache_bytes // (int(np.prod(page)) * stored.itemsize))
     ladder = make(width, max(sizes.call_tokens, width))
+    sizes = replace(sizes, chunks=sizes.chunks[: bisect.bisect_left(sizes.chunks, longest) + 1])
     return Layout(sizes, longest, ladder, slots, jax.ShapeDtypeStruct((pages, *page), stored))

@@ -4,29 +4,44 @@ Nothing runs here: libtpu compiles for a described topology, and its compiler re
 """
 
 import importlib.util
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
 from jax.sharding import SingleDeviceSharding
+from typer.testing import CliRunner
 
-from model.config import ModelConfig, Rope
+from model.config import ModelConfig, Rope, from_hf
 from model.cost import program_cost
 from model.engine import without_weights
 from model.plan import Shape
 from model.sizes import BY_PLATFORM
 from scripts.tpu_estimate import CHIPS, Workload, devices, estimate, launches
+from scripts.tpu_plan import app
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="NOTHING IS COMPILED FOR TPU: libtpu is not installed; pip install -e '.[tpu-compile]'",
 )
 
-QWEN3_06B = ModelConfig(
-    "LlamaForCausalLM", 151_936, 1024, 28, 16, 8, 128, 3072, 1e-6, Rope(1e6), 40_960, True, False, False
-)
+QWEN3_06B_JSON = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 151_936,
+    "hidden_size": 1024,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 3072,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 40_960,
+    "tie_word_embeddings": True,
+}
 """Its sizes; a Llama in the rest."""
+QWEN3_06B = from_hf(QWEN3_06B_JSON)
 LLAMA_31_8B = ModelConfig(
     "LlamaForCausalLM", 128_256, 4096, 32, 32, 8, 128, 14_336, 1e-5, Rope(5e5), 131_072, False, False, False
 )
@@ -65,21 +80,31 @@ def test_loops_and_on_chip_arrays_are_counted_rightly() -> None:
     assert least <= loop.bytes < 1.3 * least
 
 
-def test_ranking_on_one_v6e_is_near_the_floor() -> None:
-    """Qwen3-0.6B's sizes, a query of 2,000 tokens, 500 items of 20 tokens: the whole request, cold."""
-    found = estimate(QWEN3_06B, "v6e", "1x1", RANKING, max_prompt_tokens=8192)
-    assert not found.missing_bytes
-    assert found.floor_seconds == pytest.approx(17e-3, rel=0.05)
-    assert found.roofline_seconds is not None
-    assert found.items_per_s is not None
-    assert found.roofline_seconds <= 1.5 * found.floor_seconds
-    assert found.items_per_s >= 19_000
+def test_ranking_on_one_v6e_is_near_the_floor(tmp_path: Path) -> None:
+    """By the planner's command: Qwen3-0.6B's sizes, a cold query of 2,000 tokens, 500 items of 20 tokens."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_06B_JSON))
+    told, picture = tmp_path / "plan.json", tmp_path / "plan.png"
+    result = CliRunner().invoke(app, [str(tmp_path), "--price", "2.7", "--json", str(told), "--plot", str(picture)])
+    assert result.exit_code == 0, result.output
+    assert "nothing ran on a TPU" in " ".join(result.output.split())
+    found = json.loads(told.read_text())
+    assert found["fits"]
+    assert found["bytes_per_chip"]["weights"] == pytest.approx(2 * 596e6, rel=0.01)
+    assert found["floor_seconds"] == pytest.approx(17e-3, rel=0.05)
+    assert found["times_floor"] <= 1.5
+    assert found["items_per_s_per_chip"] == pytest.approx(500 / found["roofline_seconds"])
+    assert found["items_per_s_per_chip"] >= 19_000
+    assert found["chips_needed"] == 1
+    assert found["price_per_million_items"] == pytest.approx(2.7e6 / 3600 / found["items_per_s_per_chip"])
+    # No matrix of scores: attention of one layer would write and read 500 * 20 * 2,000 of them for each of 16 heads.
+    assert found["bytes_moved"] < 28 * 2 * 4 * 16 * 500 * 20 * 2000 / 10
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
     ("config", "chip", "call"),
     [
-        pytest.param(QWEN3_06B, "v5e", Shape(512, 8), id="qwen3-0.6b-v5e"),
+        pytest.param(QWEN3_06B, "v5e", Shape(160, 26), id="qwen3-0.6b-v5e"),
         pytest.param(LLAMA_31_8B, "v6e", Shape(160, 26), id="llama-3.1-8b-v6e"),
     ],
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from model import compiled, engine
 from tests.batches import label_batch
@@ -19,8 +20,10 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     """Of the programs, empty; jax's own cache is off."""
     before: str | None = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_compilation_cache_dir", None)  # pyright: ignore[reportUnknownMemberType]
+    compilation_cache.reset_cache()  # jax goes on using a cache that it has opened
     yield tmp_path / "programs"
     jax.config.update("jax_compilation_cache_dir", before)  # pyright: ignore[reportUnknownMemberType]
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
