@@ -51,8 +51,11 @@ def program(
     except Exception:  # a truncated or foreign file can fail in any way; the program is at hand all the same
         logger.warning("%s cannot be read and is made anew", file, exc_info=True)
     compiled = _compile(function, arguments, donated)
-    binary, _, results = serialize_executable.serialize(compiled)
-    _write(file, pickle.dumps((binary, results)))
+    try:
+        binary, _, results = serialize_executable.serialize(compiled)
+        _write(file, pickle.dumps((binary, results)))
+    except Exception as error:  # a full disk, a folder of somebody else: the next start compiles again
+        logger.warning("%s cannot be kept: %s", file, error)
     return compiled
 
 
@@ -79,6 +82,7 @@ def _built_by() -> tuple[str, ...]:
 def _write(file: Path, content: bytes) -> None:
     """Whole or not at all: several replicas may start at once."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as part:
-        part.write(content)
-    Path(part.name).replace(file)
+    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+        part = Path(scratch) / "part"
+        part.write_bytes(content)
+        part.replace(file)

@@ -74,6 +74,8 @@ class Programs:
     ) -> None:
         self._config = config
         self._ends_graph, self._block_graph = abstract.ends[0], abstract.block[0]
+        self._code = f"{type(self).__name__} {self._ends_graph} {self._block_graph}"
+        """With a program's kind and size it tells what is computed; the graphs hold all constants of the config."""
         self._ends = ends
         self._layers: Any
         self._dtype = jax.tree.leaves(ends)[0].dtype
@@ -125,8 +127,7 @@ class Programs:
         """Build, or find on disk, one program for one size."""
         function, arguments, donated = self._definition(kind, size)
         with self._precision():
-            name = f"{type(self).__name__} {kind} {size} {self._ends_graph} {self._block_graph}"
-            program = compiled.program(name, function, arguments, donated, self._folder)
+            program = compiled.program(f"{kind} {size} {self._code}", function, arguments, donated, self._folder)
         self.compilations += 1
         self._compiled[kind, size] = program
         return program

@@ -66,7 +66,17 @@ def test_a_broken_file_is_made_anew(folder: Path, model: Path, caplog: pytest.Lo
         file.write_bytes(file.read_bytes()[:1000])
     np.testing.assert_array_equal(score(model, folder), wanted)
     assert "is made anew" in caplog.text
+    assert all(file.is_file() for file in folder.iterdir())
     assert all(file.stat().st_size > 1000 for file in folder.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_costs_only_the_keeping(
+    folder: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder.write_text("a file, not a folder")
+    assert np.isfinite(score(model, folder)).all()
+    assert "cannot be kept" in caplog.text
+    assert folder.read_text() == "a file, not a folder"
 
 
 def test_nothing_is_kept_where_jax_keeps_it(folder: Path, model: Path, tmp_path: Path) -> None:
