@@ -3,7 +3,7 @@
 A grid step holds a tile of queries of the heads that share one key/value head. The softmax is folded first over the
 tile's own rows, then over the prefix, whose pages are fetched straight from the pool through the page table. The number
 of steps over the prefix is part of the call, not of the program: one program serves every prefix length and computes
-no more than it holds.
+no more than it holds, and with a sliding window no more than the window lets see.
 
 Source: the folding is FlashAttention's (arXiv 2205.14135); ``tests/parity`` compares with ``reference``.
 """
@@ -17,6 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Shaped
+
+from model.logprobs import softcapped
 
 LANES = 128
 """Width of a vector register. Heads of another width are widened by zeros to a multiple of it, also in the pool."""
@@ -37,13 +39,13 @@ class Tiling(NamedTuple):
     """How a call is cut.
 
     Attributes:
-        window: tokens that look at each other: a bin, or a tile of a wider one.
+        span: tokens that look at each other: a bin, or a tile of a wider one.
         tile: queries of a step.
         tiles: of them; the last may be filled in part.
         own_steps: tiles in a bin.
     """
 
-    window: int
+    span: int
     tile: int
     tiles: int
     own_steps: int
@@ -52,23 +54,26 @@ class Tiling(NamedTuple):
 def _tiling(tokens: int, bin_width: int) -> Tiling:
     if bin_width > TILE_TOKENS and bin_width % TILE_TOKENS:
         raise ValueError(f"a bin of {bin_width} positions is neither within {TILE_TOKENS} nor a multiple of it")
-    window = min(bin_width, TILE_TOKENS)
-    tile = window * min(TILE_TOKENS // window, -(-tokens // window))
-    return Tiling(window, tile, -(-tokens // tile), bin_width // window)
+    span = min(bin_width, TILE_TOKENS)
+    tile = span * min(TILE_TOKENS // span, -(-tokens // span))
+    return Tiling(span, tile, -(-tokens // tile), bin_width // span)
 
 
 def work(
-    tokens: int, bin_width: int, heads: int, pool: jax.ShapeDtypeStruct, prefix_length: int
+    tokens: int, bin_width: int, heads: int, pool: jax.ShapeDtypeStruct, prefix_length: int, window: int | None
 ) -> tuple[float, float]:
     """FLOPs of the kernel's matrix products, masked ones too, and the bytes that its copies move, in one layer."""
     *_, kv_heads, page, width = pool.shape
-    _, tile, tiles, own_steps = tiling = _tiling(tokens, bin_width)
+    span, tile, tiles, own_steps = _tiling(tokens, bin_width)
     fetched = sum(number % own_steps + 1 for number in range(tiles))
-    prefix = -(-prefix_length // (STEP_PAGES * page)) * STEP_PAGES * page
-    scores = fetched * tile * tiling.window + tiles * tile * prefix
+    step = STEP_PAGES * page
+    skipped = 0 if window is None else max(prefix_length + 1 - window, 0) // step
+    prefix = (-(-prefix_length // step) - skipped) * step
+    scores = fetched * tile * span + tiles * tile * prefix
     queries = 2 * tokens * heads * width
-    keys = 2 * kv_heads * width * (fetched * tile + tiles * max(prefix, STEP_PAGES * page))
-    return 4.0 * heads * width * scores, float((queries + keys) * pool.dtype.itemsize)
+    keys = 2 * kv_heads * width * (fetched * tile + tiles * max(prefix, step))
+    positions = 0 if window is None else 4 * tokens * kv_heads * LANES
+    return 4.0 * heads * width * scores, float((queries + keys) * pool.dtype.itemsize + positions)
 
 
 def fused(
@@ -76,16 +81,19 @@ def fused(
     k: Float[Array, "M K H"],
     v: Float[Array, "M K H"],
     segments: Int[Array, "B T"],
+    positions: Int[Array, " M"],
     pool: Shaped[Array, "pages L 2 K page stored"],
     page_table: Int[Array, " slots"],
     prefix_length: Int[Array, ""],
     layer: int | Int[Array, ""],
+    window: Int[Array, ""] | None,
+    softcap: float | None,
     *,
     interpret: bool,
 ) -> Float[Array, "M N H"]:
-    """Softmax attention of every token, in q's dtype; arguments as ``attention.attend``'s and ``attention.Context``'s.
+    """Softmax attention of every token, in q's dtype.
 
-    Args:
+    Args are those of ``attention.attend``, the fields of its ``Context`` and of its ``Rule``, and:
         interpret: run step by step on any platform, for tests.
 
     Raises:
@@ -94,14 +102,18 @@ def fused(
     tokens, heads, head_width = q.shape
     kv_heads, page, width = k.shape[1], *pool.shape[4:]
     groups = heads // kv_heads
-    window, tile, tiles, own_steps = _tiling(tokens, segments.shape[1])
+    span, tile, tiles, own_steps = _tiling(tokens, segments.shape[1])
+    step = STEP_PAGES * page
 
     def flat(x: Float[Array, "M heads H"]) -> Float[Array, "M features"]:
         return jnp.pad(x, ((0, 0), (0, 0), (0, width - head_width))).reshape(tokens, -1)
 
     rows = jnp.pad(segments.reshape(-1), (0, tiles * tile - tokens), constant_values=-1)
-    rows = rows.reshape(tiles, tile // window, window)
-    scalars = jnp.stack([jnp.asarray(prefix_length, jnp.int32), jnp.asarray(layer, jnp.int32)])
+    rows = rows.reshape(tiles, tile // span, span)
+    # No query is before the prefix's end, and none sees further back than its window.
+    skipped = 0 if window is None else lax.div(jnp.maximum(prefix_length + 1 - window, 0), step)
+    numbers = (prefix_length, layer, skipped, 0 if window is None else window)
+    scalars = jnp.stack([jnp.asarray(number, jnp.int32) for number in numbers])
 
     def own_tile(i: Any, s: Any) -> Any:
         """The key tile of a step: from the beginning of the bin up to the queries' own tile."""
@@ -109,24 +121,29 @@ def fused(
 
     def page_at(r: int, h: Any, i: Any, s: Any, table: Any, scalars: Any) -> Any:
         del i
-        slot = jnp.clip((s - own_steps) * STEP_PAGES + r, 0, table.shape[0] - 1)
-        return table[slot], scalars[1], 0, h, 0, 0
+        slot = (jnp.maximum(s - own_steps, 0) + scalars[2]) * STEP_PAGES + r
+        return table[jnp.minimum(slot, table.shape[0] - 1)], scalars[1], 0, h, 0, 0
 
     queries = pl.BlockSpec((tile, groups * width), lambda h, i, *_: (i, h))
     own = pl.BlockSpec((tile, width), lambda h, i, s, *_: (own_tile(i, s), h))
     pages = [pl.BlockSpec((None, None, 2, None, page, width), partial(page_at, number)) for number in range(STEP_PAGES)]
+    places, place_specs = [], []
+    if window is not None:
+        places = [jnp.broadcast_to(positions[:, None], (tokens, LANES))]
+        place_specs = [pl.BlockSpec((tile, LANES), lambda _head, i, *_: (i, 0))]
     result = pl.pallas_call(
-        partial(_kernel, own_steps=own_steps, window=window, groups=groups),
+        partial(_kernel, own_steps, span, groups, window is not None, softcap),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(kv_heads, tiles, own_steps + pl.cdiv(scalars[0], STEP_PAGES * page)),
+            grid=(kv_heads, tiles, own_steps + pl.cdiv(scalars[0], step) - scalars[2]),
             in_specs=[
                 queries,
                 own,
                 own,
-                pl.BlockSpec((None, tile // window, window), lambda _head, i, *_: (i, 0, 0)),
-                pl.BlockSpec((None, tile // window, window), lambda _head, i, s, *_: (own_tile(i, s), 0, 0)),
+                pl.BlockSpec((None, tile // span, span), lambda _head, i, *_: (i, 0, 0)),
+                pl.BlockSpec((None, tile // span, span), lambda _head, i, s, *_: (own_tile(i, s), 0, 0)),
                 *pages,
+                *place_specs,
             ],
             out_specs=queries,
             scratch_shapes=[
@@ -141,11 +158,16 @@ def fused(
         ),
         interpret=interpret,
         name="fused_attention",
-    )(page_table, scalars, flat(q), flat(k), flat(v), rows, rows, *[pool] * STEP_PAGES)
+    )(page_table, scalars, flat(q), flat(k), flat(v), rows, rows, *[pool] * STEP_PAGES, *places)
     return result.reshape(tokens, heads, width)[:, :, :head_width]
 
 
 def _kernel(
+    own_steps: int,
+    span: int,
+    groups: int,
+    windowed: bool,
+    softcap: float | None,
     _table_ref: Any,
     scalars_ref: Any,
     q_ref: Any,
@@ -154,14 +176,13 @@ def _kernel(
     row_ref: Any,
     key_row_ref: Any,
     *refs: Any,
-    own_steps: int,
-    window: int,
-    groups: int,
 ) -> None:
     """One tile of queries, one step of keys."""
-    page_refs, (out_ref, maximum_ref, total_ref, values_ref) = refs[:STEP_PAGES], refs[STEP_PAGES:]
+    page_refs, place_refs = refs[:STEP_PAGES], refs[STEP_PAGES:-4]
+    out_ref, maximum_ref, total_ref, values_ref = refs[-4:]
     tile_number, step = pl.program_id(1), pl.program_id(2)
     tile, (_, page, width) = q_ref.shape[0], page_refs[0].shape
+    prefix_length, window = scalars_ref[0], scalars_ref[3]
 
     @pl.when(step == 0)
     def _start() -> None:
@@ -175,6 +196,7 @@ def _kernel(
         for group in range(groups):
             query = q_ref[place, group * width : (group + 1) * width]
             scores = lax.dot_general(query, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+            scores = softcapped(scores, softcap)
             if mask is not None:
                 scores = jnp.where(mask, scores, MASKED)
             before = maximum_ref[group, place, :1]
@@ -196,33 +218,38 @@ def _kernel(
         key_tile = first + step
 
         def one(number: Any, _: Any) -> None:
-            start = pl.multiple_of(number * window, 16) if own_steps == 1 else 0
-            place = pl.ds(start, window)
-            square = (window, window)
-            queries = jnp.broadcast_to(row_ref[pl.ds(number, 1), :], (LANES, window)).T[:, :1]
-            later = (tile_number - key_tile) * tile
-            mask = (queries == key_row_ref[pl.ds(number, 1), :]) & (
-                lax.broadcasted_iota(jnp.int32, square, 0) + later >= lax.broadcasted_iota(jnp.int32, square, 1)
-            )
-            fold(start, window, k_ref[place, :], v_ref[place, :], mask)
+            start = pl.multiple_of(number * span, 16) if own_steps == 1 else 0
+            place = pl.ds(start, span)
+            query_rows = jnp.broadcast_to(row_ref[pl.ds(number, 1), :], (LANES, span)).T[:, :1]
+            query_places = lax.broadcasted_iota(jnp.int32, (span, span), 0) + (tile_number - key_tile) * tile
+            back = query_places - lax.broadcasted_iota(jnp.int32, (span, span), 1)
+            mask = (query_rows == key_row_ref[pl.ds(number, 1), :]) & (back >= 0)
+            if windowed:
+                mask &= back < window
+            fold(start, span, k_ref[place, :], v_ref[place, :], mask)
 
-        lax.fori_loop(0, tile // window, one, None)
+        lax.fori_loop(0, tile // span, one, None)
 
-    def prefix(masked: bool, begin: Any) -> None:
+    size = STEP_PAGES * page
+    begin = (step - own_steps + scalars_ref[2]) * size
+
+    def prefix(masked: bool) -> None:
         keys, values = (jnp.concatenate([_as(ref[part], q_ref.dtype) for ref in page_refs], axis=0) for part in (0, 1))
         mask = None
+        if masked or windowed:
+            places = begin + lax.broadcasted_iota(jnp.int32, (tile if windowed else 1, size), 1)
+            mask = places < prefix_length
+            if windowed:
+                mask &= places > place_refs[0][:, :1] - window
         if masked:
-            size = STEP_PAGES * page
-            left = scalars_ref[0] - begin
-            mask = lax.broadcasted_iota(jnp.int32, (1, size), 1) < left
             # What lies past the prefix may be another's, and 0 * NaN is NaN.
-            values = jnp.where(lax.broadcasted_iota(jnp.int32, (size, 1), 0) < left, values, jnp.zeros_like(values))
+            rest = begin + lax.broadcasted_iota(jnp.int32, (size, 1), 0) < prefix_length
+            values = jnp.where(rest, values, jnp.zeros_like(values))
         fold(0, tile, keys, values, mask)
 
-    begin = (step - own_steps) * STEP_PAGES * page
-    whole = begin + STEP_PAGES * page <= scalars_ref[0]
-    pl.when((step >= own_steps) & whole)(partial(prefix, False, begin))
-    pl.when((step >= own_steps) & ~whole)(partial(prefix, True, begin))
+    whole = begin + size <= prefix_length
+    pl.when((step >= own_steps) & whole)(partial(prefix, False))
+    pl.when((step >= own_steps) & ~whole)(partial(prefix, True))
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _finish() -> None:

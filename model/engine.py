@@ -22,7 +22,9 @@ from flax import nnx
 from jax import Device
 from jax.sharding import SingleDeviceSharding
 
-from model import checkpoint, config, plan, registry
+from model import checkpoint, decoder, plan, registry
+from model.config import ModelConfig
+from model.fields import read_config
 from model.pages import PAGE_TOKENS, CacheStats, Node, PrefixCache, Recurring
 from model.programs import Inputs, LayerPrograms, ModelPrograms, Prefix, Programs
 from model.sizes import BY_PLATFORM, Layout, Sizes, layout
@@ -69,6 +71,7 @@ class Info:
     architecture: str
     platform: str
     buckets: tuple[str, ...]
+    classes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,7 @@ class Engine:
         dtype: of keys and values.
     """
 
-    def __init__(self, model_config: config.ModelConfig, layout: Layout, programs: Programs, dtype: Any) -> None:
+    def __init__(self, model_config: ModelConfig, layout: Layout, programs: Programs, dtype: Any) -> None:
         self._config = model_config
         self._dtype = jnp.dtype(dtype)
         self._layout = layout
@@ -116,6 +119,7 @@ class Engine:
             architecture=self._config.architecture,
             platform=jax.default_backend(),
             buckets=tuple(map(str, self._layout.ladder)),
+            classes=self._config.classes,
         )
 
     @property
@@ -162,7 +166,7 @@ class Engine:
             ValueError: a sequence is empty or longer than the model's context.
         """
         bounds = batch.offsets.tolist()
-        sequences = [batch.tokens[a:b] for a, b in itertools.pairwise(bounds)]
+        sequences = [self._marked(batch.tokens[a:b]) for a, b in itertools.pairwise(bounds)]
         for number, tokens in enumerate(sequences):
             if not 0 < len(tokens) <= (longest := self._layout.longest):
                 raise ValueError(f"sequence {number} has {len(tokens)} tokens; this model reads 1 to {longest}")
@@ -191,6 +195,16 @@ class Engine:
             with self._launching:
                 self._forget_prefixes()
             raise
+
+    def _marked(self, tokens: plan.Tokens) -> plan.Tokens:
+        """Ids by which tokens that have other keys differ, for the planner, the cache and the programs.
+
+        A prompt beyond a ``longrope``'s original context has other angles at all positions: its ids are V higher.
+        """
+        rope = self._config.rope
+        if rope.kind == "longrope" and len(tokens) > rope.original_context_length:
+            return tokens + np.int32(self._config.vocab_size)
+        return tokens
 
     def _forget_prefixes(self) -> None:
         """Start with an empty pool."""
@@ -366,7 +380,7 @@ def load(
         ConfigError: a config key or architecture that is not known.
         CheckpointError: a tensor missing, unexpected or mis-shaped, or a broken file.
     """
-    parsed = config.from_hf(config.read_config(folder))
+    parsed = registry.from_hf(read_config(folder))
     platform, target = jax.default_backend(), jnp.dtype(dtype)
     implementation = implementation or ("fused" if platform == "tpu" else "paged")
     here = replace(BY_PLATFORM.get(platform, BY_PLATFORM["tpu"]), **sizes)
@@ -387,7 +401,7 @@ def load(
             arrays[stack] = jnp.zeros((parsed.layers, *tensor.shape), target)
         arrays[stack] = insert(arrays[stack], jnp.asarray(tensor, target), layer, 0)
 
-    checkpoint.load(folder, family.weights(parsed), ignored=family.ignored(parsed), put=put, progress=progress)
+    checkpoint.load(folder, family.weights(parsed), ignored=decoder.ignored(parsed), put=put, progress=progress)
 
     def state(like: nnx.State[Any, Any], *place: str | int) -> nnx.State[Any, Any]:
         leaves: Any = nnx.to_flat_state(like)
@@ -402,7 +416,7 @@ def load(
 
 
 def without_weights(
-    parsed: config.ModelConfig, device: Device, sizes: Sizes, *, max_prompt_tokens: int | None = None
+    parsed: ModelConfig, device: Device, sizes: Sizes, *, max_prompt_tokens: int | None = None
 ) -> tuple[Programs, Layout]:
     """The programs that ``load`` would make on that TPU in bfloat16, over shapes alone: to compile, not to run.
 

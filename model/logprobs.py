@@ -9,15 +9,22 @@ LOGITS_BUDGET_BYTES = 32 * 2**20
 """The largest block of vocabulary logits that ever exists, on the device; none reaches the host."""
 
 
+def softcapped(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
+    """``cap * tanh(x / cap)``, which never leaves -cap to cap; ``x`` itself without a cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def target_logits(
-    hidden: Float[Array, "R D"], targets: Int[Array, " R"], head: Float[Array, "V D"]
+    hidden: Float[Array, "R D"], targets: Int[Array, " R"], head: Float[Array, "V D"], softcap: float | None = None
 ) -> Float[Array, " R"]:
     """The logit of one target id per row: float32. Touches R rows of the head, never the vocabulary."""
     rows = head[targets].astype(jnp.float32)
-    return jnp.sum(hidden.astype(head.dtype).astype(jnp.float32) * rows, axis=-1)
+    return softcapped(jnp.sum(hidden.astype(head.dtype).astype(jnp.float32) * rows, axis=-1), softcap)
 
 
-def log_normalizer(hidden: Float[Array, "R D"], head: Float[Array, "V D"]) -> Float[Array, " R"]:
+def log_normalizer(
+    hidden: Float[Array, "R D"], head: Float[Array, "V D"], softcap: float | None = None
+) -> Float[Array, " R"]:
     """Log of the summed exponentials of all V logits, in nats: float32. Walks the vocabulary in blocks."""
     operand = hidden.astype(head.dtype)
     block = max(1, LOGITS_BUDGET_BYTES // (4 * hidden.shape[0]))
@@ -25,5 +32,5 @@ def log_normalizer(hidden: Float[Array, "R D"], head: Float[Array, "V D"]) -> Fl
     for start in range(0, head.shape[0], block):
         rows = head[start : start + block]
         logits = lax.dot_general(operand, rows, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-        sums.append(logsumexp(logits, axis=-1))
+        sums.append(logsumexp(softcapped(logits, softcap), axis=-1))
     return logsumexp(jnp.stack(sums), axis=0) if len(sums) > 1 else sums[0]

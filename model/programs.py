@@ -143,13 +143,13 @@ class Programs:
 
     def _definition(self, kind: str, size: Any) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
         """A program's function, the shapes of its arguments, and which of them it may overwrite."""
-        ends_graph, width = self._ends_graph, self._config.width
+        ends_graph, width, softcap = self._ends_graph, self._config.width, self._config.logit_softcap
 
         def targets(ends: Any, hidden: Any, ids: Any) -> jax.Array:
-            return target_logits(hidden, ids, nnx.merge(ends_graph, ends).head_weights())
+            return target_logits(hidden, ids, nnx.merge(ends_graph, ends).head_weights(), softcap)
 
         def normalizer(ends: Any, hidden: Any) -> jax.Array:
-            return log_normalizer(hidden, nnx.merge(ends_graph, ends).head_weights())
+            return log_normalizer(hidden, nnx.merge(ends_graph, ends).head_weights(), softcap)
 
         match kind:
             case "targets":
@@ -167,7 +167,8 @@ class Programs:
         raise NotImplementedError
 
     def _context(self, segments: jax.ShapeDtypeStruct) -> Context:
-        shapes: Any = Context(segments, self._pool, _int32(self._slots), _int32())  # pyright: ignore[reportArgumentType]
+        tokens = _int32(segments.shape[0] * segments.shape[1])
+        shapes: Any = Context(segments, tokens, self._pool, _int32(self._slots), _int32())  # pyright: ignore[reportArgumentType]
         return shapes
 
 
@@ -214,10 +215,10 @@ class LayerPrograms(Programs):
         host = (inputs.tokens, inputs.positions, inputs.segments, prefix.table, np.int32(prefix.length))
         tokens, positions, segments, table, length = jax.device_put(host)
         x, angles = self.get("embed", len(inputs.tokens))(self._ends, tokens, positions)
-        return x, angles, Context(segments, prefix.pool, table, length)
+        return x, angles, Context(segments, positions, prefix.pool, table, length)
 
     def _definition(self, kind: str, size: Any) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
-        ends_graph, block_graph = self._ends_graph, self._block_graph
+        ends_graph, block_graph, final = self._ends_graph, self._block_graph, self._config.layers - 1
         weights, tokens = self._layers[0], int(size.tokens if isinstance(size, Shape) else size)
         segments = _int32(size.bins, size.width) if isinstance(size, Shape) else _int32(1, size)
 
@@ -231,7 +232,7 @@ class LayerPrograms(Programs):
             return nnx.merge(block_graph, weights)(x, angles, context, number)
 
         def last(weights: Any, x: Any, angles: Any) -> Any:
-            return nnx.merge(block_graph, weights).keys_values(x, angles)
+            return nnx.merge(block_graph, weights).keys_values(x, angles, final)
 
         def read(ends: Any, weights: Any, x: Any, angles: Any, context: Any, number: Any, reads: Any) -> Any:
             hidden = nnx.merge(block_graph, weights).read(x, angles, context, number, reads)
@@ -282,7 +283,8 @@ class ModelPrograms(Programs):
 
     def _arguments(self, inputs: Inputs, prefix: Prefix) -> tuple[Any, ...]:
         """What ``rows`` and ``prefill`` both take."""
-        context = Context(inputs.segments, prefix.pool, prefix.table, np.int32(prefix.length))  # pyright: ignore[reportArgumentType]
+        host: Any = (inputs.segments, inputs.positions, prefix.pool, prefix.table, np.int32(prefix.length))
+        context = Context(*host)
         return self._ends, self._layers, inputs.tokens, inputs.positions, context
 
     def _definition(self, kind: str, size: Any) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
@@ -307,7 +309,7 @@ class ModelPrograms(Programs):
                 return x, lax.dynamic_update_index_in_dim(kept, keys_values, n, 0)
 
             x, kept = lax.fori_loop(0, last, step, (x, kept))
-            return lax.dynamic_update_index_in_dim(kept, block(layers, last).keys_values(x, angles), last, 0)
+            return lax.dynamic_update_index_in_dim(kept, block(layers, last).keys_values(x, angles, last), last, 0)
 
         match kind:
             case "rows":

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from model import attention_tpu, plan
+from model import attention_tpu, decoder, plan
 from model.config import ModelConfig
 from model.cost import Cost, program_cost
 from model.engine import without_weights
@@ -56,19 +56,19 @@ CHIPS = {
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """One request: a query that no cache holds, its items, and full-vocabulary log-probabilities of the labels."""
+    """One request: a query that no cache holds and its items. Read are the full-vocabulary log-probabilities of two
+    labels, or a classifier's logits."""
 
     query_tokens: int
     items: int
     item_tokens: int
-    labels: int = 2
 
     def request(self) -> Request:
         """Token ids at random: only their lengths, and what they share, matter."""
         rng = np.random.default_rng(0)
         query = rng.integers(0, 2**31 - 1, self.query_tokens).tolist()
         items = rng.integers(0, 2**31 - 1, (self.items, self.item_tokens)).tolist()
-        return Request(query, items, "", [], list(range(self.labels)))
+        return Request(query, items, "", [], [])
 
 
 class Launch(NamedTuple):
@@ -134,7 +134,7 @@ def devices(chip: str, topology: str) -> tuple[Any, ...]:
     return tuple(described[:1] if single else described)
 
 
-def launches(laid: Layout, request: Request) -> Counter[Launch]:
+def launches(config: ModelConfig, laid: Layout, request: Request) -> Counter[Launch]:
     """What the engine would launch for a request, by its own planner."""
     sequences = [np.array(prompt, np.int32) for prompt in request.prompts]
     reads = [[len(prompt) - 1] for prompt in sequences]
@@ -152,14 +152,27 @@ def launches(laid: Layout, request: Request) -> Counter[Launch]:
             cached += size
         for call in plan.pack(group.rows, laid.ladder):
             found[Launch("rows", call.shape, group.prefix_length)] += 1
-    pairs = len(sequences) * len(request.label_ids)
-    for kind, count, sizes in (
-        ("targets", pairs, laid.sizes.target_rows),
-        ("normalizer", len(sequences), laid.sizes.head_rows),
-    ):
+    reads_of_head = [("targets", len(sequences) * (config.classes or 2), laid.sizes.target_rows)]
+    if not config.classes:
+        reads_of_head.append(("normalizer", len(sequences), laid.sizes.head_rows))
+    for kind, count, sizes in reads_of_head:
         for _, size, _ in plan.blocks(count, sizes):
             found[Launch(kind, size, 0)] += 1
     return found
+
+
+def floor_sizes(config: ModelConfig) -> Sizes:
+    """What the floor is computed from."""
+    return Sizes(
+        width=config.width,
+        layers=config.layers,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        head_width=config.head_width,
+        ff_width=config.ff_width,
+        vocab=config.classes or config.vocab_size,
+        windows=decoder.windows(config) or (),
+    )
 
 
 def launch_cost(programs: Programs, config: ModelConfig, laid: Layout, launch: Launch) -> tuple[Cost, int]:
@@ -169,8 +182,8 @@ def launch_cost(programs: Programs, config: ModelConfig, laid: Layout, launch: L
         tokens, width = (
             (launch.size, launch.size) if launch.kind == "prefill" else (launch.size.tokens, launch.size.width)
         )
-        flops, moved = attention_tpu.work(tokens, width, config.heads, laid.pool, launch.prefix_length)
-        cost += Cost(flops, moved) * runs
+        for window in (decoder.windows(config) or (None,) * config.layers)[:runs]:
+            cost += Cost(*attention_tpu.work(tokens, width, config.heads, laid.pool, launch.prefix_length, window))
     return cost, memory
 
 
@@ -201,17 +214,27 @@ def estimate(
         prefix_cache_bytes: None: the engine's default.
 
     Raises:
-        ValueError: see ``devices``.
+        ValueError: see ``devices``; or more than one chip, or a mixture of experts, which are not supported.
     """
+    if config.experts:
+        raise ValueError(
+            f"{config.architecture}: plans of mixtures of experts are not supported; the work of such a model depends "
+            "on which experts its tokens choose, and the compiled program does not tell"
+        )
     peaks, here = CHIPS[chip], devices(chip, topology)
+    if len(here) > 1:
+        raise ValueError(
+            f"{chip} {topology} has {len(here)} chips; plans of a model over more than one chip are not supported. "
+            "Plan for 1x1: what it says of chips needed counts replicas of one chip each"
+        )
     sizes = BY_PLATFORM["tpu"]
     if prefix_cache_bytes is not None:
         sizes = dataclasses.replace(sizes, prefix_cache_bytes=prefix_cache_bytes)
     longest = max_prompt_tokens or workload.query_tokens + workload.item_tokens
     programs, laid = without_weights(config, here[0], sizes, max_prompt_tokens=longest)
     request = workload.request()
-    needed = launches(laid, request)
-    floor = floor_flops(Variant([request], None), Sizes.of(config)) / peaks.flops / len(here)
+    needed = launches(config, laid, request)
+    floor = floor_flops(Variant([request], None), floor_sizes(config)) / peaks.flops / len(here)
     counts = Counter[str]()
     for launch, count in needed.items():
         counts[f"{launch.kind} {launch.size}"] += count

@@ -16,7 +16,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from model.config import ConfigError, ModelConfig, from_hf, read_config
+from model.config import ModelConfig
+from model.fields import ConfigError, read_config
+from model.registry import from_hf
 from scripts.tpu_estimate import CHIPS, Estimate, Workload, estimate, libtpu_version
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -63,7 +65,7 @@ def plan_tpu(
             )
             for name in topology
         }
-    except (ConfigError, ValueError) as error:
+    except (ConfigError, ValueError, OSError) as error:
         console.print(f"[red]{error}")
         raise typer.Exit(1) from error
     rows = {name: figures(one, requests_per_s, items, price) for name, one in found.items()}

@@ -83,13 +83,13 @@ class ScoreClient:
         query: str | list[int] | None,
         items: str | list[str] | list[list[int]],
         *,
-        label_token_ids: list[int] | list[list[int]],
+        label_token_ids: list[int] | list[list[int]] | None = None,
         apply_softmax: bool = False,
         item_first: bool = False,
         temperature: float = 1.0,
         return_token_logprobs: bool = False,
     ) -> ScoreResponse:
-        """The labels' probabilities for every item; the arguments are ``ScoreRequest``'s fields."""
+        """The labels' (or classes') scores for every item; the arguments are ``ScoreRequest``'s fields."""
         request = _checked(
             ScoreRequest,
             query=query,

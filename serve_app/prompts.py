@@ -98,11 +98,14 @@ class Prompts:
     def __init__(self, tokenizer: TextTokenizer, info: ModelInfo, limits: Limits) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = info.vocab_size
+        self._classes = info.classes
         self._limits = limits
         self.max_prompt_tokens = min(info.max_prompt_tokens, limits.max_prompt_tokens or info.max_prompt_tokens)
 
     def prepare(self, request: ScoreRequest) -> TokenBatch:
         """One sequence an item, each with one read at its last token, whose targets are the item's labels.
+
+        Of a model with classes the targets are all classes, and labels are ignored.
 
         Raises:
             InvalidRequestError: labels, ids, lengths or the combination of fields is wrong.
@@ -118,6 +121,11 @@ class Prompts:
         if request.temperature != 1.0 and not request.apply_softmax:
             raise InvalidRequestError(
                 f"temperature is {request.temperature}, which needs apply_softmax: true", param="temperature"
+            )
+        if request.return_token_logprobs and self._classes:
+            raise InvalidRequestError(
+                f"return_token_logprobs is for causal models; this one has {self._classes} classes; leave it out",
+                param="return_token_logprobs",
             )
         labels = self._labels(request.label_token_ids, len(items))
         tokens, offsets = self._tokens(request.query, items, request.item_first)
@@ -136,8 +144,8 @@ class Prompts:
             read_positions=(np.diff(offsets) - 1).astype(np.int32),
             targets=targets,
             target_offsets=target_offsets,
-            # A softmax over the labels needs no vocabulary matmul; a probability or a logprob does.
-            vocab_logprobs=request.return_token_logprobs or not request.apply_softmax,
+            # A softmax over the labels needs no vocabulary matmul; a probability or a logprob does. Classes: logits.
+            vocab_logprobs=not self._classes and (request.return_token_logprobs or not request.apply_softmax),
         )
 
     def prefix_tokens(self, request: ScoreRequest, batch: TokenBatch) -> int:
@@ -174,9 +182,13 @@ class Prompts:
         self._check_ids(ids, "tokens")
         return self._tokenizer.decode(ids)
 
-    def _labels(self, labels: list[int] | list[list[int]], items: int) -> list[int] | list[list[int]]:
-        """The labels, checked: one list for all items, or one list an item."""
+    def _labels(self, labels: list[int] | list[list[int]] | None, items: int) -> list[int] | list[list[int]]:
+        """The labels, checked: one list for all items, or one list an item. All classes, where there are classes."""
+        if self._classes:
+            return [*range(self._classes)]
         name = "label_token_ids"
+        if labels is None:
+            raise InvalidRequestError(f"{name} is required", param=name)
         if not labels:
             raise InvalidRequestError(f"{name} is empty; name at least one label", param=name)
         if not isinstance(labels[0], list):

@@ -56,7 +56,8 @@ class ScoreRequest(RequestBody):
     Attributes:
         query: text or token ids, the same kind as ``items``. None: empty.
         items: one prompt each. A single string is one item; an empty list is answered with no scores.
-        label_token_ids: the labels, one list for all items or one list an item.
+        label_token_ids: the labels, one list for all items or one list an item. A causal model needs them; one with
+            classes has no use for them.
         apply_softmax: True: probabilities over the labels alone, each row sums to 1. False: over the whole vocabulary.
         item_first: the prompt is item + query instead of query + item.
         temperature: divides the logprobs before the softmax; other than 1.0 only with ``apply_softmax``.
@@ -68,7 +69,7 @@ class ScoreRequest(RequestBody):
 
     query: Annotated[Text | Ids | None, Field(union_mode="left_to_right")] = None
     items: Annotated[Texts | IdLists | Text, Field(union_mode="left_to_right")]
-    label_token_ids: Annotated[Ids | IdLists, Field(union_mode="left_to_right")]
+    label_token_ids: Annotated[Ids | IdLists | None, Field(union_mode="left_to_right")] = None
     apply_softmax: bool = False
     item_first: bool = False
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -96,7 +97,7 @@ class ScoreResponse(ResponseBody):
     """Scores in the order of the items, each row in the order of its labels.
 
     Attributes:
-        scores: probabilities, 0 to 1.
+        scores: probabilities, 0 to 1; of a model with classes and without ``apply_softmax``, the classes' logits.
         token_logprobs: nats, over the whole vocabulary and without temperature, if asked for. A label that the
             model holds to be impossible has float32's lowest number, since JSON has no infinity.
     """
@@ -175,6 +176,7 @@ class InfoResponse(ResponseBody):
     architecture: str
     context_length: int
     vocab_size: int
+    classes: int
     dtype: str
     platform: str
     buckets: list[str]

@@ -165,6 +165,7 @@ class ScoringService:
             architecture=info.architecture,
             context_length=info.context_length,
             vocab_size=info.vocab_size,
+            classes=info.classes,
             dtype=info.dtype,
             platform=info.platform,
             buckets=list(info.buckets),
@@ -226,7 +227,9 @@ class ScoringService:
         prompt_tokens = len(batch.tokens)
         return ScoreResponse(
             scores=[
-                label_scores(row, index, softmax=request.apply_softmax, temperature=request.temperature)
+                class_logits(row, index)
+                if self._info.classes and not request.apply_softmax
+                else label_scores(row, index, softmax=request.apply_softmax, temperature=request.temperature)
                 for index, row in enumerate(rows)
             ],
             model=self._settings.name,
@@ -261,7 +264,7 @@ class ScoringService:
     async def _probe(self) -> None:
         last = self._info.vocab_size - 1
         prompt, other = [last // 2, last // 3, last // 5], [last // 7, last // 2, last // 11, 0, last]
-        labels = [0, last]
+        labels = [*range(self._info.classes)] or [0, last]
         alone, together = [
             await self._compute(_probe_batch(prompts, labels), 0, "ready", time.time() + self._settings.timeout_s)
             for prompts in ([prompt], [other, prompt])
@@ -321,17 +324,35 @@ def label_scores(values: Sequence[float], index: int, *, softmax: bool, temperat
     """
     peak = max(values)
     if any(math.isnan(value) for value in values) or peak == math.inf or (softmax and peak == -math.inf):
-        raise InternalError(
-            f"items[{index}]: the model's output is not finite, so there is no score; leave this item out",
-            param="items",
-            index=index,
-        )
+        raise _not_finite(index)
     if not softmax:
         # A logprob may come out above 0 by float32's last digit.
         return [min(1.0, math.exp(value)) for value in values]
     weights = [math.exp((value - peak) / temperature) for value in values]
     total = math.fsum(weights)
     return [weight / total for weight in weights]
+
+
+def class_logits(values: Sequence[float], index: int) -> list[float]:
+    """One item's class logits, as they are.
+
+    Args:
+        index: the item, for the error.
+
+    Raises:
+        InternalError: a value is not finite.
+    """
+    if not all(map(math.isfinite, values)):
+        raise _not_finite(index)
+    return list(values)
+
+
+def _not_finite(index: int) -> InternalError:
+    return InternalError(
+        f"items[{index}]: the model's output is not finite, so there is no score; leave this item out",
+        param="items",
+        index=index,
+    )
 
 
 def _probe_batch(prompts: list[list[int]], labels: list[int]) -> TokenBatch:

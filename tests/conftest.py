@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -69,3 +71,20 @@ def demo_engine() -> Engine:
     from model import engine
 
     return engine.load(model_source.resolve("demo"))
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Engine]]:
+    """The folder and the engine of a family's tiny checkpoint, made once, with programs for 64 tokens."""
+
+    @cache
+    def made(family: str) -> tuple[Path, Engine]:
+        from model import engine
+        from tests.tiny_families import make_family
+
+        folder = make_family(tmp_path_factory.mktemp(family), family)
+        scorer = engine.load(folder, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
+        scorer.warmup()  # several programs at a time
+        return folder, scorer
+
+    return made

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.attention import Context, attend, to_pool
+from model.attention import Context, Rule, attend, to_pool
 from model.attention_tpu import stored_width
 from model.pages import PAGE_TOKENS
 
@@ -20,11 +20,13 @@ def inputs(
 ) -> tuple[jax.Array, jax.Array, jax.Array, Context]:
     """Rows of 1 to ``longest`` tokens in every bin, the last positions of each left empty, and a full page table."""
     rng = np.random.default_rng(seed)
-    segments = np.full((bins, width), -1, np.int32)
+    segments, positions = np.full((bins, width), -1, np.int32), np.zeros((bins, width), np.int32)
     for number, row in enumerate(segments):
         ends = np.cumsum(rng.integers(1, longest + 1, width))
         filled = int(ends[ends < width][-1])
-        row[:filled] = 1000 * number + np.searchsorted(ends, np.arange(filled), "right")
+        rows = np.searchsorted(ends, np.arange(filled), "right")
+        row[:filled] = 1000 * number + rows
+        positions[number, :filled] = np.arange(filled) - np.concatenate([[0], ends])[rows]
 
     def normal(*shape: int) -> np.ndarray:
         return rng.normal(0, 1, shape).astype(np.float32)
@@ -34,40 +36,49 @@ def inputs(
     table = rng.permutation(PAGES - 1)[:SLOTS].astype(np.int32) + 1
     q = normal(bins * width, heads, head_width) * 2 * head_width**-0.5
     k, v = (normal(bins * width, kv_heads, head_width) for _ in range(2))
-    context = Context(*map(jnp.asarray, (segments, pool, table, np.int32(0))))
+    context = Context(*map(jnp.asarray, (segments, positions.reshape(-1), pool, table, np.int32(0))))
     return jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), context
 
 
-def both(head_width: int) -> tuple[Attend, Attend]:
+def behind(context: Context, length: int) -> Context:
+    """The same rows over a prefix."""
+    return context._replace(prefix_length=jnp.int32(length), positions=context.positions + length)
+
+
+def both(head_width: int, window: int | None = None, softcap: float | None = None) -> tuple[Attend, Attend]:
     """Kernel and reference, compiled once for all prefix lengths; the reference's pool has heads as they are."""
+    rule = Rule(None if window is None else jnp.int32(window), softcap)
 
     def kernel(q: jax.Array, k: jax.Array, v: jax.Array, context: Context, reads: jax.Array | None = None) -> jax.Array:
         query = q if reads is None else q[reads]
-        return attend(query, k, v, context, 1, implementation="fused-interpreted", reads=reads)
+        return attend(query, k, v, context, 1, rule, implementation="fused-interpreted", reads=reads)
 
     def reference(
         q: jax.Array, k: jax.Array, v: jax.Array, context: Context, reads: jax.Array | None = None
     ) -> jax.Array:
         query = q if reads is None else q[reads]
         narrow = context._replace(pool=context.pool[..., :head_width])
-        return attend(query, k, v, narrow, 1, implementation="reference", reads=reads)
+        return attend(query, k, v, narrow, 1, rule, implementation="reference", reads=reads)
 
     return jax.jit(kernel), jax.jit(reference)
 
 
 @pytest.mark.parametrize(
-    ("bins", "width", "head_width", "longest"),
+    ("bins", "width", "head_width", "longest", "window", "softcap"),
     [
-        pytest.param(9, 160, 80, 60, id="narrow heads, a tile that is not filled"),
-        pytest.param(1, 2048, 128, 1500, id="a bin of two tiles"),
+        pytest.param(9, 160, 80, 60, None, None, id="narrow heads, a tile that is not filled"),
+        pytest.param(9, 160, 80, 60, 40, 1.5, id="a window shorter than a row, and a soft cap"),
+        pytest.param(1, 2048, 128, 1500, 700, None, id="a bin of two tiles, a window over both"),
     ],
 )
-def test_kernel_equals_reference(bins: int, width: int, head_width: int, longest: int) -> None:
+def test_kernel_equals_reference(
+    bins: int, width: int, head_width: int, longest: int, window: int | None, softcap: float | None
+) -> None:
     q, k, v, context = inputs(bins=bins, width=width, head_width=head_width, longest=longest)
     real = np.asarray(context.segments).reshape(-1) >= 0
-    kernel, reference = both(head_width)
-    for length in (0, 1, 4 * PAGE_TOKENS, 5 * PAGE_TOKENS + 3):
-        here = context._replace(prefix_length=jnp.int32(length))
+    kernel, reference = both(head_width, window, softcap)
+    for length in (0, 1, 4 * PAGE_TOKENS, 5 * PAGE_TOKENS + 3, 8 * PAGE_TOKENS - 5):
+        here = behind(context, length)
         got, wanted = (np.asarray(run(q, k, v, here))[real] for run in (kernel, reference))
         np.testing.assert_allclose(got, wanted, rtol=0, atol=3e-6)
 
@@ -79,7 +90,7 @@ def test_bfloat16_reads_and_a_broken_neighbour() -> None:
     broken = segments == segments[0]
     v = v.at[np.flatnonzero(broken)].set(jnp.nan)
     reads = jnp.asarray([50, 51, 127 + 30, 300])
-    context = context._replace(prefix_length=jnp.int32(130))
+    context = behind(context, 130)
     kernel, reference = both(64)
     wanted = np.asarray(reference(q, k, v, context, reads))
     q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
@@ -92,4 +103,4 @@ def test_bfloat16_reads_and_a_broken_neighbour() -> None:
 def test_a_bin_that_no_tile_divides_is_refused() -> None:
     q, k, v, context = inputs(bins=1, width=1040, head_width=128, longest=1000)
     with pytest.raises(ValueError, match="1040 positions"):
-        attend(q, k, v, context, 0, implementation="fused-interpreted")
+        attend(q, k, v, context, 0, Rule(), implementation="fused-interpreted")

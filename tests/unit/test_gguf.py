@@ -12,8 +12,10 @@ from gguf.quants import dequantize, quantize
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from model.config import Rope, from_hf, read_config
+from model.config import Rope
+from model.fields import read_config
 from model.gguf import PRES, GgufError, convert, main
+from model.registry import from_hf
 from serve_app.model_source import resolve
 from tests.tiny import SPECIALS, make_llama
 from tests.tiny_gguf import Edit, write_gguf

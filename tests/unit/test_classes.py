@@ -1,0 +1,81 @@
+"""A service whose model has a classification head: class logits or their softmax, whatever labels are sent."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serve_app.contract import BatchResult, TokenBatch
+from serve_app.errors import InternalError, InvalidRequestError
+from serve_app.fake_engine import FakeEngine
+from serve_app.prompts import TextTokenizer
+from serve_app.schemas import ScoreRequest, ScoreResponse
+from serve_app.service import ScoringService
+from serve_app.settings import Settings
+from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
+
+SETTINGS = Settings(model="fake-judge", engine="fake")
+
+
+async def score(tokenizer: TextTokenizer, engine: FakeEngine, **fields: Any) -> ScoreResponse:
+    service = ScoringService(SETTINGS, tokenizer, engine.info, DirectReplicas(engine))
+    try:
+        await service.ready()
+        return await service.score(ScoreRequest(query="the ", items=["fox", "dog"], **fields), request_id="r")
+    finally:
+        service.close()
+
+
+async def test_logits_as_they_are_and_their_softmax(tokenizer: TextTokenizer):
+    engine = FakeEngine(VOCAB_SIZE, CONTEXT, classes=3)
+    plain = (await score(tokenizer, engine)).scores
+    assert [len(row) for row in plain] == [3, 3]
+    assert min(map(min, plain)) < 0, "logits, not probabilities"
+    softmax = (await score(tokenizer, engine, apply_softmax=True)).scores
+    for logits, probabilities in zip(plain, softmax, strict=True):
+        weights = [math.exp(logit - max(logits)) for logit in logits]
+        assert probabilities == pytest.approx([weight / sum(weights) for weight in weights], abs=1e-6)
+
+
+@pytest.mark.parametrize("labels", [[5], [[1, 2], [3]], [VOCAB_SIZE + 7]])
+async def test_labels_are_ignored(tokenizer: TextTokenizer, labels: Any):
+    engine = FakeEngine(VOCAB_SIZE, CONTEXT, classes=2)
+    assert (await score(tokenizer, engine, label_token_ids=labels)).scores == (await score(tokenizer, engine)).scores
+
+
+async def test_one_class(tokenizer: TextTokenizer):
+    engine = FakeEngine(VOCAB_SIZE, CONTEXT, classes=1)
+    plain = (await score(tokenizer, engine)).scores
+    assert plain[0] != plain[1]
+    assert (await score(tokenizer, engine, apply_softmax=True)).scores == [[1.0], [1.0]]
+
+
+async def test_logprobs_over_a_vocabulary_are_refused(tokenizer: TextTokenizer):
+    engine = FakeEngine(VOCAB_SIZE, CONTEXT, classes=3)
+    with pytest.raises(InvalidRequestError, match="this one has 3 classes") as refusal:
+        await score(tokenizer, engine, return_token_logprobs=True)
+    assert refusal.value.param == "return_token_logprobs"
+
+
+async def test_a_causal_model_needs_labels(tokenizer: TextTokenizer):
+    with pytest.raises(InvalidRequestError, match="label_token_ids is required"):
+        await score(tokenizer, FakeEngine(VOCAB_SIZE, CONTEXT))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+async def test_a_logit_that_is_not_finite_is_an_error(tokenizer: TextTokenizer, value: float):
+    class Broken(FakeEngine):
+        def score(self, batch: TokenBatch) -> BatchResult:
+            result = super().score(batch)
+            if not batch.vocab_logprobs:
+                result = dataclasses.replace(
+                    result, values=np.where(np.arange(6) == 4, np.float32(value), result.values)
+                )
+            return result
+
+    with pytest.raises(InternalError, match=r"items\[1\]: the model's output is not finite"):
+        await score(tokenizer, Broken(VOCAB_SIZE, CONTEXT, classes=3))
