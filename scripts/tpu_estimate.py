@@ -15,7 +15,9 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax.experimental import topologies
 
 from model import attention_tpu, decoder, plan
 from model.config import ModelConfig
@@ -119,11 +121,6 @@ def devices(chip: str, topology: str) -> tuple[Any, ...]:
     """
     if libtpu_version() is None:
         raise ValueError("libtpu is not installed; install this project with its extra tpu-compile")
-    import libtpu
-    from jax.experimental import topologies
-
-    os.environ.setdefault("TPU_LIBRARY_PATH", libtpu.get_library_path())
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is opened
     single = topology in ("1x1", "1x1x1")
     name = f"{chip}:{CHIPS[chip].smallest if single else topology}"
@@ -191,7 +188,10 @@ def launch_cost(programs: Programs, config: ModelConfig, laid: Layout, launch: L
 def _compiled(programs: Programs, kind: str, size: Any, trips: int) -> tuple[Cost, int, int]:
     """(cost without the attention kernel, runs of it, memory beyond arguments)."""
     traced = programs.trace(kind, size)
-    compiled = traced.lower().compile()
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:  # such as one that needs more memory than there is, with figures
+        raise ValueError(f"{kind} {size} does not compile for this chip: {error}") from error
     cost, runs = program_cost(traced, compiled, trips=trips)
     memory: Any = compiled.memory_analysis()
     return cost, runs, memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -203,19 +203,21 @@ def estimate(
     topology: str,
     workload: Workload,
     *,
-    max_prompt_tokens: int | None = None,
     prefix_cache_bytes: int | None = None,
     progress: Callable[[Iterable[Launch]], Iterable[Launch]] = lambda launches: launches,
 ) -> Estimate:
     """Compile what the workload needs for a topology and sum it up.
 
     Args:
-        max_prompt_tokens: the longest prompt that the prefix cache has room for; None: the workload's.
         prefix_cache_bytes: None: the engine's default.
 
     Raises:
-        ValueError: see ``devices``; or more than one chip, or a mixture of experts, which are not supported.
+        ValueError: see ``devices``; prompts longer than the model's context; more than one chip, or a mixture of
+            experts, which are not supported; a program that the chip's compiler refuses.
     """
+    longest = workload.query_tokens + workload.item_tokens
+    if longest > config.context_length:
+        raise ValueError(f"the prompts have {longest:,} tokens; this model reads at most {config.context_length:,}")
     if config.experts:
         raise ValueError(
             f"{config.architecture}: plans of mixtures of experts are not supported; the work of such a model depends "
@@ -230,7 +232,6 @@ def estimate(
     sizes = BY_PLATFORM["tpu"]
     if prefix_cache_bytes is not None:
         sizes = dataclasses.replace(sizes, prefix_cache_bytes=prefix_cache_bytes)
-    longest = max_prompt_tokens or workload.query_tokens + workload.item_tokens
     programs, laid = without_weights(config, here[0], sizes, max_prompt_tokens=longest)
     request = workload.request()
     needed = launches(config, laid, request)

@@ -13,11 +13,12 @@ import typer
 from huggingface_hub import hf_hub_download
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
 from model.config import ModelConfig
-from model.fields import ConfigError, read_config
+from model.fields import read_config
 from model.registry import from_hf
 from scripts.tpu_estimate import CHIPS, Estimate, Workload, estimate, libtpu_version
 
@@ -65,8 +66,8 @@ def plan_tpu(
             )
             for name in topology
         }
-    except (ConfigError, ValueError, OSError) as error:
-        console.print(f"[red]{error}")
+    except (ValueError, OSError) as error:
+        Console(stderr=True).print(f"[red]{escape(str(error))}")
         raise typer.Exit(1) from error
     rows = {name: figures(one, requests_per_s, items, price) for name, one in found.items()}
     console.print(table(chip, rows, workload, requests_per_s))

@@ -5,7 +5,6 @@ Nothing runs here: libtpu compiles for a described topology, and its compiler re
 
 import importlib.util
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -24,6 +23,7 @@ from model.registry import from_hf
 from model.sizes import BY_PLATFORM
 from scripts.tpu_estimate import CHIPS, Workload, devices, estimate, launches
 from scripts.tpu_plan import app
+from tests.tiny_families import FAMILIES, config_of
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -122,6 +122,15 @@ def test_ranking_on_one_v6e_is_near_the_floor(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_compiles(family: str) -> None:
+    config = from_hf(config_of(family))
+    programs, laid = without_weights(config, devices("v6e", "1x1")[0], BY_PLATFORM["tpu"])
+    traced = programs.trace("rows", laid.ladder[0])
+    _, kernels = program_cost(traced, traced.lower().compile(), trips=config.layers - 1)
+    assert kernels == config.layers
+
+
 @pytest.mark.parametrize(
     ("config", "chip", "call"),
     [
@@ -146,20 +155,23 @@ def test_programs_fit_one_chip_and_attention_is_fused(config: ModelConfig, chip:
 
 
 @pytest.mark.parametrize(
-    ("config", "chip", "topology", "said"),
+    ("arguments", "changes", "said"),
     [
-        pytest.param(
-            LLAMA_31_8B, "v6e", "2x4", "8 chips; plans of a model over more than one chip are not", id="slice"
-        ),
-        pytest.param(QWEN3_06B, "v6e", "3x5", "libtpu knows no topology v6e:3x5", id="no such topology"),
-        pytest.param(
-            replace(QWEN3_06B, experts=8), "v6e", "1x1", "mixtures of experts are not supported", id="experts"
-        ),
+        (["--topology", "2x4"], {}, "v6e 2x4 has 8 chips; plans of a model over more than one chip are not supported"),
+        (["--topology", "3x5"], {}, "libtpu knows no topology v6e:3x5"),
+        (["--chip", "v7"], {}, "'v7' is not one of v5e, v5p, v6e"),
+        (["--query-tokens", "40941"], {}, "the prompts have 40,961 tokens; this model reads at most 40,960"),
+        ([], {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8}, "mixtures of experts are not supported"),
+        ([], {"architectures": ["OtherForCausalLM"]}, "implemented: Gemma2ForCausalLM"),
     ],
 )
-def test_what_cannot_be_planned_is_refused(config: ModelConfig, chip: str, topology: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        estimate(config, chip, topology, RANKING)
+def test_what_cannot_be_planned_is_refused(
+    arguments: list[str], changes: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_06B_JSON | changes))
+    result = CliRunner().invoke(app, [str(tmp_path), *arguments], env={"COLUMNS": "200"})
+    assert result.exit_code != 0
+    assert said in " ".join(result.output.split())
 
 
 def test_what_does_not_fit_is_said_without_compiling() -> None:
