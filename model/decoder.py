@@ -22,6 +22,11 @@ EVERYTHING = 2**30
 """The window of a layer that sees the whole context."""
 
 
+def windows(config: ModelConfig) -> tuple[int, ...] | None:
+    """Of each layer, in tokens; None: no layer has one."""
+    return tuple(config.window if slides else EVERYTHING for slides in config.sliding) if config.window else None
+
+
 def norm(config: ModelConfig, width: int, dtype: jnp.dtype) -> RMSNorm:
     return RMSNorm(width, eps=config.norm_eps, dtype=dtype, offset=config.norm_offset)
 
@@ -56,7 +61,7 @@ class Attention(nnx.Module):
     def queries(self, x: Float[Array, "M D"], angles: Angles) -> Float[Array, "M N H"]:
         """Rotated and scaled, in the weights' dtype."""
         q = _normed(self.q(x), self.q_norm).reshape(-1, self.config.heads, self.config.head_width)
-        q = rotate(q, angles) * self.scale
+        q = rotate(q * self.scale, angles)  # scaled first: XLA then keeps no float32 copy on TPU
         return q.astype(self.q.kernel.dtype)
 
     def keys_values(
@@ -123,11 +128,8 @@ class Block(nnx.Module):
         return self.leave(x[reads], self.attention.output(attended))
 
     def _rule(self, layer: Layer) -> Rule:
-        config = self.config
-        if not config.window:
-            return Rule(softcap=config.attention_softcap)
-        windows = jnp.array([config.window if slides else EVERYTHING for slides in config.sliding], jnp.int32)
-        return Rule(windows[layer], config.attention_softcap)
+        softcap, widths = self.config.attention_softcap, windows(self.config)
+        return Rule(None if widths is None else jnp.array(widths, jnp.int32)[layer], softcap)
 
     def _own_angles(self, angles: AllAngles, layer: Layer) -> Angles:
         """Of the layer's own rope."""

@@ -6,6 +6,7 @@ loop over stacked layers within one program, for devices where a launch is dear 
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,12 +77,18 @@ class Programs:
         self._code = f"{type(self).__name__} {self._ends_graph} {self._block_graph}"
         """With a program's kind and size it tells what is computed; the graphs hold all constants of the config."""
         self._ends = ends
+        self._layers: Any
         self._dtype = jax.tree.leaves(ends)[0].dtype
         self._pool = pool
         self._slots = slots
         self._folder = folder
         self._compiled: dict[tuple[str, Size], Callable[..., Any]] = {}
         self.compilations = 0
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all parameters."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((self._ends, self._layers)))
 
     def rows(self, shape: Shape, inputs: Inputs, prefix: Prefix) -> jax.Array:
         """Final normalised hidden states at the reads: float32 [R, D]. Returns when launched."""
@@ -119,11 +126,20 @@ class Programs:
     def compile(self, kind: str, size: Size) -> Callable[..., Any]:
         """Build, or find on disk, one program for one size."""
         function, arguments, donated = self._definition(kind, size)
-        with jax.default_matmul_precision("highest" if self._dtype == jnp.float32 else "default"):
+        with self._precision():
             program = compiled.program(f"{kind} {size} {self._code}", function, arguments, donated, self._folder)
         self.compilations += 1
         self._compiled[kind, size] = program
         return program
+
+    def trace(self, kind: str, size: Size) -> jax.stages.Traced:
+        """One program for one size, before it is lowered."""
+        function, arguments, donated = self._definition(kind, size)
+        with self._precision():
+            return jax.jit(function, donate_argnums=donated).trace(*arguments)
+
+    def _precision(self) -> AbstractContextManager[None]:
+        return jax.default_matmul_precision("highest" if self._dtype == jnp.float32 else "default")
 
     def _definition(self, kind: str, size: Any) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
         """A program's function, the shapes of its arguments, and which of them it may overwrite."""
@@ -320,7 +336,7 @@ def _write(pool: Any, keys_values: Any, pages: Any, offset: Any, length: Any) ->
     stacked = jnp.stack(keys_values) if isinstance(keys_values, tuple) else keys_values
     by_head = to_pool(stacked).transpose(0, 1, 3, 2, 4)  # L 2 K M H
     count = pages.shape[0]
-    room = jnp.zeros((*by_head.shape[:3], count * PAGE_TOKENS, by_head.shape[4]), by_head.dtype)
+    room = jnp.zeros((*by_head.shape[:3], count * PAGE_TOKENS, pool.shape[5]), by_head.dtype)
     room = lax.dynamic_update_slice(room, by_head, (0, 0, 0, offset, 0))
     positions = jnp.arange(count * PAGE_TOKENS)
     new = (positions >= offset) & (positions < offset + length)

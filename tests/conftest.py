@@ -21,6 +21,8 @@ from tests.local import CONTEXT, VOCAB_SIZE, LocalReplicas, save_tokenizer
 # Read by jax when it is imported, here and in Ray's workers.
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+# With libtpu installed (tests/tpu_compile) jax would look for a TPU, and its own would be where tests run.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling is most of these tests' time; LLVM's lower level halves it and costs a run 15%.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 # Many tests build the same tiny model; what one compiled, the others load.

@@ -27,13 +27,13 @@ def test_float32_logprobs_equal_transformers(family: str, families: Families) ->
     np.testing.assert_allclose(logprobs(scorer), wanted, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["gemma2"])
-def test_the_reference_attention_knows_windows_and_caps(family: str, families: Families) -> None:
-    folder, scorer = families(family)
-    plain = engine.load(
-        folder, implementation="reference", max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21
+@pytest.mark.parametrize("implementation", ["reference", "fused-interpreted"])
+def test_all_attentions_know_windows_and_caps(implementation: str, families: Families) -> None:
+    folder, scorer = families("gemma2")
+    other = engine.load(
+        folder, implementation=implementation, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21
     )
-    np.testing.assert_allclose(logprobs(plain), logprobs(scorer), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(logprobs(other), logprobs(scorer), rtol=0, atol=1e-5)
 
 
 def logprobs(scorer: Engine) -> np.ndarray:
@@ -65,7 +65,7 @@ def hidden_states(scorer: Engine, tokens: np.ndarray) -> list[np.ndarray]:
     shape, places = Shape(width=32, bins=2), np.arange(64, dtype=np.int32)
     segments = np.repeat(np.array([[0], [-1]], np.int32), 32, axis=1)
     inputs = Inputs(np.pad(tokens, (0, 32)).astype(np.int32), places, segments, places)
-    prefix = Prefix(scorer._pool, np.zeros(scorer._slots, np.int32), 0)  # pyright: ignore[reportPrivateUsage]
+    prefix = Prefix(scorer._pool, np.zeros(scorer._layout.slots, np.int32), 0)  # pyright: ignore[reportPrivateUsage]
     x, angles, context = programs._begin(inputs, prefix)
     states = [np.array(x)]
     for number, weights in list(enumerate(programs._layers))[:-1]:
