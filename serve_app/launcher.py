@@ -179,15 +179,11 @@ def log_lines(folder: Path) -> Iterator[str | None]:
 
 def example(url: str) -> str:
     """A request that works, as a shell command: is a film review positive or negative?"""
-    with httpx.Client(base_url=url, trust_env=False) as client:
-        tokens = client.post("/tokenize", json={"prompt": [" positive", " negative"], "add_special_tokens": False})
-    # Where a word is several tokens, the first that tells the words apart.
-    labels = next(pair for pair in zip(*tokens.raise_for_status().json()["tokens"], strict=False) if len({*pair}) == 2)
     request: dict[str, Any] = {
         "query": "\nSentiment:",
         "items": ["Review: I loved every minute of it.", "Review: A waste of two hours."],
         "item_first": True,
-        "label_token_ids": labels,
+        "labels": [" positive", " negative"],
         "apply_softmax": True,
     }
     return f"curl {url}/v1/score -H 'Content-Type: application/json' -d '{json.dumps(request)}'\n"

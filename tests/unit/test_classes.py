@@ -44,7 +44,9 @@ async def test_logits_as_they_are_and_their_softmax(tokenizer: TextTokenizer):
 @pytest.mark.parametrize("labels", [[5], [[1, 2], [3]], [VOCAB_SIZE + 7]])
 async def test_labels_are_ignored(tokenizer: TextTokenizer, labels: Any):
     engine = FakeEngine(VOCAB_SIZE, CONTEXT, classes=2)
-    assert (await score(tokenizer, engine, label_token_ids=labels)).scores == (await score(tokenizer, engine)).scores
+    plain = (await score(tokenizer, engine)).scores
+    assert (await score(tokenizer, engine, label_token_ids=labels)).scores == plain
+    assert (await score(tokenizer, engine, labels=["yes", "no"])).scores == plain
 
 
 async def test_one_class(tokenizer: TextTokenizer):
@@ -54,11 +56,12 @@ async def test_one_class(tokenizer: TextTokenizer):
     assert (await score(tokenizer, engine, apply_softmax=True)).scores == [[1.0], [1.0]]
 
 
-async def test_logprobs_over_a_vocabulary_are_refused(tokenizer: TextTokenizer):
+@pytest.mark.parametrize("field", ["return_token_logprobs", "return_label_mass"])
+async def test_what_needs_a_vocabulary_is_refused(tokenizer: TextTokenizer, field: str):
     engine = FakeEngine(VOCAB_SIZE, CONTEXT, classes=3)
     with pytest.raises(InvalidRequestError, match="this one has 3 classes") as refusal:
-        await score(tokenizer, engine, return_token_logprobs=True)
-    assert refusal.value.param == "return_token_logprobs"
+        await score(tokenizer, engine, **{field: True})
+    assert refusal.value.param == field
 
 
 async def test_a_causal_model_needs_labels(tokenizer: TextTokenizer):
