@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from pydantic import ValidationError
 from rich.console import Console
 
-from serve_app import launcher
+from serve_app import auth, launcher
 from serve_app.model_source import ModelSourceError
 from serve_app.settings import Settings
 
@@ -44,6 +45,14 @@ def serve(
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    api_keys_file: Annotated[
+        Path | None,
+        typer.Option(
+            resolve_path=True,
+            help=f"API keys that requests must have, one a line; read again when it changes. {auth.VARIABLE} in the "
+            "environment names more, with commas between. [default: no key is needed]",
+        ),
+    ] = None,
     replicas: Annotated[int, typer.Option(min=1, help="Scorers, each with the whole model.")] = 1,
     max_batch_tokens: Annotated[int, typer.Option(min=64, help="Tokens in one device batch.")] = 8_192,
 ) -> None:
@@ -55,11 +64,12 @@ def serve(
             served_name=served_name,
             dtype=dtype.value,
             engine=engine.value,
+            api_keys_file=None if api_keys_file is None else str(api_keys_file),
             scorer_replicas=replicas,
             max_batch_tokens=max_batch_tokens,
         )
         launcher.run(settings, host=host, port=port)
-    except (launcher.LaunchError, ModelSourceError, ValidationError) as error:
+    except (launcher.LaunchError, auth.ApiKeyError, ModelSourceError, ValidationError) as error:
         Console(stderr=True, highlight=False).print(f"error: {error}", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import logging
 import math
@@ -21,7 +22,7 @@ from typing import Any
 import httpx
 from rich.console import Console
 
-from serve_app import model_source
+from serve_app import auth, model_source
 from serve_app.settings import Settings
 
 APP_NAME = "score"
@@ -42,6 +43,7 @@ def run(settings: Settings, *, host: str, port: int) -> None:
 
     Raises:
         LaunchError: the port is taken, the disk is full, or a replica cannot start.
+        ApiKeyError: the API keys are unusable.
         ModelSourceError: the model cannot be had.
     """
     console = Console(stderr=True, highlight=False)
@@ -54,7 +56,14 @@ def run(settings: Settings, *, host: str, port: int) -> None:
             if not console.is_terminal:
                 console.print(line)
 
+        keys = auth.read_keys(settings.api_keys_file)
         check_port(host, port)
+        if not keys and not is_loopback(host):
+            console.print(
+                f"warning: {host} is open to the network and there is no API key: whoever reaches port {port} may use "
+                f"the service; name a file of keys with --api-keys-file, or set {auth.VARIABLE}",
+                soft_wrap=True,
+            )
         check_disk(Path(tempfile.gettempdir()))
         model_source.resolve(settings.model, settings.revision, say=say)
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -62,7 +71,7 @@ def run(settings: Settings, *, host: str, port: int) -> None:
             wait_until_ready(url, logs, say)
             status.stop()
             console.print(f"ready: {settings.name} at {url} (Ctrl-C stops it); try:\n")
-            console.out(example(url))
+            console.out(example(url, keys[0] if keys else None))
             try:
                 signal.pause()
             except KeyboardInterrupt:
@@ -80,6 +89,12 @@ def check_port(host: str, port: int) -> None:
             raise LaunchError(
                 f"cannot listen on {host}:{port} ({error.strerror}); stop what uses it, or name another with --port"
             ) from error
+
+
+def is_loopback(host: str) -> bool:
+    """Only this machine reaches a server that listens on ``host``."""
+    addresses = {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
+    return all(ipaddress.ip_address(address).is_loopback for address in addresses)
 
 
 def check_disk(folder: Path) -> None:
@@ -146,9 +161,10 @@ def log_lines(folder: Path) -> Iterator[str | None]:
         yield None
 
 
-def example(url: str) -> str:
-    """A request that works, as a shell command: is a film review positive or negative?"""
-    with httpx.Client(base_url=url, trust_env=False) as client:
+def example(url: str, api_key: str | None = None) -> str:
+    """A request that works, as a shell command that shows no key: is a film review positive or negative?"""
+    headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+    with httpx.Client(base_url=url, headers=headers, trust_env=False) as client:
         tokens = client.post("/tokenize", json={"prompt": [" positive", " negative"], "add_special_tokens": False})
     # Where a word is several tokens, the first that tells the words apart.
     labels = next(pair for pair in zip(*tokens.raise_for_status().json()["tokens"], strict=False) if len({*pair}) == 2)
@@ -159,7 +175,8 @@ def example(url: str) -> str:
         "label_token_ids": labels,
         "apply_softmax": True,
     }
-    return f"curl {url}/v1/score -H 'Content-Type: application/json' -d '{json.dumps(request)}'\n"
+    key = "" if api_key is None else f' -H "Authorization: Bearer ${auth.VARIABLE}"'
+    return f"curl {url}/v1/score -H 'Content-Type: application/json'{key} -d '{json.dumps(request)}'\n"
 
 
 def _is_ready(url: str) -> bool:
