@@ -23,7 +23,7 @@ logger = logging.getLogger("ray.serve")
 VARIABLE = "SCORE_SERVE_API_KEY"
 """The environment variable with the service's keys, commas between them, and in a client's shell with its own."""
 
-OPEN = ("/docs", "/openapi.json", "/health", "/ready")
+OPEN = ("/", "/docs", "/docs/swagger-ui.css", "/docs/swagger-ui-bundle.js", "/openapi.json", "/health", "/ready")
 """Routes that need no key: probes have none, and the others hold nothing of the model or of requests."""
 
 _KEY = re.compile(r"[!-~]+")

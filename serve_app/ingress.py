@@ -24,7 +24,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app import auth
+from serve_app import auth, site
 from serve_app.contract import JobResult, ModelInfo, ScoreJob
 from serve_app.errors import (
     BY_STATUS,
@@ -79,7 +79,8 @@ def create_app(
         echo_request_id: put ``x-request-id`` into responses. False behind Serve's proxy, which does it itself and
             would put it there twice.
     """
-    app = FastAPI(title="score-serve", redirect_slashes=False)
+    app = FastAPI(title="score-serve", redirect_slashes=False, docs_url=None, redoc_url=None)
+    site.add_pages(app)
     if keys:
         app.add_middleware(auth.RequireKey, keys=keys)
         auth.document(app)

@@ -60,7 +60,7 @@ async def test_every_other_route_needs_a_key(closed: Http, method: str, path: st
     assert with_key.status_code != 401
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready", "/docs", "/openapi.json"])
+@pytest.mark.parametrize("path", ["/health", "/ready", "/", "/docs", "/docs/swagger-ui.css", "/openapi.json"])
 async def test_probes_and_pages_need_none(closed: Http, path: str):
     assert (await closed.client.get(path)).status_code == 200
 
