@@ -1,4 +1,4 @@
-"""The command line: ``score-serve serve``."""
+"""The command line: ``score-serve serve``, and ``score`` and ``models`` to ask a running service."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
 
-from serve_app import auth, launcher
+from serve_app import auth, cli_client, launcher
 from serve_app.model_source import ModelSourceError
 from serve_app.settings import Settings
 
@@ -70,10 +69,14 @@ def serve(
         )
         launcher.run(settings, host=host, port=port)
     except (launcher.LaunchError, auth.ApiKeyError, ModelSourceError, ValidationError) as error:
-        Console(stderr=True, highlight=False).print(f"error: {error}", markup=False, soft_wrap=True)
+        cli_client.complain(str(error))
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+app.command()(cli_client.score)
+app.command()(cli_client.models)
 
 
 def main() -> None:
