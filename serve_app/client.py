@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import httpx
 from pydantic import BaseModel, ValidationError
@@ -87,11 +87,19 @@ class ScoreClient:
         query: str | list[int] | None,
         items: str | list[str] | list[list[int]],
         *,
-        label_token_ids: list[int] | list[list[int]],
+        label_token_ids: list[int] | list[list[int]] | None = None,
+        labels: list[str] | list[list[str]] | None = None,
+        length_normalize: bool = False,
         apply_softmax: bool = False,
         item_first: bool = False,
         temperature: float = 1.0,
         return_token_logprobs: bool = False,
+        return_label_mass: bool = False,
+        return_prompt_token_ids: bool = False,
+        add_special_tokens: bool = True,
+        truncate: Literal["error", "item"] = "error",
+        on_error: Literal["fail", "item"] = "fail",
+        timeout_s: float | None = None,
     ) -> ScoreResponse:
         """The labels' probabilities for every item; the arguments are ``ScoreRequest``'s fields."""
         request = _checked(
@@ -99,10 +107,18 @@ class ScoreClient:
             query=query,
             items=items,
             label_token_ids=label_token_ids,
+            labels=labels,
+            length_normalize=length_normalize,
             apply_softmax=apply_softmax,
             item_first=item_first,
             temperature=temperature,
             return_token_logprobs=return_token_logprobs,
+            return_label_mass=return_label_mass,
+            return_prompt_token_ids=return_prompt_token_ids,
+            add_special_tokens=add_special_tokens,
+            truncate=truncate,
+            on_error=on_error,
+            timeout_s=timeout_s,
             model=self._model,
         )
         return self._ask(ScoreResponse, "POST", "/v1/score", request)

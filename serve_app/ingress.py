@@ -11,7 +11,7 @@ import logging
 import re
 import uuid
 from collections.abc import Callable, Coroutine
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
@@ -39,7 +39,6 @@ from serve_app.errors import (
     TooLargeError,
 )
 from serve_app.metrics import scrape
-from serve_app.prompts import TextTokenizer
 from serve_app.schemas import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -55,6 +54,8 @@ from serve_app.schemas import (
 )
 from serve_app.service import ScoringService
 from serve_app.settings import Settings
+from serve_app.streaming import PIECE_VALUES, LinesResponse, json_lines, json_pieces
+from serve_app.tokenizer import TextTokenizer
 
 logger = logging.getLogger("ray.serve")
 
@@ -63,6 +64,13 @@ RETRY_AFTER_S = 1
 
 CLIENT_GONE = 499
 """Nobody reads it but the access log."""
+
+T = TypeVar("T")
+
+_LINES = (
+    "With stream: a line of JSON for each item as it is finished, {index, scores, ...} with the fields of the whole "
+    "answer, or {index, error} with on_error: item; then {object: scoring, model, usage}, or an error object."
+)
 
 _MAX_REQUEST_ID = 128
 _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:@/+=-]")
@@ -91,34 +99,37 @@ def create_app(
     async def body(request: Request) -> bytes:
         return await _read_body(request, get_service().max_body_bytes)
 
-    @app.post("/v1/score", **_documented(ScoreResponse, ScoreRequest, 503, 504))
+    @app.post("/v1/score", **_documented(ScoreResponse, ScoreRequest, 503, 504, lines=_LINES))
     async def score(request: Request) -> Response:
         """The labels' probabilities as the continuation of query + item, for every item."""
         asked = parse(ScoreRequest, await body(request))
         request_id: str = request.state.request_id
-        return await _unless_gone(request, get_service().score(asked, request_id=request_id))
+        if not asked.stream:
+            return await _json(await _unless_gone(request, get_service().score(asked, request_id=request_id)))
+        lines = json_lines(get_service().stream(asked, request_id=request_id), request_id)
+        return LinesResponse(await _unless_gone(request, anext(lines)), lines)
 
     @app.post("/tokenize", **_documented(TokenizeResponse, TokenizeRequest, 504))
     async def tokenize(request: Request) -> Response:
         """Ids and pieces of text, as the model would see it."""
         asked = parse(TokenizeRequest, await body(request))
-        return await _unless_gone(request, get_service().tokenize(asked))
+        return await _json(await _unless_gone(request, get_service().tokenize(asked)))
 
     @app.post("/detokenize", **_documented(DetokenizeResponse, DetokenizeRequest, 504))
     async def detokenize(request: Request) -> Response:
         """The text of ids."""
         asked = parse(DetokenizeRequest, await body(request))
-        return await _unless_gone(request, get_service().detokenize(asked))
+        return await _json(await _unless_gone(request, get_service().detokenize(asked)))
 
     @app.get("/v1/models", **_documented(ModelsResponse))
     async def models() -> Response:
         """The names under which the model answers."""
-        return _json(get_service().models())
+        return await _json(get_service().models())
 
     @app.get("/v1/info", **_documented(InfoResponse))
     async def info() -> Response:
         """What is served, and the limits of a request."""
-        return _json(get_service().info())
+        return await _json(get_service().info())
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=_errors(500, 503))
     async def metrics() -> Response:
@@ -128,13 +139,13 @@ def create_app(
     @app.get("/health", **_documented(StatusResponse))
     async def health() -> Response:
         """This front end is alive."""
-        return _json(StatusResponse())
+        return await _json(StatusResponse())
 
     @app.get("/ready", **_documented(StatusResponse, None, 503))
     async def ready() -> Response:
         """Able to score: a known prompt was, rightly."""
         await get_service().ready()
-        return _json(StatusResponse())
+        return await _json(StatusResponse())
 
     # FastAPI keeps the handlers; the names are only read by it.
     del score, tokenize, detokenize, models, info, metrics, health, ready
@@ -166,7 +177,7 @@ class Ingress:
         return create_app(lambda: self._service, keys=self._keys, echo_request_id=False)
 
     async def score(self, request: ScoreRequest) -> ScoreResponse:
-        """As ``POST /v1/score``, for callers inside the Ray cluster.
+        """As ``POST /v1/score``, for callers inside the Ray cluster. The answer comes whole, whatever ``stream`` says.
 
         Raises:
             ScoringError: as ``ScoringService.score``.
@@ -305,14 +316,14 @@ async def _read_body(request: Request, limit: int) -> bytes:
     return b"".join(chunks)
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, BaseModel]) -> Response:
-    """The response that ``work`` gives; a client that leaves before cancels it."""
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``; a client that leaves before cancels it."""
     task = asyncio.create_task(work)
     gone = asyncio.create_task(_disconnected(request))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
-            return _json(task.result())
+            return task.result()
         raise ClientDisconnect
     finally:
         task.cancel()
@@ -325,8 +336,14 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _json(answer: BaseModel) -> Response:
-    return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
+async def _json(answer: BaseModel) -> Response:
+    """In pieces: a huge answer takes seconds, and the event loop must go on."""
+    content = bytearray()
+    for piece in json_pieces(answer):
+        content += piece
+        if len(piece) > PIECE_VALUES:
+            await asyncio.sleep(0)
+    return Response(bytes(content), media_type="application/json")
 
 
 def _error_response(error: ScoringError, headers: dict[str, str] | None = None) -> Response:
@@ -362,10 +379,19 @@ def _errors(*codes: int) -> dict[int | str, dict[str, Any]]:
     return {code: {"model": ErrorResponse, "description": BY_STATUS[code].__doc__} for code in codes}
 
 
-def _documented(answer: type[BaseModel], asked: type[BaseModel] | None = None, *statuses: int) -> dict[str, Any]:
-    """What OpenAPI says of a route whose handler reads the body and writes the response itself."""
+def _documented(
+    answer: type[BaseModel], asked: type[BaseModel] | None = None, *statuses: int, lines: str | None = None
+) -> dict[str, Any]:
+    """What OpenAPI says of a route whose handler reads the body and writes the response itself.
+
+    Args:
+        lines: of a route that also streams, what is on them.
+    """
     codes = ([400, 404, 413] if asked else []) + [500, *statuses]
     options: dict[str, Any] = {"response_model": answer, "responses": _errors(*codes)}
+    if lines:
+        content = {"application/x-ndjson": {"schema": {"type": "string", "description": lines}}}
+        options["responses"][200] = {"content": content}
     if asked:
         content = {"application/json": {"schema": asked.model_json_schema()}}
         options["openapi_extra"] = {"requestBody": {"required": True, "content": content}}

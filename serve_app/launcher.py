@@ -71,7 +71,7 @@ def run(settings: Settings, *, host: str, port: int) -> None:
             wait_until_ready(url, logs, say)
             status.stop()
             console.print(f"ready: {settings.name} at {url} (Ctrl-C stops it); try:\n")
-            console.out(example(url, keys[0] if keys else None))
+            console.out(example(url, needs_key=bool(keys)))
             try:
                 signal.pause()
             except KeyboardInterrupt:
@@ -161,21 +161,16 @@ def log_lines(folder: Path) -> Iterator[str | None]:
         yield None
 
 
-def example(url: str, api_key: str | None = None) -> str:
-    """A request that works, as a shell command that shows no key: is a film review positive or negative?"""
-    headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
-    with httpx.Client(base_url=url, headers=headers, trust_env=False) as client:
-        tokens = client.post("/tokenize", json={"prompt": [" positive", " negative"], "add_special_tokens": False})
-    # Where a word is several tokens, the first that tells the words apart.
-    labels = next(pair for pair in zip(*tokens.raise_for_status().json()["tokens"], strict=False) if len({*pair}) == 2)
+def example(url: str, *, needs_key: bool = False) -> str:
+    """A request that works, as a shell command: is a film review positive or negative?"""
     request: dict[str, Any] = {
         "query": "\nSentiment:",
         "items": ["Review: I loved every minute of it.", "Review: A waste of two hours."],
         "item_first": True,
-        "label_token_ids": labels,
+        "labels": [" positive", " negative"],
         "apply_softmax": True,
     }
-    key = "" if api_key is None else f' -H "Authorization: Bearer ${auth.VARIABLE}"'
+    key = f' -H "Authorization: Bearer ${auth.VARIABLE}"' if needs_key else ""
     return f"curl {url}/v1/score -H 'Content-Type: application/json'{key} -d '{json.dumps(request)}'\n"
 
 

@@ -5,19 +5,30 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from functools import partial
 from importlib.metadata import version
-from itertools import pairwise
+from itertools import count
 from typing import Protocol, TypeVar
 
 import numpy as np
 
-from serve_app import fanout
+from serve_app import fanout, rows
+from serve_app.batches import shared_prefix
 from serve_app.contract import BatchResult, JobResult, ModelInfo, ScoreJob, TokenBatch
-from serve_app.errors import DeadlineExceededError, InternalError, NotFoundError, OverloadedError, ScoringError
-from serve_app.prompts import Prompts, TextTokenizer
+from serve_app.errors import (
+    DeadlineExceededError,
+    InternalError,
+    InvalidRequestError,
+    NotFoundError,
+    OverloadedError,
+    ScoringError,
+)
+from serve_app.preparation import Prepared
+from serve_app.prompts import Prompts
+from serve_app.rows import label_scores
 from serve_app.schemas import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -25,23 +36,25 @@ from serve_app.schemas import (
     LimitsInfo,
     ModelCard,
     ModelsResponse,
-    PromptTokensDetails,
+    ScoreEnd,
     ScoreRequest,
     ScoreResponse,
+    ScoreRow,
     TokenizeRequest,
     TokenizeResponse,
-    Usage,
 )
 from serve_app.settings import Settings
+from serve_app.streaming import as_finished
+from serve_app.tokenizer import TextTokenizer
 
 DEFAULT_NAME = "default"
 """Always a name of the served model."""
 
-LOWEST = float(np.finfo(np.float32).min)
-"""Stands for a logprob of -inf where JSON must carry it; its exponential is 0.0 too."""
+PIECES_AT_ONCE = 4
+"""Of a streamed request, for each replica: two halves of a device batch in the engine, and what comes next."""
 
 INLINE_VALUES = 2_000
-"""A response with more values, whose softmax takes milliseconds, is made in a thread: the event loop must go on."""
+"""A response with more values, which take milliseconds, is made in a thread: the event loop must go on."""
 
 _PROBE_TOLERANCE = 0.02
 """Of a probability, between the same prompt in two batches: bfloat16 stays below it, a wrong answer does not."""
@@ -112,12 +125,56 @@ class ScoringService:
             NotFoundError: it names another model.
             TooLargeError: it asks for more than the limits allow.
             OverloadedError: no room, or no healthy replica.
-            DeadlineExceededError: ``settings.timeout_s`` is over; the queued work is dropped.
+            DeadlineExceededError: ``timeout_s`` is over; the queued work is dropped.
             InternalError: the model's output for an item is not finite, or a fault of ours.
         """
         self._check_model(request.model)
-        deadline = time.time() + self._settings.timeout_s
-        return await self._in_time(self._score(request, request_id, deadline))
+        limit = self._time_limit(request.timeout_s)
+        return await self._in_time(self._score(request, request_id, time.time() + limit), limit)
+
+    async def stream(
+        self, request: ScoreRequest, *, request_id: str
+    ) -> AsyncGenerator[Sequence[ScoreRow] | Sequence[ScoreEnd]]:
+        """The items' rows as they finish, in no order, some at a time, and at last one end with the usage.
+
+        The items are prepared and computed piece by piece. Little more is done than was asked for: the pieces that the
+        replicas need at once to be busy.
+
+        Raises:
+            ScoringError: as ``score``, and also after rows have come.
+        """
+        self._check_model(request.model)
+        limit = self._time_limit(request.timeout_s)
+        deadline = time.time() + limit
+        preparation = await self._in_time(self._in_thread(partial(self._prompts.open, request)), limit)
+        turn = asyncio.Lock()
+        numbers = count()
+        prompt_tokens = computed_tokens = 0
+
+        def prepare() -> tuple[Prepared, list[ScoreJob]]:
+            prepared = preparation.some(self._settings.max_batch_tokens // 2)
+            return prepared, self._jobs(prepared.batch, prepared.query_tokens, request_id, deadline, next(numbers))
+
+        async def piece() -> tuple[list[ScoreRow], int, int]:
+            async with turn:
+                prepared, jobs = await self._in_thread(prepare)
+            result = await self._run(jobs)
+            answered = await self._off_loop(partial(rows.rows, request, prepared, result), request, prepared)
+            return answered, prepared.prompt_tokens, int(result.computed_tokens.sum())
+
+        pieces = as_finished(
+            piece,
+            lambda: preparation.left > 0,
+            window=PIECES_AT_ONCE * self._replicas.count,
+            deadline=deadline,
+            late=self._too_late(limit),
+        )
+        async with aclosing(pieces):
+            async for answered, prompts, computed in pieces:
+                prompt_tokens += prompts
+                computed_tokens += computed
+                yield answered
+        yield [ScoreEnd(model=self._settings.name, usage=rows.usage(prompt_tokens, computed_tokens))]
 
     async def tokenize(self, request: TokenizeRequest) -> TokenizeResponse:
         """Ids and pieces of text, as ``score`` would see them."""
@@ -207,56 +264,53 @@ class ScoringService:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _score(self, request: ScoreRequest, request_id: str, deadline: float) -> ScoreResponse:
-        batch, prefix_tokens = await self._in_thread(partial(self._prepare, request))
-        if batch.num_sequences == 0:
-            result = BatchResult(np.zeros(0, np.float32), np.zeros(0, np.int32))
-        else:
-            result = await self._compute(batch, prefix_tokens, request_id, deadline)
-        respond = partial(self._response, request, batch, result)
-        return respond() if len(batch.targets) <= INLINE_VALUES else await self._in_thread(respond)
+        prepared, jobs = await self._in_thread(partial(self._prepare, request, request_id, deadline))
+        result = await self._run(jobs)
+        return await self._off_loop(partial(self._respond, request, prepared, result), request, prepared)
 
-    def _prepare(self, request: ScoreRequest) -> tuple[TokenBatch, int]:
-        """The prompts, and how much of their front may come again; 0 where there is no choice of replica."""
-        batch = self._prompts.prepare(request)
-        return batch, self._prompts.prefix_tokens(request, batch) if self._replicas.count > 1 else 0
+    def _prepare(self, request: ScoreRequest, request_id: str, deadline: float) -> tuple[Prepared, list[ScoreJob]]:
+        prepared = self._prompts.prepare(request)
+        return prepared, self._jobs(prepared.batch, prepared.query_tokens, request_id, deadline)
 
-    def _response(self, request: ScoreRequest, batch: TokenBatch, result: BatchResult) -> ScoreResponse:
-        values, bounds = result.values.tolist(), batch.target_offsets.tolist()
-        rows = [values[start:end] for start, end in pairwise(bounds)]
-        prompt_tokens = len(batch.tokens)
-        return ScoreResponse(
-            scores=[
-                label_scores(row, index, softmax=request.apply_softmax, temperature=request.temperature)
-                for index, row in enumerate(rows)
-            ],
-            model=self._settings.name,
-            usage=Usage(
-                prompt_tokens=prompt_tokens,
-                total_tokens=prompt_tokens,
-                prompt_tokens_details=PromptTokensDetails(
-                    cached_tokens=prompt_tokens - int(result.computed_tokens.sum())
-                ),
-            ),
-            token_logprobs=[[max(value, LOWEST) for value in row] for row in rows]
-            if request.return_token_logprobs
-            else None,
-        )
+    def _respond(self, request: ScoreRequest, prepared: Prepared, result: BatchResult) -> ScoreResponse:
+        used = rows.usage(prepared.prompt_tokens, int(result.computed_tokens.sum()))
+        return rows.response(request, self._settings.name, rows.rows(request, prepared, result), used)
 
-    async def _compute(self, batch: TokenBatch, prefix_tokens: int, request_id: str, deadline: float) -> BatchResult:
-        """On as many replicas as it is worth. When one part fails the others are cancelled."""
+    def _jobs(
+        self, batch: TokenBatch, prefix_tokens: int, request_id: str, deadline: float, first: int = 0
+    ) -> list[ScoreJob]:
+        """The batch in as many parts as it is worth.
+
+        Args:
+            prefix_tokens: at the front of every sequence that may come again in another request; 0: what they share.
+            first: parts of the request that came before these.
+        """
+        replicas = self._replicas.count
+        if not batch.num_sequences:
+            return []
+        if replicas == 1:
+            return [ScoreJob(request_id, batch, deadline)]
+        shared = shared_prefix(batch) if batch.num_sequences > 1 else 0
         # A part that fills a device batch by itself loses nothing by the split but the prefix.
-        parts = fanout.split(batch, self._replicas.count, self._settings.max_batch_tokens)
-        affinities = fanout.affinities(parts, prefix_tokens)
-        jobs = [ScoreJob(request_id, part, deadline, to) for part, to in zip(parts, affinities, strict=True)]
+        parts = fanout.split(batch, replicas, self._settings.max_batch_tokens, shared)
+        affinities = fanout.affinities(parts, prefix_tokens or shared, first)
+        return [ScoreJob(request_id, part, deadline, to) for part, to in zip(parts, affinities, strict=True)]
+
+    async def _run(self, jobs: Sequence[ScoreJob]) -> BatchResult:
+        """The jobs' results as one. When one fails the others are cancelled."""
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._run(job)) for job in jobs]
+                tasks = [group.create_task(self._run_one(job)) for job in jobs]
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return fanout.merge([task.result().result for task in tasks])
 
-    async def _run(self, job: ScoreJob) -> JobResult:
+    async def _run_one(self, job: ScoreJob) -> JobResult:
         return await self._replicas.score(job)
+
+    async def _compute(self, batch: TokenBatch, prefix_tokens: int, request_id: str, deadline: float) -> BatchResult:
+        """On as many replicas as it is worth."""
+        return await self._run(self._jobs(batch, prefix_tokens, request_id, deadline))
 
     async def _probe(self) -> None:
         last = self._info.vocab_size - 1
@@ -280,22 +334,43 @@ class ScoringService:
             if max(abs(a - b) for a, b in zip(scores, known, strict=True)) > _PROBE_TOLERANCE:
                 raise InternalError(f"a known prompt scored {scores}; right is {known}")
 
-    async def _in_time(self, work: Awaitable[T]) -> T:
-        """The result of ``work``, or 504 and the work cancelled."""
-        limit = asyncio.timeout(self._settings.timeout_s)
+    async def _in_time(self, work: Awaitable[T], limit_s: float | None = None) -> T:
+        """The result of ``work``, or 504 and the work cancelled. ``limit_s``: None is the service's own."""
+        limit_s = limit_s or self._settings.timeout_s
+        limit = asyncio.timeout(limit_s)
         try:
             async with limit:
                 return await work
         except TimeoutError as error:
             if not limit.expired():
                 raise
-            raise DeadlineExceededError(
-                f"the request was not done after {self._settings.timeout_s:g} s; send fewer items or try again later"
-            ) from error
+            raise self._too_late(limit_s) from error
+
+    def _too_late(self, limit_s: float) -> DeadlineExceededError:
+        longer = f", raise timeout_s (to {self._settings.timeout_s:g} at most)"
+        return DeadlineExceededError(
+            f"the request was not done after {limit_s:g} s; send fewer items"
+            f"{longer if limit_s < self._settings.timeout_s else ''} or try again later"
+        )
+
+    def _time_limit(self, asked: float | None) -> float:
+        """Seconds that a request has."""
+        most = self._settings.timeout_s
+        if asked is not None and asked > most:
+            raise InvalidRequestError(
+                f"timeout_s is {asked:g}; this service gives a request at most {most:g} s; ask for no more",
+                param="timeout_s",
+            )
+        return asked or most
 
     def _in_thread(self, call: Callable[[], T]) -> asyncio.Future[T]:
         """Tokenising takes up to seconds, and the event loop must go on."""
         return asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+    async def _off_loop(self, call: Callable[[], T], request: ScoreRequest, prepared: Prepared) -> T:
+        """What is made of an engine's answer, in a thread if it is much."""
+        values = len(prepared.parts) + (prepared.prompt_tokens if request.return_prompt_token_ids else 0)
+        return call() if values <= INLINE_VALUES else await self._in_thread(call)
 
     def _names(self) -> list[str]:
         return list(dict.fromkeys((self._settings.name, *self._settings.aliases, DEFAULT_NAME)))
@@ -306,32 +381,6 @@ class ScoringService:
             raise NotFoundError(
                 f"model {shown!r} is not served here; the names are {', '.join(self._names())}", param="model"
             )
-
-
-def label_scores(values: Sequence[float], index: int, *, softmax: bool, temperature: float = 1.0) -> list[float]:
-    """One item's probabilities from its labels' logprobs, in plain floats.
-
-    Args:
-        values: nats; under ``softmax`` any constant may be added to all.
-        index: the item, for the error.
-        temperature: divides after centring, so that a tiny one cannot overflow.
-
-    Raises:
-        InternalError: a value is NaN or +inf, or under ``softmax`` all are -inf.
-    """
-    peak = max(values)
-    if any(math.isnan(value) for value in values) or peak == math.inf or (softmax and peak == -math.inf):
-        raise InternalError(
-            f"items[{index}]: the model's output is not finite, so there is no score; leave this item out",
-            param="items",
-            index=index,
-        )
-    if not softmax:
-        # A logprob may come out above 0 by float32's last digit.
-        return [min(1.0, math.exp(value)) for value in values]
-    weights = [math.exp((value - peak) / temperature) for value in values]
-    total = math.fsum(weights)
-    return [weight / total for weight in weights]
 
 
 def _probe_batch(prompts: list[list[int]], labels: list[int]) -> TokenBatch:

@@ -12,10 +12,10 @@ from serve_app import model_source
 from serve_app.auth import ApiKeys
 from serve_app.fake_engine import FakeEngine
 from serve_app.ingress import create_app
-from serve_app.prompts import TextTokenizer
 from serve_app.scorer import compiled_folder
 from serve_app.service import ScoringService
 from serve_app.settings import Settings
+from serve_app.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas, LocalReplicas, save_tokenizer
 from tests.served import KEY, Served, serving
 

@@ -17,9 +17,9 @@ from serve_app.contract import BatchResult, JobResult, ModelInfo, ScoreJob, Toke
 from serve_app.errors import OverloadedError
 from serve_app.fake_engine import FakeEngine
 from serve_app.ingress import create_app
-from serve_app.prompts import TextTokenizer
 from serve_app.service import Replicas, ScoringService
 from serve_app.settings import Limits, Settings
+from serve_app.tokenizer import TextTokenizer
 from tests.boundary.asking import Http
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
 

@@ -72,12 +72,36 @@ def test_score_sends_the_fields_and_returns_the_response():
         "query": "q",
         "items": ["a"],
         "label_token_ids": [1, 2],
+        "length_normalize": False,
         "apply_softmax": True,
         "item_first": False,
         "temperature": 0.5,
         "model": "default",
         "return_token_logprobs": False,
+        "return_label_mass": False,
+        "return_prompt_token_ids": False,
+        "add_special_tokens": True,
+        "truncate": "error",
+        "on_error": "fail",
+        "stream": False,
     }
+
+
+def test_all_that_score_takes_is_sent():
+    asking, requests = client(good())
+    fields: dict[str, Any] = {
+        "labels": [" yes"],
+        "length_normalize": True,
+        "return_label_mass": True,
+        "return_prompt_token_ids": True,
+        "add_special_tokens": False,
+        "truncate": "item",
+        "on_error": "item",
+        "timeout_s": 2.5,
+    }
+    with asking:
+        asking.score("q", ["a"], **fields)
+    assert json.loads(requests[0].content).items() >= fields.items()
 
 
 def test_tokens_and_back():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import socket
@@ -18,6 +17,7 @@ from typer.testing import CliRunner
 
 from serve_app import auth, cli, launcher, model_source
 from serve_app.launcher import LaunchError
+from serve_app.schemas import ScoreRequest, parse
 from serve_app.settings import Settings
 
 SERVE_MESSAGE = """The deployment failed to start 1 times in a row. Error:
@@ -111,27 +111,17 @@ def test_waiting_ends_with_the_reason_when_the_service_cannot_start(
         launcher.wait_until_ready("http://service", tmp_path, print)
 
 
-def test_the_example_asks_with_the_tokenizers_own_ids(monkeypatch: pytest.MonkeyPatch):
-    def post(_client: httpx.Client, path: str, **_: Any) -> httpx.Response:
-        assert path == "/tokenize"
-        return httpx.Response(200, json={"tokens": [[3, 7, 8], [3, 9]]}, request=httpx.Request("POST", path))
-
-    monkeypatch.setattr(httpx.Client, "post", post)
+def test_the_example_is_a_request():
     command = launcher.example("http://127.0.0.1:8000")
     assert command.startswith("curl http://127.0.0.1:8000/v1/score ")
-    body = json.loads(command.split("-d '")[1].rstrip().rstrip("'"))
-    assert body["label_token_ids"] == [7, 9]
+    body = command.split("-d '")[1].rstrip().rstrip("'")
+    assert parse(ScoreRequest, body.encode()).labels == [" positive", " negative"]
 
 
-def test_the_example_asks_with_the_key_and_does_not_show_it(monkeypatch: pytest.MonkeyPatch):
-    def post(client: httpx.Client, path: str, **_: Any) -> httpx.Response:
-        assert client.headers["authorization"] == "Bearer secret"
-        return httpx.Response(200, json={"tokens": [[7], [9]]}, request=httpx.Request("POST", path))
-
-    monkeypatch.setattr(httpx.Client, "post", post)
-    command = launcher.example("http://127.0.0.1:8000", "secret")
-    assert '-H "Authorization: Bearer $SCORE_SERVE_API_KEY"' in command
-    assert "secret" not in command
+def test_the_example_takes_the_key_from_the_shell_where_one_is_needed():
+    header = '-H "Authorization: Bearer $SCORE_SERVE_API_KEY"'
+    assert header in launcher.example("http://127.0.0.1:8000", needs_key=True)
+    assert header not in launcher.example("http://127.0.0.1:8000")
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,11 @@ from serve_app.errors import (
 )
 from serve_app.fake_engine import FakeEngine
 from serve_app.ingress import ScorerReplicas
-from serve_app.prompts import TextTokenizer
-from serve_app.schemas import ScoreRequest
-from serve_app.service import INLINE_VALUES, LOWEST, ScoringService, label_scores
+from serve_app.rows import label_scores
+from serve_app.schemas import LOWEST, ScoreRequest
+from serve_app.service import INLINE_VALUES, ScoringService
 from serve_app.settings import Settings
+from serve_app.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
 
 ENGINE = FakeEngine(VOCAB_SIZE, CONTEXT)
