@@ -1,15 +1,15 @@
-"""The command line: ``score-serve serve``."""
+"""The command line: ``score-serve serve``, and ``score`` and ``models`` to ask a running service."""
 
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
 
-from serve_app import launcher
+from serve_app import auth, cli_client, launcher
 from serve_app.model_source import ModelSourceError
 from serve_app.settings import Settings
 
@@ -52,6 +52,14 @@ def serve(
             "on all interfaces, and while the only front end is being replaced it answers 500.",
         ),
     ] = False,
+    api_keys_file: Annotated[
+        Path | None,
+        typer.Option(
+            resolve_path=True,
+            help=f"API keys that requests must have, one a line; read again when it changes. {auth.VARIABLE} in the "
+            "environment names more, with commas between. [default: no key is needed]",
+        ),
+    ] = None,
     replicas: Annotated[int, typer.Option(min=1, help="Scorers, each with the whole model.")] = 1,
     max_batch_tokens: Annotated[int, typer.Option(min=64, help="Tokens in one device batch.")] = 8_192,
 ) -> None:
@@ -63,15 +71,20 @@ def serve(
             served_name=served_name,
             dtype=dtype.value,
             engine=engine.value,
+            api_keys_file=None if api_keys_file is None else str(api_keys_file),
             scorer_replicas=replicas,
             max_batch_tokens=max_batch_tokens,
         )
         launcher.run(settings, host=host, port=port, fast_front=fast_front)
-    except (launcher.LaunchError, ModelSourceError, ValidationError) as error:
-        Console(stderr=True, highlight=False).print(f"error: {error}", markup=False, soft_wrap=True)
+    except (launcher.LaunchError, auth.ApiKeyError, ModelSourceError, ValidationError) as error:
+        cli_client.complain(str(error))
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+app.command()(cli_client.score)
+app.command()(cli_client.models)
 
 
 def main() -> None:

@@ -51,12 +51,14 @@ class ScoreClient:
     Args:
         base_url: such as ``http://127.0.0.1:8000``.
         model: the name that requests carry.
+        api_key: sent with every request.
         timeout_s: of one attempt, in seconds.
         attempts: in all, 1 or more.
         transport: in place of the network, for tests.
 
     All methods that ask raise:
         InvalidRequestError: the request is wrong; some of that is found before it is sent.
+        AuthenticationError: the service wants an API key, or another one.
         NotFoundError: the service has no such model.
         TooLargeError: the request is over the service's limits (``info``).
         OverloadedError: no room, or no connection, in any attempt.
@@ -69,11 +71,13 @@ class ScoreClient:
         base_url: str,
         *,
         model: str = "default",
+        api_key: str | None = None,
         timeout_s: float = 600.0,
         attempts: int = 5,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self._http = httpx.Client(base_url=base_url, timeout=timeout_s, transport=transport)
+        headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+        self._http = httpx.Client(base_url=base_url, headers=headers, timeout=timeout_s, transport=transport)
         self._model = model
         self._timeout_s = timeout_s
         self._attempts = attempts

@@ -56,6 +56,13 @@ class InvalidRequestError(ScoringError):
     type = "BadRequestError"
 
 
+class AuthenticationError(ScoringError):
+    """The API key is missing or wrong."""
+
+    status = 401
+    type = "AuthenticationError"
+
+
 class NotFoundError(ScoringError):
     """Unknown model or route."""
 
@@ -101,6 +108,7 @@ class DeadlineExceededError(ScoringError):
 
 ERRORS: tuple[type[ScoringError], ...] = (
     InvalidRequestError,
+    AuthenticationError,
     NotFoundError,
     MethodNotAllowedError,
     TooLargeError,

@@ -24,9 +24,11 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app import auth, site
 from serve_app.contract import JobResult, ModelInfo, ScoreJob
 from serve_app.errors import (
     BY_STATUS,
+    AuthenticationError,
     InternalError,
     InvalidRequestError,
     MethodNotAllowedError,
@@ -74,15 +76,22 @@ _MAX_REQUEST_ID = 128
 _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:@/+=-]")
 
 
-def create_app(get_service: Callable[[], ScoringService], *, echo_request_id: bool = True) -> FastAPI:
+def create_app(
+    get_service: Callable[[], ScoringService], *, keys: auth.ApiKeys | None = None, echo_request_id: bool = True
+) -> FastAPI:
     """The HTTP side of a service, free of Serve.
 
     Args:
         get_service: called in every request.
+        keys: of which a request must have one, if there are any.
         echo_request_id: put ``x-request-id`` into responses. False behind Serve's proxy, which does it itself and
             would put it there twice.
     """
-    app = FastAPI(title="score-serve", redirect_slashes=False)
+    app = FastAPI(title="score-serve", redirect_slashes=False, docs_url=None, redoc_url=None)
+    site.add_pages(app)
+    if keys:
+        app.add_middleware(auth.RequireKey, keys=keys)
+        auth.document(app)
     app.add_middleware(_RequestContext, echo=echo_request_id)
     app.add_exception_handler(ScoringError, _on_scoring_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -151,15 +160,21 @@ class Ingress:
     Args:
         settings: of the whole service.
         scorer: handle of the deployment that holds the engines; its ``info()`` is waited for.
+
+    Raises:
+        ApiKeyError: at start-up: the file of API keys is unusable.
     """
 
     async def __init__(self, settings: Settings, scorer: DeploymentHandle[Any]) -> None:
+        self._keys = auth.ApiKeys(settings.api_keys_file)
+        if not self._keys:
+            logger.warning("there is no API key: everyone who reaches this service may use it")
         # While the scorer warms up: transformers takes seconds to import.
         tokenizer, info = await asyncio.gather(asyncio.to_thread(_load_tokenizer, settings), _info(scorer))
         self._service = ScoringService(settings, tokenizer, info, ScorerReplicas(scorer, settings.scorer_replicas))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(lambda: self._service, echo_request_id=False)
+        return create_app(lambda: self._service, keys=self._keys, echo_request_id=False)
 
     async def score(self, request: ScoreRequest) -> ScoreResponse:
         """As ``POST /v1/score``, for callers inside the Ray cluster. The answer comes whole, whatever ``stream`` says.
@@ -240,7 +255,7 @@ class _ReplicaLostError(Exception):
 
 
 class _RequestContext:
-    """Gives every request its id, and every fault that nobody caught a flat 500. Plain ASGI."""
+    """Gives every request its id, and every error that no route caught its flat body. Plain ASGI."""
 
     def __init__(self, app: ASGIApp, *, echo: bool) -> None:
         self._app = app
@@ -266,6 +281,8 @@ class _RequestContext:
             await self._app(scope, receive, tracked)
         except ClientDisconnect:
             await Response(status_code=CLIENT_GONE)(scope, receive, tracked)
+        except ScoringError as refusal:
+            await _error_response(refusal)(scope, receive, tracked)
         except Exception:
             logger.exception("request %s: a fault of ours", request_id)
             if started:
@@ -333,6 +350,8 @@ def _error_response(error: ScoringError, headers: dict[str, str] | None = None) 
     headers = dict(headers or {})
     if error.status == OverloadedError.status:
         headers["retry-after"] = str(error.retry_after_s or RETRY_AFTER_S)
+    if error.status == AuthenticationError.status:
+        headers["www-authenticate"] = "Bearer"
     return Response(json.dumps(error.body()), error.status, headers, media_type="application/json")
 
 

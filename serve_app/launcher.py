@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import logging
 import math
@@ -21,7 +22,7 @@ from typing import Any
 import httpx
 from rich.console import Console
 
-from serve_app import model_source
+from serve_app import auth, model_source
 from serve_app.settings import Settings
 
 APP_NAME = "score"
@@ -60,6 +61,7 @@ def run(settings: Settings, *, host: str, port: int, fast_front: bool = False) -
 
     Raises:
         LaunchError: the port is taken, the disk is full, or a replica cannot start.
+        ApiKeyError: the API keys are unusable.
         ModelSourceError: the model cannot be had.
     """
     console = Console(stderr=True, highlight=False)
@@ -78,7 +80,14 @@ def run(settings: Settings, *, host: str, port: int, fast_front: bool = False) -
             # Ray's own choice are two fixed ports, which a second service on this machine would share.
             statistics = [os.environ.setdefault(name, str(free_port())) for name in STATISTICS_PORTS]
             say(f"HAProxy in front; its statistics are on ports {' and '.join(statistics)} of all interfaces")
+        keys = auth.read_keys(settings.api_keys_file)
         check_port(host, port)
+        if not keys and not is_loopback(host):
+            console.print(
+                f"warning: {host} is open to the network and there is no API key: whoever reaches port {port} may use "
+                f"the service; name a file of keys with --api-keys-file, or set {auth.VARIABLE}",
+                soft_wrap=True,
+            )
         check_disk(Path(tempfile.gettempdir()))
         model_source.resolve(settings.model, settings.revision, say=say)
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -86,7 +95,7 @@ def run(settings: Settings, *, host: str, port: int, fast_front: bool = False) -
             wait_until_ready(url, logs, say)
             status.stop()
             console.print(f"ready: {settings.name} at {url} (Ctrl-C stops it); try:\n")
-            console.out(example(url))
+            console.out(example(url, needs_key=bool(keys)))
             try:
                 signal.pause()
             except KeyboardInterrupt:
@@ -111,6 +120,12 @@ def check_port(host: str, port: int) -> None:
             raise LaunchError(
                 f"cannot listen on {host}:{port} ({error.strerror}); stop what uses it, or name another with --port"
             ) from error
+
+
+def is_loopback(host: str) -> bool:
+    """Only this machine reaches a server that listens on ``host``."""
+    addresses = {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
+    return all(ipaddress.ip_address(address).is_loopback for address in addresses)
 
 
 def check_disk(folder: Path) -> None:
@@ -177,7 +192,7 @@ def log_lines(folder: Path) -> Iterator[str | None]:
         yield None
 
 
-def example(url: str) -> str:
+def example(url: str, *, needs_key: bool = False) -> str:
     """A request that works, as a shell command: is a film review positive or negative?"""
     request: dict[str, Any] = {
         "query": "\nSentiment:",
@@ -186,7 +201,8 @@ def example(url: str) -> str:
         "labels": [" positive", " negative"],
         "apply_softmax": True,
     }
-    return f"curl {url}/v1/score -H 'Content-Type: application/json' -d '{json.dumps(request)}'\n"
+    key = f' -H "Authorization: Bearer ${auth.VARIABLE}"' if needs_key else ""
+    return f"curl {url}/v1/score -H 'Content-Type: application/json'{key} -d '{json.dumps(request)}'\n"
 
 
 def _is_ready(url: str) -> bool:

@@ -53,6 +53,8 @@ class Settings(_Frozen):
     tokenizer_threads: Annotated[int, Field(ge=1)] = 2
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Past it a request gets 504 and its queued work is dropped."""
+    api_keys_file: str | None = None
+    """One key a line; read again when it changes. None: only the environment's keys, if there are any (``auth.py``)."""
     stall_s: Annotated[float, Field(gt=0)] = 300.0
     """A batch that is in the engine for longer makes the replica unhealthy, and Serve replaces it."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from serve_app import model_source
+from serve_app.auth import ApiKeys
 from serve_app.fake_engine import FakeEngine
+from serve_app.ingress import create_app
 from serve_app.scorer import compiled_folder
 from serve_app.service import ScoringService
 from serve_app.settings import Settings
 from serve_app.tokenizer import TextTokenizer
-from tests.local import CONTEXT, VOCAB_SIZE, LocalReplicas, save_tokenizer
+from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas, LocalReplicas, save_tokenizer
+from tests.served import KEY, Served, serving
 
 # Read by jax when it is imported, here and in Ray's workers.
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
@@ -71,6 +74,33 @@ async def service(settings: Settings, tokenizer: TextTokenizer) -> AsyncIterator
     yield service
     service.close()
     await replicas.queue.close()
+
+
+@pytest.fixture(scope="session")
+def fake_service(tokenizer: TextTokenizer) -> Iterator[ScoringService]:
+    """Without a queue: it may be asked from any event loop."""
+    engine = FakeEngine(VOCAB_SIZE, CONTEXT)
+    service = ScoringService(
+        Settings(model="fake-judge", engine="fake"), tokenizer, engine.info, DirectReplicas(engine)
+    )
+    yield service
+    service.close()
+
+
+@pytest.fixture(scope="session")
+def served(fake_service: ScoringService) -> Iterator[Served]:
+    """The service behind a real HTTP server."""
+    with serving(create_app(lambda: fake_service)) as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def locked(fake_service: ScoringService, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The same, and it wants ``KEY``."""
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    file.write_text(KEY)
+    with serving(create_app(lambda: fake_service, keys=ApiKeys(str(file)))) as served:
+        yield served
 
 
 @pytest.fixture(scope="session")

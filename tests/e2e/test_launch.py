@@ -17,6 +17,7 @@ import httpx
 import psutil
 import pytest
 
+from serve_app import auth
 from tests.e2e.conftest import free_port
 
 pytestmark = pytest.mark.ray
@@ -45,13 +46,16 @@ def read_until(process: subprocess.Popen[str], wanted: str) -> list[str]:
     raise AssertionError(f"{wanted!r} is not in:\n{''.join(lines)}")
 
 
-def test_it_serves_until_ctrl_c_and_leaves_no_process(model_folder: Path):
+def test_it_serves_until_ctrl_c_and_leaves_no_process(model_folder: Path, monkeypatch: pytest.MonkeyPatch):
     port = free_port()
+    monkeypatch.setenv(auth.VARIABLE, "a-key")  # reaches the front end through Ray
     with launched("--model", str(model_folder), "--port", str(port)) as process:
         said = read_until(process, "curl")
         assert any("warming up" in line for line in said)
         words = shlex.split(said[-1])
-        answer = httpx.post(words[1], json=json.loads(words[words.index("-d") + 1]))
+        body = json.loads(words[words.index("-d") + 1])
+        assert httpx.post(words[1], json=body).status_code == 401
+        answer = httpx.post(words[1], json=body, headers={"authorization": "Bearer a-key"})
         assert answer.status_code == 200
         assert [round(sum(row), 6) for row in answer.json()["scores"]] == [1, 1]
         started = psutil.Process(process.pid).children(recursive=True)
