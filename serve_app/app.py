@@ -2,7 +2,7 @@
 
 # No postponed annotations here: Serve reads the parameter's class to parse ``key=value`` words and ``args:``.
 
-from typing import cast
+from typing import Any, cast
 
 from ray import serve
 from ray.serve import Application, Deployment
@@ -12,6 +12,7 @@ from serve_app import ingress
 from serve_app.router import PrefixRouter
 from serve_app.scorer import MAX_ONGOING, Scorer
 from serve_app.settings import Settings
+from serve_app.tpu import CHIP_LABEL, RESOURCE
 
 HEALTH_PERIOD_S = 5.0
 HEALTH_TIMEOUT_S = 30.0
@@ -28,7 +29,7 @@ def build(args: Settings) -> Application:
     """
     scorer = serve.deployment(  # pyright: ignore[reportUnknownMemberType]
         num_replicas=args.scorer_replicas,
-        ray_actor_options={"num_cpus": args.scorer_cpus},
+        ray_actor_options=_scorer_resources(args),
         max_ongoing_requests=MAX_ONGOING,
         request_router_config=RequestRouterConfig(
             request_router_class=PrefixRouter  # pyright: ignore[reportArgumentType]
@@ -40,7 +41,7 @@ def build(args: Settings) -> Application:
     )(Scorer)
     front = cast(Deployment, ingress.Ingress).options(  # pyright: ignore[reportUnknownMemberType]
         num_replicas=args.ingress_replicas,
-        ray_actor_options={"num_cpus": args.ingress_cpus},
+        ray_actor_options=_ingress_resources(args),
         max_ongoing_requests=MAX_ONGOING,
         max_queued_requests=4 * MAX_ONGOING,
         health_check_period_s=HEALTH_PERIOD_S,
@@ -49,3 +50,25 @@ def build(args: Settings) -> Application:
         graceful_shutdown_timeout_s=DRAIN_S,
     )
     return front.bind(args, scorer.bind(args))  # pyright: ignore[reportUnknownMemberType]
+
+
+def _scorer_resources(args: Settings) -> dict[str, Any]:
+    """With TPU chips Ray places the replica on a host that has them, and shows it no others (TPU_VISIBLE_CHIPS)."""
+    if args.tpu is None:
+        return {"num_cpus": args.scorer_cpus}
+    return {
+        "num_cpus": args.scorer_cpus,
+        "resources": {RESOURCE: args.tpu.chips},
+        "label_selector": args.tpu.labels,
+    }
+
+
+def _ingress_resources(args: Settings) -> dict[str, Any]:
+    """On a host without chips if there is one: what computes nothing must not use up the processors of a TPU host."""
+    if args.tpu is None:
+        return {"num_cpus": args.ingress_cpus}
+    return {
+        "num_cpus": args.ingress_cpus,
+        "label_selector": {CHIP_LABEL: f"!{args.tpu.labels[CHIP_LABEL]}"},
+        "fallback_strategy": [{"label_selector": {}}],
+    }

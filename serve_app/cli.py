@@ -12,6 +12,7 @@ from rich.console import Console
 from serve_app import launcher
 from serve_app.model_source import ModelSourceError
 from serve_app.settings import Settings
+from serve_app.tpu import Tpu
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -46,6 +47,9 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     replicas: Annotated[int, typer.Option(min=1, help="Scorers, each with the whole model.")] = 1,
     max_batch_tokens: Annotated[int, typer.Option(min=64, help="Tokens in one device batch.")] = 8_192,
+    tpu: Annotated[
+        str | None, typer.Option(help="This host's chips and topology, such as 'v6e:2x2'; each scorer gets one chip.")
+    ] = None,
 ) -> None:
     """Serve a model on this machine until Ctrl-C. The demo model is fetched once (93 MB)."""
     try:
@@ -57,6 +61,7 @@ def serve(
             engine=engine.value,
             scorer_replicas=replicas,
             max_batch_tokens=max_batch_tokens,
+            tpu=tpu and Tpu.model_validate(dict(zip(("chip", "topology"), tpu.split(":"), strict=False))),
         )
         launcher.run(settings, host=host, port=port)
     except (launcher.LaunchError, ModelSourceError, ValidationError) as error:

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Coroutine
 from typing import Any, cast
 
+import ray
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 from ray import serve
@@ -53,6 +54,7 @@ from serve_app.schemas import (
 )
 from serve_app.service import ScoringService
 from serve_app.settings import Settings
+from serve_app.tpu import Tpu
 
 logger = logging.getLogger("ray.serve")
 
@@ -61,6 +63,9 @@ RETRY_AFTER_S = 1
 
 CLIENT_GONE = 499
 """Nobody reads it but the access log."""
+
+WATCH_S = 5.0
+"""Between two looks at the cluster's chips."""
 
 _MAX_REQUEST_ID = 128
 _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:@/+=-]")
@@ -143,6 +148,8 @@ class Ingress:
     """
 
     async def __init__(self, settings: Settings, scorer: DeploymentHandle[Any]) -> None:
+        if settings.tpu:
+            self._watching = asyncio.create_task(_watch_chips(settings.tpu, settings.scorer_replicas))
         # While the scorer warms up: transformers takes seconds to import.
         tokenizer, info = await asyncio.gather(asyncio.to_thread(_load_tokenizer, settings), _info(scorer))
         self._service = ScoringService(settings, tokenizer, info, ScorerReplicas(scorer, settings.scorer_replicas))
@@ -163,6 +170,21 @@ def _load_tokenizer(settings: Settings) -> TextTokenizer:
     from serve_app import model_source
 
     return TextTokenizer.load(model_source.resolve(settings.model, settings.revision, say=logger.info))
+
+
+async def _watch_chips(tpu: Tpu, replicas: int) -> None:
+    """Say what the cluster lacks, whenever that changes: Ray waits in silence for nodes that may never come."""
+    said = None
+    while True:
+        try:
+            lacking = tpu.lacking(replicas, await asyncio.to_thread(ray.nodes))
+        except Exception:
+            logger.exception("the cluster's nodes cannot be listed")
+        else:
+            if lacking != said:
+                logger.warning("TPU chips: %s", lacking or "there are enough now")
+            said = lacking
+        await asyncio.sleep(WATCH_S)
 
 
 async def _info(scorer: DeploymentHandle[Any]) -> ModelInfo:

@@ -80,6 +80,10 @@ def load_engine(settings: Settings) -> Engine:
         engine = _ModelEngine(
             load(folder, dtype=settings.dtype, max_prompt_tokens=longest, compiled_folder=compiled_folder())
         )
+    if settings.tpu and engine.info.platform not in ("tpu", "none"):
+        raise RuntimeError(
+            f"the replica was given TPU chips and jax found only {engine.info.platform}; is score-serve[tpu] installed?"
+        )
     started = time.monotonic()
     engine.warmup(lambda done, total, what: logger.info("warming up, %d of %d: %s", done, total, what))
     logger.info("warmed up in %.1f s", time.monotonic() - started)

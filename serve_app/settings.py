@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from serve_app.tpu import Tpu
 
 
 class _Frozen(BaseModel):
@@ -48,6 +50,8 @@ class Settings(_Frozen):
     """Tokens in one device batch, shared prefixes counted once; half as many in one that is prepared meanwhile."""
     scorer_replicas: Annotated[int, Field(ge=1)] = 1
     scorer_cpus: Annotated[float, Field(ge=0)] = 1.0
+    tpu: Tpu | None = None
+    """The chips of each scorer. None: it computes on whatever its host has."""
     ingress_replicas: Annotated[int, Field(ge=1)] = 1
     ingress_cpus: Annotated[float, Field(ge=0)] = 0.5
     tokenizer_threads: Annotated[int, Field(ge=1)] = 2
@@ -57,6 +61,12 @@ class Settings(_Frozen):
     """A batch that is in the engine for longer makes the replica unhealthy, and Serve replaces it."""
 
     limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _can_be_honoured(self) -> Settings:
+        if self.engine == "jax" and self.tpu and self.tpu.chips > 1:
+            raise ValueError(f"tpu.chips is {self.tpu.chips}; this engine computes on 1 chip: ask for more replicas")
+        return self
 
     @property
     def name(self) -> str:
