@@ -6,9 +6,10 @@ from typing import Any, cast
 
 from ray import serve
 from ray.serve import Application, Deployment
-from ray.serve.config import RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig, RequestRouterConfig
 
 from serve_app import ingress
+from serve_app.autoscaling import PendingTokensPolicy
 from serve_app.router import PrefixRouter
 from serve_app.scorer import MAX_ONGOING, Scorer
 from serve_app.settings import Settings
@@ -22,13 +23,14 @@ DRAIN_S = 60.0
 
 
 def build(args: Settings) -> Application:
-    """The whole service: ``args.ingress_replicas`` front ends over ``args.scorer_replicas`` engines.
+    """The whole service: ``args.ingress_replicas`` front ends over ``args.scorer_replicas`` engines, or over as many as
+    the work needs.
 
     ``serve run serve_app.app:build model=demo``, or ``import_path`` and ``args`` in a Serve config file. Neither the
     process that builds nor the front ends load jax.
     """
     scorer = serve.deployment(  # pyright: ignore[reportUnknownMemberType]
-        num_replicas=args.scorer_replicas,
+        **_scorer_count(args),
         ray_actor_options=_scorer_resources(args),
         max_ongoing_requests=MAX_ONGOING,
         request_router_config=RequestRouterConfig(
@@ -44,12 +46,32 @@ def build(args: Settings) -> Application:
         ray_actor_options=_ingress_resources(args),
         max_ongoing_requests=MAX_ONGOING,
         max_queued_requests=4 * MAX_ONGOING,
+        backpressure_config=BackpressureConfig(retry_after_s=ingress.RETRY_AFTER_S),
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
         graceful_shutdown_timeout_s=DRAIN_S,
     )
     return front.bind(args, scorer.bind(args))  # pyright: ignore[reportUnknownMemberType]
+
+
+def _scorer_count(args: Settings) -> dict[str, Any]:
+    bounds = args.autoscaling
+    if bounds is None:
+        return {"num_replicas": args.scorer_replicas}
+    policy = AutoscalingPolicy(
+        policy_function=PendingTokensPolicy, policy_kwargs={"tokens_per_replica": bounds.tokens_per_replica}
+    )
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=bounds.min_replicas,
+            initial_replicas=args.scorer_replicas,
+            max_replicas=bounds.max_replicas,
+            upscale_delay_s=bounds.upscale_delay_s,
+            downscale_delay_s=bounds.downscale_delay_s,
+            policy=policy,
+        )
+    }
 
 
 def _scorer_resources(args: Settings) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import re
 import uuid
 from collections.abc import Callable, Coroutine
@@ -37,8 +38,9 @@ from serve_app.errors import (
     ScoringError,
     TooLargeError,
 )
-from serve_app.metrics import scrape
+from serve_app.metrics import REPORT_S, FrontMetrics, scrape
 from serve_app.prompts import TextTokenizer
+from serve_app.router import running_replicas
 from serve_app.schemas import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -60,6 +62,11 @@ logger = logging.getLogger("ray.serve")
 
 RETRY_AFTER_S = 1
 """What a 503 says when nothing better is known."""
+
+TIMEOUT_HEADER = "x-request-timeout-seconds"
+"""Serve's proxy knows it, too, and says 408 in words of its own when that time is over."""
+AHEAD_OF_PROXY_S = 0.25
+"""How much earlier the service gives up, at most, so that its own answer comes through."""
 
 CLIENT_GONE = 499
 """Nobody reads it but the access log."""
@@ -89,10 +96,14 @@ def create_app(get_service: Callable[[], ScoringService], *, echo_request_id: bo
 
     @app.post("/v1/score", **_documented(ScoreResponse, ScoreRequest, 503, 504))
     async def score(request: Request) -> Response:
-        """The labels' probabilities as the continuation of query + item, for every item."""
+        """The labels' probabilities as the continuation of query + item, for every item.
+
+        The header ``x-request-timeout-seconds`` shortens the service's own time limit for this request.
+        """
         asked = parse(ScoreRequest, await body(request))
         request_id: str = request.state.request_id
-        return await _unless_gone(request, get_service().score(asked, request_id=request_id))
+        work = get_service().score(asked, request_id=request_id, timeout_s=_timeout_s(request))
+        return await _unless_gone(request, work)
 
     @app.post("/tokenize", **_documented(TokenizeResponse, TokenizeRequest, 504))
     async def tokenize(request: Request) -> Response:
@@ -152,7 +163,9 @@ class Ingress:
             self._watching = asyncio.create_task(_watch_chips(settings.tpu, settings.scorer_replicas))
         # While the scorer warms up: transformers takes seconds to import.
         tokenizer, info = await asyncio.gather(asyncio.to_thread(_load_tokenizer, settings), _info(scorer))
-        self._service = ScoringService(settings, tokenizer, info, ScorerReplicas(scorer, settings.scorer_replicas))
+        self._service = ScoringService(settings, tokenizer, info, ScorerReplicas(scorer))
+        self._metrics = FrontMetrics()
+        self._reporting = asyncio.create_task(self._report())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(lambda: self._service, echo_request_id=False)
@@ -164,6 +177,11 @@ class Ingress:
             ScoringError: as ``ScoringService.score``.
         """
         return await self._service.score(request, request_id=uuid.uuid4().hex)
+
+    async def _report(self) -> None:
+        while True:
+            self._metrics.update(self._service.outcomes)
+            await asyncio.sleep(REPORT_S)
 
 
 def _load_tokenizer(settings: Settings) -> TextTokenizer:
@@ -196,13 +214,16 @@ class ScorerReplicas:
     """``service.Replicas`` over a Serve handle: Ray's failures become the service's errors.
 
     Args:
-        scorer: its ``score`` takes a ``ScoreJob`` and returns a ``JobResult``.
-        count: replicas of that deployment.
+        scorer: its ``score`` takes a ``ScoreJob`` and returns a ``JobResult``; its router is a ``PrefixRouter``.
     """
 
-    def __init__(self, scorer: DeploymentHandle[Any], count: int) -> None:
+    def __init__(self, scorer: DeploymentHandle[Any]) -> None:
         self._scorer: Any = scorer
-        self.count = count
+
+    @property
+    def count(self) -> int:
+        """Replicas that run now. They come and go with autoscaling, faults and deploys."""
+        return running_replicas(self._scorer)
 
     async def score(self, job: ScoreJob) -> JobResult:
         """Compute ``job``, once more if its replica was lost: scoring has no effects.
@@ -289,6 +310,24 @@ def _request_id(scope: Scope) -> str:
     """The caller's ``x-request-id``, freed of what could harm a log or a header, or a new one."""
     given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
     return _NOT_IN_REQUEST_ID.sub("", given.decode("latin-1"))[:_MAX_REQUEST_ID] or uuid.uuid4().hex
+
+
+def _timeout_s(request: Request) -> float:
+    """The time that the caller gives this request, in seconds; infinite if it does not say.
+
+    Raises:
+        InvalidRequestError: the header is no positive number.
+    """
+    given = request.headers.get(TIMEOUT_HEADER)
+    if given is None:
+        return math.inf
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise InvalidRequestError(f"{TIMEOUT_HEADER} is {given[:60]!r}; send a number of seconds above 0")
+    return seconds - min(AHEAD_OF_PROXY_S, seconds / 4)
 
 
 async def _read_body(request: Request, limit: int) -> bytes:

@@ -94,7 +94,7 @@ def check_disk(folder: Path) -> None:
 
 def check_chips(settings: Settings, nodes: list[Any]) -> None:
     """Raise LaunchError when this host lacks the TPU chips: no other will join it."""
-    if settings.tpu and (lacking := settings.tpu.lacking(settings.scorer_replicas, nodes)):
+    if settings.tpu and (lacking := settings.tpu.lacking(settings.most_replicas, nodes)):
         raise LaunchError(f"{lacking}; ask for what there is, or for fewer replicas")
 
 
@@ -186,7 +186,7 @@ def _service(settings: Settings, host: str, port: int, say: Say) -> Generator[Pa
     from serve_app.app import build
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    needed = settings.scorer_replicas * settings.scorer_cpus + settings.ingress_replicas * settings.ingress_cpus
+    needed = settings.most_replicas * settings.scorer_cpus + settings.ingress_replicas * settings.ingress_cpus
     say("starting Ray")
     with tempfile.TemporaryDirectory(prefix="score-serve-", ignore_cleanup_errors=True) as logs:
         try:

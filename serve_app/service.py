@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,6 +16,8 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from serve_app import fanout
+from serve_app.admission import Admission
+from serve_app.batches import shared_with_previous
 from serve_app.contract import BatchResult, JobResult, ModelInfo, ScoreJob, TokenBatch
 from serve_app.errors import DeadlineExceededError, InternalError, NotFoundError, OverloadedError, ScoringError
 from serve_app.prompts import Prompts, TextTokenizer
@@ -92,6 +95,9 @@ class ScoringService:
         self._info = info
         self._replicas = replicas
         self._prompts = Prompts(tokenizer, info, settings.limits)
+        self._admission = Admission(settings.limits.max_queued_tokens / settings.ingress_replicas)
+        self.outcomes: Counter[str] = Counter()
+        """Requests for scores so far, by how they ended."""
         self._threads = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenizer")
         self._started = int(time.time())
         self._probe_passed = False
@@ -101,23 +107,31 @@ class ScoringService:
     def max_body_bytes(self) -> int:
         return self._settings.limits.max_body_bytes
 
-    async def score(self, request: ScoreRequest, *, request_id: str) -> ScoreResponse:
+    async def score(self, request: ScoreRequest, *, request_id: str, timeout_s: float = math.inf) -> ScoreResponse:
         """The labels' scores for every item, in order.
 
         Args:
             request_id: goes with the work to the replicas, for logs.
+            timeout_s: the caller's own limit, if it is shorter than ``settings.timeout_s``.
 
         Raises:
             InvalidRequestError: the request is wrong.
             NotFoundError: it names another model.
             TooLargeError: it asks for more than the limits allow.
             OverloadedError: no room, or no healthy replica.
-            DeadlineExceededError: ``settings.timeout_s`` is over; the queued work is dropped.
+            DeadlineExceededError: the time is over; the queued work is dropped.
             InternalError: the model's output for an item is not finite, or a fault of ours.
         """
-        self._check_model(request.model)
-        deadline = time.time() + self._settings.timeout_s
-        return await self._in_time(self._score(request, request_id, deadline))
+        timeout_s = min(timeout_s, self._settings.timeout_s)
+        try:
+            self._check_model(request.model)
+            work = self._score(request, request_id, time.time() + timeout_s)
+            answer = await self._in_time(work, timeout_s)
+        except BaseException as error:
+            self.outcomes[_outcome(error)] += 1
+            raise
+        self.outcomes["answered"] += 1
+        return answer
 
     async def tokenize(self, request: TokenizeRequest) -> TokenizeResponse:
         """Ids and pieces of text, as ``score`` would see them."""
@@ -207,18 +221,22 @@ class ScoringService:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _score(self, request: ScoreRequest, request_id: str, deadline: float) -> ScoreResponse:
-        batch, prefix_tokens = await self._in_thread(partial(self._prepare, request))
+        self._admission.check(1, self._replicas.count)  # tokenising what will be refused would delay the others
+        batch, prefix_tokens, tokens = await self._in_thread(partial(self._prepare, request))
         if batch.num_sequences == 0:
             result = BatchResult(np.zeros(0, np.float32), np.zeros(0, np.int32))
         else:
-            result = await self._compute(batch, prefix_tokens, request_id, deadline)
+            with self._admission.inside(tokens, self._replicas.count):
+                result = await self._compute(batch, prefix_tokens, request_id, deadline)
         respond = partial(self._response, request, batch, result)
         return respond() if len(batch.targets) <= INLINE_VALUES else await self._in_thread(respond)
 
-    def _prepare(self, request: ScoreRequest) -> tuple[TokenBatch, int]:
-        """The prompts, and how much of their front may come again; 0 where there is no choice of replica."""
+    def _prepare(self, request: ScoreRequest) -> tuple[TokenBatch, int, int]:
+        """The prompts, how much of their front may come again (0 where there is no choice of replica), and the tokens
+        to compute."""
         batch = self._prompts.prepare(request)
-        return batch, self._prompts.prefix_tokens(request, batch) if self._replicas.count > 1 else 0
+        prefix_tokens = self._prompts.prefix_tokens(request, batch) if self._replicas.count > 1 else 0
+        return batch, prefix_tokens, int((batch.lengths - shared_with_previous(batch)).sum())
 
     def _response(self, request: ScoreRequest, batch: TokenBatch, result: BatchResult) -> ScoreResponse:
         values, bounds = result.values.tolist(), batch.target_offsets.tolist()
@@ -280,9 +298,10 @@ class ScoringService:
             if max(abs(a - b) for a, b in zip(scores, known, strict=True)) > _PROBE_TOLERANCE:
                 raise InternalError(f"a known prompt scored {scores}; right is {known}")
 
-    async def _in_time(self, work: Awaitable[T]) -> T:
+    async def _in_time(self, work: Awaitable[T], timeout_s: float | None = None) -> T:
         """The result of ``work``, or 504 and the work cancelled."""
-        limit = asyncio.timeout(self._settings.timeout_s)
+        timeout_s = timeout_s or self._settings.timeout_s
+        limit = asyncio.timeout(timeout_s)
         try:
             async with limit:
                 return await work
@@ -290,7 +309,7 @@ class ScoringService:
             if not limit.expired():
                 raise
             raise DeadlineExceededError(
-                f"the request was not done after {self._settings.timeout_s:g} s; send fewer items or try again later"
+                f"the request was not done after {timeout_s:g} s; send fewer items or try again later"
             ) from error
 
     def _in_thread(self, call: Callable[[], T]) -> asyncio.Future[T]:
@@ -306,6 +325,18 @@ class ScoringService:
             raise NotFoundError(
                 f"model {shown!r} is not served here; the names are {', '.join(self._names())}", param="model"
             )
+
+
+def _outcome(error: BaseException) -> str:
+    """In the words of the scorers' own counter."""
+    if isinstance(error, asyncio.CancelledError):
+        return "cancelled"
+    if isinstance(error, OverloadedError):
+        return "overloaded"
+    if isinstance(error, DeadlineExceededError):
+        return "expired"
+    invalid = isinstance(error, ScoringError) and error.status < InternalError.status
+    return "invalid" if invalid else "failed"
 
 
 def label_scores(values: Sequence[float], index: int, *, softmax: bool, temperature: float = 1.0) -> list[float]:

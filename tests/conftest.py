@@ -90,17 +90,20 @@ def nodes() -> Iterator[Cluster]:
     import ray
     from ray.cluster_utils import Cluster
 
-    head = {
-        "num_cpus": 8,
-        "include_dashboard": False,
-        "node_ip_address": "127.0.0.1",
-        "_system_config": {"metrics_report_interval_ms": 500},
-    }
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(
+        num_cpus=8,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _node_ip_address="127.0.0.1",
+        _system_config={"metrics_report_interval_ms": 500},
+    )
+    cluster = Cluster()
+    # Started as the launcher does it, not by Cluster, which binds other addresses and knows no token.
+    cluster.head_node = ray._private.worker._global_node
+    cluster.redis_address = cluster.head_node.redis_address
     yield cluster
     ray.shutdown()
-    cluster.shutdown()
 
 
 @pytest.fixture(scope="session")

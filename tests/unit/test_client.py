@@ -13,7 +13,6 @@ from serve_app.client import LONGEST_WAIT_S, ScoreClient
 from serve_app.errors import (
     ERRORS,
     DeadlineExceededError,
-    InternalError,
     InvalidRequestError,
     OverloadedError,
     ScoringError,
@@ -107,7 +106,8 @@ def test_errors_are_the_services_classes(kind: type[ScoringError]):
 
 
 @pytest.mark.parametrize(
-    ("status", "kind"), [(401, InvalidRequestError), (413, TooLargeError), (500, InternalError), (502, OverloadedError)]
+    ("status", "kind"),
+    [(401, InvalidRequestError), (413, TooLargeError), (500, OverloadedError), (502, OverloadedError)],
 )
 def test_errors_of_a_proxy(status: int, kind: type[ScoringError]):
     asking, _ = client(httpx.Response(status, text="<html>no</html>"), attempts=1)

@@ -113,6 +113,7 @@ class HeadGroup(Strict):
 
 
 class WorkerGroup(HeadGroup):
+    labels: dict[str, str] = {}
     groupName: Name  # noqa: N815
     replicas: int
     minReplicas: int  # noqa: N815
@@ -120,9 +121,14 @@ class WorkerGroup(HeadGroup):
     numOfHosts: int = 1  # noqa: N815
 
 
+class AutoscalerOptions(Strict):
+    version: Literal["v1", "v2"]
+
+
 class ClusterSpec(Strict):
     rayVersion: str  # noqa: N815
     enableInTreeAutoscaling: bool = False  # noqa: N815
+    autoscalerOptions: AutoscalerOptions | None = None  # noqa: N815
     headGroupSpec: HeadGroup  # noqa: N815
     workerGroupSpecs: list[WorkerGroup]  # noqa: N815
 
@@ -234,9 +240,10 @@ def test_the_replicas_fit_on_the_chips_of_their_group(service: RayService):
         assert selector["cloud.google.com/gke-tpu-topology"] == settings.tpu.topology
         assert own == HOSTS[settings.tpu.chip][settings.tpu.topology]
         assert group.numOfHosts == 1
+        assert group.labels == settings.tpu.labels
         assert int(container.resources.limits["cpu"]) >= settings.scorer_cpus * own / settings.tpu.chips
         chips += own * group.maxReplicas
-    assert settings.scorer_replicas * settings.tpu.chips <= chips
+    assert settings.most_replicas * settings.tpu.chips == chips
 
 
 def test_the_image_holds_what_it_copies_and_installs_what_there_is():
