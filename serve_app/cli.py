@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from serve_app import auth, cli_client, launcher
 from serve_app.model_source import ModelSourceError
 from serve_app.settings import Settings
+from serve_app.tpu import Tpu
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -62,6 +63,9 @@ def serve(
     ] = None,
     replicas: Annotated[int, typer.Option(min=1, help="Scorers, each with the whole model.")] = 1,
     max_batch_tokens: Annotated[int, typer.Option(min=64, help="Tokens in one device batch.")] = 8_192,
+    tpu: Annotated[
+        str | None, typer.Option(help="This host's chips and topology, such as 'v6e:2x2'; each scorer gets one chip.")
+    ] = None,
 ) -> None:
     """Serve a model on this machine until Ctrl-C. The demo model is fetched once (93 MB)."""
     try:
@@ -74,6 +78,7 @@ def serve(
             api_keys_file=None if api_keys_file is None else str(api_keys_file),
             scorer_replicas=replicas,
             max_batch_tokens=max_batch_tokens,
+            tpu=Tpu.model_validate(dict(zip(("chip", "topology"), tpu.split(":"), strict=False))) if tpu else None,
         )
         launcher.run(settings, host=host, port=port, fast_front=fast_front)
     except (launcher.LaunchError, auth.ApiKeyError, ModelSourceError, ValidationError) as error:

@@ -146,7 +146,7 @@ def _table(items: list[str], labels: list[str], answer: ScoreResponse) -> Table:
     for label in labels:
         table.add_column(_printable(label.strip() or repr(label)), justify="right", no_wrap=True)
     for item, row in zip(items, answer.scores, strict=True):
-        table.add_row(_printable(item), *(f"{value:.4g}" for value in row))
+        table.add_row(_printable(item), *(f"{value:.4g}" for value in row or ()))
     return table
 
 

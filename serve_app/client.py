@@ -37,6 +37,8 @@ LONGEST_WAIT_S = 30.0
 _BACKOFF = wait_exponential_jitter(multiplier=0.25, jitter=0.25, max=LONGEST_WAIT_S)
 _OVERLOADED = (429, 502, 503)
 """Of the service, or of a proxy before it."""
+_FRONT_END_DIED = 500
+"""Without the service's own body: Serve's proxy says no more when the front end dies that has the request."""
 
 R = TypeVar("R", bound=BaseModel)
 Q = TypeVar("Q", bound=RequestBody)
@@ -45,8 +47,8 @@ Q = TypeVar("Q", bound=RequestBody)
 class ScoreClient:
     """Asks a running service. Threads may share one; close it, or use it in a ``with`` statement.
 
-    A request that meets 503 or no connection is sent again after what ``Retry-After`` says, or longer and longer:
-    scoring has no effects, so that it may run twice.
+    A request that meets 503, a front end that dies, or no connection is sent again after what ``Retry-After`` says, or
+    longer and longer: scoring has no effects, so that it may run twice.
 
     Args:
         base_url: such as ``http://127.0.0.1:8000``.
@@ -218,6 +220,7 @@ def _error(response: httpx.Response) -> ScoringError:
     try:
         flat = ErrorResponse.model_validate_json(response.content)
     except ValidationError:
+        kind = OverloadedError if status == _FRONT_END_DIED else kind
         flat = ErrorResponse(message=f"HTTP {status}: {response.text[:200]}", type="", param=None, code=status)
     return kind(
         flat.message,

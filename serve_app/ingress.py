@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import re
 import uuid
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar, cast
 
+import ray
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 from ray import serve
@@ -38,7 +40,8 @@ from serve_app.errors import (
     ScoringError,
     TooLargeError,
 )
-from serve_app.metrics import scrape
+from serve_app.metrics import REPORT_S, FrontMetrics, scrape
+from serve_app.router import running_replicas
 from serve_app.schemas import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -56,11 +59,17 @@ from serve_app.service import ScoringService
 from serve_app.settings import Settings
 from serve_app.streaming import PIECE_VALUES, LinesResponse, json_lines, json_pieces
 from serve_app.tokenizer import TextTokenizer
+from serve_app.tpu import Tpu
 
 logger = logging.getLogger("ray.serve")
 
 RETRY_AFTER_S = 1
 """What a 503 says when nothing better is known."""
+
+TIMEOUT_HEADER = "x-request-timeout-seconds"
+"""Serve's proxy knows it, too, and says 408 in words of its own when that time is over."""
+AHEAD_OF_PROXY_S = 0.25
+"""How much earlier the service gives up, at most, so that its own answer comes through."""
 
 CLIENT_GONE = 499
 """Nobody reads it but the access log."""
@@ -71,6 +80,8 @@ _LINES = (
     "With stream: a line of JSON for each item as it is finished, {index, scores, ...} with the fields of the whole "
     "answer, or {index, error} with on_error: item; then {object: scoring, model, usage}, or an error object."
 )
+WATCH_S = 5.0
+"""Between two looks at the cluster's chips."""
 
 _MAX_REQUEST_ID = 128
 _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:@/+=-]")
@@ -101,12 +112,17 @@ def create_app(
 
     @app.post("/v1/score", **_documented(ScoreResponse, ScoreRequest, 503, 504, lines=_LINES))
     async def score(request: Request) -> Response:
-        """The labels' probabilities as the continuation of query + item, for every item."""
+        """The labels' probabilities as the continuation of query + item, for every item.
+
+        The header ``x-request-timeout-seconds`` shortens the service's own time limit for this request.
+        """
         asked = parse(ScoreRequest, await body(request))
         request_id: str = request.state.request_id
+        limit = _timeout_s(request)
         if not asked.stream:
-            return await _json(await _unless_gone(request, get_service().score(asked, request_id=request_id)))
-        lines = json_lines(get_service().stream(asked, request_id=request_id), request_id)
+            work = get_service().score(asked, request_id=request_id, timeout_s=limit)
+            return await _json(await _unless_gone(request, work))
+        lines = json_lines(get_service().stream(asked, request_id=request_id, timeout_s=limit), request_id)
         return LinesResponse(await _unless_gone(request, anext(lines)), lines)
 
     @app.post("/tokenize", **_documented(TokenizeResponse, TokenizeRequest, 504))
@@ -169,9 +185,13 @@ class Ingress:
         self._keys = auth.ApiKeys(settings.api_keys_file)
         if not self._keys:
             logger.warning("there is no API key: everyone who reaches this service may use it")
+        if settings.tpu:
+            self._watching = asyncio.create_task(_watch_chips(settings.tpu, settings.scorer_replicas))
         # While the scorer warms up: transformers takes seconds to import.
         tokenizer, info = await asyncio.gather(asyncio.to_thread(_load_tokenizer, settings), _info(scorer))
-        self._service = ScoringService(settings, tokenizer, info, ScorerReplicas(scorer, settings.scorer_replicas))
+        self._service = ScoringService(settings, tokenizer, info, ScorerReplicas(scorer))
+        self._metrics = FrontMetrics()
+        self._reporting = asyncio.create_task(self._report())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(lambda: self._service, keys=self._keys, echo_request_id=False)
@@ -184,11 +204,31 @@ class Ingress:
         """
         return await self._service.score(request, request_id=uuid.uuid4().hex)
 
+    async def _report(self) -> None:
+        while True:
+            self._metrics.update(self._service.outcomes)
+            await asyncio.sleep(REPORT_S)
+
 
 def _load_tokenizer(settings: Settings) -> TextTokenizer:
     from serve_app import model_source
 
     return TextTokenizer.load(model_source.resolve(settings.model, settings.revision, say=logger.info))
+
+
+async def _watch_chips(tpu: Tpu, replicas: int) -> None:
+    """Say what the cluster lacks, whenever that changes: Ray waits in silence for nodes that may never come."""
+    said = None
+    while True:
+        try:
+            lacking = tpu.lacking(replicas, await asyncio.to_thread(ray.nodes))
+        except Exception:
+            logger.exception("the cluster's nodes cannot be listed")
+        else:
+            if lacking != said:
+                logger.warning("TPU chips: %s", lacking or "there are enough now")
+            said = lacking
+        await asyncio.sleep(WATCH_S)
 
 
 async def _info(scorer: DeploymentHandle[Any]) -> ModelInfo:
@@ -200,13 +240,16 @@ class ScorerReplicas:
     """``service.Replicas`` over a Serve handle: Ray's failures become the service's errors.
 
     Args:
-        scorer: its ``score`` takes a ``ScoreJob`` and returns a ``JobResult``.
-        count: replicas of that deployment.
+        scorer: its ``score`` takes a ``ScoreJob`` and returns a ``JobResult``; its router is a ``PrefixRouter``.
     """
 
-    def __init__(self, scorer: DeploymentHandle[Any], count: int) -> None:
+    def __init__(self, scorer: DeploymentHandle[Any]) -> None:
         self._scorer: Any = scorer
-        self.count = count
+
+    @property
+    def count(self) -> int:
+        """Replicas that run now. They come and go with autoscaling, faults and deploys."""
+        return running_replicas(self._scorer)
 
     async def score(self, job: ScoreJob) -> JobResult:
         """Compute ``job``, once more if its replica was lost: scoring has no effects.
@@ -295,6 +338,24 @@ def _request_id(scope: Scope) -> str:
     """The caller's ``x-request-id``, freed of what could harm a log or a header, or a new one."""
     given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
     return _NOT_IN_REQUEST_ID.sub("", given.decode("latin-1"))[:_MAX_REQUEST_ID] or uuid.uuid4().hex
+
+
+def _timeout_s(request: Request) -> float:
+    """The time that the caller gives this request, in seconds; infinite if it does not say.
+
+    Raises:
+        InvalidRequestError: the header is no positive number.
+    """
+    given = request.headers.get(TIMEOUT_HEADER)
+    if given is None:
+        return math.inf
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise InvalidRequestError(f"{TIMEOUT_HEADER} is {given[:60]!r}; send a number of seconds above 0")
+    return seconds - min(AHEAD_OF_PROXY_S, seconds / 4)
 
 
 async def _read_body(request: Request, limit: int) -> bytes:

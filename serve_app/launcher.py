@@ -138,6 +138,12 @@ def check_disk(folder: Path) -> None:
         )
 
 
+def check_chips(settings: Settings, nodes: list[Any]) -> None:
+    """Raise LaunchError when this host lacks the TPU chips: no other will join it."""
+    if settings.tpu and (lacking := settings.tpu.lacking(settings.most_replicas, nodes)):
+        raise LaunchError(f"{lacking}; ask for what there is, or for fewer replicas")
+
+
 def wait_until_ready(url: str, logs: Path, say: Say) -> None:
     """Return when the service can score, telling what it is doing until then.
 
@@ -223,7 +229,7 @@ def _service(settings: Settings, host: str, port: int, say: Say) -> Generator[Pa
     from serve_app.app import build
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    needed = settings.scorer_replicas * settings.scorer_cpus + settings.ingress_replicas * settings.ingress_cpus
+    needed = settings.most_replicas * settings.scorer_cpus + settings.ingress_replicas * settings.ingress_cpus
     say("starting Ray")
     with tempfile.TemporaryDirectory(prefix="score-serve-", ignore_cleanup_errors=True) as logs:
         try:
@@ -236,6 +242,7 @@ def _service(settings: Settings, host: str, port: int, say: Say) -> Generator[Pa
                 logging_level=logging.ERROR,
                 _node_ip_address="127.0.0.1",
             )
+            check_chips(settings, ray.nodes())
             quiet = {"log_level": "WARNING", "enable_access_log": False}
             interrupt_on_sigterm()  # ray.init has put its own handler in place, which ends the process at once
             http = {"host": host, "port": port}

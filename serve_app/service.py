@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from functools import partial
 from importlib.metadata import version
 from itertools import count
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from serve_app import fanout, rows
-from serve_app.batches import shared_prefix
+from serve_app.admission import Admission
+from serve_app.batches import shared_prefix, shared_with_previous
 from serve_app.contract import BatchResult, JobResult, ModelInfo, ScoreJob, TokenBatch
 from serve_app.errors import (
     DeadlineExceededError,
@@ -105,6 +107,9 @@ class ScoringService:
         self._info = info
         self._replicas = replicas
         self._prompts = Prompts(tokenizer, info, settings.limits)
+        self._admission = Admission(settings.limits.max_queued_tokens / settings.ingress_replicas)
+        self.outcomes: Counter[str] = Counter()
+        """Requests for scores so far, by how they ended."""
         self._threads = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenizer")
         self._started = int(time.time())
         self._probe_passed = False
@@ -114,11 +119,12 @@ class ScoringService:
     def max_body_bytes(self) -> int:
         return self._settings.limits.max_body_bytes
 
-    async def score(self, request: ScoreRequest, *, request_id: str) -> ScoreResponse:
+    async def score(self, request: ScoreRequest, *, request_id: str, timeout_s: float = math.inf) -> ScoreResponse:
         """The labels' scores for every item, in order.
 
         Args:
             request_id: goes with the work to the replicas, for logs.
+            timeout_s: the caller's own limit, if it is shorter than ``settings.timeout_s``.
 
         Raises:
             InvalidRequestError: the request is wrong.
@@ -128,12 +134,13 @@ class ScoringService:
             DeadlineExceededError: ``timeout_s`` is over; the queued work is dropped.
             InternalError: the model's output for an item is not finite, or a fault of ours.
         """
-        self._check_model(request.model)
-        limit = self._time_limit(request.timeout_s)
-        return await self._in_time(self._score(request, request_id, time.time() + limit), limit)
+        with self._counted():
+            self._check_model(request.model)
+            limit = self._time_limit(request, timeout_s)
+            return await self._in_time(self._score(request, request_id, time.time() + limit), limit)
 
     async def stream(
-        self, request: ScoreRequest, *, request_id: str
+        self, request: ScoreRequest, *, request_id: str, timeout_s: float = math.inf
     ) -> AsyncGenerator[Sequence[ScoreRow] | Sequence[ScoreEnd]]:
         """The items' rows as they finish, in no order, some at a time, and at last one end with the usage.
 
@@ -143,29 +150,37 @@ class ScoringService:
         Raises:
             ScoringError: as ``score``, and also after rows have come.
         """
-        self._check_model(request.model)
-        limit = self._time_limit(request.timeout_s)
+        with self._counted():
+            self._check_model(request.model)
+            limit = self._time_limit(request, timeout_s)
+            async with aclosing(self._stream(request, request_id, limit)) as answered:
+                async for some in answered:
+                    yield some
+
+    async def _stream(
+        self, request: ScoreRequest, request_id: str, limit: float
+    ) -> AsyncGenerator[Sequence[ScoreRow] | Sequence[ScoreEnd]]:
         deadline = time.time() + limit
         preparation = await self._in_time(self._in_thread(partial(self._prompts.open, request)), limit)
         turn = asyncio.Lock()
         numbers = count()
         prompt_tokens = computed_tokens = 0
 
-        def prepare() -> tuple[Prepared, list[ScoreJob]]:
+        def prepare() -> tuple[Prepared, _Work]:
             prepared = preparation.some(self._settings.max_batch_tokens // 2)
-            return prepared, self._jobs(prepared.batch, prepared.query_tokens, request_id, deadline, next(numbers))
+            return prepared, self._work(prepared.batch, prepared.query_tokens, request_id, deadline, next(numbers))
 
         async def piece() -> tuple[list[ScoreRow], int, int]:
             async with turn:
-                prepared, jobs = await self._in_thread(prepare)
-            result = await self._run(jobs)
+                prepared, work = await self._in_thread(prepare)
+            result = await self._run(work)
             answered = await self._off_loop(partial(rows.rows, request, prepared, result), request, prepared)
             return answered, prepared.prompt_tokens, int(result.computed_tokens.sum())
 
         pieces = as_finished(
             piece,
             lambda: preparation.left > 0,
-            window=PIECES_AT_ONCE * self._replicas.count,
+            window=PIECES_AT_ONCE * max(self._replicas.count, 1),
             deadline=deadline,
             late=self._too_late(limit),
         )
@@ -265,21 +280,20 @@ class ScoringService:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _score(self, request: ScoreRequest, request_id: str, deadline: float) -> ScoreResponse:
-        prepared, jobs = await self._in_thread(partial(self._prepare, request, request_id, deadline))
-        result = await self._run(jobs)
+        self._admission.check(1, self._replicas.count)  # tokenising what will be refused would delay the others
+        prepared, work = await self._in_thread(partial(self._prepare, request, request_id, deadline))
+        result = await self._run(work)
         return await self._off_loop(partial(self._respond, request, prepared, result), request, prepared)
 
-    def _prepare(self, request: ScoreRequest, request_id: str, deadline: float) -> tuple[Prepared, list[ScoreJob]]:
+    def _prepare(self, request: ScoreRequest, request_id: str, deadline: float) -> tuple[Prepared, _Work]:
         prepared = self._prompts.prepare(request)
-        return prepared, self._jobs(prepared.batch, prepared.query_tokens, request_id, deadline)
+        return prepared, self._work(prepared.batch, prepared.query_tokens, request_id, deadline)
 
     def _respond(self, request: ScoreRequest, prepared: Prepared, result: BatchResult) -> ScoreResponse:
         used = rows.usage(prepared.prompt_tokens, int(result.computed_tokens.sum()))
         return rows.response(request, self._settings.name, rows.rows(request, prepared, result), used)
 
-    def _jobs(
-        self, batch: TokenBatch, prefix_tokens: int, request_id: str, deadline: float, first: int = 0
-    ) -> list[ScoreJob]:
+    def _work(self, batch: TokenBatch, prefix_tokens: int, request_id: str, deadline: float, first: int = 0) -> _Work:
         """The batch in as many parts as it is worth.
 
         Args:
@@ -288,20 +302,25 @@ class ScoringService:
         """
         replicas = self._replicas.count
         if not batch.num_sequences:
-            return []
-        if replicas == 1:
-            return [ScoreJob(request_id, batch, deadline)]
+            return _Work([], 0, first > 0)
+        tokens = int((batch.lengths - shared_with_previous(batch)).sum())
+        if replicas <= 1:
+            return _Work([ScoreJob(request_id, batch, deadline)], tokens, first > 0)
         shared = shared_prefix(batch) if batch.num_sequences > 1 else 0
         # A part that fills a device batch by itself loses nothing by the split but the prefix.
         parts = fanout.split(batch, replicas, self._settings.max_batch_tokens, shared)
         affinities = fanout.affinities(parts, prefix_tokens or shared, first)
-        return [ScoreJob(request_id, part, deadline, to) for part, to in zip(parts, affinities, strict=True)]
+        jobs = [ScoreJob(request_id, part, deadline, to) for part, to in zip(parts, affinities, strict=True)]
+        return _Work(jobs, tokens, first > 0)
 
-    async def _run(self, jobs: Sequence[ScoreJob]) -> BatchResult:
+    async def _run(self, work: _Work) -> BatchResult:
         """The jobs' results as one. When one fails the others are cancelled."""
+        if not work.admitted:
+            self._admission.check(work.tokens, self._replicas.count)
         try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._run_one(job)) for job in jobs]
+            with self._admission.inside(work.tokens):
+                async with asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(self._run_one(job)) for job in work.jobs]
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return fanout.merge([task.result().result for task in tasks])
@@ -311,7 +330,7 @@ class ScoringService:
 
     async def _compute(self, batch: TokenBatch, prefix_tokens: int, request_id: str, deadline: float) -> BatchResult:
         """On as many replicas as it is worth."""
-        return await self._run(self._jobs(batch, prefix_tokens, request_id, deadline))
+        return await self._run(self._work(batch, prefix_tokens, request_id, deadline))
 
     async def _probe(self) -> None:
         last = self._info.vocab_size - 1
@@ -335,6 +354,16 @@ class ScoringService:
             if max(abs(a - b) for a, b in zip(scores, known, strict=True)) > _PROBE_TOLERANCE:
                 raise InternalError(f"a known prompt scored {scores}; right is {known}")
 
+    @contextmanager
+    def _counted(self) -> Generator[None]:
+        """Count how the request ends."""
+        try:
+            yield
+        except BaseException as error:
+            self.outcomes[_outcome(error)] += 1
+            raise
+        self.outcomes["answered"] += 1
+
     async def _in_time(self, work: Awaitable[T], limit_s: float | None = None) -> T:
         """The result of ``work``, or 504 and the work cancelled. ``limit_s``: None is the service's own."""
         limit_s = limit_s or self._settings.timeout_s
@@ -354,15 +383,15 @@ class ScoringService:
             f"{longer if limit_s < self._settings.timeout_s else ''} or try again later"
         )
 
-    def _time_limit(self, asked: float | None) -> float:
-        """Seconds that a request has."""
-        most = self._settings.timeout_s
+    def _time_limit(self, request: ScoreRequest, timeout_s: float) -> float:
+        """Seconds that a request has: what it asks for, or the service gives, and no more than its caller."""
+        asked, most = request.timeout_s, self._settings.timeout_s
         if asked is not None and asked > most:
             raise InvalidRequestError(
                 f"timeout_s is {asked:g}; this service gives a request at most {most:g} s; ask for no more",
                 param="timeout_s",
             )
-        return asked or most
+        return min(asked or most, timeout_s)
 
     def _in_thread(self, call: Callable[[], T]) -> asyncio.Future[T]:
         """Tokenising takes up to seconds, and the event loop must go on."""
@@ -382,6 +411,31 @@ class ScoringService:
             raise NotFoundError(
                 f"model {shown!r} is not served here; the names are {', '.join(self._names())}", param="model"
             )
+
+
+class _Work(NamedTuple):
+    """A batch for the replicas.
+
+    Attributes:
+        tokens: to compute, what sequences share counted once.
+        admitted: it is part of a request of which other parts were let in before.
+    """
+
+    jobs: Sequence[ScoreJob]
+    tokens: int
+    admitted: bool
+
+
+def _outcome(error: BaseException) -> str:
+    """In the words of the scorers' own counter."""
+    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        return "cancelled"
+    if isinstance(error, OverloadedError):
+        return "overloaded"
+    if isinstance(error, DeadlineExceededError):
+        return "expired"
+    invalid = isinstance(error, ScoringError) and error.status < InternalError.status
+    return "invalid" if invalid else "failed"
 
 
 def _probe_batch(prompts: list[list[int]], labels: list[int]) -> TokenBatch:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from serve_app.tpu import Tpu
 
 
 class _Frozen(BaseModel):
@@ -25,7 +27,21 @@ class Limits(_Frozen):
     max_request_tokens: Annotated[int, Field(ge=1)] = 20_000_000
     """Summed over a request's prompts, the query counted once per item."""
     max_queued_tokens: Annotated[int, Field(ge=1)] = 4_000_000
-    """Waiting in one replica, shared prefixes counted once; past it a request gets 503 with Retry-After."""
+    """For each replica, shared prefixes counted once; a request past it gets 503 with Retry-After, first at the front
+    end, by all that is not answered (a front end's share, where there are several), then in the replica's queue."""
+
+
+class Autoscaling(_Frozen):
+    """Bounds and speed of a number of replicas that follows the work."""
+
+    min_replicas: Annotated[int, Field(ge=0)] = 1
+    """0: none while nobody asks, and the next request waits until one has started."""
+    max_replicas: Annotated[int, Field(ge=1)]
+    tokens_per_replica: Annotated[int, Field(ge=1)] = 65_536
+    """Accepted and not answered, shared prefixes counted once; when there are more, another replica starts."""
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 10.0
+    downscale_delay_s: Annotated[float, Field(ge=0)] = 300.0
+    """A replica goes after too little work for so long: it takes minutes to be back."""
 
 
 class Settings(_Frozen):
@@ -47,7 +63,11 @@ class Settings(_Frozen):
     max_batch_tokens: Annotated[int, Field(ge=64)] = 8_192
     """Tokens in one device batch, shared prefixes counted once; half as many in one that is prepared meanwhile."""
     scorer_replicas: Annotated[int, Field(ge=1)] = 1
+    """With autoscaling, at the start."""
+    autoscaling: Autoscaling | None = None
     scorer_cpus: Annotated[float, Field(ge=0)] = 1.0
+    tpu: Tpu | None = None
+    """The chips of each scorer. None: it computes on whatever its host has."""
     ingress_replicas: Annotated[int, Field(ge=1)] = 1
     ingress_cpus: Annotated[float, Field(ge=0)] = 0.5
     tokenizer_threads: Annotated[int, Field(ge=1)] = 2
@@ -59,6 +79,23 @@ class Settings(_Frozen):
     """A batch that is in the engine for longer makes the replica unhealthy, and Serve replaces it."""
 
     limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _can_be_honoured(self) -> Settings:
+        if self.engine == "jax" and self.tpu and self.tpu.chips > 1:
+            raise ValueError(f"tpu.chips is {self.tpu.chips}; this engine computes on 1 chip: ask for more replicas")
+        bounds = self.autoscaling
+        if bounds and not bounds.min_replicas <= self.scorer_replicas <= bounds.max_replicas:
+            raise ValueError(
+                f"scorer_replicas is {self.scorer_replicas}; at the start there can be "
+                f"autoscaling.min_replicas ({bounds.min_replicas}) to max_replicas ({bounds.max_replicas})"
+            )
+        return self
+
+    @property
+    def most_replicas(self) -> int:
+        """Scorers that may run at once."""
+        return self.autoscaling.max_replicas if self.autoscaling else self.scorer_replicas
 
     @property
     def name(self) -> str:

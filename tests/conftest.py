@@ -1,13 +1,15 @@
-"""Shared fixtures: a small tokenizer, and the service in this process on the fake engine."""
+"""Shared fixtures: a small tokenizer, the service in this process on the fake engine, and one Ray cluster."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 
 from serve_app import model_source
@@ -19,7 +21,9 @@ from serve_app.service import ScoringService
 from serve_app.settings import Settings
 from serve_app.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas, LocalReplicas, save_tokenizer
+from tests.processes import APP_NAME, free_port
 from tests.served import KEY, Served, serving
+from tests.tiny import make_llama
 
 # Read by jax when it is imported, here and in Ray's workers.
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
@@ -33,6 +37,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled_folder()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
+
     from model.engine import Engine
 
 
@@ -126,3 +132,58 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
         return folder, scorer
 
     return made
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama checkpoint with a tokenizer."""
+    return make_llama(tmp_path_factory.mktemp("tiny-llama"), tokenizer=True)
+
+
+@pytest.fixture(scope="session")
+def nodes() -> Iterator[Cluster]:
+    """One Ray cluster in this process tree for all tests that need one, of one node; tests may add others."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S"] = "0.5"
+    import ray
+    from ray.cluster_utils import Cluster
+
+    ray.init(
+        num_cpus=8,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _node_ip_address="127.0.0.1",
+        _system_config={"metrics_report_interval_ms": 500},
+    )
+    cluster = Cluster()
+    # Started as the launcher does it, not by Cluster, which binds other addresses and knows no token.
+    cluster.head_node = ray._private.worker._global_node
+    cluster.redis_address = cluster.head_node.redis_address
+    yield cluster
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def cluster(nodes: Cluster) -> str:  # noqa: ARG001 - Serve runs on it
+    """Serve on that cluster; the address that it listens on."""
+    from ray import serve
+
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
+    return f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="module")
+def deploy(cluster: str) -> Iterator[Callable[[Any], httpx.Client]]:
+    """Deploys an application in place of the last one; returns a client of it."""
+    from ray import serve
+
+    with httpx.Client(base_url=cluster, timeout=120) as client:
+
+        def run(application: Any) -> httpx.Client:
+            serve.run(application, name=APP_NAME)
+            return client
+
+        yield run
+    serve.delete(APP_NAME)

@@ -14,7 +14,6 @@ from serve_app.errors import (
     ERRORS,
     AuthenticationError,
     DeadlineExceededError,
-    InternalError,
     InvalidRequestError,
     OverloadedError,
     ScoringError,
@@ -140,7 +139,7 @@ def test_errors_are_the_services_classes(kind: type[ScoringError]):
         (401, AuthenticationError),
         (418, InvalidRequestError),
         (413, TooLargeError),
-        (500, InternalError),
+        (500, OverloadedError),
         (502, OverloadedError),
     ],
 )
