@@ -4,9 +4,10 @@ A program call holds M = B * T tokens: B bins of T positions, each bin packed wi
 token sees (1) the first ``prefix_length`` positions of the prefix that all rows of the call share, kept as pages of a
 pool, and (2) the tokens of its own row up to itself.
 
-Two implementations with one signature: ``reference`` gathers the prefix and takes one softmax over everything;
+Three implementations with one signature: ``reference`` gathers the prefix and takes one softmax over everything;
 ``paged`` walks the prefix page by page, all rows in one matmul per key/value head, and merges by the running
-log-sum-exp, so one compiled program serves every prefix length and no [tokens, prefix] array exists.
+log-sum-exp, so one compiled program serves every prefix length and no [tokens, prefix] array exists; ``fused`` does
+the same in one kernel for TPU, see ``model.attention_tpu``, and ``fused-interpreted`` runs that kernel elsewhere.
 
 Source: the merge is that of FlashAttention (arXiv 2205.14135), section 3.1.
 """
@@ -19,6 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from model.attention_tpu import fused, stored_width
+from model.logprobs import softcapped
 from model.pages import PAGE_TOKENS
 
 
@@ -27,15 +30,29 @@ class Context(NamedTuple):
 
     Attributes:
         segments: row number of each token within the call; -1 for padding, which sees only itself and its like.
+        positions: each token's place in its sequence; any for padding. A row's first is at ``prefix_length``.
         pool: keys (index 0) and values (1) of all pages, for all layers, stored as by ``to_pool``.
         page_table: page numbers of the prefix in order; entries past the prefix are not read.
         prefix_length: tokens in the prefix; 0 for none.
     """
 
     segments: Int[Array, "B T"]
+    positions: Int[Array, " M"]
     pool: Shaped[Array, "pages L 2 K page H"]
     page_table: Int[Array, " slots"]
     prefix_length: Int[Array, ""]
+
+
+class Rule(NamedTuple):
+    """Where a layer's attention differs from plain causal attention.
+
+    Attributes:
+        window: a token at position p sees the keys after p - window; None: all before it.
+        softcap: bound of the scores, see ``logprobs.softcapped``; None: none.
+    """
+
+    window: Int[Array, ""] | None = None
+    softcap: float | None = None
 
 
 class Partial(NamedTuple):
@@ -60,10 +77,13 @@ def from_pool(x: Array) -> Array:
     return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
-def _causal_mask(segments: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """True where the query (axis 1) may see the key (axis 2): same row, not later."""
+def _causal_mask(segments: Int[Array, "B T"], window: Int[Array, ""] | None) -> Bool[Array, "B T T"]:
+    """True where the query (axis 1) may see the key (axis 2): same row, not later, not before the window."""
     width = segments.shape[1]
     causal = jnp.tril(jnp.ones((width, width), bool))
+    if window is not None:
+        place = jnp.arange(width)
+        causal &= place[:, None] - place[None, :] < window
     return (segments[:, :, None] == segments[:, None, :]) & causal[None, :, :]
 
 
@@ -99,7 +119,11 @@ def _cuts(width: int) -> list[int]:
 
 
 def _own_bins(
-    q: Float[Array, "M N H"], k: Float[Array, "M K H"], v: Float[Array, "M K H"], segments: Int[Array, "B T"]
+    q: Float[Array, "M N H"],
+    k: Float[Array, "M K H"],
+    v: Float[Array, "M K H"],
+    segments: Int[Array, "B T"],
+    rule: Rule,
 ) -> Partial:
     """Each token over its own row, bin by bin."""
     bins, width = segments.shape
@@ -109,13 +133,13 @@ def _own_bins(
     grouped = q.reshape(bins, width, kv_heads, groups, h).transpose(0, 2, 3, 1, 4)  # B K G T H
     keys = k.reshape(bins, width, kv_heads, h).transpose(0, 2, 1, 3)
     values = _finite(v).reshape(bins, width, kv_heads, h).transpose(0, 2, 1, 3)
-    mask = _causal_mask(segments)
+    mask = _causal_mask(segments, rule.window)
     batch = ((0, 1), (0, 1))
     parts: list[tuple[Array, Array, Array]] = []
     for start, stop in pairwise(_cuts(width)):
         part = grouped[:, :, :, start:stop].reshape(bins, kv_heads, -1, h)
         scores = lax.dot_general(part, keys[:, :, :stop], (((3,), (3,)), batch), preferred_element_type=jnp.float32)
-        scores = scores.reshape(bins, kv_heads, groups, stop - start, stop)
+        scores = softcapped(scores, rule.softcap).reshape(bins, kv_heads, groups, stop - start, stop)
         scores = jnp.where(mask[:, None, None, start:stop, :stop], scores, -jnp.inf)
         maximum = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - maximum)
@@ -139,22 +163,27 @@ def _own_reads(
     v: Float[Array, "M K H"],
     segments: Int[Array, "B T"],
     reads: Int[Array, " R"],
+    rule: Rule,
 ) -> Partial:
     """Only the tokens at flat indices ``reads``, each over its own row."""
     kv_heads = k.shape[1]
     flat = segments.reshape(-1)
-    visible = (flat[reads][:, None] == flat[None, :]) & (jnp.arange(flat.size)[None, :] <= reads[:, None])  # R M
+    place = jnp.arange(flat.size)[None, :]
+    visible = (flat[reads][:, None] == flat[None, :]) & (place <= reads[:, None])  # R M
+    if rule.window is not None:
+        visible &= reads[:, None] - place < rule.window
     queries = _split_heads(q, kv_heads)  # K G*R H
-    scores = _scores(queries, k.transpose(1, 0, 2)).reshape(kv_heads, -1, *visible.shape)
+    scores = _scores(queries, k.transpose(1, 0, 2), rule).reshape(kv_heads, -1, *visible.shape)
     scores = jnp.where(visible[None, None], scores, -jnp.inf).reshape(kv_heads, -1, flat.size)
     maximum = scores.max(axis=-1)
     weights = jnp.exp(scores - maximum[..., None])
     return Partial(maximum, weights.sum(axis=-1), _weighted(weights, _finite(v).transpose(1, 0, 2)))
 
 
-def _scores(queries: Float[Array, "K Q H"], keys: Float[Array, "K S H"]) -> Float[Array, "K Q S"]:
+def _scores(queries: Float[Array, "K Q H"], keys: Float[Array, "K S H"], rule: Rule) -> Float[Array, "K Q S"]:
     """Float32 products, one matmul per key/value head."""
-    return lax.dot_general(queries, keys, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+    products = lax.dot_general(queries, keys, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+    return softcapped(products, rule.softcap)
 
 
 def _weighted(weights: Float[Array, "K Q S"], values: Float[Array, "K S H"]) -> Float[Array, "K Q H"]:
@@ -163,15 +192,32 @@ def _weighted(weights: Float[Array, "K Q S"], values: Float[Array, "K S H"]) -> 
     return lax.dot_general(operand, values, (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
 
 
+class Queries(NamedTuple):
+    """Of one call, by key/value head, with what says which keys they see.
+
+    Attributes:
+        vectors: as by ``_split_heads``.
+        positions: of each in its sequence.
+    """
+
+    vectors: Float[Array, "K Q H"]
+    positions: Int[Array, " Q"]
+    rule: Rule
+
+
 def _fold(
-    queries: Float[Array, "K Q H"],
+    queries: Queries,
     partial: Partial,
     keys: Float[Array, "K P H"],
     values: Float[Array, "K P H"],
+    first: int | Int[Array, ""],
     valid: Bool[Array, " P"] | None = None,
 ) -> Partial:
-    """Add keys and values that all queries see, where ``valid`` (None: everywhere), to a partial softmax."""
-    scores = _scores(queries, keys)
+    """Add the prefix's keys and values from position ``first`` on, but what is not ``valid``, to a partial softmax."""
+    scores = _scores(queries.vectors, keys, queries.rule)
+    if queries.rule.window is not None:
+        visible = first + jnp.arange(keys.shape[1])[None, :] > queries.positions[:, None] - queries.rule.window
+        scores = jnp.where(visible[None], scores, -jnp.inf)
     if valid is not None:
         scores = jnp.where(valid[None, None, :], scores, -jnp.inf)
         # What is not valid may be another prefix's, and 0 * NaN is NaN.
@@ -187,7 +233,7 @@ TAILS = (PAGE_TOKENS // 4, PAGE_TOKENS)
 """How much of a prefix's last, begun page is looked at: the smallest of these that holds the rest."""
 
 
-def _fold_prefix_paged(queries: Float[Array, "K Q H"], own: Partial, context: Context, layer: Layer) -> Partial:
+def _fold_prefix_paged(queries: Queries, own: Partial, context: Context, layer: Layer) -> Partial:
     """Add the prefix to a partial softmax: a step for each whole page, and a shorter one for what begins a page."""
     page_shape = (1, 1, *context.pool.shape[2:])
 
@@ -199,27 +245,37 @@ def _fold_prefix_paged(queries: Float[Array, "K Q H"], own: Partial, context: Co
 
     def whole(number: Int[Array, ""], folded: Partial) -> Partial:
         keys, values = page(number)
-        return _fold(queries, folded, keys, values)
+        return _fold(queries, folded, keys, values, number * PAGE_TOKENS)
 
-    folded = lax.fori_loop(0, pages, whole, own)
+    first = 0
+    if queries.rule.window is not None:  # no query is before the prefix's end, and none sees further back than that
+        first = jnp.maximum(context.prefix_length + 1 - queries.rule.window, 0) // PAGE_TOKENS
+    folded = lax.fori_loop(first, pages, whole, own)
 
     def begun(size: int, folded: Partial) -> Partial:
         keys, values = page(pages)[:, :, :size]
-        return _fold(queries, folded, keys, values, jnp.arange(size) < rest)
+        return _fold(queries, folded, keys, values, pages * PAGE_TOKENS, jnp.arange(size) < rest)
 
     branches = [lambda folded: folded, *(partial(begun, size) for size in TAILS)]  # pyright: ignore[reportUnknownLambdaType]
     return lax.switch((rest > 0).astype(jnp.int32) + (rest > TAILS[0]).astype(jnp.int32), branches, folded)
 
 
-def _fold_prefix_reference(queries: Float[Array, "K Q H"], own: Partial, context: Context, layer: Layer) -> Partial:
+def _fold_prefix_reference(queries: Queries, own: Partial, context: Context, layer: Layer) -> Partial:
     """Add the whole prefix at once: gathers all page slots and masks those past the prefix."""
     prefix = from_pool(context.pool[context.page_table, layer])  # slots 2 K page H
-    keys, values = prefix.transpose(1, 2, 0, 3, 4).reshape(2, queries.shape[0], -1, queries.shape[2])
+    kv_heads, _, width = queries.vectors.shape
+    keys, values = prefix.transpose(1, 2, 0, 3, 4).reshape(2, kv_heads, -1, width)
     valid = jnp.arange(keys.shape[1]) < context.prefix_length
-    return _fold(queries, own, keys, values, valid)
+    return _fold(queries, own, keys, values, 0, valid)
 
 
+FUSED = ("fused", "fused-interpreted")
 FOLD_PREFIX = {"paged": _fold_prefix_paged, "reference": _fold_prefix_reference}
+
+
+def pool_head_width(implementation: str, head_width: int) -> int:
+    """Width of a head in the pool that an implementation reads."""
+    return stored_width(head_width) if implementation in FUSED else head_width
 
 
 def attend(
@@ -228,21 +284,33 @@ def attend(
     v: Float[Array, "M K H"],
     context: Context,
     layer: Layer,
+    rule: Rule,
     *,
     implementation: str,
     reads: Int[Array, " Q"] | None = None,
 ) -> Float[Array, "Q N H"]:
-    """Softmax attention of every token, or of the tokens at ``reads`` alone; float32.
+    """Softmax attention of every token, or of the tokens at ``reads`` alone; float32, or if fused in q's dtype.
 
     Args:
-        q: queries, already rotated and scaled by 1 / sqrt(H); of all M tokens, or of the R tokens at ``reads``.
+        q: queries, already rotated and scaled; of all M tokens, or of the R tokens at ``reads``.
         k: keys of all M tokens, rotated.
         v: values of all M tokens.
         layer: which layer of the pool holds this layer's prefix.
-        implementation: ``"paged"`` or ``"reference"``.
+        rule: of this layer.
+        implementation: a key of ``FOLD_PREFIX``, or one of ``FUSED``.
         reads: flat indices into the M tokens.
     """
-    own = _own_bins(q, k, v, context.segments) if reads is None else _own_reads(q, k, v, context.segments, reads)
-    queries = _split_heads(q, k.shape[1])
+    if implementation in FUSED:
+        # The kernel takes whole bins: in the one layer that asks for reads alone, queries that nobody reads are zeros.
+        queries = q if reads is None else jnp.zeros((k.shape[0], *q.shape[1:]), q.dtype).at[reads].set(q)
+        interpret = implementation == "fused-interpreted"
+        attended = fused(queries, k, _finite(v), *context, layer, *rule, interpret=interpret)
+        return attended if reads is None else attended[reads]
+    if reads is None:
+        own, positions = _own_bins(q, k, v, context.segments, rule), context.positions
+    else:
+        own, positions = _own_reads(q, k, v, context.segments, reads, rule), context.positions[reads]
+    kv_heads = k.shape[1]
+    queries = Queries(_split_heads(q, kv_heads), jnp.tile(positions, q.shape[1] // kv_heads), rule)
     partial = FOLD_PREFIX[implementation](queries, own, context, layer)
     return _merge_heads(partial.values / partial.total[..., None], q.shape[0])

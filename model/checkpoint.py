@@ -2,12 +2,13 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import ml_dtypes  # noqa: F401  # pyright: ignore[reportUnusedImport]  teaches numpy the name "bfloat16"
+import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
@@ -37,11 +38,29 @@ class Target:
         path: of the parameter in the model.
         shape: of the tensor in the checkpoint.
         transform: from there to the parameter.
+        stack: (number, of how many): the parameter is a stack of such tensors, and this is its member ``number``.
     """
 
     path: Place
     shape: tuple[int, ...]
     transform: Transform
+    stack: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """A tensor of the checkpoint that holds several parameters, one behind the other along its first axis."""
+
+    parts: tuple[Target, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+
+
+Entry = Target | Fused
+Targets = Mapping[str, Entry]
+"""Tensor name -> its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +72,7 @@ class _Found:
 
 def load(
     folder: Path,
-    targets: Mapping[str, Target],
+    targets: Targets,
     *,
     ignored: Sequence[str] = (),
     put: Callable[[Place, npt.NDArray[Any]], T],
@@ -63,10 +82,10 @@ def load(
 
     Args:
         folder: has ``model.safetensors``, or shards and ``model.safetensors.index.json``.
-        targets: tensor name -> its place; each must be there, and nothing else may be.
+        targets: each must be there, and nothing else may be.
         ignored: patterns (of the whole name) of tensors that may be present and mean nothing.
         put: given the path and the transformed tensor (float32, bfloat16 or float16, perhaps not contiguous), keeps it;
-            called for one tensor at a time, so that the host never holds the model twice.
+            called for one parameter at a time, so that the host never holds the model twice.
         progress: called as ``progress(done, total, what)``, tensors.
 
     Raises:
@@ -78,15 +97,48 @@ def load(
     _check(folder, targets, found, ignored)
 
     loaded: dict[Place, T] = {}
+    done = 0
+    stacks = _Stacks()
     for file in files:
         with _open(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118  it is a handle, not a dict
                 if (target := targets.get(name)) is None:
                     continue
-                loaded[target.path] = put(target.path, _TRANSFORMS[target.transform](tensors.get_tensor(name)))
+                for part, piece in _parts(target, tensors.get_tensor(name)):
+                    parameter = stacks.add(part, _TRANSFORMS[part.transform](piece))
+                    if parameter is not None:
+                        loaded[part.path] = put(part.path, parameter)
+                done += 1
                 if progress is not None:
-                    progress(len(loaded), len(targets), name)
+                    progress(done, len(targets), name)
     return loaded
+
+
+def _parts(target: Entry, tensor: npt.NDArray[Any]) -> Iterator[tuple[Target, npt.NDArray[Any]]]:
+    """A tensor's parameters, untransformed."""
+    start = 0
+    for part in target.parts if isinstance(target, Fused) else (target,):
+        yield part, tensor[start : start + part.shape[0]]
+        start += part.shape[0]
+
+
+class _Stacks:
+    """Parameters that are stacks, until all their members are there: in a file's order that is a few at a time."""
+
+    def __init__(self) -> None:
+        self._begun: dict[Place, tuple[npt.NDArray[Any], set[int]]] = {}
+
+    def add(self, target: Target, tensor: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
+        """The whole parameter, once this tensor completes it."""
+        if target.stack is None:
+            return tensor
+        number, count = target.stack
+        if target.path not in self._begun:
+            self._begun[target.path] = np.empty((count, *tensor.shape), tensor.dtype), set()
+        stack, members = self._begun[target.path]
+        stack[number] = tensor
+        members.add(number)
+        return self._begun.pop(target.path)[0] if len(members) == count else None
 
 
 def _files(folder: Path) -> list[Path]:
@@ -133,9 +185,7 @@ def _survey(folder: Path, files: Sequence[Path]) -> dict[str, list[_Found]]:
     return found
 
 
-def _check(
-    folder: Path, targets: Mapping[str, Target], found: Mapping[str, Sequence[_Found]], ignored: Sequence[str]
-) -> None:
+def _check(folder: Path, targets: Targets, found: Mapping[str, Sequence[_Found]], ignored: Sequence[str]) -> None:
     problems: list[str] = []
     for name, target in targets.items():
         if name not in found:

@@ -1,20 +1,20 @@
-"""``config.json`` of a Hugging Face checkpoint -> ``ModelConfig``, by allow-list.
+"""What a decoder is built from: ``ModelConfig``, and how the keys that the families share become one.
 
-A key that nobody reads would give wrong scores with no error. So each key is read, or ignored on purpose, or stands at
-the value that changes nothing; any other is refused by name.
+A family's own keys are read in its own file; ``model.registry`` says which file that is.
 """
 
-import json
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, cast
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-RopeKind = Literal["default", "linear", "llama3"]
+from model.fields import ConfigError, Fields
 
+RopeKind = Literal["default", "linear", "llama3", "longrope"]
+Activation = Literal["silu", "gelu_tanh"]
+QkNorm = Literal["head", "projection"]
 
-class ConfigError(ValueError):
-    """The config asks for something that is not implemented, or contradicts itself. The message names the keys."""
+ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""Name in ``config.json`` -> name here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +23,15 @@ class Rope:
 
     Attributes:
         theta: base of the frequencies.
-        kind: ``linear`` divides all frequencies by ``factor``; ``llama3`` the low ones, and blends in between.
+        kind: ``linear`` divides all frequencies by ``factor``; ``llama3`` the low ones, and blends in between;
+            ``longrope`` each by a factor of its own.
         factor: 1 for ``default``.
         low_freq_factor: ``llama3``: wavelengths above ``original_context_length`` over this are divided in full.
         high_freq_factor: ``llama3``: wavelengths below ``original_context_length`` over this are kept.
-        original_context_length: ``llama3``: tokens, before the context was extended.
+        original_context_length: ``llama3`` and ``longrope``: tokens, before the context was extended.
+        short_factors: ``longrope``: divisors in a prompt of up to ``original_context_length`` tokens, one a frequency.
+        long_factors: ``longrope``: divisors in a longer prompt, at all of its positions.
+        magnitude: ``longrope``: what cosines and sines are multiplied by.
     """
 
     theta: float
@@ -36,6 +40,9 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
     original_context_length: int = 0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    magnitude: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +51,34 @@ class ModelConfig:
 
     Attributes:
         architecture: Hugging Face name, ``LlamaForCausalLM``.
-        vocab_size: V, rows of the output head.
+        vocab_size: V, rows of the embedding, and of the output head of a causal model.
         width: D.
         layers: L.
         heads: N, a multiple of ``kv_heads``.
         kv_heads: K.
         head_width: H; not always ``width / heads``.
-        ff_width: F.
+        ff_width: F; of one expert, where there are experts.
         norm_eps: added to the mean square in RMS norm.
         context_length: tokens, the longest prompt the model was made for.
         tied_head: the output head is the embedding.
-        attention_bias: on q, k, v and the output projection.
+        attention_bias: on q, k and v.
+        output_bias: on attention's output projection.
         mlp_bias: on all three projections.
+        activation: of the MLP's gate.
+        attention_scale: of the scores; None: 1 / sqrt(H).
+        attention_softcap: bound c of the scores s, which become c * tanh(s / c); None: none.
+        logit_softcap: the same for the output head's logits.
+        qk_norm: queries and keys are normed, by head or as one vector, before they are rotated; None: they are not.
+        norm_offset: added to the stored scale of every norm.
+        embedding_scale: multiplies the embedding at the model's entry.
+        rotary_width: channels of a head that are rotated, the first ones; None: all.
+        window: tokens that a sliding layer sees back, itself included; 0: all.
+        sliding: for each layer, whether it is a sliding one; empty: none is.
+        local_rope: of sliding layers; None: ``rope``, as all others.
+        experts: 0: the MLP is one.
+        experts_per_token: that a token goes through.
+        norm_expert_weights: the weights of a token's experts are made to sum to 1.
+        classes: of a sequence-classification head; 0: the model is causal.
     """
 
     architecture: str
@@ -70,199 +93,121 @@ class ModelConfig:
     rope: Rope
     context_length: int
     tied_head: bool
-    attention_bias: bool
-    mlp_bias: bool
+    attention_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    activation: Activation = "silu"
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    qk_norm: QkNorm | None = None
+    norm_offset: float = 0.0
+    embedding_scale: float = 1.0
+    rotary_width: int | None = None
+    window: int = 0
+    sliding: tuple[bool, ...] = ()
+    local_rope: Rope | None = None
+    experts: int = 0
+    experts_per_token: int = 0
+    norm_expert_weights: bool = False
+    classes: int = 0
 
 
-IGNORED = {
-    # About the file.
-    "architectures", "model_type", "transformers_version", "_name_or_path", "_attn_implementation_autoset",
-    "unsloth_fixed",
-    "is_decoder",
-    # Ours to choose.
-    "torch_dtype", "dtype", "use_cache",
-    # The tokenizer's, and generation's.
-    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id",
-    "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty",
-    # A classification head's.
-    "id2label", "label2id",
-    # Training's.
-    "initializer_range", "attention_dropout",
-}  # fmt: skip
-"""Keys that no scoring depends on, in any family."""
-
-NEUTRAL: Mapping[str, object] = {
-    "is_encoder_decoder": False,
-    "add_cross_attention": False,
-    "tie_encoder_decoder": False,
-    "chunk_size_feed_forward": 0,
-    "output_attentions": False,
-    "output_hidden_states": False,
-    "return_dict": True,
-    "return_dict_in_generate": False,
-    "torchscript": False,
-    "use_bfloat16": False,
-    "pruned_heads": {},
-}
-"""Keys that may be present at the one value that changes nothing, in any family."""
-
-
-class Fields:
-    """A config that remembers which of its keys were read, so that the others can be refused.
-
-    A null counts as absent: it is how transformers writes a setting that is off.
-    """
-
-    def __init__(self, values: Mapping[str, Any], where: str = "config.json") -> None:
-        self._values = {key: value for key, value in values.items() if value is not None}
-        self._where = where
-        self._read: set[str] = set()
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._values
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        """At least 1."""
-        value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{self._where}: {key} is {value!r}; it must be an integer of at least 1")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """Above 0 and finite."""
-        value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise ConfigError(f"{self._where}: {key} is {value!r}; it must be a finite number above 0")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self._get(key, default)
-        if not isinstance(value, bool):
-            raise ConfigError(f"{self._where}: {key} is {value!r}; it must be true or false")
-        return value
-
-    def text(self, key: str, default: str | None = None) -> str:
-        value = self._get(key, default)
-        if not isinstance(value, str):
-            raise ConfigError(f"{self._where}: {key} is {value!r}; it must be a string")
-        return value
-
-    def group(self, key: str) -> "Fields":
-        """The fields of a nested object."""
-        value = self._get(key, None)
-        if not isinstance(value, dict):
-            raise ConfigError(f"{self._where}: {key} is {value!r}; it must be an object")
-        return Fields(cast("dict[str, Any]", value), f"{self._where}: {key}")
-
-    def refuse_rest(self, *, ignored: Collection[str] = (), neutral: Mapping[str, object] | None = None) -> None:
-        """Refuse every key that was not read, is not ignored, and is not at its neutral value.
-
-        Raises:
-            ConfigError: naming all of them with their values.
-        """
-        neutral = neutral or {}
-        rest = [
-            f"{key}={value!r}" + (f" (only {neutral[key]!r} is implemented)" if key in neutral else "")
-            for key, value in sorted(self._values.items())
-            if key not in self._read and key not in ignored and not (key in neutral and neutral[key] == value)
-        ]
-        if rest:
-            raise ConfigError(
-                f"{self._where} has settings that this program does not implement, so that its scores would be wrong: "
-                + "; ".join(rest)
-            )
-
-    def _get(self, key: str, default: object) -> object:
-        self._read.add(key)
-        value = self._values.get(key, default)
-        if value is None:
-            raise ConfigError(f"{self._where} lacks {key}")
-        return value
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` as it stands.
-
-    Raises:
-        ConfigError: it is absent or is not a JSON object.
-    """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{folder} has no config.json; name a folder in Hugging Face layout") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} holds {type(config).__name__}; it must be a JSON object")
-    return cast("dict[str, Any]", config)
-
-
-def from_hf(config: Mapping[str, Any]) -> ModelConfig:
-    """Read by the architecture's own parser, and refuse what it did not read.
+def common(
+    fields: Fields,
+    *,
+    rope: Rope | None = None,
+    kv_heads: int | None = None,
+    head_width: int | None = None,
+    norm_eps: float = 1e-6,
+    tied_head: bool = False,
+    activation_key: str = "hidden_act",
+    activation: str = "silu",
+    **constants: Any,
+) -> ModelConfig:
+    """From the keys that all families have.
 
     Args:
-        config: ``config.json``; transformers v4's keys (``rope_theta``, ``rope_scaling``, ``torch_dtype``) and v5's
-            (``rope_parameters``, ``dtype``) alike.
+        rope: where the family reads its keys itself.
+        kv_heads: what the family's class in transformers takes where the key is absent; None: all heads, as for null.
+        head_width: likewise; None: D / N.
+        norm_eps: likewise.
+        tied_head: likewise.
+        activation: likewise, for the key ``activation_key``.
+        constants: the rest of ``ModelConfig``, which the family knows or has read.
 
     Raises:
-        ConfigError: an architecture, key, value or rope type that is not implemented, or sizes that do not fit.
+        ConfigError: a key is absent or wrong, or sizes do not fit.
     """
-    names = config.get("architectures")
-    for architecture, parse in PARSERS.items():
-        if names == [architecture]:
-            return parse(Fields(config))
-    raise ConfigError(f"architectures is {names!r}; implemented: {', '.join(PARSERS)} (exactly one)")
-
-
-def _llama(fields: Fields) -> ModelConfig:
     width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    kv_heads = fields.integer("num_key_value_heads", heads)
+    kv_heads = fields.integer_or_none("num_key_value_heads", absent=kv_heads) or heads
     if heads % kv_heads:
         raise ConfigError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    activation = fields.text(activation_key, activation)
+    if activation not in ACTIVATIONS:
+        raise ConfigError(f"{activation_key} is {activation!r}; implemented: {', '.join(ACTIVATIONS)}")
     context_length = fields.integer("max_position_embeddings")
-    if (activation := fields.text("hidden_act", "silu")) != "silu":
-        raise ConfigError(f"hidden_act is {activation!r}; implemented: silu")
-    config = ModelConfig(
-        architecture="LlamaForCausalLM",
+    return ModelConfig(
+        architecture="",  # the registry's to say
         vocab_size=fields.integer("vocab_size"),
         width=width,
         layers=fields.integer("num_hidden_layers"),
         heads=heads,
         kv_heads=kv_heads,
-        head_width=_head_width(fields, width, heads),
+        head_width=_head_width(fields, width, heads, head_width),
         ff_width=fields.integer("intermediate_size"),
-        norm_eps=fields.number("rms_norm_eps", 1e-6),
-        rope=_rope(fields, context_length),
+        norm_eps=fields.number("rms_norm_eps", norm_eps),
+        rope=rope or rope_of(fields, context_length),
         context_length=context_length,
-        tied_head=fields.flag("tie_word_embeddings", False),
-        attention_bias=fields.flag("attention_bias", False),
-        mlp_bias=fields.flag("mlp_bias", False),
+        tied_head=fields.flag("tie_word_embeddings", tied_head),
+        activation=ACTIVATIONS[activation],
+        **constants,
     )
-    fields.refuse_rest(
-        # The last two are notes for other programs, in SmolLM2's own config.json.
-        ignored=IGNORED | {"is_llama_config", "transformers.js_config"},
-        neutral={**NEUTRAL, "pretraining_tp": 1, "rope_interleaved": False},
-    )
-    return config
 
 
-def _head_width(fields: Fields, width: int, heads: int) -> int:
-    if "head_dim" not in fields and width % heads:
+def with_window(config: ModelConfig, fields: Fields, window: int | None, sliding: Sequence[bool]) -> ModelConfig:
+    """``config`` with sliding layers: those of ``layer_types``, or of ``sliding`` where the key is absent.
+
+    Args:
+        window: None: no layer may slide.
+    """
+    kinds = ["sliding_attention" if slides else "full_attention" for slides in sliding]
+    kinds = fields.texts("layer_types", kinds if window else ["full_attention"] * config.layers)
+    known = {"full_attention"} | ({"sliding_attention"} if window else set())
+    if len(kinds) != config.layers or not known.issuperset(kinds):
+        raise ConfigError(
+            f"layer_types is {kinds}; it must name {config.layers} layers, each {' or '.join(sorted(known))}, "
+            f"with a sliding window of {window}"
+        )
+    if window is None or "sliding_attention" not in kinds:
+        return config
+    sliding = tuple(kind == "sliding_attention" for kind in kinds)
+    return replace(config, window=window if window < config.context_length else 0, sliding=sliding)
+
+
+def with_classes(config: ModelConfig, fields: Fields) -> ModelConfig:
+    """``config`` of the same layers with a classification head, which is never tied, and whose logits have no cap."""
+    default = fields.integer("num_labels", 2)
+    classes = fields.size("id2label") if "id2label" in fields else default
+    return replace(config, classes=classes, tied_head=False, logit_softcap=None)
+
+
+def _head_width(fields: Fields, width: int, heads: int, absent: int | None) -> int:
+    if absent is None and "head_dim" not in fields and width % heads:
         raise ConfigError(
             f"hidden_size {width} is not a multiple of num_attention_heads {heads}, and head_dim is absent"
         )
-    head_width = fields.integer("head_dim", width // heads)
+    head_width = fields.integer("head_dim", absent or width // heads)
     if head_width % 2:
         raise ConfigError(f"head_dim is {head_width}; rotary positions need an even number")
     return head_width
 
 
-def _rope(fields: Fields, context_length: int) -> Rope:
+def rope_of(fields: Fields, context_length: int) -> Rope:
     """From v4's ``rope_theta`` and ``rope_scaling``, or v5's ``rope_parameters``; if both are there they must agree."""
     theta = fields.number("rope_theta", 10_000.0)
     ropes = [
-        _rope_group(fields.group(key), theta, context_length)
+        rope_group(fields.group(key), theta, context_length)
         for key in ("rope_parameters", "rope_scaling")
         if key in fields
     ]
@@ -273,7 +218,7 @@ def _rope(fields: Fields, context_length: int) -> Rope:
     return ropes[0]
 
 
-def _rope_group(group: Fields, theta: float, context_length: int) -> Rope:
+def rope_group(group: Fields, theta: float, context_length: int) -> Rope:
     kind = group.text("rope_type", group.text("type", "default"))
     theta = group.number("rope_theta", theta)
     if kind == "default":
@@ -293,7 +238,3 @@ def _rope_group(group: Fields, theta: float, context_length: int) -> Rope:
         raise ConfigError(f"rope type {kind!r} is not implemented; known: default, linear, llama3")
     group.refuse_rest(neutral={"partial_rotary_factor": 1.0})
     return rope
-
-
-PARSERS: dict[str, Callable[[Fields], ModelConfig]] = {"LlamaForCausalLM": _llama}
-"""Architecture -> its parser: what it reads is handled, the rest it ignores by name or refuses."""

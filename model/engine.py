@@ -5,13 +5,12 @@ the pages of the prefix cache; the group's rows run in packed calls that return 
 the head turns those into logits and, where asked, log-probabilities. What is compiled is in ``model.programs``.
 """
 
-import bisect
 import concurrent.futures
 import itertools
 import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -20,23 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from flax import nnx
+from jax import Device
+from jax.sharding import SingleDeviceSharding
 
-from model import checkpoint, config, plan, registry
-from model.attention import TAILS
+from model import checkpoint, decoder, plan, registry
+from model.config import ModelConfig
+from model.fields import read_config
 from model.pages import PAGE_TOKENS, CacheStats, Node, PrefixCache, Recurring
 from model.programs import Inputs, LayerPrograms, ModelPrograms, Prefix, Programs
+from model.sizes import BY_PLATFORM, Layout, Sizes, layout
 
 Dtype = Literal["float32", "bfloat16"]
 Progress = Callable[[int, int, str], None]
-
-CHUNKS = (PAGE_TOKENS // 2, PAGE_TOKENS, 2 * PAGE_TOKENS, 4 * PAGE_TOKENS)
-"""Sizes of prefix prefill calls, in tokens."""
-HEAD_ROWS = (1, 8, 32, 128)
-"""Sizes of head calls, in hidden states."""
-ARGMAX_ROWS = (8, 128)
-"""The same of head calls that also find the likeliest tokens."""
-TARGET_ROWS = (8, 64, 512)
-"""Sizes of target-logit calls, in (hidden state, target) pairs."""
 
 
 class Batch(Protocol):
@@ -81,6 +75,7 @@ class Info:
     architecture: str
     platform: str
     buckets: tuple[str, ...]
+    classes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,40 +98,16 @@ class Engine:
 
     Args:
         model_config: of the architecture.
-        make_programs: given the page pool's shape and the entries of a page table, the programs over the weights.
+        layout: what the programs were made for.
+        programs: over the weights.
         dtype: of keys and values.
-        max_row_tokens: the widest bin; longer rows are computed in chunks.
-        call_tokens: tokens in a full call.
-        chunks: sizes of prefill calls, ascending.
-        prefix_cache_bytes: device memory for prefixes; more where one prompt of ``max_prompt_tokens`` needs it.
-        max_prompt_tokens: the longest sequence; None: the model's context. A long context costs memory at start-up.
     """
 
-    def __init__(
-        self,
-        model_config: config.ModelConfig,
-        make_programs: Callable[[jax.ShapeDtypeStruct, int], Programs],
-        dtype: Any,
-        *,
-        max_row_tokens: int = 512,
-        call_tokens: int = 1024,
-        chunks: tuple[int, ...] = CHUNKS,
-        prefix_cache_bytes: int = 384 * 2**20,
-        max_prompt_tokens: int | None = None,
-    ) -> None:
+    def __init__(self, model_config: ModelConfig, layout: Layout, programs: Programs, dtype: Any) -> None:
         self._config = model_config
         self._dtype = jnp.dtype(dtype)
-        self._longest = min(model_config.context_length, max_prompt_tokens or model_config.context_length)
-        self._chunks = chunks[: bisect.bisect_left(chunks, self._longest) + 1]
-        width = min(max_row_tokens, -(-self._longest // 16) * 16)
-        self._ladder = plan.shapes(width, max(call_tokens, width))
-        self._slots = -(-self._longest // PAGE_TOKENS) + 1
-        page = (model_config.layers, 2, model_config.kv_heads, PAGE_TOKENS, model_config.head_width)
-        self._page_bytes = int(np.prod(page)) * self._dtype.itemsize
-        pages = 1 + max(self._slots, prefix_cache_bytes // self._page_bytes)
-        stored = jnp.uint16 if self._dtype == jnp.bfloat16 else self._dtype  # see attention.to_pool
-        self._pool_shape = jax.ShapeDtypeStruct((pages, *page), stored)
-        self._programs = make_programs(self._pool_shape, self._slots)
+        self._layout = layout
+        self._programs = programs
         self._launching = threading.Lock()
         self._launched: jax.Array | None = None
         self._computed = self._padded = 0
@@ -146,12 +117,13 @@ class Engine:
     def info(self) -> Info:
         return Info(
             vocab_size=self._config.vocab_size,
-            max_prompt_tokens=self._longest,
+            max_prompt_tokens=self._layout.longest,
             context_length=self._config.context_length,
             dtype=self._dtype.name,
             architecture=self._config.architecture,
             platform=jax.default_backend(),
-            buckets=tuple(map(str, self._ladder)),
+            buckets=tuple(map(str, self._layout.ladder)),
+            classes=self._config.classes,
         )
 
     @property
@@ -175,14 +147,15 @@ class Engine:
             prefix_evicted_pages=cache.evicted_pages,
             prefix_pages=cache.pages,
             prefix_pages_used=cache.pages_used,
-            prefix_page_bytes=self._page_bytes,
+            prefix_page_bytes=self._layout.page_bytes,
         )
 
     def warmup(self, progress: Progress | None = None) -> None:
         """Compile every program that ``score`` can call, several at a time."""
-        wanted = self._programs.wanted(self._ladder, self._chunks)
-        head_calls = {"normalizer": HEAD_ROWS, "argmax": ARGMAX_ROWS, "targets": TARGET_ROWS}
-        wanted += [(kind, size) for kind, sizes in head_calls.items() for size in sizes]
+        sizes = self._layout.sizes
+        wanted = self._programs.wanted(self._layout.ladder, sizes.chunks)
+        head_calls = {"normalizer": sizes.head_rows, "argmax": sizes.argmax_rows, "targets": sizes.target_rows}
+        wanted += [(kind, size) for kind, calls in head_calls.items() for size in calls]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             compiling = {pool.submit(self._programs.compile, kind, size): f"{kind} {size}" for kind, size in wanted}
             for done, future in enumerate(concurrent.futures.as_completed(compiling), 1):
@@ -197,10 +170,10 @@ class Engine:
             ValueError: a sequence is empty or longer than the model's context.
         """
         bounds = batch.offsets.tolist()
-        sequences = [batch.tokens[a:b] for a, b in itertools.pairwise(bounds)]
+        sequences = [self._marked(batch.tokens[a:b]) for a, b in itertools.pairwise(bounds)]
         for number, tokens in enumerate(sequences):
-            if not 0 < len(tokens) <= self._longest:
-                raise ValueError(f"sequence {number} has {len(tokens)} tokens; this model reads 1 to {self._longest}")
+            if not 0 < len(tokens) <= (longest := self._layout.longest):
+                raise ValueError(f"sequence {number} has {len(tokens)} tokens; this model reads 1 to {longest}")
         reads: list[list[int]] = [[] for _ in sequences]
         first_read = np.full(len(sequences), -1, np.int64)
         for number, (sequence, position) in enumerate(
@@ -212,15 +185,7 @@ class Engine:
                 raise ValueError(f"the reads of sequence {sequence} are not at ascending positions: {position}")
             reads[sequence].append(position)
         read_sequences = [number for number, positions in enumerate(reads) if positions]
-        groups = plan.groups(
-            [sequences[i] for i in read_sequences],
-            [reads[i] for i in read_sequences],
-            max_width=self._ladder[-1].width,
-            max_reads=self._ladder[0].reads,
-            min_saving=PAGE_TOKENS,
-            page=PAGE_TOKENS,
-            begun=TAILS,
-        )
+        groups = self._layout.groups([sequences[i] for i in read_sequences], [reads[i] for i in read_sequences])
         work = _Work(sequences, reads, read_sequences, first_read, np.zeros(len(sequences), np.int32))
         try:
             with self._launching:
@@ -237,10 +202,20 @@ class Engine:
                 self._forget_prefixes()
             raise
 
+    def _marked(self, tokens: plan.Tokens) -> plan.Tokens:
+        """Ids by which tokens that have other keys differ, for the planner, the cache and the programs.
+
+        A prompt beyond a ``longrope``'s original context has other angles at all positions: its ids are V higher.
+        """
+        rope = self._config.rope
+        if rope.kind == "longrope" and len(tokens) > rope.original_context_length:
+            return tokens + np.int32(self._config.vocab_size)
+        return tokens
+
     def _forget_prefixes(self) -> None:
         """Start with an empty pool."""
-        self._pool = jnp.zeros(self._pool_shape.shape, self._pool_shape.dtype)
-        self._cache = PrefixCache(self._pool_shape.shape[0])
+        self._pool = jnp.zeros(self._layout.pool.shape, self._layout.pool.dtype)
+        self._cache = PrefixCache(self._layout.pool.shape[0])
         self._recurring = Recurring()
 
     def _with_recurring(self, groups: Sequence[plan.Group], work: "_Work") -> list[plan.Group]:
@@ -278,7 +253,7 @@ class Engine:
         work.computed[owner] += missed
         prefix = Prefix(self._pool, self._table(path), group.prefix_length)
         launched: list[tuple[jax.Array, list[int]]] = []
-        for call in plan.pack(group.rows, self._ladder):
+        for call in plan.pack(group.rows, self._layout.ladder):
             inputs, numbers = work.inputs(call)
             self._wait_for_last()
             self._launched = self._programs.rows(call.shape, inputs, prefix)
@@ -290,7 +265,7 @@ class Engine:
 
     def _wait_for_last(self) -> None:
         """Let the last launched rows end: a CPU would run both calls at once, and each would be in the other's way."""
-        if self._launched is not None:
+        if self._launched is not None and jax.default_backend() == "cpu":
             self._launched.block_until_ready()
 
     def _count(self, real: int, positions: int) -> None:
@@ -298,7 +273,7 @@ class Engine:
         self._padded += positions - real
 
     def _table(self, path: Sequence[Node]) -> npt.NDArray[np.int32]:
-        table = np.zeros(self._slots, np.int32)
+        table = np.zeros(self._layout.slots, np.int32)
         table[: len(path)] = [node.page for node in path]
         return table
 
@@ -312,7 +287,7 @@ class Engine:
                 path.append(self._cache.extend(path, prefix[at : at + PAGE_TOKENS]))
         table = self._table(path)
         start = cached
-        for size in plan.chunks(len(prefix) - cached, self._chunks):
+        for size in plan.chunks(len(prefix) - cached, self._layout.sizes.chunks):
             tokens = prefix[start : start + size]
             padded, segments = np.zeros(size, np.int32), np.full((1, size), -1, np.int32)
             padded[: len(tokens)] = tokens
@@ -336,7 +311,7 @@ class Engine:
         repeats = np.diff(batch.target_offsets)
         values = np.empty(len(batch.targets), np.float32)
         rows = np.repeat(np.arange(len(hidden)), repeats)
-        for at, size, count in _blocks(len(values), TARGET_ROWS):
+        for at, size, count in plan.blocks(len(values), self._layout.sizes.target_rows):
             inputs, ids = np.zeros((size, hidden.shape[1]), np.float32), np.zeros(size, np.int32)
             inputs[:count] = hidden[rows[at : at + count]]
             ids[:count] = batch.targets[at : at + count]
@@ -345,7 +320,8 @@ class Engine:
         normalizers = np.zeros(len(hidden), np.float32)
         argmax, argmax_values = np.empty(found, np.int32), np.empty(found, np.float32)
         if batch.argmax or batch.vocab_logprobs:
-            for at, size, count in _blocks(len(hidden), ARGMAX_ROWS if batch.argmax else HEAD_ROWS):
+            sizes = self._layout.sizes.argmax_rows if batch.argmax else self._layout.sizes.head_rows
+            for at, size, count in plan.blocks(len(hidden), sizes):
                 inputs, place = np.zeros((size, hidden.shape[1]), np.float32), slice(at, at + count)
                 inputs[:count] = hidden[place]
                 if batch.argmax:
@@ -401,7 +377,7 @@ def load(
     folder: Path,
     *,
     dtype: Dtype = "float32",
-    implementation: str = "paged",
+    implementation: str | None = None,
     by_layer: bool | None = None,
     progress: Progress | None = None,
     max_prompt_tokens: int | None = None,
@@ -413,20 +389,24 @@ def load(
     Args:
         folder: has ``config.json`` and safetensors.
         dtype: of weights and matmul operands.
-        implementation: of attention, see ``model.attention``.
+        implementation: of attention, see ``model.attention``; None: "fused" on TPU, "paged" elsewhere.
         by_layer: how the layers run, see ``model.programs``; None: by layer on CPU.
-        max_prompt_tokens: see ``Engine``, as for ``sizes``.
+        max_prompt_tokens: the longest sequence; None: the model's context. A long context costs memory at start-up.
         compiled_folder: keeps compiled programs for the next start, see ``model.compiled``.
+        sizes: fields of ``Sizes`` that are not to be the platform's.
 
     Raises:
         ConfigError: a config key or architecture that is not known.
         CheckpointError: a tensor missing, unexpected or mis-shaped, or a broken file.
     """
-    parsed = config.from_hf(config.read_config(folder))
-    target = jnp.dtype(dtype)
+    parsed = registry.from_hf(read_config(folder))
+    platform, target = jax.default_backend(), jnp.dtype(dtype)
+    implementation = implementation or ("fused" if platform == "tpu" else "paged")
+    here = replace(BY_PLATFORM.get(platform, BY_PLATFORM["tpu"]), **sizes)
+    laid = layout(parsed, here, dtype=target, implementation=implementation, max_prompt_tokens=max_prompt_tokens)
     family, abstract = registry.build(parsed, dtype=target, implementation=implementation)
     if by_layer is None:
-        by_layer = jax.default_backend() == "cpu"
+        by_layer = platform == "cpu"
     arrays: dict[tuple[str | int, ...], jax.Array] = {}
     insert = jax.jit(jax.lax.dynamic_update_index_in_dim, donate_argnums=0, static_argnums=3)
 
@@ -440,28 +420,35 @@ def load(
             arrays[stack] = jnp.zeros((parsed.layers, *tensor.shape), target)
         arrays[stack] = insert(arrays[stack], jnp.asarray(tensor, target), layer, 0)
 
-    checkpoint.load(folder, family.weights(parsed), ignored=family.ignored(parsed), put=put, progress=progress)
+    checkpoint.load(folder, family.weights(parsed), ignored=decoder.ignored(parsed), put=put, progress=progress)
 
     def state(like: nnx.State[Any, Any], *place: str | int) -> nnx.State[Any, Any]:
         leaves: Any = nnx.to_flat_state(like)
         return nnx.from_flat_state([(path, leaf.replace(arrays[*place, *path])) for path, leaf in leaves])
 
-    def programs(pool: jax.ShapeDtypeStruct, slots: int) -> Programs:
-        common = (parsed, abstract, state(abstract.ends[1]), pool, slots, compiled_folder)
-        block = abstract.block[1]
-        if by_layer:
-            return LayerPrograms(*common, layers=[state(block, "blocks", layer) for layer in range(parsed.layers)])
-        return ModelPrograms(*common, layers=state(block, "blocks"))
-
-    return Engine(parsed, programs, target, max_prompt_tokens=max_prompt_tokens, **sizes)
+    common = (parsed, abstract, state(abstract.ends[1]), laid.pool, laid.slots, compiled_folder)
+    block = abstract.block[1]
+    if by_layer:
+        layers = [state(block, "blocks", layer) for layer in range(parsed.layers)]
+        return Engine(parsed, laid, LayerPrograms(*common, layers=layers), target)
+    return Engine(parsed, laid, ModelPrograms(*common, layers=state(block, "blocks")), target)
 
 
-def _blocks(count: int, sizes: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(start, compiled size, how many of it are real) until ``count`` are covered."""
-    result: list[tuple[int, int, int]] = []
-    at = 0
-    while at < count:
-        size = plan.bucket(count - at, sizes)
-        result.append((at, size, min(size, count - at)))
-        at += size
-    return result
+def without_weights(
+    parsed: ModelConfig, device: Device, sizes: Sizes, *, max_prompt_tokens: int | None = None
+) -> tuple[Programs, Layout]:
+    """The programs that ``load`` would make on that TPU in bfloat16, over shapes alone: to compile, not to run.
+
+    Args:
+        device: perhaps of ``jax.experimental.topologies``, which needs no TPU.
+    """
+    dtype, implementation = jnp.dtype(jnp.bfloat16), "fused"
+    laid = layout(parsed, sizes, dtype=dtype, implementation=implementation, max_prompt_tokens=max_prompt_tokens)
+    _, abstract = registry.build(parsed, dtype=dtype, implementation=implementation)
+    here = SingleDeviceSharding(device)
+
+    def placed(tree: Any, *stack: int) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*stack, *x.shape), x.dtype, sharding=here), tree)
+
+    common = (parsed, abstract, placed(abstract.ends[1]), placed(laid.pool), laid.slots, None)
+    return ModelPrograms(*common, layers=placed(abstract.block[1], parsed.layers)), laid

@@ -1,4 +1,4 @@
-"""A llama-type GGUF file made into an ordinary Hugging Face folder: ``python -m model.gguf SOURCE.gguf FOLDER``.
+"""A GGUF file (Llama's type or Gemma 3's) made into a Hugging Face folder: ``python -m model.gguf SOURCE.gguf FOLDER``.
 
 Needs numpy, gguf and tokenizers alone, so that it runs in a process of its own without JAX. Quantised tensors are
 expanded to float32: the folder holds exactly the numbers that llama.cpp multiplies with.
@@ -11,30 +11,27 @@ import re
 import shutil
 import struct
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, ReaderTensor, TokenType
+from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-ARCHITECTURES = ("llama",)
-TOKENIZER_MODELS = ("gpt2",)
+from model.gguf_tokenizer import GgufError, tokenizer_of
 
 NAMES = {
     r"token_embd\.weight": "model.embed_tokens.weight",
     r"output_norm\.weight": "model.norm.weight",
     r"output\.weight": "lm_head.weight",
     r"blk\.(\d+)\.attn_norm\.weight": r"model.layers.\1.input_layernorm.weight",
-    r"blk\.(\d+)\.ffn_norm\.weight": r"model.layers.\1.post_attention_layernorm.weight",
     r"blk\.(\d+)\.attn_(q|k|v)\.(weight|bias)": r"model.layers.\1.self_attn.\2_proj.\3",
     r"blk\.(\d+)\.attn_output\.(weight|bias)": r"model.layers.\1.self_attn.o_proj.\2",
     r"blk\.(\d+)\.ffn_(gate|up|down)\.(weight|bias)": r"model.layers.\1.mlp.\2_proj.\3",
 }
-"""GGUF tensor name -> Hugging Face name."""
+"""GGUF tensor name -> Hugging Face name, in both architectures."""
 
 HANDLED = {
     "vocab_size",
@@ -47,59 +44,101 @@ HANDLED = {
     "attention.key_length",
     "attention.value_length",
     "attention.layer_norm_rms_epsilon",
-    "rope.dimension_count",
     "rope.freq_base",
     "rope.scaling.type",
     "rope.scaling.factor",
 }
-"""The ``llama.*`` keys that are read. Any other may change the arithmetic, so it is refused."""
+"""The keys ``llama.*`` or ``gemma3.*`` that are read. Any other may change the arithmetic, so it is refused."""
 
-
-class GgufError(ValueError):
-    """The file is damaged, or of a kind that is not converted. The message names what, and what is known."""
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Pre:
-    """How text is cut before the merges, named by ``tokenizer.ggml.pre``.
+class Kind:
+    """What an architecture does not share with the other.
 
     Attributes:
-        steps: the pre-tokenizer of the model's own ``tokenizer.json``.
-        ignore_merges: a piece that is a token as a whole is taken at once.
-        add_bos: what holds when the file does not say.
+        names: as ``NAMES``, of the tensors that only it has, or that have other names there.
+        handled: as ``HANDLED``.
+        config: its part of ``config.json``, from its keys, the other part, and the names of its tensors.
+        restored: a tensor as Hugging Face has it, from its name there, its values and ``config.json``.
     """
 
-    steps: Callable[[], pre_tokenizers.PreTokenizer]
-    ignore_merges: bool
-    add_bos: bool
+    names: dict[str, str]
+    handled: set[str]
+    config: Callable[[dict[str, Any], dict[str, Any], Collection[str]], dict[str, Any]]
+    restored: Callable[[str, Array, dict[str, Any]], Array]
 
 
-def _smollm() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+def _llama_config(keys: dict[str, Any], config: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    head_width = config["head_dim"]
+    if keys.get("rope.dimension_count", head_width) != head_width:
+        raise GgufError(
+            f"llama.rope.dimension_count is {keys['rope.dimension_count']}; "
+            f"only the head width, {head_width}, is converted"
+        )
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "attention_bias": "model.layers.0.self_attn.q_proj.bias" in names,
+        "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in names,
+    }
 
 
-def _llama3() -> pre_tokenizers.PreTokenizer:
-    pieces = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pieces), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+def _llama_tensor(name: str, values: Array, config: dict[str, Any]) -> Array:
+    """llama.cpp interleaves each head's two rotary halves (0, H/2, 1, H/2 + 1, ...); Hugging Face keeps them apart."""
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    module = name.split(".")[-2]
+    if module not in heads:
+        return values
+    pairs = values.reshape(heads[module], values.shape[0] // heads[module] // 2, 2, *values.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(values.shape)
 
 
-PRES = {
-    "smollm": Pre(_smollm, ignore_merges=False, add_bos=False),
-    "llama-bpe": Pre(_llama3, ignore_merges=True, add_bos=True),
+def _gemma3_config(keys: dict[str, Any], config: dict[str, Any], _: Collection[str]) -> dict[str, Any]:
+    if "attention.sliding_window" not in keys:
+        raise GgufError("gemma3.attention.sliding_window is missing")
+    # The file does not say how scores are scaled. Of the published models that of 27B alone, with 62 layers, does it by
+    # another number than the head width.
+    largest = config["num_hidden_layers"] == 62
+    scalar = config["hidden_size"] // config["num_attention_heads"] if largest else config["head_dim"]
+    return {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": keys["attention.sliding_window"],
+        "sliding_window_pattern": 6,
+        "rope_local_base_freq": 10_000.0,
+        "query_pre_attn_scalar": scalar,
+    }
+
+
+def _gemma3_tensor(name: str, values: Array, _: dict[str, Any]) -> Array:
+    """llama.cpp stores the scales of norms whole; Hugging Face stores them less 1."""
+    return values - 1 if name.endswith("norm.weight") else values
+
+
+KINDS = {
+    "llama": Kind(
+        {r"blk\.(\d+)\.ffn_norm\.weight": r"model.layers.\1.post_attention_layernorm.weight"},
+        {"rope.dimension_count"},
+        _llama_config,
+        _llama_tensor,
+    ),
+    "gemma3": Kind(
+        {
+            r"blk\.(\d+)\.attn_(q|k)_norm\.weight": r"model.layers.\1.self_attn.\2_norm.weight",
+            r"blk\.(\d+)\.post_attention_norm\.weight": r"model.layers.\1.post_attention_layernorm.weight",
+            r"blk\.(\d+)\.ffn_norm\.weight": r"model.layers.\1.pre_feedforward_layernorm.weight",
+            r"blk\.(\d+)\.post_ffw_norm\.weight": r"model.layers.\1.post_feedforward_layernorm.weight",
+        },
+        {"attention.sliding_window"},
+        _gemma3_config,
+        _gemma3_tensor,
+    ),
 }
+"""By ``general.architecture``."""
 
 
 def convert(source: Path, folder: Path, *, say: Callable[[str], None] = print) -> None:
@@ -119,14 +158,16 @@ def convert(source: Path, folder: Path, *, say: Callable[[str], None] = print) -
         raise FileExistsError(f"{folder} exists already; remove it or name another folder")
     reader = _open(source)
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    if fields.get("general.architecture") not in ARCHITECTURES:
+    architecture = fields.get("general.architecture")
+    if architecture not in KINDS:
         raise GgufError(
-            f"{source.name}: architecture {fields.get('general.architecture')!r} is not converted from GGUF; "
-            f"known: {', '.join(ARCHITECTURES)}. Use the model's safetensors checkpoint"
+            f"{source.name}: architecture {architecture!r} is not converted from GGUF; "
+            f"known: {', '.join(KINDS)}. Use the model's safetensors checkpoint"
         )
-    tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
-    config = _config(fields, tensors.keys())
-    tokenizer, tokenizer_config = _tokenizer(fields)
+    kind = KINDS[architecture]
+    tensors = {_hf_name(tensor.name, kind): tensor for tensor in reader.tensors}
+    config = _config(fields, architecture, tensors.keys())
+    tokenizer, tokenizer_config = tokenizer_of(fields)
 
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     part.mkdir(parents=True)
@@ -134,7 +175,8 @@ def convert(source: Path, folder: Path, *, say: Callable[[str], None] = print) -
         tokenizer.save(str(part / "tokenizer.json"))
         _write_json(part / "tokenizer_config.json", tokenizer_config)
         _write_json(part / "config.json", config)
-        _write_safetensors(part / "model.safetensors", tensors, config, say)
+        values = ((name, kind.restored(name, tensor, config)) for name, tensor in _expanded(tensors, say))
+        _write_safetensors(part / "model.safetensors", tensors, values)
         part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -150,59 +192,56 @@ def _open(source: Path) -> GGUFReader:
         raise GgufError(f"{source.name} is not a whole GGUF file ({error}); fetch it again") from error
 
 
-def _hf_name(name: str) -> str:
-    for pattern, replacement in NAMES.items():
+def _hf_name(name: str, kind: Kind) -> str:
+    for pattern, replacement in (NAMES | kind.names).items():
         if match := re.fullmatch(pattern, name):
             return match.expand(replacement)
-    raise GgufError(f"tensor {name!r} has no place in a llama model; use the model's safetensors checkpoint")
+    raise GgufError(f"tensor {name!r} has no place in such a model; use the model's safetensors checkpoint")
 
 
-def _config(fields: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+def _config(fields: dict[str, Any], architecture: str, names: Collection[str]) -> dict[str, Any]:
     """``config.json`` of the same model."""
-    llama = {key.removeprefix("llama."): value for key, value in fields.items() if key.startswith("llama.")}
-    if unknown := sorted(llama.keys() - HANDLED):
-        raise GgufError(f"keys not known to the conversion: {', '.join('llama.' + key for key in unknown)}")
-    if per_layer := sorted(key for key, value in llama.items() if isinstance(value, list)):
-        raise GgufError(f"llama.{per_layer[0]} differs between layers; only one number for all is converted")
+    kind, prefix = KINDS[architecture], f"{architecture}."
+    keys = {key.removeprefix(prefix): value for key, value in fields.items() if key.startswith(prefix)}
+    if unknown := sorted(keys.keys() - HANDLED - kind.handled):
+        raise GgufError(f"keys not known to the conversion: {', '.join(prefix + key for key in unknown)}")
+    if per_layer := sorted(key for key, value in keys.items() if isinstance(value, list)):
+        raise GgufError(f"{prefix}{per_layer[0]} differs between layers; only one number for all is converted")
 
     def required(key: str) -> Any:
-        if key not in llama:
-            raise GgufError(f"llama.{key} is missing")
-        return llama[key]
+        if key not in keys:
+            raise GgufError(f"{prefix}{key} is missing")
+        return keys[key]
 
     heads, width = required("attention.head_count"), required("embedding_length")
-    head_width = llama.get("attention.key_length", width // heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if llama.get(key, head_width) != head_width:
-            raise GgufError(f"llama.{key} is {llama[key]}; only the head width, {head_width}, is converted")
-
+    head_width = keys.get("attention.key_length", width // heads)
+    if keys.get("attention.value_length", head_width) != head_width:
+        raise GgufError(
+            f"{prefix}attention.value_length is {keys['attention.value_length']}; "
+            f"only the head width, {head_width}, is converted"
+        )
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
         "dtype": "float32",
-        "vocab_size": llama.get("vocab_size", len(fields["tokenizer.ggml.tokens"])),
+        "vocab_size": keys.get("vocab_size", len(fields["tokenizer.ggml.tokens"])),
         "hidden_size": width,
         "num_hidden_layers": required("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": llama.get("attention.head_count_kv", heads),
+        "num_key_value_heads": keys.get("attention.head_count_kv", heads),
         "head_dim": head_width,
         "intermediate_size": required("feed_forward_length"),
         "rms_norm_eps": _short(required("attention.layer_norm_rms_epsilon")),
-        "rope_theta": _short(llama.get("rope.freq_base", 10_000.0)),
+        "rope_theta": _short(keys.get("rope.freq_base", 10_000.0)),
         "max_position_embeddings": required("context_length"),
-        "hidden_act": "silu",
         "tie_word_embeddings": "lm_head.weight" not in names,
-        "attention_bias": "model.layers.0.self_attn.q_proj.bias" in names,
-        "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in names,
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
     }
-    scaling = llama.get("rope.scaling.type", "none")
+    scaling = keys.get("rope.scaling.type", "none")
     if scaling == "linear":
         config["rope_scaling"] = {"rope_type": "linear", "factor": _short(required("rope.scaling.factor"))}
     elif scaling != "none":
-        raise GgufError(f"llama.rope.scaling.type {scaling!r} is not converted; known: none, linear")
-    return config
+        raise GgufError(f"{prefix}rope.scaling.type {scaling!r} is not converted; known: none, linear")
+    return config | kind.config(keys, config, names)
 
 
 def _short(value: float) -> float:
@@ -210,58 +249,11 @@ def _short(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _tokenizer(fields: dict[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
-    """The tokenizer and its ``tokenizer_config.json``."""
-
-    def ggml(key: str) -> Any:
-        if f"tokenizer.ggml.{key}" not in fields:
-            raise GgufError(f"tokenizer.ggml.{key} is missing")
-        return fields[f"tokenizer.ggml.{key}"]
-
-    if ggml("model") not in TOKENIZER_MODELS:
-        raise GgufError(f"tokenizer model {ggml('model')!r} is not converted; known: {', '.join(TOKENIZER_MODELS)}")
-    if ggml("pre") not in PRES:
-        raise GgufError(f"pre-tokenizer {ggml('pre')!r} is not converted; known: {', '.join(PRES)}")
-    pre = PRES[ggml("pre")]
-    tokens: list[str] = ggml("tokens")
-    merges = [(left, right) for left, right in (merge.split(" ") for merge in ggml("merges"))]
-
-    tokenizer = Tokenizer(
-        models.BPE(vocab={token: id for id, token in enumerate(tokens)}, merges=merges, ignore_merges=pre.ignore_merges)
-    )
-    tokenizer.pre_tokenizer = pre.steps()
-    tokenizer.decoder = decoders.ByteLevel()
-    added: list[AddedToken] = []
-    for token, kind in zip(tokens, ggml("token_type"), strict=True):
-        if kind in (TokenType.CONTROL, TokenType.USER_DEFINED):
-            added.append(AddedToken(token, special=kind == TokenType.CONTROL, normalized=False))
-    tokenizer.add_tokens(added)  # pyright: ignore[reportUnknownMemberType]
-
-    named = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-    }
-    for name, key in named.items():
-        if (id := fields.get(f"tokenizer.ggml.{key}_token_id")) is not None:
-            config[f"{name}_token"] = tokens[id]
-    if "tokenizer.chat_template" in fields:
-        config["chat_template"] = fields["tokenizer.chat_template"]
-    if fields.get("tokenizer.ggml.add_bos_token", pre.add_bos):
-        bos = ggml("bos_token_id")
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{tokens[bos]} $A", pair=f"{tokens[bos]} $A {tokens[bos]} $B", special_tokens=[(tokens[bos], bos)]
-        )
-    return tokenizer, config
-
-
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_safetensors(
-    path: Path, tensors: dict[str, ReaderTensor], config: dict[str, Any], say: Callable[[str], None]
-) -> None:
+def _write_safetensors(path: Path, tensors: dict[str, ReaderTensor], values: Iterable[tuple[str, Array]]) -> None:
     """One tensor in memory at a time, which the safetensors package's own writer cannot do."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -273,38 +265,28 @@ def _write_safetensors(
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for values in _values(tensors, config, say):
-            file.write(np.ascontiguousarray(values, dtype="<f4").data)
+        for _, tensor in values:
+            file.write(np.ascontiguousarray(tensor, dtype="<f4").data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _values(
-    tensors: dict[str, ReaderTensor], config: dict[str, Any], say: Callable[[str], None]
-) -> Iterator[np.ndarray[Any, Any]]:
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+def _expanded(tensors: dict[str, ReaderTensor], say: Callable[[str], None]) -> Iterator[tuple[str, Array]]:
+    """Each tensor in float32."""
     for done, (name, tensor) in enumerate(tensors.items()):
         if done % 50 == 0:
             say(f"converting: {done} of {len(tensors)} tensors")
         try:
-            values = dequantize(tensor.data, tensor.tensor_type)
+            yield name, dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError:
             raise GgufError(f"{tensor.name}: quantisation {tensor.tensor_type.name} is not converted") from None
-        module = name.split(".")[-2]
-        yield _unpermute(values, heads[module]) if module in heads else values
-
-
-def _unpermute(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """llama.cpp interleaves each head's two rotary halves (0, H/2, 1, H/2 + 1, ...); Hugging Face keeps them apart."""
-    pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(values.shape)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Exit status 1 and one line on stderr when the file is refused."""
     parser = argparse.ArgumentParser(
         prog="python -m model.gguf",
-        description="Convert a llama-type GGUF file to a Hugging Face folder with float32 safetensors.",
+        description="Convert a GGUF file of Llama or Gemma 3 to a Hugging Face folder with float32 safetensors.",
     )
     parser.add_argument("source", type=Path, help="the .gguf file")
     parser.add_argument("folder", type=Path, help="the folder to make; must not exist")

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from model.config import Rope
+from model.config import Activation, Rope
 
 
 class Linear(nnx.Module):
@@ -31,69 +31,102 @@ class RMSNorm(nnx.Module):
 
     Written out, since ``nnx.RMSNorm`` in bfloat16 promotes dtypes implicitly, which the strict mode of the tests
     refuses.
+
+    Args:
+        offset: added to the stored scale, in float32: a scale of 1.003 stored less 1 keeps its digits in bfloat16.
     """
 
-    def __init__(self, width: int, *, eps: float, dtype: jnp.dtype) -> None:
+    def __init__(self, width: int, *, eps: float, dtype: jnp.dtype, offset: float = 0.0) -> None:
         self.scale = nnx.Param(jnp.zeros((width,), dtype))
         self.eps = eps
+        self.offset = offset
 
     def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        return x * lax.rsqrt(mean_square + self.eps) * self.scale[...].astype(jnp.float32)[None, :]
+        scale = self.scale[...].astype(jnp.float32)
+        if self.offset:
+            scale = scale + self.offset
+        return x * lax.rsqrt(mean_square + self.eps) * scale[None, :]
+
+
+def activate(x: Float[Array, "M F"], activation: Activation) -> Float[Array, "M F"]:
+    return jax.nn.silu(x) if activation == "silu" else jax.nn.gelu(x, approximate=True)
 
 
 class GatedMLP(nnx.Module):
-    """``down(silu(gate(x)) * up(x))``."""
+    """``down(activation(gate(x)) * up(x))``."""
 
-    def __init__(self, width: int, ff_width: int, *, bias: bool, dtype: jnp.dtype) -> None:
+    def __init__(
+        self, width: int, ff_width: int, *, bias: bool, dtype: jnp.dtype, activation: Activation = "silu"
+    ) -> None:
         self.gate = Linear(width, ff_width, bias=bias, dtype=dtype)
         self.up = Linear(width, ff_width, bias=bias, dtype=dtype)
         self.down = Linear(ff_width, width, bias=bias, dtype=dtype)
+        self.activation: Activation = activation
 
     def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(activate(self.gate(x), self.activation) * self.up(x))
 
 
-def rope_frequencies(rope: Rope, head_width: int) -> Float[Array, " half"]:
-    """Angle per position, in radians, of each pair of channels: float32 [H / 2].
+def rope_frequencies(rope: Rope, width: int, *, long: bool = False) -> Float[Array, " half"]:
+    """Angle per position, in radians, of each pair of channels: float32 [width / 2].
 
-    Raises:
-        ValueError: at trace time, a kind of scaling that is not implemented.
+    Args:
+        width: channels that are rotated.
+        long: ``longrope``: of a prompt beyond the original context.
 
     Source: RoFormer (arXiv 2104.09864); scalings as in transformers' ``modeling_rope_utils``, which the parity tests
     check against.
     """
-    exponents = jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width
+    exponents = jnp.arange(0, width, 2, dtype=jnp.float32) / width
     frequencies = 1.0 / (rope.theta**exponents)
-    if rope.kind == "default":
-        return frequencies
-    if rope.kind == "linear":
-        return frequencies / rope.factor
-    if rope.kind == "llama3":
-        wavelengths = 2 * jnp.pi / frequencies
-        low = rope.original_context_length / rope.low_freq_factor
-        high = rope.original_context_length / rope.high_freq_factor
-        smooth = (rope.original_context_length / wavelengths - rope.low_freq_factor) / (
-            rope.high_freq_factor - rope.low_freq_factor
-        )
-        blended = (1 - smooth) * frequencies / rope.factor + smooth * frequencies
-        scaled = jnp.where(wavelengths > low, frequencies / rope.factor, blended)
-        return jnp.where(wavelengths < high, frequencies, scaled)
-    raise ValueError(f"rope kind {rope.kind!r} is not implemented; known: default, linear, llama3")
+    match rope.kind:
+        case "default":
+            return frequencies
+        case "linear":
+            return frequencies / rope.factor
+        case "longrope":
+            factors = jnp.array(rope.long_factors if long else rope.short_factors, jnp.float32)
+            return 1.0 / (factors * rope.theta**exponents)
+        case "llama3":
+            wavelengths = 2 * jnp.pi / frequencies
+            low = rope.original_context_length / rope.low_freq_factor
+            high = rope.original_context_length / rope.high_freq_factor
+            smooth = (rope.original_context_length / wavelengths - rope.low_freq_factor) / (
+                rope.high_freq_factor - rope.low_freq_factor
+            )
+            blended = (1 - smooth) * frequencies / rope.factor + smooth * frequencies
+            scaled = jnp.where(wavelengths > low, frequencies / rope.factor, blended)
+            return jnp.where(wavelengths < high, frequencies, scaled)
 
 
-def rope_angles(
-    rope: Rope, head_width: int, positions: Int[Array, " M"]
-) -> tuple[Float[Array, "M half"], Float[Array, "M half"]]:
-    """Cosine and sine of every position's angles, computed once for all layers."""
-    angles = positions.astype(jnp.float32)[:, None] * rope_frequencies(rope, head_width)[None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+Angles = tuple[Float[Array, "M half"], Float[Array, "M half"]]
+"""Cosine and sine of every position's angles."""
 
 
-def rotate(
-    x: Float[Array, "M heads H"], angles: tuple[Float[Array, "M half"], Float[Array, "M half"]]
-) -> Float[Array, "M heads H"]:
-    """Turn each head's (first half, second half) channel pairs by their position's angles."""
+def rope_angles(rope: Rope, width: int, positions: Int[Array, " M"], long: Bool[Array, " M"] | None = None) -> Angles:
+    """Computed once for all layers.
+
+    Args:
+        width: channels that are rotated.
+        long: for ``longrope``: tokens of prompts beyond the original context.
+    """
+    frequencies = rope_frequencies(rope, width)[None, :]
+    if long is not None:
+        frequencies = jnp.where(long[:, None], rope_frequencies(rope, width, long=True)[None, :], frequencies)
+    angles = positions.astype(jnp.float32)[:, None] * frequencies
+    if rope.magnitude == 1.0:
+        return jnp.cos(angles), jnp.sin(angles)
+    return jnp.cos(angles) * rope.magnitude, jnp.sin(angles) * rope.magnitude
+
+
+def rotate(x: Float[Array, "M heads H"], angles: Angles) -> Float[Array, "M heads H"]:
+    """Turn each head's (first half, second half) channel pairs by their position's angles.
+
+    Where there are fewer angles than pairs, the head's last channels stay as they are.
+    """
     cos, sin = (a[:, None, :] for a in angles)
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    rotated = 2 * cos.shape[-1]
+    first, second = jnp.split(x[..., :rotated], 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*turned, x[..., rotated:]] if rotated < x.shape[-1] else turned, axis=-1)

@@ -6,6 +6,7 @@ loop over stacked layers within one program, for devices where a launch is dear 
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,12 +77,18 @@ class Programs:
         self._code = f"{type(self).__name__} {self._ends_graph} {self._block_graph}"
         """With a program's kind and size it tells what is computed; the graphs hold all constants of the config."""
         self._ends = ends
+        self._layers: Any
         self._dtype = jax.tree.leaves(ends)[0].dtype
         self._pool = pool
         self._slots = slots
         self._folder = folder
         self._compiled: dict[tuple[str, Size], Callable[..., Any]] = {}
         self.compilations = 0
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all parameters."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((self._ends, self._layers)))
 
     def rows(self, shape: Shape, inputs: Inputs, prefix: Prefix) -> jax.Array:
         """Final normalised hidden states at the reads: float32 [R, D]. Returns when launched."""
@@ -123,24 +130,33 @@ class Programs:
     def compile(self, kind: str, size: Size) -> Callable[..., Any]:
         """Build, or find on disk, one program for one size."""
         function, arguments, donated = self._definition(kind, size)
-        with jax.default_matmul_precision("highest" if self._dtype == jnp.float32 else "default"):
+        with self._precision():
             program = compiled.program(f"{kind} {size} {self._code}", function, arguments, donated, self._folder)
         self.compilations += 1
         self._compiled[kind, size] = program
         return program
 
+    def trace(self, kind: str, size: Size) -> jax.stages.Traced:
+        """One program for one size, before it is lowered."""
+        function, arguments, donated = self._definition(kind, size)
+        with self._precision():
+            return jax.jit(function, donate_argnums=donated).trace(*arguments)
+
+    def _precision(self) -> AbstractContextManager[None]:
+        return jax.default_matmul_precision("highest" if self._dtype == jnp.float32 else "default")
+
     def _definition(self, kind: str, size: Any) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
         """A program's function, the shapes of its arguments, and which of them it may overwrite."""
-        ends_graph, width = self._ends_graph, self._config.width
+        ends_graph, width, softcap = self._ends_graph, self._config.width, self._config.logit_softcap
 
         def targets(ends: Any, hidden: Any, ids: Any) -> jax.Array:
-            return target_logits(hidden, ids, nnx.merge(ends_graph, ends).head_weights())
+            return target_logits(hidden, ids, nnx.merge(ends_graph, ends).head_weights(), softcap)
 
         def normalizer(ends: Any, hidden: Any) -> jax.Array:
-            return log_normalizer(hidden, nnx.merge(ends_graph, ends).head_weights())
+            return log_normalizer(hidden, nnx.merge(ends_graph, ends).head_weights(), softcap)
 
         def highest(ends: Any, hidden: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-            return argmax(hidden, nnx.merge(ends_graph, ends).head_weights())
+            return argmax(hidden, nnx.merge(ends_graph, ends).head_weights(), softcap)
 
         match kind:
             case "targets":
@@ -160,7 +176,8 @@ class Programs:
         raise NotImplementedError
 
     def _context(self, segments: jax.ShapeDtypeStruct) -> Context:
-        shapes: Any = Context(segments, self._pool, _int32(self._slots), _int32())  # pyright: ignore[reportArgumentType]
+        tokens = _int32(segments.shape[0] * segments.shape[1])
+        shapes: Any = Context(segments, tokens, self._pool, _int32(self._slots), _int32())  # pyright: ignore[reportArgumentType]
         return shapes
 
 
@@ -207,10 +224,10 @@ class LayerPrograms(Programs):
         host = (inputs.tokens, inputs.positions, inputs.segments, prefix.table, np.int32(prefix.length))
         tokens, positions, segments, table, length = jax.device_put(host)
         x, angles = self.get("embed", len(inputs.tokens))(self._ends, tokens, positions)
-        return x, angles, Context(segments, prefix.pool, table, length)
+        return x, angles, Context(segments, positions, prefix.pool, table, length)
 
     def _definition(self, kind: str, size: Any) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
-        ends_graph, block_graph = self._ends_graph, self._block_graph
+        ends_graph, block_graph, final = self._ends_graph, self._block_graph, self._config.layers - 1
         weights, tokens = self._layers[0], int(size.tokens if isinstance(size, Shape) else size)
         segments = _int32(size.bins, size.width) if isinstance(size, Shape) else _int32(1, size)
 
@@ -224,7 +241,7 @@ class LayerPrograms(Programs):
             return nnx.merge(block_graph, weights)(x, angles, context, number)
 
         def last(weights: Any, x: Any, angles: Any) -> Any:
-            return nnx.merge(block_graph, weights).keys_values(x, angles)
+            return nnx.merge(block_graph, weights).keys_values(x, angles, final)
 
         def read(ends: Any, weights: Any, x: Any, angles: Any, context: Any, number: Any, reads: Any) -> Any:
             hidden = nnx.merge(block_graph, weights).read(x, angles, context, number, reads)
@@ -275,7 +292,8 @@ class ModelPrograms(Programs):
 
     def _arguments(self, inputs: Inputs, prefix: Prefix) -> tuple[Any, ...]:
         """What ``rows`` and ``prefill`` both take."""
-        context = Context(inputs.segments, prefix.pool, prefix.table, np.int32(prefix.length))  # pyright: ignore[reportArgumentType]
+        host: Any = (inputs.segments, inputs.positions, prefix.pool, prefix.table, np.int32(prefix.length))
+        context = Context(*host)
         return self._ends, self._layers, inputs.tokens, inputs.positions, context
 
     def _definition(self, kind: str, size: Any) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
@@ -300,7 +318,7 @@ class ModelPrograms(Programs):
                 return x, lax.dynamic_update_index_in_dim(kept, keys_values, n, 0)
 
             x, kept = lax.fori_loop(0, last, step, (x, kept))
-            return lax.dynamic_update_index_in_dim(kept, block(layers, last).keys_values(x, angles), last, 0)
+            return lax.dynamic_update_index_in_dim(kept, block(layers, last).keys_values(x, angles, last), last, 0)
 
         match kind:
             case "rows":
@@ -327,7 +345,7 @@ def _write(pool: Any, keys_values: Any, pages: Any, offset: Any, length: Any) ->
     stacked = jnp.stack(keys_values) if isinstance(keys_values, tuple) else keys_values
     by_head = to_pool(stacked).transpose(0, 1, 3, 2, 4)  # L 2 K M H
     count = pages.shape[0]
-    room = jnp.zeros((*by_head.shape[:3], count * PAGE_TOKENS, by_head.shape[4]), by_head.dtype)
+    room = jnp.zeros((*by_head.shape[:3], count * PAGE_TOKENS, pool.shape[5]), by_head.dtype)
     room = lax.dynamic_update_slice(room, by_head, (0, 0, 0, offset, 0))
     positions = jnp.arange(count * PAGE_TOKENS)
     new = (positions >= offset) & (positions < offset + length)

@@ -1,37 +1,55 @@
 """Hugging Face architecture name -> how to read its config, build it and load its weights."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
-from model import llama
-from model.checkpoint import Target
-from model.config import ModelConfig
+from model import decoder, gemma2, gemma3, llama, mistral, olmo2, phi3, qwen2, qwen3, qwen3_moe
+from model.checkpoint import Targets
+from model.config import ModelConfig, with_classes
+from model.fields import ConfigError, Fields
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One architecture.
+    """One architecture; the first and last steps of all are ``decoder.Ends``.
 
     Attributes:
-        ends: builds embedding, last norm and head, with zero weights; see ``llama.Ends`` for its methods.
-        block: builds one layer with zero weights; see ``llama.Block``.
-        weights: checkpoint tensor names -> places: of ``ends``, or ("blocks", layer, ...) of that layer.
-        ignored: patterns of tensors that may be present and mean nothing here.
+        parse: what it reads of ``config.json`` is handled, the rest it ignores by name or refuses.
+        block: builds one layer with zero weights, see ``decoder.Block``.
+        weights: checkpoint tensor names -> places: of ``decoder.Ends``, or ("blocks", layer, ...) of that layer.
+        classifies: its head is ``score.weight``, read at a prompt's last token.
     """
 
-    ends: Callable[..., nnx.Module]
-    block: Callable[..., nnx.Module]
-    weights: Callable[[ModelConfig], dict[str, Target]]
-    ignored: Callable[[ModelConfig], tuple[str, ...]]
+    parse: Callable[[Fields], ModelConfig]
+    block: Callable[..., decoder.Block]
+    weights: Callable[[ModelConfig], Targets]
+    classifies: bool = False
 
 
-FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": Family(llama.Ends, llama.Block, llama.weights, llama.ignored),
+GENERATIVE: dict[str, Family] = {
+    "Gemma2ForCausalLM": Family(gemma2.parse, gemma2.Block, gemma2.weights),
+    "Gemma3ForCausalLM": Family(gemma3.parse, gemma3.Block, gemma3.weights),
+    "LlamaForCausalLM": Family(llama.parse, llama.Block, llama.weights),
+    "MistralForCausalLM": Family(mistral.parse, mistral.Block, mistral.weights),
+    "Olmo2ForCausalLM": Family(olmo2.parse, olmo2.Block, olmo2.weights),
+    "Phi3ForCausalLM": Family(phi3.parse, phi3.Block, phi3.weights),
+    "Qwen2ForCausalLM": Family(qwen2.parse, qwen2.Block, qwen2.weights),
+    "Qwen3ForCausalLM": Family(qwen3.parse, qwen3.Block, qwen3.weights),
+    "Qwen3MoeForCausalLM": Family(qwen3_moe.parse, qwen3_moe.Block, qwen3_moe.weights),
 }
+CLASSIFIERS = {
+    "Gemma2ForSequenceClassification": "Gemma2ForCausalLM",
+    "Gemma3TextForSequenceClassification": "Gemma3ForCausalLM",
+    "LlamaForSequenceClassification": "LlamaForCausalLM",
+    "Qwen2ForSequenceClassification": "Qwen2ForCausalLM",
+    "Qwen3ForSequenceClassification": "Qwen3ForCausalLM",
+}
+"""Architecture -> that with the same layers."""
+FAMILIES = GENERATIVE | {name: replace(GENERATIVE[causal], classifies=True) for name, causal in CLASSIFIERS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +57,7 @@ class Abstract:
     """A model without its weights: how to merge it, and the shapes of its parameters.
 
     Attributes:
-        ends: graph and state of ``Family.ends``.
+        ends: graph and state of ``decoder.Ends``.
         block: graph and state of one layer; all layers are alike.
     """
 
@@ -47,9 +65,28 @@ class Abstract:
     block: tuple[nnx.GraphDef[Any], nnx.State[Any, Any]]
 
 
+def from_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """Read by the architecture's own parser, and refuse what it did not read.
+
+    Args:
+        config: ``config.json``; transformers v4's keys (``rope_theta``, ``rope_scaling``, ``torch_dtype``) and v5's
+            (``rope_parameters``, ``dtype``) alike.
+
+    Raises:
+        ConfigError: an architecture, key, value or rope type that is not implemented, or sizes that do not fit.
+    """
+    names = config.get("architectures")
+    for architecture, family in FAMILIES.items():
+        if names == [architecture]:
+            fields = Fields(config)
+            parsed = replace(family.parse(fields), architecture=architecture)
+            return with_classes(parsed, fields) if family.classifies else parsed
+    raise ConfigError(f"architectures is {names!r}; implemented: {', '.join(FAMILIES)} (exactly one)")
+
+
 def build(config: ModelConfig, *, dtype: jnp.dtype, implementation: str) -> tuple[Family, Abstract]:
     """The family and its modules, shapes only; the config parser has refused unknown names."""
     family = FAMILIES[config.architecture]
-    ends = nnx.eval_shape(lambda: family.ends(config, dtype=dtype))
+    ends = nnx.eval_shape(lambda: decoder.Ends(config, dtype=dtype))
     block = nnx.eval_shape(lambda: family.block(config, dtype=dtype, implementation=implementation))
     return family, Abstract(nnx.split(ends), nnx.split(block))

@@ -63,7 +63,8 @@ def gemm_gflops(dtype: str, sizes: Sizes) -> float:
 
 
 def _answer(pipe: Connection, dtypes: Sequence[str], sizes: Sizes) -> None:
-    while pipe.recv():
+    while True:
+        pipe.recv()
         pipe.send({dtype: gemm_gflops(dtype, sizes) for dtype in dtypes})
 
 
@@ -81,7 +82,6 @@ class GemmRates:
         for dtype, rate in self._pipe.recv().items():
             self._rates[dtype].append(rate)
 
-    def close(self) -> dict[str, float]:
-        """The median of each dtype's rates, in GFLOP/s."""
-        self._pipe.send(False)
+    def medians(self) -> dict[str, float]:
+        """Each dtype's rate so far, in GFLOP/s."""
         return {dtype: statistics.median(rates) for dtype, rates in self._rates.items()}

@@ -56,7 +56,7 @@ def plot(
             flops.append(floor_flops(variants[0], sizes))
             for system in running:
                 curves[system.name].append(items / statistics.median(system.run(variant)[0] for variant in variants))
-    rate = rates.close()[dtype] * 1e9
+    rate = rates.medians()[dtype] * 1e9
     curves["floor"] = [items * rate / total for (_, items), total in zip(shapes, flops, strict=True)]
     title = f"Scoring throughput, SmolLM2-135M, {dtype} · {machine()} · {datetime.now(UTC):%Y-%m-%d}"
     draw(file, title, curves)

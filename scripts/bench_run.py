@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -72,21 +72,26 @@ def compare(
     sizes = Sizes.of_demo()
     rates, references = GemmRates(dtypes, sizes), References()
     measured: list[Measured] = []
-    for each in dtypes:
-        with ExitStack() as stack:
-            running = [stack.enter_context(System(name, each)) for name in names]
-            for system in track(running, f"{each}: starting systems", console=progress):
-                system.wait()
-            for workload in chosen(workloads or ("W1,W4" if quick else ",".join(NAMES)), NAMES):
-                timed = 1 if quick else repeats
-                timed = max(timed, REPEATS.get(workload, 0) // (4 if quick else 1))
-                measured += _time(workload, timed, running, each, sizes, rates, references)
-    gflops = rates.close()
-    results = [one.result(gflops[one.dtype]) for one in measured]
-    report = {"machine": machine(), "versions": versions(), "gemm_gflops": gflops, "results": results}
-    show(report)
-    if json_file is not None:
-        json_file.write_text(json.dumps(report, indent=1) + "\n")
+    report: dict[str, Any] = {}
+    try:
+        for each in dtypes:
+            with ExitStack() as stack:
+                running = [stack.enter_context(System(name, each)) for name in names]
+                for system in track(running, f"{each}: starting systems", console=progress):
+                    system.wait()
+                for workload in chosen(workloads or ("W1,W4" if quick else ",".join(NAMES)), NAMES):
+                    timed = 1 if quick else repeats
+                    timed = max(timed, REPEATS.get(workload, 0) // (4 if quick else 1))
+                    measured += _time(workload, timed, running, each, sizes, rates, references)
+                    gflops = rates.medians()
+                    results = [one.result(gflops[one.dtype]) for one in measured]
+                    report = {"machine": machine(), "versions": versions(), "gemm_gflops": gflops, "results": results}
+                    if json_file is not None:  # a run takes long: what is measured is kept if the rest is stopped
+                        json_file.write_text(json.dumps(report, indent=1) + "\n")
+    except KeyboardInterrupt:
+        progress.print("stopped" + (", with this measured before:" if report else " before anything was measured"))
+    if report:
+        show(report)
 
 
 def _time(

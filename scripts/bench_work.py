@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -115,7 +116,11 @@ def _ranking(seed: int) -> Variant:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the model; ``model/__init__.py`` has the letters."""
+    """Of the model; ``model/__init__.py`` has the letters.
+
+    Attributes:
+        windows: for each layer, how many tokens one sees back, itself included; empty: all.
+    """
 
     width: int
     layers: int
@@ -124,6 +129,7 @@ class Sizes:
     head_width: int
     ff_width: int
     vocab: int
+    windows: tuple[int, ...] = ()
 
     @classmethod
     def of_demo(cls) -> Sizes:
@@ -144,7 +150,8 @@ def floor_flops(variant: Variant, sizes: Sizes) -> float:
 
     Counted: every matmul, two operations a multiply-add. Each request's query is computed once and each item's tokens
     once; in the last layer only keys and values are needed of the tokens that nobody reads; the head sees the read
-    positions alone; attention is exactly causal, each token against those before it and itself.
+    positions alone; attention is exactly causal, each token against those before it, in a layer with a window no
+    further back than that, and itself.
 
     Not counted: norms, softmax, rope, activations, residual sums, looking up embeddings, padding, masked halves of
     attention blocks, and any memory traffic. Nor is it a saving here that items, or several requests' queries, may
@@ -153,14 +160,23 @@ def floor_flops(variant: Variant, sizes: Sizes) -> float:
     attention = sizes.heads * sizes.head_width
     key_value = 2 * 2 * sizes.width * sizes.kv_heads * sizes.head_width
     rest = 2 * (2 * sizes.width * attention + 3 * sizes.width * sizes.ff_width)
+    *windows, last_window = sizes.windows or (2**31,) * sizes.layers
     total = 0.0
     for request in variant.requests:
         query = len(request.query_ids)
         lengths = np.array([len(item) for item in request.items_ids], np.float64)
         tokens, reads = query + lengths.sum(), len(lengths)
-        keys = query * (query + 1) / 2 + (lengths * query + lengths * (lengths + 1) / 2).sum()
         total += tokens * key_value * sizes.layers
         total += (tokens * (sizes.layers - 1) + reads) * rest
-        total += 4 * attention * (keys * (sizes.layers - 1) + (query + lengths).sum())
+        for window in windows:
+            shared = _seen(query, window)
+            total += 4 * attention * (shared + (_seen(query + lengths, window) - shared).sum())
+        total += 4 * attention * np.minimum(query + lengths, last_window).sum()
         total += reads * 2 * sizes.width * sizes.vocab
     return total
+
+
+def _seen(tokens: Any, window: int) -> Any:
+    """Keys that the first ``tokens`` of a sequence see, each the last ``window`` up to itself; summed."""
+    short = np.minimum(tokens, window)
+    return short * (short + 1) / 2 + (tokens - short) * window

@@ -2,16 +2,18 @@
 
 # No postponed annotations here: Serve reads the parameter's class to parse ``key=value`` words and ``args:``.
 
-from typing import cast
+from typing import Any, cast
 
 from ray import serve
 from ray.serve import Application, Deployment
-from ray.serve.config import RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig, RequestRouterConfig
 
 from serve_app import ingress
+from serve_app.autoscaling import PendingTokensPolicy
 from serve_app.router import PrefixRouter
 from serve_app.scorer import MAX_ONGOING, Scorer
 from serve_app.settings import Settings
+from serve_app.tpu import CHIP_LABEL, RESOURCE
 
 HEALTH_PERIOD_S = 5.0
 HEALTH_TIMEOUT_S = 30.0
@@ -21,14 +23,15 @@ DRAIN_S = 60.0
 
 
 def build(args: Settings) -> Application:
-    """The whole service: ``args.ingress_replicas`` front ends over ``args.scorer_replicas`` engines.
+    """The whole service: ``args.ingress_replicas`` front ends over ``args.scorer_replicas`` engines, or over as many as
+    the work needs.
 
     ``serve run serve_app.app:build model=demo``, or ``import_path`` and ``args`` in a Serve config file. Neither the
     process that builds nor the front ends load jax.
     """
     scorer = serve.deployment(  # pyright: ignore[reportUnknownMemberType]
-        num_replicas=args.scorer_replicas,
-        ray_actor_options={"num_cpus": args.scorer_cpus},
+        **_scorer_count(args),
+        ray_actor_options=_scorer_resources(args),
         max_ongoing_requests=MAX_ONGOING,
         request_router_config=RequestRouterConfig(
             request_router_class=PrefixRouter  # pyright: ignore[reportArgumentType]
@@ -40,12 +43,54 @@ def build(args: Settings) -> Application:
     )(Scorer)
     front = cast(Deployment, ingress.Ingress).options(  # pyright: ignore[reportUnknownMemberType]
         num_replicas=args.ingress_replicas,
-        ray_actor_options={"num_cpus": args.ingress_cpus},
+        ray_actor_options=_ingress_resources(args),
         max_ongoing_requests=MAX_ONGOING,
         max_queued_requests=4 * MAX_ONGOING,
+        backpressure_config=BackpressureConfig(retry_after_s=ingress.RETRY_AFTER_S),
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
         graceful_shutdown_timeout_s=DRAIN_S,
     )
     return front.bind(args, scorer.bind(args))  # pyright: ignore[reportUnknownMemberType]
+
+
+def _scorer_count(args: Settings) -> dict[str, Any]:
+    bounds = args.autoscaling
+    if bounds is None:
+        return {"num_replicas": args.scorer_replicas}
+    policy = AutoscalingPolicy(
+        policy_function=PendingTokensPolicy, policy_kwargs={"tokens_per_replica": bounds.tokens_per_replica}
+    )
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=bounds.min_replicas,
+            initial_replicas=args.scorer_replicas,
+            max_replicas=bounds.max_replicas,
+            upscale_delay_s=bounds.upscale_delay_s,
+            downscale_delay_s=bounds.downscale_delay_s,
+            policy=policy,
+        )
+    }
+
+
+def _scorer_resources(args: Settings) -> dict[str, Any]:
+    """With TPU chips Ray places the replica on a host that has them, and shows it no others (TPU_VISIBLE_CHIPS)."""
+    if args.tpu is None:
+        return {"num_cpus": args.scorer_cpus}
+    return {
+        "num_cpus": args.scorer_cpus,
+        "resources": {RESOURCE: args.tpu.chips},
+        "label_selector": args.tpu.labels,
+    }
+
+
+def _ingress_resources(args: Settings) -> dict[str, Any]:
+    """On a host without chips if there is one: what computes nothing must not use up the processors of a TPU host."""
+    if args.tpu is None:
+        return {"num_cpus": args.ingress_cpus}
+    return {
+        "num_cpus": args.ingress_cpus,
+        "label_selector": {CHIP_LABEL: f"!{args.tpu.labels[CHIP_LABEL]}"},
+        "fallback_strategy": [{"label_selector": {}}],
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from serve_app.errors import InvalidRequestError
+from serve_app.errors import InvalidRequestError, TooLargeError
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, param: str, index: int | None = None) -> None:
@@ -21,6 +21,38 @@ def check_ids(ids: Sequence[int], vocab_size: int, param: str, index: int | None
         wrong = next(i for i in ids if not 0 <= i < vocab_size)
         raise InvalidRequestError(
             f"Token ID {_short(wrong)} is out of vocabulary (vocab size: {vocab_size})", param=param, index=index
+        )
+
+
+def check_count(entries: Sequence[object], most: int, param: str) -> None:
+    """Raise TooLargeError when the field ``param`` has more entries than a request may have items."""
+    if len(entries) > most:
+        raise TooLargeError(
+            f"{param} has {len(entries)} entries; this service takes at most {most}; split the request", param=param
+        )
+
+
+def check_total(tokens: int, most: int, param: str, index: int, counted: str = "") -> None:
+    """Raise TooLargeError when the prompts up to one have more tokens than a request may have.
+
+    Args:
+        param: the field that they came in, and ``index`` of its entry.
+        counted: how tokens are counted, if that is not plain.
+    """
+    if tokens > most:
+        raise TooLargeError(
+            f"the prompts up to {param}[{index}] have {tokens} tokens; a request may have at most {most}{counted}; "
+            "split the request",
+            param=param,
+        )
+
+
+def check_causal(classes: int) -> None:
+    """Raise InvalidRequestError when the model has a classification head, and so no next token."""
+    if classes:
+        raise InvalidRequestError(
+            f"this model sorts text into {classes} classes and tells no next token; ask /v1/score or /v1/rerank",
+            param="model",
         )
 
 

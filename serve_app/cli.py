@@ -1,17 +1,18 @@
-"""The command line: ``score-serve serve``."""
+"""The command line: ``score-serve serve``, and ``score`` and ``models`` to ask a running service."""
 
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
 
-from serve_app import launcher
+from serve_app import auth, cli_client, launcher
 from serve_app.model_source import ModelSourceError
 from serve_app.settings import Settings
+from serve_app.tpu import Tpu
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -44,8 +45,27 @@ def serve(
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    fast_front: Annotated[
+        bool,
+        typer.Option(
+            "--fast-front",
+            help="HAProxy in place of Ray Serve's own proxy: some milliseconds less a request. Its statistics listen "
+            "on all interfaces, and while the only front end is being replaced it answers 500.",
+        ),
+    ] = False,
+    api_keys_file: Annotated[
+        Path | None,
+        typer.Option(
+            resolve_path=True,
+            help=f"API keys that requests must have, one a line; read again when it changes. {auth.VARIABLE} in the "
+            "environment names more, with commas between. [default: no key is needed]",
+        ),
+    ] = None,
     replicas: Annotated[int, typer.Option(min=1, help="Scorers, each with the whole model.")] = 1,
     max_batch_tokens: Annotated[int, typer.Option(min=64, help="Tokens in one device batch.")] = 8_192,
+    tpu: Annotated[
+        str | None, typer.Option(help="This host's chips and topology, such as 'v6e:2x2'; each scorer gets one chip.")
+    ] = None,
 ) -> None:
     """Serve a model on this machine until Ctrl-C. The demo model is fetched once (93 MB)."""
     try:
@@ -55,15 +75,21 @@ def serve(
             served_name=served_name,
             dtype=dtype.value,
             engine=engine.value,
+            api_keys_file=None if api_keys_file is None else str(api_keys_file),
             scorer_replicas=replicas,
             max_batch_tokens=max_batch_tokens,
+            tpu=Tpu.model_validate(dict(zip(("chip", "topology"), tpu.split(":"), strict=False))) if tpu else None,
         )
-        launcher.run(settings, host=host, port=port)
-    except (launcher.LaunchError, ModelSourceError, ValidationError) as error:
-        Console(stderr=True, highlight=False).print(f"error: {error}", markup=False, soft_wrap=True)
+        launcher.run(settings, host=host, port=port, fast_front=fast_front)
+    except (launcher.LaunchError, auth.ApiKeyError, ModelSourceError, ValidationError) as error:
+        cli_client.complain(str(error))
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+app.command()(cli_client.score)
+app.command()(cli_client.models)
 
 
 def main() -> None:

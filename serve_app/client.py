@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import httpx
 from pydantic import BaseModel, ValidationError
@@ -37,6 +37,8 @@ LONGEST_WAIT_S = 30.0
 _BACKOFF = wait_exponential_jitter(multiplier=0.25, jitter=0.25, max=LONGEST_WAIT_S)
 _OVERLOADED = (429, 502, 503)
 """Of the service, or of a proxy before it."""
+_FRONT_END_DIED = 500
+"""Without the service's own body: Serve's proxy says no more when the front end dies that has the request."""
 
 R = TypeVar("R", bound=BaseModel)
 Q = TypeVar("Q", bound=RequestBody)
@@ -45,18 +47,20 @@ Q = TypeVar("Q", bound=RequestBody)
 class ScoreClient:
     """Asks a running service. Threads may share one; close it, or use it in a ``with`` statement.
 
-    A request that meets 503 or no connection is sent again after what ``Retry-After`` says, or longer and longer:
-    scoring has no effects, so that it may run twice.
+    A request that meets 503, a front end that dies, or no connection is sent again after what ``Retry-After`` says, or
+    longer and longer: scoring has no effects, so that it may run twice.
 
     Args:
         base_url: such as ``http://127.0.0.1:8000``.
         model: the name that requests carry.
+        api_key: sent with every request.
         timeout_s: of one attempt, in seconds.
         attempts: in all, 1 or more.
         transport: in place of the network, for tests.
 
     All methods that ask raise:
         InvalidRequestError: the request is wrong; some of that is found before it is sent.
+        AuthenticationError: the service wants an API key, or another one.
         NotFoundError: the service has no such model.
         TooLargeError: the request is over the service's limits (``info``).
         OverloadedError: no room, or no connection, in any attempt.
@@ -69,11 +73,13 @@ class ScoreClient:
         base_url: str,
         *,
         model: str = "default",
+        api_key: str | None = None,
         timeout_s: float = 600.0,
         attempts: int = 5,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self._http = httpx.Client(base_url=base_url, timeout=timeout_s, transport=transport)
+        headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+        self._http = httpx.Client(base_url=base_url, headers=headers, timeout=timeout_s, transport=transport)
         self._model = model
         self._timeout_s = timeout_s
         self._attempts = attempts
@@ -83,22 +89,38 @@ class ScoreClient:
         query: str | list[int] | None,
         items: str | list[str] | list[list[int]],
         *,
-        label_token_ids: list[int] | list[list[int]],
+        label_token_ids: list[int] | list[list[int]] | None = None,
+        labels: list[str] | list[list[str]] | None = None,
+        length_normalize: bool = False,
         apply_softmax: bool = False,
         item_first: bool = False,
         temperature: float = 1.0,
         return_token_logprobs: bool = False,
+        return_label_mass: bool = False,
+        return_prompt_token_ids: bool = False,
+        add_special_tokens: bool = True,
+        truncate: Literal["error", "item"] = "error",
+        on_error: Literal["fail", "item"] = "fail",
+        timeout_s: float | None = None,
     ) -> ScoreResponse:
-        """The labels' probabilities for every item; the arguments are ``ScoreRequest``'s fields."""
+        """The labels' (or classes') scores for every item; the arguments are ``ScoreRequest``'s fields."""
         request = _checked(
             ScoreRequest,
             query=query,
             items=items,
             label_token_ids=label_token_ids,
+            labels=labels,
+            length_normalize=length_normalize,
             apply_softmax=apply_softmax,
             item_first=item_first,
             temperature=temperature,
             return_token_logprobs=return_token_logprobs,
+            return_label_mass=return_label_mass,
+            return_prompt_token_ids=return_prompt_token_ids,
+            add_special_tokens=add_special_tokens,
+            truncate=truncate,
+            on_error=on_error,
+            timeout_s=timeout_s,
             model=self._model,
         )
         return self._ask(ScoreResponse, "POST", "/v1/score", request)
@@ -198,6 +220,7 @@ def _error(response: httpx.Response) -> ScoringError:
     try:
         flat = ErrorResponse.model_validate_json(response.content)
     except ValidationError:
+        kind = OverloadedError if status == _FRONT_END_DIED else kind
         flat = ErrorResponse(message=f"HTTP {status}: {response.text[:200]}", type="", param=None, code=status)
     return kind(
         flat.message,

@@ -18,12 +18,13 @@ import numpy as np
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from serve_app.checks import check_ids
+from serve_app.checks import check_causal, check_count, check_ids, check_total
 from serve_app.contract import BatchResult, ModelInfo, TokenBatch
-from serve_app.errors import InternalError, InvalidRequestError, TooLargeError
-from serve_app.prompts import TextTokenizer
-from serve_app.schemas import LOWEST, IdLists, Ids, PromptTokensDetails, RequestBody, ResponseBody, Text, Texts, Usage
+from serve_app.errors import InvalidRequestError
+from serve_app.rows import not_finite, usage
+from serve_app.schemas import LOWEST, IdLists, Ids, RequestBody, ResponseBody, Text, Texts, Usage
 from serve_app.settings import Settings
+from serve_app.tokenizer import TextTokenizer
 
 
 def _one_at_most(count: int) -> int:
@@ -134,15 +135,17 @@ class Completer:
         self._limits = settings.limits
         self._tokenizer = tokenizer
         self._vocab_size = info.vocab_size
+        self._classes = info.classes
         self._max_prompt_tokens = max_prompt_tokens
 
     def prepare(self, request: CompletionRequest, request_id: str) -> CompletionQuestion:
         """One sequence a prompt. Read at every position whose next token is asked about.
 
         Raises:
-            InvalidRequestError: ids or lengths are wrong.
+            InvalidRequestError: ids or lengths are wrong, or the model is no causal one.
             TooLargeError: more prompts or tokens than the limits allow.
         """
+        check_causal(self._classes)
         texts, sequences = self._prompts(request.prompt)
         rated = request.echo and request.logprobs is not None
         arrays = [np.asarray(ids, np.int32) for ids in sequences]
@@ -175,12 +178,7 @@ class Completer:
             prompt = [prompt]
         elif isinstance(prompt[0], int):
             prompt = [cast(list[int], prompt)]
-        if len(prompt) > self._limits.max_items:
-            raise TooLargeError(
-                f"prompt has {len(prompt)} entries; this service takes at most {self._limits.max_items}; "
-                "split the request",
-                param="prompt",
-            )
+        check_count(prompt, self._limits.max_items, "prompt")
         if isinstance(prompt[0], str):
             texts = cast(list[str], prompt)
             sequences = self._tokenizer.encode(texts)
@@ -197,12 +195,7 @@ class Completer:
                     param="prompt",
                     index=index,
                 )
-            if total > self._limits.max_request_tokens:
-                raise TooLargeError(
-                    f"the prompts up to prompt[{index}] have {total} tokens; a request may have at most "
-                    f"{self._limits.max_request_tokens}; split the request",
-                    param="prompt",
-                )
+            check_total(total, self._limits.max_request_tokens, "prompt", index)
         return list(texts), sequences
 
 
@@ -216,6 +209,12 @@ class CompletionQuestion:
     tokenizer: TextTokenizer
     model: str
     request_id: str
+    query_tokens: int = 0
+
+    @property
+    def size(self) -> int:
+        """About how many values the answer has."""
+        return len(self.batch.tokens)
 
     def answer(self, result: BatchResult) -> CompletionResponse:
         """The engine's values as OpenAI shows them.
@@ -236,25 +235,15 @@ class CompletionQuestion:
                 argmax_logprobs=result.argmax_values[first:last].tolist(),
             )
             if not all(value < math.inf for value in (*prompt.logprobs, *prompt.argmax_logprobs)):  # NaN is not, either
-                raise InternalError(
-                    f"prompt[{index}]: the model's output is not finite, so there is no logprob; leave this prompt out",
-                    param="prompt",
-                    index=index,
-                )
+                raise not_finite(index, "prompt")
             choices.append(self._choice(index, prompt))
         prompt_tokens, generated = len(batch.tokens), len(prompts) * self.request.max_tokens
-        cached = prompt_tokens - int(result.computed_tokens.sum())
         return CompletionResponse(
             id=f"cmpl-{self.request_id}",
             created=int(time.time()),
             model=self.model,
             choices=choices,
-            usage=Usage(
-                prompt_tokens=prompt_tokens,
-                completion_tokens=generated,
-                total_tokens=prompt_tokens + generated,
-                prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
-            ),
+            usage=usage(prompt_tokens, int(result.computed_tokens.sum()), generated),
         )
 
     def _choice(self, index: int, prompt: _Read) -> CompletionChoice:

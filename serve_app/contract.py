@@ -34,7 +34,7 @@ class TokenBatch:
         offsets: n + 1 bounds into ``tokens``, the first 0; no sequence is empty.
         read_sequences: one sequence number a read, not descending.
         read_positions: one position a read, within its sequence.
-        targets: ids of all reads, one after the other.
+        targets: ids of all reads, one after the other; class numbers where the model has classes.
         target_offsets: one more than there are reads, bounds into ``targets``.
         vocab_logprobs: True: values are log-probabilities over the whole vocabulary, in nats. False: values are
             logits, that is log-probabilities up to one constant per read, which a softmax over the targets
@@ -85,13 +85,15 @@ class ModelInfo:
     """Facts about a loaded model that requests are checked against and ``/v1/info`` shows.
 
     Attributes:
-        vocab_size: rows of the output head: valid ids are ``0 <= id < vocab_size``.
+        vocab_size: rows of a causal model's output head: valid ids are ``0 <= id < vocab_size``.
         max_prompt_tokens: the longest sequence that can be scored (the model's context, or the largest bucket).
         context_length: the model's own limit, in tokens.
         dtype: of the weights, ``"float32"`` or ``"bfloat16"``.
         architecture: the Hugging Face architecture name, or ``"fake"``.
         platform: ``"cpu"``, ``"tpu"`` or ``"gpu"``; the fake engine says ``"none"``.
         buckets: the shapes compiled at start-up, each as text, ``"4x256"``: rows x positions.
+        classes: of a model with a sequence-classification head, whose targets are ``0 <= class < classes``; 0: the
+            model is causal, and its targets are token ids.
     """
 
     vocab_size: int
@@ -101,6 +103,7 @@ class ModelInfo:
     architecture: str
     platform: str
     buckets: tuple[str, ...]
+    classes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,11 +36,12 @@ for two halves, as long as for one whole batch."""
 
 @dataclass(frozen=True, slots=True)
 class QueueStats:
-    """Counters since the start, but for the ``queued_`` ones, which tell the present state.
+    """Counters since the start, but for the first three, which tell the present state.
 
     Attributes:
         queued_jobs: not yet answered, those on the device included.
         queued_tokens: waiting for the device, shared prefixes counted once.
+        pending_tokens: the same, and all of the jobs that the device has begun and not finished.
         batches: computed by the device.
         sequences: computed by the device.
         computed_tokens: computed by the device, shared prefixes counted once.
@@ -54,6 +55,7 @@ class QueueStats:
 
     queued_jobs: int = 0
     queued_tokens: int = 0
+    pending_tokens: int = 0
     batches: int = 0
     sequences: int = 0
     computed_tokens: int = 0
@@ -73,7 +75,7 @@ class _Pending:
         self.answer = answer
         self.lengths: list[int] = job.batch.lengths.tolist()
         self.costs: list[int] = (job.batch.lengths - shared_with_previous(job.batch)).tolist()
-        self.waiting_tokens = sum(self.costs)
+        self.tokens = self.waiting_tokens = sum(self.costs)
         self.taken = 0
         self.missing = job.batch.num_sequences
         self.values = np.empty(len(job.batch.targets), np.float32)
@@ -239,6 +241,7 @@ class DeviceQueue:
         return QueueStats(
             queued_jobs=len(self._jobs),
             queued_tokens=self.queued_tokens,
+            pending_tokens=sum(pending.tokens for pending in self._jobs),
             batches=self._batches,
             sequences=self._sequences,
             computed_tokens=self._computed_tokens,

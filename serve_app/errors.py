@@ -61,6 +61,13 @@ class InvalidRequestError(ScoringError):
     type = "BadRequestError"
 
 
+class AuthenticationError(ScoringError):
+    """The API key is missing or wrong."""
+
+    status = 401
+    type = "AuthenticationError"
+
+
 class NotFoundError(ScoringError):
     """Unknown model or route."""
 
@@ -106,6 +113,7 @@ class DeadlineExceededError(ScoringError):
 
 ERRORS: tuple[type[ScoringError], ...] = (
     InvalidRequestError,
+    AuthenticationError,
     NotFoundError,
     MethodNotAllowedError,
     TooLargeError,

@@ -28,6 +28,7 @@ class FakeEngine:
     ``p(id) = q ** rank * (1 - q) / (1 - q ** V)``.
 
     Args:
+        classes: see ``ModelInfo``.
         seconds_per_token: slept for every computed token, to keep a device busy.
         nan_token: a sequence that holds this id has NaN for values; None: no id does that.
     """
@@ -37,6 +38,7 @@ class FakeEngine:
         vocab_size: int = 49_152,
         context_length: int = 8_192,
         *,
+        classes: int = 0,
         seconds_per_token: float = 0.0,
         nan_token: int | None = None,
     ) -> None:
@@ -48,6 +50,7 @@ class FakeEngine:
             architecture="fake",
             platform="none",
             buckets=(),
+            classes=classes,
         )
         self._seconds_per_token = seconds_per_token
         self._nan_token = nan_token

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from serve_app.checks import check_causal
 from serve_app.errors import InvalidRequestError
 from serve_app.schemas import IdLists, Ids, RequestBody, ResponseBody, ScoreRequest, ScoreResponse, Text, Texts, Usage
 
@@ -59,12 +60,13 @@ class GenerativeScoringResponse(ResponseBody):
     usage: Usage
 
 
-def as_score_request(request: GenerativeScoringRequest) -> ScoreRequest:
+def as_score_request(request: GenerativeScoringRequest, classes: int) -> ScoreRequest:
     """The same question to ``/v1/score``.
 
     Raises:
-        InvalidRequestError: there are no items, which vLLM refuses, too.
+        InvalidRequestError: the model has ``classes``; or there are no items, which vLLM refuses, too.
     """
+    check_causal(classes)
     if not request.items:
         raise InvalidRequestError("items is empty; send at least one item", param="items")
     # Checked already: once is enough for a million ids.
@@ -85,6 +87,6 @@ def as_response(answer: ScoreResponse, request_id: str) -> GenerativeScoringResp
         id=f"generative-scoring-{request_id}",
         created=int(time.time()),
         model=answer.model,
-        data=[ItemScore(index=index, score=row[0]) for index, row in enumerate(answer.scores)],
+        data=[ItemScore(index=index, score=row[0]) for index, row in enumerate(answer.scores) if row],
         usage=answer.usage,
     )

@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import re
 import uuid
 from collections.abc import Callable, Coroutine
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
+import ray
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 from ray import serve
@@ -24,10 +26,12 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app import auth, site
 from serve_app.completions import CompletionRequest, CompletionResponse, OpenAIErrorResponse
 from serve_app.contract import JobResult, ModelInfo, ScoreJob
 from serve_app.errors import (
     BY_STATUS,
+    AuthenticationError,
     InternalError,
     InvalidRequestError,
     MethodNotAllowedError,
@@ -38,9 +42,9 @@ from serve_app.errors import (
     TooLargeError,
 )
 from serve_app.generative import GenerativeScoringRequest, GenerativeScoringResponse
-from serve_app.metrics import scrape
-from serve_app.prompts import TextTokenizer
+from serve_app.metrics import REPORT_S, FrontMetrics, scrape
 from serve_app.rerank import RerankRequest, RerankResponse
+from serve_app.router import running_replicas
 from serve_app.schemas import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -56,11 +60,19 @@ from serve_app.schemas import (
 )
 from serve_app.service import ScoringService
 from serve_app.settings import Settings
+from serve_app.streaming import PIECE_VALUES, LinesResponse, json_lines, json_pieces
+from serve_app.tokenizer import TextTokenizer
+from serve_app.tpu import Tpu
 
 logger = logging.getLogger("ray.serve")
 
 RETRY_AFTER_S = 1
 """What a 503 says when nothing better is known."""
+
+TIMEOUT_HEADER = "x-request-timeout-seconds"
+"""Serve's proxy knows it, too, and says 408 in words of its own when that time is over."""
+AHEAD_OF_PROXY_S = 0.25
+"""How much earlier the service gives up, at most, so that its own answer comes through."""
 
 CLIENT_GONE = 499
 """Nobody reads it but the access log."""
@@ -68,19 +80,35 @@ CLIENT_GONE = 499
 COMPLETIONS = "/v1/completions"
 """The route whose errors are nested."""
 
+T = TypeVar("T")
+
+_LINES = (
+    "With stream: a line of JSON for each item as it is finished, {index, scores, ...} with the fields of the whole "
+    "answer, or {index, error} with on_error: item; then {object: scoring, model, usage}, or an error object."
+)
+WATCH_S = 5.0
+"""Between two looks at the cluster's chips."""
+
 _MAX_REQUEST_ID = 128
 _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:@/+=-]")
 
 
-def create_app(get_service: Callable[[], ScoringService], *, echo_request_id: bool = True) -> FastAPI:
+def create_app(
+    get_service: Callable[[], ScoringService], *, keys: auth.ApiKeys | None = None, echo_request_id: bool = True
+) -> FastAPI:
     """The HTTP side of a service, free of Serve.
 
     Args:
         get_service: called in every request.
+        keys: of which a request must have one, if there are any.
         echo_request_id: put ``x-request-id`` into responses. False behind Serve's proxy, which does it itself and
             would put it there twice.
     """
-    app = FastAPI(title="score-serve", redirect_slashes=False)
+    app = FastAPI(title="score-serve", redirect_slashes=False, docs_url=None, redoc_url=None)
+    site.add_pages(app)
+    if keys:
+        app.add_middleware(auth.RequireKey, keys=keys)
+        auth.document(app)
     app.add_middleware(_RequestContext, echo=echo_request_id)
     app.add_exception_handler(ScoringError, _on_scoring_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -88,12 +116,20 @@ def create_app(get_service: Callable[[], ScoringService], *, echo_request_id: bo
     async def body(request: Request) -> bytes:
         return await _read_body(request, get_service().max_body_bytes)
 
-    @app.post("/v1/score", **_documented(ScoreResponse, ScoreRequest, 503, 504))
+    @app.post("/v1/score", **_documented(ScoreResponse, ScoreRequest, 503, 504, lines=_LINES))
     async def score(request: Request) -> Response:
-        """The labels' probabilities as the continuation of query + item, for every item."""
+        """The labels' probabilities as the continuation of query + item, for every item.
+
+        The header ``x-request-timeout-seconds`` shortens the service's own time limit for this request.
+        """
         asked = parse(ScoreRequest, await body(request))
         request_id: str = request.state.request_id
-        return await _unless_gone(request, get_service().score(asked, request_id=request_id))
+        limit = _timeout_s(request)
+        if not asked.stream:
+            work = get_service().score(asked, request_id=request_id, timeout_s=limit)
+            return await _json(await _unless_gone(request, work))
+        lines = json_lines(get_service().stream(asked, request_id=request_id, timeout_s=limit), request_id)
+        return LinesResponse(await _unless_gone(request, anext(lines)), lines)
 
     @app.post("/v1/rerank", **_documented(RerankResponse, RerankRequest, 503, 504))
     @app.post("/v2/rerank", **_documented(RerankResponse, RerankRequest, 503, 504))
@@ -101,44 +137,46 @@ def create_app(get_service: Callable[[], ScoringService], *, echo_request_id: bo
     async def rerank(request: Request) -> Response:
         """The documents by their relevance to the query, best first."""
         asked = parse(RerankRequest, await body(request))
-        request_id: str = request.state.request_id
-        return await _unless_gone(request, get_service().rerank(asked, request_id=request_id))
+        work = get_service().rerank(asked, request_id=request.state.request_id, timeout_s=_timeout_s(request))
+        return await _json(await _unless_gone(request, work))
 
     @app.post(COMPLETIONS, **_documented(CompletionResponse, CompletionRequest, 503, 504, error=OpenAIErrorResponse))
     async def completions(request: Request) -> Response:
         """Logprobs of the prompts' own tokens, and the likeliest next ones."""
         asked = parse(CompletionRequest, await body(request))
-        request_id: str = request.state.request_id
-        return await _unless_gone(request, get_service().complete(asked, request_id=request_id))
+        work = get_service().complete(asked, request_id=request.state.request_id, timeout_s=_timeout_s(request))
+        return await _json(await _unless_gone(request, work))
 
     @app.post("/generative_scoring", **_documented(GenerativeScoringResponse, GenerativeScoringRequest, 503, 504))
     async def generative_scoring(request: Request) -> Response:
         """The first label's probability for every item, in vLLM's shape."""
         asked = parse(GenerativeScoringRequest, await body(request))
-        request_id: str = request.state.request_id
-        return await _unless_gone(request, get_service().generative_scoring(asked, request_id=request_id))
+        work = get_service().generative_scoring(
+            asked, request_id=request.state.request_id, timeout_s=_timeout_s(request)
+        )
+        return await _json(await _unless_gone(request, work))
 
     @app.post("/tokenize", **_documented(TokenizeResponse, TokenizeRequest, 504))
     async def tokenize(request: Request) -> Response:
         """Ids and pieces of text, as the model would see it."""
         asked = parse(TokenizeRequest, await body(request))
-        return await _unless_gone(request, get_service().tokenize(asked))
+        return await _json(await _unless_gone(request, get_service().tokenize(asked)))
 
     @app.post("/detokenize", **_documented(DetokenizeResponse, DetokenizeRequest, 504))
     async def detokenize(request: Request) -> Response:
         """The text of ids."""
         asked = parse(DetokenizeRequest, await body(request))
-        return await _unless_gone(request, get_service().detokenize(asked))
+        return await _json(await _unless_gone(request, get_service().detokenize(asked)))
 
     @app.get("/v1/models", **_documented(ModelsResponse))
     async def models() -> Response:
         """The names under which the model answers."""
-        return _json(get_service().models())
+        return await _json(get_service().models())
 
     @app.get("/v1/info", **_documented(InfoResponse))
     async def info() -> Response:
         """What is served, and the limits of a request."""
-        return _json(get_service().info())
+        return await _json(get_service().info())
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=_errors(500, 503))
     async def metrics() -> Response:
@@ -148,13 +186,13 @@ def create_app(get_service: Callable[[], ScoringService], *, echo_request_id: bo
     @app.get("/health", **_documented(StatusResponse))
     async def health() -> Response:
         """This front end is alive."""
-        return _json(StatusResponse())
+        return await _json(StatusResponse())
 
     @app.get("/ready", **_documented(StatusResponse, None, 503))
     async def ready() -> Response:
         """Able to score: a known prompt was, rightly."""
         await get_service().ready()
-        return _json(StatusResponse())
+        return await _json(StatusResponse())
 
     # FastAPI keeps the handlers; the names are only read by it.
     del score, rerank, completions, generative_scoring, tokenize, detokenize, models, info, metrics, health, ready
@@ -169,29 +207,59 @@ class Ingress:
     Args:
         settings: of the whole service.
         scorer: handle of the deployment that holds the engines; its ``info()`` is waited for.
+
+    Raises:
+        ApiKeyError: at start-up: the file of API keys is unusable.
     """
 
     async def __init__(self, settings: Settings, scorer: DeploymentHandle[Any]) -> None:
+        self._keys = auth.ApiKeys(settings.api_keys_file)
+        if not self._keys:
+            logger.warning("there is no API key: everyone who reaches this service may use it")
+        if settings.tpu:
+            self._watching = asyncio.create_task(_watch_chips(settings.tpu, settings.scorer_replicas))
         # While the scorer warms up: transformers takes seconds to import.
         tokenizer, info = await asyncio.gather(asyncio.to_thread(_load_tokenizer, settings), _info(scorer))
-        self._service = ScoringService(settings, tokenizer, info, ScorerReplicas(scorer, settings.scorer_replicas))
+        self._service = ScoringService(settings, tokenizer, info, ScorerReplicas(scorer))
+        self._metrics = FrontMetrics()
+        self._reporting = asyncio.create_task(self._report())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(lambda: self._service, echo_request_id=False)
+        return create_app(lambda: self._service, keys=self._keys, echo_request_id=False)
 
     async def score(self, request: ScoreRequest) -> ScoreResponse:
-        """As ``POST /v1/score``, for callers inside the Ray cluster.
+        """As ``POST /v1/score``, for callers inside the Ray cluster. The answer comes whole, whatever ``stream`` says.
 
         Raises:
             ScoringError: as ``ScoringService.score``.
         """
         return await self._service.score(request, request_id=uuid.uuid4().hex)
 
+    async def _report(self) -> None:
+        while True:
+            self._metrics.update(self._service.outcomes)
+            await asyncio.sleep(REPORT_S)
+
 
 def _load_tokenizer(settings: Settings) -> TextTokenizer:
     from serve_app import model_source
 
     return TextTokenizer.load(model_source.resolve(settings.model, settings.revision, say=logger.info))
+
+
+async def _watch_chips(tpu: Tpu, replicas: int) -> None:
+    """Say what the cluster lacks, whenever that changes: Ray waits in silence for nodes that may never come."""
+    said = None
+    while True:
+        try:
+            lacking = tpu.lacking(replicas, await asyncio.to_thread(ray.nodes))
+        except Exception:
+            logger.exception("the cluster's nodes cannot be listed")
+        else:
+            if lacking != said:
+                logger.warning("TPU chips: %s", lacking or "there are enough now")
+            said = lacking
+        await asyncio.sleep(WATCH_S)
 
 
 async def _info(scorer: DeploymentHandle[Any]) -> ModelInfo:
@@ -203,13 +271,16 @@ class ScorerReplicas:
     """``service.Replicas`` over a Serve handle: Ray's failures become the service's errors.
 
     Args:
-        scorer: its ``score`` takes a ``ScoreJob`` and returns a ``JobResult``.
-        count: replicas of that deployment.
+        scorer: its ``score`` takes a ``ScoreJob`` and returns a ``JobResult``; its router is a ``PrefixRouter``.
     """
 
-    def __init__(self, scorer: DeploymentHandle[Any], count: int) -> None:
+    def __init__(self, scorer: DeploymentHandle[Any]) -> None:
         self._scorer: Any = scorer
-        self.count = count
+
+    @property
+    def count(self) -> int:
+        """Replicas that run now. They come and go with autoscaling, faults and deploys."""
+        return running_replicas(self._scorer)
 
     async def score(self, job: ScoreJob) -> JobResult:
         """Compute ``job``, once more if its replica was lost: scoring has no effects.
@@ -258,7 +329,7 @@ class _ReplicaLostError(Exception):
 
 
 class _RequestContext:
-    """Gives every request its id, and every fault that nobody caught a flat 500. Plain ASGI."""
+    """Gives every request its id, and every error that no route caught its flat body. Plain ASGI."""
 
     def __init__(self, app: ASGIApp, *, echo: bool) -> None:
         self._app = app
@@ -284,6 +355,8 @@ class _RequestContext:
             await self._app(scope, receive, tracked)
         except ClientDisconnect:
             await Response(status_code=CLIENT_GONE)(scope, receive, tracked)
+        except ScoringError as refusal:
+            await _error_response(refusal, scope["path"])(scope, receive, tracked)
         except Exception:
             logger.exception("request %s: a fault of ours", request_id)
             if started:
@@ -296,6 +369,24 @@ def _request_id(scope: Scope) -> str:
     """The caller's ``x-request-id``, freed of what could harm a log or a header, or a new one."""
     given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
     return _NOT_IN_REQUEST_ID.sub("", given.decode("latin-1"))[:_MAX_REQUEST_ID] or uuid.uuid4().hex
+
+
+def _timeout_s(request: Request) -> float:
+    """The time that the caller gives this request, in seconds; infinite if it does not say.
+
+    Raises:
+        InvalidRequestError: the header is no positive number.
+    """
+    given = request.headers.get(TIMEOUT_HEADER)
+    if given is None:
+        return math.inf
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise InvalidRequestError(f"{TIMEOUT_HEADER} is {given[:60]!r}; send a number of seconds above 0")
+    return seconds - min(AHEAD_OF_PROXY_S, seconds / 4)
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
@@ -317,14 +408,14 @@ async def _read_body(request: Request, limit: int) -> bytes:
     return b"".join(chunks)
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, BaseModel]) -> Response:
-    """The response that ``work`` gives; a client that leaves before cancels it."""
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``; a client that leaves before cancels it."""
     task = asyncio.create_task(work)
     gone = asyncio.create_task(_disconnected(request))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
-            return _json(task.result())
+            return task.result()
         raise ClientDisconnect
     finally:
         task.cancel()
@@ -337,14 +428,22 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _json(answer: BaseModel) -> Response:
-    return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
+async def _json(answer: BaseModel) -> Response:
+    """In pieces: a huge answer takes seconds, and the event loop must go on."""
+    content = bytearray()
+    for piece in json_pieces(answer):
+        content += piece
+        if len(piece) > PIECE_VALUES:
+            await asyncio.sleep(0)
+    return Response(bytes(content), media_type="application/json")
 
 
 def _error_response(error: ScoringError, path: str, headers: dict[str, str] | None = None) -> Response:
     headers = dict(headers or {})
     if error.status == OverloadedError.status:
         headers["retry-after"] = str(error.retry_after_s or RETRY_AFTER_S)
+    if error.status == AuthenticationError.status:
+        headers["www-authenticate"] = "Bearer"
     content = error.nested_body() if path == COMPLETIONS else error.body()
     return Response(json.dumps(content), error.status, headers, media_type="application/json")
 
@@ -380,10 +479,19 @@ def _documented(
     asked: type[BaseModel] | None = None,
     *statuses: int,
     error: type[BaseModel] = ErrorResponse,
+    lines: str | None = None,
 ) -> dict[str, Any]:
-    """What OpenAPI says of a route whose handler reads the body and writes the response itself."""
+    """What OpenAPI says of a route whose handler reads the body and writes the response itself.
+
+    Args:
+        error: the shape of its errors.
+        lines: of a route that also streams, what is on them.
+    """
     codes = ([400, 404, 413] if asked else []) + [500, *statuses]
     options: dict[str, Any] = {"response_model": answer, "responses": _errors(*codes, error=error)}
+    if lines:
+        content = {"application/x-ndjson": {"schema": {"type": "string", "description": lines}}}
+        options["responses"][200] = {"content": content}
     if asked:
         content = {"application/json": {"schema": asked.model_json_schema()}}
         options["openapi_extra"] = {"requestBody": {"required": True, "content": content}}

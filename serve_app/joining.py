@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any, cast
 
 from tokenizers import Tokenizer
@@ -53,10 +54,10 @@ def _splits_locally(step: dict[str, Any] | None) -> bool:
             return False
 
 
-def safe_cut(backend: Tokenizer, query: str) -> int:
+def safe_cut(backend: Tokenizer, query: str, whole: Sequence[int]) -> int:
     """Characters of the query whose tokens do not depend on what follows it; 0: none that are worth the trouble.
 
-    The tokenizer must be local (``is_local``).
+    The tokenizer must be local (``is_local``). ``whole``: the query's tokens, without special ones.
     """
     added = [token.content for token in backend.get_added_tokens_decoder().values()]
     last = len(query) - max(MARGIN, *map(len, added), 0)
@@ -68,12 +69,13 @@ def safe_cut(backend: Tokenizer, query: str) -> int:
     words: list[tuple[str, tuple[int, int]]] = backend.pre_tokenizer.pre_tokenize_str(query[start:stop])
     begins = [start + begin for _, (begin, _) in words if start + begin <= last]
     # A word may also depend on what follows it, as white space does: a cut is good if it changes nothing in the query.
-    whole = _ids(backend, query)
     for cut in reversed(begins[-TRIES:]):
-        if _ids(backend, query[:cut]) + _ids(backend, query[cut:]) == whole:
+        rest = ids(backend, query[cut:])
+        if whole[len(whole) - len(rest) :] == rest:
             return cut
     return 0
 
 
-def _ids(backend: Tokenizer, text: str) -> list[int]:
-    return backend.encode(text, add_special_tokens=False).ids
+def ids(backend: Tokenizer, text: str) -> list[int]:
+    """The text's own tokens."""
+    return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import logging
 import math
@@ -21,7 +22,7 @@ from typing import Any
 import httpx
 from rich.console import Console
 
-from serve_app import model_source
+from serve_app import auth, model_source
 from serve_app.settings import Settings
 
 APP_NAME = "score"
@@ -30,6 +31,19 @@ APP_NAME = "score"
 MIN_FREE_BYTES = 2 * 2**30
 """On the disk of Ray's temporary files, which Ray fills with logs and, if memory is short, with requests."""
 
+FAST_FRONT = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # Ray's gRPC takes messages of at most 4 MiB, and a job of some thousand long prompts has more.
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0",
+    # The scorers' log tells how far they are; a buffered line would come too late.
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
+}
+"""Serve's HAProxy front in place of its Python proxy. Serve reads these where Ray is imported, on every node. What is
+set already stays as it is."""
+
+STATISTICS_PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
+
 Say = Callable[[str], None]
 
 
@@ -37,11 +51,17 @@ class LaunchError(Exception):
     """The service cannot start. The message says why and what to do."""
 
 
-def run(settings: Settings, *, host: str, port: int) -> None:
+def run(settings: Settings, *, host: str, port: int, fast_front: bool = False) -> None:
     """Serve until SIGINT or SIGTERM, then stop every process that was started.
+
+    Args:
+        fast_front: HAProxy in front of the service in place of Serve's own proxy. It costs a request some milliseconds
+            less. Its statistics listen on all interfaces whatever ``host`` says, and while the only front end is being
+            replaced it answers 500 at once where the proxy lets requests wait.
 
     Raises:
         LaunchError: the port is taken, the disk is full, or a replica cannot start.
+        ApiKeyError: the API keys are unusable.
         ModelSourceError: the model cannot be had.
     """
     console = Console(stderr=True, highlight=False)
@@ -54,7 +74,20 @@ def run(settings: Settings, *, host: str, port: int) -> None:
             if not console.is_terminal:
                 console.print(line)
 
+        if fast_front:
+            for name, value in FAST_FRONT.items():
+                os.environ.setdefault(name, value)
+            # Ray's own choice are two fixed ports, which a second service on this machine would share.
+            statistics = [os.environ.setdefault(name, str(free_port())) for name in STATISTICS_PORTS]
+            say(f"HAProxy in front; its statistics are on ports {' and '.join(statistics)} of all interfaces")
+        keys = auth.read_keys(settings.api_keys_file)
         check_port(host, port)
+        if not keys and not is_loopback(host):
+            console.print(
+                f"warning: {host} is open to the network and there is no API key: whoever reaches port {port} may use "
+                f"the service; name a file of keys with --api-keys-file, or set {auth.VARIABLE}",
+                soft_wrap=True,
+            )
         check_disk(Path(tempfile.gettempdir()))
         model_source.resolve(settings.model, settings.revision, say=say)
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -62,12 +95,19 @@ def run(settings: Settings, *, host: str, port: int) -> None:
             wait_until_ready(url, logs, say)
             status.stop()
             console.print(f"ready: {settings.name} at {url} (Ctrl-C stops it); try:\n")
-            console.out(example(url))
+            console.out(example(url, needs_key=bool(keys)))
             try:
                 signal.pause()
             except KeyboardInterrupt:
                 say("stopping, after the requests in flight; Ctrl-C again drops them")
                 drain()
+
+
+def free_port() -> int:
+    """One that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
 
 
 def check_port(host: str, port: int) -> None:
@@ -82,6 +122,12 @@ def check_port(host: str, port: int) -> None:
             ) from error
 
 
+def is_loopback(host: str) -> bool:
+    """Only this machine reaches a server that listens on ``host``."""
+    addresses = {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
+    return all(ipaddress.ip_address(address).is_loopback for address in addresses)
+
+
 def check_disk(folder: Path) -> None:
     """Raise LaunchError when ``folder`` has too little room for Ray's files."""
     free = shutil.disk_usage(folder).free
@@ -90,6 +136,12 @@ def check_disk(folder: Path) -> None:
             f"{folder} has {free / 2**30:.1f} GiB free and Ray needs {MIN_FREE_BYTES / 2**30:.0f}; "
             "free some space, or set TMPDIR to a folder on another disk"
         )
+
+
+def check_chips(settings: Settings, nodes: list[Any]) -> None:
+    """Raise LaunchError when this host lacks the TPU chips: no other will join it."""
+    if settings.tpu and (lacking := settings.tpu.lacking(settings.most_replicas, nodes)):
+        raise LaunchError(f"{lacking}; ask for what there is, or for fewer replicas")
 
 
 def wait_until_ready(url: str, logs: Path, say: Say) -> None:
@@ -146,20 +198,17 @@ def log_lines(folder: Path) -> Iterator[str | None]:
         yield None
 
 
-def example(url: str) -> str:
+def example(url: str, *, needs_key: bool = False) -> str:
     """A request that works, as a shell command: is a film review positive or negative?"""
-    with httpx.Client(base_url=url, trust_env=False) as client:
-        tokens = client.post("/tokenize", json={"prompt": [" positive", " negative"], "add_special_tokens": False})
-    # Where a word is several tokens, the first that tells the words apart.
-    labels = next(pair for pair in zip(*tokens.raise_for_status().json()["tokens"], strict=False) if len({*pair}) == 2)
     request: dict[str, Any] = {
         "query": "\nSentiment:",
         "items": ["Review: I loved every minute of it.", "Review: A waste of two hours."],
         "item_first": True,
-        "label_token_ids": labels,
+        "labels": [" positive", " negative"],
         "apply_softmax": True,
     }
-    return f"curl {url}/v1/score -H 'Content-Type: application/json' -d '{json.dumps(request)}'\n"
+    key = f' -H "Authorization: Bearer ${auth.VARIABLE}"' if needs_key else ""
+    return f"curl {url}/v1/score -H 'Content-Type: application/json'{key} -d '{json.dumps(request)}'\n"
 
 
 def _is_ready(url: str) -> bool:
@@ -180,11 +229,12 @@ def _service(settings: Settings, host: str, port: int, say: Say) -> Generator[Pa
     from serve_app.app import build
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    needed = settings.scorer_replicas * settings.scorer_cpus + settings.ingress_replicas * settings.ingress_cpus
+    needed = settings.most_replicas * settings.scorer_cpus + settings.ingress_replicas * settings.ingress_cpus
     say("starting Ray")
     with tempfile.TemporaryDirectory(prefix="score-serve-", ignore_cleanup_errors=True) as logs:
         try:
             ray.init(  # pyright: ignore[reportUnknownMemberType]
+                "local",  # even where another Ray runs on this machine
                 # A laptop with fewer cores than the replicas ask for runs them all the same.
                 num_cpus=max(os.cpu_count() or 1, math.ceil(needed)),
                 include_dashboard=False,
@@ -192,6 +242,7 @@ def _service(settings: Settings, host: str, port: int, say: Say) -> Generator[Pa
                 logging_level=logging.ERROR,
                 _node_ip_address="127.0.0.1",
             )
+            check_chips(settings, ray.nodes())
             quiet = {"log_level": "WARNING", "enable_access_log": False}
             interrupt_on_sigterm()  # ray.init has put its own handler in place, which ends the process at once
             http = {"host": host, "port": port}

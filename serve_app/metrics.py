@@ -1,4 +1,4 @@
-"""What operators see: the scorers' numbers as Ray metrics, and the page that shows those of all nodes.
+"""What operators see: the numbers of front ends and scorers as Ray metrics, and the page with those of all nodes.
 
 A replica records into Ray, whose agent on each node answers Prometheus; the service's ``/metrics`` asks all agents, so
 that it and a dashboard on the agents show the same names.
@@ -7,7 +7,7 @@ that it and a dashboard on the agents show the same names.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -20,6 +20,9 @@ from serve_app.errors import OverloadedError
 
 PREFIX = "ray_score_"
 """Ray puts its own before ours, and ``_total`` behind a counter's name."""
+
+REPORT_S = 1.0
+"""Between two looks at the counters for Ray's metrics, which Ray itself collects every 10 s."""
 
 SCRAPE_S = 10.0
 """Prometheus' own limit, by default."""
@@ -79,6 +82,22 @@ class ScorerMetrics:
         self._queued_tokens.set(queue.queued_tokens)
 
 
+class FrontMetrics:
+    """Records a front end's numbers."""
+
+    def __init__(self) -> None:
+        self._requests = _Total(
+            "score_requests",
+            "Requests for scores: answered, invalid, overloaded, expired, cancelled (the client left) or failed.",
+            "outcome",
+        )
+
+    def update(self, outcomes: Mapping[str, int]) -> None:
+        """Record what was counted since the last call."""
+        for outcome, total in outcomes.items():
+            self._requests.reach(total, outcome)
+
+
 class _Total:
     """A counter that is told its total. Ray's takes what was added, and no 0: it shows with the first that was."""
 
@@ -100,7 +119,7 @@ class _Total:
 
 
 async def scrape() -> str:
-    """The scorers' metrics from Ray's agents on all nodes, as Prometheus reads them; some seconds old.
+    """The service's metrics from Ray's agents on all nodes, as Prometheus reads them; some seconds old.
 
     Raises:
         OverloadedError: an agent does not answer. Numbers without its node's would look like a loss.

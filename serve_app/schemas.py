@@ -29,6 +29,7 @@ Text = Annotated[str, AfterValidator(_encodable)]
 # A list stops at its first wrong element: a million wrong ids are one error, not a million.
 Texts = Annotated[list[Text], Field(fail_fast=True)]
 Ids = Annotated[list[int], Field(fail_fast=True)]
+TextLists = Annotated[list[Texts], Field(fail_fast=True)]
 IdLists = Annotated[list[Ids], Field(fail_fast=True)]
 
 LOWEST = float(np.finfo(np.float32).min)
@@ -51,7 +52,7 @@ class ResponseBody(BaseModel):
     model_config = ConfigDict(allow_inf_nan=False)
 
 
-_PAIRS = "this is the label-scoring API (query, items, label_token_ids); to score pairs of texts use /v1/rerank"
+_PAIRS = "this is the label-scoring API (query, items, labels); to score pairs of texts use /v1/rerank"
 
 
 class ScoreRequest(RequestBody):
@@ -60,26 +61,45 @@ class ScoreRequest(RequestBody):
     Attributes:
         query: text or token ids, the same kind as ``items``. None: empty.
         items: one prompt each. A single string is one item; an empty list is answered with no scores.
-        label_token_ids: the labels, one list for all items or one list an item.
+        label_token_ids: the labels as tokens, one list for all items or one list an item. Either these or ``labels``; a
+            model with classes has no use for them.
+        labels: the labels as text, likewise. The tokens that one adds behind the prompt are scored; if there are
+            several, its logprob is the sum of theirs, each given those before it.
+        length_normalize: a label's logprob is the mean of its tokens' logprobs in place of their sum.
         apply_softmax: True: probabilities over the labels alone, each row sums to 1. False: over the whole vocabulary.
         item_first: the prompt is item + query instead of query + item.
         temperature: divides the logprobs before the softmax; other than 1.0 only with ``apply_softmax``.
         model: ``"default"`` or a served name.
         return_token_logprobs: also answer the labels' logprobs over the whole vocabulary, in nats.
+        return_label_mass: also answer how much of the model's belief the labels cover, 0 to 1 an item.
+        return_prompt_token_ids: also answer what the model saw.
         add_special_tokens: to text, as the tokenizer was trained: BOS, for most. Token ids are taken as they are.
+        truncate: ``"item"``: a prompt that is too long loses tokens from the end of its item, never from the query.
+        on_error: ``"item"``: an item that is wrong, or for which the model's output is not finite, has null for a row
+            and an entry in ``errors``; ``"fail"``: it fails the request.
+        stream: rows as lines of JSON (``ScoreRow``) as they finish, then a line with the usage (``ScoreEnd``).
+        timeout_s: after which the request gets 504 and its work is dropped. None: the service's own limit, the most.
     """
 
     elsewhere: ClassVar[dict[str, str]] = dict.fromkeys(("text_1", "text_2", "queries", "data_1", "documents"), _PAIRS)
 
     query: Annotated[Text | Ids | None, Field(union_mode="left_to_right")] = None
     items: Annotated[Texts | IdLists | Text, Field(union_mode="left_to_right")]
-    label_token_ids: Annotated[Ids | IdLists, Field(union_mode="left_to_right")]
+    label_token_ids: Annotated[Ids | IdLists | None, Field(union_mode="left_to_right")] = None
+    labels: Annotated[Texts | TextLists | None, Field(union_mode="left_to_right")] = None
+    length_normalize: bool = False
     apply_softmax: bool = False
     item_first: bool = False
     temperature: Annotated[float, Field(gt=0)] = 1.0
     model: Text = "default"
     return_token_logprobs: bool = False
+    return_label_mass: bool = False
+    return_prompt_token_ids: bool = False
     add_special_tokens: bool = True
+    truncate: Literal["error", "item"] = "error"
+    on_error: Literal["fail", "item"] = "fail"
+    stream: bool = False
+    timeout_s: Annotated[float, Field(gt=0)] | None = None
 
 
 class PromptTokensDetails(ResponseBody):
@@ -98,20 +118,63 @@ class Usage(ResponseBody):
     prompt_tokens_details: PromptTokensDetails
 
 
-class ScoreResponse(ResponseBody):
-    """Scores in the order of the items, each row in the order of its labels.
+class ItemError(ResponseBody):
+    """Why an item has no scores. ``code``: the HTTP status that it would have alone."""
 
-    Attributes:
-        scores: probabilities, 0 to 1.
-        token_logprobs: nats, over the whole vocabulary and without temperature, if asked for. A label that the
-            model holds to be impossible has float32's lowest number, since JSON has no infinity.
-    """
+    index: int
+    code: int
+    message: str
 
-    scores: list[list[float]]
+
+class ScoreRow(ResponseBody):
+    """One item's part of the answer, and a line of a streamed one. The fields are those of ``ScoreResponse``."""
+
+    index: int
+    scores: list[float] | None = None
+    token_logprobs: list[float] | None = None
+    label_tokens: list[list[str]] | None = None
+    label_mass: float | None = None
+    prompt_token_ids: list[int] | None = None
+    truncated: int | None = None
+    error: ItemError | None = None
+
+
+class ScoreEnd(ResponseBody):
+    """The last line of a streamed answer."""
+
     model: str
     usage: Usage
     object: Literal["scoring"] = "scoring"
-    token_logprobs: list[list[float]] | None = None
+
+
+class ScoreResponse(ResponseBody):
+    """Scores in the order of the items, each row in the order of its labels.
+
+    With ``on_error: "item"`` an item that failed has null in place of its row in every list.
+
+    Attributes:
+        scores: probabilities, 0 to 1; of a model with classes and without ``apply_softmax``, the classes' logits.
+        token_logprobs: nats, over the whole vocabulary and without temperature, if asked for; of a label of several
+            tokens their sum, or mean with ``length_normalize``. A label that the model holds to be impossible has
+            float32's lowest number, since JSON has no infinity.
+        label_tokens: with ``labels``: the tokens that each adds behind the prompt, in the vocabulary's own spelling.
+        label_mass: the labels' probabilities over the whole vocabulary, summed, if asked for. A label that begins with
+            another one is part of it and counts once. ``length_normalize`` changes nothing here.
+        prompt_token_ids: what the model saw, without the labels, if asked for.
+        truncated: with ``truncate: "item"``: how many tokens each item lost.
+        errors: with ``on_error: "item"``: why rows are null.
+    """
+
+    scores: list[list[float] | None]
+    model: str
+    usage: Usage
+    object: Literal["scoring"] = "scoring"
+    token_logprobs: list[list[float] | None] | None = None
+    label_tokens: list[list[list[str]] | None] | None = None
+    label_mass: list[float | None] | None = None
+    prompt_token_ids: list[list[int] | None] | None = None
+    truncated: list[int | None] | None = None
+    errors: list[ItemError] | None = None
 
 
 class TokenizeRequest(RequestBody):
@@ -181,6 +244,7 @@ class InfoResponse(ResponseBody):
     architecture: str
     context_length: int
     vocab_size: int
+    classes: int
     dtype: str
     platform: str
     buckets: list[str]

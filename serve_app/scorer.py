@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 from ray import serve
 
 from serve_app import model_source
+from serve_app.autoscaling import PENDING_TOKENS
 from serve_app.contract import BatchResult, Engine, EngineStats, JobResult, ModelInfo, Progress, ScoreJob, TokenBatch
 from serve_app.device_queue import DeviceQueue, QueueStats
 from serve_app.errors import ReplicaGoneError
 from serve_app.fake_engine import FakeEngine
-from serve_app.metrics import ScorerMetrics
+from serve_app.metrics import REPORT_S, ScorerMetrics
 from serve_app.settings import Settings
 
 if TYPE_CHECKING:
@@ -37,9 +38,6 @@ is ``limits.max_queued_tokens``."""
 INTAKE_WAIT_S = 0.001
 INTAKE_LIMIT_S = 15.0
 """The intake never waits for the device, so a call that is not through after this long never will be."""
-
-REPORT_S = 1.0
-"""Between two looks at the counters for Ray's metrics, which Ray itself collects every 10 s."""
 
 BROKEN_AFTER = 5
 """Batches in a row on which the engine raised: what one bad job does is undone by the next good one."""
@@ -79,6 +77,10 @@ def load_engine(settings: Settings) -> Engine:
         longest = settings.limits.max_prompt_tokens
         engine = _ModelEngine(
             load(folder, dtype=settings.dtype, max_prompt_tokens=longest, compiled_folder=compiled_folder())
+        )
+    if settings.tpu and engine.info.platform not in ("tpu", "none"):
+        raise RuntimeError(
+            f"the replica was given TPU chips and jax found only {engine.info.platform}; is score-serve[tpu] installed?"
         )
     started = time.monotonic()
     engine.warmup(lambda done, total, what: logger.info("warming up, %d of %d: %s", done, total, what))
@@ -163,6 +165,10 @@ class Scorer:
     async def stats(self) -> QueueStats:
         """The queue's counters."""
         return self._queue.stats()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What ``autoscaling.PendingTokensPolicy`` goes by; Serve asks for it under this name."""
+        return {PENDING_TOKENS: self._queue.stats().pending_tokens}
 
     async def _report(self) -> None:
         while True:

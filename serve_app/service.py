@@ -5,50 +5,65 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, contextmanager
 from functools import partial
 from importlib.metadata import version
-from itertools import pairwise
-from typing import Protocol, TypeVar
+from itertools import count
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from serve_app import fanout
-from serve_app.batches import shared_prefix
+from serve_app.admission import Admission
+from serve_app.batches import shared_prefix, shared_with_previous
 from serve_app.completions import Completer, CompletionRequest, CompletionResponse
 from serve_app.contract import BatchResult, JobResult, ModelInfo, ScoreJob, TokenBatch
-from serve_app.errors import DeadlineExceededError, InternalError, NotFoundError, OverloadedError, ScoringError
+from serve_app.errors import (
+    DeadlineExceededError,
+    InternalError,
+    InvalidRequestError,
+    NotFoundError,
+    OverloadedError,
+    ScoringError,
+)
 from serve_app.generative import (
     GenerativeScoringRequest,
     GenerativeScoringResponse,
     as_response,
     as_score_request,
 )
-from serve_app.prompts import Prompts, TextTokenizer
+from serve_app.prompts import Prompts
 from serve_app.rerank import Reranker, RerankRequest, RerankResponse
+from serve_app.rows import ScoreQuestion, label_scores, usage
 from serve_app.schemas import (
-    LOWEST,
     DetokenizeRequest,
     DetokenizeResponse,
     InfoResponse,
     LimitsInfo,
     ModelCard,
     ModelsResponse,
-    PromptTokensDetails,
+    ScoreEnd,
     ScoreRequest,
     ScoreResponse,
+    ScoreRow,
     TokenizeRequest,
     TokenizeResponse,
-    Usage,
 )
 from serve_app.settings import Settings
+from serve_app.streaming import as_finished
+from serve_app.tokenizer import TextTokenizer
 
 DEFAULT_NAME = "default"
 """Always a name of the served model."""
 
+PIECES_AT_ONCE = 4
+"""Of a streamed request, for each replica: two halves of a device batch in the engine, and what comes next."""
+
 INLINE_VALUES = 2_000
-"""A response with more values, whose softmax takes milliseconds, is made in a thread: the event loop must go on."""
+"""A response with more values, which take milliseconds, is made in a thread: the event loop must go on."""
 
 _PROBE_TOLERANCE = 0.02
 """Of a probability, between the same prompt in two batches: bfloat16 stays below it, a wrong answer does not."""
@@ -66,8 +81,18 @@ class Question(Protocol[A]):
     @property
     def batch(self) -> TokenBatch: ...
 
+    @property
+    def query_tokens(self) -> int:
+        """At the front of every prompt, how many may come again in another request; 0: what they share."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """About how many values the answer has."""
+        ...
+
     def answer(self, result: BatchResult) -> A:
-        """Runs in a thread.
+        """Runs in a thread where the answer is large.
 
         Raises:
             InternalError: the model's output is not finite.
@@ -117,6 +142,9 @@ class ScoringService:
         self._prompts = Prompts(tokenizer, info, settings.limits)
         parts = (settings, tokenizer, info, self._prompts.max_prompt_tokens)
         self._reranker, self._completer = Reranker(*parts), Completer(*parts)
+        self._admission = Admission(settings.limits.max_queued_tokens / settings.ingress_replicas)
+        self.outcomes: Counter[str] = Counter()
+        """Requests for scores so far, by how they ended."""
         self._threads = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenizer")
         self._started = int(time.time())
         self._probe_passed = False
@@ -126,49 +154,110 @@ class ScoringService:
     def max_body_bytes(self) -> int:
         return self._settings.limits.max_body_bytes
 
-    async def score(self, request: ScoreRequest, *, request_id: str) -> ScoreResponse:
+    async def score(self, request: ScoreRequest, *, request_id: str, timeout_s: float = math.inf) -> ScoreResponse:
         """The labels' scores for every item, in order.
 
         Args:
             request_id: goes with the work to the replicas, for logs.
+            timeout_s: the caller's own limit, if it is shorter than ``settings.timeout_s``.
 
         Raises:
             InvalidRequestError: the request is wrong.
             NotFoundError: it names another model.
             TooLargeError: it asks for more than the limits allow.
             OverloadedError: no room, or no healthy replica.
-            DeadlineExceededError: ``settings.timeout_s`` is over; the queued work is dropped.
+            DeadlineExceededError: ``timeout_s`` is over; the queued work is dropped.
             InternalError: the model's output for an item is not finite, or a fault of ours.
         """
-        self._check_model(request.model)
-        deadline = time.time() + self._settings.timeout_s
-        return await self._in_time(self._score(request, request_id, deadline))
+        prepare = partial(self._scores, request)
+        return await self._ask(request.model, prepare, request_id, timeout_s, request.timeout_s)
 
-    async def rerank(self, request: RerankRequest, *, request_id: str) -> RerankResponse:
+    async def stream(
+        self, request: ScoreRequest, *, request_id: str, timeout_s: float = math.inf
+    ) -> AsyncGenerator[Sequence[ScoreRow] | Sequence[ScoreEnd]]:
+        """The items' rows as they finish, in no order, some at a time, and at last one end with the usage.
+
+        The items are prepared and computed piece by piece. Little more is done than was asked for: the pieces that the
+        replicas need at once to be busy.
+
+        Raises:
+            ScoringError: as ``score``, and also after rows have come.
+        """
+        with self._counted():
+            self._check_model(request.model)
+            limit = self._time_limit(request.timeout_s, timeout_s)
+            async with aclosing(self._stream(request, request_id, limit)) as answered:
+                async for some in answered:
+                    yield some
+
+    async def _stream(
+        self, request: ScoreRequest, request_id: str, limit: float
+    ) -> AsyncGenerator[Sequence[ScoreRow] | Sequence[ScoreEnd]]:
+        deadline = time.time() + limit
+        preparation = await self._in_time(self._in_thread(partial(self._prompts.open, request)), limit)
+        turn = asyncio.Lock()
+        numbers = count()
+        prompt_tokens = computed_tokens = 0
+
+        def prepare() -> tuple[ScoreQuestion, _Work]:
+            prepared = preparation.some(self._settings.max_batch_tokens // 2)
+            work = self._work(prepared.batch, prepared.query_tokens, request_id, deadline, next(numbers))
+            return ScoreQuestion(prepared, request, self._settings.name), work
+
+        async def piece() -> tuple[list[ScoreRow], int, int]:
+            async with turn:
+                question, work = await self._in_thread(prepare)
+            result = await self._run(work)
+            answered = await self._off_loop(partial(question.rows, result), question.size)
+            return answered, question.prepared.prompt_tokens, int(result.computed_tokens.sum())
+
+        pieces = as_finished(
+            piece,
+            lambda: preparation.left > 0,
+            window=PIECES_AT_ONCE * max(self._replicas.count, 1),
+            deadline=deadline,
+            late=self._too_late(limit),
+        )
+        async with aclosing(pieces):
+            async for answered, prompts, computed in pieces:
+                prompt_tokens += prompts
+                computed_tokens += computed
+                yield answered
+        yield [ScoreEnd(model=self._settings.name, usage=usage(prompt_tokens, computed_tokens))]
+
+    async def rerank(self, request: RerankRequest, *, request_id: str, timeout_s: float = math.inf) -> RerankResponse:
         """The documents, best first.
 
         Raises:
             ScoringError: as ``score``.
         """
-        return await self._ask(request.model, partial(self._reranker.prepare, request, request_id), request_id)
+        prepare = partial(self._reranker.prepare, request, request_id)
+        return await self._ask(request.model, prepare, request_id, timeout_s)
 
-    async def complete(self, request: CompletionRequest, *, request_id: str) -> CompletionResponse:
+    async def complete(
+        self, request: CompletionRequest, *, request_id: str, timeout_s: float = math.inf
+    ) -> CompletionResponse:
         """Logprobs of prompts, and their likeliest next tokens.
 
         Raises:
             ScoringError: as ``score``.
         """
-        return await self._ask(request.model, partial(self._completer.prepare, request, request_id), request_id)
+        prepare = partial(self._completer.prepare, request, request_id)
+        return await self._ask(request.model, prepare, request_id, timeout_s)
 
     async def generative_scoring(
-        self, request: GenerativeScoringRequest, *, request_id: str
+        self, request: GenerativeScoringRequest, *, request_id: str, timeout_s: float = math.inf
     ) -> GenerativeScoringResponse:
         """As ``score``, in vLLM's shape.
 
         Raises:
             ScoringError: as ``score``.
         """
-        answer = await self.score(as_score_request(request), request_id=request_id)
+
+        def prepare() -> ScoreQuestion:
+            return self._scores(as_score_request(request, self._info.classes))
+
+        answer = await self._ask(request.model or DEFAULT_NAME, prepare, request_id, timeout_s)
         return as_response(answer, request.request_id or request_id)
 
     async def tokenize(self, request: TokenizeRequest) -> TokenizeResponse:
@@ -217,6 +306,7 @@ class ScoringService:
             architecture=info.architecture,
             context_length=info.context_length,
             vocab_size=info.vocab_size,
+            classes=info.classes,
             dtype=info.dtype,
             platform=info.platform,
             buckets=list(info.buckets),
@@ -258,78 +348,80 @@ class ScoringService:
         """Stop the tokenizer's threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _ask(self, model: str, prepare: Callable[[], Question[A]], request_id: str) -> A:
-        """The answer to what ``prepare`` asks; it runs in a thread."""
-        self._check_model(model)
-        deadline = time.time() + self._settings.timeout_s
-        return await self._in_time(self._answer(prepare, request_id, deadline))
+    async def _ask(
+        self,
+        model: str,
+        prepare: Callable[[], Question[A]],
+        request_id: str,
+        timeout_s: float,
+        asked_s: float | None = None,
+    ) -> A:
+        """The answer to what ``prepare`` asks; it runs in a thread.
+
+        Args:
+            timeout_s: the caller's time limit, and ``asked_s`` the request's own.
+        """
+        with self._counted():
+            self._check_model(model)
+            limit = self._time_limit(asked_s, timeout_s)
+            return await self._in_time(self._answer(prepare, request_id, time.time() + limit), limit)
 
     async def _answer(self, prepare: Callable[[], Question[A]], request_id: str, deadline: float) -> A:
-        question = await self._in_thread(prepare)
-        batch = question.batch
-        if len(batch.read_positions) == 0:
-            result = BatchResult(np.zeros(0, np.float32), np.zeros(batch.num_sequences, np.int32))
-        else:
-            several = batch.num_sequences > 1 and self._replicas.count > 1
-            result = await self._compute(batch, shared_prefix(batch) if several else 0, request_id, deadline)
-        return await self._in_thread(partial(question.answer, result))
+        def work() -> tuple[Question[A], _Work]:
+            question = prepare()
+            return question, self._work(question.batch, question.query_tokens, request_id, deadline)
 
-    async def _score(self, request: ScoreRequest, request_id: str, deadline: float) -> ScoreResponse:
-        batch, prefix_tokens = await self._in_thread(partial(self._prepare, request))
-        if batch.num_sequences == 0:
-            result = BatchResult(np.zeros(0, np.float32), np.zeros(0, np.int32))
-        else:
-            result = await self._compute(batch, prefix_tokens, request_id, deadline)
-        respond = partial(self._response, request, batch, result)
-        return respond() if len(batch.targets) <= INLINE_VALUES else await self._in_thread(respond)
+        self._admission.check(1, self._replicas.count)  # tokenising what will be refused would delay the others
+        question, wanted = await self._in_thread(work)
+        result = await self._run(wanted)
+        return await self._off_loop(partial(question.answer, result), question.size)
 
-    def _prepare(self, request: ScoreRequest) -> tuple[TokenBatch, int]:
-        """The prompts, and how much of their front may come again; 0 where there is no choice of replica."""
-        batch = self._prompts.prepare(request)
-        return batch, self._prompts.prefix_tokens(request, batch) if self._replicas.count > 1 else 0
+    def _scores(self, request: ScoreRequest) -> ScoreQuestion:
+        return ScoreQuestion(self._prompts.prepare(request), request, self._settings.name)
 
-    def _response(self, request: ScoreRequest, batch: TokenBatch, result: BatchResult) -> ScoreResponse:
-        values, bounds = result.values.tolist(), batch.target_offsets.tolist()
-        rows = [values[start:end] for start, end in pairwise(bounds)]
-        prompt_tokens = len(batch.tokens)
-        return ScoreResponse(
-            scores=[
-                label_scores(row, index, softmax=request.apply_softmax, temperature=request.temperature)
-                for index, row in enumerate(rows)
-            ],
-            model=self._settings.name,
-            usage=Usage(
-                prompt_tokens=prompt_tokens,
-                total_tokens=prompt_tokens,
-                prompt_tokens_details=PromptTokensDetails(
-                    cached_tokens=prompt_tokens - int(result.computed_tokens.sum())
-                ),
-            ),
-            token_logprobs=[[max(value, LOWEST) for value in row] for row in rows]
-            if request.return_token_logprobs
-            else None,
-        )
+    def _work(self, batch: TokenBatch, prefix_tokens: int, request_id: str, deadline: float, first: int = 0) -> _Work:
+        """The batch in as many parts as it is worth.
 
-    async def _compute(self, batch: TokenBatch, prefix_tokens: int, request_id: str, deadline: float) -> BatchResult:
-        """On as many replicas as it is worth. When one part fails the others are cancelled."""
+        Args:
+            prefix_tokens: at the front of every sequence that may come again in another request; 0: what they share.
+            first: parts of the request that came before these.
+        """
+        replicas = self._replicas.count
+        if not len(batch.read_positions):
+            return _Work([], 0, first > 0)
+        tokens = int((batch.lengths - shared_with_previous(batch)).sum())
+        if replicas <= 1:
+            return _Work([ScoreJob(request_id, batch, deadline)], tokens, first > 0)
+        shared = shared_prefix(batch) if batch.num_sequences > 1 else 0
         # A part that fills a device batch by itself loses nothing by the split but the prefix.
-        parts = fanout.split(batch, self._replicas.count, self._settings.max_batch_tokens)
-        affinities = fanout.affinities(parts, prefix_tokens)
+        parts = fanout.split(batch, replicas, self._settings.max_batch_tokens, shared)
+        affinities = fanout.affinities(parts, prefix_tokens or shared, first)
         jobs = [ScoreJob(request_id, part, deadline, to) for part, to in zip(parts, affinities, strict=True)]
+        return _Work(jobs, tokens, first > 0)
+
+    async def _run(self, work: _Work) -> BatchResult:
+        """The jobs' results as one. When one fails the others are cancelled."""
+        if not work.admitted:
+            self._admission.check(work.tokens, self._replicas.count)
         try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._run(job)) for job in jobs]
+            with self._admission.inside(work.tokens):
+                async with asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(self._run_one(job)) for job in work.jobs]
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return fanout.merge([task.result().result for task in tasks])
 
-    async def _run(self, job: ScoreJob) -> JobResult:
+    async def _run_one(self, job: ScoreJob) -> JobResult:
         return await self._replicas.score(job)
+
+    async def _compute(self, batch: TokenBatch, prefix_tokens: int, request_id: str, deadline: float) -> BatchResult:
+        """On as many replicas as it is worth."""
+        return await self._run(self._work(batch, prefix_tokens, request_id, deadline))
 
     async def _probe(self) -> None:
         last = self._info.vocab_size - 1
         prompt, other = [last // 2, last // 3, last // 5], [last // 7, last // 2, last // 11, 0, last]
-        labels = [0, last]
+        labels = [*range(self._info.classes)] or [0, last]
         alone, together = [
             await self._compute(_probe_batch(prompts, labels), 0, "ready", time.time() + self._settings.timeout_s)
             for prompts in ([prompt], [other, prompt])
@@ -348,22 +440,52 @@ class ScoringService:
             if max(abs(a - b) for a, b in zip(scores, known, strict=True)) > _PROBE_TOLERANCE:
                 raise InternalError(f"a known prompt scored {scores}; right is {known}")
 
-    async def _in_time(self, work: Awaitable[T]) -> T:
-        """The result of ``work``, or 504 and the work cancelled."""
-        limit = asyncio.timeout(self._settings.timeout_s)
+    @contextmanager
+    def _counted(self) -> Generator[None]:
+        """Count how the request ends."""
+        try:
+            yield
+        except BaseException as error:
+            self.outcomes[_outcome(error)] += 1
+            raise
+        self.outcomes["answered"] += 1
+
+    async def _in_time(self, work: Awaitable[T], limit_s: float | None = None) -> T:
+        """The result of ``work``, or 504 and the work cancelled. ``limit_s``: None is the service's own."""
+        limit_s = limit_s or self._settings.timeout_s
+        limit = asyncio.timeout(limit_s)
         try:
             async with limit:
                 return await work
         except TimeoutError as error:
             if not limit.expired():
                 raise
-            raise DeadlineExceededError(
-                f"the request was not done after {self._settings.timeout_s:g} s; send fewer items or try again later"
-            ) from error
+            raise self._too_late(limit_s) from error
+
+    def _too_late(self, limit_s: float) -> DeadlineExceededError:
+        longer = f", raise timeout_s (to {self._settings.timeout_s:g} at most)"
+        return DeadlineExceededError(
+            f"the request was not done after {limit_s:g} s; send fewer items"
+            f"{longer if limit_s < self._settings.timeout_s else ''} or try again later"
+        )
+
+    def _time_limit(self, asked_s: float | None, timeout_s: float) -> float:
+        """Seconds that a request has: what it asks for, or the service gives, and no more than its caller."""
+        most = self._settings.timeout_s
+        if asked_s is not None and asked_s > most:
+            raise InvalidRequestError(
+                f"timeout_s is {asked_s:g}; this service gives a request at most {most:g} s; ask for no more",
+                param="timeout_s",
+            )
+        return min(asked_s or most, timeout_s)
 
     def _in_thread(self, call: Callable[[], T]) -> asyncio.Future[T]:
         """Tokenising takes up to seconds, and the event loop must go on."""
         return asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+    async def _off_loop(self, call: Callable[[], T], size: int) -> T:
+        """What is made of an engine's answer, in a thread if it is much."""
+        return call() if size <= INLINE_VALUES else await self._in_thread(call)
 
     def _names(self) -> list[str]:
         return list(dict.fromkeys((self._settings.name, *self._settings.aliases, DEFAULT_NAME)))
@@ -376,30 +498,29 @@ class ScoringService:
             )
 
 
-def label_scores(values: Sequence[float], index: int, *, softmax: bool, temperature: float = 1.0) -> list[float]:
-    """One item's probabilities from its labels' logprobs, in plain floats.
+class _Work(NamedTuple):
+    """A batch for the replicas.
 
-    Args:
-        values: nats; under ``softmax`` any constant may be added to all.
-        index: the item, for the error.
-        temperature: divides after centring, so that a tiny one cannot overflow.
-
-    Raises:
-        InternalError: a value is NaN or +inf, or under ``softmax`` all are -inf.
+    Attributes:
+        tokens: to compute, what sequences share counted once.
+        admitted: it is part of a request of which other parts were let in before.
     """
-    peak = max(values)
-    if any(math.isnan(value) for value in values) or peak == math.inf or (softmax and peak == -math.inf):
-        raise InternalError(
-            f"items[{index}]: the model's output is not finite, so there is no score; leave this item out",
-            param="items",
-            index=index,
-        )
-    if not softmax:
-        # A logprob may come out above 0 by float32's last digit.
-        return [min(1.0, math.exp(value)) for value in values]
-    weights = [math.exp((value - peak) / temperature) for value in values]
-    total = math.fsum(weights)
-    return [weight / total for weight in weights]
+
+    jobs: Sequence[ScoreJob]
+    tokens: int
+    admitted: bool
+
+
+def _outcome(error: BaseException) -> str:
+    """In the words of the scorers' own counter."""
+    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        return "cancelled"
+    if isinstance(error, OverloadedError):
+        return "overloaded"
+    if isinstance(error, DeadlineExceededError):
+        return "expired"
+    invalid = isinstance(error, ScoringError) and error.status < InternalError.status
+    return "invalid" if invalid else "failed"
 
 
 def _probe_batch(prompts: list[list[int]], labels: list[int]) -> TokenBatch:

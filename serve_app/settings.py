@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from serve_app.templates import TEMPLATES, RerankTemplate
+from serve_app.tpu import Tpu
 
 
 class _Frozen(BaseModel):
@@ -27,7 +28,21 @@ class Limits(_Frozen):
     max_request_tokens: Annotated[int, Field(ge=1)] = 20_000_000
     """Summed over a request's prompts, the query counted once per item."""
     max_queued_tokens: Annotated[int, Field(ge=1)] = 4_000_000
-    """Waiting in one replica, shared prefixes counted once; past it a request gets 503 with Retry-After."""
+    """For each replica, shared prefixes counted once; a request past it gets 503 with Retry-After, first at the front
+    end, by all that is not answered (a front end's share, where there are several), then in the replica's queue."""
+
+
+class Autoscaling(_Frozen):
+    """Bounds and speed of a number of replicas that follows the work."""
+
+    min_replicas: Annotated[int, Field(ge=0)] = 1
+    """0: none while nobody asks, and the next request waits until one has started."""
+    max_replicas: Annotated[int, Field(ge=1)]
+    tokens_per_replica: Annotated[int, Field(ge=1)] = 65_536
+    """Accepted and not answered, shared prefixes counted once; when there are more, another replica starts."""
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 10.0
+    downscale_delay_s: Annotated[float, Field(ge=0)] = 300.0
+    """A replica goes after too little work for so long: it takes minutes to be back."""
 
 
 class Settings(_Frozen):
@@ -49,12 +64,18 @@ class Settings(_Frozen):
     max_batch_tokens: Annotated[int, Field(ge=64)] = 8_192
     """Tokens in one device batch, shared prefixes counted once; half as many in one that is prepared meanwhile."""
     scorer_replicas: Annotated[int, Field(ge=1)] = 1
+    """With autoscaling, at the start."""
+    autoscaling: Autoscaling | None = None
     scorer_cpus: Annotated[float, Field(ge=0)] = 1.0
+    tpu: Tpu | None = None
+    """The chips of each scorer. None: it computes on whatever its host has."""
     ingress_replicas: Annotated[int, Field(ge=1)] = 1
     ingress_cpus: Annotated[float, Field(ge=0)] = 0.5
     tokenizer_threads: Annotated[int, Field(ge=1)] = 2
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Past it a request gets 504 and its queued work is dropped."""
+    api_keys_file: str | None = None
+    """One key a line; read again when it changes. None: only the environment's keys, if there are any (``auth.py``)."""
     stall_s: Annotated[float, Field(gt=0)] = 300.0
     """A batch that is in the engine for longer makes the replica unhealthy, and Serve replaces it."""
 
@@ -70,6 +91,23 @@ class Settings(_Frozen):
         if isinstance(template, str) and template not in TEMPLATES:
             raise ValueError(f"there is no template {template!r}; the names are {', '.join(TEMPLATES)}")
         return template
+
+    @model_validator(mode="after")
+    def _can_be_honoured(self) -> Settings:
+        if self.engine == "jax" and self.tpu and self.tpu.chips > 1:
+            raise ValueError(f"tpu.chips is {self.tpu.chips}; this engine computes on 1 chip: ask for more replicas")
+        bounds = self.autoscaling
+        if bounds and not bounds.min_replicas <= self.scorer_replicas <= bounds.max_replicas:
+            raise ValueError(
+                f"scorer_replicas is {self.scorer_replicas}; at the start there can be "
+                f"autoscaling.min_replicas ({bounds.min_replicas}) to max_replicas ({bounds.max_replicas})"
+            )
+        return self
+
+    @property
+    def most_replicas(self) -> int:
+        """Scorers that may run at once."""
+        return self.autoscaling.max_replicas if self.autoscaling else self.scorer_replicas
 
     @property
     def name(self) -> str:

@@ -1,24 +1,35 @@
-"""Shared fixtures: a small tokenizer, and the service in this process on the fake engine."""
+"""Shared fixtures: a small tokenizer, the service in this process on the fake engine, and one Ray cluster."""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 
 from serve_app import model_source
+from serve_app.auth import ApiKeys
 from serve_app.fake_engine import FakeEngine
-from serve_app.prompts import TextTokenizer
+from serve_app.ingress import create_app
 from serve_app.scorer import compiled_folder
 from serve_app.service import ScoringService
 from serve_app.settings import Settings
-from tests.local import CONTEXT, VOCAB_SIZE, LocalReplicas, save_tokenizer
+from serve_app.tokenizer import TextTokenizer
+from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas, LocalReplicas, save_tokenizer
+from tests.processes import APP_NAME, free_port
+from tests.served import KEY, Served, serving
+from tests.tiny import make_llama
 
 # Read by jax when it is imported, here and in Ray's workers.
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+# With libtpu installed (tests/tpu_compile) jax would look for a TPU, and its own would be where tests run.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling is most of these tests' time; LLVM's lower level halves it and costs a run 15%.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 # Many tests build the same tiny model; what one compiled, the others load.
@@ -26,11 +37,21 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled_folder()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
+
     from model.engine import Engine
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--service-url", help="run tests/boundary against this running service instead of the fake")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several processes, what shares a fixture that is dear to make runs in one of them."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        dear = next((name for name in ("demo_engine", "families") if name in fixtures), item.path.name)
+        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else dear))
 
 
 @pytest.fixture(scope="session")
@@ -62,8 +83,107 @@ async def service(settings: Settings, tokenizer: TextTokenizer) -> AsyncIterator
 
 
 @pytest.fixture(scope="session")
+def fake_service(tokenizer: TextTokenizer) -> Iterator[ScoringService]:
+    """Without a queue: it may be asked from any event loop."""
+    engine = FakeEngine(VOCAB_SIZE, CONTEXT)
+    service = ScoringService(
+        Settings(model="fake-judge", engine="fake"), tokenizer, engine.info, DirectReplicas(engine)
+    )
+    yield service
+    service.close()
+
+
+@pytest.fixture(scope="session")
+def served(fake_service: ScoringService) -> Iterator[Served]:
+    """The service behind a real HTTP server."""
+    with serving(create_app(lambda: fake_service)) as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def locked(fake_service: ScoringService, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The same, and it wants ``KEY``."""
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    file.write_text(KEY)
+    with serving(create_app(lambda: fake_service, keys=ApiKeys(str(file)))) as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
 def demo_engine() -> Engine:
     """The demo model in float32; programs compile as they are needed."""
     from model import engine
 
     return engine.load(model_source.resolve("demo"))
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Engine]]:
+    """The folder and the engine of a family's tiny checkpoint, made once, with programs for 64 tokens."""
+
+    @cache
+    def made(family: str) -> tuple[Path, Engine]:
+        from model import engine
+        from tests.tiny_families import make_family
+
+        folder = make_family(tmp_path_factory.mktemp(family), family)
+        scorer = engine.load(folder, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
+        scorer.warmup()  # several programs at a time
+        return folder, scorer
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama checkpoint with a tokenizer."""
+    return make_llama(tmp_path_factory.mktemp("tiny-llama"), tokenizer=True)
+
+
+@pytest.fixture(scope="session")
+def nodes() -> Iterator[Cluster]:
+    """One Ray cluster in this process tree for all tests that need one, of one node; tests may add others."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S"] = "0.5"
+    import ray
+    from ray.cluster_utils import Cluster
+
+    ray.init(
+        num_cpus=8,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _node_ip_address="127.0.0.1",
+        _system_config={"metrics_report_interval_ms": 500},
+    )
+    cluster = Cluster()
+    # Started as the launcher does it, not by Cluster, which binds other addresses and knows no token.
+    cluster.head_node = ray._private.worker._global_node
+    cluster.redis_address = cluster.head_node.redis_address
+    yield cluster
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def cluster(nodes: Cluster) -> str:  # noqa: ARG001 - Serve runs on it
+    """Serve on that cluster; the address that it listens on."""
+    from ray import serve
+
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
+    return f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="module")
+def deploy(cluster: str) -> Iterator[Callable[[Any], httpx.Client]]:
+    """Deploys an application in place of the last one; returns a client of it."""
+    from ray import serve
+
+    with httpx.Client(base_url=cluster, timeout=120) as client:
+
+        def run(application: Any) -> httpx.Client:
+            serve.run(application, name=APP_NAME)
+            return client
+
+        yield run
+    serve.delete(APP_NAME)

@@ -88,8 +88,8 @@ def make_llama(
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    _write_json(folder / "config.json", config)
-    _save(folder, _tensors(np.random.default_rng(seed), config), shards, dtype)
+    write_json(folder / "config.json", config)
+    save(folder, _tensors(np.random.default_rng(seed), config), shards, dtype)
     if tokenizer:
         _write_tokenizer(folder, vocab)
     return folder
@@ -126,7 +126,7 @@ def _tensors(rng: np.random.Generator, config: Mapping[str, Any]) -> dict[str, n
     return tensors
 
 
-def _save(folder: Path, tensors: Mapping[str, np.ndarray], shards: int, dtype: str) -> None:
+def save(folder: Path, tensors: Mapping[str, np.ndarray], shards: int = 1, dtype: str = "float32") -> None:
     cast = {name: tensor.astype(DTYPES[dtype]) for name, tensor in tensors.items()}
     if shards == 1:
         save_file(cast, folder / "model.safetensors", {"format": "pt"})
@@ -140,7 +140,7 @@ def _save(folder: Path, tensors: Mapping[str, np.ndarray], shards: int, dtype: s
         weight_map |= dict.fromkeys(part, file)
     total = sum(tensor.nbytes for tensor in cast.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / "model.safetensors.index.json", index)
 
 
 def _write_tokenizer(folder: Path, vocab: int) -> None:
@@ -153,7 +153,7 @@ def _write_tokenizer(folder: Path, vocab: int) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIALS])
     tokenizer.save(str(folder / "tokenizer.json"))
-    _write_json(
+    write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -164,5 +164,5 @@ def _write_tokenizer(folder: Path, vocab: int) -> None:
     )
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A tiny Hugging Face checkpoint written as GGUF, the way llama.cpp's own converter does."""
+"""Tiny Hugging Face checkpoints written as GGUF, the way llama.cpp's own converter does."""
 
 from __future__ import annotations
 
@@ -81,7 +81,73 @@ def write_gguf(
         )
         tensors[name] = interleave(tensor, heads) if heads else tensor
     edit(keys, tensors)
+    return _write(path, keys, tensors, quantised)
 
+
+GEMMA3_NAMES = LLAMA_CPP_NAMES | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+}
+CONTROLS = ("<pad>", "<eos>", "<bos>", "<unk>")
+USER_DEFINED = ("\n\n", "   ")
+JOINED = ("▁t", "he", "▁the", "in", "▁in")
+CHARACTERS = tuple("▁theinabcdfgjklmopqrsuvwxyzABCDEFGHIJKLM")
+SENTENCEPIECE = (*CONTROLS, *USER_DEFINED, *(f"<0x{byte:02X}>" for byte in range(256)), *JOINED, *CHARACTERS)
+"""Tokens of the tiny Gemma, in the order of their ids; scores of the last two kinds fall from 0."""
+
+
+def write_gemma3_gguf(source: Path, path: Path, *, edit: Edit = lambda *_: None) -> Path:
+    """The same of a tiny Gemma 3 (``tests.tiny_families``), with a tokenizer of SentencePiece's type."""
+    config = json.loads((source / "config.json").read_text())
+    kinds = (
+        [gguf.TokenType.CONTROL] * len(CONTROLS)
+        + [gguf.TokenType.USER_DEFINED] * len(USER_DEFINED)
+        + [gguf.TokenType.BYTE] * 256
+        + [gguf.TokenType.NORMAL] * len(JOINED + CHARACTERS)
+    )
+    keys: dict[str, Any] = {
+        "general.architecture": "gemma3",
+        "gemma3.context_length": config["max_position_embeddings"],
+        "gemma3.embedding_length": config["hidden_size"],
+        "gemma3.block_count": config["num_hidden_layers"],
+        "gemma3.feed_forward_length": config["intermediate_size"],
+        "gemma3.attention.head_count": config["num_attention_heads"],
+        "gemma3.attention.head_count_kv": config["num_key_value_heads"],
+        "gemma3.attention.key_length": config["head_dim"],
+        "gemma3.attention.value_length": config["head_dim"],
+        "gemma3.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        "gemma3.attention.sliding_window": config["sliding_window"],
+        "gemma3.rope.freq_base": config["rope_theta"],
+        "gemma3.rope.scaling.type": "linear",
+        "gemma3.rope.scaling.factor": config["rope_scaling"]["factor"],
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": list(SENTENCEPIECE),
+        "tokenizer.ggml.scores": [-1000.0] * 6 + [0.0] * 256 + [float(-n) for n in range(len(JOINED + CHARACTERS))],
+        "tokenizer.ggml.token_type": [int(kind) for kind in kinds],
+        "tokenizer.ggml.bos_token_id": 2,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.unknown_token_id": 3,
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+    tensors: dict[str, np.ndarray] = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        for module, short in GEMMA3_NAMES.items():
+            name = name.replace(module, short)
+        tensors[name] = tensor + 1 if name.endswith("norm.weight") else tensor
+    edit(keys, tensors)
+    return _write(path, keys, tensors)
+
+
+def _write(
+    path: Path,
+    keys: dict[str, Any],
+    tensors: dict[str, np.ndarray],
+    quantised: gguf.GGMLQuantizationType | None = None,
+) -> Path:
     writer = gguf.GGUFWriter(path, keys.pop("general.architecture", "llama"))
     for key, value in keys.items():
         if isinstance(value, bool):

@@ -12,9 +12,9 @@ import uvicorn
 
 from serve_app.fake_engine import FakeEngine
 from serve_app.ingress import create_app
-from serve_app.prompts import TextTokenizer
 from serve_app.service import ScoringService
 from serve_app.settings import Settings
+from serve_app.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas, save_tokenizer
 
 QUERY = "who is lazy?"

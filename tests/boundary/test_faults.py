@@ -17,9 +17,9 @@ from serve_app.contract import BatchResult, JobResult, ModelInfo, ScoreJob, Toke
 from serve_app.errors import OverloadedError
 from serve_app.fake_engine import FakeEngine
 from serve_app.ingress import create_app
-from serve_app.prompts import TextTokenizer
 from serve_app.service import Replicas, ScoringService
 from serve_app.settings import Limits, Settings
+from serve_app.tokenizer import TextTokenizer
 from tests.boundary.asking import Http
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
 
@@ -190,6 +190,20 @@ class TestFaults:
             error = await http.refused(status=504, **ASK)
             assert "0.05 s" in error["message"]
             assert replicas.cancelled.is_set()
+
+    async def test_the_callers_own_deadline(self, tokenizer: TextTokenizer):
+        replicas = Hanging()
+        async with serving(tokenizer, replicas) as http:
+            response = await http.post(json.dumps(ASK), x_request_timeout_seconds="0.1")
+            assert "0.075 s" in http.flat(response, 504)["message"]
+            assert replicas.cancelled.is_set()
+
+    @pytest.mark.parametrize("given", ["soon", "0", "-1", "nan", ""])
+    async def test_a_deadline_that_is_none(self, tokenizer: TextTokenizer, replicas: DirectReplicas, given: str):
+        async with serving(tokenizer, replicas) as http:
+            response = await http.post(json.dumps(ASK), x_request_timeout_seconds=given)
+            assert f"x-request-timeout-seconds is {given!r}" in http.flat(response, 400)["message"]
+            assert not replicas.jobs
 
     async def test_a_client_that_leaves_cancels_its_work(self, tokenizer: TextTokenizer):
         replicas = Hanging()

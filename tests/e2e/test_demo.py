@@ -146,3 +146,34 @@ def test_info_shows_what_was_compiled(client: httpx.Client) -> None:
     info = client.get("/v1/info").json()
     assert (info["architecture"], info["vocab_size"], info["context_length"]) == ("LlamaForCausalLM", 49_152, 8_192)
     assert "1x64" in info["buckets"]
+
+
+@pytest.mark.skipif(not HAVE_TORCH, reason="torch, the reference, is not installed")
+def test_labels_in_words_have_the_log_likelihoods_of_transformers(client: httpx.Client) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = model_source.resolve("demo")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    words = [" positive", " overwhelmingly positive", " unenthusiastic", " overwhelmingly unenthusiastic, on the whole"]
+    body = {"query": QUESTION, "items": REVIEWS, "item_first": True, "labels": words}
+    answer = client.post("/v1/score", json={**body, "return_token_logprobs": True, "return_label_mass": True}).json()
+    lines = client.post("/v1/score", json={**body, "return_token_logprobs": True, "stream": True}).text.splitlines()
+    streamed = {row["index"]: row["token_logprobs"] for row in map(json.loads, lines) if "index" in row}
+    for number, review in enumerate(REVIEWS):
+        start = len(tokenizer(review + QUESTION).input_ids)
+        wanted: list[float] = []
+        for word, pieces in zip(words, answer["label_tokens"][number], strict=True):
+            ids = tokenizer(review + QUESTION + word).input_ids
+            with torch.no_grad():
+                logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1)
+            wanted.append(sum(logprobs[at - 1, ids[at]].item() for at in range(start, len(ids))))
+            assert pieces == tokenizer.convert_ids_to_tokens(ids[start:])
+        assert max(map(len, answer["label_tokens"][number])) > 4
+        # Each token of a label is within 1e-4.
+        within = 1e-4 * np.array([len(pieces) for pieces in answer["label_tokens"][number]])
+        assert (np.abs(np.array(answer["token_logprobs"][number]) - wanted) < within).all()
+        assert (np.abs(np.array(streamed[number]) - wanted) < within).all()
+        np.testing.assert_allclose(answer["scores"][number], np.exp(wanted), rtol=1e-3)
+        np.testing.assert_allclose(answer["label_mass"][number], np.exp(wanted).sum(), rtol=1e-3)

@@ -17,6 +17,7 @@ import httpx
 import psutil
 import pytest
 
+from serve_app import auth
 from tests.e2e.conftest import free_port
 
 pytestmark = pytest.mark.ray
@@ -45,13 +46,16 @@ def read_until(process: subprocess.Popen[str], wanted: str) -> list[str]:
     raise AssertionError(f"{wanted!r} is not in:\n{''.join(lines)}")
 
 
-def test_it_serves_until_ctrl_c_and_leaves_no_process(model_folder: Path):
+def test_it_serves_until_ctrl_c_and_leaves_no_process(model_folder: Path, monkeypatch: pytest.MonkeyPatch):
     port = free_port()
+    monkeypatch.setenv(auth.VARIABLE, "a-key")  # reaches the front end through Ray
     with launched("--model", str(model_folder), "--port", str(port)) as process:
         said = read_until(process, "curl")
         assert any("warming up" in line for line in said)
         words = shlex.split(said[-1])
-        answer = httpx.post(words[1], json=json.loads(words[words.index("-d") + 1]))
+        body = json.loads(words[words.index("-d") + 1])
+        assert httpx.post(words[1], json=body).status_code == 401
+        answer = httpx.post(words[1], json=body, headers={"authorization": "Bearer a-key"})
         assert answer.status_code == 200
         assert [round(sum(row), 6) for row in answer.json()["scores"]] == [1, 1]
         started = psutil.Process(process.pid).children(recursive=True)
@@ -62,6 +66,24 @@ def test_it_serves_until_ctrl_c_and_leaves_no_process(model_folder: Path):
         assert "Traceback" not in rest
     _, alive = psutil.wait_procs(started, timeout=10)
     assert alive == []
+
+
+def test_haproxy_in_front_answers_the_same_and_listens_only_where_it_was_told(model_folder: Path):
+    port = free_port()
+    with launched("--model", str(model_folder), "--port", str(port), "--fast-front") as process:
+        assert any("HAProxy" in line for line in read_until(process, "curl"))
+        body = {"query": [1], "items": [[2], [3]], "label_token_ids": [4, 5], "apply_softmax": True}
+        url = f"http://127.0.0.1:{port}"
+        right = httpx.post(url + "/v1/score", json=body, headers={"x-request-id": "mine"})
+        assert right.status_code == 200
+        assert right.headers.get_list("x-request-id") == ["mine"]
+        wrong = httpx.post(url + "/v1/score", json=body | {"temperature": -1})
+        assert (wrong.status_code, wrong.json()["param"]) == (400, "temperature")
+        haproxy = [child for child in psutil.Process(process.pid).children(recursive=True) if child.name() == "haproxy"]
+        sockets = {connection.laddr for child in haproxy for connection in child.net_connections("tcp")}
+        assert {address.ip for address in sockets if address.port == port} == {"127.0.0.1"}
+        process.terminate()
+        process.communicate(timeout=60)
 
 
 def test_it_can_be_terminated_while_it_starts(model_folder: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -51,6 +52,18 @@ def test_a_request_that_spans_batches_and_replicas_comes_back_in_order(client: h
     items = [[i, i + 1, i + 2] for i in range(2_000)]
     answer = client.post("/v1/score", json={"query": [3], "items": items, "label_token_ids": [1, 2]})
     np.testing.assert_allclose(answer.json()["scores"], expected([3], items, [1, 2]), rtol=1e-6)
+
+
+def test_rows_are_streamed_through_serve_as_they_finish(client: httpx.Client):
+    request = {"query": [3], "items": [[i, i + 1, i + 2] for i in range(2_000)], "label_token_ids": [1, 2]}
+    with client.stream("POST", "/v1/score", json={**request, "stream": True}) as answer:
+        assert answer.headers["content-type"] == "application/x-ndjson"
+        chunks = list(answer.iter_raw())
+    assert len(chunks) > 10
+    *rows, end = map(json.loads, b"".join(chunks).splitlines())
+    scores = [row["scores"] for row in sorted(rows, key=lambda row: row["index"])]
+    np.testing.assert_allclose(scores, expected([3], request["items"], [1, 2]), rtol=1e-6)
+    assert end["usage"]["prompt_tokens"] == 8_000
 
 
 def test_concurrent_requests_get_what_they_would_get_alone(client: httpx.Client):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tests.tiny import LINEAR_SCALING, LLAMA3_SCALING, make_llama
+from tests.tiny_families import FAMILIES, make_family
 
 CASES: Mapping[str, Mapping[str, Any]] = {
     "untied": {},
@@ -63,4 +64,5 @@ def expected(case: str, folder: Path) -> list[list[float]]:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
         goldens = {case: reference(make_llama(Path(scratch) / case, **options)) for case, options in CASES.items()}
+        goldens |= {family: reference(make_family(Path(scratch) / family, family)) for family in FAMILIES}
     GOLDENS.write_text(json.dumps({case: np.round(rows, 7).tolist() for case, rows in goldens.items()}) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -25,6 +26,10 @@ def test_floor_counts_each_token_once_and_the_last_layer_and_head_only_where_rea
     assert floor_flops(Variant([request(2, 1, 3)], None), sizes) == first_layer + last_layer + 2 * 10 * 2
     two = Variant([request(2, 1, 3), request(2, 1, 3)], None)
     assert floor_flops(two, sizes) == 2 * (first_layer + last_layer + 2 * 10 * 2)
+    # The first layer's tokens see two keys, but for the query's first; the last layer's reads three.
+    windowed = replace(sizes, windows=(2, 3))
+    fewer = 4 * (1 + 2 + 2 + 2 + 2 + 2 + 3 + 3) - 4 * (1 + 2 + 3 + 3 + 4 + 5 + 3 + 5)
+    assert floor_flops(two, windowed) - floor_flops(two, sizes) == 2 * fewer
 
 
 @pytest.mark.demo

@@ -13,8 +13,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from model import llama
-from model.checkpoint import INDEX, SINGLE, CheckpointError, Place, Target, load
-from model.config import from_hf, read_config
+from model.checkpoint import INDEX, SINGLE, CheckpointError, Fused, Place, Target, Targets, load
+from model.fields import read_config
+from model.registry import from_hf
 from tests.tiny import make_llama
 
 A = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -26,7 +27,7 @@ def keep(_: Place, tensor: np.ndarray) -> np.ndarray:
     return np.array(tensor)
 
 
-def read(folder: Path, targets: Mapping[str, Target] = TARGETS, **options: Any) -> dict[Place, np.ndarray]:
+def read(folder: Path, targets: Targets = TARGETS, **options: Any) -> dict[Place, np.ndarray]:
     return load(folder, targets, put=keep, **options)
 
 
@@ -70,6 +71,7 @@ def test_a_whole_llama_from_one_file_and_from_shards(tmp_path: Path, tied: bool)
     from_one, from_three = (read(folder, llama.weights(config)) for folder in (one, three))
     assert len(from_one) == len(source) == len(llama.weights(config))
     for name, target in llama.weights(config).items():
+        assert isinstance(target, Target)
         expected = source[name].T if target.transform == "transpose" else source[name]
         np.testing.assert_array_equal(from_one[target.path], expected)
         np.testing.assert_array_equal(from_three[target.path], expected)
@@ -85,6 +87,33 @@ def test_one_tensor_at_a_time_and_progress(tmp_path: Path) -> None:
         progress=lambda done, total, what: events.append((done, total, what)),
     )
     assert events == [("x", 0), (1, 2, "a"), ("y",), (2, 2, "b")]
+
+
+def test_a_fused_tensor_becomes_its_parts(tmp_path: Path) -> None:
+    fused = Fused((Target(("q",), (3, 2), "transpose"), Target(("k",), (1, 2), "same")))
+    tensor = np.arange(8, dtype=np.float32).reshape(4, 2)
+    save_file({"qk": tensor}, tmp_path / SINGLE)
+    loaded = read(tmp_path, {"qk": fused})
+    np.testing.assert_array_equal(loaded["q",], tensor[:3].T)
+    np.testing.assert_array_equal(loaded["k",], tensor[3:])
+    save_file({"qk": tensor[:3]}, tmp_path / SINGLE)
+    with pytest.raises(CheckpointError, match=r"mis-shaped: qk is \(3, 2\), the config asks for \(4, 2\)"):
+        read(tmp_path, {"qk": fused})
+
+
+def test_stacked_tensors_become_one_parameter_in_their_order(tmp_path: Path) -> None:
+    """Its members may lie in several files, in any order; nothing is kept before all are there."""
+    experts = [A + 10 * number for number in range(3)]
+    targets = {f"e{number}": Target(("experts",), (2, 3), "transpose", (number, 3)) for number in range(3)}
+    sharded(
+        tmp_path,
+        {"1.safetensors": {"e2": experts[2], "e0": experts[0]}, "2.safetensors": {"e1": experts[1]}},
+        {"e0": "1.safetensors", "e1": "2.safetensors", "e2": "1.safetensors"},
+    )
+    loaded = read(tmp_path, targets)
+    np.testing.assert_array_equal(loaded["experts",], [expert.T for expert in experts])
+    with pytest.raises(CheckpointError, match=r"missing: e3 \(2, 3\)"):
+        read(tmp_path, {**targets, "e3": Target(("experts",), (2, 3), "transpose", (3, 4))})
 
 
 def test_everything_wrong_is_listed_in_one_error(tmp_path: Path) -> None:

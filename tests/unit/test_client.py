@@ -12,8 +12,8 @@ import pytest
 from serve_app.client import LONGEST_WAIT_S, ScoreClient
 from serve_app.errors import (
     ERRORS,
+    AuthenticationError,
     DeadlineExceededError,
-    InternalError,
     InvalidRequestError,
     OverloadedError,
     ScoringError,
@@ -33,7 +33,9 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return slept
 
 
-def client(*answers: httpx.Response | Exception, attempts: int = 5) -> tuple[ScoreClient, list[httpx.Request]]:
+def client(
+    *answers: httpx.Response | Exception, attempts: int = 5, api_key: str | None = None
+) -> tuple[ScoreClient, list[httpx.Request]]:
     """A client whose requests get ``answers`` in turn, and the requests."""
     requests: list[httpx.Request] = []
     left = list(answers)
@@ -45,7 +47,8 @@ def client(*answers: httpx.Response | Exception, attempts: int = 5) -> tuple[Sco
             raise answer
         return answer
 
-    made = ScoreClient("http://judge", attempts=attempts, timeout_s=3, transport=httpx.MockTransport(handle))
+    transport = httpx.MockTransport(handle)
+    made = ScoreClient("http://judge", api_key=api_key, attempts=attempts, timeout_s=3, transport=transport)
     return made, requests
 
 
@@ -68,12 +71,36 @@ def test_score_sends_the_fields_and_returns_the_response():
         "query": "q",
         "items": ["a"],
         "label_token_ids": [1, 2],
+        "length_normalize": False,
         "apply_softmax": True,
         "item_first": False,
         "temperature": 0.5,
         "model": "default",
         "return_token_logprobs": False,
+        "return_label_mass": False,
+        "return_prompt_token_ids": False,
+        "add_special_tokens": True,
+        "truncate": "error",
+        "on_error": "fail",
+        "stream": False,
     }
+
+
+def test_all_that_score_takes_is_sent():
+    asking, requests = client(good())
+    fields: dict[str, Any] = {
+        "labels": [" yes"],
+        "length_normalize": True,
+        "return_label_mass": True,
+        "return_prompt_token_ids": True,
+        "add_special_tokens": False,
+        "truncate": "item",
+        "on_error": "item",
+        "timeout_s": 2.5,
+    }
+    with asking:
+        asking.score("q", ["a"], **fields)
+    assert json.loads(requests[0].content).items() >= fields.items()
 
 
 def test_tokens_and_back():
@@ -107,7 +134,14 @@ def test_errors_are_the_services_classes(kind: type[ScoringError]):
 
 
 @pytest.mark.parametrize(
-    ("status", "kind"), [(401, InvalidRequestError), (413, TooLargeError), (500, InternalError), (502, OverloadedError)]
+    ("status", "kind"),
+    [
+        (401, AuthenticationError),
+        (418, InvalidRequestError),
+        (413, TooLargeError),
+        (500, OverloadedError),
+        (502, OverloadedError),
+    ],
 )
 def test_errors_of_a_proxy(status: int, kind: type[ScoringError]):
     asking, _ = client(httpx.Response(status, text="<html>no</html>"), attempts=1)
@@ -162,6 +196,18 @@ def test_health_and_ready_are_asked_once(ask: Callable[[ScoreClient], bool]):
     with asking:
         assert [ask(asking) for _ in range(3)] == [True, False, False]
     assert len(requests) == 3
+
+
+def test_the_api_key_goes_with_every_request_and_none_is_sent_without():
+    asking, requests = client(good(), httpx.Response(200), api_key="secret")
+    with asking:
+        asking.score("q", ["a"], label_token_ids=[1])
+        asking.ready()
+    assert [request.headers["authorization"] for request in requests] == ["Bearer secret"] * 2
+    asking, requests = client(good())
+    with asking:
+        asking.score("q", ["a"], label_token_ids=[1])
+    assert "authorization" not in requests[0].headers
 
 
 def test_closing_closes_the_connections():

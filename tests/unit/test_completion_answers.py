@@ -12,11 +12,11 @@ from serve_app.completions import CompletionRequest, _top
 from serve_app.contract import BatchResult, JobResult, ScoreJob
 from serve_app.errors import InternalError
 from serve_app.fake_engine import FakeEngine
-from serve_app.prompts import TextTokenizer
 from serve_app.rerank import RerankRequest
 from serve_app.schemas import LOWEST
 from serve_app.service import ScoringService
 from serve_app.settings import Settings
+from serve_app.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
 
 ENGINE = FakeEngine(VOCAB_SIZE, CONTEXT, nan_token=13)

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from model.config import ConfigError, ModelConfig, Rope, from_hf, read_config
+from model.config import ModelConfig, Rope
+from model.fields import ConfigError, read_config
+from model.registry import from_hf
 
 BASE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -46,6 +48,7 @@ def test_every_field_is_read() -> None:
         context_length=512,
         tied_head=True,
         attention_bias=True,
+        output_bias=True,
         mlp_bias=True,
     )
 

@@ -375,6 +375,7 @@ async def test_a_second_batch_is_formed_behind_the_first_when_half_a_batch_waits
         for _ in range(10):
             await asyncio.sleep(0)
         assert queue.queued_tokens == 31 + 100 - 32
+        assert queue.stats().pending_tokens == 1 + 31 + 100  # the device has not answered any
         engine.gate.set()
         await asyncio.gather(busy, first, more)
     assert engine.threads == {"device_0", "device_1"}
@@ -490,7 +491,7 @@ async def test_the_counters():
         stats = queue.stats()
     assert (stats.batches, stats.sequences, stats.computed_tokens) == (1, 2, 4)
     assert stats.device_seconds > 0
-    assert stats.queued_tokens == 0
+    assert stats.queued_tokens == stats.pending_tokens == 0
 
 
 sequences = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=8)

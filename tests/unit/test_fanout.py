@@ -61,7 +61,7 @@ def shared_prefix(batch: TokenBatch) -> int:
 @given(made=batches(), parts=st.integers(1, 6), min_tokens=st.integers(1, 40))
 def test_parts_are_the_batch_in_order_and_each_is_worth_it(made: tuple[TokenBatch, int], parts: int, min_tokens: int):
     batch, _ = made
-    split = fanout.split(batch, parts, min_tokens)
+    split = fanout.split(batch, parts, min_tokens, shared_prefix(batch))
     assert 1 <= len(split) <= parts
     assert_equal(join(split), batch)
     if len(split) > 1:
@@ -79,7 +79,7 @@ def test_parts_are_the_batch_in_order_and_each_is_worth_it(made: tuple[TokenBatc
 def test_scoring_the_parts_is_scoring_the_batch(made: tuple[TokenBatch, int], parts: int, min_tokens: int):
     batch, _ = made
     engine = FakeEngine(vocab_size=16, context_length=64)
-    merged = fanout.merge([engine.score(part) for part in fanout.split(batch, parts, min_tokens)])
+    merged = fanout.merge([engine.score(part) for part in fanout.split(batch, parts, min_tokens, shared_prefix(batch))])
     np.testing.assert_array_equal(merged.values, engine.score(batch).values)
     assert len(merged.computed_tokens) == batch.num_sequences
 
@@ -87,7 +87,7 @@ def test_scoring_the_parts_is_scoring_the_batch(made: tuple[TokenBatch, int], pa
 def test_even_items_go_to_all_replicas_evenly():
     prefix = list(range(10))
     batch = batch_of([[*prefix, 60 + i, 1, 2, 3] for i in range(12)])
-    assert [part.num_sequences for part in fanout.split(batch, 4, 8)] == [3, 3, 3, 3]
+    assert [part.num_sequences for part in fanout.split(batch, 4, 8, shared=10)] == [3, 3, 3, 3]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_even_items_go_to_all_replicas_evenly():
     ],
 )
 def test_what_is_not_worth_it_stays_whole(batch: TokenBatch, min_tokens: int):
-    assert fanout.split(batch, 2, min_tokens) == [batch]
+    assert fanout.split(batch, 2, min_tokens, shared_prefix(batch)) == [batch]
 
 
 def test_a_prefix_that_comes_again_has_the_same_key_whatever_follows():

@@ -12,11 +12,15 @@ from gguf.quants import dequantize, quantize
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from model.config import Rope, from_hf, read_config
-from model.gguf import PRES, GgufError, convert, main
+from model.config import Rope
+from model.fields import read_config
+from model.gguf import GgufError, convert, main
+from model.gguf_tokenizer import PRES
+from model.registry import from_hf
 from serve_app.model_source import resolve
-from tests.tiny import SPECIALS, make_llama
-from tests.tiny_gguf import Edit, write_gguf
+from tests.tiny import SPECIALS, make_llama, write_json
+from tests.tiny_families import config_of, make_family
+from tests.tiny_gguf import SENTENCEPIECE, Edit, write_gemma3_gguf, write_gguf
 
 
 def tiny(folder: Path, **options: Any) -> Path:
@@ -55,6 +59,43 @@ def test_quantised_tensors_are_expanded(tmp_path: Path, kind: gguf.GGMLQuantizat
         assert found[name].dtype == np.float32
         # Blocks lie within a row, so that permuting rows and quantising commute.
         np.testing.assert_array_equal(found[name], expected, err_msg=name)
+
+
+def tiny_gemma(folder: Path) -> Path:
+    """With the constants that a GGUF file of Gemma 3 does not hold at the values that all of them have."""
+    source = make_family(folder / "source", "gemma3")
+    config = config_of("gemma3") | {"rope_local_base_freq": 1e4, "sliding_window_pattern": 6}
+    write_json(source / "config.json", config | {"query_pre_attn_scalar": config["head_dim"]})
+    return source
+
+
+def test_gemma_3_there_and_back(tmp_path: Path) -> None:
+    source = tiny_gemma(tmp_path)
+    made = converted(tmp_path, write_gemma3_gguf(source, tmp_path / "x.gguf"))
+    expected, found = load_file(source / "model.safetensors"), load_file(made / "model.safetensors")
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        # A norm's scale is stored with 1 added: that rounds it.
+        atol = 1e-7 if name.endswith("norm.weight") else 0
+        np.testing.assert_allclose(found[name], tensor, rtol=0, atol=atol, err_msg=name)
+    assert from_hf(read_config(made)) == from_hf(read_config(source))
+
+
+def test_a_tokenizer_of_sentencepiece_type(tmp_path: Path) -> None:
+    made = converted(tmp_path, write_gemma3_gguf(tiny_gemma(tmp_path), tmp_path / "x.gguf"))
+    tokenizer = Tokenizer.from_file(str(made / "tokenizer.json"))
+    for text, tokens in {
+        " the": ["▁the"],
+        "then": ["t", "he", "n"],
+        " in\n\n": ["▁in", "\n\n"],
+        "a    b": ["a", "   ", "▁", "b"],
+        "é": ["<0xC3>", "<0xA9>"],
+        "": [],
+    }.items():
+        encoded = tokenizer.encode(text)
+        assert encoded.tokens == ["<bos>", *tokens]
+        assert encoded.ids == [SENTENCEPIECE.index(token) for token in encoded.tokens]
+        assert tokenizer.decode(encoded.ids) == text
 
 
 def test_absent_keys_and_linear_rope(tmp_path: Path) -> None:
@@ -124,14 +165,14 @@ def drop_key(key: str) -> Edit:
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
-        (set_key("general.architecture", "qwen9"), ["'qwen9'", "known: llama"]),
+        (set_key("general.architecture", "qwen9"), ["'qwen9'", "known: llama, gemma3"]),
         (set_key("llama.expert_count", 8), ["llama.expert_count"]),
         (set_key("llama.attention.head_count_kv", [2, 3]), ["llama.attention.head_count_kv", "between layers"]),
         (set_key("llama.rope.dimension_count", 4), ["llama.rope.dimension_count is 4", "10"]),
         (set_key("llama.attention.value_length", 12), ["llama.attention.value_length is 12", "10"]),
         (set_key("llama.rope.scaling.type", "yarn"), ["'yarn'", "known: none, linear"]),
         (drop_key("llama.block_count"), ["llama.block_count is missing"]),
-        (set_key("tokenizer.ggml.model", "llama"), ["'llama'", "known: gpt2"]),
+        (set_key("tokenizer.ggml.model", "bert"), ["'bert'", "known: gpt2, llama"]),
         (set_key("tokenizer.ggml.pre", "tekken"), ["'tekken'", "known: smollm, llama-bpe"]),
         (drop_key("tokenizer.ggml.merges"), ["tokenizer.ggml.merges is missing"]),
         (lambda _, tensors: tensors.update({"rope_freqs.weight": np.ones(5, np.float32)}), ["'rope_freqs.weight'"]),
@@ -144,6 +185,22 @@ def test_refused_by_name(tmp_path: Path, edit: Edit, named: list[str]) -> None:
     for word in named:
         assert word in str(refusal.value)
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (set_key("gemma3.final_logit_softcapping", 30.0), ["gemma3.final_logit_softcapping"]),
+        (drop_key("gemma3.attention.sliding_window"), ["gemma3.attention.sliding_window is missing"]),
+        (set_key("tokenizer.ggml.add_space_prefix", True), ["tokenizer.ggml.add_space_prefix is true"]),
+    ],
+)
+def test_gemma_3_refused_by_name(tmp_path: Path, edit: Edit, named: list[str]) -> None:
+    path = write_gemma3_gguf(tiny_gemma(tmp_path), tmp_path / "x.gguf", edit=edit)
+    with pytest.raises(GgufError) as refusal:
+        convert(path, tmp_path / "made")
+    for word in named:
+        assert word in str(refusal.value)
 
 
 def test_a_quantisation_that_is_not_known_leaves_nothing_behind(

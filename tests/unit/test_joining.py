@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from serve_app import joining, model_source
-from serve_app.prompts import TextTokenizer
+from serve_app.tokenizer import TextTokenizer
 from tests.local import save_tokenizer
 
 LLAMA3 = (
@@ -87,7 +87,7 @@ def test_nasty_joins_equal_the_joined_strings(request: pytest.FixtureRequest, ki
     for end in ENDS:
         long = (query * (600 // len(query) + 1)) + end
         items = list(STARTS)
-        assert joining.safe_cut(tokenizer.backend, long) > 0 or query.isspace()
+        assert joining.safe_cut(tokenizer.backend, long, joining.ids(tokenizer.backend, long)) > 0 or query.isspace()
         assert tokenizer.encode_joined(long, items) == tokenizer.encode([long + item for item in items])
 
 
@@ -101,7 +101,7 @@ def test_any_text_equals_the_joined_strings(demo: TextTokenizer, query: str, ite
 @pytest.mark.demo
 def test_a_long_query_is_cut_near_its_end(demo: TextTokenizer) -> None:
     query = "The quick brown fox jumps over the lazy dog. " * 200
-    assert len(query) - joining.safe_cut(demo.backend, query) < 2 * joining.MARGIN
+    assert len(query) - joining.safe_cut(demo.backend, query, joining.ids(demo.backend, query)) < 2 * joining.MARGIN
 
 
 def test_bos_stays_once_at_the_front(tmp_path: Path) -> None:

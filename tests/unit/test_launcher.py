@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import socket
@@ -16,8 +15,9 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 from typer.testing import CliRunner
 
-from serve_app import cli, launcher, model_source
+from serve_app import auth, cli, launcher, model_source
 from serve_app.launcher import LaunchError
+from serve_app.schemas import ScoreRequest, parse
 from serve_app.settings import Settings
 
 SERVE_MESSAGE = """The deployment failed to start 1 times in a row. Error:
@@ -111,16 +111,51 @@ def test_waiting_ends_with_the_reason_when_the_service_cannot_start(
         launcher.wait_until_ready("http://service", tmp_path, print)
 
 
-def test_the_example_asks_with_the_tokenizers_own_ids(monkeypatch: pytest.MonkeyPatch):
-    def post(_client: httpx.Client, path: str, **_: Any) -> httpx.Response:
-        assert path == "/tokenize"
-        return httpx.Response(200, json={"tokens": [[3, 7, 8], [3, 9]]}, request=httpx.Request("POST", path))
-
-    monkeypatch.setattr(httpx.Client, "post", post)
+def test_the_example_is_a_request():
     command = launcher.example("http://127.0.0.1:8000")
     assert command.startswith("curl http://127.0.0.1:8000/v1/score ")
-    body = json.loads(command.split("-d '")[1].rstrip().rstrip("'"))
-    assert body["label_token_ids"] == [7, 9]
+    body = command.split("-d '")[1].rstrip().rstrip("'")
+    assert parse(ScoreRequest, body.encode()).labels == [" positive", " negative"]
+
+
+def test_the_example_takes_the_key_from_the_shell_where_one_is_needed():
+    header = '-H "Authorization: Bearer $SCORE_SERVE_API_KEY"'
+    assert header in launcher.example("http://127.0.0.1:8000", needs_key=True)
+    assert header not in launcher.example("http://127.0.0.1:8000")
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [("127.0.0.1", True), ("127.3.2.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("::", False)],
+)
+def test_loopback(host: str, loopback: bool):
+    assert launcher.is_loopback(host) is loopback
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "warned"), [("0.0.0.0", "", True), ("0.0.0.0", "a-key", False), ("127.0.0.1", "", False)]
+)
+def test_a_service_open_to_the_network_without_a_key_is_warned_of(
+    host: str, key: str, warned: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    def stop(_: Path) -> None:
+        raise LaunchError("far enough")
+
+    monkeypatch.setenv(auth.VARIABLE, key)
+    monkeypatch.setattr(launcher, "check_port", lambda *_: None)
+    monkeypatch.setattr(launcher, "check_disk", stop)
+    monkeypatch.setattr(launcher, "interrupt_on_sigterm", lambda: None)
+    with pytest.raises(LaunchError, match="far enough"):
+        launcher.run(Settings(), host=host, port=8000)
+    assert ("there is no API key" in capfd.readouterr().err) is warned
+
+
+def test_unusable_api_keys_stop_the_start(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    result = run("--api-keys-file", str(tmp_path / "nothing"))
+    assert result.exit_code == 1
+    output = result.stderr + capfd.readouterr().err
+    assert "the file of API keys" in output
+    assert "Traceback" not in output
 
 
 def test_sigterm_interrupts_as_ctrl_c_does():
@@ -141,9 +176,17 @@ def test_options_become_settings(monkeypatch: pytest.MonkeyPatch):
     got: list[Any] = []
     monkeypatch.setattr(launcher, "run", lambda settings, **address: got.append((settings, address)))
     arguments = ["--model", "org/name", "--revision", "abc", "--served-name", "judge", "--dtype", "bfloat16"]
-    assert run(*arguments, "--engine", "fake", "--port", "9000", "--replicas", "2").exit_code == 0
+    assert (
+        run(*arguments, "--engine", "fake", "--port", "9000", "--replicas", "2", "--api-keys-file", "/a").exit_code == 0
+    )
     settings = Settings(
-        model="org/name", revision="abc", served_name="judge", dtype="bfloat16", engine="fake", scorer_replicas=2
+        model="org/name",
+        revision="abc",
+        served_name="judge",
+        dtype="bfloat16",
+        engine="fake",
+        scorer_replicas=2,
+        api_keys_file="/a",
     )
     assert got == [(settings, {"host": "127.0.0.1", "port": 9000})]
 

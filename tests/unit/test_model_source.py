@@ -17,7 +17,8 @@ import pytest
 from filelock import FileLock
 from huggingface_hub import constants, errors
 
-from model.config import from_hf, read_config
+from model.fields import read_config
+from model.registry import from_hf
 from serve_app import model_source
 from serve_app.model_source import ModelSourceError, resolve
 from tests.tiny import make_llama

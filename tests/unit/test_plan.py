@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from model import plan
 
-LADDER = plan.shapes(128, 256)
+LADDERS = (plan.shapes(128, 256), plan.large_shapes(128, 1024))
 
 token_lists = st.lists(st.integers(0, 2), min_size=1, max_size=200)
 
@@ -49,14 +49,14 @@ def test_every_read_is_in_exactly_one_row_over_its_own_prefix(
 
 
 @settings(deadline=None, max_examples=300)
-@given(st.lists(st.tuples(st.integers(1, 128), st.integers(1, 4)), min_size=1, max_size=150))
-def test_packed_rows_do_not_overlap_and_fit(sizes: list[tuple[int, int]]) -> None:
+@given(st.lists(st.tuples(st.integers(1, 128), st.integers(1, 4)), min_size=1, max_size=150), st.sampled_from(LADDERS))
+def test_packed_rows_do_not_overlap_and_fit(sizes: list[tuple[int, int]], ladder: tuple[plan.Shape, ...]) -> None:
     rows = [plan.Row(i, 0, length, min(length, reads)) for i, (length, reads) in enumerate(sizes)]
-    calls = plan.pack(rows, LADDER)
+    calls = plan.pack(rows, ladder)
     placed = [placement.row for call in calls for placement in call.placements]
     assert sorted(placed, key=lambda row: row.sequence) == rows
     for call in calls:
-        assert call.shape in LADDER
+        assert call.shape in ladder
         assert sum(placement.row.reads for placement in call.placements) <= call.shape.reads
         used = np.zeros((call.shape.bins, call.shape.width), int)
         for placement in call.placements:
@@ -126,7 +126,7 @@ def test_realistic_lengths_waste_at_most_a_tenth(seed: int) -> None:
 
 def test_a_row_wider_than_every_bin_is_refused() -> None:
     with pytest.raises(ValueError, match="129 tokens does not fit the widest bin of 128"):
-        plan.pack([plan.Row(0, 0, 129, 1)], LADDER)
+        plan.pack([plan.Row(0, 0, 129, 1)], LADDERS[0])
 
 
 def test_prefill_chunks_cover_the_prefix() -> None:

@@ -14,10 +14,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from serve_app.errors import InternalError, InvalidRequestError, TooLargeError
 from serve_app.fake_engine import FakeEngine
-from serve_app.prompts import TextTokenizer
 from serve_app.rerank import Reranker, RerankQuestion, RerankRequest, relevance
 from serve_app.settings import Limits, Settings
 from serve_app.templates import PLAIN, QWEN3_RERANKER, TEMPLATES, RerankTemplate, default_template
+from serve_app.tokenizer import TextTokenizer
 
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -140,14 +140,14 @@ class TestModelCard:
         assert question.batch.targets.tolist() == answers * len(DOCUMENTS)
         assert question.batch.read_positions.tolist() == [len(ids) - 1 for ids in wanted]
         assert not question.batch.vocab_logprobs
-        assert bool(question.cut) == (longest == 160)
+        assert any(prompt.dropped for prompt in question.prepared.prompts) == (longest == 160)
 
 
 class TestPrompts:
     def test_chunks_change_nothing(self, qwen: TextTokenizer, monkeypatch: pytest.MonkeyPatch):
         request = RerankRequest(query="q", documents=DOCUMENTS)
         whole = sequences(reranker(qwen).prepare(request, "r"))
-        monkeypatch.setattr("serve_app.rerank._CHUNK_CHARACTERS", 1)
+        monkeypatch.setattr("serve_app.tokenizer._CHUNK_CHARACTERS", 1)
         assert sequences(reranker(qwen).prepare(request, "r")) == whole
 
     def test_bos_once_at_the_front(self, bos_tokenizer: TextTokenizer):
@@ -185,9 +185,27 @@ class TestRelevance:
         ],
     )
     def test_is_the_share_of_yes(self, values: list[float], score: float):
-        assert relevance(values, 0) == pytest.approx(score)
+        assert relevance(values, 0, classes=False) == pytest.approx(score)
+
+    @pytest.mark.parametrize(
+        ("logits", "score"),
+        [
+            ([0.0], 0.5),
+            ([math.log(3)], 0.75),
+            ([-1e4], 0.0),
+            ([0.0, math.log(3)], 0.75),
+            ([1e4, -1e4], 0.0),
+        ],
+    )
+    def test_of_a_classifier(self, logits: list[float], score: float):
+        assert relevance(logits, 0, classes=True) == pytest.approx(score)
 
     @pytest.mark.parametrize("values", [[math.nan, 0.0], [0.0, math.nan], [-math.inf] * 2, [math.inf, 0.0]])
     def test_not_finite(self, values: list[float]):
         with pytest.raises(InternalError, match=r"documents\[3\]"):
-            relevance(values, 3)
+            relevance(values, 3, classes=False)
+
+    @pytest.mark.parametrize("logits", [[math.nan], [math.inf], [0.0, -math.inf]])
+    def test_a_classifier_that_is_not_finite(self, logits: list[float]):
+        with pytest.raises(InternalError, match=r"documents\[3\]"):
+            relevance(logits, 3, classes=True)

@@ -29,7 +29,9 @@ def test_integers_of_any_size_keep_their_value():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"items": ["a"]}, "label_token_ids is required"),
+        ({"label_token_ids": [1]}, "items is required"),
+        ({"items": ["a"], "labels": ["a", 1]}, "labels[1] must be a valid string, not 1"),
+        ({"items": ["a"], "labels": [["a"], "b"]}, 'labels[1] must be a valid list, not "b"'),
         ({"items": ["a", b"b"], "label_token_ids": [1]}, "items[1] must be a valid string"),
         ({"items": ["a", "\ud800"], "label_token_ids": [1]}, "items[1] must be text without lone surrogates"),
         ({"items": "\udfff", "label_token_ids": [1]}, "text without lone surrogates"),

@@ -15,20 +15,25 @@ from hypothesis import strategies as st
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
+from serve_app.completions import CompletionRequest
 from serve_app.contract import BatchResult, JobResult, ScoreJob
 from serve_app.errors import (
     DeadlineExceededError,
     InternalError,
+    InvalidRequestError,
     NotFoundError,
     OverloadedError,
     ScoringError,
 )
 from serve_app.fake_engine import FakeEngine
+from serve_app.generative import GenerativeScoringRequest
 from serve_app.ingress import ScorerReplicas
-from serve_app.prompts import TextTokenizer
-from serve_app.schemas import ScoreRequest
-from serve_app.service import INLINE_VALUES, LOWEST, ScoringService, label_scores
-from serve_app.settings import Settings
+from serve_app.rerank import RerankRequest
+from serve_app.rows import label_scores
+from serve_app.schemas import LOWEST, ScoreRequest
+from serve_app.service import INLINE_VALUES, ScoringService
+from serve_app.settings import Limits, Settings
+from serve_app.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
 
 ENGINE = FakeEngine(VOCAB_SIZE, CONTEXT)
@@ -140,6 +145,102 @@ class TestScore:
 
 
 MANY = ScoreRequest(query=[1] * 20, items=[[2 + i] * 10 for i in range(40)], label_token_ids=[7, 8])
+
+
+class Hanging:
+    """Never answers."""
+
+    def __init__(self, count: int = 1) -> None:
+        self.count = count
+        self.jobs: list[ScoreJob] = []
+
+    async def score(self, job: ScoreJob) -> JobResult:
+        self.jobs.append(job)
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def metrics(self) -> str:
+        return ""
+
+
+async def hangs(service: ScoringService, replicas: Hanging) -> asyncio.Task[Any]:
+    """A request that has reached the replicas."""
+    before = len(replicas.jobs)
+    task = asyncio.create_task(service.score(ASK, request_id="hangs"))
+    while len(replicas.jobs) == before:  # noqa: ASYNC110 - there is no event to wait for
+        await asyncio.sleep(0.001)
+    return task
+
+
+async def cancelled(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+class TestAdmission:
+    async def test_a_front_end_lets_in_its_share_of_what_the_running_replicas_may_have(self, tokenizer: TextTokenizer):
+        # ASK computes 6 tokens: the query's two once. Two front ends share what each replica may have.
+        settings = SETTINGS.model_copy(update={"limits": Limits(max_queued_tokens=10), "ingress_replicas": 2})
+        replicas = Hanging(count=2)
+        service = service_on(replicas, tokenizer, settings)
+        first = await hangs(service, replicas)
+        with pytest.raises(OverloadedError, match="6 tokens are being scored and this request adds 6; the limit is 10"):
+            await service.score(ASK, request_id="refused")
+        replicas.count = 3  # another has started
+        second = await hangs(service, replicas)
+        replicas.count = 2
+        await cancelled(first)
+        with pytest.raises(OverloadedError):
+            await service.score(ASK, request_id="refused")
+        await cancelled(second)
+        await cancelled(await hangs(service, replicas))
+        assert service.outcomes == {"overloaded": 2, "cancelled": 3}
+
+    async def test_a_full_front_end_tokenises_nothing(self, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch):
+        settings = SETTINGS.model_copy(update={"limits": Limits(max_queued_tokens=6)})
+        replicas = Hanging()
+        service = service_on(replicas, tokenizer, settings)
+        first = await hangs(service, replicas)
+        monkeypatch.setattr(service._prompts, "prepare", None)
+        with pytest.raises(OverloadedError):
+            await service.score(ASK, request_id="refused")
+        await cancelled(first)
+
+
+class TestOutcomes:
+    async def test_every_request_is_counted_once_by_how_it_ended(self, tokenizer: TextTokenizer):
+        service = service_on(DirectReplicas(ENGINE), tokenizer)
+        await service.score(ASK, request_id="r")
+        with pytest.raises(NotFoundError):
+            await service.score(ASK.model_copy(update={"model": "another"}), request_id="r")
+        assert service.outcomes == {"answered": 1, "invalid": 1}
+        replicas = Hanging()
+        service = service_on(replicas, tokenizer)
+        with pytest.raises(DeadlineExceededError, match=r"0\.05 s"):
+            await service.score(ASK, request_id="r", timeout_s=0.05)
+        assert replicas.jobs[0].deadline == pytest.approx(time.time(), abs=1)  # the replica drops it, too
+        await cancelled(await hangs(service, replicas))
+        service._replicas = None  # type: ignore[assignment]
+        with pytest.raises(AttributeError):
+            await service.score(ASK, request_id="r")
+        assert service.outcomes == {"expired": 1, "cancelled": 1, "failed": 1}
+
+    async def test_the_other_routes_count_too(self, tokenizer: TextTokenizer):
+        service = service_on(DirectReplicas(ENGINE), tokenizer)
+        await service.rerank(RerankRequest(query="the", documents=["fox"]), request_id="r")
+        await service.complete(CompletionRequest(prompt="the", max_tokens=1), request_id="r")
+        asked = GenerativeScoringRequest(query="the", items=["fox"], label_token_ids=[1])
+        await service.generative_scoring(asked, request_id="r")
+        assert service.outcomes == {"answered": 3}
+        with pytest.raises(InvalidRequestError):
+            await service.generative_scoring(asked.model_copy(update={"items": []}), request_id="r")
+        assert service.outcomes == {"answered": 3, "invalid": 1}
+        replicas = Hanging()
+        service = service_on(replicas, tokenizer)
+        with pytest.raises(DeadlineExceededError, match=r"0\.05 s"):
+            await service.rerank(RerankRequest(query="the", documents=["fox"]), request_id="r", timeout_s=0.05)
+        assert service.outcomes == {"expired": 1}
 
 
 class TestFanOut:
@@ -254,10 +355,10 @@ LOST = (ActorDiedError(), ActorUnavailableError("gone", None), RequestCancelledE
 class TestScorerReplicas:
     @pytest.mark.parametrize("lost", LOST, ids=lambda error: type(error).__name__)
     async def test_a_lost_replica_is_tried_again_once(self, lost: Exception):
-        assert await ScorerReplicas(Scorer(lost, "answer"), 1).score(JOB) == "answer"
+        assert await ScorerReplicas(Scorer(lost, "answer")).score(JOB) == "answer"
         scorer = Scorer(lost, lost, "answer")
         with pytest.raises(OverloadedError, match="no healthy replica") as caught:
-            await ScorerReplicas(scorer, 1).score(JOB)
+            await ScorerReplicas(scorer).score(JOB)
         assert caught.value.retry_after_s == 1
         assert scorer.answers == ["answer"]
 
@@ -265,25 +366,25 @@ class TestScorerReplicas:
     async def test_back_pressure_is_overload(self, given: float | None, said: int):
         scorer = Scorer(BackPressureError(num_queued_requests=9, max_queued_requests=9, retry_after_s=given))
         with pytest.raises(OverloadedError) as caught:
-            await ScorerReplicas(scorer, 1).score(JOB)
+            await ScorerReplicas(scorer).score(JOB)
         assert caught.value.retry_after_s == said
 
     async def test_the_services_own_errors_come_through_as_they_were(self):
         sent = OverloadedError("full", param="items", index=3, retry_after_s=9)
         with pytest.raises(ScoringError) as caught:
-            await ScorerReplicas(Scorer(task_error(sent)), 1).score(JOB)
+            await ScorerReplicas(Scorer(task_error(sent))).score(JOB)
         assert type(caught.value) is OverloadedError
         assert vars(caught.value) == vars(sent)
         assert caught.value.body() == sent.body()
 
     async def test_a_fault_in_the_scorer_tells_nothing(self):
         with pytest.raises(InternalError) as caught:
-            await ScorerReplicas(Scorer(task_error(ValueError("/secret"))), 1).score(JOB)
+            await ScorerReplicas(Scorer(task_error(ValueError("/secret")))).score(JOB)
         assert "secret" not in str(caught.value)
 
     async def test_cancelling_reaches_the_replica(self):
         scorer = Scorer(None)
-        task = asyncio.create_task(ScorerReplicas(scorer, 1).score(JOB))
+        task = asyncio.create_task(ScorerReplicas(scorer).score(JOB))
         await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):

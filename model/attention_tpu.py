@@ -1,0 +1,263 @@
+"""The attention of ``model.attention`` as one Pallas kernel for TPU: no score matrix in memory, no copy of the prefix.
+
+A grid step holds a tile of queries of the heads that share one key/value head. The softmax is folded first over the
+tile's own rows, then over the prefix, whose pages are fetched straight from the pool through the page table. The number
+of steps over the prefix is part of the call, not of the program: one program serves every prefix length and computes
+no more than it holds, and with a sliding window no more than the window lets see.
+
+Source: the folding is FlashAttention's (arXiv 2205.14135); ``tests/parity`` compares with ``reference``.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int, Shaped
+
+from model.logprobs import softcapped
+
+LANES = 128
+"""Width of a vector register. Heads of another width are widened by zeros to a multiple of it, also in the pool."""
+TILE_TOKENS = 1024
+"""Queries of one step: the prefix is read once for each tile. Wider bins must be a multiple of it."""
+STEP_PAGES = 4
+"""Pages of the prefix that one step folds in: enough work to hide the next step's copies."""
+MASKED = -1e30
+"""A score that weighs nothing; finite, so that the difference of two is a number."""
+
+
+def stored_width(head_width: int) -> int:
+    """Width of a head in the pool: the next multiple of ``LANES``."""
+    return -(-head_width // LANES) * LANES
+
+
+class Tiling(NamedTuple):
+    """How a call is cut.
+
+    Attributes:
+        span: tokens that look at each other: a bin, or a tile of a wider one.
+        tile: queries of a step.
+        tiles: of them; the last may be filled in part.
+        own_steps: tiles in a bin.
+    """
+
+    span: int
+    tile: int
+    tiles: int
+    own_steps: int
+
+
+def _tiling(tokens: int, bin_width: int) -> Tiling:
+    if bin_width > TILE_TOKENS and bin_width % TILE_TOKENS:
+        raise ValueError(f"a bin of {bin_width} positions is neither within {TILE_TOKENS} nor a multiple of it")
+    span = min(bin_width, TILE_TOKENS)
+    tile = span * min(TILE_TOKENS // span, -(-tokens // span))
+    return Tiling(span, tile, -(-tokens // tile), bin_width // span)
+
+
+def work(
+    tokens: int, bin_width: int, heads: int, pool: jax.ShapeDtypeStruct, prefix_length: int, window: int | None
+) -> tuple[float, float]:
+    """FLOPs of the kernel's matrix products, masked ones too, and the bytes that its copies move, in one layer."""
+    *_, kv_heads, page, width = pool.shape
+    span, tile, tiles, own_steps = _tiling(tokens, bin_width)
+    fetched = sum(number % own_steps + 1 for number in range(tiles))
+    step = STEP_PAGES * page
+    skipped = 0 if window is None else max(prefix_length + 1 - window, 0) // step
+    prefix = (-(-prefix_length // step) - skipped) * step
+    scores = fetched * tile * span + tiles * tile * prefix
+    queries = 2 * tokens * heads * width
+    keys = 2 * kv_heads * width * (fetched * tile + tiles * max(prefix, step))
+    positions = 0 if window is None else 4 * tokens * kv_heads * LANES
+    return 4.0 * heads * width * scores, float((queries + keys) * pool.dtype.itemsize + positions)
+
+
+def fused(
+    q: Float[Array, "M N H"],
+    k: Float[Array, "M K H"],
+    v: Float[Array, "M K H"],
+    segments: Int[Array, "B T"],
+    positions: Int[Array, " M"],
+    pool: Shaped[Array, "pages L 2 K page stored"],
+    page_table: Int[Array, " slots"],
+    prefix_length: Int[Array, ""],
+    layer: int | Int[Array, ""],
+    window: Int[Array, ""] | None,
+    softcap: float | None,
+    *,
+    interpret: bool,
+) -> Float[Array, "M N H"]:
+    """Softmax attention of every token, in q's dtype.
+
+    Args are those of ``attention.attend``, the fields of its ``Context`` and of its ``Rule``, and:
+        interpret: run step by step on any platform, for tests.
+
+    Raises:
+        ValueError: at trace time, a bin wider than a tile and not a multiple of it.
+    """
+    tokens, heads, head_width = q.shape
+    kv_heads, page, width = k.shape[1], *pool.shape[4:]
+    groups = heads // kv_heads
+    span, tile, tiles, own_steps = _tiling(tokens, segments.shape[1])
+    step = STEP_PAGES * page
+
+    def flat(x: Float[Array, "M heads H"]) -> Float[Array, "M features"]:
+        return jnp.pad(x, ((0, 0), (0, 0), (0, width - head_width))).reshape(tokens, -1)
+
+    rows = jnp.pad(segments.reshape(-1), (0, tiles * tile - tokens), constant_values=-1)
+    rows = rows.reshape(tiles, tile // span, span)
+    # No query is before the prefix's end, and none sees further back than its window.
+    skipped = 0 if window is None else lax.div(jnp.maximum(prefix_length + 1 - window, 0), step)
+    numbers = (prefix_length, layer, skipped, 0 if window is None else window)
+    scalars = jnp.stack([jnp.asarray(number, jnp.int32) for number in numbers])
+
+    def own_tile(i: Any, s: Any) -> Any:
+        """The key tile of a step: from the beginning of the bin up to the queries' own tile."""
+        return jnp.minimum(lax.div(i, own_steps) * own_steps + s, i)
+
+    def page_at(r: int, h: Any, i: Any, s: Any, table: Any, scalars: Any) -> Any:
+        del i
+        slot = (jnp.maximum(s - own_steps, 0) + scalars[2]) * STEP_PAGES + r
+        return table[jnp.minimum(slot, table.shape[0] - 1)], scalars[1], 0, h, 0, 0
+
+    queries = pl.BlockSpec((tile, groups * width), lambda h, i, *_: (i, h))
+    own = pl.BlockSpec((tile, width), lambda h, i, s, *_: (own_tile(i, s), h))
+    pages = [pl.BlockSpec((None, None, 2, None, page, width), partial(page_at, number)) for number in range(STEP_PAGES)]
+    places, place_specs = [], []
+    if window is not None:
+        places = [jnp.broadcast_to(positions[:, None], (tokens, LANES))]
+        place_specs = [pl.BlockSpec((tile, LANES), lambda _head, i, *_: (i, 0))]
+    result = pl.pallas_call(
+        partial(_kernel, own_steps, span, groups, window is not None, softcap),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(kv_heads, tiles, own_steps + pl.cdiv(scalars[0], step) - scalars[2]),
+            in_specs=[
+                queries,
+                own,
+                own,
+                pl.BlockSpec((None, tile // span, span), lambda _head, i, *_: (i, 0, 0)),
+                pl.BlockSpec((None, tile // span, span), lambda _head, i, s, *_: (own_tile(i, s), 0, 0)),
+                *pages,
+                *place_specs,
+            ],
+            out_specs=queries,
+            scratch_shapes=[
+                pltpu.VMEM((groups, tile, LANES), jnp.float32),
+                pltpu.VMEM((groups, tile, LANES), jnp.float32),
+                pltpu.VMEM((groups, tile, width), jnp.float32),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct((tokens, heads * width), q.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=64 * 2**20
+        ),
+        interpret=interpret,
+        name="fused_attention",
+    )(page_table, scalars, flat(q), flat(k), flat(v), rows, rows, *[pool] * STEP_PAGES, *places)
+    return result.reshape(tokens, heads, width)[:, :, :head_width]
+
+
+def _kernel(
+    own_steps: int,
+    span: int,
+    groups: int,
+    windowed: bool,
+    softcap: float | None,
+    _table_ref: Any,
+    scalars_ref: Any,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    row_ref: Any,
+    key_row_ref: Any,
+    *refs: Any,
+) -> None:
+    """One tile of queries, one step of keys."""
+    page_refs, place_refs = refs[:STEP_PAGES], refs[STEP_PAGES:-4]
+    out_ref, maximum_ref, total_ref, values_ref = refs[-4:]
+    tile_number, step = pl.program_id(1), pl.program_id(2)
+    tile, (_, page, width) = q_ref.shape[0], page_refs[0].shape
+    prefix_length, window = scalars_ref[0], scalars_ref[3]
+
+    @pl.when(step == 0)
+    def _start() -> None:
+        maximum_ref[...] = jnp.full(maximum_ref.shape, MASKED, jnp.float32)
+        total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
+        values_ref[...] = jnp.zeros(values_ref.shape, jnp.float32)
+
+    def fold(start: Any, size: int, keys: Any, values: Any, mask: Any) -> None:
+        """Add keys and values, visible where ``mask`` (None: everywhere), to ``size`` queries from ``start`` on."""
+        place = pl.ds(start, size)
+        for group in range(groups):
+            query = q_ref[place, group * width : (group + 1) * width]
+            scores = lax.dot_general(query, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+            scores = softcapped(scores, softcap)
+            if mask is not None:
+                scores = jnp.where(mask, scores, MASKED)
+            before = maximum_ref[group, place, :1]
+            maximum = jnp.maximum(before, scores.max(axis=1, keepdims=True))
+            weights = jnp.exp(scores - maximum)
+            scale = jnp.exp(before - maximum)
+            total = total_ref[group, place, :1] * scale + weights.sum(axis=1, keepdims=True)
+            summed = lax.dot_general(
+                weights.astype(values.dtype), values, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+            )
+            maximum_ref[group, place, :] = jnp.broadcast_to(maximum, (size, LANES))
+            total_ref[group, place, :] = jnp.broadcast_to(total, (size, LANES))
+            values_ref[group, place, :] = values_ref[group, place, :] * scale + summed
+
+    first = lax.div(tile_number, own_steps) * own_steps  # the bin's first tile
+
+    @pl.when((step < own_steps) & (first + step <= tile_number))
+    def _own() -> None:
+        key_tile = first + step
+
+        def one(number: Any, _: Any) -> None:
+            start = pl.multiple_of(number * span, 16) if own_steps == 1 else 0
+            place = pl.ds(start, span)
+            query_rows = jnp.broadcast_to(row_ref[pl.ds(number, 1), :], (LANES, span)).T[:, :1]
+            query_places = lax.broadcasted_iota(jnp.int32, (span, span), 0) + (tile_number - key_tile) * tile
+            back = query_places - lax.broadcasted_iota(jnp.int32, (span, span), 1)
+            mask = (query_rows == key_row_ref[pl.ds(number, 1), :]) & (back >= 0)
+            if windowed:
+                mask &= back < window
+            fold(start, span, k_ref[place, :], v_ref[place, :], mask)
+
+        lax.fori_loop(0, tile // span, one, None)
+
+    size = STEP_PAGES * page
+    begin = (step - own_steps + scalars_ref[2]) * size
+
+    def prefix(masked: bool) -> None:
+        keys, values = (jnp.concatenate([_as(ref[part], q_ref.dtype) for ref in page_refs], axis=0) for part in (0, 1))
+        mask = None
+        if masked or windowed:
+            places = begin + lax.broadcasted_iota(jnp.int32, (tile if windowed else 1, size), 1)
+            mask = places < prefix_length
+            if windowed:
+                mask &= places > place_refs[0][:, :1] - window
+        if masked:
+            # What lies past the prefix may be another's, and 0 * NaN is NaN.
+            rest = begin + lax.broadcasted_iota(jnp.int32, (size, 1), 0) < prefix_length
+            values = jnp.where(rest, values, jnp.zeros_like(values))
+        fold(0, tile, keys, values, mask)
+
+    whole = begin + size <= prefix_length
+    pl.when((step >= own_steps) & whole)(partial(prefix, False))
+    pl.when((step >= own_steps) & ~whole)(partial(prefix, True))
+
+    @pl.when(step == pl.num_programs(2) - 1)
+    def _finish() -> None:
+        for group in range(groups):
+            values = values_ref[group] / total_ref[group, :, :1]
+            out_ref[:, group * width : (group + 1) * width] = values.astype(out_ref.dtype)
+
+
+def _as(x: Array, dtype: Any) -> Array:
+    """A page's values; bfloat16 is stored as its bits, see ``attention.to_pool``."""
+    return pltpu.bitcast(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x.astype(dtype)

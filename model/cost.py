@@ -1,0 +1,212 @@
+"""What a compiled TPU program computes and moves to and from HBM, for estimates without a TPU.
+
+XLA's ``cost_analysis`` counts the body of a loop once, leaves out the work of Pallas kernels, and counts on-chip memory
+like HBM. So FLOPs are XLA's, plus the other trips of each loop from the traced program, plus the kernels' own; bytes
+are read off the compiled program, where the layout of each array names its memory.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+KERNEL = "fused_attention"
+"""Name of the Pallas kernel, ``model.attention_tpu``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one launch: floating-point operations, and bytes read from and written to HBM."""
+
+    flops: float = 0
+    bytes: float = 0
+    collective_bytes: float = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.flops + other.flops, self.bytes + other.bytes, self.collective_bytes + other.collective_bytes)
+
+    def __mul__(self, count: float) -> "Cost":
+        return Cost(self.flops * count, self.bytes * count, self.collective_bytes * count)
+
+
+def program_cost(traced: Any, compiled: Any, *, trips: int) -> tuple[Cost, int]:
+    """Cost of a program without its Pallas kernels, and how many times it runs one.
+
+    Args:
+        traced: ``jax.jit(...).trace(...)``.
+        compiled: the same, compiled for one or more TPU chips; the cost is one chip's.
+        trips: of each of its loops.
+    """
+    counted = float(compiled.cost_analysis()["flops"])
+    once, whole = dot_flops(traced.jaxpr, trips=False), dot_flops(traced.jaxpr)
+    moved, collective, kernels = hbm_bytes(compiled.as_text(), trips=trips)
+    return Cost(counted * whole / once if once else counted, moved, collective), kernels
+
+
+def dot_flops(jaxpr: ClosedJaxpr | Jaxpr, *, trips: bool = True) -> float:
+    """FLOPs of all matrix products of a traced program, those of a Pallas kernel left out.
+
+    Args:
+        trips: count a loop's body as often as it runs, not once.
+    """
+    total = 0.0
+    inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    for equation in inner.eqns:
+        name = equation.primitive.name
+        if name == "pallas_call":
+            continue
+        if name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left: Any = equation.invars[0].aval
+            out: Any = equation.outvars[0].aval
+            total += 2.0 * math.prod(out.shape) * math.prod(left.shape[axis] for axis in contracted)
+        times = equation.params["length"] if name == "scan" and trips else 1
+        for value in equation.params.values():
+            if isinstance(value, ClosedJaxpr | Jaxpr):
+                total += times * dot_flops(value, trips=trips)
+    return total
+
+
+_OP = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*)(:[^}]*)?\})?")
+_WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "partition-id", "iota")
+
+
+@dataclass(frozen=True, slots=True)
+class _Array:
+    """One array of an operation's result: its size with the layout's padding, and whether it lies in HBM."""
+
+    bytes: int
+    in_hbm: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Op:
+    name: str
+    kind: str
+    results: tuple[_Array, ...]
+    operands: tuple[str, ...]
+    text: str
+    root: bool
+
+    @property
+    def calls(self) -> str | None:
+        found = re.search(r"(?:calls|body)=%?([\w.\-]+)", self.text)
+        return found and found[1]
+
+
+def hbm_bytes(hlo: str, *, trips: int) -> tuple[float, float, int]:
+    """(bytes read from and written to HBM, bytes that collectives take in, runs of the Pallas kernel) of one launch.
+
+    Args:
+        hlo: text of a compiled program.
+        trips: of each loop.
+    """
+    computations = dict(_computations(hlo))
+    entry = re.search(r"^ENTRY %?([\w.\-]+)", hlo, re.MULTILINE)
+    assert entry, "the text of a compiled program has an entry"
+    moved = collective = 0.0
+    kernels = 0
+    pending = [(entry[1], 1)]
+    while pending:
+        name, times = pending.pop()
+        ops = {op.name: op for op in computations[name]}
+        for op in ops.values():
+            if op.kind == "while":
+                assert op.calls
+                pending.append((op.calls, times * trips))
+            elif op.kind == "custom-call" and KERNEL in op.name:
+                kernels += times
+            elif op.kind.removesuffix("-start") in _COLLECTIVES:
+                collective += times * sum(ops[operand].results[0].bytes for operand in op.operands if operand in ops)
+            if op.kind not in _FREE and not op.kind.endswith("-done") and KERNEL not in op.name:
+                moved += times * _op_bytes(op, ops, computations)
+    return moved, collective, kernels
+
+
+def _op_bytes(op: _Op, ops: dict[str, _Op], computations: dict[str, list[_Op]]) -> float:
+    """What one operation moves to and from HBM."""
+    operands = [ops[name].results[0] if name in ops else _Array(0, False) for name in op.operands]
+    results = list(op.results)
+    if op.kind == "copy-start" or op.kind.endswith("slice-start"):
+        made = results[0] if op.kind == "copy-start" else results[1]
+        return sum(made.bytes for side in (made, operands[0]) if side.in_hbm)
+    if op.kind in ("dynamic-slice", "slice", "gather"):
+        return sum(results[0].bytes for side in (results[0], operands[0]) if side.in_hbm)
+    if op.kind == "dynamic-update-slice":
+        return sum(operands[1].bytes for side in (results[0], operands[1]) if side.in_hbm)
+    read = [operand.bytes if operand.in_hbm else 0 for operand in operands]
+    written = [result.bytes if result.in_hbm else 0 for result in results]
+    if op.kind == "fusion" and op.calls:
+        fused = computations[op.calls]
+        read = [_read(number, fused, computations) if size else 0 for number, size in enumerate(read)]
+        for number, size in _written_in_place(fused):
+            written[number] = min(written[number], size)
+    return sum(read) + sum(written)
+
+
+def _source(name: str, ops: dict[str, _Op]) -> _Op:
+    """The operation behind bitcasts."""
+    op = ops[name]
+    return _source(op.operands[0], ops) if op.kind == "bitcast" else op
+
+
+def _written_in_place(fused: list[_Op]) -> Iterator[tuple[int, int]]:
+    """(number of a fusion's result, bytes of the part) for each that the fusion only updates a part of."""
+    ops = {op.name: op for op in fused}
+    (root,) = (op for op in fused if op.root)
+    for number, name in enumerate(root.operands if root.kind == "tuple" else [root.name]):
+        output = _source(name, ops)
+        if output.kind == "dynamic-update-slice":
+            yield number, ops[output.operands[1]].results[0].bytes
+
+
+def _read(number: int, fused: list[_Op], computations: dict[str, list[_Op]]) -> int:
+    """Bytes that a fusion reads of its operand with this number: all, or the parts that it cuts from it."""
+    ops = {op.name: op for op in fused}
+    (parameter,) = (op for op in fused if op.kind == "parameter" and op.text.startswith(f"{number})"))
+    whole, total = parameter.results[0].bytes, 0
+    for user in fused:
+        if user.kind == "bitcast":
+            continue
+        for place, name in enumerate(user.operands):
+            if _source(name, ops) is not parameter:
+                continue
+            if user.kind in ("dynamic-slice", "slice", "gather"):
+                total += user.results[0].bytes
+            elif user.kind == "fusion" and user.calls:
+                total += _read(place, computations[user.calls], computations)
+            elif user.kind != "dynamic-update-slice" or place > 0:
+                return whole
+    return min(whole, total)
+
+
+def _computations(hlo: str) -> Iterator[tuple[str, list[_Op]]]:
+    name, ops = "", list[_Op]()
+    for line in hlo.splitlines():
+        if line.endswith("{") and not line.startswith((" ", "HloModule")):
+            name, ops = line.removeprefix("ENTRY ").lstrip("%").split(" ", 1)[0], []
+        elif line.startswith("}"):
+            yield name, ops
+        elif found := _OP.match(line):
+            root, op, shapes, kind, rest = found.groups()
+            arguments = re.sub(r"/\*.*?\*/", "", rest.split("), ", 1)[0])
+            operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
+            ops.append(_Op(op, kind, tuple(_arrays(shapes)), operands, rest, bool(root)))
+
+
+def _arrays(shapes: str) -> Iterator[_Array]:
+    for dtype, dims, order, layout in _SHAPE.findall(shapes):
+        sizes = [int(size) for size in dims.split(",") if size]
+        minor = [int(axis) for axis in order.split(",") if axis]
+        tile = re.search(r"T\((\d+)(?:,(\d+))?\)", layout)
+        if tile and minor:
+            edges = [int(edge) for edge in tile.groups() if edge][::-1]  # minor first
+            for axis, edge in zip(minor, edges, strict=False):
+                sizes[axis] = -(-sizes[axis] // edge) * edge
+        yield _Array(math.prod(sizes) * _WIDTHS.get(dtype, 4), "S(" not in layout)

@@ -1,0 +1,234 @@
+"""What the architectures share: attention's projections, the frame of a layer, both ends, and tables of weights.
+
+A family's own file says how its layer puts these together, and which tensor of a checkpoint is which.
+"""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from model.attention import Context, Layer, Rule, attend
+from model.checkpoint import Entry, Target
+from model.config import ModelConfig
+from model.layers import Angles, GatedMLP, Linear, RMSNorm, rope_angles, rotate
+
+KeysValues = Float[Array, "2 M K H"]
+AllAngles = tuple[Float[Array, "*ropes M half"], Float[Array, "*ropes M half"]]
+"""As ``Angles``; where layers differ in their rope, of the common and of the local one."""
+
+EVERYTHING = 2**30
+"""The window of a layer that sees the whole context."""
+
+
+def windows(config: ModelConfig) -> tuple[int, ...] | None:
+    """Of each layer, in tokens; None: no layer has one."""
+    return tuple(config.window if slides else EVERYTHING for slides in config.sliding) if config.window else None
+
+
+def norm(config: ModelConfig, width: int, dtype: jnp.dtype) -> RMSNorm:
+    return RMSNorm(width, eps=config.norm_eps, dtype=dtype, offset=config.norm_offset)
+
+
+def gated_mlp(config: ModelConfig, dtype: jnp.dtype) -> GatedMLP:
+    return GatedMLP(config.width, config.ff_width, bias=config.mlp_bias, dtype=dtype, activation=config.activation)
+
+
+def qk_norm_widths(config: ModelConfig) -> dict[str, int]:
+    """Channels of the norms of queries and keys; empty where there are none."""
+    if config.qk_norm is None:
+        return {}
+    q, k = (1, 1) if config.qk_norm == "head" else (config.heads, config.kv_heads)
+    return {"q": q * config.head_width, "k": k * config.head_width}
+
+
+class Attention(nnx.Module):
+    """Projections of one attention layer; the attending itself is ``model.attention``."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
+        self.config = config
+        self.scale = config.attention_scale or config.head_width**-0.5
+        heads, kv_heads = config.heads * config.head_width, config.kv_heads * config.head_width
+        self.q = Linear(config.width, heads, bias=config.attention_bias, dtype=dtype)
+        self.k = Linear(config.width, kv_heads, bias=config.attention_bias, dtype=dtype)
+        self.v = Linear(config.width, kv_heads, bias=config.attention_bias, dtype=dtype)
+        self.o = Linear(heads, config.width, bias=config.output_bias, dtype=dtype)
+        widths = qk_norm_widths(config)
+        self.q_norm = norm(config, widths["q"], dtype) if widths else None
+        self.k_norm = norm(config, widths["k"], dtype) if widths else None
+
+    def queries(self, x: Float[Array, "M D"], angles: Angles) -> Float[Array, "M N H"]:
+        """Rotated and scaled, in the weights' dtype."""
+        q = _normed(self.q(x), self.q_norm).reshape(-1, self.config.heads, self.config.head_width)
+        q = rotate(q * self.scale, angles)  # scaled first: XLA then keeps no float32 copy on TPU
+        return q.astype(self.q.kernel.dtype)
+
+    def keys_values(
+        self, x: Float[Array, "M D"], angles: Angles
+    ) -> tuple[Float[Array, "M K H"], Float[Array, "M K H"]]:
+        """Keys, rotated, and values, in the weights' dtype."""
+        k = _normed(self.k(x), self.k_norm).reshape(-1, self.config.kv_heads, self.config.head_width)
+        v = self.v(x).reshape(-1, self.config.kv_heads, self.config.head_width)
+        return rotate(k, angles).astype(self.k.kernel.dtype), v.astype(self.v.kernel.dtype)
+
+    def output(self, attended: Float[Array, "M N H"]) -> Float[Array, "M D"]:
+        return self.o(attended.reshape(attended.shape[0], -1))
+
+
+def _normed(x: Float[Array, "M heads_times_H"], norm: RMSNorm | None) -> Float[Array, "M heads_times_H"]:
+    """The norm over as many channels as it has scales: a head's, or all."""
+    return x if norm is None else norm(x.reshape(-1, norm.scale.size)).reshape(x.shape)
+
+
+class Block(nnx.Module):
+    """The frame of one decoder layer. A family's layer says what comes before and after attention.
+
+    What differs between layers beside their weights is looked up by the layer's number, so that one program serves all.
+
+    Args:
+        implementation: of attention, see ``model.attention``.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, implementation: str) -> None:
+        self.config = config
+        self.implementation = implementation
+        self.attention = Attention(config, dtype)
+
+    def enter(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
+        """What attention's projections see."""
+        raise NotImplementedError
+
+    def leave(self, x: Float[Array, "Q D"], attended: Float[Array, "Q D"]) -> Float[Array, "Q D"]:
+        """The layer's output, from its input and attention's output."""
+        raise NotImplementedError
+
+    def __call__(
+        self, x: Float[Array, "M D"], angles: AllAngles, context: Context, layer: Layer
+    ) -> tuple[Float[Array, "M D"], KeysValues]:
+        """The layer's output, and its keys and values."""
+        own, entered = self._own_angles(angles, layer), self.enter(x)
+        k, v = self.attention.keys_values(entered, own)
+        q = self.attention.queries(entered, own)
+        attended = attend(q, k, v, context, layer, self._rule(layer), implementation=self.implementation)
+        return self.leave(x, self.attention.output(attended)), jnp.stack([k, v])
+
+    def keys_values(self, x: Float[Array, "M D"], angles: AllAngles, layer: Layer) -> KeysValues:
+        """Of a last layer whose output nobody reads."""
+        return jnp.stack(self.attention.keys_values(self.enter(x), self._own_angles(angles, layer)))
+
+    def read(
+        self, x: Float[Array, "M D"], angles: AllAngles, context: Context, layer: Layer, reads: Int[Array, " R"]
+    ) -> Float[Array, "R D"]:
+        """The output at the tokens at flat indices ``reads`` alone: past keys and values nothing else is computed."""
+        own, entered = self._own_angles(angles, layer), self.enter(x)
+        k, v = self.attention.keys_values(entered, own)
+        q = self.attention.queries(entered[reads], (own[0][reads], own[1][reads]))
+        attended = attend(q, k, v, context, layer, self._rule(layer), implementation=self.implementation, reads=reads)
+        return self.leave(x[reads], self.attention.output(attended))
+
+    def _rule(self, layer: Layer) -> Rule:
+        softcap, widths = self.config.attention_softcap, windows(self.config)
+        return Rule(None if widths is None else jnp.array(widths, jnp.int32)[layer], softcap)
+
+    def _own_angles(self, angles: AllAngles, layer: Layer) -> Angles:
+        """Of the layer's own rope."""
+        if self.config.local_rope is None:
+            return angles
+        rope = jnp.array(self.config.sliding, jnp.int32)[layer]
+        return angles[0][rope], angles[1][rope]
+
+
+class Ends(nnx.Module):
+    """What lies before the first layer and behind the last."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype) -> None:
+        self.config = config
+        self.embedding = nnx.Param(jnp.zeros((config.vocab_size, config.width), dtype))
+        self.norm = norm(config, config.width, dtype)
+        rows = config.classes or config.vocab_size
+        self.head = None if config.tied_head else nnx.Param(jnp.zeros((rows, config.width), dtype))
+
+    def embed(self, tokens: Int[Array, " M"], positions: Int[Array, " M"]) -> tuple[Float[Array, "M D"], AllAngles]:
+        """The first layer's input, float32, and the rope angles of all layers.
+
+        Args:
+            tokens: ids; those of a prompt beyond a ``longrope``'s original context are V higher.
+        """
+        config, long = self.config, None
+        if config.rope.kind == "longrope":
+            long = tokens >= config.vocab_size
+            tokens = jnp.where(long, tokens - config.vocab_size, tokens)
+        width = config.rotary_width or config.head_width
+        angles = rope_angles(config.rope, width, positions, long)
+        if config.local_rope is not None:
+            local = rope_angles(config.local_rope, width, positions)
+            angles = (jnp.stack([angles[0], local[0]]), jnp.stack([angles[1], local[1]]))
+        x = self.embedding[...][tokens].astype(jnp.float32)
+        return x if config.embedding_scale == 1.0 else x * config.embedding_scale, angles
+
+    def head_weights(self) -> Float[Array, "V D"]:
+        """The output head's rows: tokens, or classes."""
+        return self.embedding[...] if self.head is None else self.head[...]
+
+
+Linears = dict[str, tuple[str, int, int, bool]]
+"""Name in a layer of the checkpoint -> path in a block, features out, features in, whether it has a bias."""
+
+
+def attention_linears(config: ModelConfig) -> Linears:
+    width, heads, kv_heads = config.width, config.heads * config.head_width, config.kv_heads * config.head_width
+    return {
+        "self_attn.q_proj": ("attention.q", heads, width, config.attention_bias),
+        "self_attn.k_proj": ("attention.k", kv_heads, width, config.attention_bias),
+        "self_attn.v_proj": ("attention.v", kv_heads, width, config.attention_bias),
+        "self_attn.o_proj": ("attention.o", width, heads, config.output_bias),
+    }
+
+
+def mlp_linears(config: ModelConfig) -> Linears:
+    return {
+        "mlp.gate_proj": ("mlp.gate", config.ff_width, config.width, config.mlp_bias),
+        "mlp.up_proj": ("mlp.up", config.ff_width, config.width, config.mlp_bias),
+        "mlp.down_proj": ("mlp.down", config.width, config.ff_width, config.mlp_bias),
+    }
+
+
+def kernel(layer: int, path: str, out: int, into: int) -> Target:
+    """Of a linear in a layer's block, stored [out, in] in the checkpoint."""
+    return Target(("blocks", layer, *path.split("."), "kernel"), (out, into), "transpose")
+
+
+def table(config: ModelConfig, linears: Linears, norms: Mapping[str, str]) -> dict[str, Entry]:
+    """Each tensor of a Hugging Face checkpoint -> where it goes here.
+
+    Args:
+        norms: of width D: name in a layer of the checkpoint -> path in a block; but those of queries and keys.
+    """
+    width, vocab = config.width, config.vocab_size
+    targets: dict[str, Entry] = {
+        "model.embed_tokens.weight": Target(("embedding",), (vocab, width), "same"),
+        "model.norm.weight": Target(("norm", "scale"), (width,), "same"),
+    }
+    if config.classes:
+        targets["score.weight"] = Target(("head",), (config.classes, width), "same")
+    elif not config.tied_head:
+        targets["lm_head.weight"] = Target(("head",), (vocab, width), "same")
+    for layer in range(config.layers):
+        source, block = f"model.layers.{layer}", ("blocks", layer)
+        for name, (path, out, into, bias) in linears.items():
+            targets[f"{source}.{name}.weight"] = kernel(layer, path, out, into)
+            if bias:
+                targets[f"{source}.{name}.bias"] = Target((*block, *path.split("."), "bias"), (out,), "same")
+        for name, path in norms.items():
+            targets[f"{source}.{name}.weight"] = Target((*block, path, "scale"), (width,), "same")
+        for name, size in qk_norm_widths(config).items():
+            here = (*block, "attention", f"{name}_norm", "scale")
+            targets[f"{source}.self_attn.{name}_norm.weight"] = Target(here, (size,), "same")
+    return targets
+
+
+def ignored(config: ModelConfig) -> tuple[str, ...]:
+    """Tensors that some checkpoints carry though nothing reads them: old rope tables, and a copy of a tied head."""
+    inv_freq = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+    return (inv_freq, r"lm_head\.weight") if config.tied_head else (inv_freq,)

@@ -1,0 +1,117 @@
+"""How large calls, the page pool and the head's programs are: by platform, and what follows from it for one model."""
+
+import bisect
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model import plan
+from model.attention import TAILS, pool_head_width
+from model.config import ModelConfig
+from model.pages import PAGE_TOKENS
+from model.plan import Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What an engine compiles and keeps. The defaults are a CPU's.
+
+    Attributes:
+        max_row_tokens: the widest bin; longer rows are computed in chunks.
+        call_tokens: tokens in a full call.
+        chunks: sizes of prefix prefill calls, in tokens, ascending.
+        head_rows: sizes of head calls, in hidden states, ascending.
+        argmax_rows: the same of head calls that also find the likeliest tokens.
+        target_rows: sizes of target-logit calls, in (hidden state, target) pairs, ascending.
+        prefix_cache_bytes: device memory for prefixes; more where one prompt of the longest kind needs it.
+        large_calls: the smallest calls are an eighth of a full one, see ``plan.large_shapes``.
+    """
+
+    max_row_tokens: int = 512
+    call_tokens: int = 1024
+    chunks: tuple[int, ...] = (PAGE_TOKENS // 2, PAGE_TOKENS, 2 * PAGE_TOKENS, 4 * PAGE_TOKENS)
+    head_rows: tuple[int, ...] = (1, 8, 32, 128)
+    argmax_rows: tuple[int, ...] = (8, 128)
+    target_rows: tuple[int, ...] = (8, 64, 512)
+    prefix_cache_bytes: int = 384 * 2**20
+    large_calls: bool = False
+
+
+BY_PLATFORM = {
+    "cpu": Sizes(),
+    # A v6e chip needs 560 tokens to a call before the matmuls take longer than reading the weights. Of a call of 4,160
+    # tokens XLA keeps what is between matmuls on the chip: 1.1 MB a token go to and from HBM (Qwen3-0.6B's sizes), and
+    # 2.5 MB of a call of 10,080.
+    "tpu": Sizes(
+        max_row_tokens=1024,
+        call_tokens=4096,
+        chunks=(256, 512, 1024, 2048),
+        head_rows=(8, 64, 512),
+        argmax_rows=(64, 512),
+        target_rows=(64, 512, 4096),
+        prefix_cache_bytes=4 * 2**30,
+        large_calls=True,
+    ),
+}
+"""Others take the TPU's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What follows from ``Sizes`` for one model.
+
+    Attributes:
+        sizes: as they were given, without chunks that no prompt fills.
+        longest: the longest sequence, in tokens.
+        ladder: shapes of rows calls, ascending.
+        slots: entries of a page table.
+        pool: shape and dtype of the page pool, [pages, L, 2, K, page, H].
+    """
+
+    sizes: Sizes
+    longest: int
+    ladder: tuple[Shape, ...]
+    slots: int
+    pool: jax.ShapeDtypeStruct
+
+    @property
+    def page_bytes(self) -> int:
+        return int(np.prod(self.pool.shape[1:])) * self.pool.dtype.itemsize
+
+    def groups(self, sequences: list[plan.Tokens], reads: list[list[int]]) -> list[plan.Group]:
+        """See ``plan.groups``."""
+        return plan.groups(
+            sequences,
+            reads,
+            max_width=self.ladder[-1].width,
+            max_reads=min(shape.reads for shape in self.ladder),
+            min_saving=PAGE_TOKENS,
+            page=PAGE_TOKENS,
+            begun=TAILS,
+        )
+
+
+def layout(
+    config: ModelConfig, sizes: Sizes, *, dtype: Any, implementation: str, max_prompt_tokens: int | None = None
+) -> Layout:
+    """A model's ladder, page table and pool.
+
+    Args:
+        dtype: of keys and values.
+        implementation: of attention, see ``model.attention``.
+        max_prompt_tokens: the longest sequence; None: the model's context. A long context costs memory at start-up.
+    """
+    longest = min(config.context_length, max_prompt_tokens or config.context_length)
+    width = min(sizes.max_row_tokens, -(-longest // 16) * 16)
+    make = plan.large_shapes if sizes.large_calls else plan.shapes
+    slots = -(-longest // PAGE_TOKENS) + 1
+    head_width = pool_head_width(implementation, config.head_width)
+    page = (config.layers, 2, config.kv_heads, PAGE_TOKENS, head_width)
+    stored = jnp.dtype(jnp.uint16 if dtype == jnp.bfloat16 else dtype)  # see attention.to_pool
+    pages = 1 + max(slots, sizes.prefix_cache_bytes // (int(np.prod(page)) * stored.itemsize))
+    ladder = make(width, max(sizes.call_tokens, width))
+    sizes = replace(sizes, chunks=sizes.chunks[: bisect.bisect_left(sizes.chunks, longest) + 1])
+    return Layout(sizes, longest, ladder, slots, jax.ShapeDtypeStruct((pages, *page), stored))

@@ -1,0 +1,137 @@
+"""A cluster of TPU hosts played on one machine, to be watched: hosts die under load, and the service heals.
+
+The hosts are Ray nodes that say they have chips; the replicas on them hold the fake engine, whose scores come from
+hashed tokens. All else is what a real cluster runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.console import Console
+
+from serve_app.launcher import APP_NAME, check_port
+from serve_app.settings import Settings
+from serve_app.tpu import HOSTS, RESOURCE, Tpu
+
+TPU = Tpu(chip="v6e", topology="2x2", chips=2)
+CHIPS = HOSTS[TPU.chip][TPU.topology]
+BACK_AFTER_S = 5.0
+"""A host that was killed is replaced after so long."""
+CALLERS = 4
+PAUSE_S = 0.05
+"""Between two calls of a caller: one machine plays the clients, too."""
+ASK: dict[str, Any] = {"query": [1, 2, 3], "items": [[number] for number in range(100, 200)], "label_token_ids": [1, 2]}
+
+
+@dataclass
+class Counts:
+    answered: int = 0
+    wrong: int = 0
+    failed: int = 0
+
+
+def main(
+    hosts: Annotated[int, typer.Option(min=1, help="TPU hosts, each with room for two replicas.")] = 2,
+    kill_every: Annotated[float, typer.Option(help="Seconds between two kills of a host; 0: none.")] = 20.0,
+    seconds: Annotated[float | None, typer.Option(help="End after so long. [default: at Ctrl-C]")] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+) -> None:
+    """Play a cluster of TPU hosts on this machine, kill one now and then under load, and print what happens."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+    from ray import serve
+    from ray.cluster_utils import Cluster
+
+    from serve_app.app import build
+
+    console = Console(highlight=False)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    check_port("127.0.0.1", port)
+    settings = Settings(
+        engine="fake", tpu=TPU, scorer_replicas=hosts * CHIPS // TPU.chips, scorer_cpus=0.1, ingress_cpus=0.1
+    )
+    console.print(f"starting {hosts} hosts and {settings.scorer_replicas} replicas of {TPU.chips} chips each")
+    with ExitStack() as stack:
+        ray.init(
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",
+        )
+        stack.callback(ray.shutdown)
+        cluster = Cluster()
+        cluster.head_node = ray._private.worker._global_node  # so that it only adds hosts
+        cluster.redis_address = cluster.head_node.redis_address
+        alive = [_host(cluster) for _ in range(hosts)]
+        stack.callback(lambda: [cluster.remove_node(host, allow_graceful=False) for host in alive])
+        serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
+        serve.run(build(settings), name=APP_NAME)
+        counts, stop = Counts(), threading.Event()
+        callers = [threading.Thread(target=_call, args=(port, counts, stop)) for _ in range(CALLERS)]
+        for caller in callers:
+            caller.start()
+        stack.callback(lambda: [caller.join() for caller in callers])
+        stack.callback(stop.set)
+        with suppress(KeyboardInterrupt):
+            _watch(cluster, alive, counts, kill_every, seconds, console)
+
+
+def _host(cluster: Any) -> Any:
+    return cluster.add_node(num_cpus=4, resources={RESOURCE: CHIPS}, labels=TPU.labels, node_ip_address="127.0.0.1")
+
+
+def _call(port: int, counts: Counts, stop: threading.Event) -> None:
+    """Ask again and again; all answers must be the first one."""
+    right = None
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        while not stop.is_set():
+            try:
+                scores = client.post("/v1/score", json=ASK).raise_for_status().json()["scores"]
+            except httpx.HTTPError:
+                counts.failed += 1
+                continue
+            right = right or scores
+            counts.answered += scores == right
+            counts.wrong += scores != right
+            time.sleep(PAUSE_S)
+
+
+def _watch(
+    cluster: Any, alive: list[Any], counts: Counts, kill_every: float, seconds: float | None, console: Console
+) -> None:
+    from ray import serve
+
+    started = killed_at = time.monotonic()
+    lost = 0
+    while seconds is None or time.monotonic() - started < seconds:
+        now = time.monotonic()
+        if kill_every and alive and now - killed_at >= kill_every:
+            console.print("        a host dies")
+            cluster.remove_node(alive.pop(0), allow_graceful=False)  # SIGKILL
+            killed_at, lost = now, lost + 1
+        if lost and now - killed_at >= BACK_AFTER_S:
+            console.print("        a host joins")
+            alive.append(_host(cluster))
+            lost -= 1
+        application = serve.status().applications[APP_NAME]
+        states = application.deployments["Scorer"].replica_states
+        replicas = ", ".join(f"{number} {state.lower()}" for state, number in states.items() if number)
+        console.print(
+            f"{now - started:6.0f} s  {len(alive)} hosts  scorers: {replicas or 'none'}  "
+            f"{counts.answered:,} answered, {counts.wrong} wrong, {counts.failed} failed"
+        )
+        time.sleep(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,73 @@
+"""The door of a front end: how much work may be inside at once, counted in tokens over all replicas."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from serve_app.errors import OverloadedError
+
+REMEMBERED_S = 30.0
+"""Of work, for the speed that Retry-After is computed from; what is older counts less and less."""
+LONGEST_RETRY_S = 60
+
+
+class Admission:
+    """Lets requests in while their tokens fit, and refuses the others at once: a queue that grows helps nobody.
+
+    Without locks: it belongs to one event loop.
+
+    Args:
+        tokens_per_replica: that may be let in and not answered, for each replica that runs. A request that comes when
+            nothing is inside may have more.
+    """
+
+    def __init__(self, tokens_per_replica: float) -> None:
+        self._tokens_per_replica = tokens_per_replica
+        self._inside = 0
+        self._answered = 0.0
+        self._busy_s = 0.0
+        self._since = time.monotonic()
+
+    def check(self, tokens: int, replicas: int) -> None:
+        """Raise OverloadedError when there is no room for ``tokens`` more.
+
+        Args:
+            replicas: that run. While there is none, requests may wait for one as if it were there.
+        """
+        limit = int(self._tokens_per_replica * max(replicas, 1))
+        if self._inside and self._inside + tokens > limit:
+            wait = self._retry_after_s()
+            raise OverloadedError(
+                f"{self._inside:,} tokens are being scored and this request adds {tokens:,}; the limit is {limit:,}; "
+                f"try again in {wait} s",
+                retry_after_s=wait,
+            )
+
+    @contextmanager
+    def inside(self, tokens: int) -> Generator[None]:
+        """Count ``tokens`` in while the block runs."""
+        self._move(tokens)
+        try:
+            yield
+            self._answered += tokens
+        finally:
+            self._move(-tokens)
+
+    def _move(self, tokens: int) -> None:
+        now = time.monotonic()
+        if self._inside:
+            self._busy_s += now - self._since
+        self._since = now
+        self._inside += tokens
+        if self._busy_s > REMEMBERED_S:
+            self._busy_s /= 2
+            self._answered /= 2
+
+    def _retry_after_s(self) -> int:
+        """When what is inside may be done, at the speed so far."""
+        if not self._answered:
+            return 1
+        return min(max(math.ceil(self._inside * self._busy_s / self._answered), 1), LONGEST_RETRY_S)

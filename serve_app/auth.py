@@ -1,0 +1,167 @@
+"""API keys: where they come from, and the layer before the routes that asks for one."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from serve_app.errors import AuthenticationError
+
+if TYPE_CHECKING:  # the command line reads keys too, and starts faster without
+    from fastapi import FastAPI
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+logger = logging.getLogger("ray.serve")
+
+VARIABLE = "SCORE_SERVE_API_KEY"
+"""The environment variable with the service's keys, commas between them, and in a client's shell with its own."""
+
+OPEN = ("/", "/docs", "/docs/swagger-ui.css", "/docs/swagger-ui-bundle.js", "/openapi.json", "/health", "/ready")
+"""Routes that need no key: probes have none, and the others hold nothing of the model or of requests."""
+
+_KEY = re.compile(r"[!-~]+")
+"""What an HTTP header can carry whole."""
+
+
+class ApiKeyError(ValueError):
+    """A source of keys is unusable. The message names it and the remedy, and shows no key."""
+
+
+def read_keys(file: str | None) -> list[str]:
+    """The service's keys, of ``file`` and of the environment; none: the service is open to everyone.
+
+    Args:
+        file: one key a line; empty lines and lines that begin with # are skipped.
+
+    Raises:
+        ApiKeyError: the file cannot be read or holds no key, or a key has characters that no header can carry.
+    """
+    from_environment = os.environ.get(VARIABLE, "").replace(",", "\n")
+    return _keys(from_environment, VARIABLE) + (_read(Path(file)) if file is not None else [])
+
+
+class ApiKeys:
+    """The keys that open the service, by their digests. The environment is read once; the file again when it changes.
+
+    A file that becomes unreadable, empty or wrong is logged, and the keys that it held before stay valid.
+
+    Raises:
+        ApiKeyError: as ``read_keys``.
+    """
+
+    def __init__(self, file: str | None) -> None:
+        self._path = Path(file) if file is not None else None
+        self._stamp = self._stamped()  # before the file is read: what changes in between is read again
+        self._digests = _digests(read_keys(file))
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+    def check(self, authorization: str) -> None:
+        """Accept a request with this ``Authorization`` header.
+
+        Raises:
+            AuthenticationError: it is empty, not ``Bearer``, or its key is none of the service's.
+        """
+        scheme, _, key = authorization.partition(" ")
+        if scheme.lower() != "bearer" or not key.strip():
+            raise AuthenticationError("this service needs an API key; send it as 'Authorization: Bearer <key>'")
+        self._reload()
+        digest = _digest(key.strip())
+        # All are compared, each in constant time: how long it takes tells nothing of any key.
+        equal = [hmac.compare_digest(digest, known) for known in self._digests]
+        if not any(equal):
+            raise AuthenticationError("the API key is none of this service's; ask its operator for one")
+
+    def _reload(self) -> None:
+        stamp = self._stamped()
+        if self._path is None or stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._digests = _digests(read_keys(str(self._path)))
+            logger.info("%s has changed; %d API keys are valid now", self._path, len(self._digests))
+        except ApiKeyError as error:
+            logger.error("%s; the %d API keys from before stay valid", error, len(self._digests))
+
+    def _stamped(self) -> tuple[int, ...] | None:
+        """Changes when the file does."""
+        if self._path is None:
+            return None
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+class RequireKey:
+    """Lets requests through to ``OPEN`` routes, and to all others with a key. Plain ASGI; the body is not yet read."""
+
+    def __init__(self, app: ASGIApp, *, keys: ApiKeys) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN:
+            given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+            self._keys.check(given.decode("latin-1"))
+        await self._app(scope, receive, send)
+
+
+def document(app: FastAPI) -> None:
+    """Say in the app's OpenAPI which routes need a key."""
+    described = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        schema = described()
+        parts = schema.setdefault("components", {})
+        parts["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
+        for path, operations in schema["paths"].items():
+            if path not in OPEN:
+                for operation in operations.values():
+                    operation["security"] = [{"ApiKey": []}]
+                    answers = operation["responses"]
+                    # In the shape of the route's other errors.
+                    answers["401"] = {"description": AuthenticationError.__doc__, "content": answers["500"]["content"]}
+        return schema
+
+    app.openapi = openapi
+
+
+def _read(path: Path) -> list[str]:
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ApiKeyError(f"the file of API keys {path} cannot be read: {error}") from error
+    keys = _keys(text, str(path))
+    if not keys:
+        raise ApiKeyError(f"the file of API keys {path} holds no key; write one a line")
+    return keys
+
+
+def _keys(text: str, where: str) -> list[str]:
+    keys: list[str] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        key = line.strip()
+        if not key or key.startswith("#"):
+            continue
+        if not _KEY.fullmatch(key):
+            raise ApiKeyError(f"API key {number} of {where} has a space or a character outside ASCII; make another")
+        keys.append(key)
+    return keys
+
+
+def _digests(keys: Iterable[str]) -> list[bytes]:
+    return [_digest(key) for key in keys]
+
+
+def _digest(key: str) -> bytes:
+    """Of one length, whatever the key's."""
+    return hashlib.sha256(key.encode()).digest()

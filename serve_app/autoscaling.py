@@ -1,0 +1,38 @@
+"""How many scorer replicas there should be: as many as have work, by the tokens that wait in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ray.serve.config import AutoscalingContext
+
+PENDING_TOKENS = "pending_tokens"
+"""What each replica reports: tokens that it has accepted and not answered, shared prefixes counted once."""
+
+
+def wanted_replicas(pending: Mapping[str, float], tokens_per_replica: int, *, asked: bool) -> float:
+    """Replicas that would have ``tokens_per_replica`` each; a fraction, which Serve rounds up.
+
+    Args:
+        pending: tokens in each replica.
+        asked: a request is somewhere in the system, though it may not have reached a replica.
+    """
+    wanted = sum(pending.values()) / tokens_per_replica
+    return max(wanted, 1.0) if asked else wanted
+
+
+class PendingTokensPolicy:
+    """Serve's hook around ``wanted_replicas``; Serve adds bounds and delays.
+
+    The newest report of each replica counts, without an average: the delays ask for several like it in a row.
+    """
+
+    def __init__(self, tokens_per_replica: int) -> None:
+        self._tokens_per_replica = tokens_per_replica
+
+    def __call__(self, context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
+        reports = (context.raw_metrics or {}).get(PENDING_TOKENS, {})
+        pending = {str(replica): series[-1].value for replica, series in reports.items() if series}
+        wanted = wanted_replicas(pending, self._tokens_per_replica, asked=context.total_num_requests > 0)
+        return wanted, {}

@@ -1,0 +1,154 @@
+"""Long answers without a pause: rows as lines while others are computed, and JSON in pieces."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+from pydantic_core import to_json
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from serve_app.errors import InternalError, ScoringError
+
+logger = logging.getLogger("ray.serve")
+
+PIECE_VALUES = 4_000
+"""Of a response are turned into JSON at once: no thread and no other task can run meanwhile, for a millisecond."""
+PIECE_BYTES = 2**16
+"""Of lines are sent at once."""
+
+T = TypeVar("T")
+
+
+async def as_finished(
+    start: Callable[[], Coroutine[Any, Any, T]],
+    more: Callable[[], bool],
+    *,
+    window: int,
+    deadline: float,
+    late: Exception,
+) -> AsyncGenerator[T]:
+    """Results of ``start()``, which is called again and again while there is ``more()``, as they finish.
+
+    At most ``window`` calls are running, or finished and not yet taken. The first error ends it. When it ends or is
+    closed, what still runs is cancelled.
+
+    Args:
+        deadline: Unix time in seconds; ``late`` is raised when it has passed.
+    """
+    running: set[asyncio.Task[T]] = set()
+    try:
+        while running or more():
+            while len(running) < window and more():
+                running.add(asyncio.create_task(start()))
+            left = max(deadline - time.time(), 0)
+            done, _ = await asyncio.wait(running, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                raise late
+            task = done.pop()
+            running.remove(task)
+            yield task.result()
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+class LinesResponse(StreamingResponse):
+    """Newline-delimited JSON. A client that leaves ends the work behind ``lines``.
+
+    Args:
+        first: was waited for, so that an error before it has a status of its own.
+        lines: what follows.
+    """
+
+    def __init__(self, first: bytes, lines: AsyncGenerator[bytes]) -> None:
+        super().__init__(_after(first, lines), media_type="application/x-ndjson")
+        self._lines = lines
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._lines):
+            await super().__call__(scope, receive, send)
+
+
+async def _after(first: bytes, lines: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for line in lines:
+        yield line
+
+
+async def json_lines(events: AsyncGenerator[Sequence[BaseModel]], request_id: str) -> AsyncGenerator[bytes]:
+    """One line for each value that comes, a few together. An error after the first is a line of its own, the last.
+
+    Raises:
+        Exception: what ``events`` raised before the first value.
+    """
+    begun = False
+    try:
+        async with aclosing(events):
+            async for values in events:
+                for lines in _json_lines(values):
+                    begun = True
+                    yield lines
+    except Exception as error:
+        if not begun:
+            raise
+        if isinstance(error, ScoringError):
+            fault = error
+        else:
+            fault = InternalError(f"the server failed on this request; its log names it by {request_id}")
+        if fault.status == InternalError.status:
+            logger.error("request %s: %s", request_id, fault.message, exc_info=error)
+        yield to_json(fault.body()) + b"\n"
+
+
+def _json_lines(values: Sequence[BaseModel]) -> Iterator[bytes]:
+    lines = bytearray()
+    for value in values:
+        lines += to_json(value, exclude_none=True) + b"\n"
+        if len(lines) >= PIECE_BYTES:
+            yield bytes(lines)
+            lines.clear()
+    if lines:
+        yield bytes(lines)
+
+
+def json_pieces(answer: BaseModel) -> Iterator[bytes]:
+    """The JSON of ``answer``, without what is None, in pieces of about ``PIECE_VALUES``."""
+    opening = b"{"
+    for name, value in answer:
+        if value is None:
+            continue
+        yield opening + to_json(name) + b":"
+        if isinstance(value, list):
+            yield from _list_pieces(value)  # pyright: ignore[reportUnknownArgumentType]
+        else:
+            yield to_json(value, exclude_none=True)
+        opening = b","
+    yield b"}"
+
+
+def _list_pieces(entries: list[Any]) -> Iterator[bytes]:
+    yield b"["
+    start = 0
+    while start < len(entries):
+        stop, values = start, 0
+        while stop < len(entries) and values < PIECE_VALUES:
+            values += _values(entries[stop])
+            stop += 1
+        yield (b"," if start else b"") + to_json(entries[start:stop], exclude_none=True)[1:-1]
+        start = stop
+    yield b"]"
+
+
+def _values(entry: Any) -> int:
+    """About how many numbers and texts are in it."""
+    if isinstance(entry, BaseModel):
+        return sum(_values(value) for _, value in entry)
+    return len(entry) if isinstance(entry, list) else 1  # pyright: ignore[reportUnknownArgumentType]

@@ -1,0 +1,173 @@
+"""Text to tokens and back, with a Hugging Face fast tokenizer."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from serve_app import joining
+from serve_app.batches import common_prefix
+
+_CHUNK_CHARACTERS = 2**20
+"""Joined and tokenised at a time: the query is repeated in every prompt, which must not cost memory without end."""
+
+
+class TextTokenizer:
+    """A Hugging Face fast tokenizer. Encoding releases the GIL; safe to share between threads.
+
+    Args:
+        backend: the Rust tokenizer; truncation and padding are switched off.
+        bos_id: id of the begin-of-sequence token, if there is one.
+    """
+
+    def __init__(self, backend: Tokenizer, bos_id: int | None) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self._local = joining.is_local(backend)
+        # Only a BOS that the tokenizer adds by itself can come to stand before one in the text.
+        self._added_bos = bos_id if backend.encode("").ids[:1] == [bos_id] else None
+        self._around = _added_around(backend)
+
+    @classmethod
+    def load(cls, folder: Path) -> TextTokenizer:
+        """The tokenizer of a local folder in Hugging Face layout.
+
+        Raises:
+            ValueError: at start-up: the folder holds no fast tokenizer.
+        """
+        # Loading takes seconds, and only here: encoding needs the Rust tokenizer alone.
+        from transformers import AutoTokenizer
+
+        auto: Any = AutoTokenizer  # untyped upstream
+        try:
+            loaded: Any = auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"no tokenizer can be loaded from {folder}: {error}") from error
+        backend: object = getattr(loaded, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise ValueError(f"{folder} has no fast tokenizer: save one there as tokenizer.json")
+        return cls(backend, loaded.bos_token_id)
+
+    def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """Ids of each text. BOS stands at most once at the front, even if the text begins with it too."""
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return self._with_one_bos([encoding.ids for encoding in encodings], add_special_tokens)
+
+    def encode_with_ends(self, text: str, *, add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
+        """Ids as ``encode`` gives them, and for each where it ends in the text, in characters, not descending.
+
+        What is added in front ends at 0, what is added behind past the text's end.
+        """
+        encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        ends = [end for _, end in encoding.offsets]
+        behind = len(ends)
+        while behind and encoding.special_tokens_mask[behind - 1]:
+            behind -= 1
+            ends[behind] = len(text) + 1
+        (ids,) = self._with_one_bos([encoding.ids], add_special_tokens)
+        return ids, ends[len(ends) - len(ids) :]
+
+    def encode_joined(self, query: str, items: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """Ids of ``query + item`` for each item: those of ``encode``, but a long query is read about once."""
+        return Joined(self, query, add_special_tokens=add_special_tokens, many=len(items) > 1).encode(items)
+
+    def local_front(self, query: str, add_special_tokens: bool) -> tuple[list[int], int, list[int]] | None:
+        """What joining a long query with many items needs; None where they are to be tokenised whole.
+
+        Returns:
+            The query's tokens, how many characters of it never depend on what follows, and what is added behind a text.
+        """
+        if not self._local or self._around is None:
+            return None
+        whole = joining.ids(self.backend, query)
+        if whole[:1] == [self._added_bos]:
+            return None
+        cut = joining.safe_cut(self.backend, query, whole)
+        before, behind = self._around if add_special_tokens else ([], [])
+        return (before + whole, cut, behind) if cut else None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text, special tokens included; an id that the vocabulary has no token for gives nothing."""
+        return self.backend.decode(ids, skip_special_tokens=False)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The vocabulary's own spelling of each id."""
+        return [self.backend.id_to_token(i) or "" for i in ids]
+
+    def _with_one_bos(self, sequences: list[list[int]], added: bool) -> list[list[int]]:
+        if added and self._added_bos is not None:
+            for ids in sequences:
+                while ids[1:2] == [self._added_bos]:
+                    del ids[0]
+        return sequences
+
+
+class Joined:
+    """Tokenises one query joined with items, a few at a time, to the tokens of the joined strings.
+
+    Args:
+        many: more than one item will come, so that finding the part of a long query that never changes is worth it.
+
+    Attributes:
+        query_tokens: at the front of the first prompt, how many are the query's alone; 0 before it was made.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, query: str, *, add_special_tokens: bool, many: bool) -> None:
+        self._tokenizer = tokenizer
+        self._query = query
+        self._special = add_special_tokens
+        worthwhile = many and len(query) >= joining.WORTHWHILE
+        self._front = tokenizer.local_front(query, add_special_tokens) if worthwhile else None
+        self.query_tokens = 0
+
+    def encode(self, items: Sequence[str]) -> list[list[int]]:
+        """Ids of ``query + item`` for each item."""
+        if not items:
+            return []
+        if self._front is None:
+            return self._encode_whole(items)
+        front, cut, behind = self._front
+        rest, *rests = self._tokenizer.encode(
+            [self._query[cut:] + item for item in ("", *items)], add_special_tokens=False
+        )
+        before = front[: len(front) - len(rest)]
+        prompts = [before + rest + behind for rest in rests]
+        if not self.query_tokens:
+            self.query_tokens = common_prefix(np.asarray(front, np.int32), np.asarray(prompts[0], np.int32))
+        return prompts
+
+    def each(self, items: Iterable[str]) -> Iterator[list[int]]:
+        """Ids of ``query + item`` for each item, made as they are wanted."""
+        chunk: list[str] = []
+        characters = 0
+        for item in items:
+            chunk.append(item)
+            characters += len(self._query) + len(item)
+            if characters >= _CHUNK_CHARACTERS:
+                yield from self.encode(chunk)
+                chunk, characters = [], 0
+        yield from self.encode(chunk)
+
+    def _encode_whole(self, items: Sequence[str]) -> list[list[int]]:
+        texts = [self._query + item for item in items]
+        if self.query_tokens or not self._query:
+            return self._tokenizer.encode(texts, add_special_tokens=self._special)
+        # One is tokenised with offsets, which tell where the query ends without reading it once more.
+        first, ends = self._tokenizer.encode_with_ends(texts[0], add_special_tokens=self._special)
+        self.query_tokens = bisect_right(ends, len(self._query))
+        return [first, *self._tokenizer.encode(texts[1:], add_special_tokens=self._special)]
+
+
+def _added_around(backend: Tokenizer) -> tuple[list[int], list[int]] | None:
+    """The special tokens before and behind a text's own; None if that cannot be told."""
+    bare, whole = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+    fronts = [at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare]
+    if not bare or len(fronts) != 1:
+        return None
+    return whole[: fronts[0]], whole[fronts[0] + len(bare) :]

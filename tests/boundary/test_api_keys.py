@@ -1,0 +1,109 @@
+"""API keys over HTTP: which routes need one, and what is answered without."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from serve_app.auth import ApiKeys
+from serve_app.ingress import create_app
+from serve_app.service import ScoringService
+from tests.boundary.asking import Http
+
+KEY = {"authorization": "Bearer a-key"}
+BODY = {"items": ["a"], "label_token_ids": [1]}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "keys"
+    path.write_text("a-key\nanother-key\n")
+    return path
+
+
+@pytest.fixture
+async def closed(service: ScoringService, file: Path) -> AsyncIterator[Http]:
+    transport = httpx.ASGITransport(create_app(lambda: service, keys=ApiKeys(str(file))))
+    async with httpx.AsyncClient(base_url="http://fake", transport=transport) as client:
+        yield Http(client, info={})
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/score"),
+        ("POST", "/v1/rerank"),
+        ("POST", "/generative_scoring"),
+        ("POST", "/tokenize"),
+        ("POST", "/detokenize"),
+        ("GET", "/v1/models"),
+        ("GET", "/v1/info"),
+        ("GET", "/metrics"),
+        ("GET", "/v1/nothing"),
+        ("GET", "/health/"),
+        ("GET", "/%2Fhealth"),
+        ("GET", "/health/../v1/info"),
+        ("DELETE", "/v1/score"),
+    ],
+)
+async def test_every_other_route_needs_a_key(closed: Http, method: str, path: str):
+    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic a-key"}):
+        response = await closed.client.request(method, path, headers=headers | {"x-request-id": "abc"})
+        error = closed.flat(response, 401)
+        assert error["type"] == "AuthenticationError"
+        assert "API key" in error["message"]
+        assert response.headers["www-authenticate"] == "Bearer"
+        assert response.headers["x-request-id"] == "abc"
+    with_key = await closed.client.request(method, path, headers=KEY)
+    assert with_key.status_code != 401
+
+
+async def test_completions_refuse_in_openais_shape(closed: Http):
+    body = {"prompt": "a", "max_tokens": 1}
+    error = closed.nested(await closed.client.post("/v1/completions", json=body), 401)
+    assert error["type"] == "AuthenticationError"
+    assert (await closed.client.post("/v1/completions", json=body, headers=KEY)).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/", "/docs", "/docs/swagger-ui.css", "/openapi.json"])
+async def test_probes_and_pages_need_none(closed: Http, path: str):
+    assert (await closed.client.get(path)).status_code == 200
+
+
+async def test_each_key_opens(closed: Http):
+    for key in ("a-key", "another-key"):
+        response = await closed.client.post("/v1/score", json=BODY, headers={"authorization": f"Bearer {key}"})
+        assert len(response.json()["scores"]) == 1
+
+
+async def test_a_refused_body_is_not_read(closed: Http):
+    async def body() -> AsyncIterator[bytes]:
+        raise AssertionError("the body was read")
+        yield b""
+
+    assert (await closed.client.post("/v1/score", content=body())).status_code == 401
+
+
+async def test_keys_change_while_the_service_runs(closed: Http, file: Path):
+    await asyncio.to_thread(file.write_text, "a-new-key\n")
+    assert (await closed.client.get("/v1/info", headers=KEY)).status_code == 401
+    new = {"authorization": "Bearer a-new-key"}
+    assert (await closed.client.get("/v1/info", headers=new)).status_code == 200
+
+
+async def test_openapi_says_which_routes_need_a_key(closed: Http, http: Http):
+    schema = (await closed.client.get("/openapi.json")).json()
+    assert schema["components"]["securitySchemes"] == {"ApiKey": {"type": "http", "scheme": "bearer"}}
+    score = schema["paths"]["/v1/score"]["post"]
+    assert score["security"] == [{"ApiKey": []}]
+    reference = score["responses"]["401"]["content"]["application/json"]["schema"]["$ref"]
+    assert reference.rsplit("/", 1)[1] in schema["components"]["schemas"]
+    nested = schema["paths"]["/v1/completions"]["post"]["responses"]["401"]["content"]["application/json"]["schema"]
+    assert nested["$ref"].endswith("/OpenAIErrorResponse")
+    assert "security" not in schema["paths"]["/ready"]["get"]
+    unclosed = (await http.client.get("/openapi.json")).json()
+    assert "401" not in unclosed["paths"]["/v1/score"]["post"]["responses"]

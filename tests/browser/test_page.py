@@ -1,0 +1,282 @@
+"""The page at ``/`` and the API's documentation, in a real browser, on the fake engine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from playwright.sync_api import Browser, Page, Response, Route, expect, sync_playwright
+
+from tests.served import KEY, Served
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+PHONE = {"width": 360, "height": 740}
+ITEMS = ["the quick brown fox", "is this text positive", "over the lazy dog"]
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="NO BROWSER: the page is not tested; apt install chromium")
+
+Open = Callable[..., Page]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser: Browser) -> Iterator[Open]:
+    """Opens an address of a service; afterwards, nothing may have been asked of elsewhere nor have failed."""
+    context = browser.new_context()
+    context.set_default_timeout(10_000)
+    requested: list[str] = []
+    failed: list[str] = []
+    allowed: list[str] = []
+
+    def run(url: str, viewport: Any = None) -> Page:
+        page = context.new_page()
+        if viewport:
+            page.set_viewport_size(viewport)
+        allowed.append(url.split("/", 3)[2])
+        page.on("request", lambda request: requested.append(request.url))
+        page.on("pageerror", lambda error: failed.append(str(error)))
+        page.on("console", lambda message: failed.append(message.text) if "Content Security" in message.text else None)
+        page.goto(url)
+        return page
+
+    yield run
+    context.close()
+    assert [url for url in requested if not url.startswith("data:") and url.split("/", 3)[2] not in allowed] == []
+    assert failed == []
+
+
+def ask(page: Page, *, items: list[str] = ITEMS, labels: str = "yes, no", query: str = "q: ") -> Response:
+    """Fill the form, and wait for what it is answered."""
+    page.uncheck("#live")
+    page.uncheck("#item_first")
+    page.fill("#query", query)
+    page.fill("#items", "\n".join(items))
+    page.fill("#labels", labels)
+    return press(page)
+
+
+def press(page: Page) -> Response:
+    """Press "Score", and wait for the answer and until it is shown."""
+    with page.expect_response("**/v1/score") as got:
+        page.get_by_role("button", name="Score").click()
+    page.wait_for_selector("#rows[aria-busy=false]")
+    return got.value
+
+
+def sent(answer: Response) -> dict[str, Any]:
+    return json.loads(answer.request.post_data or "")
+
+
+def percentages(page: Page) -> list[list[float]]:
+    """What stands behind the bars, row by row."""
+    rows = page.locator("#rows > li").all()
+    return [[float(text.removesuffix("%")) for text in row.locator("dd").all_inner_texts()] for row in rows]
+
+
+def test_bars_are_the_services_scores(open_page: Open, served: Served):
+    page = open_page(served.url)
+    answer = ask(page)
+    ids = httpx.post(f"{served.url}/tokenize", json={"prompt": [" yes", " no"], "add_special_tokens": False}).json()
+    body = {"query": "q: ", "items": ITEMS, "label_token_ids": [i for (i,) in ids["tokens"]], "apply_softmax": True}
+    wanted = httpx.post(f"{served.url}/v1/score", json=body).json()["scores"]
+    assert page.locator(".item").all_inner_texts() == ITEMS
+    assert percentages(page) == [[pytest.approx(100 * share, abs=0.051) for share in row] for row in wanted]
+    widths = page.locator(".bar").evaluate_all("bars => bars.map(b => b.firstChild.offsetWidth / b.offsetWidth)")
+    assert widths == pytest.approx([share for row in wanted for share in row], abs=0.02)
+    assert page.locator("dt").all_inner_texts() == ["yes", "no"] * 3
+    usage = answer.json()["usage"]
+    status = page.inner_text("#status")
+    assert "3 items in " in status
+    assert f" ms · {usage['prompt_tokens']} prompt tokens" in status
+    assert f"{usage['prompt_tokens_details']['cached_tokens']} cached" in status
+    assert "fake-judge" in page.inner_text("#model")
+
+
+def test_switches_become_fields(open_page: Open, served: Served):
+    page = open_page(served.url)
+    asked = sent(ask(page))
+    assert (asked["apply_softmax"], asked["item_first"]) == (True, False)
+    page.uncheck("#softmax")
+    page.check("#item_first")
+    answer = press(page)
+    assert (sent(answer)["apply_softmax"], sent(answer)["item_first"]) == (False, True)
+    assert all(sum(row) < 1 for row in answer.json()["scores"])
+
+
+def test_the_label_mass_is_over_the_whole_vocabulary(open_page: Open, served: Served):
+    page = open_page(served.url)
+    page.check("#softmax")
+    ask(page)
+    page.uncheck("#softmax")
+    plain = press(page).json()["scores"]
+    page.check("#softmax")
+    press(page)
+    masses = page.locator("summary").all_inner_texts()
+    for text, row in zip(masses, plain, strict=True):
+        assert float(text.split()[2].removesuffix("%")) == pytest.approx(100 * sum(row), rel=0.1, abs=0.06)
+
+
+def test_rows_can_be_sorted_by_a_label(open_page: Open, served: Served):
+    page = open_page(served.url)
+    items = [f"{word} {number}" for number in range(6) for word in ("fox", "dog")]
+    scores = ask(page, items=items).json()["scores"]
+    page.select_option("#sort", label="no")
+    order = sorted(range(len(items)), key=lambda item: -scores[item][1])
+    assert order != list(range(len(items)))
+    assert page.locator(".item").all_inner_texts() == [items[item] for item in order]
+    press(page)  # the choice outlives the next answer
+    assert page.locator(".item").all_inner_texts() == [items[item] for item in order]
+    page.select_option("#sort", label="given order")
+    assert page.locator(".item").all_inner_texts() == items
+
+
+def test_the_tokens_that_the_model_saw(open_page: Open, served: Served):
+    page = open_page(served.url)
+    ask(page, query="the\n", items=["quick \u72d0"])
+    page.click("summary")
+    page.wait_for_selector(".tokens span")
+    pieces = page.locator(".tokens span")
+    assert "".join(pieces.all_inner_texts()).startswith("the\u23cequick\u2423")
+    ids = httpx.post(f"{served.url}/tokenize", json={"prompt": "the\nquick \u72d0"}).json()["tokens"]
+    assert pieces.evaluate_all("all => all.map(token => token.title)") == [f"token {i}" for i in ids]
+
+
+def test_it_scores_as_one_types_and_the_last_answer_stays(open_page: Open, served: Served):
+    page = open_page(served.url)
+    ask(page)
+    page.check("#live")
+    held: list[Route] = []
+    page.route("**/v1/score", lambda route: held.append(route), times=1)
+    with page.expect_request("**/v1/score"):
+        page.fill("#items", "the first thought")
+    with page.expect_response("**/v1/score"):
+        page.fill("#items", "the second thought")
+    page.wait_for_selector("#rows[aria-busy=false]")
+    held[0].abort()
+    assert page.locator(".item").all_inner_texts() == ["the second thought"]
+    page.fill("#items", "\n \n")
+    expect(page.locator("#status")).to_contain_text("Write some items")
+    assert page.locator("#error").is_hidden()
+
+
+def test_it_works_by_keyboard(open_page: Open, served: Served):
+    page = open_page(served.url)
+    ask(page)
+    page.locator("h1").click()
+    reached: list[str] = []
+    for _ in range(16):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("(e => e.id || e.textContent)(document.activeElement)"))
+    assert reached[:13] == [
+        "API", "Film reviews", "Search", "Topics",
+        "query", "item_first", "items", "labels", "spaced", "softmax", "Score", "live", "sort",
+    ]  # fmt: skip
+    assert "Label mass" in reached[13]
+    page.focus("#query")
+    page.keyboard.type("again ")
+    with page.expect_request("**/v1/score") as request:
+        page.keyboard.press("Control+Enter")
+    assert "again" in json.loads(request.value.post_data or "")["query"]
+    page.focus("#labels")
+    with page.expect_request("**/v1/score"):
+        page.keyboard.press("Enter")
+    page.focus("#softmax")
+    page.keyboard.press("Space")
+    assert not page.is_checked("#softmax")
+    page.get_by_role("button", name="Topics").focus()
+    page.keyboard.press("Enter")
+    assert page.input_value("#items").startswith("Headline: The striker")
+
+
+@pytest.mark.parametrize("path", ["/", "/docs"])
+def test_it_fits_a_phone(open_page: Open, served: Served, path: str):
+    page = open_page(served.url + path, PHONE)
+    if path == "/":
+        ask(page, items=["a" * 200, "b " * 100], labels="yes, no")
+        page.locator("summary").first.click()
+        page.wait_for_selector(".tokens span")
+    else:
+        page.wait_for_selector(".opblock")
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    assert page.evaluate("document.querySelector('meta[name=viewport]').content").startswith("width=device-width")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"labels": "yes, yes"}, {"items": ["good", "x" * 5000]}], ids=["labels twice", "a long item"]
+)
+def test_errors_are_shown_in_the_services_words(open_page: Open, served: Served, wrong: dict[str, Any]):
+    page = open_page(served.url)
+    answer = ask(page, **wrong)
+    assert answer.status == 400
+    assert page.inner_text("#error") == answer.json()["message"]
+    field = "#items" if "items" in wrong else "#labels"
+    assert page.get_attribute(field, "aria-invalid") == "true"
+    ask(page)
+    assert page.locator("#error").is_hidden()
+    assert page.get_attribute(field, "aria-invalid") is None
+
+
+def test_a_service_that_has_gone_is_told(open_page: Open, served: Served):
+    page = open_page(served.url)
+    ask(page)
+    page.route("**/tokenize", lambda route: route.abort())
+    page.route("**/v1/score", lambda route: route.abort())
+    page.get_by_role("button", name="Score").click()
+    page.wait_for_selector("#error:not([hidden])")
+    assert "cannot be reached" in page.inner_text("#error")
+
+
+def test_an_api_key_is_asked_for_where_one_is_needed(open_page: Open, served: Served, locked: Served):
+    assert open_page(served.url).locator("#key").is_hidden()
+    page = open_page(locked.url)
+    page.wait_for_selector("#key:focus")
+    assert "needs an API key" in page.inner_text("#error")
+    page.keyboard.type("wrong")
+    page.keyboard.press("Enter")
+    expect(page.locator("#error")).to_contain_text("none of this service")
+    page.fill("#key", KEY)
+    ask(page)
+    assert len(percentages(page)) == 3
+    assert "fake-judge" in page.inner_text("#model")
+    page.reload()  # kept for as long as the tab is
+    expect(page.locator("#model")).to_contain_text("fake-judge")
+    assert page.locator("#key").is_hidden()
+
+
+def test_items_are_text_and_never_markup(open_page: Open, served: Served):
+    page = open_page(served.url)
+    hostile = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
+    ask(page, items=[hostile], labels="yes, no")
+    assert page.locator(".item").all_inner_texts() == [hostile]
+    assert page.locator("#rows img, #rows script").count() == 0
+    assert page.title() == "score-serve"
+
+
+def test_many_items_are_shown_in_part_until_all_are_asked_for(open_page: Open, served: Served):
+    page = open_page(served.url)
+    ask(page, items=[f"fox {number}" for number in range(230)])
+    assert page.locator("#rows > li").count() == 200
+    page.get_by_role("button", name="Show all 230").click()
+    assert page.locator("#rows > li").count() == 230
+
+
+def test_the_documentation_needs_no_other_server(open_page: Open, served: Served, locked: Served):
+    page = open_page(f"{served.url}/docs")
+    page.wait_for_selector(".opblock")
+    assert "/v1/score" in page.inner_text("#swagger-ui")
+    assert page.get_by_role("button", name="Authorize").count() == 0
+    page = open_page(f"{locked.url}/docs")
+    page.wait_for_selector(".opblock")
+    assert page.get_by_role("button", name="Authorize").count() == 1

@@ -1,0 +1,69 @@
+"""From none to three replicas and back to none, by the tokens that wait, through a real Ray Serve."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from serve_app.app import build
+from serve_app.contract import Engine
+from serve_app.fake_engine import FakeEngine
+from serve_app.settings import Autoscaling, Settings
+from tests.processes import APP_NAME
+
+pytestmark = pytest.mark.ray
+
+BOUNDS = Autoscaling(min_replicas=0, max_replicas=3, tokens_per_replica=1_000, upscale_delay_s=0.5, downscale_delay_s=1)
+ITEMS = [[i, i + 1] for i in range(100, 400)]
+ASK: dict[str, Any] = {"query": [1], "items": ITEMS, "label_token_ids": [1, 2]}
+
+
+def application(settings: Settings) -> Any:
+    """As ``build`` makes it, with an engine of 1,000 tokens/s."""
+
+    def slow_engine(_settings: Settings) -> Engine:
+        return FakeEngine(seconds_per_token=0.001)
+
+    front = build(settings)._bound_deployment
+    return front.bind(settings, front.init_args[1]._bound_deployment.bind(settings, slow_engine))
+
+
+def running() -> int:
+    from ray import serve
+
+    return serve.status().applications[APP_NAME].deployments["Scorer"].replica_states.get("RUNNING", 0)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """The test's own time limit ends a wait that is in vain."""
+    while not condition():
+        time.sleep(0.1)
+
+
+def test_replicas_come_with_the_work_and_go_with_it(deploy: Callable[[Any], httpx.Client], settings: Settings):
+    from ray import serve
+
+    settings = settings.model_copy(update={"autoscaling": BOUNDS, "max_batch_tokens": 128})
+    client = deploy(application(settings))
+    right = client.post("/v1/score", json=ASK).json()["scores"]
+    wait_for(lambda: running() == 0)
+
+    with ThreadPoolExecutor(16) as pool:
+        answers = [pool.submit(client.post, "/v1/score", json=ASK) for _ in range(40)]  # 24,000 tokens, 8 s on three
+        wait_for(lambda: running() == 3)
+        assert all(answer.result().json()["scores"] == right for answer in answers)
+
+    # A request is cut for the replicas that run now, not for those of the settings.
+    handle = serve.get_deployment_handle("Scorer", APP_NAME)
+    before = [stats.sequences for stats in handle.broadcast("stats").results(timeout_s=60)]
+    assert client.post("/v1/score", json=ASK).json()["scores"] == right
+    after = [stats.sequences for stats in handle.broadcast("stats").results(timeout_s=60)]
+    assert sum(after) - sum(before) == len(ITEMS)
+    assert sum(a > b for a, b in zip(after, before, strict=True)) >= 2
+
+    wait_for(lambda: running() == 0)

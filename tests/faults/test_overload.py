@@ -1,0 +1,95 @@
+"""More work than there is room for, and callers that give up: quick refusals, and service as before right after."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from serve_app.device_queue import QueueStats
+from serve_app.settings import Limits, Settings
+from tests.faults.conftest import ITEMS, application, wait_for
+from tests.processes import APP_NAME
+
+pytestmark = pytest.mark.ray
+
+BODY = {"query": [1], "items": ITEMS, "label_token_ids": [1, 2]}
+LIMIT = 600
+"""Tokens for each of two replicas; a request has 121 in all, and takes 0.06 s on both."""
+
+
+@pytest.fixture(scope="module")
+def client(deploy: Callable[[Any], httpx.Client], settings: Settings) -> httpx.Client:
+    limits = Limits(max_queued_tokens=LIMIT)
+    return deploy(application(settings.model_copy(update={"scorer_replicas": 2, "limits": limits})))
+
+
+def stats() -> list[QueueStats]:
+    from ray import serve
+
+    return serve.get_deployment_handle("Scorer", APP_NAME).broadcast("stats").results(timeout_s=60)
+
+
+def test_ten_times_too_much_is_answered_or_refused_at_once(client: httpx.Client):
+    right = client.post("/v1/score", json=BODY).json()["scores"]
+
+    def call(_: int) -> tuple[int, float]:
+        started = time.monotonic()
+        answer = client.post("/v1/score", json=BODY)
+        if answer.status_code == 200:
+            assert answer.json()["scores"] == right
+        else:
+            assert int(answer.headers["retry-after"]) >= 1
+            assert "the limit is 1,200" in answer.json()["message"]
+        return answer.status_code, time.monotonic() - started
+
+    with ThreadPoolExecutor(100) as pool:  # ten fit
+        calls = list(pool.map(call, range(300)))
+    assert Counter(status for status, _ in calls).keys() == {200, 503}
+    # No sharp time on a busy machine: a refusal does not wait for what is being scored.
+    assert sum(status == 200 for status, _ in calls) >= 10
+    assert client.post("/v1/score", json=BODY).status_code == 200
+    assert sum(each.pending_tokens for each in stats()) == 0
+
+
+def test_a_flood_of_callers_that_leave_harms_nobody(client: httpx.Client, cluster: str):
+    right = client.post("/v1/score", json=BODY).json()["scores"]
+    address = urlsplit(cluster)
+    assert address.hostname
+    assert address.port
+    body = json.dumps(BODY).encode()
+    head = (
+        f"POST /v1/score HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
+    request = head.encode() + body
+
+    def leave(number: int) -> None:
+        rng = random.Random(number)
+        match number % 3:
+            case 0:  # an impatient client
+                with suppress(httpx.TimeoutException):
+                    client.post("/v1/score", json=BODY, timeout=0.001)
+            case 1:  # a socket that closes in the middle of the request or somewhere after it
+                with socket.create_connection((address.hostname, address.port)) as connection:
+                    connection.sendall(request[: rng.randrange(1, len(request) + 1)])
+                    time.sleep(rng.uniform(0, 0.02))
+            case _:  # a deadline that cannot be met
+                answer = client.post("/v1/score", json=BODY, headers={"x-request-timeout-seconds": "0.01"})
+                assert answer.status_code in (408, 503, 504)
+
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(leave, range(500)))
+    wait_for(lambda: all(each.pending_tokens == each.queued_jobs == 0 for each in stats()))
+    for _ in range(50):
+        assert client.post("/v1/score", json=BODY).json()["scores"] == right
+    wait_for(lambda: 'outcome="cancelled"' in client.get("/metrics").text)

@@ -1,0 +1,76 @@
+"""For every model family: a row's values depend on its own tokens alone. The cases that ``test_engine`` has in full."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from model import engine
+from model.engine import Engine
+from tests.batches import label_batch
+from tests.tiny_families import FAMILIES, make_family
+
+VOCAB = 307
+LABELS = (3, 0, 306, 77)
+TOLERANCE = 1e-5
+"""Nats, float32."""
+
+Families = Callable[[str], tuple[Path, Engine]]
+
+
+def prompts(count: int, *, query: int, longest: int, seed: int) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    head = rng.integers(0, VOCAB, query).tolist()
+    return [head + rng.integers(0, VOCAB, rng.integers(1, longest + 1)).tolist() for _ in range(count)]
+
+
+def values(scorer: Engine, sequences: list[list[int]]) -> np.ndarray:
+    result = scorer.score(label_batch(sequences, [LABELS] * len(sequences)))
+    return result.values.reshape(len(sequences), len(LABELS))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_alone_cold_and_warm_equal_among_many(family: str, families: Families) -> None:
+    """Behind a query of two pages and a half, longer than any window, and behind none."""
+    _, scorer = families(family)
+    sequences = [*prompts(7, query=310, longest=30, seed=1), *prompts(7, query=0, longest=60, seed=2)]
+    cold = values(scorer, sequences)
+    hits = scorer.cache_stats.hit_tokens
+    warm = values(scorer, sequences[::-1])[::-1]
+    assert scorer.cache_stats.hit_tokens > hits
+    np.testing.assert_allclose(warm, cold, rtol=0, atol=TOLERANCE)
+    scorer._forget_prefixes()  # pyright: ignore[reportPrivateUsage]
+    alone = np.concatenate([values(scorer, [sequence]) for sequence in sequences[::4]])
+    np.testing.assert_allclose(alone, cold[::4], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whole_rows_in_one_loop_equal_chunks_by_layer(family: str, families: Families) -> None:
+    folder, scorer = families(family)
+    looped = engine.load(
+        folder, by_layer=False, max_row_tokens=304, call_tokens=304, chunks=(64,), prefix_cache_bytes=2**21
+    )
+    tail = prompts(1, query=280, longest=1, seed=3)[0]
+    sequences = [tail, *(prompt + tail for prompt in prompts(2, query=128, longest=9, seed=4))]
+    np.testing.assert_allclose(values(looped, sequences), values(scorer, sequences), rtol=0, atol=TOLERANCE)
+
+
+def test_a_prompt_whose_arithmetic_breaks_spoils_no_neighbour_in_its_experts(
+    families: Families, tmp_path: Path
+) -> None:
+    """Token 5's embedding is NaN."""
+    _, clean = families("qwen3_moe")
+    folder = make_family(tmp_path, "qwen3_moe")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][5] = np.nan
+    save_file(tensors, folder / "model.safetensors")
+    broken = engine.load(folder, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
+    sequences = [[token for token in prompt if token != 5] + [1] for prompt in prompts(6, query=0, longest=20, seed=6)]
+    wanted = values(clean, sequences)
+    sequences[2].insert(0, 5)
+    got = values(broken, sequences)
+    assert np.isnan(got[2]).all()
+    others = [0, 1, 3, 4, 5]
+    np.testing.assert_allclose(got[others], wanted[others], rtol=0, atol=TOLERANCE)

@@ -1,0 +1,106 @@
+"""The TPU kernel, interpreted on this machine, against the plain softmax over everything."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.attention import Context, Rule, attend, to_pool
+from model.attention_tpu import stored_width
+from model.pages import PAGE_TOKENS
+
+PAGES, SLOTS, LAYERS = 9, 8, 2
+Attend = Callable[..., jax.Array]
+
+
+def inputs(
+    *, bins: int, width: int, head_width: int, longest: int, heads: int = 4, kv_heads: int = 2, seed: int = 0
+) -> tuple[jax.Array, jax.Array, jax.Array, Context]:
+    """Rows of 1 to ``longest`` tokens in every bin, the last positions of each left empty, and a full page table."""
+    rng = np.random.default_rng(seed)
+    segments, positions = np.full((bins, width), -1, np.int32), np.zeros((bins, width), np.int32)
+    for number, row in enumerate(segments):
+        ends = np.cumsum(rng.integers(1, longest + 1, width))
+        filled = int(ends[ends < width][-1])
+        rows = np.searchsorted(ends, np.arange(filled), "right")
+        row[:filled] = 1000 * number + rows
+        positions[number, :filled] = np.arange(filled) - np.concatenate([[0], ends])[rows]
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.normal(0, 1, shape).astype(np.float32)
+
+    pool = normal(PAGES, LAYERS, 2, kv_heads, PAGE_TOKENS, stored_width(head_width))
+    pool[..., head_width:] = 0
+    table = rng.permutation(PAGES - 1)[:SLOTS].astype(np.int32) + 1
+    q = normal(bins * width, heads, head_width) * 2 * head_width**-0.5
+    k, v = (normal(bins * width, kv_heads, head_width) for _ in range(2))
+    context = Context(*map(jnp.asarray, (segments, positions.reshape(-1), pool, table, np.int32(0))))
+    return jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), context
+
+
+def behind(context: Context, length: int) -> Context:
+    """The same rows over a prefix."""
+    return context._replace(prefix_length=jnp.int32(length), positions=context.positions + length)
+
+
+def both(head_width: int, window: int | None = None, softcap: float | None = None) -> tuple[Attend, Attend]:
+    """Kernel and reference, compiled once for all prefix lengths; the reference's pool has heads as they are."""
+    rule = Rule(None if window is None else jnp.int32(window), softcap)
+
+    def kernel(q: jax.Array, k: jax.Array, v: jax.Array, context: Context, reads: jax.Array | None = None) -> jax.Array:
+        query = q if reads is None else q[reads]
+        return attend(query, k, v, context, 1, rule, implementation="fused-interpreted", reads=reads)
+
+    def reference(
+        q: jax.Array, k: jax.Array, v: jax.Array, context: Context, reads: jax.Array | None = None
+    ) -> jax.Array:
+        query = q if reads is None else q[reads]
+        narrow = context._replace(pool=context.pool[..., :head_width])
+        return attend(query, k, v, narrow, 1, rule, implementation="reference", reads=reads)
+
+    return jax.jit(kernel), jax.jit(reference)
+
+
+@pytest.mark.parametrize(
+    ("bins", "width", "head_width", "longest", "window", "softcap"),
+    [
+        pytest.param(9, 160, 80, 60, None, None, id="narrow heads, a tile that is not filled"),
+        pytest.param(9, 160, 80, 60, 40, 1.5, id="a window shorter than a row, and a soft cap"),
+        pytest.param(1, 2048, 128, 1500, 700, None, id="a bin of two tiles, a window over both"),
+    ],
+)
+def test_kernel_equals_reference(
+    bins: int, width: int, head_width: int, longest: int, window: int | None, softcap: float | None
+) -> None:
+    q, k, v, context = inputs(bins=bins, width=width, head_width=head_width, longest=longest)
+    real = np.asarray(context.segments).reshape(-1) >= 0
+    kernel, reference = both(head_width, window, softcap)
+    for length in (0, 1, 4 * PAGE_TOKENS, 5 * PAGE_TOKENS + 3, 8 * PAGE_TOKENS - 5):
+        here = behind(context, length)
+        got, wanted = (np.asarray(run(q, k, v, here))[real] for run in (kernel, reference))
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=3e-6)
+
+
+def test_bfloat16_reads_and_a_broken_neighbour() -> None:
+    """Only reads are asked, in bfloat16; one row's values are NaN, and nobody else's result is."""
+    q, k, v, context = inputs(bins=3, width=128, head_width=64, longest=40)
+    segments = np.asarray(context.segments).reshape(-1)
+    broken = segments == segments[0]
+    v = v.at[np.flatnonzero(broken)].set(jnp.nan)
+    reads = jnp.asarray([50, 51, 127 + 30, 300])
+    context = behind(context, 130)
+    kernel, reference = both(64)
+    wanted = np.asarray(reference(q, k, v, context, reads))
+    q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
+    stored = context._replace(pool=to_pool(context.pool.astype(jnp.bfloat16)))
+    got = kernel(q, k, v, stored, reads)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(got, np.float32), wanted, rtol=0, atol=0.03)
+
+
+def test_a_bin_that_no_tile_divides_is_refused() -> None:
+    q, k, v, context = inputs(bins=1, width=1040, head_width=128, longest=1000)
+    with pytest.raises(ValueError, match="1040 positions"):
+        attend(q, k, v, context, 0, Rule(), implementation="fused-interpreted")

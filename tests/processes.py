@@ -1,0 +1,37 @@
+"""The processes of a deployed application, found from outside."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import suppress
+
+import psutil
+
+APP_NAME = "score"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def replica_processes(deployment: str) -> list[psutil.Process]:
+    """The live replicas in this session's cluster. Ray writes the deployment's name into a process's title."""
+    title = f"ray::ServeReplica:{APP_NAME}:{deployment}"
+    found: list[psutil.Process] = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if title in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def replica_process(deployment: str) -> psutil.Process:
+    """One of them."""
+    return replica_processes(deployment)[0]
+
+
+def mapped_files(process: psutil.Process) -> str:
+    """Paths of all that the process has loaded, shared libraries among them."""
+    return "\n".join(region.path for region in process.memory_maps())

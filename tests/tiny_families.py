@@ -1,0 +1,224 @@
+"""Tiny random checkpoints of the model families in Hugging Face layout, made with numpy alone.
+
+As in ``tests.tiny`` the constants are awkward: each differs from its default, from the others, and shows in the scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.tiny import save, write_json
+
+COMMON: Mapping[str, Any] = {
+    "vocab_size": 307,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "intermediate_size": 52,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+CONFIGS: Mapping[str, Mapping[str, Any]] = {
+    "llama": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "head_dim": 10,
+        "rms_norm_eps": 1.5e-4,
+        "rope_theta": 1234.5,
+    },
+    "qwen2": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "rms_norm_eps": 2e-4,
+        "rope_theta": 4321.0,
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        "sliding_window": 20,
+        "max_window_layers": 1,
+    },
+    "qwen3": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "head_dim": 10,
+        "rms_norm_eps": 3e-4,
+        "rope_theta": 8765.0,
+    },
+    "mistral": {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "head_dim": 14,
+        "rms_norm_eps": 1e-4,
+        "rope_theta": 2345.0,
+        "sliding_window": 150,
+    },
+    "gemma2": {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "head_dim": 10,
+        "rms_norm_eps": 5e-4,
+        "rope_theta": 3456.0,
+        "sliding_window": 21,
+        "query_pre_attn_scalar": 17,
+        "attn_logit_softcapping": 2.5,
+        "final_logit_softcapping": 4.5,
+    },
+    "gemma3": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "head_dim": 12,
+        "rms_norm_eps": 6e-4,
+        "rope_theta": 5678.0,
+        "rope_local_base_freq": 77.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 2.5},
+        "sliding_window": 130,
+        "sliding_window_pattern": 2,
+        "query_pre_attn_scalar": 23,
+    },
+    "olmo2": {
+        "architectures": ["Olmo2ForCausalLM"],
+        "model_type": "olmo2",
+        "rms_norm_eps": 7e-4,
+        "rope_theta": 6789.0,
+    },
+    "phi3": {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "num_attention_heads": 4,
+        "rms_norm_eps": 8e-4,
+        "rope_theta": 7890.0,
+        "partial_rotary_factor": 0.5,
+        "sliding_window": 170,
+        "tie_word_embeddings": True,
+    },
+    "phi3-longrope": {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "num_attention_heads": 4,
+        "rms_norm_eps": 8e-4,
+        "rope_theta": 7890.0,
+        "original_max_position_embeddings": 170,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.1, 1.3, 1.7, 2.1, 2.9],
+            "long_factor": [1.2, 1.9, 3.5, 5.0, 7.5, 9.0],
+        },
+    },
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "head_dim": 10,
+        "rms_norm_eps": 9e-4,
+        "rope_theta": 8901.0,
+        "moe_intermediate_size": 20,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    },
+}
+
+FAMILIES = tuple(name for name in CONFIGS if name != "llama")
+"""Those that have no tests of their own."""
+CLASSIFIERS: Mapping[str, str] = {
+    "llama": "LlamaForSequenceClassification",
+    "qwen2": "Qwen2ForSequenceClassification",
+    "qwen3": "Qwen3ForSequenceClassification",
+    "gemma2": "Gemma2ForSequenceClassification",
+    "gemma3": "Gemma3TextForSequenceClassification",
+}
+"""Families that may have a classification head, and their architecture then."""
+
+NORMS: Mapping[str, tuple[str, ...]] = {
+    "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    **dict.fromkeys(
+        ("gemma2", "gemma3_text"),
+        ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
+}
+"""Of a layer, where they are not Llama's."""
+QK_NORMS: Mapping[str, str] = {
+    "qwen3": "one head",
+    "qwen3_moe": "one head",
+    "gemma3_text": "one head",
+    "olmo2": "all heads",
+}
+
+
+def make_family(folder: Path, family: str, *, classes: int = 0) -> Path:
+    """Write ``config.json`` and random safetensors into ``folder`` and return it.
+
+    Args:
+        classes: of a classification head in place of the output head; 0: the model is causal.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = config_of(family)
+    if classes:
+        names = {str(number): f"class {number}" for number in range(classes)}
+        config |= {"architectures": [CLASSIFIERS[family]], "id2label": names}
+    write_json(folder / "config.json", config)
+    save(folder, _tensors(np.random.default_rng(11), config))
+    return folder
+
+
+def config_of(family: str) -> dict[str, Any]:
+    """The family's ``config.json``."""
+    return {**COMMON, **CONFIGS[family]}
+
+
+def _tensors(rng: np.random.Generator, config: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Scaled so that attention is far from uniform and logits spread by about 3."""
+    kind, width = config["model_type"], config["hidden_size"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    head = config.get("head_dim", width // heads)
+    tensors: dict[str, np.ndarray] = {}
+
+    def linear(name: str, out: int, into: int, *, bias: bool = False, gain: float = 1.0) -> None:
+        tensors[f"{name}.weight"] = rng.normal(0, gain * into**-0.5, (out, into))
+        if bias:
+            tensors[f"{name}.bias"] = rng.normal(0, 0.3, out)
+
+    def norm(name: str, size: int = width) -> None:
+        tensors[f"{name}.weight"] = rng.uniform(0.6, 1.4, size) - (1 if kind.startswith("gemma") else 0)
+
+    linear("model.embed_tokens", config["vocab_size"], width, gain=3.0)
+    for layer in range(config["num_hidden_layers"]):
+        block = f"model.layers.{layer}"
+        attention = f"{block}.self_attn"
+        for name in NORMS.get(kind, ("input_layernorm", "post_attention_layernorm")):
+            norm(f"{block}.{name}")
+        projections = (("q", heads, 1.5), ("k", kv_heads, 1.5), ("v", kv_heads, 1.0))
+        for name, count, gain in projections:
+            linear(f"{attention}.{name}_proj", count * head, width, bias=kind == "qwen2", gain=gain)
+        linear(f"{attention}.o_proj", width, heads * head)
+        if kind in QK_NORMS:
+            norm(f"{attention}.q_norm", head * (heads if QK_NORMS[kind] == "all heads" else 1))
+            norm(f"{attention}.k_norm", head * (kv_heads if QK_NORMS[kind] == "all heads" else 1))
+        mlps = {f"{block}.mlp": config["intermediate_size"]}
+        if kind == "qwen3_moe":
+            linear(f"{block}.mlp.gate", config["num_experts"], width, gain=2.0)
+            experts = range(config["num_experts"])
+            mlps = {f"{block}.mlp.experts.{expert}": config["moe_intermediate_size"] for expert in experts}
+        for mlp, ff in mlps.items():
+            linear(f"{mlp}.gate_proj", ff, width)
+            linear(f"{mlp}.up_proj", ff, width)
+            linear(f"{mlp}.down_proj", width, ff)
+        if kind == "phi3":
+            _fuse(tensors, f"{attention}.qkv_proj", [f"{attention}.{name}_proj" for name in "qkv"])
+            _fuse(tensors, f"{block}.mlp.gate_up_proj", [f"{block}.mlp.{name}_proj" for name in ("gate", "up")])
+    norm("model.norm")
+    if "id2label" in config:
+        linear("score", len(config["id2label"]), width, gain=3.0)
+    elif not config.get("tie_word_embeddings", kind.startswith("gemma")):
+        linear("lm_head", config["vocab_size"], width, gain=3.0)
+    return tensors
+
+
+def _fuse(tensors: dict[str, np.ndarray], name: str, parts: list[str]) -> None:
+    tensors[f"{name}.weight"] = np.concatenate([tensors.pop(f"{part}.weight") for part in parts])

@@ -1,0 +1,191 @@
+"""The engine's real programs compile for TPUs, on a machine without one, and cost what they should.
+
+Nothing runs here: libtpu compiles for a described topology, and its compiler refuses what the chip cannot do.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import SingleDeviceSharding
+from typer.testing import CliRunner
+
+from model.attention_tpu import work
+from model.config import ModelConfig
+from model.cost import program_cost
+from model.engine import without_weights
+from model.plan import Shape
+from model.registry import from_hf
+from model.sizes import BY_PLATFORM
+from scripts.tpu_estimate import CHIPS, Workload, devices, estimate, launches
+from scripts.tpu_plan import app
+from tests.tiny_families import FAMILIES, config_of
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="NOTHING IS COMPILED FOR TPU: libtpu is not installed; the extras test and tpu-compile bring it",
+)
+
+QWEN3_06B_JSON = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 151_936,
+    "hidden_size": 1024,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 3072,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 40_960,
+    "tie_word_embeddings": True,
+}
+QWEN3_06B = from_hf(QWEN3_06B_JSON)
+LLAMA_31_8B = from_hf(
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 128_256,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14_336,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 5e5,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "max_position_embeddings": 131_072,
+    }
+)
+RANKING = Workload(query_tokens=2000, items=500, item_tokens=20)
+
+
+def test_loops_and_on_chip_arrays_are_counted_rightly() -> None:
+    """A loop's cost is that of the same program written out, and a large array costs its bytes."""
+    here = SingleDeviceSharding(devices("v6e", "1x1")[0])
+
+    def shape(*dims: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, jnp.bfloat16, sharding=here)
+
+    def step(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.nn.silu(x @ w) @ w.T
+
+    def looped(w: jax.Array, x: jax.Array) -> jax.Array:
+        return lax.fori_loop(0, 5, lambda n, x: step(x, lax.dynamic_index_in_dim(w, n, keepdims=False)), x)
+
+    def written_out(w: jax.Array, x: jax.Array) -> jax.Array:
+        for n in range(5):
+            x = step(x, w[n])
+        return x
+
+    weights, x = shape(5, 1024, 4096), shape(2048, 1024)
+    costs = []
+    for function in (looped, written_out):
+        traced = jax.jit(function).trace(weights, x)
+        costs.append(program_cost(traced, traced.lower().compile(), trips=5)[0])
+    loop, plain = costs
+    assert loop.flops == pytest.approx(5 * 2 * 2 * 2048 * 1024 * 4096, rel=0.02)
+    assert loop.flops == pytest.approx(plain.flops, rel=0.02)
+    # All between the products stays on the chip: what moves is the weights, the input and the result.
+    least = 2 * (5 * 1024 * 4096 + 2 * 2048 * 1024)
+    assert least <= plain.bytes < 1.3 * least
+    assert least <= loop.bytes < 1.3 * least
+
+
+def test_ranking_on_one_v6e_is_near_the_floor(tmp_path: Path) -> None:
+    """By the planner's command: Qwen3-0.6B's sizes, a cold query of 2,000 tokens, 500 items of 20 tokens."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_06B_JSON))
+    told, picture = tmp_path / "plan.json", tmp_path / "plan.png"
+    result = CliRunner().invoke(app, [str(tmp_path), "--price", "2.7", "--json", str(told), "--plot", str(picture)])
+    assert result.exit_code == 0, result.output
+    assert "nothing ran on a TPU" in " ".join(result.output.split())
+    found = json.loads(told.read_text())
+    assert found["fits"]
+    assert found["bytes_per_chip"]["weights"] == pytest.approx(2 * 596e6, rel=0.01)
+    assert found["floor_seconds"] == pytest.approx(17e-3, rel=0.05)
+    assert found["times_floor"] <= 1.5
+    assert found["items_per_s_per_chip"] == pytest.approx(500 / found["roofline_seconds"])
+    assert found["items_per_s_per_chip"] >= 19_000
+    assert found["chips_needed"] == 1
+    assert found["price_per_million_items"] == pytest.approx(2.7e6 / 3600 / found["items_per_s_per_chip"])
+    # No matrix of scores: attention of one layer would write and read 500 * 20 * 2,000 of them for each of 16 heads.
+    assert found["bytes_moved"] < 28 * 2 * 4 * 16 * 500 * 20 * 2000 / 10
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_compiles(family: str) -> None:
+    config = from_hf(config_of(family))
+    programs, laid = without_weights(config, devices("v6e", "1x1")[0], BY_PLATFORM["tpu"])
+    traced = programs.trace("rows", laid.ladder[0])
+    _, kernels = program_cost(traced, traced.lower().compile(), trips=config.layers - 1)
+    assert kernels == config.layers
+
+
+@pytest.mark.parametrize(
+    ("config", "chip", "call"),
+    [
+        pytest.param(QWEN3_06B, "v5e", Shape(160, 26), id="qwen3-0.6b-v5e"),
+        pytest.param(LLAMA_31_8B, "v6e", Shape(160, 26), id="llama-3.1-8b-v6e"),
+    ],
+)
+def test_programs_fit_one_chip_and_attention_is_fused(config: ModelConfig, chip: str, call: Shape) -> None:
+    programs, laid = without_weights(config, devices(chip, "1x1")[0], BY_PLATFORM["tpu"], max_prompt_tokens=8192)
+    traced = programs.trace("rows", call)
+    compiled = traced.lower().compile()
+    memory = compiled.memory_analysis()
+    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+    assert used <= CHIPS[chip].hbm_bytes
+    assert "[<=" not in compiled.as_text(), "a dynamic shape"
+    cost, kernels = program_cost(traced, compiled, trips=config.layers - 1)
+    assert kernels == config.layers
+    # Attention over a prefix of 2,000 tokens that is not fused writes and reads a float32 matrix of scores in each
+    # layer. That alone would be more than all that the layer moves, its weights and the kernel's own copies included.
+    _, copied = work(call.tokens, call.width, config.heads, laid.pool, 2000, None)
+    assert cost.bytes / config.layers + copied < 2 * 4 * call.tokens * config.heads * 2000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "said"),
+    [
+        (["--topology", "2x4"], {}, "v6e 2x4 has 8 chips; plans of a model over more than one chip are not supported"),
+        (["--topology", "3x5"], {}, "libtpu knows no topology v6e:3x5"),
+        (["--chip", "v7"], {}, "'v7' is not one of v5e, v5p, v6e"),
+        (["--query-tokens", "40941"], {}, "the prompts have 40,961 tokens; this model reads at most 40,960"),
+        ([], {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8}, "mixtures of experts are not supported"),
+        ([], {"architectures": ["OtherForCausalLM"]}, "implemented: Gemma2ForCausalLM"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(
+    arguments: list[str], changes: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_06B_JSON | changes))
+    result = CliRunner().invoke(app, [str(tmp_path), *arguments], env={"COLUMNS": "200"})
+    assert result.exit_code != 0
+    assert said in " ".join(result.output.split())
+
+
+def test_what_does_not_fit_is_said_without_compiling() -> None:
+    found = estimate(LLAMA_31_8B, "v5e", "1x1", RANKING)
+    weights = found.bytes_per_chip["weights"]
+    assert weights == pytest.approx(16.06e9, rel=0.01)
+    assert found.missing_bytes == weights + found.bytes_per_chip["prefix_cache"] - 16e9
+    assert found.roofline_seconds is None
+
+
+def test_launches_are_the_planner_s() -> None:
+    _, laid = without_weights(QWEN3_06B, devices("v6e", "1x1")[0], BY_PLATFORM["tpu"], max_prompt_tokens=8192)
+    found = launches(QWEN3_06B, laid, RANKING.request())
+    rows = {launch: count for launch, count in found.items() if launch.kind == "rows"}
+    assert {launch.prefix_length for launch in rows} <= {1920, 2000}
+    assert sum(launch.size.tokens * count for launch, count in rows.items()) <= 1.05 * 500 * 20
+    assert sum(launch.size * count for launch, count in found.items() if launch.kind == "prefill") == 2048

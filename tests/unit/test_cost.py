@@ -1,0 +1,67 @@
+"""What a compiled program is said to cost: loops as often as they run, chip memory apart, kernels left to others."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from model.cost import dot_flops, hbm_bytes
+
+HLO = """
+HloModule jit_f, is_scheduled=true
+
+%cut (param_0: bf16[5,64,128], param_1: s32[]) -> bf16[64,128] {
+  %param_0 = bf16[5,64,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %param_1 = s32[]{:T(128)} parameter(1)
+  ROOT %slice.1 = bf16[1,64,128]{2,1,0:T(8,128)(2,1)} dynamic-slice(%param_0, %param_1), dynamic_slice_sizes={1,64,128}
+}
+
+%body (arg: (s32[], f32[60,100])) -> (s32[], f32[60,100]) {
+  %arg = (s32[]{:T(128)}, f32[60,100]{1,0:T(8,128)}, bf16[5,64,128]{2,1,0:T(8,128)(2,1)}) parameter(0)
+  %n = s32[]{:T(128)S(1)} get-tuple-element(%arg), index=0
+  %x = f32[60,100]{1,0:T(8,128)} get-tuple-element(%arg), index=1
+  %w = bf16[5,64,128]{2,1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=2
+  %layer = bf16[64,128]{1,0:T(8,128)(2,1)S(1)} fusion(%w, %n), kind=kLoop, calls=%cut
+  %fused_attention.1 = f32[60,100]{1,0:T(8,128)} custom-call(%x, %layer), custom_call_target="tpu_custom_call"
+  ROOT %out = (s32[]{:T(128)}, f32[60,100]{1,0:T(8,128)}) tuple(%n, %fused_attention.1, %w)
+}
+
+ENTRY %main (x: f32[60,100], w: bf16[5,64,128]) -> f32[60,100] {
+  %x.1 = f32[60,100]{1,0:T(8,128)} parameter(0)
+  %w.1 = bf16[5,64,128]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %init = (s32[]{:T(128)}, f32[60,100]{1,0:T(8,128)}) tuple(%zero, %x.1, %w.1)
+  %loop = (s32[]{:T(128)}, f32[60,100]{1,0:T(8,128)}) while(%init), condition=%less, body=%body
+  %y = f32[60,100]{1,0:T(8,128)} get-tuple-element(%loop), index=1
+  %sum = f32[60,100]{1,0:T(8,128)} all-reduce(%y), replica_groups={{0,1}}, to_apply=%add
+  ROOT %copy = f32[60,100]{1,0:T(8,128)S(1)} copy(%sum)
+}
+"""
+X = 64 * 128 * 4
+"""Bytes of f32[60,100] with its padding to tiles of 8 x 128."""
+LAYER = 64 * 128 * 2
+
+
+def test_bytes_follow_loops_cuts_and_memory_spaces() -> None:
+    moved, collective, kernels = hbm_bytes(HLO, trips=5)
+    # Each trip cuts one layer from the stack into chip memory; at the end the sum is read, written, and read once more.
+    assert moved == 5 * LAYER + 2 * X + X
+    assert collective == X
+    assert kernels == 5
+
+
+def test_matrix_products_of_a_loop_count_as_often_as_it_runs() -> None:
+    def looped(w: jax.Array, x: jax.Array) -> jax.Array:
+        return lax.fori_loop(0, 5, lambda n, x: x @ lax.dynamic_index_in_dim(w, n, keepdims=False), x)
+
+    def written_out(w: jax.Array, x: jax.Array) -> jax.Array:
+        for n in range(5):
+            x = x @ w[n]
+        return x
+
+    arguments = jax.ShapeDtypeStruct((5, 128, 128), jnp.float32), jax.ShapeDtypeStruct((64, 128), jnp.float32)
+    loop, plain = (jax.jit(function).trace(*arguments) for function in (looped, written_out))
+    counted = plain.lower().compile().cost_analysis()
+    assert counted is not None
+    assert dot_flops(loop.jaxpr) == dot_flops(plain.jaxpr) == pytest.approx(counted["flops"], rel=0.01)
+    assert dot_flops(loop.jaxpr, trips=False) == dot_flops(plain.jaxpr) / 5

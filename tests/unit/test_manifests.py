@@ -1,0 +1,258 @@
+"""The Kubernetes manifests and the Dockerfile: names as KubeRay and Kubernetes have them, and numbers that agree.
+
+The models below hold the fields that the manifests use, after KubeRay's ``ray-operator/apis/ray/v1`` and Kubernetes'
+``core/v1``, and refuse all others: the API server drops an unknown field without a word.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from pydantic import BaseModel, ConfigDict, Field
+from ray.serve.schema import ServeDeploySchema
+
+from serve_app.settings import Settings
+from serve_app.tpu import HOSTS
+
+ROOT = Path(__file__).parents[2]
+MANIFESTS = sorted((ROOT / "configs" / "kuberay").glob("*.yaml"))
+FRONT = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0",
+}
+GKES_CHIPS = {"v4": "tpu-v4-podslice", "v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}
+CHIPS = "google.com/tpu"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+(RAY,) = [need for need in map(Requirement, PROJECT["dependencies"]) if need.name == "ray"]
+
+Quantity = Annotated[str, Field(pattern=r"^\d+(m|Ki|Mi|Gi|Ti)?$")]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Variable(Strict):
+    name: str
+    value: str
+
+
+class Port(Strict):
+    name: Annotated[Name, Field(max_length=15)]
+    containerPort: int  # noqa: N815 - Kubernetes' names
+
+
+class Mount(Strict):
+    name: Name
+    mountPath: str  # noqa: N815
+
+
+class Exec(Strict):
+    command: list[str]
+
+
+class Probe(Strict):
+    exec: Exec
+    initialDelaySeconds: int  # noqa: N815
+    periodSeconds: int  # noqa: N815
+    timeoutSeconds: int  # noqa: N815
+    failureThreshold: int  # noqa: N815
+
+
+class Resources(Strict):
+    requests: dict[str, Quantity]
+    limits: dict[str, Quantity]
+
+
+class Container(Strict):
+    name: Name
+    image: str
+    ports: list[Port] = []
+    env: list[Variable]
+    volumeMounts: list[Mount]  # noqa: N815
+    livenessProbe: Probe | None = None  # noqa: N815
+    readinessProbe: Probe | None = None  # noqa: N815
+    resources: Resources
+
+
+class Claim(Strict):
+    claimName: Name  # noqa: N815
+
+
+class Volume(Strict):
+    name: Name
+    persistentVolumeClaim: Claim  # noqa: N815
+
+
+class SecurityContext(Strict):
+    fsGroup: int  # noqa: N815
+
+
+class PodSpec(Strict):
+    securityContext: SecurityContext  # noqa: N815
+    nodeSelector: dict[str, str] = {}  # noqa: N815
+    containers: Annotated[list[Container], Field(min_length=1)]
+    volumes: list[Volume]
+
+
+class Template(Strict):
+    spec: PodSpec
+
+
+class HeadGroup(Strict):
+    rayStartParams: dict[str, str]  # noqa: N815
+    template: Template
+
+
+class WorkerGroup(HeadGroup):
+    labels: dict[str, str] = {}
+    groupName: Name  # noqa: N815
+    replicas: int
+    minReplicas: int  # noqa: N815
+    maxReplicas: int  # noqa: N815
+    numOfHosts: int = 1  # noqa: N815
+
+
+class AutoscalerOptions(Strict):
+    version: Literal["v1", "v2"]
+
+
+class ClusterSpec(Strict):
+    rayVersion: str  # noqa: N815
+    enableInTreeAutoscaling: bool = False  # noqa: N815
+    autoscalerOptions: AutoscalerOptions | None = None  # noqa: N815
+    headGroupSpec: HeadGroup  # noqa: N815
+    workerGroupSpecs: list[WorkerGroup]  # noqa: N815
+
+
+class ServiceSpec(Strict):
+    serveConfigV2: str  # noqa: N815
+    rayClusterConfig: ClusterSpec  # noqa: N815
+
+
+class Metadata(Strict):
+    name: Name
+
+
+class RayService(Strict):
+    apiVersion: Literal["ray.io/v1"]  # noqa: N815
+    kind: Literal["RayService"]
+    metadata: Metadata
+    spec: ServiceSpec
+
+    @property
+    def settings(self) -> Settings:
+        (application,) = ServeDeploySchema.model_validate(yaml.safe_load(self.spec.serveConfigV2)).applications
+        assert application.import_path == "serve_app.app:build"
+        return Settings.model_validate(application.args)
+
+    @property
+    def pods(self) -> list[PodSpec]:
+        cluster = self.spec.rayClusterConfig
+        return [group.template.spec for group in (cluster.headGroupSpec, *cluster.workerGroupSpecs)]
+
+
+class StorageRequest(Strict):
+    requests: dict[Literal["storage"], Quantity]
+
+
+class ClaimSpec(Strict):
+    accessModes: list[Literal["ReadWriteMany"]]  # noqa: N815
+    storageClassName: str  # noqa: N815
+    resources: StorageRequest
+
+
+class PersistentVolumeClaim(Strict):
+    apiVersion: Literal["v1"]  # noqa: N815
+    kind: Literal["PersistentVolumeClaim"]
+    metadata: Metadata
+    spec: ClaimSpec
+
+
+KINDS: dict[str, type[BaseModel]] = {"RayService": RayService, "PersistentVolumeClaim": PersistentVolumeClaim}
+
+
+def documents(path: Path) -> list[Any]:
+    contents = yaml.safe_load_all(path.read_text())
+    return [KINDS[content["kind"]].model_validate(content) for content in contents]
+
+
+@pytest.fixture(params=MANIFESTS, ids=lambda path: path.name)
+def objects(request: pytest.FixtureRequest) -> list[Any]:
+    return documents(request.param)
+
+
+@pytest.fixture
+def service(objects: list[Any]) -> RayService:
+    (found,) = [each for each in objects if isinstance(each, RayService)]
+    return found
+
+
+def test_there_is_a_manifest():
+    assert MANIFESTS
+
+
+def test_a_misspelt_field_is_refused():
+    content = next(yaml.safe_load_all(MANIFESTS[0].read_text()))
+    content["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["minReplica"] = 1
+    with pytest.raises(ValueError, match="minReplica"):
+        RayService.model_validate(content)
+
+
+def test_every_node_has_the_front_the_cache_and_the_weights(service: RayService, objects: list[Any]):
+    claims = {each.metadata.name for each in objects if isinstance(each, PersistentVolumeClaim)}
+    for pod in service.pods:
+        assert {volume.persistentVolumeClaim.claimName for volume in pod.volumes} == claims
+        for container in pod.containers:
+            env = {variable.name: variable.value for variable in container.env}
+            assert env.items() >= FRONT.items()
+            mounted = {mount.mountPath: mount.name for mount in container.volumeMounts}
+            assert {mounted[env["SCORE_SERVE_CACHE"]], mounted[env["HF_HOME"]]} == {v.name for v in pod.volumes}
+
+
+def test_the_replicas_fit_on_the_chips_of_their_group(service: RayService):
+    settings, cluster = service.settings, service.spec.rayClusterConfig
+    assert settings.tpu
+    assert cluster.rayVersion in RAY.specifier
+    assert cluster.headGroupSpec.rayStartParams["num-cpus"] == "0"
+    chips = 0
+    for group in cluster.workerGroupSpecs:
+        assert group.minReplicas <= group.replicas <= group.maxReplicas
+        (container,) = group.template.spec.containers
+        own = int(container.resources.limits.get(CHIPS, 0))
+        assert container.resources.requests == container.resources.limits
+        assert container.livenessProbe
+        assert container.readinessProbe
+        selector = group.template.spec.nodeSelector
+        if not own:
+            assert selector == {}
+            assert int(container.resources.limits["cpu"]) >= settings.ingress_cpus
+            continue
+        assert selector["cloud.google.com/gke-tpu-accelerator"] == GKES_CHIPS[settings.tpu.chip]
+        assert selector["cloud.google.com/gke-tpu-topology"] == settings.tpu.topology
+        assert own == HOSTS[settings.tpu.chip][settings.tpu.topology]
+        assert group.numOfHosts == 1
+        assert group.labels == settings.tpu.labels
+        assert int(container.resources.limits["cpu"]) >= settings.scorer_cpus * own / settings.tpu.chips
+        chips += own * group.maxReplicas
+    assert settings.most_replicas * settings.tpu.chips == chips
+
+
+def test_the_image_holds_what_it_copies_and_installs_what_there_is():
+    text = (ROOT / "configs" / "Dockerfile").read_text()
+    stages = re.findall(r"^FROM \S+ AS (\w+)$", text, re.MULTILINE)
+    assert {"cpu", "tpu"} <= set(stages)
+    for sources in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE):
+        assert all((ROOT / source).exists() for source in sources.split())
+    assert set(re.findall(r"'\.\[(\w+)\]'", text)) <= PROJECT["optional-dependencies"].keys()
+    for path in MANIFESTS:
+        (service,) = [each for each in documents(path) if isinstance(each, RayService)]
+        assert {container.image for pod in service.pods for container in pod.containers} == {"score-serve:tpu"}

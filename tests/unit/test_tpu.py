@@ -1,0 +1,138 @@
+"""What TPU chips can be asked for, compared with Ray's own tables, and what a cluster is said to lack."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from ray._private.accelerators import tpu as rays
+from ray.util.tpu import get_tpu_version_from_type
+
+from serve_app import cli, launcher
+from serve_app.app import build
+from serve_app.launcher import LaunchError
+from serve_app.scorer import load_engine
+from serve_app.settings import Settings
+from serve_app.tpu import CHIP_LABEL, HOSTS, SHARES, TOPOLOGY_LABEL, Tpu
+from tests.tiny import make_llama
+
+
+@pytest.mark.parametrize("chip", HOSTS)
+def test_the_hosts_are_those_that_ray_knows(chip: Any):
+    version = get_tpu_version_from_type(Tpu(chip=chip, topology=next(iter(HOSTS[chip]))).labels[CHIP_LABEL])
+    on_one_host = {
+        topology: chips
+        for topology in rays.VALID_TPU_TOPOLOGY[version]
+        if (chips := rays.get_num_chips_from_topology(topology)) <= rays.get_chips_per_host(topology, version)
+    }
+    assert on_one_host == HOSTS[chip]
+    assert SHARES == rays.TPU_VALID_CHIP_OPTIONS
+
+
+@pytest.mark.parametrize(
+    ("chip", "gkes", "topology"),
+    [("v4", "v4-8", "2x2x1"), ("v5e", "v5litepod-8", "2x4"), ("v5p", "v5p-8", "2x2x1"), ("v6e", "v6e-4", "2x2")],
+)
+def test_the_labels_are_those_that_ray_gives_a_tpu_host(
+    chip: Any, gkes: str, topology: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", gkes)
+    monkeypatch.setenv("TPU_TOPOLOGY", topology)
+    monkeypatch.setenv("TPU_NAME", "a-slice")
+    monkeypatch.setenv("TPU_WORKER_ID", "0")
+    host = rays.TPUAcceleratorManager
+    found = {CHIP_LABEL: host.get_current_node_accelerator_type()} | host.get_current_node_accelerator_labels()
+    assert Tpu(chip=chip, topology=topology).labels.items() <= found.items()
+
+
+@pytest.mark.parametrize(
+    ("asked", "possible"),
+    [
+        ({"chip": "v6e", "topology": "2x2", "chips": 3}, "1 or 2 or 4"),
+        ({"chip": "v6e", "topology": "2x2", "chips": 8}, "1 or 2 or 4"),
+        ({"chip": "v5p", "topology": "2x2x1", "chips": 0}, "1 or 2 or 4"),
+        ({"chip": "v6e", "topology": "3x3"}, "1x1, 2x2, 2x4"),
+        ({"chip": "v6e", "topology": "4x4"}, "1x1, 2x2, 2x4"),
+        ({"chip": "v4", "topology": "2x2"}, "2x2x1"),
+        ({"chip": "h100", "topology": "2x2"}, "'v4', 'v5e', 'v5p' or 'v6e'"),
+        ({"chip": "v6e", "topology": "2x2", "chip_count": 1}, "chip_count"),
+    ],
+)
+def test_what_does_not_exist_is_refused_with_what_does(asked: dict[str, Any], possible: str):
+    with pytest.raises(ValidationError, match=possible):
+        Settings.model_validate({"tpu": asked})
+
+
+def test_what_the_engine_cannot_use_is_refused():
+    with pytest.raises(ValidationError, match=r"tpu\.chips is 4; this engine computes on 1 chip"):
+        Settings(tpu=Tpu(chip="v6e", topology="2x2", chips=4))
+    assert Settings(tpu=Tpu(chip="v6e", topology="2x2", chips=4), engine="fake").tpu
+
+
+def node(chips: int, chip: str = "TPU-V6E", topology: str = "2x2", *, alive: bool = True) -> dict[str, Any]:
+    return {
+        "Alive": alive,
+        "Labels": {CHIP_LABEL: chip, TOPOLOGY_LABEL: topology},
+        "Resources": {"CPU": 4.0, "TPU": float(chips)},
+    }
+
+
+PLAIN = {"Alive": True, "Labels": {}, "Resources": {"CPU": 4.0}}
+
+
+@pytest.mark.parametrize(
+    ("replicas", "nodes", "said"),
+    [
+        (4, [PLAIN, node(4), node(4)], None),
+        (5, [PLAIN, node(4), node(4)], "5 replicas of 2 chips need 10 chips of v6e.* 2 such nodes have room for 4"),
+        (4, [node(4), node(4, alive=False)], "1 such nodes have room for 2"),
+        (1, [node(1)], "room for 0"),
+        (1, [PLAIN], "no node has chips of v6e in topology 2x2; the nodes have no TPU at all"),
+        (1, [node(8, topology="2x4")], "the nodes have 8 of TPU-V6E in topology 2x4"),
+        (1, [node(4, chip="TPU-V5LITEPOD")], "the nodes have 4 of TPU-V5LITEPOD in topology 2x2"),
+    ],
+)
+def test_what_a_cluster_lacks_is_named(replicas: int, nodes: list[dict[str, Any]], said: str | None):
+    lacking = Tpu(chip="v6e", topology="2x2", chips=2).lacking(replicas, nodes)
+    if said is None:
+        assert lacking is None
+    else:
+        assert re.search(said, lacking or "")
+
+
+def test_the_launcher_does_not_wait_for_chips_that_cannot_come():
+    settings = Settings(tpu=Tpu(chip="v6e", topology="2x2"), scorer_replicas=5)
+    launcher.check_chips(settings, [node(4), node(4)])
+    launcher.check_chips(Settings(), [PLAIN])
+    with pytest.raises(LaunchError, match="room for 4 replicas; ask for"):
+        launcher.check_chips(settings, [node(4)])
+
+
+def test_the_scorer_asks_ray_for_its_chips_and_the_front_end_keeps_away_from_them():
+    application = build(Settings(tpu=Tpu(chip="v5e", topology="2x4"), scorer_cpus=2))
+    front = application._bound_deployment
+    scorer = front.init_args[1]._bound_deployment
+    assert scorer.ray_actor_options["resources"] == {"TPU": 1}
+    assert scorer.ray_actor_options["label_selector"] == {CHIP_LABEL: "TPU-V5LITEPOD", TOPOLOGY_LABEL: "2x4"}
+    assert front.ray_actor_options["label_selector"] == {CHIP_LABEL: "!TPU-V5LITEPOD"}
+
+
+def test_a_replica_with_chips_that_jax_does_not_find_does_not_start(tmp_path: Any):
+    settings = Settings(model=str(make_llama(tmp_path, context=32)), tpu=Tpu(chip="v6e", topology="2x2"))
+    with pytest.raises(RuntimeError, match="jax found only cpu"):
+        load_engine(settings)
+
+
+def test_the_command_line_names_chips_and_topology(monkeypatch: pytest.MonkeyPatch):
+    from typer.testing import CliRunner
+
+    got: list[Settings] = []
+    monkeypatch.setattr(launcher, "run", lambda settings, **_: got.append(settings))
+    assert CliRunner().invoke(cli.app, ["serve", "--tpu", "v6e:2x4"]).exit_code == 0
+    assert got[0].tpu == Tpu(chip="v6e", topology="2x4", chips=1)
+    for wrong in ("v6e", "v6e:9x9"):
+        refused = CliRunner().invoke(cli.app, ["serve", "--tpu", wrong])
+        assert refused.exit_code == 1
+        assert "topology" in refused.stderr
