@@ -101,6 +101,7 @@ def test_loops_and_on_chip_arrays_are_counted_rightly() -> None:
     assert least <= loop.bytes < 1.3 * least
 
 
+@pytest.mark.timeout(1200)  # a minute of both cores, and more where others use them
 def test_ranking_on_one_v6e_is_near_the_floor(tmp_path: Path) -> None:
     """By the planner's command: Qwen3-0.6B's sizes, a cold query of 2,000 tokens, 500 items of 20 tokens."""
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_06B_JSON))
