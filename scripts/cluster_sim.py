@@ -87,9 +87,7 @@ def main(
 
 
 def _host(cluster: Any) -> Any:
-    return cluster.add_node(
-        num_cpus=4, resources={RESOURCE: CHIPS}, labels=TPU.labels, node_ip_address="127.0.0.1"
-    )
+    return cluster.add_node(num_cpus=4, resources={RESOURCE: CHIPS}, labels=TPU.labels, node_ip_address="127.0.0.1")
 
 
 def _call(port: int, counts: Counts, stop: threading.Event) -> None:

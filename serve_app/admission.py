@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from serve_app.errors import OverloadedError
@@ -47,7 +47,7 @@ class Admission:
             )
 
     @contextmanager
-    def inside(self, tokens: int, replicas: int) -> Iterator[None]:
+    def inside(self, tokens: int, replicas: int) -> Generator[None]:
         """Count ``tokens`` in while the block runs; see ``check``."""
         self.check(tokens, replicas)
         self._move(tokens)

@@ -61,7 +61,7 @@ def serve(
             engine=engine.value,
             scorer_replicas=replicas,
             max_batch_tokens=max_batch_tokens,
-            tpu=tpu and Tpu.model_validate(dict(zip(("chip", "topology"), tpu.split(":"), strict=False))),
+            tpu=None if tpu is None else _tpu(tpu),
         )
         launcher.run(settings, host=host, port=port)
     except (launcher.LaunchError, ModelSourceError, ValidationError) as error:
@@ -69,6 +69,10 @@ def serve(
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+def _tpu(words: str) -> Tpu:
+    return Tpu.model_validate(dict(zip(("chip", "topology"), words.split(":"), strict=False)))
 
 
 def main() -> None:

@@ -71,6 +71,11 @@ AHEAD_OF_PROXY_S = 0.25
 CLIENT_GONE = 499
 """Nobody reads it but the access log."""
 
+TRIES = 3
+"""For a job whose replica is lost. The second may meet another on the same lost host, of which nobody knows yet. Not
+more, since a job may be what kills them."""
+RETRY_PAUSE_S = 0.5
+
 WATCH_S = 5.0
 """Between two looks at the cluster's chips."""
 
@@ -226,21 +231,18 @@ class ScorerReplicas:
         return running_replicas(self._scorer)
 
     async def score(self, job: ScoreJob) -> JobResult:
-        """Compute ``job``, once more if its replica was lost: scoring has no effects.
+        """Compute ``job``, again if its replica was lost: scoring has no effects.
 
         Raises:
             ScoringError: what the replica raised; no room; no replica left.
         """
-        try:
-            return await self._score(job)
-        except _ReplicaLostError as lost:
-            logger.warning("request %s: a replica was lost, trying another: %s", job.request_id, lost)
-        try:
-            return await self._score(job)
-        except _ReplicaLostError as lost:
-            raise OverloadedError(
-                "no healthy replica answered; try again shortly", retry_after_s=RETRY_AFTER_S
-            ) from lost
+        for lost in range(TRIES):
+            await asyncio.sleep(lost // 2 * RETRY_PAUSE_S)  # at once, and then a little later
+            try:
+                return await self._score(job)
+            except _ReplicaLostError as error:
+                logger.warning("request %s: a replica was lost: %s", job.request_id, error)
+        raise OverloadedError("no healthy replica answered; try again shortly", retry_after_s=RETRY_AFTER_S)
 
     async def metrics(self) -> str:
         """All replicas' counters, as Prometheus reads them; some seconds old."""
