@@ -18,7 +18,7 @@ import ray
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 from ray import serve
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
@@ -237,7 +237,8 @@ class ScorerReplicas:
             ScoringError: what the replica raised; no room; no replica left.
         """
         for lost in range(TRIES):
-            await asyncio.sleep(lost // 2 * RETRY_PAUSE_S)  # at once, and then a little later
+            if lost > 1:  # the second try comes at once
+                await asyncio.sleep(RETRY_PAUSE_S)
             try:
                 return await self._score(job)
             except _ReplicaLostError as error:
@@ -298,7 +299,7 @@ class _RequestContext:
 
         try:
             await self._app(scope, receive, tracked)
-        except ClientDisconnect:
+        except (ClientDisconnect, TaskCancelledError):  # the second from Serve's proxy, of a body that will not come
             await Response(status_code=CLIENT_GONE)(scope, receive, tracked)
         except Exception:
             logger.exception("request %s: a fault of ours", request_id)
