@@ -57,8 +57,8 @@ def serve(
         Path | None,
         typer.Option(
             resolve_path=True,
-            help=f"API keys that requests must have, one a line; read again when it changes. {auth.VARIABLE} in the "
-            "environment names more, with commas between. [default: no key is needed]",
+            help=f"API keys, one a line, of which requests must have one; read again when it changes. {auth.VARIABLE} "
+            "in the environment names more, with commas between. Without either, no key is needed.",
         ),
     ] = None,
     replicas: Annotated[int, typer.Option(min=1, help="Scorers, each with the whole model.")] = 1,
