@@ -8,6 +8,7 @@ no more than it holds, and with a sliding window no more than the window lets se
 Source: the folding is FlashAttention's (arXiv 2205.14135); ``tests/parity`` compares with ``reference``.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ LANES = 128
 """Width of a vector register. Heads of another width are widened by zeros to a multiple of it, also in the pool."""
 TILE_TOKENS = 1024
 """Queries of one step: the prefix is read once for each tile. Wider bins must be a multiple of it."""
+FOLD_TOKENS = 256
+"""At most so many of them are folded at once, in a loop: the compiler writes a fold out vector by vector."""
 STEP_PAGES = 4
 """Pages of the prefix that one step folds in: enough work to hide the next step's copies."""
 MASKED = -1e30
@@ -40,12 +43,14 @@ class Tiling(NamedTuple):
 
     Attributes:
         span: tokens that look at each other: a bin, or a tile of a wider one.
+        fold: queries that are folded at once, a divisor of ``span``.
         tile: queries of a step.
         tiles: of them; the last may be filled in part.
         own_steps: tiles in a bin.
     """
 
     span: int
+    fold: int
     tile: int
     tiles: int
     own_steps: int
@@ -56,7 +61,8 @@ def _tiling(tokens: int, bin_width: int) -> Tiling:
         raise ValueError(f"a bin of {bin_width} positions is neither within {TILE_TOKENS} nor a multiple of it")
     span = min(bin_width, TILE_TOKENS)
     tile = span * min(TILE_TOKENS // span, -(-tokens // span))
-    return Tiling(span, tile, -(-tokens // tile), bin_width // span)
+    fold = span if span <= FOLD_TOKENS else math.gcd(span, FOLD_TOKENS)
+    return Tiling(span, fold, tile, -(-tokens // tile), bin_width // span)
 
 
 def work(
@@ -64,14 +70,15 @@ def work(
 ) -> tuple[float, float]:
     """FLOPs of the kernel's matrix products, masked ones too, and the bytes that its copies move, in one layer."""
     *_, kv_heads, page, width = pool.shape
-    span, tile, tiles, own_steps = _tiling(tokens, bin_width)
-    fetched = sum(number % own_steps + 1 for number in range(tiles))
+    span, _, tile, tiles, own_steps = _tiling(tokens, bin_width)
+    own_tiles = [number % own_steps + 1 for number in range(tiles)]
+    own = sum(count * min(tile, tokens - number * tile) for number, count in enumerate(own_tiles))
     step = STEP_PAGES * page
     skipped = 0 if window is None else max(prefix_length + 1 - window, 0) // step
     prefix = (-(-prefix_length // step) - skipped) * step
-    scores = fetched * tile * span + tiles * tile * prefix
+    scores = own * span + tokens * prefix
     queries = 2 * tokens * heads * width
-    keys = 2 * kv_heads * width * (fetched * tile + tiles * max(prefix, step))
+    keys = 2 * kv_heads * width * (sum(own_tiles) * tile + tiles * max(prefix, step))
     positions = 0 if window is None else 4 * tokens * kv_heads * LANES
     return 4.0 * heads * width * scores, float((queries + keys) * pool.dtype.itemsize + positions)
 
@@ -102,14 +109,14 @@ def fused(
     tokens, heads, head_width = q.shape
     kv_heads, page, width = k.shape[1], *pool.shape[4:]
     groups = heads // kv_heads
-    span, tile, tiles, own_steps = _tiling(tokens, segments.shape[1])
+    span, fold, tile, tiles, own_steps = _tiling(tokens, segments.shape[1])
     step = STEP_PAGES * page
 
     def flat(x: Float[Array, "M heads H"]) -> Float[Array, "M features"]:
         return jnp.pad(x, ((0, 0), (0, 0), (0, width - head_width))).reshape(tokens, -1)
 
     rows = jnp.pad(segments.reshape(-1), (0, tiles * tile - tokens), constant_values=-1)
-    rows = rows.reshape(tiles, tile // span, span)
+    rows, key_rows = rows.reshape(tiles, -1, fold), rows.reshape(tiles, -1, span)
     # No query is before the prefix's end, and none sees further back than its window.
     skipped = 0 if window is None else lax.div(jnp.maximum(prefix_length + 1 - window, 0), step)
     numbers = (prefix_length, layer, skipped, 0 if window is None else window)
@@ -132,7 +139,7 @@ def fused(
         places = [jnp.broadcast_to(positions[:, None], (tokens, LANES))]
         place_specs = [pl.BlockSpec((tile, LANES), lambda _head, i, *_: (i, 0))]
     result = pl.pallas_call(
-        partial(_kernel, own_steps, span, groups, window is not None, softcap),
+        partial(_kernel, tokens, own_steps, span, fold, groups, window is not None, softcap),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(kv_heads, tiles, own_steps + pl.cdiv(scalars[0], step) - scalars[2]),
@@ -140,7 +147,7 @@ def fused(
                 queries,
                 own,
                 own,
-                pl.BlockSpec((None, tile // span, span), lambda _head, i, *_: (i, 0, 0)),
+                pl.BlockSpec((None, tile // fold, fold), lambda _head, i, *_: (i, 0, 0)),
                 pl.BlockSpec((None, tile // span, span), lambda _head, i, s, *_: (own_tile(i, s), 0, 0)),
                 *pages,
                 *place_specs,
@@ -158,13 +165,15 @@ def fused(
         ),
         interpret=interpret,
         name="fused_attention",
-    )(page_table, scalars, flat(q), flat(k), flat(v), rows, rows, *[pool] * STEP_PAGES, *places)
+    )(page_table, scalars, flat(q), flat(k), flat(v), rows, key_rows, *[pool] * STEP_PAGES, *places)
     return result.reshape(tokens, heads, width)[:, :, :head_width]
 
 
 def _kernel(
+    tokens: int,
     own_steps: int,
     span: int,
+    fold: int,
     groups: int,
     windowed: bool,
     softcap: float | None,
@@ -183,6 +192,7 @@ def _kernel(
     tile_number, step = pl.program_id(1), pl.program_id(2)
     tile, (_, page, width) = q_ref.shape[0], page_refs[0].shape
     prefix_length, window = scalars_ref[0], scalars_ref[3]
+    folds = lax.div(jnp.minimum(tile, tokens - tile_number * tile), fold)
 
     @pl.when(step == 0)
     def _start() -> None:
@@ -190,9 +200,8 @@ def _kernel(
         total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
         values_ref[...] = jnp.zeros(values_ref.shape, jnp.float32)
 
-    def fold(start: Any, size: int, keys: Any, values: Any, mask: Any) -> None:
-        """Add keys and values, visible where ``mask`` (None: everywhere), to ``size`` queries from ``start`` on."""
-        place = pl.ds(start, size)
+    def add(place: Any, keys: Any, values: Any, mask: Any) -> None:
+        """Fold keys and values, visible where ``mask`` (None: everywhere), into the queries at ``place``."""
         for group in range(groups):
             query = q_ref[place, group * width : (group + 1) * width]
             scores = lax.dot_general(query, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
@@ -207,45 +216,52 @@ def _kernel(
             summed = lax.dot_general(
                 weights.astype(values.dtype), values, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
             )
-            maximum_ref[group, place, :] = jnp.broadcast_to(maximum, (size, LANES))
-            total_ref[group, place, :] = jnp.broadcast_to(total, (size, LANES))
+            maximum_ref[group, place, :] = jnp.broadcast_to(maximum, (fold, LANES))
+            total_ref[group, place, :] = jnp.broadcast_to(total, (fold, LANES))
             values_ref[group, place, :] = values_ref[group, place, :] * scale + summed
 
     first = lax.div(tile_number, own_steps) * own_steps  # the bin's first tile
 
     @pl.when((step < own_steps) & (first + step <= tile_number))
     def _own() -> None:
-        key_tile = first + step
+        later = (tile_number - first - step) * tile  # from a key's place in its tile to a query's
 
         def one(number: Any, _: Any) -> None:
-            start = pl.multiple_of(number * span, 16) if own_steps == 1 else 0
-            place = pl.ds(start, span)
-            query_rows = jnp.broadcast_to(row_ref[pl.ds(number, 1), :], (LANES, span)).T[:, :1]
-            query_places = lax.broadcasted_iota(jnp.int32, (span, span), 0) + (tile_number - key_tile) * tile
-            back = query_places - lax.broadcasted_iota(jnp.int32, (span, span), 1)
-            mask = (query_rows == key_row_ref[pl.ds(number, 1), :]) & (back >= 0)
+            bin_number = lax.div(number, span // fold)
+            begins = (number - bin_number * (span // fold)) * fold  # in its bin, or tile of a bin
+            queries = pl.ds(pl.multiple_of(number * fold, 16), fold)
+            own_keys = pl.ds(pl.multiple_of(bin_number * span, 16), span)
+            rows = jnp.broadcast_to(row_ref[pl.ds(number, 1), :], (LANES, fold)).T[:, :1]
+            back = lax.broadcasted_iota(jnp.int32, (fold, span), 0) + (begins + later)
+            back -= lax.broadcasted_iota(jnp.int32, (fold, span), 1)
+            mask = (rows == key_row_ref[pl.ds(bin_number, 1), :]) & (back >= 0)
             if windowed:
                 mask &= back < window
-            fold(start, span, k_ref[place, :], v_ref[place, :], mask)
+            add(queries, k_ref[own_keys, :], v_ref[own_keys, :], mask)
 
-        lax.fori_loop(0, tile // span, one, None)
+        lax.fori_loop(0, folds, one, None)
 
     size = STEP_PAGES * page
     begin = (step - own_steps + scalars_ref[2]) * size
 
     def prefix(masked: bool) -> None:
         keys, values = (jnp.concatenate([_as(ref[part], q_ref.dtype) for ref in page_refs], axis=0) for part in (0, 1))
-        mask = None
-        if masked or windowed:
-            places = begin + lax.broadcasted_iota(jnp.int32, (tile if windowed else 1, size), 1)
-            mask = places < prefix_length
-            if windowed:
-                mask &= places > place_refs[0][:, :1] - window
         if masked:
             # What lies past the prefix may be another's, and 0 * NaN is NaN.
             rest = begin + lax.broadcasted_iota(jnp.int32, (size, 1), 0) < prefix_length
             values = jnp.where(rest, values, jnp.zeros_like(values))
-        fold(0, tile, keys, values, mask)
+
+        def one(number: Any, _: Any) -> None:
+            queries = pl.ds(pl.multiple_of(number * fold, 16), fold)
+            mask = None
+            if masked or windowed:
+                places = begin + lax.broadcasted_iota(jnp.int32, (fold if windowed else 1, size), 1)
+                mask = places < prefix_length
+                if windowed:
+                    mask &= places > place_refs[0][queries, :1] - window
+            add(queries, keys, values, mask)
+
+        lax.fori_loop(0, folds, one, None)
 
     whole = begin + size <= prefix_length
     pl.when((step >= own_steps) & whole)(partial(prefix, False))

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from flax import nnx
-from jax import Device
 from jax.sharding import SingleDeviceSharding
 
 from model import checkpoint, decoder, plan, registry
@@ -435,12 +434,12 @@ def load(
 
 
 def without_weights(
-    parsed: ModelConfig, device: Device, sizes: Sizes, *, max_prompt_tokens: int | None = None
+    parsed: ModelConfig, device: Any, sizes: Sizes, *, max_prompt_tokens: int | None = None
 ) -> tuple[Programs, Layout]:
     """The programs that ``load`` would make on that TPU in bfloat16, over shapes alone: to compile, not to run.
 
     Args:
-        device: perhaps of ``jax.experimental.topologies``, which needs no TPU.
+        device: a ``jax.Device``, perhaps of ``jax.experimental.topologies``, which needs no TPU.
     """
     dtype, implementation = jnp.dtype(jnp.bfloat16), "fused"
     laid = layout(parsed, sizes, dtype=dtype, implementation=implementation, max_prompt_tokens=max_prompt_tokens)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -204,11 +205,12 @@ def estimate(
     workload: Workload,
     *,
     prefix_cache_bytes: int | None = None,
-    progress: Callable[[Iterable[Launch]], Iterable[Launch]] = lambda launches: launches,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Estimate:
-    """Compile what the workload needs for a topology and sum it up.
+    """Compile what the workload needs for a topology, several programs at a time, and sum it up.
 
     Args:
+        progress: told how many programs are compiled, and of how many.
         prefix_cache_bytes: None: the engine's default.
 
     Raises:
@@ -243,7 +245,14 @@ def estimate(
     if (missing := sum(memory.values()) - peaks.hbm_bytes) > 0:
         return Estimate(len(here), memory, int(missing), floor, dict(counts))
     total, seconds, collective, extra = Cost(), 0.0, 0.0, 0
-    for launch in progress(list(needed)):
+    kinds = {(launch.kind, launch.size) for launch in needed}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiling = [pool.submit(_compiled, programs, kind, size, config.layers - 1) for kind, size in kinds]
+        for done, future in enumerate(as_completed(compiling), 1):
+            future.result()
+            if progress is not None:
+                progress(done, len(compiling))
+    for launch in needed:
         cost, beyond = launch_cost(programs, config, laid, launch)
         extra = max(extra, beyond)
         total += cost * needed[launch]

@@ -14,7 +14,7 @@ from huggingface_hub import hf_hub_download
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 
 from model.config import ModelConfig
@@ -54,18 +54,18 @@ def plan_tpu(
     workload, console = Workload(query_tokens, items, item_tokens), Console()
     cache = None if prefix_cache_gb is None else int(prefix_cache_gb * GB)
     try:
-        config = read(model)
-        found = {
-            name: estimate(
-                config,
-                chip,
-                name,
-                workload,
-                prefix_cache_bytes=cache,
-                progress=lambda launches: track(list(launches), "compiling", console=Console(stderr=True)),
-            )
-            for name in topology
-        }
+        config, found = read(model), dict[str, Estimate]()
+        for name in topology:
+            with Progress(console=Console(stderr=True), transient=True) as bar:
+                task = bar.add_task(f"compiling for {chip} {name}", total=None)
+                found[name] = estimate(
+                    config,
+                    chip,
+                    name,
+                    workload,
+                    prefix_cache_bytes=cache,
+                    progress=lambda done, of, bar=bar, task=task: bar.update(task, completed=done, total=of),
+                )
     except (ValueError, OSError) as error:
         Console(stderr=True).print(f"[red]{escape(str(error))}")
         raise typer.Exit(1) from error
@@ -128,11 +128,11 @@ def figures(found: Estimate, requests_per_s: float, items: int, price: float | N
 def table(chip: str, rows: dict[str, dict[str, Any]], workload: Workload, requests_per_s: float) -> Table:
     """One column a topology."""
     title = (
-        f"{chip}: {requests_per_s:g} requests a second, each a query of {workload.query_tokens:,} tokens and "
+        f"{chip}, requests a second: {requests_per_s:g}, each a query of {workload.query_tokens:,} tokens and "
         f"{workload.items:,} items of {workload.item_tokens}"
     )
-    made = Table(title=title)
-    made.add_column("")
+    made = Table(title=title, title_justify="left", min_width=60)
+    made.add_column("", ratio=1)
     for name in rows:
         made.add_column(name, justify="right")
 
@@ -169,15 +169,16 @@ def draw(file: Path, chip: str, rows: dict[str, dict[str, Any]]) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     items = [row["items_per_s"] or 0 for row in rows.values()]
-    bars = axes.bar(list(rows), items, label="roofline of the compiled programs")
+    bars = axes.bar(list(rows), items, width=0.5, label="roofline of the compiled programs")
     axes.bar_label(
         bars,
         labels=[f"{n:,.0f}" if row["fits"] else "does not fit" for n, row in zip(items, rows.values(), strict=True)],
     )
     floors = [n * row["times_floor"] if n else 0 for n, row in zip(items, rows.values(), strict=True)]
-    axes.plot(list(rows), floors, "_", markersize=40, color="black", label="the algorithm's floor")
+    axes.plot(list(rows), floors, "_", markersize=24, color="black", label="the algorithm's floor")
+    axes.margins(x=0.5, y=0.15)
     axes.set(xlabel=f"{chip} topology", ylabel="items a second, estimated", title="Estimated from compilation")
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(file, dpi=150)
 
 

@@ -16,7 +16,7 @@ def wanted_replicas(pending: Mapping[str, float], tokens_per_replica: int, *, as
 
     Args:
         pending: tokens in each replica.
-        asked: a request is somewhere in the system, though it may not have reached a replica.
+        asked: a request is somewhere in the system, though it may not have reached a replica, or may soon be.
     """
     wanted = sum(pending.values()) / tokens_per_replica
     return max(wanted, 1.0) if asked else wanted
@@ -34,5 +34,6 @@ class PendingTokensPolicy:
     def __call__(self, context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
         reports = (context.raw_metrics or {}).get(PENDING_TOKENS, {})
         pending = {str(replica): series[-1].value for replica, series in reports.items() if series}
-        wanted = wanted_replicas(pending, self._tokens_per_replica, asked=context.total_num_requests > 0)
-        return wanted, {}
+        starting = context.current_num_replicas == 0 < context.target_num_replicas  # it has had no time to be asked
+        asked = starting or context.total_num_requests > 0
+        return wanted_replicas(pending, self._tokens_per_replica, asked=asked), {}

@@ -57,8 +57,8 @@ def serve(
         Path | None,
         typer.Option(
             resolve_path=True,
-            help=f"API keys that requests must have, one a line; read again when it changes. {auth.VARIABLE} in the "
-            "environment names more, with commas between. [default: no key is needed]",
+            help=f"API keys, one a line, of which requests must have one; read again when it changes. {auth.VARIABLE} "
+            "in the environment names more, with commas between. Without either, no key is needed.",
         ),
     ] = None,
     replicas: Annotated[int, typer.Option(min=1, help="Scorers, each with the whole model.")] = 1,
@@ -78,7 +78,7 @@ def serve(
             api_keys_file=None if api_keys_file is None else str(api_keys_file),
             scorer_replicas=replicas,
             max_batch_tokens=max_batch_tokens,
-            tpu=Tpu.model_validate(dict(zip(("chip", "topology"), tpu.split(":"), strict=False))) if tpu else None,
+            tpu=None if tpu is None else _tpu(tpu),
         )
         launcher.run(settings, host=host, port=port, fast_front=fast_front)
     except (launcher.LaunchError, auth.ApiKeyError, ModelSourceError, ValidationError) as error:
@@ -90,6 +90,10 @@ def serve(
 
 app.command()(cli_client.score)
 app.command()(cli_client.models)
+
+
+def _tpu(words: str) -> Tpu:
+    return Tpu.model_validate(dict(zip(("chip", "topology"), words.split(":"), strict=False)))
 
 
 def main() -> None:

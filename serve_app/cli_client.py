@@ -17,7 +17,7 @@ from rich.text import Text
 
 from serve_app import auth
 from serve_app.client import ScoreClient
-from serve_app.errors import DeadlineExceededError, InvalidRequestError, OverloadedError, ScoringError
+from serve_app.errors import DeadlineExceededError, OverloadedError, ScoringError
 from serve_app.schemas import ScoreResponse
 
 REFUSED = 1
@@ -43,7 +43,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the service's answer a
 def score(
     query: Annotated[str, typer.Argument(help="The text that all items share.")],
     items: Annotated[
-        list[str] | None, typer.Argument(help="Texts to score. [default: standard input, one a line]")
+        list[str] | None, typer.Argument(help="Texts to score; without any, the lines of standard input.")
     ] = None,
     items_file: Annotated[
         typer.FileText | None,
@@ -51,9 +51,13 @@ def score(
     ] = None,
     label: Annotated[
         list[str] | None,
-        typer.Option("--label", "-l", help="A word, exactly as it goes on: ' yes' is another one than 'yes'."),
+        typer.Option(
+            "--label", "-l", help="A label, and the space before it if there is one: ' yes' is not 'yes'. Repeatable."
+        ),
     ] = None,
-    label_id: Annotated[list[int] | None, typer.Option(help="A token id, in place of a word.")] = None,
+    label_id: Annotated[
+        list[int] | None, typer.Option(help="A label as a token id, in place of --label. Repeatable.")
+    ] = None,
     softmax: Annotated[bool, typer.Option("--softmax", help="Compare the labels with each other only.")] = False,
     item_first: Annotated[bool, typer.Option("--item-first", help="Item + query instead of query + item.")] = False,
     model: Annotated[str, typer.Option(help="A served name.")] = "default",
@@ -62,21 +66,29 @@ def score(
 ) -> None:
     """Score items by a running service: how likely is each label to come next?
 
-    For example: score-serve score $'\\nSentiment:' 'I loved it.' -l ' positive' -l ' negative' --item-first --softmax
+    For example:
+    score-serve score 'Review: ' 'I loved it. It was' 'A bore. It was' -l ' good' -l ' bad'
 
-    An API key is taken from SCORE_SERVE_API_KEY. Exit codes: 0 scored; 1 the service refused or failed; 2 the command
-    is wrong; 3 the service is not there, full or too slow, so that a later try may do.
+    An API key is taken from SCORE_SERVE_API_KEY.
+    Exit codes: 0 scored; 1 the service refused or failed; 2 the command is wrong;
+    3 the service is not there, full or too slow: a later try may do.
     """
     if bool(label) == bool(label_id):
         raise typer.BadParameter("name labels either by --label or by --label-id")
     texts = _items(items, items_file)
     with _asking(url, model) as client:
-        ids = _label_ids(client, label) if label else label_id or []
-        answer = client.score(query, texts, label_token_ids=ids, apply_softmax=softmax, item_first=item_first)
+        answer = client.score(
+            query,
+            texts,
+            labels=label or None,
+            label_token_ids=label_id or None,
+            apply_softmax=softmax,
+            item_first=item_first,
+        )
     if as_json:
         sys.stdout.write(answer.model_dump_json(exclude_none=True) + "\n")
     else:
-        Console().print(_table(texts, label or [str(i) for i in ids], answer))
+        Console().print(_table(texts, label or [str(i) for i in label_id or []], answer))
 
 
 def models(url: Url = "http://127.0.0.1:8000", as_json: Json = False) -> None:
@@ -125,17 +137,6 @@ def _items(arguments: list[str] | None, file: typer.FileText | None) -> list[str
         return [line.removesuffix("\n") for line in lines]
     except UnicodeDecodeError as error:
         raise typer.BadParameter(f"the items are not UTF-8: {error}") from error
-
-
-def _label_ids(client: ScoreClient, words: list[str]) -> list[int]:
-    """The words' tokens, which must be one each."""
-    answer = client.tokenize(words, add_special_tokens=False)
-    ids: list[int] = []
-    for word, found, pieces in zip(words, answer.tokens, answer.token_strs, strict=True):
-        if not isinstance(found, list) or len(found) != 1:
-            raise InvalidRequestError(f"label {word!r} is not one token of this model but {pieces}; name another")
-        ids.append(found[0])
-    return ids
 
 
 def _table(items: list[str], labels: list[str], answer: ScoreResponse) -> Table:

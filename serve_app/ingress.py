@@ -18,7 +18,7 @@ import ray
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 from ray import serve
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
@@ -86,6 +86,11 @@ _LINES = (
     "With stream: a line of JSON for each item as it is finished, {index, scores, ...} with the fields of the whole "
     "answer, or {index, error} with on_error: item; then {object: scoring, model, usage}, or an error object."
 )
+TRIES = 3
+"""For a job whose replica is lost. The second may meet another on the same lost host, of which nobody knows yet. Not
+more, since a job may be what kills them."""
+RETRY_PAUSE_S = 0.5
+
 WATCH_S = 5.0
 """Between two looks at the cluster's chips."""
 
@@ -283,21 +288,19 @@ class ScorerReplicas:
         return running_replicas(self._scorer)
 
     async def score(self, job: ScoreJob) -> JobResult:
-        """Compute ``job``, once more if its replica was lost: scoring has no effects.
+        """Compute ``job``, again if its replica was lost: scoring has no effects.
 
         Raises:
             ScoringError: what the replica raised; no room; no replica left.
         """
-        try:
-            return await self._score(job)
-        except _ReplicaLostError as lost:
-            logger.warning("request %s: a replica was lost, trying another: %s", job.request_id, lost)
-        try:
-            return await self._score(job)
-        except _ReplicaLostError as lost:
-            raise OverloadedError(
-                "no healthy replica answered; try again shortly", retry_after_s=RETRY_AFTER_S
-            ) from lost
+        for lost in range(TRIES):
+            if lost > 1:  # the second try comes at once
+                await asyncio.sleep(RETRY_PAUSE_S)
+            try:
+                return await self._score(job)
+            except _ReplicaLostError as error:
+                logger.warning("request %s: a replica was lost: %s", job.request_id, error)
+        raise OverloadedError("no healthy replica answered; try again shortly", retry_after_s=RETRY_AFTER_S)
 
     async def metrics(self) -> str:
         """All replicas' counters, as Prometheus reads them; some seconds old."""
@@ -353,7 +356,7 @@ class _RequestContext:
 
         try:
             await self._app(scope, receive, tracked)
-        except ClientDisconnect:
+        except (ClientDisconnect, TaskCancelledError):  # the second from Serve's proxy, of a body that will not come
             await Response(status_code=CLIENT_GONE)(scope, receive, tracked)
         except ScoringError as refusal:
             await _error_response(refusal, scope["path"])(scope, receive, tracked)

@@ -10,16 +10,13 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 
+from serve_app import running
 from serve_app.contract import Affinity, ScoreJob
-
-_replicas: dict[str, int] = {}
-"""Running replicas by deployment, as this process's routers last heard. Serve makes the routers itself and shows them
-to nobody, so that this is where they and the front end meet."""
 
 
 def running_replicas(handle: DeploymentHandle[Any]) -> int:
     """Of the handle's deployment, now; 0 before its first call."""
-    return _replicas.get(str(handle.deployment_id), 0)
+    return running.replicas.get(str(handle.deployment_id), 0)
 
 
 def ranked(affinity: Affinity | None, ongoing: Mapping[str, int]) -> list[str]:
@@ -52,7 +49,7 @@ class PrefixRouter(FIFOMixin, RequestRouter):
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Serve calls it whenever a replica comes or goes."""
         super().update_replicas(replicas)
-        _replicas[str(self._deployment_id)] = len(replicas)
+        running.replicas[str(self._deployment_id)] = len(replicas)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import glob
 import hashlib
 import logging
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -43,6 +45,10 @@ BROKEN_AFTER = 5
 """Batches in a row on which the engine raised: what one bad job does is undone by the next good one."""
 
 
+ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")
+"""Device files of TPUs and GPUs."""
+
+
 class _ModelEngine:
     """The model's engine with answers in the contract's classes: unpickling its own would load jax in the ingress."""
 
@@ -70,6 +76,9 @@ def load_engine(settings: Settings) -> Engine:
     if settings.engine == "fake":
         engine: Engine = FakeEngine()
     else:
+        if not any(map(glob.glob, ACCELERATORS)):
+            # With libtpu installed, as the tests have it, jax would look for a TPU and fill the log with its absence.
+            os.environ.setdefault("JAX_PLATFORMS", "cpu")
         from model.engine import load
 
         folder = model_source.resolve(settings.model, settings.revision, say=logger.info)

@@ -144,7 +144,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def nodes() -> Iterator[Cluster]:
     """One Ray cluster in this process tree for all tests that need one, of one node; tests may add others."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ["RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S"] = "0.5"
+    for reporter in ("REPLICA", "HANDLE"):
+        os.environ[f"RAY_SERVE_{reporter}_AUTOSCALING_METRIC_PUSH_INTERVAL_S"] = "0.5"
     import ray
     from ray.cluster_utils import Cluster
 

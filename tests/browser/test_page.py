@@ -87,15 +87,14 @@ def percentages(page: Page) -> list[list[float]]:
 
 def test_bars_are_the_services_scores(open_page: Open, served: Served):
     page = open_page(served.url)
-    answer = ask(page)
-    ids = httpx.post(f"{served.url}/tokenize", json={"prompt": [" yes", " no"], "add_special_tokens": False}).json()
-    body = {"query": "q: ", "items": ITEMS, "label_token_ids": [i for (i,) in ids["tokens"]], "apply_softmax": True}
+    answer = ask(page, labels="yes, by no means,")
+    body = {"query": "q: ", "items": ITEMS, "labels": [" yes", " by no means"], "apply_softmax": True}
     wanted = httpx.post(f"{served.url}/v1/score", json=body).json()["scores"]
     assert page.locator(".item").all_inner_texts() == ITEMS
     assert percentages(page) == [[pytest.approx(100 * share, abs=0.051) for share in row] for row in wanted]
     widths = page.locator(".bar").evaluate_all("bars => bars.map(b => b.firstChild.offsetWidth / b.offsetWidth)")
     assert widths == pytest.approx([share for row in wanted for share in row], abs=0.02)
-    assert page.locator("dt").all_inner_texts() == ["yes", "no"] * 3
+    assert page.locator("dt").all_inner_texts() == ["yes", "by no means"] * 3
     usage = answer.json()["usage"]
     status = page.inner_text("#status")
     assert "3 items in " in status
@@ -180,7 +179,7 @@ def test_it_works_by_keyboard(open_page: Open, served: Served):
         page.keyboard.press("Tab")
         reached.append(page.evaluate("(e => e.id || e.textContent)(document.activeElement)"))
     assert reached[:13] == [
-        "API", "Film reviews", "Search", "Topics",
+        "API", "Film reviews", "Support", "Topics",
         "query", "item_first", "items", "labels", "spaced", "softmax", "Score", "live", "sort",
     ]  # fmt: skip
     assert "Label mass" in reached[13]

@@ -154,6 +154,7 @@ def test_a_client_that_leaves_takes_its_queued_work_along(
     with pytest.raises(httpx.ReadTimeout):
         ask(client, [[i] * 100 for i in range(100, 150)], timeout=1)
     wait_for(lambda: stats().cancelled == 1)
+    wait_for(lambda: 'outcome="cancelled"' in client.get("/metrics").text)
     assert stats().queued_tokens == 0
     assert ask(client, [[5]]).status_code == 200
 

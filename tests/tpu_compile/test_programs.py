@@ -23,7 +23,7 @@ from model.registry import from_hf
 from model.sizes import BY_PLATFORM
 from scripts.tpu_estimate import CHIPS, Workload, devices, estimate, launches
 from scripts.tpu_plan import app
-from tests.tiny_families import FAMILIES, config_of
+from tests.tiny_families import config_of
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -95,12 +95,14 @@ def test_loops_and_on_chip_arrays_are_counted_rightly() -> None:
     loop, plain = costs
     assert loop.flops == pytest.approx(5 * 2 * 2 * 2048 * 1024 * 4096, rel=0.02)
     assert loop.flops == pytest.approx(plain.flops, rel=0.02)
-    # All between the products stays on the chip: what moves is the weights, the input and the result.
-    least = 2 * (5 * 1024 * 4096 + 2 * 2048 * 1024)
-    assert least <= plain.bytes < 1.3 * least
-    assert least <= loop.bytes < 1.3 * least
+    # All between the products stays on the chip: what moves is the input, the result, and the weights, once for both of
+    # a step's products or once for each.
+    ends, stack = 2 * 2 * 2048 * 1024, 2 * 5 * 1024 * 4096
+    for cost in (loop, plain):
+        assert ends + stack <= cost.bytes < 1.05 * (ends + 2 * stack)
 
 
+@pytest.mark.timeout(1200)  # a minute of both cores, and more where others use them
 def test_ranking_on_one_v6e_is_near_the_floor(tmp_path: Path) -> None:
     """By the planner's command: Qwen3-0.6B's sizes, a cold query of 2,000 tokens, 500 items of 20 tokens."""
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_06B_JSON))
@@ -112,7 +114,7 @@ def test_ranking_on_one_v6e_is_near_the_floor(tmp_path: Path) -> None:
     assert found["fits"]
     assert found["bytes_per_chip"]["weights"] == pytest.approx(2 * 596e6, rel=0.01)
     assert found["floor_seconds"] == pytest.approx(17e-3, rel=0.05)
-    assert found["times_floor"] <= 1.5
+    assert found["times_floor"] <= 1.25
     assert found["items_per_s_per_chip"] == pytest.approx(500 / found["roofline_seconds"])
     assert found["items_per_s_per_chip"] >= 19_000
     assert found["chips_needed"] == 1
@@ -122,8 +124,8 @@ def test_ranking_on_one_v6e_is_near_the_floor(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_compiles(family: str) -> None:
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "phi3-longrope", "qwen3_moe"])
+def test_windows_caps_ropes_and_experts_compile(family: str) -> None:
     config = from_hf(config_of(family))
     programs, laid = without_weights(config, devices("v6e", "1x1")[0], BY_PLATFORM["tpu"])
     traced = programs.trace("rows", laid.ladder[0])
@@ -134,8 +136,8 @@ def test_every_family_compiles(family: str) -> None:
 @pytest.mark.parametrize(
     ("config", "chip", "call"),
     [
-        pytest.param(QWEN3_06B, "v5e", Shape(160, 26), id="qwen3-0.6b-v5e"),
-        pytest.param(LLAMA_31_8B, "v6e", Shape(160, 26), id="llama-3.1-8b-v6e"),
+        pytest.param(QWEN3_06B, "v5e", Shape(160, 4), id="qwen3-0.6b-v5e"),
+        pytest.param(LLAMA_31_8B, "v6e", Shape(160, 4), id="llama-3.1-8b-v6e"),
     ],
 )
 def test_programs_fit_one_chip_and_attention_is_fused(config: ModelConfig, chip: str, call: Shape) -> None:
@@ -149,9 +151,12 @@ def test_programs_fit_one_chip_and_attention_is_fused(config: ModelConfig, chip:
     cost, kernels = program_cost(traced, compiled, trips=config.layers - 1)
     assert kernels == config.layers
     # Attention over a prefix of 2,000 tokens that is not fused writes and reads a float32 matrix of scores in each
-    # layer. That alone would be more than all that the layer moves, its weights and the kernel's own copies included.
+    # layer. That alone would be more than all that the layer moves beside its weights, the kernel's copies included.
     _, copied = work(call.tokens, call.width, config.heads, laid.pool, 2000, None)
-    assert cost.bytes / config.layers + copied < 2 * 4 * call.tokens * config.heads * 2000
+    ends = 2 * config.vocab_size * config.width * (1 if config.tied_head else 2)
+    assert (
+        cost.bytes - (programs.weight_bytes - ends)
+    ) / config.layers + copied < 2 * 4 * call.tokens * config.heads * 2000
 
 
 @pytest.mark.parametrize(

@@ -31,10 +31,12 @@ def test_the_number_follows_the_tokens(pending: dict[str, float], asked: bool, w
     assert wanted_replicas(pending, 100, asked=asked) == wanted
 
 
-def context(reports: dict[str, list[float]] | None, requests: float) -> Any:
+def context(reports: dict[str, list[float]] | None, requests: float, *, running: int = 1, target: int = 1) -> Any:
     series = {name: [SimpleNamespace(value=value) for value in values] for name, values in (reports or {}).items()}
     metrics = None if reports is None else {PENDING_TOKENS: series, "another": {"a": [SimpleNamespace(value=9e9)]}}
-    return SimpleNamespace(raw_metrics=metrics, total_num_requests=requests)
+    return SimpleNamespace(
+        raw_metrics=metrics, total_num_requests=requests, current_num_replicas=running, target_num_replicas=target
+    )
 
 
 def test_the_newest_report_of_each_replica_counts():
@@ -42,6 +44,13 @@ def test_the_newest_report_of_each_replica_counts():
     assert policy(context({"a": [900, 100], "b": [0, 200], "c": []}, 5.0)) == (3, {})
     assert policy(context(None, 0.0)) == (0, {})
     assert policy(context(None, 0.3)) == (1, {})
+
+
+def test_the_first_replica_is_not_stopped_before_it_has_started():
+    policy = PendingTokensPolicy(tokens_per_replica=100)
+    assert policy(context({}, 0.0, running=0, target=1)) == (1, {})
+    assert policy(context({}, 0.0, running=0, target=0)) == (0, {})
+    assert policy(context({}, 0.0, running=1, target=2)) == (0, {})
 
 
 def test_serve_gets_the_bounds_and_the_policy():

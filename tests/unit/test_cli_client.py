@@ -52,6 +52,8 @@ def test_the_table_shows_items_labels_and_scores(served: Served):
     numbers = [float(part) for part in dog.replace("\u2502", " ").split() if part[0].isdigit()]
     assert sum(numbers) == pytest.approx(1, abs=1e-3)
     assert "prompt tokens" in result.stdout
+    several = run(served, "score", "q ", "a dog", "-l", " by no means")
+    assert (several.exit_code, "by no means" in several.stdout) == (0, True)
 
 
 @pytest.mark.parametrize("how", ["stdin", "dash", "file"])
@@ -89,7 +91,7 @@ def test_the_api_key_is_the_environments(locked: Served):
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["score", "q", "a", "-l", " the lazy"], 1, "label ' the lazy' is not one token of this model but ["),
+        (["score", "q", "a", "-l", " yes", "-l", " yes"], 1, 'labels names " yes" more than once'),
         (["score", "q", "a", "--label-id", "999999"], 1, "Token ID 999999 is out of vocabulary"),
         (["score", "q", "a", "-l", " yes", "--model", "other"], 1, "model 'other' is not served here"),
         (["score", "q", "a"], 2, "name labels either by --label or by --label-id"),

@@ -6,12 +6,25 @@ from collections import Counter
 
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID
+from ray.serve.config import RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
 
+from serve_app import running
 from serve_app.contract import Affinity
-from serve_app.router import ranked
+from serve_app.router import PrefixRouter, ranked, running_replicas
 
 REPLICAS = [f"replica{i}" for i in range(5)]
 IDLE = dict.fromkeys(REPLICAS, 0)
+
+
+async def test_what_serves_own_copy_of_the_router_hears_reaches_the_front_end():
+    config = RequestRouterConfig(request_router_class=PrefixRouter)  # pickles the class, for another process
+    router = config.get_request_router_class()(DeploymentID("Scorer", "heard"), DeploymentHandleSource.REPLICA)
+    handle = DeploymentHandle("Scorer", "heard")
+    assert running_replicas(handle) == 0
+    router.update_replicas([])
+    assert str(handle.deployment_id) in running.replicas
 
 
 def to(key: int, *, part: int = 0, worth: float = 2.0) -> Affinity:

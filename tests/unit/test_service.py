@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
+from serve_app import ingress
 from serve_app.completions import CompletionRequest
 from serve_app.contract import BatchResult, JobResult, ScoreJob
 from serve_app.errors import (
@@ -354,9 +355,10 @@ LOST = (ActorDiedError(), ActorUnavailableError("gone", None), RequestCancelledE
 
 class TestScorerReplicas:
     @pytest.mark.parametrize("lost", LOST, ids=lambda error: type(error).__name__)
-    async def test_a_lost_replica_is_tried_again_once(self, lost: Exception):
-        assert await ScorerReplicas(Scorer(lost, "answer")).score(JOB) == "answer"
-        scorer = Scorer(lost, lost, "answer")
+    async def test_a_job_outlives_two_replicas_and_no_more(self, lost: Exception, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(ingress, "RETRY_PAUSE_S", 0.01)
+        assert await ScorerReplicas(Scorer(lost, lost, "answer")).score(JOB) == "answer"
+        scorer = Scorer(lost, lost, lost, "answer")
         with pytest.raises(OverloadedError, match="no healthy replica") as caught:
             await ScorerReplicas(scorer).score(JOB)
         assert caught.value.retry_after_s == 1

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app import labels, rows
+from serve_app.contract import BatchResult
 from serve_app.errors import InvalidRequestError
 from serve_app.fake_engine import FakeEngine
 from serve_app.labels import Words
@@ -107,6 +108,22 @@ def test_vocabulary_logprobs_are_needed_for_sums_and_for_the_mass(tokenizer: Tex
     assert prepare(tokenizer, **ask, labels=[" yes"], return_label_mass=True).batch.vocab_logprobs
 
 
+def test_a_label_that_begins_with_another_is_part_of_its_mass(tokenizer: TextTokenizer):
+    request = ScoreRequest(
+        query="the",
+        items=[" fox"],
+        labels=[" yes", " yes no", " no"],
+        length_normalize=True,
+        apply_softmax=True,
+        return_label_mass=True,
+    )
+    prepared = Prompts(tokenizer, ENGINE.info, Limits()).prepare(request)
+    values = np.full(len(prepared.batch.targets), math.log(0.4), np.float32)
+    [row] = rows.rows(request, prepared, BatchResult(values, np.ones(1, np.int32)))
+    assert row.label_mass == pytest.approx(0.8, rel=1e-6)  # " yes" and " no"; " yes no" has 0.16 of the former
+    assert row.scores == pytest.approx([1 / 3] * 3, rel=1e-6)
+
+
 def test_sequences_are_prompts_and_their_continuations(tokenizer: TextTokenizer):
     one = prepare(tokenizer, query="the", items=[" fox", " dog"], labels=[" yes", " no"])
     assert sequences(one) == tokenizer.encode(["the fox", "the dog"])
@@ -139,6 +156,7 @@ def spelled(ids: Any) -> list[str]:
             [[1, 2, 3, 9], [1, 5, 6]],
             '"b" changes the last tokens of the prompt of items[3]: alone it ends in "<2> <3>", ',
         ),
+        ([[1, 2, 3, 9], [1, 5, 6, 7]], 'with the label in "<5> <6> <7>"'),
         ([[1, 2, 3, 4], [1, 2, 3]], '"b" changes the last tokens'),  # it adds nothing
         ([[1, 2, 3, 4], [1, 2]], '"b" changes the last tokens'),
         ([[1, 2, 3, 4, 5], [1, 2, 3, 4, 5]], '"a" and "b" are the same tokens behind items[3]'),
