@@ -167,6 +167,7 @@ class Reranker:
         return RerankQuestion(
             # Without the vocabulary matmul: the answers' logits alone.
             packed(prompts, (), joined.query_tokens, vocab_logprobs=False, classes=self._classes > 0),
+            answers=len(layout.targets),
             model=self._name,
             request_id=request_id,
             documents=documents if request.return_documents else None,
@@ -204,9 +205,11 @@ class RerankQuestion(PreparedQuestion):
     """A rerank request once its prompts are built.
 
     Attributes:
+        answers: values that a document has.
         documents: the texts, if they are to be returned.
     """
 
+    answers: int
     model: str
     request_id: str
     documents: Sequence[str] | None
@@ -218,8 +221,7 @@ class RerankQuestion(PreparedQuestion):
         Raises:
             InternalError: the model's output for a document is not finite.
         """
-        prompts = self.prepared.prompts
-        values = result.values[self.prepared.parts].reshape(len(prompts), -1).tolist()
+        values = result.values[self.prepared.parts].reshape(-1, self.answers).tolist()
         scores = [relevance(own, index, classes=self.prepared.classes) for index, own in enumerate(values)]
         ranking = sorted(range(len(scores)), key=lambda index: -scores[index])  # stable: ties keep their order
         texts = self.documents
