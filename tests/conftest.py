@@ -46,6 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--service-url", help="run tests/boundary against this running service instead of the fake")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several processes, what shares a fixture that is dear to make runs in one of them."""
     for item in items:
