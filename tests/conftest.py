@@ -46,13 +46,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--service-url", help="run tests/boundary against this running service instead of the fake")
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """With several processes, what shares a fixture that is dear to make runs in one of them."""
-    fixtures = getattr(item, "fixturenames", ())
-    dear = next((name for name in ("demo_engine", "families") if name in fixtures), item.path.name)
-    item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else dear))
-
-
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
     """Adds no BOS, as SmolLM's."""
