@@ -68,13 +68,15 @@ TEMPLATES: dict[str, RerankTemplate] = {
         ),
         instruct="Given a web search query, retrieve relevant passages that answer the query",
     ),
-    # For models that were not trained to rerank: words alone, no chat markup. The document comes first, since small
-    # models judge it better with the question fresh in mind; trained ones share the query's computation instead.
+    # For models that were not trained to rerank: words alone, no chat markup.
     PLAIN: RerankTemplate(
-        prompt="{instruct}\n\nDocument: {document}\n\nQuery: {query}\n\nDoes the document answer the query? Answer:",
+        prompt=(
+            "Instruction: {instruct}\nQuery: {query}\nDocument: {document}\n"
+            "Does the document answer the query? Answer yes or no.\nAnswer:"
+        ),
         instruct="Given a search query, find passages that answer it",
-        yes=" Yes",
-        no=" No",
+        yes=" yes",
+        no=" no",
     ),
 }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 
 import httpx
@@ -19,6 +21,15 @@ from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas, save_tokenizer
 
 QUERY = "who is lazy?"
 DOCUMENTS = ["the fox", "the dog", "yes", "a cat"]
+
+
+@pytest.fixture(autouse=True)
+def _connections() -> Iterator[None]:
+    """These packages leave closing to the garbage collector, which would warn in some later test."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture(scope="module")

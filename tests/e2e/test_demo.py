@@ -15,7 +15,6 @@ from serve_app import model_source
 from serve_app.app import build
 from serve_app.client import ScoreClient
 from serve_app.settings import Settings
-from serve_app.templates import PLAIN, TEMPLATES
 from tests.e2e.conftest import mapped_files, replica_process
 from tests.parity.cases import HAVE_TORCH
 
@@ -82,20 +81,6 @@ def test_scores_are_those_of_transformers(client: httpx.Client, transformers: Re
         wanted = transformers(review + QUESTION)[1][-1, labels]
         np.testing.assert_allclose(logprobs, wanted, rtol=0, atol=1e-4)
         np.testing.assert_allclose(scores, np.exp(wanted), rtol=2e-4)
-
-
-def test_documents_are_ranked_by_transformers_share_of_yes(client: httpx.Client, transformers: Reference) -> None:
-    query = "What is the capital of France?"
-    documents = ["Bananas are rich in potassium.", "Paris is the capital of France.", "Berlin lies on the Spree."]
-    answer = client.post("/v1/rerank", json={"query": query, "documents": documents}).json()
-    template = TEMPLATES[PLAIN]
-    (yes, _), (no, _) = transformers(" Yes"), transformers(" No")
-    for result in answer["results"]:
-        texts = {"instruct": template.instruct, "query": query, "document": documents[result["index"]]}
-        _, logprobs = transformers(template.prompt.format(**texts))
-        p_yes, p_no = np.exp(logprobs[-1, [*yes, *no]])
-        assert result["relevance_score"] == pytest.approx(p_yes / (p_yes + p_no), rel=2e-4)
-    assert answer["results"][0]["index"] == 1
 
 
 def test_every_token_of_a_prompt_has_transformers_logprob(client: httpx.Client, transformers: Reference) -> None:
