@@ -176,9 +176,8 @@ def test_options_become_settings(monkeypatch: pytest.MonkeyPatch):
     got: list[Any] = []
     monkeypatch.setattr(launcher, "run", lambda settings, **address: got.append((settings, address)))
     arguments = ["--model", "org/name", "--revision", "abc", "--served-name", "judge", "--dtype", "bfloat16"]
-    assert (
-        run(*arguments, "--engine", "fake", "--port", "9000", "--replicas", "2", "--api-keys-file", "/a").exit_code == 0
-    )
+    arguments += ["--engine", "fake", "--port", "9000", "--replicas", "2", "--api-keys-file", "/a", "--fast-front"]
+    assert run(*arguments).exit_code == 0
     settings = Settings(
         model="org/name",
         revision="abc",
@@ -188,7 +187,7 @@ def test_options_become_settings(monkeypatch: pytest.MonkeyPatch):
         scorer_replicas=2,
         api_keys_file="/a",
     )
-    assert got == [(settings, {"host": "127.0.0.1", "port": 9000})]
+    assert got == [(settings, {"host": "127.0.0.1", "port": 9000, "fast_front": True})]
 
 
 def test_without_options_the_settings_are_the_defaults(monkeypatch: pytest.MonkeyPatch):
