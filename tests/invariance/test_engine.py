@@ -301,7 +301,7 @@ def test_the_whole_context_fits(scorer: Engine) -> None:
 
 
 def test_no_decode_exists() -> None:
-    """The source has no step that feeds a token back. The likeliest one is told, for ``/v1/completions``, and no more."""
+    """The source has no step that feeds a token back; the likeliest one is told (``/v1/completions``), and no more."""
     sources = "".join(path.read_text() for path in Path(engine.__file__).parent.glob("*.py"))
     for word in ("generate(", "random", "multinomial", "categorical"):
         assert word not in sources
