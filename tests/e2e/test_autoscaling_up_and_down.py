@@ -16,7 +16,7 @@ from serve_app.fake_engine import FakeEngine
 from serve_app.settings import Autoscaling, Settings
 from tests.processes import APP_NAME
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 BOUNDS = Autoscaling(min_replicas=0, max_replicas=3, tokens_per_replica=1_000, upscale_delay_s=0.5, downscale_delay_s=1)
 ITEMS = [[i, i + 1] for i in range(100, 400)]

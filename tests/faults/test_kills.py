@@ -19,7 +19,7 @@ from tests.processes import replica_process, replica_processes
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 HOST = Tpu(chip="v6e", topology="2x2", chips=2)
 BODY = {"query": [1], "items": ITEMS, "label_token_ids": [1, 2]}
