@@ -7,20 +7,22 @@ hashed tokens. All else is what a real cluster runs.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import httpx
 import typer
 from rich.console import Console
 
-from serve_app.launcher import APP_NAME, check_port
+from serve_app.launcher import APP_NAME, check_port, start_ray
 from serve_app.settings import Settings
 from serve_app.tpu import HOSTS, RESOURCE, Tpu
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
 
 TPU = Tpu(chip="v6e", topology="2x2", chips=2)
 CHIPS = HOSTS[TPU.chip][TPU.topology]
@@ -46,10 +48,8 @@ def main(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
 ) -> None:
     """Play a cluster of TPU hosts on this machine, kill one now and then under load, and print what happens."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
     from ray import serve
-    from ray.cluster_utils import Cluster
 
     from serve_app.app import build
 
@@ -61,17 +61,8 @@ def main(
     )
     console.print(f"starting {hosts} hosts and {settings.scorer_replicas} replicas of {TPU.chips} chips each")
     with ExitStack() as stack:
-        ray.init(
-            num_cpus=4,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _node_ip_address="127.0.0.1",
-        )
+        cluster = start_cluster(4)
         stack.callback(ray.shutdown)
-        cluster = Cluster()
-        cluster.head_node = ray._private.worker._global_node  # so that it only adds hosts
-        cluster.redis_address = cluster.head_node.redis_address
         alive = [_host(cluster) for _ in range(hosts)]
         stack.callback(lambda: [cluster.remove_node(host, allow_graceful=False) for host in alive])
         serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
@@ -86,7 +77,24 @@ def main(
             _watch(cluster, alive, counts, kill_every, seconds, console)
 
 
-def _host(cluster: Any) -> Any:
+def start_cluster(cpus: int, **options: Any) -> Cluster:
+    """A Ray of one node, which others may join.
+
+    Args:
+        options: more of ``ray.init``'s.
+    """
+    import ray
+    from ray.cluster_utils import Cluster
+
+    start_ray(cpus, **options)
+    cluster = Cluster()
+    # Started as the launcher does it, not by Cluster, which binds other addresses and knows no token.
+    cluster.head_node = ray._private.worker._global_node
+    cluster.redis_address = cluster.head_node.redis_address
+    return cluster
+
+
+def _host(cluster: Cluster) -> Any:
     return cluster.add_node(num_cpus=4, resources={RESOURCE: CHIPS}, labels=TPU.labels, node_ip_address="127.0.0.1")
 
 
@@ -107,7 +115,7 @@ def _call(port: int, counts: Counts, stop: threading.Event) -> None:
 
 
 def _watch(
-    cluster: Any, alive: list[Any], counts: Counts, kill_every: float, seconds: float | None, console: Console
+    cluster: Cluster, alive: list[Any], counts: Counts, kill_every: float, seconds: float | None, console: Console
 ) -> None:
     from ray import serve
 

@@ -110,6 +110,26 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def start_ray(cpus: int, **options: Any) -> None:
+    """A Ray of this process's own on this machine, even where another one runs.
+
+    Args:
+        options: more of ``ray.init``'s.
+    """
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+
+    ray.init(  # pyright: ignore[reportUnknownMemberType]
+        "local",
+        num_cpus=cpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _node_ip_address="127.0.0.1",
+        **options,
+    )
+
+
 def check_port(host: str, port: int) -> None:
     """Raise LaunchError unless a server can listen there."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
@@ -221,7 +241,6 @@ def _is_ready(url: str) -> bool:
 @contextmanager
 def _service(settings: Settings, host: str, port: int, say: Say) -> Generator[Path]:
     """Ray, Serve and the application; yields the folder of the replicas' logs."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Ray takes a second to import: --help and user errors come before it.
     import ray
     from ray import serve
@@ -233,15 +252,8 @@ def _service(settings: Settings, host: str, port: int, say: Say) -> Generator[Pa
     say("starting Ray")
     with tempfile.TemporaryDirectory(prefix="score-serve-", ignore_cleanup_errors=True) as logs:
         try:
-            ray.init(  # pyright: ignore[reportUnknownMemberType]
-                "local",  # even where another Ray runs on this machine
-                # A laptop with fewer cores than the replicas ask for runs them all the same.
-                num_cpus=max(os.cpu_count() or 1, math.ceil(needed)),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _node_ip_address="127.0.0.1",
-            )
+            # A laptop with fewer cores than the replicas ask for runs them all the same.
+            start_ray(max(os.cpu_count() or 1, math.ceil(needed)))
             check_chips(settings, ray.nodes())
             quiet = {"log_level": "WARNING", "enable_access_log": False}
             interrupt_on_sigterm()  # ray.init has put its own handler in place, which ends the process at once

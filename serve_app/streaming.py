@@ -36,28 +36,34 @@ async def as_finished(
 ) -> AsyncGenerator[T]:
     """Results of ``start()``, which is called again and again while there is ``more()``, as they finish.
 
-    At most ``window`` calls are running, or finished and not yet taken. The first error ends it. When it ends or is
-    closed, what still runs is cancelled.
+    At most ``window`` calls are running, or finished and not yet taken. The first error ends it, after the results that
+    are finished by then. When it ends or is closed, what still runs is cancelled.
 
     Args:
         deadline: Unix time in seconds; ``late`` is raised when it has passed.
     """
     running: set[asyncio.Task[T]] = set()
+    failing = False
     try:
         while running or more():
-            while len(running) < window and more():
+            while not failing and len(running) < window and more():
                 running.add(asyncio.create_task(start()))
             left = max(deadline - time.time(), 0)
             done, _ = await asyncio.wait(running, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if not done:
                 raise late
-            task = done.pop()
+            failing = any(_failed(task) for task in done)
+            task = min(done, key=_failed)
             running.remove(task)
             yield task.result()
     finally:
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
+
+
+def _failed(task: asyncio.Task[Any]) -> bool:
+    return task.cancelled() or task.exception() is not None
 
 
 class LinesResponse(StreamingResponse):

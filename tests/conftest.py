@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import cache
@@ -12,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
+from scripts.cluster_sim import start_cluster
 from serve_app import model_source
 from serve_app.auth import ApiKeys
 from serve_app.fake_engine import FakeEngine
 from serve_app.ingress import create_app
+from serve_app.launcher import APP_NAME, free_port
 from serve_app.scorer import compiled_folder
 from serve_app.service import ScoringService
 from serve_app.settings import Settings
 from serve_app.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas, LocalReplicas, save_tokenizer
-from tests.processes import APP_NAME, free_port
 from tests.served import KEY, Served, serving
 from tests.tiny import make_llama
 
@@ -135,25 +135,11 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def nodes() -> Iterator[Cluster]:
     """One Ray cluster in this process tree for all tests that need one, of one node; tests may add others."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     for reporter in ("REPLICA", "HANDLE"):
         os.environ[f"RAY_SERVE_{reporter}_AUTOSCALING_METRIC_PUSH_INTERVAL_S"] = "0.5"
     import ray
-    from ray.cluster_utils import Cluster
 
-    ray.init(
-        num_cpus=8,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _node_ip_address="127.0.0.1",
-        _system_config={"metrics_report_interval_ms": 500},
-    )
-    cluster = Cluster()
-    # Started as the launcher does it, not by Cluster, which binds other addresses and knows no token.
-    cluster.head_node = ray._private.worker._global_node
-    cluster.redis_address = cluster.head_node.redis_address
-    yield cluster
+    yield start_cluster(8, _system_config={"metrics_report_interval_ms": 500})
     ray.shutdown()
 
 

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 from contextlib import suppress
 
 import psutil
 
-APP_NAME = "score"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from serve_app.launcher import APP_NAME
 
 
 def replica_processes(deployment: str) -> list[psutil.Process]:

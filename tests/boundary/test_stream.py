@@ -106,7 +106,7 @@ async def test_an_error_after_the_first_row_is_the_last_line(tokenizer: TextToke
 
 
 class FailsLater(DirectReplicas):
-    """Answers a few jobs, then raises what it is given, or hangs."""
+    """Answers a few jobs; when those answers are on their way, raises what it is given, or hangs."""
 
     def __init__(self, good: int, error: Exception | None) -> None:
         super().__init__(FakeEngine(VOCAB_SIZE, CONTEXT))
@@ -119,18 +119,20 @@ class FailsLater(DirectReplicas):
             return await super().score(job)
         if self.error is None:
             return await self.hanging.score(job)
+        for _ in range(100):
+            await asyncio.sleep(0)
         raise self.error
 
 
 async def test_faults_and_deadlines_after_the_first_row(tokenizer: TextTokenizer, caplog: Any):
-    cases: list[tuple[Exception | None, int, str]] = [
-        (OverloadedError("full", retry_after_s=7), 503, "full"),
-        (None, 504, "0.2 s"),
-        (RuntimeError("secret"), 500, "find-me"),
+    cases: list[tuple[Exception | None, float, int, str]] = [
+        (OverloadedError("full", retry_after_s=7), 60, 503, "full"),
+        (None, 2, 504, "2 s"),
+        (RuntimeError("secret"), 60, 500, "find-me"),
     ]
-    for error, status, said in cases:
+    for error, timeout_s, status, said in cases:
         async with serving(tokenizer, FailsLater(2, error), FAKE) as http:
-            body = json.dumps(ASK | {"stream": True, "timeout_s": 0.2})
+            body = json.dumps(ASK | {"stream": True, "timeout_s": timeout_s})
             response = await http.post(body, x_request_id="find-me")
             *rows, last = [json.loads(line) for line in response.text.splitlines()]
             assert len(rows) == 3

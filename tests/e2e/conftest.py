@@ -7,9 +7,6 @@ from pathlib import Path
 import pytest
 
 from serve_app.settings import Settings
-from tests.processes import APP_NAME, free_port, mapped_files, replica_process, replica_processes
-
-__all__ = ["APP_NAME", "free_port", "mapped_files", "replica_process", "replica_processes"]
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import pytest
 from serve_app.app import build
 from serve_app.contract import Engine
 from serve_app.fake_engine import FakeEngine
+from serve_app.launcher import APP_NAME
 from serve_app.settings import Autoscaling, Settings
-from tests.processes import APP_NAME
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

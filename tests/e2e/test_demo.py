@@ -15,8 +15,8 @@ from serve_app import model_source
 from serve_app.app import build
 from serve_app.client import ScoreClient
 from serve_app.settings import Settings
-from tests.e2e.conftest import mapped_files, replica_process
 from tests.parity.cases import HAVE_TORCH
+from tests.processes import mapped_files, replica_process
 
 pytestmark = [pytest.mark.ray, pytest.mark.demo]
 

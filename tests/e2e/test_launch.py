@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from serve_app import auth
-from tests.e2e.conftest import free_port
+from serve_app.launcher import free_port
 
 pytestmark = pytest.mark.ray
 

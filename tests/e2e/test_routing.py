@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from serve_app.app import build
+from serve_app.launcher import APP_NAME
 from serve_app.settings import Settings
-from tests.e2e.conftest import APP_NAME
 
 pytestmark = pytest.mark.ray
 

@@ -14,10 +14,11 @@ import pytest
 
 from serve_app.app import build
 from serve_app.fake_engine import FakeEngine
+from serve_app.launcher import APP_NAME
 from serve_app.schemas import ScoreRequest, ScoreResponse
 from serve_app.settings import Settings
 from tests.batches import label_batch
-from tests.e2e.conftest import APP_NAME, mapped_files, replica_process
+from tests.processes import mapped_files, replica_process
 
 pytestmark = pytest.mark.ray
 

@@ -17,10 +17,11 @@ from serve_app.contract import Engine
 from serve_app.device_queue import QueueStats
 from serve_app.fake_engine import FakeEngine
 from serve_app.ingress import Ingress
+from serve_app.launcher import APP_NAME
 from serve_app.router import PrefixRouter
 from serve_app.scorer import MAX_ONGOING, Scorer
 from serve_app.settings import Limits, Settings
-from tests.e2e.conftest import APP_NAME, replica_process, replica_processes
+from tests.processes import replica_process, replica_processes
 
 pytestmark = pytest.mark.ray
 

@@ -14,9 +14,9 @@ import pytest
 from serve_app.app import build
 from serve_app.contract import Engine
 from serve_app.fake_engine import FakeEngine
+from serve_app.launcher import APP_NAME
 from serve_app.settings import Settings
 from serve_app.tpu import Tpu
-from tests.processes import APP_NAME
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster

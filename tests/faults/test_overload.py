@@ -17,9 +17,9 @@ import httpx
 import pytest
 
 from serve_app.device_queue import QueueStats
+from serve_app.launcher import APP_NAME
 from serve_app.settings import Limits, Settings
 from tests.faults.conftest import ITEMS, application, wait_for
-from tests.processes import APP_NAME
 
 pytestmark = pytest.mark.ray
 

@@ -12,12 +12,8 @@ from model import engine
 from model.engine import Engine
 from model.pages import PAGE_TOKENS
 from tests.batches import label_batch, reads_batch
+from tests.invariance.rows import LABELS, TOLERANCE, VOCAB, prompts, values
 from tests.tiny import make_llama
-
-VOCAB = 307
-LABELS = (3, 0, 306, 77)
-TOLERANCE = 1e-5
-"""Nats, float32. Sums run in another order in another shape; nothing else may differ."""
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +29,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def scorer(folder: Path) -> Engine:
     return engine.load(folder, max_row_tokens=64, call_tokens=128)
-
-
-def prompts(count: int, seed: int = 0, query: int = 0, longest: int = 60) -> list[list[int]]:
-    """Random prompts of 1 to ``longest`` tokens behind a common query."""
-    rng = np.random.default_rng(seed)
-    head = rng.integers(0, VOCAB, query).tolist()
-    return [head + rng.integers(0, VOCAB, rng.integers(1, longest + 1)).tolist() for _ in range(count)]
-
-
-def values(scorer: Engine, sequences: list[list[int]]) -> np.ndarray:
-    result = scorer.score(label_batch(sequences, [LABELS] * len(sequences)))
-    return result.values.reshape(len(sequences), len(LABELS))
 
 
 def test_alone_equals_among_500(scorer: Engine) -> None:

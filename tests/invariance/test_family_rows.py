@@ -9,26 +9,10 @@ from safetensors.numpy import load_file, save_file
 
 from model import engine
 from model.engine import Engine
-from tests.batches import label_batch
+from tests.invariance.rows import TOLERANCE, prompts, values
 from tests.tiny_families import FAMILIES, make_family
 
-VOCAB = 307
-LABELS = (3, 0, 306, 77)
-TOLERANCE = 1e-5
-"""Nats, float32."""
-
 Families = Callable[[str], tuple[Path, Engine]]
-
-
-def prompts(count: int, *, query: int, longest: int, seed: int) -> list[list[int]]:
-    rng = np.random.default_rng(seed)
-    head = rng.integers(0, VOCAB, query).tolist()
-    return [head + rng.integers(0, VOCAB, rng.integers(1, longest + 1)).tolist() for _ in range(count)]
-
-
-def values(scorer: Engine, sequences: list[list[int]]) -> np.ndarray:
-    result = scorer.score(label_batch(sequences, [LABELS] * len(sequences)))
-    return result.values.reshape(len(sequences), len(LABELS))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

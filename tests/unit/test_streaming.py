@@ -63,6 +63,24 @@ async def test_results_come_as_they_finish_and_no_more_are_started_than_fit():
         await anext(results)
 
 
+@pytest.mark.parametrize("failing", [0, 1, 2])
+async def test_what_is_finished_comes_before_an_error(failing: int):
+    work = Work(9)
+    results = work.results(window=3)
+    following = asyncio.create_task(anext(results))
+    await asyncio.sleep(0.01)
+    for number, end in enumerate(work.ends):
+        if number == failing:
+            end.set_exception(ValueError("bad"))
+        else:
+            end.set_result(number)
+    came = {await following, await anext(results)}
+    with pytest.raises(ValueError, match="bad"):
+        await anext(results)
+    assert came == {0, 1, 2} - {failing}
+    assert len(work.ends) == 3  # nothing is started after it
+
+
 async def test_an_error_or_the_end_of_interest_cancels_the_rest():
     work = Work(9)
     async with aclosing(work.results(window=3)) as results:
