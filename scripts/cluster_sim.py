@@ -6,10 +6,12 @@ hashed tokens. All else is what a real cluster runs.
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
 import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,7 +55,7 @@ def main(
 
     from serve_app.app import build
 
-    console = Console(highlight=False)
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     check_port("127.0.0.1", port)
     settings = Settings(
@@ -61,6 +63,8 @@ def main(
     )
     console.print(f"starting {hosts} hosts and {settings.scorer_replicas} replicas of {TPU.chips} chips each")
     with ExitStack() as stack:
+        # To sys.stdout Ray prints twenty lines of the log of every host that dies.
+        stack.enter_context(redirect_stdout(io.StringIO()))
         cluster = start_cluster(4)
         stack.callback(ray.shutdown)
         alive = [_host(cluster) for _ in range(hosts)]
