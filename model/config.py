@@ -79,6 +79,7 @@ class ModelConfig:
         experts_per_token: that a token goes through.
         norm_expert_weights: the weights of a token's experts are made to sum to 1.
         classes: of a sequence-classification head; 0: the model is causal.
+        shards: devices that every layer is split over; heads, key/value heads and F are one device's.
     """
 
     architecture: str
@@ -111,6 +112,7 @@ class ModelConfig:
     experts_per_token: int = 0
     norm_expert_weights: bool = False
     classes: int = 0
+    shards: int = 1
 
 
 def common(

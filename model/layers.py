@@ -11,18 +11,36 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from model.config import Activation, Rope
+from model.sharding import RULES
 
 
 class Linear(nnx.Module):
-    """``x @ kernel + bias`` with a float32 result. The kernel is stored as [in, out]."""
+    """``x @ kernel + bias`` with a float32 result. The kernel is stored as [in, out].
 
-    def __init__(self, features_in: int, features_out: int, *, bias: bool = False, dtype: jnp.dtype) -> None:
-        self.kernel = nnx.Param(jnp.zeros((features_in, features_out), dtype))
-        self.bias = nnx.Param(jnp.zeros((features_out,), dtype)) if bias else None
+    Args:
+        axes: names of the kernel's axes, see ``sharding.Rules``.
+        shards: devices that these are split over; where that is the first, the devices' products are summed.
+    """
+
+    def __init__(
+        self,
+        features_in: int,
+        features_out: int,
+        *,
+        bias: bool = False,
+        dtype: jnp.dtype,
+        axes: tuple[str, str],
+        shards: int = 1,
+    ) -> None:
+        self.kernel = nnx.Param(jnp.zeros((features_in, features_out), dtype), axes=axes)
+        self.bias = nnx.Param(jnp.zeros((features_out,), dtype), axes=axes[1:]) if bias else None
+        self.over = getattr(RULES, axes[0]) if shards > 1 else None
 
     def __call__(self, x: Float[Array, "M features_in"]) -> Float[Array, "M features_out"]:
         kernel = self.kernel[...]
         y = lax.dot(x.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
+        if self.over:
+            y = lax.psum(y, self.over)
         return y if self.bias is None else y + self.bias[...].astype(jnp.float32)[None, :]
 
 
@@ -34,15 +52,22 @@ class RMSNorm(nnx.Module):
 
     Args:
         offset: added to the stored scale, in float32: a scale of 1.003 stored less 1 keeps its digits in bfloat16.
+        axis: name of the normed axis, see ``sharding.Rules``.
+        shards: devices that it is split over, if it is one that is.
     """
 
-    def __init__(self, width: int, *, eps: float, dtype: jnp.dtype, offset: float = 0.0) -> None:
-        self.scale = nnx.Param(jnp.zeros((width,), dtype))
+    def __init__(
+        self, width: int, *, eps: float, dtype: jnp.dtype, offset: float = 0.0, axis: str = "embed", shards: int = 1
+    ) -> None:
+        self.scale = nnx.Param(jnp.zeros((width,), dtype), axes=(axis,))
+        self.over = getattr(RULES, axis) if shards > 1 else None
         self.eps = eps
         self.offset = offset
 
     def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        if self.over:
+            mean_square = lax.pmean(mean_square, self.over)
         scale = self.scale[...].astype(jnp.float32)
         if self.offset:
             scale = scale + self.offset
@@ -57,11 +82,18 @@ class GatedMLP(nnx.Module):
     """``down(activation(gate(x)) * up(x))``."""
 
     def __init__(
-        self, width: int, ff_width: int, *, bias: bool, dtype: jnp.dtype, activation: Activation = "silu"
+        self,
+        width: int,
+        ff_width: int,
+        *,
+        bias: bool,
+        dtype: jnp.dtype,
+        activation: Activation = "silu",
+        shards: int = 1,
     ) -> None:
-        self.gate = Linear(width, ff_width, bias=bias, dtype=dtype)
-        self.up = Linear(width, ff_width, bias=bias, dtype=dtype)
-        self.down = Linear(ff_width, width, bias=bias, dtype=dtype)
+        self.gate = Linear(width, ff_width, bias=bias, dtype=dtype, axes=("embed", "mlp"), shards=shards)
+        self.up = Linear(width, ff_width, bias=bias, dtype=dtype, axes=("embed", "mlp"), shards=shards)
+        self.down = Linear(ff_width, width, bias=bias, dtype=dtype, axes=("mlp", "embed"), shards=shards)
         self.activation: Activation = activation
 
     def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:

@@ -64,7 +64,11 @@ def serve(
     replicas: Annotated[int, typer.Option(min=1, help="Scorers, each with the whole model.")] = 1,
     max_batch_tokens: Annotated[int, typer.Option(min=64, help="Tokens in one device batch.")] = 8_192,
     tpu: Annotated[
-        str | None, typer.Option(help="This host's chips and topology, such as 'v6e:2x2'; each scorer gets one chip.")
+        str | None,
+        typer.Option(
+            help="This host's chips and topology, such as 'v6e:2x2'; each scorer gets one chip, or with 'v6e:2x2:4' "
+            "four, for a model that one cannot hold."
+        ),
     ] = None,
 ) -> None:
     """Serve a model on this machine until Ctrl-C. The demo model is fetched once (93 MB)."""
@@ -93,7 +97,7 @@ app.command()(cli_client.models)
 
 
 def _tpu(words: str) -> Tpu:
-    return Tpu.model_validate(dict(zip(("chip", "topology"), words.split(":"), strict=False)))
+    return Tpu.model_validate(dict(zip(("chip", "topology", "chips"), words.split(":"), strict=False)))
 
 
 def main() -> None:

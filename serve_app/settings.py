@@ -94,8 +94,6 @@ class Settings(_Frozen):
 
     @model_validator(mode="after")
     def _can_be_honoured(self) -> Settings:
-        if self.engine == "jax" and self.tpu and self.tpu.chips > 1:
-            raise ValueError(f"tpu.chips is {self.tpu.chips}; this engine computes on 1 chip: ask for more replicas")
         bounds = self.autoscaling
         if bounds and not bounds.min_replicas <= self.scorer_replicas <= bounds.max_replicas:
             raise ValueError(
