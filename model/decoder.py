@@ -42,6 +42,7 @@ def gated_mlp(config: ModelConfig, dtype: jnp.dtype) -> GatedMLP:
         dtype=dtype,
         activation=config.activation,
         shards=config.shards,
+        int8=config.int8,
     )
 
 
@@ -62,7 +63,7 @@ class Attention(nnx.Module):
         heads, kv_heads = config.heads * config.head_width, config.kv_heads * config.head_width
 
         def linear(into: int, out: int, *, bias: bool, axes: tuple[str, str]) -> Linear:
-            return Linear(into, out, bias=bias, dtype=dtype, axes=axes, shards=config.shards)
+            return Linear(into, out, bias=bias, dtype=dtype, axes=axes, shards=config.shards, int8=config.int8)
 
         self.q = linear(config.width, heads, bias=config.attention_bias, axes=("embed", "heads"))
         self.k = linear(config.width, kv_heads, bias=config.attention_bias, axes=("embed", "kv_heads"))
@@ -77,7 +78,7 @@ class Attention(nnx.Module):
         """Rotated and scaled, in the weights' dtype."""
         q = _normed(self.q(x), self.q_norm).reshape(-1, self.config.heads, self.config.head_width)
         q = rotate(q * self.scale, angles)  # scaled first: XLA then keeps no float32 copy on TPU
-        return q.astype(self.q.kernel.dtype)
+        return q.astype(self.q.dtype)
 
     def keys_values(
         self, x: Float[Array, "M D"], angles: Angles
@@ -85,7 +86,7 @@ class Attention(nnx.Module):
         """Keys, rotated, and values, in the weights' dtype."""
         k = _normed(self.k(x), self.k_norm).reshape(-1, self.config.kv_heads, self.config.head_width)
         v = self.v(x).reshape(-1, self.config.kv_heads, self.config.head_width)
-        return rotate(k, angles).astype(self.k.kernel.dtype), v.astype(self.v.kernel.dtype)
+        return rotate(k, angles).astype(self.k.dtype), v.astype(self.v.dtype)
 
     def output(self, attended: Float[Array, "M N H"]) -> Float[Array, "M D"]:
         return self.o(attended.reshape(attended.shape[0], -1))

@@ -22,16 +22,18 @@ import numpy.typing as npt
 from flax import nnx
 from jax.sharding import Mesh
 
-from model import checkpoint, decoder, plan, registry
+from model import checkpoint, decoder, plan, registry, sharding
 from model.checkpoint import Tensor
 from model.config import ModelConfig
-from model.fields import read_config
+from model.fields import ConfigError, read_config
+from model.layers import quantized
 from model.pages import PAGE_TOKENS, CacheStats, Node, PrefixCache, Recurring
 from model.programs import Inputs, LayerPrograms, ModelPrograms, Prefix, Programs, stack_of
-from model.sharding import MODEL, divided, place, stacked
+from model.sharding import MODEL, by_device, divided, stacked
 from model.sizes import BY_PLATFORM, Layout, Sizes, layout
 
 Dtype = Literal["float32", "bfloat16"]
+Quantization = Literal["int8"]
 Progress = Callable[[int, int, str], None]
 
 
@@ -78,6 +80,7 @@ class Info:
     platform: str
     buckets: tuple[str, ...]
     classes: int
+    quantization: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +102,7 @@ class Engine:
     """Scores token batches. Several threads may call it: one plans or waits for results while another's calls run.
 
     Args:
-        model_config: of the architecture.
+        model_config: of one device's part.
         layout: what the programs were made for.
         programs: over the weights.
         dtype: of keys and values.
@@ -126,6 +129,7 @@ class Engine:
             platform=jax.default_backend(),
             buckets=tuple(map(str, self._layout.ladder)),
             classes=self._config.classes,
+            quantization="int8" if self._config.int8 else None,
         )
 
     @property
@@ -389,6 +393,7 @@ def load(
     progress: Progress | None = None,
     max_prompt_tokens: int | None = None,
     compiled_folder: Path | None = None,
+    quantization: Quantization | None = None,
     mesh: Mesh | None = None,
     **sizes: Any,
 ) -> Engine:
@@ -401,6 +406,7 @@ def load(
         by_layer: how the layers run, see ``model.programs``; None: by layer on CPU.
         max_prompt_tokens: the longest sequence; None: the model's context. A long context costs memory at start-up.
         compiled_folder: keeps compiled programs for the next start, see ``model.compiled``.
+        quantization: of the kernels of attention and MLP, as they are read.
         mesh: devices to spread the model over, see ``model.sharding``; None: the first device.
         sizes: fields of ``Sizes`` that are not to be the platform's.
 
@@ -409,10 +415,12 @@ def load(
         CheckpointError: a tensor missing, unexpected or mis-shaped, or a broken file.
     """
     parsed = registry.from_hf(read_config(folder))
+    if quantization and parsed.experts:
+        raise ConfigError(f"{parsed.architecture}: mixtures of experts are not quantised; leave out {quantization}")
     platform, target = jax.default_backend(), jnp.dtype(dtype)
     implementation = implementation or ("fused" if platform == "tpu" else "paged")
     here = replace(BY_PLATFORM.get(platform, BY_PLATFORM["tpu"]), **sizes)
-    part = parsed if mesh is None else divided(parsed, mesh.shape[MODEL])
+    part = replace(parsed if mesh is None else divided(parsed, mesh.shape[MODEL]), int8=quantization == "int8")
     laid = layout(part, here, dtype=target, implementation=implementation, max_prompt_tokens=max_prompt_tokens)
     family, abstract = registry.build(part, dtype=target, implementation=implementation)
     if by_layer is None:
@@ -424,25 +432,29 @@ def load(
         if mesh is None:
             return jnp.asarray(np.asarray(tensor), target)
         leaf: Any = leaves[path]
-        return place(tensor, leaf.axes, leaf.shape, target, mesh)
+        return sharding.place(tensor, leaf.axes, leaf.shape, target, mesh)
 
     @partial(jax.jit, donate_argnums=0)
     def insert(stack: jax.Array, array: jax.Array, layer: int) -> jax.Array:
         return jax.lax.dynamic_update_index_in_dim(stack, array, layer, 0)
 
-    def put(path: tuple[str | int, ...], tensor: Tensor) -> None:
-        """Onto the device; a layer's tensor goes into its place in the stack of all layers, where there is one."""
-        if path[0] != "blocks":
-            arrays[path] = on_device(path, tensor)
-            return
-        _, layer, *rest = path
-        array, stack = on_device(tuple(rest), tensor), ("blocks", *rest)
-        if by_layer:
+    def keep(path: tuple[str | int, ...], array: jax.Array) -> None:
+        """A layer's array goes into its place in the stack of all layers, where there is one."""
+        if path[0] != "blocks" or by_layer:
             arrays[path] = array
             return
-        if stack not in arrays:
+        _, layer, *rest = path
+        if (stack := ("blocks", *rest)) not in arrays:
             arrays[stack] = stacked(array, parsed.layers)
         arrays[stack] = insert(arrays[stack], array, layer)
+
+    def put(path: tuple[str | int, ...], tensor: Tensor) -> None:
+        within = path[2:] if path[0] == "blocks" else path
+        array = on_device(within, tensor)
+        if leaves[within].dtype == jnp.int8:
+            array, scales = by_device(quantized, array)
+            keep((*path[:-1], "scales"), scales)
+        keep(path, array)
 
     checkpoint.load(folder, family.weights(parsed), ignored=decoder.ignored(parsed), put=put, progress=progress)
 
@@ -454,8 +466,8 @@ def load(
     block = abstract.block[1]
     if by_layer:
         layers = [state(block, "blocks", layer) for layer in range(parsed.layers)]
-        return Engine(parsed, laid, LayerPrograms(*common, layers=layers), target)
-    return Engine(parsed, laid, ModelPrograms(*common, layers=state(block, "blocks")), target)
+        return Engine(part, laid, LayerPrograms(*common, layers=layers), target)
+    return Engine(part, laid, ModelPrograms(*common, layers=state(block, "blocks")), target)
 
 
 def without_weights(

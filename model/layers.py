@@ -18,8 +18,10 @@ class Linear(nnx.Module):
     """``x @ kernel + bias`` with a float32 result. The kernel is stored as [in, out].
 
     Args:
+        dtype: of the operands.
         axes: names of the kernel's axes, see ``sharding.Rules``.
         shards: devices that these are split over; where that is the first, the devices' products are summed.
+        int8: the kernel is stored so, see ``quantized``.
     """
 
     def __init__(
@@ -31,17 +33,31 @@ class Linear(nnx.Module):
         dtype: jnp.dtype,
         axes: tuple[str, str],
         shards: int = 1,
+        int8: bool = False,
     ) -> None:
-        self.kernel = nnx.Param(jnp.zeros((features_in, features_out), dtype), axes=axes)
+        self.dtype = dtype
+        self.kernel = nnx.Param(jnp.zeros((features_in, features_out), jnp.int8 if int8 else dtype), axes=axes)
+        self.scales = nnx.Param(jnp.zeros((1, features_out), jnp.float32), axes=axes) if int8 else None
         self.bias = nnx.Param(jnp.zeros((features_out,), dtype), axes=axes[1:]) if bias else None
         self.over = getattr(RULES, axes[0]) if shards > 1 else None
 
     def __call__(self, x: Float[Array, "M features_in"]) -> Float[Array, "M features_out"]:
-        kernel = self.kernel[...]
-        y = lax.dot(x.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
+        y = lax.dot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), preferred_element_type=jnp.float32)
+        if self.scales is not None:
+            y = y * self.scales[...]
         if self.over:
             y = lax.psum(y, self.over)
         return y if self.bias is None else y + self.bias[...].astype(jnp.float32)[None, :]
+
+
+def quantized(
+    kernel: Float[Array, "features_in features_out"],
+) -> tuple[Int[Array, "features_in features_out"], Float[Array, "1 features_out"]]:
+    """A kernel as int8, and what each output channel's integers are to be multiplied by: symmetric, the channel's
+    largest value becomes 127. Of a kernel whose input is split over devices each has scales for its own part.
+    """
+    scales = jnp.maximum(jnp.max(jnp.abs(kernel), axis=0, keepdims=True).astype(jnp.float32) / 127, 1e-30)
+    return jnp.round(kernel.astype(jnp.float32) / scales).astype(jnp.int8), scales
 
 
 class RMSNorm(nnx.Module):
@@ -90,10 +106,14 @@ class GatedMLP(nnx.Module):
         dtype: jnp.dtype,
         activation: Activation = "silu",
         shards: int = 1,
+        int8: bool = False,
     ) -> None:
-        self.gate = Linear(width, ff_width, bias=bias, dtype=dtype, axes=("embed", "mlp"), shards=shards)
-        self.up = Linear(width, ff_width, bias=bias, dtype=dtype, axes=("embed", "mlp"), shards=shards)
-        self.down = Linear(ff_width, width, bias=bias, dtype=dtype, axes=("mlp", "embed"), shards=shards)
+        def linear(into: int, out: int, axes: tuple[str, str]) -> Linear:
+            return Linear(into, out, bias=bias, dtype=dtype, axes=axes, shards=shards, int8=int8)
+
+        self.gate = linear(width, ff_width, ("embed", "mlp"))
+        self.up = linear(width, ff_width, ("embed", "mlp"))
+        self.down = linear(ff_width, width, ("mlp", "embed"))
         self.activation: Activation = activation
 
     def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:

@@ -8,7 +8,7 @@ runs several calls at once, each on devices of its own.
 Source: the split of a layer is that of Megatron-LM (arXiv 1909.08053), section 3.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -163,3 +163,11 @@ def stacked(array: jax.Array, count: int) -> jax.Array:
     here = array.sharding
     whole = NamedSharding(here.mesh, P(None, *here.spec)) if isinstance(here, NamedSharding) else here
     return jax.jit(lambda: jax.numpy.zeros((count, *array.shape), array.dtype), out_shardings=whole)()
+
+
+def by_device(function: Callable[[jax.Array], Any], array: jax.Array) -> Any:
+    """``function`` of each device's part; its results lie as the array does."""
+    here = array.sharding
+    if isinstance(here, NamedSharding):
+        function = jax.shard_map(function, mesh=here.mesh, in_specs=here.spec, out_specs=here.spec, check_vma=False)
+    return jax.jit(function)(array)

@@ -40,6 +40,9 @@ def serve(
     revision: Annotated[str | None, typer.Option(help="Of a hub id: branch, tag or commit.")] = None,
     served_name: Annotated[str | None, typer.Option(help="The name that requests use. [default: from --model]")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.float32,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Keep the layers' weights as int8: less memory, less exact.")
+    ] = False,
     engine: Annotated[Engine, typer.Option(help="'fake': scores from hashed tokens, for tests.")] = Engine.jax,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 opens the service to the network.")] = (
         "127.0.0.1"
@@ -78,6 +81,7 @@ def serve(
             revision=revision,
             served_name=served_name,
             dtype=dtype.value,
+            quantization="int8" if int8 else None,
             engine=engine.value,
             api_keys_file=None if api_keys_file is None else str(api_keys_file),
             scorer_replicas=replicas,

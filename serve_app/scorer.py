@@ -95,6 +95,7 @@ def load_engine(settings: Settings) -> Engine:
             load(
                 folder,
                 dtype=settings.dtype,
+                quantization=settings.quantization,
                 max_prompt_tokens=settings.limits.max_prompt_tokens,
                 compiled_folder=compiled_folder(),
                 mesh=sharding.mesh(data=1, model=settings.tpu.chips) if settings.tpu else None,

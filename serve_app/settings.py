@@ -58,6 +58,8 @@ class Settings(_Frozen):
     """More names for the same model. ``default`` is always one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights and matmul operands; sums, norms, softmax and the head are float32 in both."""
+    quantization: Literal["int8"] | None = None
+    """Of the layers' weights, a scale for each output channel: a quarter of float32's memory. None: as ``dtype``."""
     engine: Literal["jax", "fake"] = "jax"
     """``fake``: deterministic scores from hashed tokens, for tests of everything but the model."""
 
