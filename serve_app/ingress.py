@@ -26,7 +26,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app import auth, site
+from serve_app import auth, site, timing
 from serve_app.completions import CompletionRequest, CompletionResponse, OpenAIErrorResponse
 from serve_app.contract import JobResult, ModelInfo, ScoreJob
 from serve_app.errors import (
@@ -332,7 +332,7 @@ class _ReplicaLostError(Exception):
 
 
 class _RequestContext:
-    """Gives every request its id, and every error that no route caught its flat body. Plain ASGI."""
+    """Gives every request its id and its timings, and every error that no route caught its flat body. Plain ASGI."""
 
     def __init__(self, app: ASGIApp, *, echo: bool) -> None:
         self._app = app
@@ -344,12 +344,14 @@ class _RequestContext:
             return
         request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
+        timings = timing.begin()
         started = False
 
         async def tracked(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
+                message["headers"] = [*message["headers"], (b"server-timing", timings.header().encode())]
                 if self._echo:
                     message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)

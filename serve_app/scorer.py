@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from ray import serve
 
-from serve_app import model_source
+from serve_app import model_source, timing
 from serve_app.autoscaling import PENDING_TOKENS
 from serve_app.contract import BatchResult, Engine, EngineStats, JobResult, ModelInfo, Progress, ScoreJob, TokenBatch
 from serve_app.device_queue import DeviceQueue, QueueStats
@@ -140,6 +140,7 @@ class Scorer:
             InternalError: the engine failed on this job.
         """
         answer: asyncio.Future[JobResult] = asyncio.get_running_loop().create_future()
+        arrived = time.time()
         try:
             try:
                 async with asyncio.timeout(INTAKE_LIMIT_S):
@@ -150,6 +151,9 @@ class Scorer:
                 raise ReplicaGoneError(stuck, retry_after_s=1) from None
             result = await answer
             self._metrics.answered(result)
+            timing.record_job(
+                job.request_id, arrived, result.queue_seconds, result.device_seconds, job.batch.num_sequences
+            )
             return result
         finally:
             answer.cancel()

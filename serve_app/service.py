@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from serve_app import fanout
+from serve_app import fanout, timing
 from serve_app.admission import Admission
 from serve_app.batches import shared_prefix, shared_with_previous
 from serve_app.completions import Completer, CompletionRequest, CompletionResponse
@@ -194,7 +194,8 @@ class ScoringService:
         self, request: ScoreRequest, request_id: str, limit: float
     ) -> AsyncGenerator[Sequence[ScoreRow] | Sequence[ScoreEnd]]:
         deadline = time.time() + limit
-        preparation = await self._in_time(self._in_thread(partial(self._prompts.open, request)), limit)
+        with timing.tokenising():
+            preparation = await self._in_time(self._in_thread(partial(self._prompts.open, request)), limit)
         turn = asyncio.Lock()
         numbers = count()
         prompt_tokens = computed_tokens = 0
@@ -206,7 +207,8 @@ class ScoringService:
 
         async def piece() -> tuple[list[ScoreRow], int, int]:
             async with turn:
-                question, work = await self._in_thread(prepare)
+                with timing.tokenising():
+                    question, work = await self._in_thread(prepare)
             result = await self._run(work)
             answered = await self._off_loop(partial(question.rows, result), question.size)
             return answered, question.prepared.prompt_tokens, int(result.computed_tokens.sum())
@@ -372,7 +374,8 @@ class ScoringService:
             return question, self._work(question.batch, question.query_tokens, request_id, deadline)
 
         self._admission.check(1, self._replicas.count)  # tokenising what will be refused would delay the others
-        question, wanted = await self._in_thread(work)
+        with timing.tokenising():
+            question, wanted = await self._in_thread(work)
         result = await self._run(wanted)
         return await self._off_loop(partial(question.answer, result), question.size)
 
@@ -409,7 +412,11 @@ class ScoringService:
                     tasks = [group.create_task(self._run_one(job)) for job in work.jobs]
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
-        return fanout.merge([task.result().result for task in tasks])
+        answered = [task.result() for task in tasks]
+        # They ran side by side: the longest is what the request waited for.
+        timing.current().add(timing.QUEUE, max((job.queue_seconds for job in answered), default=0.0))
+        timing.current().add(timing.DEVICE, max((job.device_seconds for job in answered), default=0.0))
+        return fanout.merge([job.result for job in answered])
 
     async def _run_one(self, job: ScoreJob) -> JobResult:
         return await self._replicas.score(job)

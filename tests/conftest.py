@@ -137,6 +137,9 @@ def nodes() -> Iterator[Cluster]:
     """One Ray cluster in this process tree for all tests that need one, of one node; tests may add others."""
     for reporter in ("REPLICA", "HANDLE"):
         os.environ[f"RAY_SERVE_{reporter}_AUTOSCALING_METRIC_PUSH_INTERVAL_S"] = "0.5"
+    # Requests whose traceparent asks for it are traced, into files.
+    os.environ["RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH"] = "ray.serve._private.tracing_utils:default_tracing_exporter"
+    os.environ["RAY_SERVE_TRACING_SAMPLING_RATIO"] = "0"
     import ray
 
     yield start_cluster(8, _system_config={"metrics_report_interval_ms": 500})
@@ -149,7 +152,11 @@ def cluster(nodes: Cluster) -> str:  # noqa: ARG001 - Serve runs on it
     from ray import serve
 
     port = free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
+    serve.start(
+        http_options={"host": "127.0.0.1", "port": port},
+        proxy_location="HeadOnly",
+        logging_config={"encoding": "JSON"},
+    )
     return f"http://127.0.0.1:{port}"
 
 
@@ -161,7 +168,7 @@ def deploy(cluster: str) -> Iterator[Callable[[Any], httpx.Client]]:
     with httpx.Client(base_url=cluster, timeout=120) as client:
 
         def run(application: Any) -> httpx.Client:
-            serve.run(application, name=APP_NAME)
+            serve.run(application, name=APP_NAME, logging_config={"encoding": "JSON"})
             return client
 
         yield run
