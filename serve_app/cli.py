@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -35,8 +35,13 @@ def _about() -> None:  # pyright: ignore[reportUnusedFunction]
 @app.command()
 def serve(
     model: Annotated[
-        str, typer.Option(help="'demo', a folder in Hugging Face layout, a hub id, or a .gguf file.")
-    ] = "demo",
+        list[str],
+        typer.Option(
+            help="'demo', a folder in Hugging Face layout, a hub id, or a .gguf file. Repeatable: requests name one, "
+            "and the first is 'default', too. NAME=MODEL gives the name, which else is the model's own. All other "
+            "options hold for each model; where they differ, use a Serve config file (configs/two-models.yaml)."
+        ),
+    ] = ["demo"],  # noqa: B006 - typer's way
     revision: Annotated[str | None, typer.Option(help="Of a hub id: branch, tag or commit.")] = None,
     served_name: Annotated[str | None, typer.Option(help="The name that requests use. [default: from --model]")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.float32,
@@ -67,12 +72,21 @@ def serve(
         str | None, typer.Option(help="This host's chips and topology, such as 'v6e:2x2'; each scorer gets one chip.")
     ] = None,
 ) -> None:
-    """Serve a model on this machine until Ctrl-C. The demo model is fetched once (93 MB)."""
+    """Serve one model or several on this machine until Ctrl-C. The demo model is fetched once (93 MB).
+
+    For example:
+    score-serve serve --model judge=./checkpoint --model demo
+    """
+    models = [_named(each) for each in model]
+    one: dict[str, Any] = {"revision": revision, "served_name": served_name}
+    if len(models) > 1 and any(one.values()):
+        raise typer.BadParameter("--revision and --served-name are for one --model; name several by NAME=MODEL")
+    if served_name and "served_name" in models[0]:
+        raise typer.BadParameter(f"--model {model[0]!r} has a name already; leave out --served-name")
+    which: dict[str, Any] = {**one, **models[0]} if len(models) == 1 else {"models": models}
     try:
         settings = Settings(
-            model=model,
-            revision=revision,
-            served_name=served_name,
+            **which,
             dtype=dtype.value,
             engine=engine.value,
             api_keys_file=None if api_keys_file is None else str(api_keys_file),
@@ -90,6 +104,12 @@ def serve(
 
 app.command()(cli_client.score)
 app.command()(cli_client.models)
+
+
+def _named(words: str) -> dict[str, Any]:
+    """``NAME=MODEL``, or a model alone, whose path may have such a sign further behind."""
+    name, sign, model = words.partition("=")
+    return {"served_name": name, "model": model} if sign and "/" not in name else {"model": words}
 
 
 def _tpu(words: str) -> Tpu:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
+from urllib.parse import urlencode
 
 import httpx
 from pydantic import BaseModel, ValidationError
@@ -136,12 +137,12 @@ class ScoreClient:
         return self._ask(DetokenizeResponse, "POST", "/detokenize", request).prompt
 
     def models(self) -> ModelsResponse:
-        """The names under which the model answers."""
+        """The names under which the models answer."""
         return self._ask(ModelsResponse, "GET", "/v1/models")
 
     def info(self) -> InfoResponse:
-        """What is served, and the limits of a request."""
-        return self._ask(InfoResponse, "GET", "/v1/info")
+        """What is served under this client's ``model``, and the limits of a request."""
+        return self._ask(InfoResponse, "GET", f"/v1/info?{urlencode({'model': self._model})}")
 
     def health(self) -> bool:
         """A front end is alive. Asked once."""

@@ -25,7 +25,7 @@ from serve_app.device_queue import DeviceQueue, QueueStats
 from serve_app.errors import ReplicaGoneError
 from serve_app.fake_engine import FakeEngine
 from serve_app.metrics import REPORT_S, ScorerMetrics
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings
 
 if TYPE_CHECKING:
     from model.engine import Engine as ModelEngine
@@ -71,7 +71,7 @@ class _ModelEngine:
         return BatchResult(result.values, result.computed_tokens, result.argmax, result.argmax_values)
 
 
-def load_engine(settings: Settings) -> Engine:
+def load_engine(settings: ModelSettings) -> Engine:
     """The engine that ``settings`` name, warmed up. Takes seconds to minutes; the log tells how far it is."""
     if settings.engine == "fake":
         engine: Engine = FakeEngine()
@@ -119,7 +119,7 @@ class Scorer:
         load: makes the engine; runs in a thread, so that the replica answers Serve's questions meanwhile.
     """
 
-    async def __init__(self, settings: Settings, load: Callable[[Settings], Engine] = load_engine) -> None:
+    async def __init__(self, settings: ModelSettings, load: Callable[[ModelSettings], Engine] = load_engine) -> None:
         self._engine = await asyncio.to_thread(load, settings)
         self._queue = DeviceQueue(
             self._engine,
@@ -128,7 +128,7 @@ class Scorer:
         )
         self._stall_s = settings.stall_s
         self._intake_works = True
-        self._metrics = ScorerMetrics()
+        self._metrics = ScorerMetrics(settings.name)
         self._reporting = asyncio.create_task(self._report())
 
     async def score(self, job: ScoreJob) -> JobResult:

@@ -19,6 +19,7 @@ from serve_app.ingress import create_app
 from serve_app.launcher import APP_NAME, free_port
 from serve_app.scorer import compiled_folder
 from serve_app.service import ScoringService
+from serve_app.services import Services
 from serve_app.settings import Settings
 from serve_app.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas, LocalReplicas, save_tokenizer
@@ -88,7 +89,7 @@ def fake_service(tokenizer: TextTokenizer) -> Iterator[ScoringService]:
 @pytest.fixture(scope="session")
 def served(fake_service: ScoringService) -> Iterator[Served]:
     """The service behind a real HTTP server."""
-    with serving(create_app(lambda: fake_service)) as served:
+    with serving(create_app(lambda: Services(fake_service))) as served:
         yield served
 
 
@@ -97,7 +98,7 @@ def locked(fake_service: ScoringService, tmp_path_factory: pytest.TempPathFactor
     """The same, and it wants ``KEY``."""
     file = tmp_path_factory.mktemp("keys") / "keys"
     file.write_text(KEY)
-    with serving(create_app(lambda: fake_service, keys=ApiKeys(str(file)))) as served:
+    with serving(create_app(lambda: Services(fake_service), keys=ApiKeys(str(file)))) as served:
         yield served
 
 

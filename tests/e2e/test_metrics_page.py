@@ -106,3 +106,6 @@ def test_all_replicas_count_their_work_and_none_compiles_after_the_start(client:
     assert sum(read(client, "device_seconds_count").values()) >= len(asked)
     assert set(read(client, "queued_tokens").values()) == {0}
     assert read(client, "refusals_total") == {}
+    model = client.get("/v1/info").json()["model"]
+    assert read(client, "compilations_total", model=model) == compiled
+    wait_for(lambda: sum(read(client, "requests_total", model=model, outcome="answered").values()) == len(asked))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,8 +18,9 @@ from serve_app.app import build
 from serve_app.fake_engine import FakeEngine
 from serve_app.launcher import APP_NAME
 from serve_app.schemas import ScoreRequest, ScoreResponse
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings, Settings
 from tests.batches import label_batch
+from tests.local import save_tokenizer
 from tests.processes import mapped_files, replica_process
 
 pytestmark = pytest.mark.ray
@@ -108,3 +111,30 @@ def test_no_process_of_the_service_has_loaded_jax(client: httpx.Client):
         loaded = mapped_files(replica_process(deployment))
         assert "numpy" in loaded  # the look would find what there is
         assert "jaxlib" not in loaded
+
+
+def test_two_models_have_scorers_of_their_own(
+    deploy: Callable[[Any], httpx.Client], settings: Settings, model_folder: Path, tmp_path: Path
+):
+    from ray import serve
+
+    other = save_tokenizer(shutil.copytree(model_folder, tmp_path / "other"), adds_bos=True)
+    models = (ModelSettings(model=str(model_folder), served_name="plain"), ModelSettings(model=str(other)))
+    both = settings.model_dump(exclude={"model"}, exclude_unset=True) | {"models": models}
+    client = deploy(build(Settings.model_validate(both)))
+    ask = {"query": "a fox", "items": [" or", " two"], "label_token_ids": [1], "return_prompt_token_ids": True}
+    for model, bos in (("default", []), ("plain", []), ("other", [0])):
+        answer = client.post("/v1/score", json={**ask, "model": model}).json()
+        assert answer["model"] == ("plain" if model == "default" else model)
+        rows = answer["prompt_token_ids"]
+        assert [row[:1] == [0] for row in rows] == [bool(bos)] * 2
+        np.testing.assert_allclose(answer["scores"], expected([], rows, [1]), rtol=1e-6)
+    counted = [
+        serve.get_deployment_handle(f"Scorer-{name}", APP_NAME).stats.remote().result(timeout_s=60).sequences
+        for name in ("plain", "other")
+    ]
+    assert counted == [4, 2]
+    assert client.get("/ready").status_code == 200
+    handle = serve.get_app_handle(APP_NAME)
+    request = ScoreRequest(**{**ask, "model": "other"})
+    assert handle.score.remote(request).result(timeout_s=60).model == "other"

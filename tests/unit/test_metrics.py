@@ -26,7 +26,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Record]:
 
 
 def test_counters_get_what_was_added_and_gauges_what_is(recorded: list[Record]):
-    metrics = ScorerMetrics()
+    metrics = ScorerMetrics("judge")
     metrics.update(QueueStats(batches=2, refused=1, queued_tokens=7), EngineStats(compilations=5, padded_tokens=10))
     assert ("score_batches", 2, {}) in recorded
     assert ("score_refusals", 1, {"reason": "overloaded"}) in recorded
@@ -69,7 +69,7 @@ def test_counters_get_what_was_added_and_gauges_what_is(recorded: list[Record]):
 
 
 def test_an_answered_job_is_observed(recorded: list[Record]):
-    ScorerMetrics().answered(JobResult(None, queue_seconds=0.25, device_seconds=0.5))  # type: ignore[arg-type]
+    ScorerMetrics("judge").answered(JobResult(None, queue_seconds=0.25, device_seconds=0.5))  # type: ignore[arg-type]
     assert recorded == [("score_queue_seconds", 0.25, {}), ("score_device_seconds", 0.5, {})]
 
 

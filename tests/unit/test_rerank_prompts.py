@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from serve_app.errors import InternalError, InvalidRequestError, TooLargeError
 from serve_app.fake_engine import FakeEngine
 from serve_app.rerank import Reranker, RerankQuestion, RerankRequest, relevance
+from serve_app.served_model import ServedModel
 from serve_app.settings import Limits, Settings
 from serve_app.templates import PLAIN, QWEN3_RERANKER, TEMPLATES, RerankTemplate, default_template
 from serve_app.tokenizer import TextTokenizer
@@ -64,8 +65,8 @@ def qwen(qwen_folder: Path) -> TextTokenizer:
 
 
 def reranker(tokenizer: TextTokenizer, *, limits: Limits | None = None, longest: int = 512, **fields: Any) -> Reranker:
-    settings = Settings(engine="fake", limits=limits or Limits(), **fields)
-    return Reranker(settings, tokenizer, INFO, longest)
+    limits = (limits or Limits()).model_copy(update={"max_prompt_tokens": longest})
+    return Reranker(ServedModel("m", tokenizer, INFO, limits), Settings(engine="fake", **fields))
 
 
 def sequences(question: RerankQuestion) -> list[list[int]]:

@@ -22,7 +22,6 @@ from serve_app.errors import (
     DeadlineExceededError,
     InternalError,
     InvalidRequestError,
-    NotFoundError,
     OverloadedError,
     ScoringError,
 )
@@ -94,8 +93,10 @@ class TestLabelScores:
         assert caught.value.index == 7
 
 
-def service_on(replicas: Any, tokenizer: TextTokenizer, settings: Settings = SETTINGS) -> ScoringService:
-    return ScoringService(settings, tokenizer, ENGINE.info, replicas)
+def service_on(
+    replicas: Any, tokenizer: TextTokenizer, settings: Settings = SETTINGS, front_ends: int = 1
+) -> ScoringService:
+    return ScoringService(settings, tokenizer, ENGINE.info, replicas, front_ends)
 
 
 class TestScore:
@@ -135,15 +136,6 @@ class TestScore:
         assert job.request_id == "mine"
         assert before + SETTINGS.timeout_s <= job.deadline <= time.time() + SETTINGS.timeout_s
 
-    async def test_other_names(self, tokenizer: TextTokenizer):
-        settings = SETTINGS.model_copy(update={"aliases": ("judge", "default")})
-        service = service_on(DirectReplicas(ENGINE), tokenizer, settings)
-        assert service.info().names == ["fake-judge", "judge", "default"]
-        for name in service.info().names:
-            await service.score(ASK.model_copy(update={"model": name}), request_id="r")
-        with pytest.raises(NotFoundError, match="fake-judge, judge, default"):
-            await service.score(ASK.model_copy(update={"model": "x" * 1000}), request_id="r")
-
 
 MANY = ScoreRequest(query=[1] * 20, items=[[2 + i] * 10 for i in range(40)], label_token_ids=[7, 8])
 
@@ -182,9 +174,9 @@ async def cancelled(task: asyncio.Task[Any]) -> None:
 class TestAdmission:
     async def test_a_front_end_lets_in_its_share_of_what_the_running_replicas_may_have(self, tokenizer: TextTokenizer):
         # ASK computes 6 tokens: the query's two once. Two front ends share what each replica may have.
-        settings = SETTINGS.model_copy(update={"limits": Limits(max_queued_tokens=10), "ingress_replicas": 2})
+        settings = SETTINGS.model_copy(update={"limits": Limits(max_queued_tokens=10)})
         replicas = Hanging(count=2)
-        service = service_on(replicas, tokenizer, settings)
+        service = service_on(replicas, tokenizer, settings, front_ends=2)
         first = await hangs(service, replicas)
         with pytest.raises(OverloadedError, match="6 tokens are being scored and this request adds 6; the limit is 10"):
             await service.score(ASK, request_id="refused")
@@ -213,8 +205,8 @@ class TestOutcomes:
     async def test_every_request_is_counted_once_by_how_it_ended(self, tokenizer: TextTokenizer):
         service = service_on(DirectReplicas(ENGINE), tokenizer)
         await service.score(ASK, request_id="r")
-        with pytest.raises(NotFoundError):
-            await service.score(ASK.model_copy(update={"model": "another"}), request_id="r")
+        with pytest.raises(InvalidRequestError):
+            await service.score(ASK.model_copy(update={"label_token_ids": [VOCAB_SIZE]}), request_id="r")
         assert service.outcomes == {"answered": 1, "invalid": 1}
         replicas = Hanging()
         service = service_on(replicas, tokenizer)
