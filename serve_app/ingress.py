@@ -12,6 +12,7 @@ import math
 import re
 import uuid
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import ray
@@ -237,13 +238,20 @@ class Ingress:
         tokenizers, infos = await asyncio.gather(
             asyncio.to_thread(_load_tokenizers, settings), asyncio.gather(*map(_info, scorers))
         )
+        self._metrics = FrontMetrics()
         self._services = Services(
             *(
-                ScoringService(model, tokenizer, info, ScorerReplicas(scorer), settings.ingress_replicas)
+                ScoringService(
+                    model,
+                    tokenizer,
+                    info,
+                    ScorerReplicas(scorer),
+                    settings.ingress_replicas,
+                    partial(self._metrics.answered, model.name),
+                )
                 for model, tokenizer, info, scorer in zip(settings.each_model, tokenizers, infos, scorers, strict=True)
             )
         )
-        self._metrics = FrontMetrics()
         self._reporting = asyncio.create_task(self._report())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -255,11 +263,12 @@ class Ingress:
         Raises:
             ScoringError: as ``ScoringService.score``.
         """
+        timing.begin()
         return await self._services.of(request.model).score(request, request_id=uuid.uuid4().hex)
 
     async def _report(self) -> None:
         while True:
-            self._metrics.update(self._services.outcomes)
+            self._metrics.update(self._services.outcomes, self._services.items)
             await asyncio.sleep(REPORT_S)
 
 

@@ -121,14 +121,15 @@ class Scorer:
 
     async def __init__(self, settings: ModelSettings, load: Callable[[ModelSettings], Engine] = load_engine) -> None:
         self._engine = await asyncio.to_thread(load, settings)
+        self._metrics = ScorerMetrics(settings.name)
         self._queue = DeviceQueue(
             self._engine,
             max_batch_tokens=settings.max_batch_tokens,
             max_queued_tokens=settings.limits.max_queued_tokens,
+            observe=self._metrics.batch,
         )
         self._stall_s = settings.stall_s
         self._intake_works = True
-        self._metrics = ScorerMetrics(settings.name)
         self._reporting = asyncio.create_task(self._report())
 
     async def score(self, job: ScoreJob) -> JobResult:

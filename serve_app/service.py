@@ -52,6 +52,7 @@ from serve_app.schemas import (
 from serve_app.served_model import ServedModel
 from serve_app.settings import ModelSettings
 from serve_app.streaming import as_finished
+from serve_app.timing import Timings
 from serve_app.tokenizer import TextTokenizer
 
 PIECES_AT_ONCE = 4
@@ -79,6 +80,11 @@ class Question(Protocol[A]):
     @property
     def query_tokens(self) -> int:
         """At the front of every prompt, how many may come again in another request; 0: what they share."""
+        ...
+
+    @property
+    def items(self) -> int:
+        """How many items, documents or prompts are scored."""
         ...
 
     @property
@@ -129,6 +135,7 @@ class ScoringService:
         info: what the replicas say of that model.
         replicas: the engines.
         front_ends: that share the replicas.
+        observe: called with the timings of each request that was answered.
     """
 
     def __init__(
@@ -138,6 +145,7 @@ class ScoringService:
         info: ModelInfo,
         replicas: Replicas,
         front_ends: int = 1,
+        observe: Callable[[Timings], None] | None = None,
     ) -> None:
         self._settings = settings
         self._model = ServedModel(settings.name, tokenizer, info, settings.limits)
@@ -147,6 +155,9 @@ class ScoringService:
         self._admission = Admission(settings.limits.max_queued_tokens / front_ends)
         self.outcomes: Counter[str] = Counter()
         """Requests for scores so far, by how they ended."""
+        self.items = 0
+        """Items, documents and prompts scored so far."""
+        self._observe = observe
         self._threads = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenizer")
         self._probe_passed = False
         self._probing = asyncio.Lock()
@@ -216,6 +227,7 @@ class ScoringService:
                     question, work = await self._in_thread(prepare)
             result = await self._run(work)
             answered = await self._off_loop(partial(question.rows, result), question.size)
+            self.items += question.items
             return answered, question.prepared.prompt_tokens, int(result.computed_tokens.sum())
 
         pieces = as_finished(
@@ -370,7 +382,9 @@ class ScoringService:
         with timing.tokenising():
             question, wanted = await self._in_thread(work)
         result = await self._run(wanted)
-        return await self._off_loop(partial(question.answer, result), question.size)
+        answer = await self._off_loop(partial(question.answer, result), question.size)
+        self.items += question.items
+        return answer
 
     def _scores(self, request: ScoreRequest) -> ScoreQuestion:
         return ScoreQuestion(self._prompts.prepare(request), request, self._settings.name)
@@ -442,13 +456,15 @@ class ScoringService:
 
     @contextmanager
     def _counted(self) -> Generator[None]:
-        """Count how the request ends."""
+        """Count how the request ends, and time those that are answered."""
         try:
             yield
         except BaseException as error:
             self.outcomes[_outcome(error)] += 1
             raise
         self.outcomes["answered"] += 1
+        if self._observe:
+            self._observe(timing.current())
 
     async def _in_time(self, work: Awaitable[T], limit_s: float | None = None) -> T:
         """The result of ``work``, or 504 and the work cancelled. ``limit_s``: None is the service's own."""
