@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import pickle
+import stat
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -44,7 +45,7 @@ def program(
     file = folder / _key(name, arguments, donated)
     structure = jax.tree.structure((arguments, {}))
     try:
-        binary, results = pickle.loads(file.read_bytes())
+        binary, results = pickle.loads(_read(file))
         return serialize_executable.deserialize_and_load(binary, structure, results)
     except FileNotFoundError:
         pass
@@ -57,6 +58,15 @@ def program(
     except Exception as error:  # a full disk, a folder of somebody else: the next start compiles again
         logger.warning("%s cannot be kept: %s", file, error)
     return compiled
+
+
+def _read(file: Path) -> bytes:
+    """The bytes of a file that runs as code. Raise PermissionError if another user but root can have written them."""
+    with file.open("rb") as content:
+        found = os.fstat(content.fileno())
+        if found.st_uid not in (0, os.getuid()) or found.st_mode & stat.S_IWOTH:
+            raise PermissionError(f"{file} belongs to another user, or everyone may write it")
+        return content.read()
 
 
 def _compile(function: Callable[..., Any], arguments: tuple[Any, ...], donated: tuple[int, ...]) -> Any:
