@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
 
-from serve_app import auth, cli_client, launcher
+from serve_app import auth, cli_client, cli_dataset, launcher
+from serve_app.cli_dataset import Dtype, Engine
 from serve_app.model_source import ModelSourceError
 from serve_app.settings import Settings
 from serve_app.tpu import Tpu
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
-
-class Dtype(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class Engine(StrEnum):
-    jax = "jax"
-    fake = "fake"
 
 
 @app.callback()
@@ -104,6 +94,7 @@ def serve(
 
 app.command()(cli_client.score)
 app.command()(cli_client.models)
+app.command()(cli_dataset.dataset)
 
 
 def _named(words: str) -> dict[str, Any]:
