@@ -93,7 +93,10 @@ def score(
 
 
 def models(url: Url = "http://127.0.0.1:8000", as_json: Json = False) -> None:
-    """List the models that a running service answers for. Exit codes are those of "score"."""
+    """List the models that a running service answers for.
+
+    Exit codes are those of "score".
+    """
     with _asking(url, "default") as client:
         listed = client.models()
     if as_json:

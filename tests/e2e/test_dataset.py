@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,3 +69,33 @@ def test_after_a_kill_the_same_command_does_what_is_left_and_no_row_is_lost_or_d
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["rows"], summary["bad"], summary["blocks"]) == (ROWS - 1, 1, ROWS // 4)
     assert summary["prompt_tokens"] == answer["usage"]["prompt_tokens"]
+
+
+@pytest.mark.slow
+def test_100_000_rows_are_scored_in_bounded_memory(tmp_path: Path):
+    import psutil
+
+    rng = random.Random(0)
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
+    with (tmp_path / "in.jsonl").open("w") as file:
+        for i in range(100_000):
+            text = " ".join(rng.choices(words, k=rng.randrange(5, 20)))
+            file.write(json.dumps({"id": i, "film": f"film {i // 20}", "text": text}) + "\n")
+    out = tmp_path / "out"
+    command = ["dataset", str(tmp_path / "in.jsonl"), "-o", str(out), "--model", "demo", "--engine", "fake"]
+    options = ["--query", "{film}: ", "--item", "{text}", "-l", " yes", "-l", " no", "--softmax", "--workers", "2"]
+    code = f"import sys; sys.argv = {['score-serve', *command, *options]!r}; from serve_app.cli import main; main()"
+    most: dict[bool, int] = {False: 0, True: 0}  # of all processes together, in the first and in the second half
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        while process.poll() is None:
+            second_half = len([*out.glob("done/*.json")]) > 50
+            used = 0
+            for one in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):
+                    used += one.memory_info().rss
+            most[second_half] = max(most[second_half], used)
+            time.sleep(0.2)
+    assert process.returncode == 0
+    assert json.loads((out / "summary.json").read_text())["rows"] == 100_000
+    assert most[True] < 1.1 * most[False]
+    assert most[True] < 4 * 2**30
