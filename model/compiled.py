@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import pickle
+import stat
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import serialize_executable
 from jax.sharding import NamedSharding
 
@@ -45,7 +47,7 @@ def program(
     file = folder / _key(name, arguments, donated)
     structure = jax.tree.structure((arguments, {}))
     try:
-        binary, results = pickle.loads(file.read_bytes())
+        binary, results = pickle.loads(_read(file))
         return serialize_executable.deserialize_and_load(
             binary, structure, results, execution_devices=_devices(arguments)
         )
@@ -62,6 +64,15 @@ def program(
     return compiled
 
 
+def _read(file: Path) -> bytes:
+    """The bytes of a file that runs as code. Raise PermissionError if another user but root can have written them."""
+    with file.open("rb") as content:
+        found = os.fstat(content.fileno())
+        if found.st_uid not in (0, os.getuid()) or found.st_mode & stat.S_IWOTH:
+            raise PermissionError(f"{file} belongs to another user, or everyone may write it")
+        return content.read()
+
+
 def _compile(function: Callable[..., Any], arguments: tuple[Any, ...], donated: tuple[int, ...]) -> Any:
     return jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
 
@@ -70,7 +81,7 @@ def _devices(arguments: tuple[Any, ...]) -> list[Any]:
     """Those that the arguments lie on, in the program's order: a host may have more."""
     for leaf in jax.tree.leaves(arguments):
         if isinstance(leaf.sharding, NamedSharding):
-            return list(leaf.sharding.mesh.devices.flat)
+            return np.asarray(leaf.sharding.mesh.devices).ravel().tolist()
     return jax.devices()[:1]
 
 

@@ -470,6 +470,20 @@ def load(
     return Engine(part, laid, ModelPrograms(*common, layers=state(block, "blocks")), target)
 
 
+def tpu_mesh(chips: int) -> Mesh:
+    """All chips that this process was given, with a model split over them.
+
+    Raises:
+        RuntimeError: jax finds no TPU.
+        ConfigError: it finds more chips, or fewer.
+    """
+    if (found := jax.default_backend()) != "tpu":
+        raise RuntimeError(
+            f"the replica was given TPU chips and jax found only {found}; is score-serve[tpu] installed?"
+        )
+    return sharding.mesh(data=1, model=chips)
+
+
 def without_weights(
     parsed: ModelConfig, mesh: Mesh, sizes: Sizes, *, max_prompt_tokens: int | None = None
 ) -> tuple[Programs, Layout]:

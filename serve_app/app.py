@@ -2,6 +2,7 @@
 
 # No postponed annotations here: Serve reads the parameter's class to parse ``key=value`` words and ``args:``.
 
+import re
 from typing import Any, cast
 
 from ray import serve
@@ -18,29 +19,20 @@ from serve_app.tpu import CHIP_LABEL, RESOURCE
 HEALTH_PERIOD_S = 5.0
 HEALTH_TIMEOUT_S = 30.0
 DRAIN_POLL_S = 0.5
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
+"""In a deployment's name, which becomes a part of paths."""
 DRAIN_S = 60.0
 """A replica that is replaced has this long to answer what it has accepted."""
 
 
 def build(args: Settings) -> Application:
-    """The whole service: ``args.ingress_replicas`` front ends over ``args.scorer_replicas`` engines, or over as many as
-    the work needs.
+    """The whole service: ``args.ingress_replicas`` front ends over, for each model, ``scorer_replicas`` engines, or as
+    many as the work needs.
 
     ``serve run serve_app.app:build model=demo``, or ``import_path`` and ``args`` in a Serve config file. Neither the
     process that builds nor the front ends load jax.
     """
-    scorer = serve.deployment(  # pyright: ignore[reportUnknownMemberType]
-        **_scorer_count(args),
-        ray_actor_options=_scorer_resources(args),
-        max_ongoing_requests=MAX_ONGOING,
-        request_router_config=RequestRouterConfig(
-            request_router_class=PrefixRouter  # pyright: ignore[reportArgumentType]
-        ),
-        health_check_period_s=HEALTH_PERIOD_S,
-        health_check_timeout_s=HEALTH_TIMEOUT_S,
-        graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
-        graceful_shutdown_timeout_s=DRAIN_S,
-    )(Scorer)
+    scorers = [_scorer(each, named=bool(args.models)) for each in args.each_model]
     front = cast(Deployment, ingress.Ingress).options(  # pyright: ignore[reportUnknownMemberType]
         num_replicas=args.ingress_replicas,
         ray_actor_options=_ingress_resources(args),
@@ -52,7 +44,25 @@ def build(args: Settings) -> Application:
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
         graceful_shutdown_timeout_s=DRAIN_S,
     )
-    return front.bind(args, scorer.bind(args))  # pyright: ignore[reportUnknownMemberType]
+    return front.bind(args, *scorers)  # pyright: ignore[reportUnknownMemberType]
+
+
+def _scorer(model: Settings, *, named: bool) -> Application:
+    """The engines of one model; ``named``: by its name, since there are others."""
+    deployment = serve.deployment(  # pyright: ignore[reportUnknownMemberType]
+        name=f"Scorer-{_UNSAFE.sub('-', model.name)}" if named else "Scorer",
+        **_scorer_count(model),
+        ray_actor_options=scorer_resources(model),
+        max_ongoing_requests=MAX_ONGOING,
+        request_router_config=RequestRouterConfig(
+            request_router_class=PrefixRouter  # pyright: ignore[reportArgumentType]
+        ),
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
+        graceful_shutdown_timeout_s=DRAIN_S,
+    )
+    return deployment(Scorer).bind(model)
 
 
 def _scorer_count(args: Settings) -> dict[str, Any]:
@@ -74,7 +84,7 @@ def _scorer_count(args: Settings) -> dict[str, Any]:
     }
 
 
-def _scorer_resources(args: Settings) -> dict[str, Any]:
+def scorer_resources(args: Settings) -> dict[str, Any]:
     """With TPU chips Ray places the replica on a host that has them, and shows it no others (TPU_VISIBLE_CHIPS)."""
     if args.tpu is None:
         return {"num_cpus": args.scorer_cpus}
@@ -87,10 +97,11 @@ def _scorer_resources(args: Settings) -> dict[str, Any]:
 
 def _ingress_resources(args: Settings) -> dict[str, Any]:
     """On a host without chips if there is one: what computes nothing must not use up the processors of a TPU host."""
-    if args.tpu is None:
+    chips = sorted({tpu.labels[CHIP_LABEL] for tpu in args.replicas_on_chips()})
+    if not chips:
         return {"num_cpus": args.ingress_cpus}
     return {
         "num_cpus": args.ingress_cpus,
-        "label_selector": {CHIP_LABEL: f"!{args.tpu.labels[CHIP_LABEL]}"},
+        "label_selector": {CHIP_LABEL: f"!{chips[0]}" if len(chips) == 1 else f"!in({','.join(chips)})"},
         "fallback_strategy": [{"label_selector": {}}],
     }

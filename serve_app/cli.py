@@ -1,30 +1,20 @@
-"""The command line: ``score-serve serve``, and ``score`` and ``models`` to ask a running service."""
+"""The command line, ``score-serve``: ``serve``; ``score``, ``models`` and ``dataset``; ``bench`` and ``plan``."""
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
 
-from serve_app import auth, cli_client, launcher
+from serve_app import auth, cli_client, cli_dataset, cli_tools, launcher
+from serve_app.cli_dataset import Dtype, Engine
 from serve_app.model_source import ModelSourceError
 from serve_app.settings import Settings
 from serve_app.tpu import Tpu
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
-
-class Dtype(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class Engine(StrEnum):
-    jax = "jax"
-    fake = "fake"
 
 
 @app.callback()
@@ -35,8 +25,13 @@ def _about() -> None:  # pyright: ignore[reportUnusedFunction]
 @app.command()
 def serve(
     model: Annotated[
-        str, typer.Option(help="'demo', a folder in Hugging Face layout, a hub id, or a .gguf file.")
-    ] = "demo",
+        list[str],
+        typer.Option(
+            help="'demo', a folder in Hugging Face layout, a hub id, or a .gguf file. Repeatable: requests name one, "
+            "and the first is 'default', too. NAME=MODEL gives the name, which else is the model's own. All other "
+            "options hold for each model; where they differ, use a Serve config file (configs/two-models.yaml)."
+        ),
+    ] = ["demo"],  # noqa: B006 - typer's way
     revision: Annotated[str | None, typer.Option(help="Of a hub id: branch, tag or commit.")] = None,
     served_name: Annotated[str | None, typer.Option(help="The name that requests use. [default: from --model]")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.float32,
@@ -74,12 +69,21 @@ def serve(
         ),
     ] = None,
 ) -> None:
-    """Serve a model on this machine until Ctrl-C. The demo model is fetched once (93 MB)."""
+    """Serve one model or several on this machine until Ctrl-C. The demo model is fetched once (93 MB).
+
+    For example:
+    score-serve serve --model judge=./checkpoint --model demo
+    """
+    models = [_named(each) for each in model]
+    one: dict[str, Any] = {"revision": revision, "served_name": served_name}
+    if len(models) > 1 and any(one.values()):
+        raise typer.BadParameter("--revision and --served-name are for one --model; name several by NAME=MODEL")
+    if served_name and "served_name" in models[0]:
+        raise typer.BadParameter(f"--model {model[0]!r} has a name already; leave out --served-name")
+    which: dict[str, Any] = {**one, **models[0]} if len(models) == 1 else {"models": models}
     try:
         settings = Settings(
-            model=model,
-            revision=revision,
-            served_name=served_name,
+            **which,
             dtype=dtype.value,
             quantization="int8" if int8 else None,
             engine=engine.value,
@@ -89,7 +93,13 @@ def serve(
             tpu=None if tpu is None else _tpu(tpu),
         )
         launcher.run(settings, host=host, port=port, fast_front=fast_front)
-    except (launcher.LaunchError, auth.ApiKeyError, ModelSourceError, ValidationError) as error:
+    except ValidationError as error:
+        faults = [
+            (".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")) for each in error.errors()
+        ]
+        cli_client.complain("; ".join(f"{where}: {what}" if where else what for where, what in faults))
+        raise typer.Exit(1) from None
+    except (launcher.LaunchError, auth.ApiKeyError, ModelSourceError) as error:
         cli_client.complain(str(error))
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
@@ -98,6 +108,15 @@ def serve(
 
 app.command()(cli_client.score)
 app.command()(cli_client.models)
+app.command()(cli_dataset.dataset)
+app.command(context_settings=cli_tools.PASSED_ON, add_help_option=False)(cli_tools.bench)
+app.command(context_settings=cli_tools.PASSED_ON, add_help_option=False)(cli_tools.plan)
+
+
+def _named(words: str) -> dict[str, Any]:
+    """``NAME=MODEL``, or a model alone, whose path may have such a sign further behind."""
+    name, sign, model = words.partition("=")
+    return {"served_name": name, "model": model} if sign and "/" not in name else {"model": words}
 
 
 def _tpu(words: str) -> Tpu:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
+from urllib.parse import urlencode
 
 import httpx
 from pydantic import BaseModel, ValidationError
@@ -84,6 +85,10 @@ class ScoreClient:
         self._timeout_s = timeout_s
         self._attempts = attempts
 
+    def ask(self, request: ScoreRequest) -> ScoreResponse:
+        """The answer to a request as it is, its ``model`` too."""
+        return self._ask(ScoreResponse, "POST", "/v1/score", request)
+
     def score(
         self,
         query: str | list[int] | None,
@@ -123,7 +128,7 @@ class ScoreClient:
             timeout_s=timeout_s,
             model=self._model,
         )
-        return self._ask(ScoreResponse, "POST", "/v1/score", request)
+        return self.ask(request)
 
     def tokenize(self, prompt: str | list[str], *, add_special_tokens: bool = True) -> TokenizeResponse:
         """Ids and pieces of text, as the model would see it."""
@@ -136,12 +141,12 @@ class ScoreClient:
         return self._ask(DetokenizeResponse, "POST", "/detokenize", request).prompt
 
     def models(self) -> ModelsResponse:
-        """The names under which the model answers."""
+        """The names under which the models answer."""
         return self._ask(ModelsResponse, "GET", "/v1/models")
 
     def info(self) -> InfoResponse:
-        """What is served, and the limits of a request."""
-        return self._ask(InfoResponse, "GET", "/v1/info")
+        """What is served under this client's ``model``, and the limits of a request."""
+        return self._ask(InfoResponse, "GET", f"/v1/info?{urlencode({'model': self._model})}")
 
     def health(self) -> bool:
         """A front end is alive. Asked once."""
@@ -173,7 +178,7 @@ class ScoreClient:
         retrying = Retrying(
             retry=retry_if_exception_type(OverloadedError),
             stop=stop_after_attempt(self._attempts),
-            wait=_wait,
+            wait=wait,
             reraise=True,
         )
         return answer.model_validate_json(retrying(self._send, method, path, request))
@@ -203,7 +208,8 @@ def _checked(model: type[Q], /, **fields: Any) -> Q:
         raise invalid(error, model) from None
 
 
-def _wait(state: RetryCallState) -> float:
+def wait(state: RetryCallState) -> float:
+    """Seconds until the next attempt: what the service says, or longer and longer."""
     error = state.outcome.exception() if state.outcome else None
     asked = error.retry_after_s if isinstance(error, OverloadedError) else None
     return max(_BACKOFF(state), min(asked or 0, LONGEST_WAIT_S))

@@ -19,11 +19,11 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from serve_app.checks import check_causal, check_count, check_ids, check_total
-from serve_app.contract import BatchResult, ModelInfo, TokenBatch
+from serve_app.contract import BatchResult, TokenBatch
 from serve_app.errors import InvalidRequestError
 from serve_app.rows import not_finite, usage
 from serve_app.schemas import LOWEST, IdLists, Ids, RequestBody, ResponseBody, Text, Texts, Usage
-from serve_app.settings import Settings
+from serve_app.served_model import ServedModel
 from serve_app.tokenizer import TextTokenizer
 
 
@@ -130,13 +130,8 @@ class OpenAIErrorResponse(ResponseBody):
 class Completer:
     """Builds the prompts of completion requests."""
 
-    def __init__(self, settings: Settings, tokenizer: TextTokenizer, info: ModelInfo, max_prompt_tokens: int) -> None:
-        self._name = settings.name
-        self._limits = settings.limits
-        self._tokenizer = tokenizer
-        self._vocab_size = info.vocab_size
-        self._classes = info.classes
-        self._max_prompt_tokens = max_prompt_tokens
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
 
     def prepare(self, request: CompletionRequest, request_id: str) -> CompletionQuestion:
         """One sequence a prompt. Read at every position whose next token is asked about.
@@ -145,7 +140,7 @@ class Completer:
             InvalidRequestError: ids or lengths are wrong, or the model is no causal one.
             TooLargeError: more prompts or tokens than the limits allow.
         """
-        check_causal(self._classes)
+        check_causal(self._model.classes)
         texts, sequences = self._prompts(request.prompt)
         rated = request.echo and request.logprobs is not None
         arrays = [np.asarray(ids, np.int32) for ids in sequences]
@@ -168,7 +163,7 @@ class Completer:
             ),
             argmax=request.max_tokens == 1 or (rated and request.logprobs == 1),
         )
-        return CompletionQuestion(batch, request, texts, self._tokenizer, self._name, request_id)
+        return CompletionQuestion(batch, request, texts, self._model.tokenizer, self._model.name, request_id)
 
     def _prompts(self, prompt: Prompt) -> tuple[list[str | None], list[list[int]]]:
         """Of each prompt the text, where it came as text, and the ids."""
@@ -178,24 +173,24 @@ class Completer:
             prompt = [prompt]
         elif isinstance(prompt[0], int):
             prompt = [cast(list[int], prompt)]
-        check_count(prompt, self._limits.max_items, "prompt")
+        check_count(prompt, self._model.limits.max_items, "prompt")
         if isinstance(prompt[0], str):
             texts = cast(list[str], prompt)
-            sequences = self._tokenizer.encode(texts)
+            sequences = self._model.tokenizer.encode(texts)
         else:
             texts = [None] * len(prompt)
             sequences = cast(list[list[int]], prompt)
         total = 0
         for index, ids in enumerate(sequences):
-            check_ids(ids, self._vocab_size, "prompt", index)
+            check_ids(ids, self._model.vocab_size, "prompt", index)
             total += len(ids)
-            if not 0 < len(ids) <= self._max_prompt_tokens:
+            if not 0 < len(ids) <= self._model.max_prompt_tokens:
                 raise InvalidRequestError(
-                    f"prompt[{index}] has {len(ids)} tokens; this model reads 1 to {self._max_prompt_tokens}",
+                    f"prompt[{index}] has {len(ids)} tokens; this model reads 1 to {self._model.max_prompt_tokens}",
                     param="prompt",
                     index=index,
                 )
-            check_total(total, self._limits.max_request_tokens, "prompt", index)
+            check_total(total, self._model.limits.max_request_tokens, "prompt", index)
         return list(texts), sequences
 
 
@@ -210,6 +205,11 @@ class CompletionQuestion:
     model: str
     request_id: str
     query_tokens: int = 0
+
+    @property
+    def items(self) -> int:
+        """Its prompts."""
+        return self.batch.num_sequences
 
     @property
     def size(self) -> int:

@@ -1,4 +1,4 @@
-"""The front end: HTTP routes over a ``ScoringService``, and the Serve deployment that holds one.
+"""The front end: HTTP routes over ``Services``, and the Serve deployment that holds them.
 
 Neither this module nor anything that it imports loads jax or the model package.
 """
@@ -12,6 +12,7 @@ import math
 import re
 import uuid
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import ray
@@ -26,7 +27,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app import auth, site
+from serve_app import auth, site, timing
 from serve_app.completions import CompletionRequest, CompletionResponse, OpenAIErrorResponse
 from serve_app.contract import JobResult, ModelInfo, ScoreJob
 from serve_app.errors import (
@@ -59,7 +60,8 @@ from serve_app.schemas import (
     parse,
 )
 from serve_app.service import ScoringService
-from serve_app.settings import Settings
+from serve_app.services import Services
+from serve_app.settings import DEFAULT_NAME, Settings
 from serve_app.streaming import PIECE_VALUES, LinesResponse, json_lines, json_pieces
 from serve_app.tokenizer import TextTokenizer
 from serve_app.tpu import Tpu
@@ -99,12 +101,12 @@ _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:@/+=-]")
 
 
 def create_app(
-    get_service: Callable[[], ScoringService], *, keys: auth.ApiKeys | None = None, echo_request_id: bool = True
+    get_services: Callable[[], Services], *, keys: auth.ApiKeys | None = None, echo_request_id: bool = True
 ) -> FastAPI:
-    """The HTTP side of a service, free of Serve.
+    """The HTTP side of the service, free of Serve.
 
     Args:
-        get_service: called in every request.
+        get_services: called in every request.
         keys: of which a request must have one, if there are any.
         echo_request_id: put ``x-request-id`` into responses. False behind Serve's proxy, which does it itself and
             would put it there twice.
@@ -119,7 +121,7 @@ def create_app(
     app.add_exception_handler(HTTPException, _on_http_exception)
 
     async def body(request: Request) -> bytes:
-        return await _read_body(request, get_service().max_body_bytes)
+        return await _read_body(request, get_services().max_body_bytes)
 
     @app.post("/v1/score", **_documented(ScoreResponse, ScoreRequest, 503, 504, lines=_LINES))
     async def score(request: Request) -> Response:
@@ -128,12 +130,13 @@ def create_app(
         The header ``x-request-timeout-seconds`` shortens the service's own time limit for this request.
         """
         asked = parse(ScoreRequest, await body(request))
+        service = get_services().of(asked.model)
         request_id: str = request.state.request_id
         limit = _timeout_s(request)
         if not asked.stream:
-            work = get_service().score(asked, request_id=request_id, timeout_s=limit)
+            work = service.score(asked, request_id=request_id, timeout_s=limit)
             return await _json(await _unless_gone(request, work))
-        lines = json_lines(get_service().stream(asked, request_id=request_id, timeout_s=limit), request_id)
+        lines = json_lines(service.stream(asked, request_id=request_id, timeout_s=limit), request_id)
         return LinesResponse(await _unless_gone(request, anext(lines)), lines)
 
     @app.post("/v1/rerank", **_documented(RerankResponse, RerankRequest, 503, 504))
@@ -142,61 +145,68 @@ def create_app(
     async def rerank(request: Request) -> Response:
         """The documents by their relevance to the query, best first."""
         asked = parse(RerankRequest, await body(request))
-        work = get_service().rerank(asked, request_id=request.state.request_id, timeout_s=_timeout_s(request))
+        work = (
+            get_services()
+            .of(asked.model)
+            .rerank(asked, request_id=request.state.request_id, timeout_s=_timeout_s(request))
+        )
         return await _json(await _unless_gone(request, work))
 
     @app.post(COMPLETIONS, **_documented(CompletionResponse, CompletionRequest, 503, 504, error=OpenAIErrorResponse))
     async def completions(request: Request) -> Response:
         """Logprobs of the prompts' own tokens, and the likeliest next ones."""
         asked = parse(CompletionRequest, await body(request))
-        work = get_service().complete(asked, request_id=request.state.request_id, timeout_s=_timeout_s(request))
+        work = (
+            get_services()
+            .of(asked.model)
+            .complete(asked, request_id=request.state.request_id, timeout_s=_timeout_s(request))
+        )
         return await _json(await _unless_gone(request, work))
 
     @app.post("/generative_scoring", **_documented(GenerativeScoringResponse, GenerativeScoringRequest, 503, 504))
     async def generative_scoring(request: Request) -> Response:
         """The first label's probability for every item, in vLLM's shape."""
         asked = parse(GenerativeScoringRequest, await body(request))
-        work = get_service().generative_scoring(
-            asked, request_id=request.state.request_id, timeout_s=_timeout_s(request)
-        )
+        service = get_services().of(asked.model or DEFAULT_NAME)
+        work = service.generative_scoring(asked, request_id=request.state.request_id, timeout_s=_timeout_s(request))
         return await _json(await _unless_gone(request, work))
 
     @app.post("/tokenize", **_documented(TokenizeResponse, TokenizeRequest, 504))
     async def tokenize(request: Request) -> Response:
         """Ids and pieces of text, as the model would see it."""
         asked = parse(TokenizeRequest, await body(request))
-        return await _json(await _unless_gone(request, get_service().tokenize(asked)))
+        return await _json(await _unless_gone(request, get_services().of(asked.model).tokenize(asked)))
 
     @app.post("/detokenize", **_documented(DetokenizeResponse, DetokenizeRequest, 504))
     async def detokenize(request: Request) -> Response:
         """The text of ids."""
         asked = parse(DetokenizeRequest, await body(request))
-        return await _json(await _unless_gone(request, get_service().detokenize(asked)))
+        return await _json(await _unless_gone(request, get_services().of(asked.model).detokenize(asked)))
 
     @app.get("/v1/models", **_documented(ModelsResponse))
     async def models() -> Response:
-        """The names under which the model answers."""
-        return await _json(get_service().models())
+        """The names under which the models answer."""
+        return await _json(get_services().models())
 
-    @app.get("/v1/info", **_documented(InfoResponse))
-    async def info() -> Response:
+    @app.get("/v1/info", **_documented(InfoResponse, None, 404))
+    async def info(model: str = DEFAULT_NAME) -> Response:
         """What is served, and the limits of a request."""
-        return await _json(get_service().info())
+        return await _json(get_services().info(model))
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=_errors(500, 503))
     async def metrics() -> Response:
         """The scorers' counters, for Prometheus."""
-        return PlainTextResponse(await get_service().metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return PlainTextResponse(await get_services().metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/health", **_documented(StatusResponse))
     async def health() -> Response:
         """This front end is alive."""
         return await _json(StatusResponse())
 
-    @app.get("/ready", **_documented(StatusResponse, None, 503))
-    async def ready() -> Response:
-        """Able to score: a known prompt was, rightly."""
-        await get_service().ready()
+    @app.get("/ready", **_documented(StatusResponse, None, 404, 503))
+    async def ready(model: str | None = None) -> Response:
+        """Able to score: a known prompt was, rightly, by this model, or by all."""
+        await get_services().ready(model)
         return await _json(StatusResponse())
 
     # FastAPI keeps the handlers; the names are only read by it.
@@ -211,26 +221,41 @@ class Ingress:
 
     Args:
         settings: of the whole service.
-        scorer: handle of the deployment that holds the engines; its ``info()`` is waited for.
+        scorers: for each model the handle of the deployment that holds its engines; its ``info()`` is waited for.
 
     Raises:
         ApiKeyError: at start-up: the file of API keys is unusable.
     """
 
-    async def __init__(self, settings: Settings, scorer: DeploymentHandle[Any]) -> None:
+    async def __init__(self, settings: Settings, *scorers: DeploymentHandle[Any]) -> None:
         self._keys = auth.ApiKeys(settings.api_keys_file)
         if not self._keys:
             logger.warning("there is no API key: everyone who reaches this service may use it")
-        if settings.tpu:
-            self._watching = asyncio.create_task(_watch_chips(settings.tpu, settings.scorer_replicas))
-        # While the scorer warms up: transformers takes seconds to import.
-        tokenizer, info = await asyncio.gather(asyncio.to_thread(_load_tokenizer, settings), _info(scorer))
-        self._service = ScoringService(settings, tokenizer, info, ScorerReplicas(scorer))
+        self._watching = [
+            asyncio.create_task(_watch_chips(tpu, replicas)) for tpu, replicas in settings.replicas_on_chips().items()
+        ]
+        # While the scorers warm up: transformers takes seconds to import.
+        tokenizers, infos = await asyncio.gather(
+            asyncio.to_thread(_load_tokenizers, settings), asyncio.gather(*map(_info, scorers))
+        )
         self._metrics = FrontMetrics()
+        self._services = Services(
+            *(
+                ScoringService(
+                    model,
+                    tokenizer,
+                    info,
+                    ScorerReplicas(scorer),
+                    settings.ingress_replicas,
+                    partial(self._metrics.answered, model.name),
+                )
+                for model, tokenizer, info, scorer in zip(settings.each_model, tokenizers, infos, scorers, strict=True)
+            )
+        )
         self._reporting = asyncio.create_task(self._report())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(lambda: self._service, keys=self._keys, echo_request_id=False)
+        return create_app(lambda: self._services, keys=self._keys, echo_request_id=False)
 
     async def score(self, request: ScoreRequest) -> ScoreResponse:
         """As ``POST /v1/score``, for callers inside the Ray cluster. The answer comes whole, whatever ``stream`` says.
@@ -238,18 +263,25 @@ class Ingress:
         Raises:
             ScoringError: as ``ScoringService.score``.
         """
-        return await self._service.score(request, request_id=uuid.uuid4().hex)
+        timing.begin()
+        return await self._services.of(request.model).score(request, request_id=uuid.uuid4().hex)
+
+    async def info(self, model: str = DEFAULT_NAME) -> InfoResponse:
+        """As ``GET /v1/info``, for callers inside the Ray cluster."""
+        return self._services.info(model)
 
     async def _report(self) -> None:
         while True:
-            self._metrics.update(self._service.outcomes)
+            self._metrics.update(self._services.outcomes, self._services.items)
             await asyncio.sleep(REPORT_S)
 
 
-def _load_tokenizer(settings: Settings) -> TextTokenizer:
+def _load_tokenizers(settings: Settings) -> list[TextTokenizer]:
+    """Of each model, one after the other: transformers cannot be imported by two threads at once."""
     from serve_app import model_source
 
-    return TextTokenizer.load(model_source.resolve(settings.model, settings.revision, say=logger.info))
+    folders = [model_source.resolve(each.model, each.revision, say=logger.info) for each in settings.each_model]
+    return [TextTokenizer.load(folder) for folder in folders]
 
 
 async def _watch_chips(tpu: Tpu, replicas: int) -> None:
@@ -332,7 +364,7 @@ class _ReplicaLostError(Exception):
 
 
 class _RequestContext:
-    """Gives every request its id, and every error that no route caught its flat body. Plain ASGI."""
+    """Gives every request its id and its timings, and every error that no route caught its flat body. Plain ASGI."""
 
     def __init__(self, app: ASGIApp, *, echo: bool) -> None:
         self._app = app
@@ -344,12 +376,14 @@ class _RequestContext:
             return
         request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
+        timings = timing.begin()
         started = False
 
         async def tracked(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
+                message["headers"] = [*message["headers"], (b"server-timing", timings.header().encode())]
                 if self._echo:
                     message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)

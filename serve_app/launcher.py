@@ -44,6 +44,9 @@ set already stays as it is."""
 
 STATISTICS_PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
 
+_SCORER_LOG = re.compile(r"_Scorer-(.+)_[^_]+\.log$")
+"""Of one of several models (``app.build`` names them so)."""
+
 Say = Callable[[str], None]
 
 
@@ -89,12 +92,14 @@ def run(settings: Settings, *, host: str, port: int, fast_front: bool = False) -
                 soft_wrap=True,
             )
         check_disk(Path(tempfile.gettempdir()))
-        model_source.resolve(settings.model, settings.revision, say=say)
+        for each in settings.each_model:
+            model_source.resolve(each.model, each.revision, say=say)
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         with _service(settings, host, port, say) as logs:
             wait_until_ready(url, logs, say)
             status.stop()
-            console.print(f"ready: {settings.name} at {url} (Ctrl-C stops it); try:\n")
+            names = ", ".join(each.name for each in settings.each_model)
+            console.print(f"ready: {names} at {url} (Ctrl-C stops it); try:\n")
             console.out(example(url, needs_key=bool(keys)))
             try:
                 signal.pause()
@@ -160,8 +165,9 @@ def check_disk(folder: Path) -> None:
 
 def check_chips(settings: Settings, nodes: list[Any]) -> None:
     """Raise LaunchError when this host lacks the TPU chips: no other will join it."""
-    if settings.tpu and (lacking := settings.tpu.lacking(settings.most_replicas, nodes)):
-        raise LaunchError(f"{lacking}; ask for what there is, or for fewer replicas")
+    for tpu, replicas in settings.replicas_on_chips(most=True).items():
+        if lacking := tpu.lacking(replicas, nodes):
+            raise LaunchError(f"{lacking}; ask for what there is, or for fewer replicas")
 
 
 def wait_until_ready(url: str, logs: Path, say: Say) -> None:
@@ -205,16 +211,21 @@ def reason(message: str) -> str:
 
 
 def log_lines(folder: Path) -> Iterator[str | None]:
-    """What the scorers' logs say, line by line, for ever; None where there is nothing new."""
+    """What the scorers' logs say, line by line, for ever; None where there is nothing new.
+
+    Of several models each line begins with the model's name.
+    """
     read: dict[Path, int] = {}
     while True:
         for path in sorted(folder.glob("replica_*Scorer*.log")):
+            model = _SCORER_LOG.search(path.name)
+            whose = f"{model[1]}: " if model else ""
             with path.open() as file:
                 file.seek(read.get(path, 0))
                 while (line := file.readline()).endswith("\n"):
                     read[path] = file.tell()
                     if " -- " in line:
-                        yield line.split(" -- ", 1)[1].strip()
+                        yield whose + line.split(" -- ", 1)[1].strip()
         yield None
 
 
@@ -248,7 +259,8 @@ def _service(settings: Settings, host: str, port: int, say: Say) -> Generator[Pa
     from serve_app.app import build
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    needed = settings.most_replicas * settings.scorer_cpus + settings.ingress_replicas * settings.ingress_cpus
+    needed = settings.ingress_replicas * settings.ingress_cpus
+    needed += sum(each.most_replicas * each.scorer_cpus for each in settings.each_model)
     say("starting Ray")
     with tempfile.TemporaryDirectory(prefix="score-serve-", ignore_cleanup_errors=True) as logs:
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import ray
@@ -17,6 +17,10 @@ from ray.serve.metrics import Counter, Gauge, Histogram
 from serve_app.contract import EngineStats, JobResult
 from serve_app.device_queue import QueueStats
 from serve_app.errors import OverloadedError
+from serve_app.timing import TOKENISE, Timings
+
+MODEL = "model"
+"""The tag that all have: the served name."""
 
 PREFIX = "ray_score_"
 """Ray puts its own before ours, and ``_total`` behind a counter's name."""
@@ -27,33 +31,56 @@ REPORT_S = 1.0
 SCRAPE_S = 10.0
 """Prometheus' own limit, by default."""
 
+M = TypeVar("M", Counter, Gauge, Histogram)
+
 _SECONDS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0]
+_SHARES = [0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 
 
 class ScorerMetrics:
-    """Records a replica's numbers. Ray adds the tags ``application``, ``deployment`` and ``replica``."""
+    """Records a replica's numbers. Ray adds the tags ``application``, ``deployment`` and ``replica``.
 
-    def __init__(self) -> None:
-        self._batches = _Total("score_batches", "Device batches.")
-        self._sequences = _Total("score_sequences", "Prompts scored.")
-        self._tokens = _Total(
+    Args:
+        model: the served name, another tag.
+    """
+
+    def __init__(self, model: str) -> None:
+        def total(name: str, description: str, *tags: str) -> _Total:
+            return _Total(_of(model, _counter(name, description, *tags)))
+
+        def gauge(name: str, description: str) -> Gauge:
+            return _of(model, Gauge(name, description, (MODEL,)))
+
+        def histogram(name: str, description: str, bounds: list[float]) -> Histogram:
+            return _of(model, Histogram(name, description, bounds, (MODEL,)))
+
+        self._batches = total("score_batches", "Device batches.")
+        self._sequences = total("score_sequences", "Prompts scored.")
+        self._tokens = total(
             "score_tokens",
             "Prompt tokens: computed by the device, cached (shared or kept from earlier), and padding.",
             "kind",
         )
-        self._refusals = _Total(
+        self._refusals = total(
             "score_refusals", "Jobs without an answer: overloaded, expired, cancelled or failed.", "reason"
         )
-        self._busy = _Total("score_device_busy_seconds", "While the engine had at least one batch.")
-        self._compilations = _Total("score_compilations", "Programs compiled; none after the warm-up.")
-        self._prefix_tokens = _Total("score_prefix_tokens", "Tokens of prefixes looked up: hit or missed.", "result")
-        self._evicted = _Total("score_prefix_evicted_pages", "Pages of the prefix cache given to other prefixes.")
-        self._pages = Gauge("score_prefix_pages", "Pages that the prefix cache has.")
-        self._pages_used = Gauge("score_prefix_pages_used", "Pages of the prefix cache that hold a prefix.")
-        self._bytes_used = Gauge("score_prefix_bytes_used", "Device memory of those pages.")
-        self._queued_tokens = Gauge("score_queued_tokens", "Waiting for the device, shared prefixes counted once.")
-        self._queue_seconds = Histogram("score_queue_seconds", "A job's wait for the device.", _SECONDS)
-        self._device_seconds = Histogram("score_device_seconds", "A job's time on the device.", _SECONDS)
+        self._busy = total("score_device_busy_seconds", "While the engine had at least one batch.")
+        self._compilations = total("score_compilations", "Programs compiled; none after the warm-up.")
+        self._prefix_tokens = total("score_prefix_tokens", "Tokens of prefixes looked up: hit or missed.", "result")
+        self._evicted = total("score_prefix_evicted_pages", "Pages of the prefix cache given to other prefixes.")
+        self._pages = gauge("score_prefix_pages", "Pages that the prefix cache has.")
+        self._pages_used = gauge("score_prefix_pages_used", "Pages of the prefix cache that hold a prefix.")
+        self._bytes_used = gauge("score_prefix_bytes_used", "Device memory of those pages.")
+        self._queued_tokens = gauge("score_queued_tokens", "Waiting for the device, shared prefixes counted once.")
+        self._queue_seconds = histogram("score_queue_seconds", "A job's wait for the device.", _SECONDS)
+        self._device_seconds = histogram("score_device_seconds", "A job's time on the device.", _SECONDS)
+        self._batch_fill = histogram(
+            "score_batch_fill", "Tokens that a device batch computed, as a share of max_batch_tokens.", _SHARES
+        )
+
+    def batch(self, fill: float) -> None:
+        """Record one device batch."""
+        self._batch_fill.observe(fill)
 
     def answered(self, job: JobResult) -> None:
         """Record one answered job."""
@@ -64,17 +91,17 @@ class ScorerMetrics:
         """Record what was counted since the last call."""
         self._batches.reach(queue.batches)
         self._sequences.reach(queue.sequences)
-        self._tokens.reach(engine.computed_tokens, "computed")
-        self._tokens.reach(queue.cached_tokens, "cached")
-        self._tokens.reach(engine.padded_tokens, "padded")
-        self._refusals.reach(queue.refused, "overloaded")
-        self._refusals.reach(queue.expired, "expired")
-        self._refusals.reach(queue.cancelled, "cancelled")
-        self._refusals.reach(queue.failed, "failed")
+        self._tokens.reach(engine.computed_tokens, kind="computed")
+        self._tokens.reach(queue.cached_tokens, kind="cached")
+        self._tokens.reach(engine.padded_tokens, kind="padded")
+        self._refusals.reach(queue.refused, reason="overloaded")
+        self._refusals.reach(queue.expired, reason="expired")
+        self._refusals.reach(queue.cancelled, reason="cancelled")
+        self._refusals.reach(queue.failed, reason="failed")
         self._busy.reach(queue.device_seconds)
         self._compilations.reach(engine.compilations)
-        self._prefix_tokens.reach(engine.prefix_hit_tokens, "hit")
-        self._prefix_tokens.reach(engine.prefix_missed_tokens, "missed")
+        self._prefix_tokens.reach(engine.prefix_hit_tokens, result="hit")
+        self._prefix_tokens.reach(engine.prefix_missed_tokens, result="missed")
         self._evicted.reach(engine.prefix_evicted_pages)
         self._pages.set(engine.prefix_pages)
         self._pages_used.set(engine.prefix_pages_used)
@@ -87,35 +114,58 @@ class FrontMetrics:
 
     def __init__(self) -> None:
         self._requests = _Total(
-            "score_requests",
-            "Requests for scores: answered, invalid, overloaded, expired, cancelled (the client left) or failed.",
-            "outcome",
+            _counter(
+                "score_requests",
+                "Requests for scores: answered, invalid, overloaded, expired, cancelled (the client left) or failed.",
+                "outcome",
+            )
+        )
+        self._items = _Total(_counter("score_items", "Items, documents and prompts scored."))
+        self._tokenise_seconds = Histogram(
+            "score_tokenise_seconds", "Of an answered request: building its prompts.", _SECONDS, (MODEL,)
+        )
+        self._request_seconds = Histogram(
+            "score_request_seconds", "Of an answered request: from its arrival to its last row.", _SECONDS, (MODEL,)
         )
 
-    def update(self, outcomes: Mapping[str, int]) -> None:
-        """Record what was counted since the last call."""
-        for outcome, total in outcomes.items():
-            self._requests.reach(total, outcome)
+    def answered(self, model: str, timings: Timings) -> None:
+        """Record one answered request."""
+        self._tokenise_seconds.observe(timings.seconds.get(TOKENISE, 0.0), {MODEL: model})
+        self._request_seconds.observe(timings.total, {MODEL: model})
+
+    def update(self, outcomes: Mapping[str, Mapping[str, int]], items: Mapping[str, int]) -> None:
+        """Record what was counted since the last call, by the model's name."""
+        for model, own in outcomes.items():
+            for outcome, total in own.items():
+                self._requests.reach(total, model=model, outcome=outcome)
+        for model, total in items.items():
+            self._items.reach(total, model=model)
 
 
 class _Total:
     """A counter that is told its total. Ray's takes what was added, and no 0: it shows with the first that was."""
 
-    def __init__(self, name: str, description: str, tag: str | None = None) -> None:
-        self._tag = tag
-        self._counter = Counter(name, description, (tag,) if tag else None)
-        self._reached: dict[str, float] = {}
+    def __init__(self, counter: Counter) -> None:
+        self._counter = counter
+        self._reached: dict[tuple[str, ...], float] = {}
 
-    def reach(self, total: float, value: str = "") -> None:
-        """Count up to ``total``.
-
-        Args:
-            value: of the tag, if the counter has one.
-        """
-        added = total - self._reached.get(value, 0)
+    def reach(self, total: float, **tags: str) -> None:
+        """Count up to ``total`` of what has these tags."""
+        added = total - self._reached.get((*tags.values(),), 0)
         if added > 0:
-            self._counter.inc(added, {self._tag: value} if self._tag else {})
-            self._reached[value] = total
+            self._counter.inc(added, tags)
+            self._reached[*tags.values()] = total
+
+
+def _counter(name: str, description: str, *tags: str) -> Counter:
+    keys: Any = (MODEL, *tags)  # Serve's annotation has one key
+    return Counter(name, description, keys)
+
+
+def _of(model: str, metric: M) -> M:
+    """The metric with the model's name on all that it records."""
+    metric.set_default_tags({MODEL: model})
+    return metric
 
 
 async def scrape() -> str:

@@ -17,8 +17,8 @@ from serve_app.contract import Int32, Int64, TokenBatch
 from serve_app.errors import InvalidRequestError, ScoringError
 from serve_app.labels import Layout, Words
 from serve_app.schemas import ScoreRequest
-from serve_app.settings import Limits
-from serve_app.tokenizer import Joined, TextTokenizer
+from serve_app.served_model import ServedModel
+from serve_app.tokenizer import Joined
 from serve_app.truncation import item_span, shortened
 
 L = TypeVar("L", int, str)
@@ -86,6 +86,10 @@ class PreparedQuestion:
         return self.prepared.query_tokens
 
     @property
+    def items(self) -> int:
+        return len(self.prepared.prompts)
+
+    @property
     def size(self) -> int:
         return len(self.prepared.parts)
 
@@ -94,30 +98,16 @@ class Preparation:
     """Makes the prompts of a request. Not for several threads at once.
 
     Args:
-        vocab_size: ids below it are the model's.
-        classes: of a model with a classification head, which are then the labels, whatever the request says; or 0.
-        max_prompt_tokens: that the model reads, and a request may use.
+        model: its classes, if it has any, are the labels, whatever the request says.
 
     Raises:
         InvalidRequestError: labels, ids or the combination of fields is wrong.
         TooLargeError: more items than the limits allow.
     """
 
-    def __init__(
-        self,
-        request: ScoreRequest,
-        tokenizer: TextTokenizer,
-        vocab_size: int,
-        classes: int,
-        max_prompt_tokens: int,
-        limits: Limits,
-    ) -> None:
+    def __init__(self, request: ScoreRequest, model: ServedModel) -> None:
         self._request = request
-        self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
-        self._classes = classes
-        self._max_prompt_tokens = max_prompt_tokens
-        self._limits = limits
+        self._model = model
         self._items = [request.items] if isinstance(request.items, str) else request.items
         self._done = 0
         self._tokens = 0
@@ -126,12 +116,12 @@ class Preparation:
         """Items that are known to be wrong before they are tokenised."""
         self._check_counts()
         self._words, self._layouts = self._checked_labels()
-        self._in_context = Words(tokenizer.pieces, vocab_size)
+        self._in_context = Words(model.tokenizer.pieces, model.vocab_size)
         self._text = self._checked_kind()
         # Text is joined as a string first, then tokenised once: tokens at the join come out as the model was trained.
         self._query = request.query if isinstance(request.query, str) else ""
         self._joined = Joined(
-            tokenizer,
+            model.tokenizer,
             "" if request.item_first else self._query,
             add_special_tokens=request.add_special_tokens,
             many=len(self._items) > 1 or bool(self._words),
@@ -177,7 +167,7 @@ class Preparation:
                 self._count(prompt)
                 prompts.append(prompt)
         self._done = indices.stop
-        request, classes = self._request, self._classes > 0
+        request, classes = self._request, self._model.classes > 0
         # Class logits and a softmax over one-token labels need no vocabulary matmul; a probability or a logprob does.
         vocab_logprobs = not classes and (
             not request.apply_softmax
@@ -195,26 +185,26 @@ class Preparation:
     def _count(self, prompt: Prompt) -> None:
         self._tokens += sum(len(prompt.ids) + len(continuation) for continuation in prompt.layout.continuations)
         again = ", and again for labels of several tokens" if prompt.layout.depth else ""
-        most, counted = self._limits.max_request_tokens, f", the query counted once an item{again}"
+        most, counted = self._model.limits.max_request_tokens, f", the query counted once an item{again}"
         check_total(self._tokens, most, "items", prompt.index, counted)
 
     def _check_counts(self) -> None:
         request = self._request
-        check_count(self._items, self._limits.max_items, "items")
+        check_count(self._items, self._model.limits.max_items, "items")
         if request.temperature != 1.0 and not request.apply_softmax:
             raise InvalidRequestError(
                 f"temperature is {request.temperature}, which needs apply_softmax: true", param="temperature"
             )
         for name in ("return_token_logprobs", "return_label_mass"):
-            if self._classes and getattr(request, name):
+            if self._model.classes and getattr(request, name):
                 raise InvalidRequestError(
-                    f"{name} is for causal models; this one has {self._classes} classes; leave it out", param=name
+                    f"{name} is for causal models; this one has {self._model.classes} classes; leave it out", param=name
                 )
 
     def _checked_labels(self) -> tuple[Sequence[list[str]], Sequence[Layout]]:
         """Each item's labels: words, to be laid out behind its prompt, or else layouts."""
-        if self._classes:
-            return [], [labels.of_tokens(range(self._classes))] * len(self._items)
+        if self._model.classes:
+            return [], [labels.of_tokens(range(self._model.classes))] * len(self._items)
         words, ids = self._request.labels, self._request.label_token_ids
         if words is not None and ids is not None:
             raise InvalidRequestError(
@@ -233,7 +223,7 @@ class Preparation:
 
     def _each_items(self, name: str, given: list[L] | list[list[L]]) -> Sequence[list[L]]:
         """The labels of each item, checked."""
-        most, vocab_size = self._limits.max_labels, self._vocab_size
+        most, vocab_size = self._model.limits.max_labels, self._model.vocab_size
         if not given or not isinstance(given[0], list):
             shared = cast(list[L], given)
             labels.check(shared, name, None, most=most, vocab_size=vocab_size)
@@ -263,10 +253,10 @@ class Preparation:
                 "send label_token_ids (POST /tokenize tells them), or items as text",
                 param="labels",
             )
-        check_ids(query or [], self._vocab_size, "query")
+        check_ids(query or [], self._model.vocab_size, "query")
         for index, item in enumerate(cast(list[list[int]], items)):
             with self._tolerating(index):
-                check_ids(item, self._vocab_size, "items", index)
+                check_ids(item, self._model.vocab_size, "items", index)
         return False
 
     @contextmanager
@@ -298,7 +288,7 @@ class Preparation:
     def _prompt(self, index: int, ids: list[int], labelled: list[list[int]]) -> Prompt:
         """One item's, if nothing is wrong with it."""
         if self._text:
-            check_ids(ids, self._vocab_size, "items", index)  # the tokenizer may have more tokens than the model
+            check_ids(ids, self._model.vocab_size, "items", index)  # the tokenizer may have more tokens than the model
         if not ids:
             raise InvalidRequestError(
                 f"items[{index}] and the query are both empty: a prompt needs at least one token",
@@ -307,13 +297,13 @@ class Preparation:
             )
         whole = len(ids)
         layout, spelling = self._layout(index, ids, labelled)
-        if whole + layout.depth > self._max_prompt_tokens and self._request.truncate == "item":
+        if whole + layout.depth > self._model.max_prompt_tokens and self._request.truncate == "item":
             ids, layout, spelling = self._truncated(index, ids, layout, spelling)
-        if len(ids) + layout.depth > self._max_prompt_tokens:
+        if len(ids) + layout.depth > self._model.max_prompt_tokens:
             labels_too = f" and {layout.depth} of a label before its last" if layout.depth else ""
             raise InvalidRequestError(
                 f"items[{index}]: the prompt has {len(ids)} tokens{labels_too}; this model reads at most "
-                f'{self._max_prompt_tokens}; shorten the item or the query, or send truncate: "item"',
+                f'{self._model.max_prompt_tokens}; shorten the item or the query, or send truncate: "item"',
                 param="items",
                 index=index,
             )
@@ -331,7 +321,7 @@ class Preparation:
         self, index: int, ids: list[int], layout: Layout, spelling: Spelling | None
     ) -> tuple[list[int], Layout, Spelling | None]:
         """The prompt without the end of its item, and its labels there."""
-        room = self._max_prompt_tokens - layout.depth
+        room = self._model.max_prompt_tokens - layout.depth
         item_first = self._request.item_first
         if not self._text:
             own = len(self._items[index])
@@ -340,14 +330,16 @@ class Preparation:
         item = cast(str, self._items[index])
         text = item + self._query if item_first else self._query + item
         special = self._request.add_special_tokens
-        _, ends = self._tokenizer.encode_with_ends(text, add_special_tokens=special)
+        _, ends = self._model.tokenizer.encode_with_ends(text, add_special_tokens=special)
         start, stop = item_span(ends, self._query, item, item_first=item_first)
         kept = shortened(ids, start, stop, room, index)
         if not self._words or item_first:
             return kept, layout, spelling
         # The labels now stand behind other text.
         text = text[: ends[stop - (len(ids) - len(kept)) - 1]]
-        labelled = self._tokenizer.encode([text + word for word in self._words[index]], add_special_tokens=special)
+        labelled = self._model.tokenizer.encode(
+            [text + word for word in self._words[index]], add_special_tokens=special
+        )
         return kept, *self._layout(index, kept, labelled)
 
 

@@ -5,22 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from serve_app.checks import check_count, check_ids
-from serve_app.contract import ModelInfo
 from serve_app.preparation import Preparation, Prepared
 from serve_app.schemas import ScoreRequest
-from serve_app.settings import Limits
-from serve_app.tokenizer import TextTokenizer
+from serve_app.served_model import ServedModel
 
 
 class Prompts:
     """Builds the prompts of requests, or says what is wrong with them."""
 
-    def __init__(self, tokenizer: TextTokenizer, info: ModelInfo, limits: Limits) -> None:
-        self._tokenizer = tokenizer
-        self._vocab_size = info.vocab_size
-        self._classes = info.classes
-        self._limits = limits
-        self.max_prompt_tokens = min(info.max_prompt_tokens, limits.max_prompt_tokens or info.max_prompt_tokens)
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
 
     def open(self, request: ScoreRequest) -> Preparation:
         """The request, ready to be prepared item by item.
@@ -31,9 +25,7 @@ class Prompts:
             InvalidRequestError: labels, ids or the combination of fields is wrong.
             TooLargeError: more items than the limits allow.
         """
-        return Preparation(
-            request, self._tokenizer, self._vocab_size, self._classes, self.max_prompt_tokens, self._limits
-        )
+        return Preparation(request, self._model)
 
     def prepare(self, request: ScoreRequest) -> Prepared:
         """All items of the request.
@@ -50,9 +42,10 @@ class Prompts:
         Raises:
             TooLargeError: more texts than a request may have items.
         """
-        check_count(texts, self._limits.max_items, "prompt")
-        encoded = self._tokenizer.encode(texts, add_special_tokens=add_special_tokens)
-        return [(ids, self._tokenizer.pieces(ids)) for ids in encoded]
+        check_count(texts, self._model.limits.max_items, "prompt")
+        tokenizer = self._model.tokenizer
+        encoded = tokenizer.encode(texts, add_special_tokens=add_special_tokens)
+        return [(ids, tokenizer.pieces(ids)) for ids in encoded]
 
     def detokenize(self, ids: list[int]) -> str:
         """The text of the ids.
@@ -60,5 +53,5 @@ class Prompts:
         Raises:
             InvalidRequestError: an id is out of the vocabulary.
         """
-        check_ids(ids, self._vocab_size, "tokens")
-        return self._tokenizer.decode(ids)
+        check_ids(ids, self._model.vocab_size, "tokens")
+        return self._model.tokenizer.decode(ids)

@@ -18,15 +18,16 @@ from pydantic import ConfigDict, Field
 from serve_app import labels
 from serve_app.batches import common_prefix
 from serve_app.checks import check_count, check_ids, check_total
-from serve_app.contract import BatchResult, ModelInfo
+from serve_app.contract import BatchResult
 from serve_app.errors import InvalidRequestError
 from serve_app.labels import Layout
 from serve_app.preparation import PreparedQuestion, Prompt, packed
 from serve_app.rows import class_logits, label_scores, usage
 from serve_app.schemas import RequestBody, ResponseBody, Text, Usage
-from serve_app.settings import Settings
+from serve_app.served_model import ServedModel
+from serve_app.settings import ModelSettings
 from serve_app.templates import TEMPLATES, RerankTemplate, default_template
-from serve_app.tokenizer import Joined, TextTokenizer
+from serve_app.tokenizer import Joined
 
 _SHOWN = 10
 """Documents that a warning names."""
@@ -111,18 +112,13 @@ class Reranker:
             each.
     """
 
-    def __init__(self, settings: Settings, tokenizer: TextTokenizer, info: ModelInfo, max_prompt_tokens: int) -> None:
-        self._name = settings.name
-        self._limits = settings.limits
-        self._tokenizer = tokenizer
-        self._vocab_size = info.vocab_size
-        self._classes = info.classes
-        self._max_prompt_tokens = max_prompt_tokens
+    def __init__(self, model: ServedModel, settings: ModelSettings) -> None:
+        self._model = model
         chosen = settings.rerank_template
         self._template = (
             chosen if isinstance(chosen, RerankTemplate) else TEMPLATES[chosen or default_template(settings.model)]
         )
-        if chosen is not None and not info.classes:
+        if chosen is not None and not model.classes:
             try:
                 self._answers(self._template.around("", None)[1])
             except InvalidRequestError as error:
@@ -137,23 +133,25 @@ class Reranker:
             TooLargeError: more documents or tokens than the limits allow.
         """
         documents = [document if isinstance(document, str) else document.text for document in request.documents]
-        check_count(documents, self._limits.max_items, "documents")
+        check_count(documents, self._model.limits.max_items, "documents")
         before, behind = self._template.around(request.query, request.instruct)
         end, layout = self._answers(behind)
-        (front,) = self._tokenizer.encode([before])
-        room = self._max_prompt_tokens - len(front) - len(end)
+        (front,) = self._model.tokenizer.encode([before])
+        room = self._model.max_prompt_tokens - len(front) - len(end)
         if room < 1:
             raise InvalidRequestError(
                 f"the query takes {len(front) + len(end)} tokens with the instruction and the template; this model "
-                f"reads at most {self._max_prompt_tokens}, a document included; shorten it",
+                f"reads at most {self._model.max_prompt_tokens}, a document included; shorten it",
                 param="query",
             )
-        longest = self._max_prompt_tokens - len(end)
-        joined = Joined(self._tokenizer, before, add_special_tokens=True, many=len(documents) > 1)
+        longest = self._model.max_prompt_tokens - len(end)
+        joined = Joined(self._model.tokenizer, before, add_special_tokens=True, many=len(documents) > 1)
         prompts: list[Prompt] = []
         total = 0
         for index, ids in enumerate(joined.each(documents)):
-            check_ids(ids, self._vocab_size, "documents", index)  # the tokenizer may have more tokens than the model
+            check_ids(
+                ids, self._model.vocab_size, "documents", index
+            )  # the tokenizer may have more tokens than the model
             kept = np.asarray(ids[:longest], np.int32)
             if request.max_tokens_per_doc:
                 # The front's last token, such as a space, may have become a part of the document's first one.
@@ -163,12 +161,12 @@ class Reranker:
             prompts.append(prompt)
             total += len(prompt.ids)
             counted = ", the query counted once a document"
-            check_total(total, self._limits.max_request_tokens, "documents", index, counted)
+            check_total(total, self._model.limits.max_request_tokens, "documents", index, counted)
         return RerankQuestion(
             # Without the vocabulary matmul: the answers' logits alone.
-            packed(prompts, (), joined.query_tokens, vocab_logprobs=False, classes=self._classes > 0),
+            packed(prompts, (), joined.query_tokens, vocab_logprobs=False, classes=self._model.classes > 0),
             answers=len(layout.targets),
-            model=self._name,
+            model=self._model.name,
             request_id=request_id,
             documents=documents if request.return_documents else None,
             top_n=request.top_n,
@@ -176,27 +174,30 @@ class Reranker:
 
     def _answers(self, behind: str) -> tuple[list[int], Layout]:
         """Ids of the prompt's end, and how it is read: for the words for yes and no behind it, or for the classes."""
-        if self._classes:
-            if self._classes > 2:
+        if self._model.classes:
+            if self._model.classes > 2:
                 raise InvalidRequestError(
-                    f"this model sorts text into {self._classes} classes, none of which means relevance; use /v1/score",
+                    f"this model sorts text into {self._model.classes} classes, none of which means relevance; "
+                    "use /v1/score",
                     param="model",
                 )
-            (end,) = self._tokenizer.encode([behind], add_special_tokens=False)
-            return end, labels.of_tokens(range(self._classes))
+            (end,) = self._model.tokenizer.encode([behind], add_special_tokens=False)
+            return end, labels.of_tokens(range(self._model.classes))
         words = (self._template.yes, self._template.no)
-        end, *answered = self._tokenizer.encode([behind, *(behind + word for word in words)], add_special_tokens=False)
+        end, *answered = self._model.tokenizer.encode(
+            [behind, *(behind + word for word in words)], add_special_tokens=False
+        )
         found: list[int] = []
         for word, ids in zip(words, answered, strict=True):
             added = labels.added_tokens(end, ids)
             found += added
             if len(added) != 1:
-                pieces = self._tokenizer.pieces(ids[-4:])
+                pieces = self._model.tokenizer.pieces(ids[-4:])
                 raise InvalidRequestError(
                     f"the answer {word!r} is not one token of this model behind {behind[-20:]!r} "
                     f"(it ends in {pieces}); serve it with a rerank_template that has other words"
                 )
-        check_ids(found, self._vocab_size, "model")
+        check_ids(found, self._model.vocab_size, "model")
         return end, labels.of_tokens(found)
 
 

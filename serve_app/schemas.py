@@ -208,7 +208,7 @@ class DetokenizeResponse(ResponseBody):
 
 
 class ModelCard(ResponseBody):
-    """One name under which the model answers."""
+    """One name under which a model answers."""
 
     id: str
     object: Literal["model"] = "model"

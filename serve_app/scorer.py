@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING
 
 from ray import serve
 
-from serve_app import model_source
+from serve_app import model_source, timing
 from serve_app.autoscaling import PENDING_TOKENS
 from serve_app.contract import BatchResult, Engine, EngineStats, JobResult, ModelInfo, Progress, ScoreJob, TokenBatch
 from serve_app.device_queue import DeviceQueue, QueueStats
 from serve_app.errors import ReplicaGoneError
 from serve_app.fake_engine import FakeEngine
 from serve_app.metrics import REPORT_S, ScorerMetrics
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings
 
 if TYPE_CHECKING:
     from model.engine import Engine as ModelEngine
@@ -71,7 +71,7 @@ class _ModelEngine:
         return BatchResult(result.values, result.computed_tokens, result.argmax, result.argmax_values)
 
 
-def load_engine(settings: Settings) -> Engine:
+def load_engine(settings: ModelSettings) -> Engine:
     """The engine that ``settings`` name, warmed up. Takes seconds to minutes; the log tells how far it is."""
     if settings.engine == "fake":
         engine: Engine = FakeEngine()
@@ -79,16 +79,9 @@ def load_engine(settings: Settings) -> Engine:
         if not any(map(glob.glob, ACCELERATORS)):
             # With libtpu installed, as the tests have it, jax would look for a TPU and fill the log with its absence.
             os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        import jax
+        from model.engine import load, tpu_mesh
 
-        from model import sharding
-        from model.engine import load
-
-        if settings.tpu and (found := jax.default_backend()) != "tpu":
-            raise RuntimeError(
-                f"the replica was given TPU chips and jax found only {found}; is score-serve[tpu] installed?"
-            )
-
+        mesh = tpu_mesh(settings.tpu.chips) if settings.tpu else None
         folder = model_source.resolve(settings.model, settings.revision, say=logger.info)
         logger.info("loading %s", folder)
         engine = _ModelEngine(
@@ -98,7 +91,7 @@ def load_engine(settings: Settings) -> Engine:
                 quantization=settings.quantization,
                 max_prompt_tokens=settings.limits.max_prompt_tokens,
                 compiled_folder=compiled_folder(),
-                mesh=sharding.mesh(data=1, model=settings.tpu.chips) if settings.tpu else None,
+                mesh=mesh,
             )
         )
     started = time.monotonic()
@@ -129,16 +122,17 @@ class Scorer:
         load: makes the engine; runs in a thread, so that the replica answers Serve's questions meanwhile.
     """
 
-    async def __init__(self, settings: Settings, load: Callable[[Settings], Engine] = load_engine) -> None:
+    async def __init__(self, settings: ModelSettings, load: Callable[[ModelSettings], Engine] = load_engine) -> None:
         self._engine = await asyncio.to_thread(load, settings)
+        self._metrics = ScorerMetrics(settings.name)
         self._queue = DeviceQueue(
             self._engine,
             max_batch_tokens=settings.max_batch_tokens,
             max_queued_tokens=settings.limits.max_queued_tokens,
+            observe=self._metrics.batch,
         )
         self._stall_s = settings.stall_s
         self._intake_works = True
-        self._metrics = ScorerMetrics()
         self._reporting = asyncio.create_task(self._report())
 
     async def score(self, job: ScoreJob) -> JobResult:
@@ -150,6 +144,7 @@ class Scorer:
             InternalError: the engine failed on this job.
         """
         answer: asyncio.Future[JobResult] = asyncio.get_running_loop().create_future()
+        arrived = time.time()
         try:
             try:
                 async with asyncio.timeout(INTAKE_LIMIT_S):
@@ -160,6 +155,9 @@ class Scorer:
                 raise ReplicaGoneError(stuck, retry_after_s=1) from None
             result = await answer
             self._metrics.answered(result)
+            timing.record_job(
+                job.request_id, arrived, result.queue_seconds, result.device_seconds, job.batch.num_sequences
+            )
             return result
         finally:
             answer.cancel()

@@ -1,4 +1,4 @@
-"""The whole life of a request, without HTTP and without Serve."""
+"""The whole life of a request to one model, without HTTP and without Serve."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from serve_app import fanout
+from serve_app import fanout, timing
 from serve_app.admission import Admission
 from serve_app.batches import shared_prefix, shared_with_previous
 from serve_app.completions import Completer, CompletionRequest, CompletionResponse
@@ -25,7 +25,6 @@ from serve_app.errors import (
     DeadlineExceededError,
     InternalError,
     InvalidRequestError,
-    NotFoundError,
     OverloadedError,
     ScoringError,
 )
@@ -43,8 +42,6 @@ from serve_app.schemas import (
     DetokenizeResponse,
     InfoResponse,
     LimitsInfo,
-    ModelCard,
-    ModelsResponse,
     ScoreEnd,
     ScoreRequest,
     ScoreResponse,
@@ -52,12 +49,11 @@ from serve_app.schemas import (
     TokenizeRequest,
     TokenizeResponse,
 )
-from serve_app.settings import Settings
+from serve_app.served_model import ServedModel
+from serve_app.settings import ModelSettings
 from serve_app.streaming import as_finished
+from serve_app.timing import Timings
 from serve_app.tokenizer import TextTokenizer
-
-DEFAULT_NAME = "default"
-"""Always a name of the served model."""
 
 PIECES_AT_ONCE = 4
 """Of a streamed request, for each replica: two halves of a device batch in the engine, and what comes next."""
@@ -84,6 +80,11 @@ class Question(Protocol[A]):
     @property
     def query_tokens(self) -> int:
         """At the front of every prompt, how many may come again in another request; 0: what they share."""
+        ...
+
+    @property
+    def items(self) -> int:
+        """How many items, documents or prompts are scored."""
         ...
 
     @property
@@ -133,26 +134,43 @@ class ScoringService:
         tokenizer: of the model that the replicas hold.
         info: what the replicas say of that model.
         replicas: the engines.
+        front_ends: that share the replicas.
+        observe: called with the timings of each request that was answered.
     """
 
-    def __init__(self, settings: Settings, tokenizer: TextTokenizer, info: ModelInfo, replicas: Replicas) -> None:
+    def __init__(
+        self,
+        settings: ModelSettings,
+        tokenizer: TextTokenizer,
+        info: ModelInfo,
+        replicas: Replicas,
+        front_ends: int = 1,
+        observe: Callable[[Timings], None] | None = None,
+    ) -> None:
         self._settings = settings
-        self._info = info
+        self._model = ServedModel(settings.name, tokenizer, info, settings.limits)
         self._replicas = replicas
-        self._prompts = Prompts(tokenizer, info, settings.limits)
-        parts = (settings, tokenizer, info, self._prompts.max_prompt_tokens)
-        self._reranker, self._completer = Reranker(*parts), Completer(*parts)
-        self._admission = Admission(settings.limits.max_queued_tokens / settings.ingress_replicas)
+        self._prompts = Prompts(self._model)
+        self._reranker, self._completer = Reranker(self._model, settings), Completer(self._model)
+        self._admission = Admission(settings.limits.max_queued_tokens / front_ends)
         self.outcomes: Counter[str] = Counter()
         """Requests for scores so far, by how they ended."""
+        self.items = 0
+        """Items, documents and prompts scored so far."""
+        self._observe = observe
         self._threads = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenizer")
-        self._started = int(time.time())
         self._probe_passed = False
         self._probing = asyncio.Lock()
 
     @property
-    def max_body_bytes(self) -> int:
-        return self._settings.limits.max_body_bytes
+    def settings(self) -> ModelSettings:
+        """Of this model."""
+        return self._settings
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """That the model reads, and a request may use."""
+        return self._model.max_prompt_tokens
 
     async def score(self, request: ScoreRequest, *, request_id: str, timeout_s: float = math.inf) -> ScoreResponse:
         """The labels' scores for every item, in order.
@@ -163,14 +181,13 @@ class ScoringService:
 
         Raises:
             InvalidRequestError: the request is wrong.
-            NotFoundError: it names another model.
             TooLargeError: it asks for more than the limits allow.
             OverloadedError: no room, or no healthy replica.
             DeadlineExceededError: ``timeout_s`` is over; the queued work is dropped.
             InternalError: the model's output for an item is not finite, or a fault of ours.
         """
         prepare = partial(self._scores, request)
-        return await self._ask(request.model, prepare, request_id, timeout_s, request.timeout_s)
+        return await self._ask(prepare, request_id, timeout_s, request.timeout_s)
 
     async def stream(
         self, request: ScoreRequest, *, request_id: str, timeout_s: float = math.inf
@@ -184,7 +201,6 @@ class ScoringService:
             ScoringError: as ``score``, and also after rows have come.
         """
         with self._counted():
-            self._check_model(request.model)
             limit = self._time_limit(request.timeout_s, timeout_s)
             async with aclosing(self._stream(request, request_id, limit)) as answered:
                 async for some in answered:
@@ -194,7 +210,8 @@ class ScoringService:
         self, request: ScoreRequest, request_id: str, limit: float
     ) -> AsyncGenerator[Sequence[ScoreRow] | Sequence[ScoreEnd]]:
         deadline = time.time() + limit
-        preparation = await self._in_time(self._in_thread(partial(self._prompts.open, request)), limit)
+        with timing.tokenising():
+            preparation = await self._in_time(self._in_thread(partial(self._prompts.open, request)), limit)
         turn = asyncio.Lock()
         numbers = count()
         prompt_tokens = computed_tokens = 0
@@ -206,9 +223,11 @@ class ScoringService:
 
         async def piece() -> tuple[list[ScoreRow], int, int]:
             async with turn:
-                question, work = await self._in_thread(prepare)
+                with timing.tokenising():
+                    question, work = await self._in_thread(prepare)
             result = await self._run(work)
             answered = await self._off_loop(partial(question.rows, result), question.size)
+            self.items += question.items
             return answered, question.prepared.prompt_tokens, int(result.computed_tokens.sum())
 
         pieces = as_finished(
@@ -232,7 +251,7 @@ class ScoringService:
             ScoringError: as ``score``.
         """
         prepare = partial(self._reranker.prepare, request, request_id)
-        return await self._ask(request.model, prepare, request_id, timeout_s)
+        return await self._ask(prepare, request_id, timeout_s)
 
     async def complete(
         self, request: CompletionRequest, *, request_id: str, timeout_s: float = math.inf
@@ -243,7 +262,7 @@ class ScoringService:
             ScoringError: as ``score``.
         """
         prepare = partial(self._completer.prepare, request, request_id)
-        return await self._ask(request.model, prepare, request_id, timeout_s)
+        return await self._ask(prepare, request_id, timeout_s)
 
     async def generative_scoring(
         self, request: GenerativeScoringRequest, *, request_id: str, timeout_s: float = math.inf
@@ -255,18 +274,17 @@ class ScoringService:
         """
 
         def prepare() -> ScoreQuestion:
-            return self._scores(as_score_request(request, self._info.classes))
+            return self._scores(as_score_request(request, self._model.classes))
 
-        answer = await self._ask(request.model or DEFAULT_NAME, prepare, request_id, timeout_s)
+        answer = await self._ask(prepare, request_id, timeout_s)
         return as_response(answer, request.request_id or request_id)
 
     async def tokenize(self, request: TokenizeRequest) -> TokenizeResponse:
         """Ids and pieces of text, as ``score`` would see them."""
-        self._check_model(request.model)
         texts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
         call = partial(self._prompts.tokenize, texts, request.add_special_tokens)
         encoded = await self._in_time(self._in_thread(call))
-        limit = self._prompts.max_prompt_tokens
+        limit = self._model.max_prompt_tokens
         if isinstance(request.prompt, str):
             ids, pieces = encoded[0]
             return TokenizeResponse(tokens=ids, count=len(ids), max_model_len=limit, token_strs=pieces)
@@ -279,30 +297,19 @@ class ScoringService:
 
     async def detokenize(self, request: DetokenizeRequest) -> DetokenizeResponse:
         """The text of ids."""
-        self._check_model(request.model)
         call = partial(self._prompts.detokenize, request.tokens)
         return DetokenizeResponse(prompt=await self._in_time(self._in_thread(call)))
 
-    def models(self) -> ModelsResponse:
-        """The names that requests may use, ``default`` aside."""
-        cards = [
-            ModelCard(
-                id=name,
-                created=self._started,
-                owned_by="score-serve",
-                max_model_len=self._prompts.max_prompt_tokens,
-            )
-            for name in self._names()
-            if name != DEFAULT_NAME
-        ]
-        return ModelsResponse(data=cards)
+    def info(self, names: Sequence[str]) -> InfoResponse:
+        """What is served, and the limits.
 
-    def info(self) -> InfoResponse:
-        """What is served, and the limits."""
-        info, limits = self._info, self._settings.limits
+        Args:
+            names: all under which the model answers.
+        """
+        info, limits = self._model.info, self._settings.limits
         return InfoResponse(
             model=self._settings.name,
-            names=self._names(),
+            names=list(names),
             architecture=info.architecture,
             context_length=info.context_length,
             vocab_size=info.vocab_size,
@@ -315,7 +322,7 @@ class ScoringService:
                 max_items=limits.max_items,
                 max_labels=limits.max_labels,
                 max_body_bytes=limits.max_body_bytes,
-                max_prompt_tokens=self._prompts.max_prompt_tokens,
+                max_prompt_tokens=self._model.max_prompt_tokens,
                 max_request_tokens=limits.max_request_tokens,
                 max_queued_tokens=limits.max_queued_tokens,
                 timeout_s=self._settings.timeout_s,
@@ -342,7 +349,9 @@ class ScoringService:
             try:
                 await self._in_time(self._probe())
             except ScoringError as error:
-                raise OverloadedError(f"not ready: {error.message}", retry_after_s=1) from error
+                raise OverloadedError(
+                    f"{self._settings.name} is not ready: {error.message}", retry_after_s=1
+                ) from error
             self._probe_passed = True
 
     def close(self) -> None:
@@ -351,7 +360,6 @@ class ScoringService:
 
     async def _ask(
         self,
-        model: str,
         prepare: Callable[[], Question[A]],
         request_id: str,
         timeout_s: float,
@@ -363,7 +371,6 @@ class ScoringService:
             timeout_s: the caller's time limit, and ``asked_s`` the request's own.
         """
         with self._counted():
-            self._check_model(model)
             limit = self._time_limit(asked_s, timeout_s)
             return await self._in_time(self._answer(prepare, request_id, time.time() + limit), limit)
 
@@ -373,9 +380,12 @@ class ScoringService:
             return question, self._work(question.batch, question.query_tokens, request_id, deadline)
 
         self._admission.check(1, self._replicas.count)  # tokenising what will be refused would delay the others
-        question, wanted = await self._in_thread(work)
+        with timing.tokenising():
+            question, wanted = await self._in_thread(work)
         result = await self._run(wanted)
-        return await self._off_loop(partial(question.answer, result), question.size)
+        answer = await self._off_loop(partial(question.answer, result), question.size)
+        self.items += question.items
+        return answer
 
     def _scores(self, request: ScoreRequest) -> ScoreQuestion:
         return ScoreQuestion(self._prompts.prepare(request), request, self._settings.name)
@@ -410,7 +420,11 @@ class ScoringService:
                     tasks = [group.create_task(self._run_one(job)) for job in work.jobs]
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
-        return fanout.merge([task.result().result for task in tasks])
+        answered = [task.result() for task in tasks]
+        # They ran side by side: the longest is what the request waited for.
+        timing.current().add(timing.QUEUE, max((job.queue_seconds for job in answered), default=0.0))
+        timing.current().add(timing.DEVICE, max((job.device_seconds for job in answered), default=0.0))
+        return fanout.merge([job.result for job in answered])
 
     async def _run_one(self, job: ScoreJob) -> JobResult:
         return await self._replicas.score(job)
@@ -420,9 +434,9 @@ class ScoringService:
         return await self._run(self._work(batch, prefix_tokens, request_id, deadline))
 
     async def _probe(self) -> None:
-        last = self._info.vocab_size - 1
+        last = self._model.vocab_size - 1
         prompt, other = [last // 2, last // 3, last // 5], [last // 7, last // 2, last // 11, 0, last]
-        labels = [*range(self._info.classes)] or [0, last]
+        labels = [*range(self._model.classes)] or [0, last]
         alone, together = [
             await self._compute(_probe_batch(prompts, labels), 0, "ready", time.time() + self._settings.timeout_s)
             for prompts in ([prompt], [other, prompt])
@@ -443,13 +457,15 @@ class ScoringService:
 
     @contextmanager
     def _counted(self) -> Generator[None]:
-        """Count how the request ends."""
+        """Count how the request ends, and time those that are answered."""
         try:
             yield
         except BaseException as error:
             self.outcomes[_outcome(error)] += 1
             raise
         self.outcomes["answered"] += 1
+        if self._observe:
+            self._observe(timing.current())
 
     async def _in_time(self, work: Awaitable[T], limit_s: float | None = None) -> T:
         """The result of ``work``, or 504 and the work cancelled. ``limit_s``: None is the service's own."""
@@ -487,16 +503,6 @@ class ScoringService:
     async def _off_loop(self, call: Callable[[], T], size: int) -> T:
         """What is made of an engine's answer, in a thread if it is much."""
         return call() if size <= INLINE_VALUES else await self._in_thread(call)
-
-    def _names(self) -> list[str]:
-        return list(dict.fromkeys((self._settings.name, *self._settings.aliases, DEFAULT_NAME)))
-
-    def _check_model(self, name: str) -> None:
-        if name not in self._names():
-            shown = name if len(name) <= 60 else name[:60] + "..."
-            raise NotFoundError(
-                f"model {shown!r} is not served here; the names are {', '.join(self._names())}", param="model"
-            )
 
 
 class _Work(NamedTuple):

@@ -7,10 +7,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from serve_app.templates import TEMPLATES, RerankTemplate
 from serve_app.tpu import Tpu
+
+DEFAULT_NAME = "default"
+"""Always a name of the first model."""
+
+_OF_ONE = {"model", "revision", "served_name", "aliases"}
+"""Settings that two models cannot share."""
 
 
 class _Frozen(BaseModel):
@@ -45,8 +51,8 @@ class Autoscaling(_Frozen):
     """A replica goes after too little work for so long: it takes minutes to be back."""
 
 
-class Settings(_Frozen):
-    """Everything that a deployment of the service can be told."""
+class ModelSettings(_Frozen):
+    """One model, its engine and its replicas."""
 
     model: str = "demo"
     """``demo``, a folder in Hugging Face layout, a hub id, or a ``.gguf`` file."""
@@ -71,13 +77,9 @@ class Settings(_Frozen):
     scorer_cpus: Annotated[float, Field(ge=0)] = 1.0
     tpu: Tpu | None = None
     """The chips of each scorer. None: it computes on whatever its host has."""
-    ingress_replicas: Annotated[int, Field(ge=1)] = 1
-    ingress_cpus: Annotated[float, Field(ge=0)] = 0.5
     tokenizer_threads: Annotated[int, Field(ge=1)] = 2
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Past it a request gets 504 and its queued work is dropped."""
-    api_keys_file: str | None = None
-    """One key a line; read again when it changes. None: only the environment's keys, if there are any (``auth.py``)."""
     stall_s: Annotated[float, Field(gt=0)] = 300.0
     """A batch that is in the engine for longer makes the replica unhealthy, and Serve replaces it."""
 
@@ -94,16 +96,6 @@ class Settings(_Frozen):
             raise ValueError(f"there is no template {template!r}; the names are {', '.join(TEMPLATES)}")
         return template
 
-    @model_validator(mode="after")
-    def _can_be_honoured(self) -> Settings:
-        bounds = self.autoscaling
-        if bounds and not bounds.min_replicas <= self.scorer_replicas <= bounds.max_replicas:
-            raise ValueError(
-                f"scorer_replicas is {self.scorer_replicas}; at the start there can be "
-                f"autoscaling.min_replicas ({bounds.min_replicas}) to max_replicas ({bounds.max_replicas})"
-            )
-        return self
-
     @property
     def most_replicas(self) -> int:
         """Scorers that may run at once."""
@@ -115,3 +107,76 @@ class Settings(_Frozen):
         if self.served_name is not None:
             return self.served_name
         return self.model.rstrip("/").removesuffix(".gguf").rsplit("/", 1)[-1]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The served name and the aliases."""
+        return tuple(dict.fromkeys((self.name, *self.aliases)))
+
+
+class Settings(ModelSettings):
+    """Everything that a deployment of the service can be told: of one model, or of several in ``models``."""
+
+    models: tuple[ModelSettings, ...] = ()
+    """Several, of which requests name one; the first is ``default``, too. What is set for one holds for it alone, what
+    is set outside for all."""
+    ingress_replicas: Annotated[int, Field(ge=1)] = 1
+    ingress_cpus: Annotated[float, Field(ge=0)] = 0.5
+    api_keys_file: str | None = None
+    """One key a line; read again when it changes. None: only the environment's keys, if there are any (``auth.py``)."""
+
+    @model_validator(mode="after")
+    def _can_be_honoured(self) -> Settings:
+        if self.models:
+            self._check_models()
+            return self
+        bounds = self.autoscaling
+        if bounds and not bounds.min_replicas <= self.scorer_replicas <= bounds.max_replicas:
+            raise ValueError(
+                f"scorer_replicas is {self.scorer_replicas}; at the start there can be "
+                f"autoscaling.min_replicas ({bounds.min_replicas}) to max_replicas ({bounds.max_replicas})"
+            )
+        return self
+
+    def _check_models(self) -> None:
+        if own := self.model_fields_set & _OF_ONE:
+            raise ValueError(f"{', '.join(sorted(own))}: with models, set it for each of them")
+        taken: dict[str, str] = {}
+        for index, each in enumerate(self.models):
+            if "max_body_bytes" in each.limits.model_fields_set:
+                raise ValueError(
+                    "limits.max_body_bytes: a body is read before its model is known; set it outside of models"
+                )
+            for name in each.names:
+                if name in taken:
+                    raise ValueError(
+                        f"{taken[name]!r} and {each.model!r} are both named {name!r}; give one another served_name"
+                    )
+                if index and name == DEFAULT_NAME:
+                    raise ValueError(f"{each.model!r} is named {name!r}, as the first model always is; put it first")
+                taken[name] = each.model
+        try:
+            self.each_model  # noqa: B018 - checks what each has together with what all have
+        except ValidationError as error:
+            raise ValueError("; ".join(found["msg"] for found in error.errors())) from None
+
+    def replicas_on_chips(self, *, most: bool = False) -> dict[Tpu, int]:
+        """How many replicas of all models want the same kind of chips: at the start, or at most."""
+        wanted: dict[Tpu, int] = {}
+        for each in self.each_model:
+            if each.tpu:
+                replicas = each.most_replicas if most else each.scorer_replicas
+                wanted[each.tpu] = wanted.get(each.tpu, 0) + replicas
+        return wanted
+
+    @property
+    def each_model(self) -> tuple[Settings, ...]:
+        """For each model the settings of a service that has no other."""
+        if not self.models:
+            return (self,)
+        common = self.model_dump(exclude={"models"}, exclude_unset=True)
+        limits = common.pop("limits", {})
+        own = [each.model_dump(exclude_unset=True) for each in self.models]
+        return tuple(
+            Settings.model_validate({**common, **each, "limits": limits | each.get("limits", {})}) for each in own
+        )

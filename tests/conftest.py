@@ -19,6 +19,7 @@ from serve_app.ingress import create_app
 from serve_app.launcher import APP_NAME, free_port
 from serve_app.scorer import compiled_folder
 from serve_app.service import ScoringService
+from serve_app.services import Services
 from serve_app.settings import Settings
 from serve_app.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas, LocalReplicas, save_tokenizer
@@ -89,7 +90,7 @@ def fake_service(tokenizer: TextTokenizer) -> Iterator[ScoringService]:
 @pytest.fixture(scope="session")
 def served(fake_service: ScoringService) -> Iterator[Served]:
     """The service behind a real HTTP server."""
-    with serving(create_app(lambda: fake_service)) as served:
+    with serving(create_app(lambda: Services(fake_service))) as served:
         yield served
 
 
@@ -98,7 +99,7 @@ def locked(fake_service: ScoringService, tmp_path_factory: pytest.TempPathFactor
     """The same, and it wants ``KEY``."""
     file = tmp_path_factory.mktemp("keys") / "keys"
     file.write_text(KEY)
-    with serving(create_app(lambda: fake_service, keys=ApiKeys(str(file)))) as served:
+    with serving(create_app(lambda: Services(fake_service), keys=ApiKeys(str(file)))) as served:
         yield served
 
 
@@ -138,6 +139,9 @@ def nodes() -> Iterator[Cluster]:
     """One Ray cluster in this process tree for all tests that need one, of one node; tests may add others."""
     for reporter in ("REPLICA", "HANDLE"):
         os.environ[f"RAY_SERVE_{reporter}_AUTOSCALING_METRIC_PUSH_INTERVAL_S"] = "0.5"
+    # Requests whose traceparent asks for it are traced, into files.
+    os.environ["RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH"] = "ray.serve._private.tracing_utils:default_tracing_exporter"
+    os.environ["RAY_SERVE_TRACING_SAMPLING_RATIO"] = "0"
     import ray
 
     yield start_cluster(8, _system_config={"metrics_report_interval_ms": 500})
@@ -150,7 +154,11 @@ def cluster(nodes: Cluster) -> str:  # noqa: ARG001 - Serve runs on it
     from ray import serve
 
     port = free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
+    serve.start(
+        http_options={"host": "127.0.0.1", "port": port},
+        proxy_location="HeadOnly",
+        logging_config={"encoding": "JSON"},
+    )
     return f"http://127.0.0.1:{port}"
 
 
@@ -162,7 +170,7 @@ def deploy(cluster: str) -> Iterator[Callable[[Any], httpx.Client]]:
     with httpx.Client(base_url=cluster, timeout=120) as client:
 
         def run(application: Any) -> httpx.Client:
-            serve.run(application, name=APP_NAME)
+            serve.run(application, name=APP_NAME, logging_config={"encoding": "JSON"})
             return client
 
         yield run

@@ -9,13 +9,14 @@ import pytest
 
 from serve_app.ingress import create_app
 from serve_app.service import ScoringService
+from serve_app.services import Services
 from tests.boundary.asking import Http
 
 
 @pytest.fixture
 async def http(request: pytest.FixtureRequest, service: ScoringService) -> AsyncIterator[Http]:
     url = request.config.getoption("--service-url")
-    transport = None if url else httpx.ASGITransport(create_app(lambda: service))
+    transport = None if url else httpx.ASGITransport(create_app(lambda: Services(service)))
     async with httpx.AsyncClient(base_url=url or "http://fake", transport=transport, timeout=120) as client:
         info = (await client.get("/v1/info")).json()
         yield Http(client, info)

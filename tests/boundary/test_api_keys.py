@@ -12,6 +12,7 @@ import pytest
 from serve_app.auth import ApiKeys
 from serve_app.ingress import create_app
 from serve_app.service import ScoringService
+from serve_app.services import Services
 from tests.boundary.asking import Http
 
 KEY = {"authorization": "Bearer a-key"}
@@ -27,7 +28,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 async def closed(service: ScoringService, file: Path) -> AsyncIterator[Http]:
-    transport = httpx.ASGITransport(create_app(lambda: service, keys=ApiKeys(str(file))))
+    transport = httpx.ASGITransport(create_app(lambda: Services(service), keys=ApiKeys(str(file))))
     async with httpx.AsyncClient(base_url="http://fake", transport=transport) as client:
         yield Http(client, info={})
 

@@ -15,6 +15,7 @@ import uvicorn
 from serve_app.fake_engine import FakeEngine
 from serve_app.ingress import create_app
 from serve_app.service import ScoringService
+from serve_app.services import Services
 from serve_app.settings import Settings
 from serve_app.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas, save_tokenizer
@@ -38,7 +39,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     tokenizer = TextTokenizer.load(save_tokenizer(tmp_path_factory.mktemp("tokenizer"), adds_bos=False))
     settings = Settings(model="fake-judge", aliases=("rerank-v3.5",), engine="fake")
     service = ScoringService(settings, tokenizer, engine.info, DirectReplicas(engine))
-    server = uvicorn.Server(uvicorn.Config(create_app(lambda: service), port=0, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(create_app(lambda: Services(service)), port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

@@ -18,6 +18,7 @@ from serve_app.errors import OverloadedError
 from serve_app.fake_engine import FakeEngine
 from serve_app.ingress import create_app
 from serve_app.service import Replicas, ScoringService
+from serve_app.services import Services
 from serve_app.settings import Limits, Settings
 from serve_app.tokenizer import TextTokenizer
 from tests.boundary.asking import Http
@@ -70,9 +71,9 @@ class Mixing(FakeEngine):
 @asynccontextmanager
 async def serving(tokenizer: TextTokenizer, replicas: Replicas, settings: Settings = FAKE) -> AsyncIterator[Http]:
     service = ScoringService(settings, tokenizer, INFO, replicas)
-    transport = httpx.ASGITransport(create_app(lambda: service))
+    transport = httpx.ASGITransport(create_app(lambda: Services(service)))
     async with httpx.AsyncClient(base_url="http://fake", transport=transport) as client:
-        yield Http(client, service.info().model_dump())
+        yield Http(client, Services(service).info("default").model_dump())
     service.close()
 
 
@@ -142,7 +143,7 @@ class TestLimits:
     ):
         service = ScoringService(FAKE, tokenizer, INFO, replicas)
         sent: list[dict[str, Any]] = []
-        length = b"%d" % (service.max_body_bytes + 1)
+        length = b"%d" % (Services(service).max_body_bytes + 1)
 
         async def receive() -> dict[str, Any]:
             raise AssertionError("nothing is to be read")
@@ -150,7 +151,7 @@ class TestLimits:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        await create_app(lambda: service)(scope("/v1/score", (b"content-length", length)), receive, send)
+        await create_app(lambda: Services(service))(scope("/v1/score", (b"content-length", length)), receive, send)
         assert sent[0]["status"] == 413
         service.close()
 
@@ -222,7 +223,7 @@ class TestFaults:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        await create_app(lambda: service)(scope("/v1/score"), receive, send)
+        await create_app(lambda: Services(service))(scope("/v1/score"), receive, send)
         assert replicas.cancelled.is_set()
         assert sent[0]["status"] == 499
         service.close()
@@ -237,7 +238,7 @@ class TestFaults:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        await create_app(lambda: service)(scope("/v1/score"), receive, send)
+        await create_app(lambda: Services(service))(scope("/v1/score"), receive, send)
         assert sent[0]["status"] == 499
         assert not caplog.records
         service.close()
@@ -281,7 +282,7 @@ class TestRequestId:
 
     async def test_is_left_to_serves_proxy(self, tokenizer: TextTokenizer, replicas: DirectReplicas):
         service = ScoringService(FAKE, tokenizer, INFO, replicas)
-        transport = httpx.ASGITransport(create_app(lambda: service, echo_request_id=False))
+        transport = httpx.ASGITransport(create_app(lambda: Services(service), echo_request_id=False))
         async with httpx.AsyncClient(base_url="http://fake", transport=transport) as client:
             assert "x-request-id" not in (await client.get("/health")).headers
         service.close()

@@ -18,6 +18,7 @@ from schemathesis.checks import CHECKS
 from serve_app.fake_engine import FakeEngine
 from serve_app.ingress import create_app
 from serve_app.service import ScoringService
+from serve_app.services import Services
 from serve_app.settings import Settings
 from serve_app.tokenizer import TextTokenizer
 from tests.boundary.asking import Http
@@ -153,7 +154,7 @@ def service() -> ScoringService:
     return ScoringService(FAKE, tokenizer, engine.info, DirectReplicas(engine))
 
 
-api = schemathesis.openapi.from_asgi("/openapi.json", create_app(service))
+api = schemathesis.openapi.from_asgi("/openapi.json", create_app(lambda: Services(service())))
 
 
 @api.parametrize()

@@ -15,6 +15,7 @@ from serve_app.fake_engine import FakeEngine
 from serve_app.ingress import create_app
 from serve_app.schemas import ScoreEnd, ScoreRequest, ScoreRow
 from serve_app.service import PIECES_AT_ONCE, Replicas, ScoringService
+from serve_app.services import Services
 from serve_app.settings import Settings
 from serve_app.tokenizer import TextTokenizer
 from tests.boundary.asking import Http
@@ -172,7 +173,7 @@ async def test_a_client_that_leaves_stops_the_work(tokenizer: TextTokenizer, goo
         pass
 
     before = asyncio.all_tasks()
-    await create_app(lambda: service)(scope("/v1/score"), receive, send)
+    await create_app(lambda: Services(service))(scope("/v1/score"), receive, send)
     assert replicas.hanging.cancelled.is_set()
     assert asyncio.all_tasks() == before
     service.close()

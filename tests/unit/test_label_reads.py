@@ -19,6 +19,7 @@ from serve_app.labels import Words
 from serve_app.preparation import Prepared
 from serve_app.prompts import Prompts
 from serve_app.schemas import ScoreRequest
+from serve_app.served_model import ServedModel
 from serve_app.settings import Limits
 from serve_app.tokenizer import TextTokenizer
 from serve_app.truncation import item_span, shortened
@@ -66,7 +67,7 @@ def test_labels_of_one_token_need_one_sequence():
 
 
 def prepare(tokenizer: TextTokenizer, **fields: Any) -> Prepared:
-    return Prompts(tokenizer, ENGINE.info, Limits()).prepare(ScoreRequest(**fields))
+    return Prompts(ServedModel("m", tokenizer, ENGINE.info, Limits())).prepare(ScoreRequest(**fields))
 
 
 def sequences(prepared: Prepared) -> list[list[int]]:
@@ -89,7 +90,7 @@ def test_label_logprobs_are_sums_over_tokens_asked_for_alone(tokenizer: TextToke
     request = ScoreRequest(
         query="the quick", items=items, labels=own, length_normalize=normal, return_token_logprobs=True
     )
-    prepared = Prompts(tokenizer, ENGINE.info, Limits()).prepare(request)
+    prepared = Prompts(ServedModel("m", tokenizer, ENGINE.info, Limits())).prepare(request)
     answered = rows.rows(request, prepared, ENGINE.score(prepared.batch))
     for item, chosen, row in zip(items, own, answered, strict=True):
         [prompt, *whole] = tokenizer.encode(["the quick" + item, *("the quick" + item + word for word in chosen)])
@@ -117,7 +118,7 @@ def test_a_label_that_begins_with_another_is_part_of_its_mass(tokenizer: TextTok
         apply_softmax=True,
         return_label_mass=True,
     )
-    prepared = Prompts(tokenizer, ENGINE.info, Limits()).prepare(request)
+    prepared = Prompts(ServedModel("m", tokenizer, ENGINE.info, Limits())).prepare(request)
     values = np.full(len(prepared.batch.targets), math.log(0.4), np.float32)
     [row] = rows.rows(request, prepared, BatchResult(values, np.ones(1, np.int32)))
     assert row.label_mass == pytest.approx(0.8, rel=1e-6)  # " yes" and " no"; " yes no" has 0.16 of the former

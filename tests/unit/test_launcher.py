@@ -72,6 +72,11 @@ def test_log_lines_follow_several_scorers_and_wait_for_whole_lines(tmp_path: Pat
     assert [next(lines), next(lines)] == ["half a line", None]
 
 
+def test_log_lines_of_several_models_name_theirs(tmp_path: Path):
+    (tmp_path / "replica_score_Scorer-my_judge.v1_x7f3k2.log").write_text("INFO 2026 score -- loading\n")
+    assert next(launcher.log_lines(tmp_path)) == "my_judge.v1: loading"
+
+
 def application(status: ApplicationStatus, message: str = "", deployment: str = "") -> Any:
     deployments = {"Scorer": SimpleNamespace(message=deployment)}
     app = SimpleNamespace(status=status, message=message, deployments=deployments)
@@ -195,6 +200,36 @@ def test_without_options_the_settings_are_the_defaults(monkeypatch: pytest.Monke
     monkeypatch.setattr(launcher, "run", lambda settings, **_: got.append(settings))
     assert run().exit_code == 0
     assert got == [Settings()]
+
+
+def test_several_models_share_the_options_and_have_names(monkeypatch: pytest.MonkeyPatch):
+    got: list[Settings] = []
+    monkeypatch.setattr(launcher, "run", lambda settings, **_: got.append(settings))
+    arguments = ["--model", "org/name", "--model", "judge=/a/b=c", "--model", "/d=e/f", "--replicas", "2"]
+    assert run(*arguments).exit_code == 0
+    assert [(each.name, each.model, each.scorer_replicas) for each in got[0].each_model] == [
+        ("name", "org/name", 2),
+        ("judge", "/a/b=c", 2),
+        ("f", "/d=e/f", 2),
+    ]
+    assert run("--model", "judge=demo").exit_code == 0
+    assert (got[1].name, got[1].model, got[1].models) == ("judge", "demo", ())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--model", "a", "--model", "b", "--served-name", "c"], 2, "NAME=MODEL"),
+        (["--model", "a", "--model", "b", "--revision", "c"], 2, "NAME=MODEL"),
+        (["--model", "a=b", "--served-name", "c"], 2, "has a name already"),
+        (["--model", "a/x", "--model", "b/x"], 1, "'a/x' and 'b/x' are both named 'x'"),
+    ],
+)
+def test_models_that_cannot_be_told_apart_are_refused(arguments: list[str], code: int, said: str):
+    result = CliRunner(env={"COLUMNS": "300"}).invoke(cli.app, ["serve", *arguments])
+    assert result.exit_code == code, result.output
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(

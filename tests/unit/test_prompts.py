@@ -18,6 +18,7 @@ from serve_app.fake_engine import FakeEngine
 from serve_app.preparation import Prepared
 from serve_app.prompts import Prompts
 from serve_app.schemas import ScoreRequest
+from serve_app.served_model import ServedModel
 from serve_app.settings import Limits
 from serve_app.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE
@@ -28,7 +29,7 @@ BOS = 0
 
 def prepared(tokenizer: TextTokenizer, limits: Limits | None = None, **fields: Any) -> Prepared:
     labels = {} if "labels" in fields else {"label_token_ids": [1, 2]}
-    return Prompts(tokenizer, INFO, limits or Limits()).prepare(ScoreRequest(**labels | fields))
+    return Prompts(ServedModel("m", tokenizer, INFO, limits or Limits())).prepare(ScoreRequest(**labels | fields))
 
 
 def prepare(tokenizer: TextTokenizer, limits: Limits | None = None, **fields: Any) -> TokenBatch:
@@ -186,7 +187,7 @@ class TestQueryTokens:
 
         monkeypatch.setattr(tokenizer, "backend", Counting())
         query = "the quick brown fox jumps over the lazy dog. " * 50
-        made = Prompts(tokenizer, FakeEngine(VOCAB_SIZE, 10 * CONTEXT).info, Limits())
+        made = Prompts(ServedModel("m", tokenizer, FakeEngine(VOCAB_SIZE, 10 * CONTEXT).info, Limits()))
         for items in (["a"], ["a", "b", "c"]):
             seen.clear()
             made.prepare(ScoreRequest(query=query, items=items, label_token_ids=[1]))
@@ -243,8 +244,8 @@ class TestRefused:
                 prepare(tokenizer, limits, **{"query": [1], "items": [[2]]} | fields)
 
     def test_the_models_own_limit_holds_whatever_the_setting(self, tokenizer: TextTokenizer):
-        assert Prompts(tokenizer, INFO, Limits()).max_prompt_tokens == CONTEXT
-        assert Prompts(tokenizer, INFO, Limits(max_prompt_tokens=10 * CONTEXT)).max_prompt_tokens == CONTEXT
+        assert ServedModel("m", tokenizer, INFO, Limits()).max_prompt_tokens == CONTEXT
+        assert ServedModel("m", tokenizer, INFO, Limits(max_prompt_tokens=10 * CONTEXT)).max_prompt_tokens == CONTEXT
 
 
 class TestLoading:

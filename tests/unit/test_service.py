@@ -15,14 +15,13 @@ from hypothesis import strategies as st
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
-from serve_app import ingress
+from serve_app import ingress, timing
 from serve_app.completions import CompletionRequest
 from serve_app.contract import BatchResult, JobResult, ScoreJob
 from serve_app.errors import (
     DeadlineExceededError,
     InternalError,
     InvalidRequestError,
-    NotFoundError,
     OverloadedError,
     ScoringError,
 )
@@ -94,8 +93,10 @@ class TestLabelScores:
         assert caught.value.index == 7
 
 
-def service_on(replicas: Any, tokenizer: TextTokenizer, settings: Settings = SETTINGS) -> ScoringService:
-    return ScoringService(settings, tokenizer, ENGINE.info, replicas)
+def service_on(
+    replicas: Any, tokenizer: TextTokenizer, settings: Settings = SETTINGS, front_ends: int = 1
+) -> ScoringService:
+    return ScoringService(settings, tokenizer, ENGINE.info, replicas, front_ends)
 
 
 class TestScore:
@@ -135,15 +136,6 @@ class TestScore:
         assert job.request_id == "mine"
         assert before + SETTINGS.timeout_s <= job.deadline <= time.time() + SETTINGS.timeout_s
 
-    async def test_other_names(self, tokenizer: TextTokenizer):
-        settings = SETTINGS.model_copy(update={"aliases": ("judge", "default")})
-        service = service_on(DirectReplicas(ENGINE), tokenizer, settings)
-        assert service.info().names == ["fake-judge", "judge", "default"]
-        for name in service.info().names:
-            await service.score(ASK.model_copy(update={"model": name}), request_id="r")
-        with pytest.raises(NotFoundError, match="fake-judge, judge, default"):
-            await service.score(ASK.model_copy(update={"model": "x" * 1000}), request_id="r")
-
 
 MANY = ScoreRequest(query=[1] * 20, items=[[2 + i] * 10 for i in range(40)], label_token_ids=[7, 8])
 
@@ -182,9 +174,9 @@ async def cancelled(task: asyncio.Task[Any]) -> None:
 class TestAdmission:
     async def test_a_front_end_lets_in_its_share_of_what_the_running_replicas_may_have(self, tokenizer: TextTokenizer):
         # ASK computes 6 tokens: the query's two once. Two front ends share what each replica may have.
-        settings = SETTINGS.model_copy(update={"limits": Limits(max_queued_tokens=10), "ingress_replicas": 2})
+        settings = SETTINGS.model_copy(update={"limits": Limits(max_queued_tokens=10)})
         replicas = Hanging(count=2)
-        service = service_on(replicas, tokenizer, settings)
+        service = service_on(replicas, tokenizer, settings, front_ends=2)
         first = await hangs(service, replicas)
         with pytest.raises(OverloadedError, match="6 tokens are being scored and this request adds 6; the limit is 10"):
             await service.score(ASK, request_id="refused")
@@ -213,8 +205,8 @@ class TestOutcomes:
     async def test_every_request_is_counted_once_by_how_it_ended(self, tokenizer: TextTokenizer):
         service = service_on(DirectReplicas(ENGINE), tokenizer)
         await service.score(ASK, request_id="r")
-        with pytest.raises(NotFoundError):
-            await service.score(ASK.model_copy(update={"model": "another"}), request_id="r")
+        with pytest.raises(InvalidRequestError):
+            await service.score(ASK.model_copy(update={"label_token_ids": [VOCAB_SIZE]}), request_id="r")
         assert service.outcomes == {"answered": 1, "invalid": 1}
         replicas = Hanging()
         service = service_on(replicas, tokenizer)
@@ -242,6 +234,41 @@ class TestOutcomes:
         with pytest.raises(DeadlineExceededError, match=r"0\.05 s"):
             await service.rerank(RerankRequest(query="the", documents=["fox"]), request_id="r", timeout_s=0.05)
         assert service.outcomes == {"expired": 1}
+
+
+class TestNumbers:
+    async def test_items_documents_and_prompts_are_counted(self, tokenizer: TextTokenizer):
+        service = service_on(DirectReplicas(ENGINE), tokenizer)
+        labels = ["yes", "no", "the quick brown fox"]  # the last is a sequence more for each item
+        await service.score(ScoreRequest(query="is it ", items=["a", "b"], labels=labels), request_id="r")
+        assert service.items == 2
+        await service.rerank(RerankRequest(query="the", documents=["fox", "dog", "a"]), request_id="r")
+        assert service.items == 5
+        await service.complete(CompletionRequest(prompt=["the", "fox"], max_tokens=1), request_id="r")
+        assert service.items == 7
+        async for _ in service.stream(MANY, request_id="r"):
+            pass
+        assert service.items == 7 + len(MANY.items)
+        with pytest.raises(InvalidRequestError):
+            await service.score(ASK.model_copy(update={"label_token_ids": [VOCAB_SIZE]}), request_id="r")
+        assert service.items == 7 + len(MANY.items)
+
+    async def test_answered_requests_are_timed_with_the_slowest_of_their_parts(self, tokenizer: TextTokenizer):
+        class Slow(DirectReplicas):
+            async def score(self, job: ScoreJob) -> JobResult:
+                answer = await super().score(job)
+                return JobResult(answer.result, queue_seconds=len(self.jobs), device_seconds=10 * len(self.jobs))
+
+        seen: list[timing.Timings] = []
+        replicas = Slow(ENGINE, count=4)
+        service = ScoringService(SETTINGS, tokenizer, ENGINE.info, replicas, observe=seen.append)
+        timing.begin()
+        await service.score(MANY, request_id="r")
+        with pytest.raises(InvalidRequestError):
+            await service.score(ASK.model_copy(update={"label_token_ids": [VOCAB_SIZE]}), request_id="r")
+        (timings,) = seen
+        assert (timings.seconds["queue"], timings.seconds["device"]) == (4, 40)
+        assert timings.seconds["tokenise"] > 0
 
 
 class TestFanOut:

@@ -14,6 +14,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from serve_app.app import build
 from serve_app.settings import Settings
+from serve_app.tpu import CHIP_LABEL
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -92,3 +93,83 @@ def test_settings_are_frozen():
 )
 def test_the_served_name(model: str, served_name: str | None, name: str):
     assert Settings(model=model, served_name=served_name).name == name
+
+
+TWO = [{"model": "demo"}, {"model": "org/name", "served_name": "judge", "scorer_replicas": 2}]
+
+
+def test_what_is_set_outside_of_models_holds_for_all_that_do_not_say_otherwise():
+    settings = Settings.model_validate(
+        {
+            "engine": "fake",
+            "scorer_replicas": 3,
+            "timeout_s": 5,
+            "limits": {"max_items": 7, "max_body_bytes": 2048},
+            "models": [TWO[0] | {"limits": {"max_labels": 2}}, TWO[1]],
+        }
+    )
+    first, second = settings.each_model
+    assert (first.name, second.name) == ("demo", "judge")
+    assert (first.scorer_replicas, second.scorer_replicas) == (3, 2)
+    for each in (first, second):
+        assert (each.engine, each.timeout_s, each.models) == ("fake", 5, ())
+        assert (each.limits.max_items, each.limits.max_body_bytes) == (7, 2048)
+    assert (first.limits.max_labels, second.limits.max_labels) == (2, 1_000)
+
+
+def test_one_model_is_its_own_settings():
+    settings = Settings(model="org/name", aliases=("judge",), scorer_replicas=2)
+    assert settings.each_model == (settings,)
+    assert settings.names == ("name", "judge")
+
+
+def test_each_model_has_a_scorer_deployment_of_its_own():
+    bounds = {"min_replicas": 0, "max_replicas": 4}
+    models = [TWO[0], {"model": "a", "served_name": "org/a b", "autoscaling": bounds}]
+    front = build(Settings.model_validate({"models": models, "scorer_cpus": 2}))._bound_deployment
+    first, second = [bound._bound_deployment for bound in front.init_args[1:]]
+    assert (first.name, second.name) == ("Scorer-demo", "Scorer-org-a-b")
+    assert (first.num_replicas, second._deployment_config.autoscaling_config.max_replicas) == (1, 4)
+    assert [each.ray_actor_options["num_cpus"] for each in (first, second)] == [2, 2]
+    assert [each.init_args[0].name for each in (first, second)] == ["demo", "org/a b"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"models": [{"modle": "demo"}]}, "modle"),
+        ({"model": "demo", "models": TWO}, "model: with models, set it for each"),
+        ({"served_name": "a", "aliases": ["b"], "models": TWO}, "aliases, served_name: with models"),
+        ({"models": [{"model": "a/x"}, {"model": "b/x"}]}, "'a/x' and 'b/x' are both named 'x'; give one another"),
+        ({"models": [{"model": "a"}, {"model": "b", "aliases": ["a"]}]}, "both named 'a'"),
+        ({"models": [{"model": "a"}, {"model": "default"}]}, "'default' is named 'default', as the first model"),
+        ({"models": [{"model": "a", "limits": {"max_body_bytes": 2048}}]}, "set it outside of models"),
+        (
+            {"autoscaling": {"max_replicas": 2}, "models": [{"model": "a"}, {"model": "b", "scorer_replicas": 3}]},
+            r"scorer_replicas is 3; .* max_replicas \(2\)",
+        ),
+        ({"models": [{"model": "a", "ingress_replicas": 2}]}, "ingress_replicas"),
+    ],
+)
+def test_models_that_do_not_go_together_are_refused(arguments: dict[str, Any], said: str):
+    with pytest.raises(ValidationError, match=said):
+        Settings.model_validate(arguments)
+
+
+def test_settings_of_all_models_may_go_only_with_those_of_one():
+    models = [{"model": "a", "autoscaling": {"min_replicas": 2, "max_replicas": 4}}]
+    assert Settings.model_validate({"scorer_replicas": 3, "models": models}).each_model[0].scorer_replicas == 3
+
+
+def test_chips_of_all_models_are_counted_together():
+    tpu = {"chip": "v6e", "topology": "2x2"}
+    models = [
+        {"model": "a", "scorer_replicas": 2},
+        {"model": "b", "autoscaling": {"max_replicas": 3}},
+        {"model": "c", "tpu": {"chip": "v5e", "topology": "2x2"}},
+    ]
+    settings = Settings.model_validate({"tpu": tpu, "models": models})
+    assert [*settings.replicas_on_chips().values()] == [3, 1]
+    assert [*settings.replicas_on_chips(most=True).values()] == [5, 1]
+    front = build(settings)._bound_deployment
+    assert front.ray_actor_options["label_selector"] == {CHIP_LABEL: "!in(TPU-V5LITEPOD,TPU-V6E)"}
