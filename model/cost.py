@@ -19,7 +19,7 @@ KERNEL = "fused_attention"
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one launch: floating-point operations, and bytes read from and written to HBM."""
+    """Of one launch on one chip: floating-point operations, bytes to and from HBM, bytes sent to other chips."""
 
     flops: float = 0
     bytes: float = 0
@@ -101,7 +101,7 @@ class _Op:
 
 
 def hbm_bytes(hlo: str, *, trips: int) -> tuple[float, float, int]:
-    """(bytes read from and written to HBM, bytes that collectives take in, runs of the Pallas kernel) of one launch.
+    """(bytes read from and written to HBM, bytes sent to other chips, runs of the Pallas kernel) of one launch.
 
     Args:
         hlo: text of a compiled program.
@@ -123,10 +123,22 @@ def hbm_bytes(hlo: str, *, trips: int) -> tuple[float, float, int]:
             elif op.kind == "custom-call" and KERNEL in op.name:
                 kernels += times
             elif op.kind.removesuffix("-start") in _COLLECTIVES:
-                collective += times * sum(ops[operand].results[0].bytes for operand in op.operands if operand in ops)
+                taken = sum(ops[operand].results[0].bytes for operand in op.operands if operand in ops)
+                collective += times * taken * _sent(op)
             if op.kind not in _FREE and not op.kind.endswith("-done") and KERNEL not in op.name:
                 moved += times * _op_bytes(op, ops, computations)
     return moved, collective, kernels
+
+
+def _sent(op: _Op) -> float:
+    """Bytes that a chip sends in a collective for each that it puts in, the group's chips being a ring."""
+    found = re.search(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])", op.text)
+    kind = op.kind.removesuffix("-start")
+    if not found or kind == "collective-permute":
+        return 1.0
+    chips = len(found[1].split(",")) if found[1] else int(found[2])
+    share = (chips - 1) / chips
+    return {"all-reduce": 2 * share, "all-gather": chips - 1}.get(kind, share)
 
 
 def _op_bytes(op: _Op, ops: dict[str, _Op], computations: dict[str, list[_Op]]) -> float:

@@ -201,8 +201,8 @@ class Ends(nnx.Module):
             return self.embedding[...][tokens].astype(jnp.float32)
         here = tokens - lax.axis_index(MODEL) * self.rows
         mine = (here >= 0) & (here < self.rows)
-        x = self.embedding[...][jnp.where(mine, here, 0)].astype(jnp.float32)
-        return lax.psum(jnp.where(mine[:, None], x, 0.0), MODEL)
+        x = self.embedding[...][jnp.where(mine, here, 0)]
+        return lax.psum(jnp.where(mine[:, None], x, jnp.zeros_like(x)), MODEL).astype(jnp.float32)
 
     def head_weights(self) -> Float[Array, "V D"]:
         """The output head's rows: tokens, or classes. Of a split vocabulary this device's."""

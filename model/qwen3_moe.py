@@ -15,7 +15,7 @@ from model import decoder
 from model.checkpoint import Target, Targets
 from model.config import ModelConfig, common, with_window
 from model.fields import IGNORED, NEUTRAL, ConfigError, Fields
-from model.layers import Linear, activate
+from model.layers import Linear, activate, summed
 from model.llama import NORMS
 from model.sharding import MODEL
 
@@ -84,7 +84,7 @@ class Experts(nnx.Module):
         results = lax.fori_loop(0, used, through, pairs)[places].reshape(tokens, per_token, -1)
         mixed = jnp.sum(results * shares[..., None], axis=1)
         # Each device holds some of every expert's channels: as with an MLP, one sum over the devices.
-        return mixed if self.config.shards == 1 else lax.psum(mixed, MODEL)
+        return mixed if self.config.shards == 1 else summed(mixed, MODEL, self.router.dtype)
 
     def _expert(self, x: Float[Array, "M D"], number: Int[Array, ""]) -> Float[Array, "M D"]:
         """One block of tokens through one expert."""

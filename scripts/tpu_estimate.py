@@ -39,23 +39,27 @@ class Chip:
         flops: bfloat16 operations a second.
         hbm_bytes: memory.
         bandwidth: of the memory, bytes a second.
-        interconnect: of all links to other chips, both directions, bytes a second.
+        link: one link to another chip, one direction, bytes a second.
         smallest: the smallest topology that can be compiled for; its first chip stands for a single one.
     """
 
     flops: float
     hbm_bytes: float
     bandwidth: float
-    interconnect: float
+    link: float
     smallest: str
 
 
 CHIPS = {
-    "v5e": Chip(197e12, 16e9, 819e9, 400e9, "2x2"),
-    "v5p": Chip(459e12, 95e9, 2765e9, 1200e9, "2x2x1"),
-    "v6e": Chip(918e12, 32e9, 1638e9, 800e9, "2x2"),
+    "v5e": Chip(197e12, 16e9, 819e9, 50e9, "2x2"),
+    "v5p": Chip(459e12, 95e9, 2765e9, 100e9, "2x2x1"),
+    "v6e": Chip(918e12, 32e9, 1638e9, 100e9, "2x2"),
 }
-"""Source: https://docs.cloud.google.com/tpu/docs/v5e, .../v5p and .../v6e, read in November 2026."""
+"""Source: https://docs.cloud.google.com/tpu/docs/v5e, .../v5p and .../v6e, read in November 2026. They give the links'
+rate of a whole chip in both directions, 400, 1,200 and 800 GB/s: of four links, of six, of four."""
+RINGS = 2
+"""The compiler makes a sum over all chips of a slice two rings in opposite directions, so that each chip sends over two
+links. The smallest slices have no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +94,8 @@ class Estimate:
     Attributes:
         missing_bytes: how much memory is lacking; 0 if it fits. Where weights and prefix cache alone do not fit,
             nothing is compiled, and what follows is None.
-        roofline_seconds: of each launch the larger of FLOPs / peak, bytes / bandwidth and collectives / interconnect;
-            summed.
+        roofline_seconds: of each launch the larger of FLOPs / peak and bytes / bandwidth, and what its collectives
+            take, which what follows has to wait for; summed.
         collective_seconds: what the collectives alone take.
     """
 
@@ -254,8 +258,8 @@ def estimate(
         cost, beyond = launch_cost(programs, config, laid, launch)
         extra = max(extra, beyond)
         total += cost * needed[launch]
-        exchange = cost.collective_bytes / peaks.interconnect
-        seconds += needed[launch] * max(cost.flops / peaks.flops, cost.bytes / peaks.bandwidth, exchange)
+        exchange = cost.collective_bytes / (RINGS * peaks.link)
+        seconds += needed[launch] * (max(cost.flops / peaks.flops, cost.bytes / peaks.bandwidth) + exchange)
         collective += needed[launch] * exchange
     memory["temporaries"] = extra
     missing = max(0, int(sum(memory.values()) - peaks.hbm_bytes))

@@ -81,6 +81,15 @@ def test_every_mesh_gives_the_same_scores(
     assert spread.stats.prefix_hit_tokens == wanted[1]
 
 
+def test_bfloat16_is_no_further_from_float32_on_a_mesh(folder: Path, wanted: tuple[list[np.ndarray], int]) -> None:
+    """Though devices exchange their sums in bfloat16: against one device's error, which comes from rounded operands."""
+    errors: list[float] = []
+    for over in (mesh(1, 1), mesh(1, 4)):
+        scorer = engine.load(folder, mesh=over, dtype="bfloat16", **SIZES)
+        errors.append(float(np.abs(values(scorer, prompts(7, seed=1, query=290, longest=30)) - wanted[0][0]).mean()))
+    assert 0 < errors[1] < 1.5 * errors[0]
+
+
 def test_what_lies_where(folder: Path) -> None:
     """Parameters are split as the rules say, and the pool by key/value heads; nothing that is split is held whole."""
     spread = engine.load(folder, mesh=mesh(2, 4), **SIZES)

@@ -50,6 +50,23 @@ def test_bytes_follow_loops_cuts_and_memory_spaces() -> None:
     assert kernels == 5
 
 
+@pytest.mark.parametrize(
+    ("collective", "sent"),
+    [
+        ("all-reduce(%y), replica_groups={{0,1,2,3},{4,5,6,7}}", 2 * 3 / 4),
+        ("all-reduce(%y), replica_groups=[2,4]<=[8]", 2 * 3 / 4),
+        ("all-reduce-start(%y), replica_groups={{0,1,2,3,4,5,6,7}}", 2 * 7 / 8),
+        ("all-gather(%y), replica_groups={{0,1,2,3}}", 3),
+        ("reduce-scatter(%y), replica_groups={{0,1,2,3}}", 3 / 4),
+        ("collective-permute(%y), source_target_pairs={{0,1},{1,0}}", 1),
+    ],
+)
+def test_a_collective_goes_around_a_ring(collective: str, sent: float) -> None:
+    """A sum: every chip passes all parts but one on, once to be summed and once as sums."""
+    text = HLO.replace("all-reduce(%y), replica_groups={{0,1}}", collective)
+    assert hbm_bytes(text, trips=5)[1] == sent * X
+
+
 def test_matrix_products_of_a_loop_count_as_often_as_it_runs() -> None:
     def looped(w: jax.Array, x: jax.Array) -> jax.Array:
         return lax.fori_loop(0, 5, lambda n, x: x @ lax.dynamic_index_in_dim(w, n, keepdims=False), x)
