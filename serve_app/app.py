@@ -52,7 +52,7 @@ def _scorer(model: Settings, *, named: bool) -> Application:
     deployment = serve.deployment(  # pyright: ignore[reportUnknownMemberType]
         name=f"Scorer-{_UNSAFE.sub('-', model.name)}" if named else "Scorer",
         **_scorer_count(model),
-        ray_actor_options=_scorer_resources(model),
+        ray_actor_options=scorer_resources(model),
         max_ongoing_requests=MAX_ONGOING,
         request_router_config=RequestRouterConfig(
             request_router_class=PrefixRouter  # pyright: ignore[reportArgumentType]
@@ -84,7 +84,7 @@ def _scorer_count(args: Settings) -> dict[str, Any]:
     }
 
 
-def _scorer_resources(args: Settings) -> dict[str, Any]:
+def scorer_resources(args: Settings) -> dict[str, Any]:
     """With TPU chips Ray places the replica on a host that has them, and shows it no others (TPU_VISIBLE_CHIPS)."""
     if args.tpu is None:
         return {"num_cpus": args.scorer_cpus}

@@ -1,30 +1,20 @@
-"""The command line: ``score-serve serve``, and ``score`` and ``models`` to ask a running service."""
+"""The command line, ``score-serve``: ``serve``; ``score``, ``models`` and ``dataset``; ``bench`` and ``plan``."""
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
 
-from serve_app import auth, cli_client, launcher
+from serve_app import auth, cli_client, cli_dataset, cli_tools, launcher
+from serve_app.cli_dataset import Dtype, Engine
 from serve_app.model_source import ModelSourceError
 from serve_app.settings import Settings
 from serve_app.tpu import Tpu
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
-
-class Dtype(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class Engine(StrEnum):
-    jax = "jax"
-    fake = "fake"
 
 
 @app.callback()
@@ -95,7 +85,13 @@ def serve(
             tpu=None if tpu is None else _tpu(tpu),
         )
         launcher.run(settings, host=host, port=port, fast_front=fast_front)
-    except (launcher.LaunchError, auth.ApiKeyError, ModelSourceError, ValidationError) as error:
+    except ValidationError as error:
+        faults = [
+            (".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")) for each in error.errors()
+        ]
+        cli_client.complain("; ".join(f"{where}: {what}" if where else what for where, what in faults))
+        raise typer.Exit(1) from None
+    except (launcher.LaunchError, auth.ApiKeyError, ModelSourceError) as error:
         cli_client.complain(str(error))
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
@@ -104,6 +100,9 @@ def serve(
 
 app.command()(cli_client.score)
 app.command()(cli_client.models)
+app.command()(cli_dataset.dataset)
+app.command(context_settings=cli_tools.PASSED_ON, add_help_option=False)(cli_tools.bench)
+app.command(context_settings=cli_tools.PASSED_ON, add_help_option=False)(cli_tools.plan)
 
 
 def _named(words: str) -> dict[str, Any]:

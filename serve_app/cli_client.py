@@ -26,7 +26,8 @@ TRY_AGAIN = 3
 """Exit code: the service is not there, full or too slow. 2 is a wrong command line's."""
 
 
-def _url(value: str) -> str:
+def checked_url(value: str) -> str:
+    """The address, or a wrong command."""
     try:
         url = httpx.URL(value)
     except httpx.InvalidURL as error:
@@ -36,7 +37,7 @@ def _url(value: str) -> str:
     return value
 
 
-Url = Annotated[str, typer.Option(callback=_url, help="Address of the service.")]
+Url = Annotated[str, typer.Option(callback=checked_url, help="Address of the service.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the service's answer as JSON.")]
 
 
@@ -92,7 +93,10 @@ def score(
 
 
 def models(url: Url = "http://127.0.0.1:8000", as_json: Json = False) -> None:
-    """List the models that a running service answers for. Exit codes are those of "score"."""
+    """List the models that a running service answers for.
+
+    Exit codes are those of "score".
+    """
     with _asking(url, "default") as client:
         listed = client.models()
     if as_json:

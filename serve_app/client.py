@@ -85,6 +85,10 @@ class ScoreClient:
         self._timeout_s = timeout_s
         self._attempts = attempts
 
+    def ask(self, request: ScoreRequest) -> ScoreResponse:
+        """The answer to a request as it is, its ``model`` too."""
+        return self._ask(ScoreResponse, "POST", "/v1/score", request)
+
     def score(
         self,
         query: str | list[int] | None,
@@ -124,7 +128,7 @@ class ScoreClient:
             timeout_s=timeout_s,
             model=self._model,
         )
-        return self._ask(ScoreResponse, "POST", "/v1/score", request)
+        return self.ask(request)
 
     def tokenize(self, prompt: str | list[str], *, add_special_tokens: bool = True) -> TokenizeResponse:
         """Ids and pieces of text, as the model would see it."""
@@ -174,7 +178,7 @@ class ScoreClient:
         retrying = Retrying(
             retry=retry_if_exception_type(OverloadedError),
             stop=stop_after_attempt(self._attempts),
-            wait=_wait,
+            wait=wait,
             reraise=True,
         )
         return answer.model_validate_json(retrying(self._send, method, path, request))
@@ -204,7 +208,8 @@ def _checked(model: type[Q], /, **fields: Any) -> Q:
         raise invalid(error, model) from None
 
 
-def _wait(state: RetryCallState) -> float:
+def wait(state: RetryCallState) -> float:
+    """Seconds until the next attempt: what the service says, or longer and longer."""
     error = state.outcome.exception() if state.outcome else None
     asked = error.retry_after_s if isinstance(error, OverloadedError) else None
     return max(_BACKOFF(state), min(asked or 0, LONGEST_WAIT_S))

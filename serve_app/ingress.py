@@ -266,6 +266,10 @@ class Ingress:
         timing.begin()
         return await self._services.of(request.model).score(request, request_id=uuid.uuid4().hex)
 
+    async def info(self, model: str = DEFAULT_NAME) -> InfoResponse:
+        """As ``GET /v1/info``, for callers inside the Ray cluster."""
+        return self._services.info(model)
+
     async def _report(self) -> None:
         while True:
             self._metrics.update(self._services.outcomes, self._services.items)

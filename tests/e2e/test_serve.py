@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import shutil
@@ -12,10 +13,15 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from serve_app.app import build
+from serve_app.batch_job import Job, run
 from serve_app.fake_engine import FakeEngine
+from serve_app.job_files import JobError
+from serve_app.job_targets import App, Engines
 from serve_app.launcher import APP_NAME
 from serve_app.schemas import ScoreRequest, ScoreResponse
 from serve_app.settings import ModelSettings, Settings
@@ -111,6 +117,51 @@ def test_no_process_of_the_service_has_loaded_jax(client: httpx.Client):
         loaded = mapped_files(replica_process(deployment))
         assert "numpy" in loaded  # the look would find what there is
         assert "jaxlib" not in loaded
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows in two row groups; some share their query."""
+    path = tmp_path_factory.mktemp("reviews") / "in.parquet"
+    rows = [{"id": i, "film": f"film {i // 4}" if i < 40 else f"no. {i}", "text": f"review {i}"} for i in range(60)]
+    pq.write_table(pa.Table.from_pylist([*rows, {"id": 60, "film": None, "text": "x"}]), path, row_group_size=35)
+    return path
+
+
+@pytest.mark.parametrize("engines", [False, True])
+def test_a_dataset_is_scored_by_handle_or_by_its_own_engines_as_the_service_does(
+    client: httpx.Client, settings: Settings, reviews: Path, tmp_path: Path, *, engines: bool
+):
+    request = ScoreRequest(items=[], label_token_ids=[7, 8], apply_softmax=True, return_label_mass=True)
+    job = Job((reviews,), tmp_path / "out", query="About {film}: ", item="{text}", request=request, block_rows=10)
+    summary = run(job, Engines(settings) if engines else App(APP_NAME), workers=2)
+    assert (summary.total.rows, summary.total.bad, summary.blocks, summary.blocks_here) == (60, 1, 7, 7)
+    found = pq.read_table(sorted((tmp_path / "out").glob("part-*")))
+    rows = pq.read_table(reviews).slice(0, 60)
+    assert found.drop_columns(["scores", "label_mass"]) == rows
+    asked = request.model_dump(exclude={"items", "query", "on_error"}, exclude_none=True)
+    prompts = [f"About {row['film']}: {row['text']}" for row in rows.to_pylist()]
+    answer = client.post("/v1/score", json=asked | {"items": prompts}).json()
+    assert found["scores"].to_pylist() == answer["scores"]
+    assert found["label_mass"].to_pylist() == answer["label_mass"]
+    assert summary.total.prompt_tokens == answer["usage"]["prompt_tokens"]
+    assert summary.total.cached_tokens > 0
+    (bad,) = map(json.loads, (tmp_path / "out" / "bad" / "part-000006.jsonl").read_text().splitlines())
+    assert (bad["row"], bad["reason"], bad["values"]["id"]) == (61, "film is null", 60)
+    assert run(job, Engines(settings) if engines else App(APP_NAME)).blocks_here == 0
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["rows"] == 60
+
+
+def test_a_worker_that_cannot_start_ends_the_job_with_the_reason(
+    client: httpx.Client, settings: Settings, reviews: Path, tmp_path: Path
+):
+    assert client.get("/ready").status_code == 200
+    job = Job((reviews,), tmp_path / "out", item="{text}", request=ScoreRequest(items=[], label_token_ids=[7]))
+    with pytest.raises(JobError, match=r"^a worker failed: ModelSourceError: /no/model is not a folder"):
+        run(job, Engines(settings.model_copy(update={"model": "/no/model"})))
+    labels = job.request.model_copy(update={"label_token_ids": [7, 7]})
+    with pytest.raises(JobError, match=r"^label_token_ids names 7 more than once"):
+        run(dataclasses.replace(job, request=labels, output=tmp_path / "other"), App(APP_NAME))
 
 
 def test_two_models_have_scorers_of_their_own(

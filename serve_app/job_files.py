@@ -1,0 +1,396 @@
+"""A job's data files: rows in Parquet, JSON lines or CSV, in blocks that are always the same, one in memory at a time.
+
+Needs pyarrow, which the extra ``data`` brings.
+"""
+
+# pyright: reportUnknownParameterType=false
+# pyarrow has no types.
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+import pyarrow as pa  # pyright: ignore[reportMissingTypeStubs]
+import pyarrow.parquet as pq  # pyright: ignore[reportMissingTypeStubs]
+
+Format = Literal["parquet", "jsonl", "csv"]
+
+_SUFFIXES: dict[str, Format] = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}
+
+_BATCH = 4_096
+"""Rows that are decoded at a time to get to a block of Parquet."""
+
+_LOOKED_AT = 1_000
+"""Rows at the front of JSON lines that tell the columns."""
+
+csv.field_size_limit(2**31 - 1)
+
+_LONGEST_RECORD = 2**26
+"""Bytes of a CSV row; in a longer one a quote was not closed."""
+
+Row = dict[str, Any]
+
+
+class JobError(Exception):
+    """The job cannot be done. The message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows that are scored and written together.
+
+    Attributes:
+        index: among the job's blocks.
+        start, stop: bytes of the file; of Parquet, rows of its row group ``group``.
+        first_row: of the file, from 1.
+        rows: about how many there are (lines of white space are none, and are not counted).
+    """
+
+    index: int
+    path: str
+    start: int
+    stop: int
+    first_row: int
+    rows: int
+    group: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a job reads.
+
+    Attributes:
+        files: in order.
+        columns: that a template may name.
+        blocks: all rows, in order.
+    """
+
+    format: Format
+    files: list[Path]
+    columns: tuple[str, ...]
+    blocks: list[Block]
+
+
+Results = dict[str, list[Any]]
+"""New columns: a value a row."""
+
+_TYPES = {
+    "scores": pa.list_(pa.float64()),
+    "token_logprobs": pa.list_(pa.float64()),
+    "label_mass": pa.float64(),
+    "truncated": pa.int64(),
+}
+"""Of the columns that results may have."""
+
+
+@dataclass(slots=True)
+class Rows:
+    """The rows of a block.
+
+    Attributes:
+        columns: that CSV shows.
+        numbers: of each row in its file, from 1.
+        values: of each row by column; empty where the row cannot be read.
+        problems: by position, why a row cannot be used.
+        texts: by position, of a row that cannot be read.
+        table: the same rows, as Parquet has them.
+        schema: as Parquet should have them.
+    """
+
+    columns: Sequence[str]
+    numbers: list[int]
+    values: list[Row]
+    problems: dict[int, str] = field(default_factory=dict[int, str])
+    texts: dict[int, str] = field(default_factory=dict[int, str])
+    table: pa.Table | None = None
+    schema: pa.Schema | None = None
+
+
+def find(inputs: Sequence[Path]) -> tuple[Format, list[Path]]:
+    """The format and the files, those of folders sorted by name.
+
+    Raises:
+        JobError: there is none, one does not exist, or there are several formats.
+    """
+    files: list[Path] = []
+    for path in inputs:
+        if not path.exists():
+            raise JobError(f"{path} does not exist")
+        inside = sorted(each for each in path.rglob("*") if each.suffix in _SUFFIXES and each.is_file())
+        files += inside if path.is_dir() else [path]
+        if path.is_dir() and not inside:
+            raise JobError(f"{path} holds no file that ends in {', '.join(_SUFFIXES)}")
+    formats = {_SUFFIXES.get(path.suffix) for path in files}
+    if None in formats:
+        other = next(path for path in files if path.suffix not in _SUFFIXES)
+        raise JobError(f"{other} is in no known format; a name ends in {', '.join(_SUFFIXES)}")
+    if len(formats) != 1:
+        raise JobError(
+            f"the input has files of several formats ({', '.join(sorted(map(str, formats)))}); use one a job"
+        )
+    return cast(Format, formats.pop()), [path.resolve() for path in files]
+
+
+def plan(inputs: Sequence[Path], block_rows: int) -> Source:
+    """Where each block of the input begins and ends. Reads JSON lines and CSV once, of Parquet the footers.
+
+    Raises:
+        JobError: the input cannot be used.
+    """
+    format_, files = find(inputs)
+    columns: dict[str, None] = {}
+    blocks: list[Block] = []
+    for path in files:
+        try:
+            if format_ == "parquet":
+                own, cuts = _plan_parquet(path, block_rows)
+            else:
+                own, cuts = _plan_lines(path, block_rows, quotes=format_ == "csv")
+        except (OSError, pa.ArrowException, csv.Error, UnicodeDecodeError) as error:
+            raise JobError(f"{path} cannot be read as {format_}: {error}") from error
+        if format_ != "jsonl" and columns and list(columns) != own:
+            raise JobError(f"{path} has the columns {', '.join(own)}; the files before it have {', '.join(columns)}")
+        columns |= dict.fromkeys(own)
+        blocks += [Block(len(blocks) + at, str(path), *cut) for at, cut in enumerate(cuts)]
+    return Source(format_, files, tuple(columns), blocks)
+
+
+_Cut = tuple[int, int, int, int, int]
+"""Of a block: start, stop, first_row, rows, group."""
+
+
+def _plan_parquet(path: Path, block_rows: int) -> tuple[list[str], list[_Cut]]:
+    cuts: list[_Cut] = []
+    with pq.ParquetFile(path) as file:
+        row = 1
+        for group in range(file.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            for start in range(0, count, block_rows):
+                stop = min(start + block_rows, count)
+                cuts.append((start, stop, row + start, stop - start, group))
+            row += count
+        return file.schema_arrow.names, cuts
+
+
+def _plan_lines(path: Path, block_rows: int, *, quotes: bool) -> tuple[list[str], list[_Cut]]:
+    cuts: list[_Cut] = []
+    columns: dict[str, None] = {}
+    start = end = rows = number = 0
+    first = 1
+    with path.open("rb") as file:
+        for line in _records(file, quotes=quotes):
+            if quotes and not columns:
+                columns = dict.fromkeys(_header(line))
+                start = end = end + len(line)
+                continue
+            end += len(line)
+            number += 1
+            if not quotes and number <= _LOOKED_AT:
+                columns |= dict.fromkeys(_keys(line))
+            rows += bool(line.strip())
+            if rows == block_rows:
+                cuts.append((start, end, first, rows, 0))
+                start, rows, first = end, 0, number + 1
+    if rows:
+        cuts.append((start, end, first, rows, 0))
+    return list(columns), cuts
+
+
+def _records(file: IO[bytes], *, quotes: bool) -> Iterator[bytes]:
+    """Lines; with ``quotes`` those of CSV, whose quoted values may hold line ends."""
+    record = bytearray()
+    inside = False
+    for line in file:
+        record += line
+        inside ^= quotes and line.count(b'"') % 2 == 1
+        if not inside:
+            yield bytes(record)
+            record.clear()
+        elif len(record) > _LONGEST_RECORD:
+            raise csv.Error(f"a quote is not closed: {bytes(record[:60])!r}...")
+    if record:
+        yield bytes(record)
+
+
+def _header(line: bytes) -> list[str]:
+    (names,) = csv.reader([line.decode("utf-8-sig")])
+    if len(set(names)) != len(names):
+        raise csv.Error(f"two columns have the same name in {', '.join(names)}")
+    return names
+
+
+def _keys(line: bytes) -> list[str]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return []
+    return list(cast(Row, row)) if isinstance(row, dict) else []
+
+
+class Reader:
+    """Reads blocks of one source; cheap where they come in order.
+
+    Args:
+        fixed: a row with another column is a problem; so it is, with a ``schema``, if a value does not fit that.
+    """
+
+    def __init__(
+        self, format_: Format, columns: Sequence[str], *, fixed: bool = False, schema: pa.Schema | None = None
+    ) -> None:
+        self._fixed = fixed
+        self._format = format_
+        self._columns = list(columns)
+        self._schema = schema
+        self._where: tuple[str, int, int] | None = None
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._ahead: pa.Table | None = None
+
+    def read(self, block: Block) -> Rows:
+        """All rows of the block."""
+        if self._format == "parquet":
+            return self._read_parquet(block)
+        with Path(block.path).open("rb") as file:
+            file.seek(block.start)
+            content = io.BytesIO(file.read(block.stop - block.start))
+        rows = Rows(self._columns, [], [], schema=self._schema)
+        number = block.first_row
+        for line in _records(content, quotes=self._format == "csv"):
+            if line.strip():
+                try:
+                    rows.values.append(self._row(line))
+                except ValueError as error:
+                    rows.problems[len(rows.values)] = str(error)
+                    rows.texts[len(rows.values)] = line.decode(errors="replace").rstrip("\r\n")
+                    rows.values.append({})
+                rows.numbers.append(number)
+            number += 1
+        return rows
+
+    def _row(self, line: bytes) -> Row:
+        try:
+            text = line.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"not UTF-8: {error}") from None
+        if self._format == "csv":
+            try:
+                (values,) = csv.reader([text], strict=True)
+            except csv.Error as error:
+                raise ValueError(f"not CSV: {error}") from None
+            if len(values) != len(self._columns):
+                raise ValueError(f"{len(values)} values for {len(self._columns)} columns")
+            row: Row = dict(zip(self._columns, values, strict=True))
+        else:
+            try:
+                row = json.loads(text)
+            except ValueError as error:
+                raise ValueError(f"not JSON: {error}") from None
+            if not isinstance(row, dict):  # pyright: ignore[reportUnnecessaryIsInstance] - the file may hold anything
+                raise ValueError("not a JSON object")
+        if self._fixed and (more := row.keys() - set(self._columns)):
+            raise ValueError(f"the column {min(more)!r} is not among those of the first {_LOOKED_AT:,} rows")
+        if self._schema is not None:
+            try:
+                pa.Table.from_pylist([row], self._schema)
+            except (pa.ArrowException, TypeError) as error:
+                raise ValueError(f"does not fit the first rows' types: {error}") from None
+        return row
+
+    def _read_parquet(self, block: Block) -> Rows:
+        if self._where != (block.path, block.group, block.start):
+            self._batches = pq.ParquetFile(block.path).iter_batches(_BATCH, row_groups=[block.group])
+            self._ahead = None
+            left = block.start
+            while left:
+                left -= self._next(min(left, _BATCH)).num_rows
+        table = self._next(block.stop - block.start)
+        self._where = (block.path, block.group, block.stop)
+        numbers = list(range(block.first_row, block.first_row + table.num_rows))
+        return Rows(self._columns, numbers, table.to_pylist(), table=table)
+
+    def _next(self, count: int) -> pa.Table:
+        """So many rows of the row group."""
+        ahead = self._ahead
+        while ahead is None or ahead.num_rows < count:
+            more = pa.Table.from_batches([next(self._batches)])
+            ahead = more if ahead is None else pa.concat_tables([ahead, more])
+        self._ahead = ahead.slice(count)
+        return ahead.slice(0, count)
+
+
+def inferred(source: Source) -> pa.Schema:
+    """Of Parquet with the columns and types that the first rows have.
+
+    Raises:
+        JobError: they do not go together.
+    """
+    reader = Reader(source.format, source.columns)
+    rows: list[Row] = []
+    for block in source.blocks:
+        rows += [row for row in reader.read(block).values if row]
+        if len(rows) >= _LOOKED_AT:
+            break
+    try:
+        return pa.Table.from_pylist(rows[:_LOOKED_AT]).schema
+    except (pa.ArrowException, TypeError) as error:
+        raise JobError(f"the rows have no common types for Parquet: {error}; write jsonl") from error
+
+
+def write(
+    path: Path, format_: Format, rows: Rows, kept: Sequence[int], results: Results, labels: Sequence[str]
+) -> None:
+    """The rows at the positions ``kept``, each with its results.
+
+    Args:
+        labels: that lists among the results belong to; CSV has a column for each, ``scores[ yes]``.
+    """
+    if format_ == "parquet":
+        table = rows.table
+        if table is None:
+            table = pa.Table.from_pylist([row or {} for row in rows.values], rows.schema)
+        table = table.take(pa.array(kept, pa.int64()))
+        for name, values in results.items():
+            table = table.append_column(name, pa.array(values, _TYPES[name]))
+        pq.write_table(table, path)
+        return
+    if format_ == "csv":
+        results = _flat(results, labels)
+    values = [rows.values[at] | {name: own[i] for name, own in results.items()} for i, at in enumerate(kept)]
+    if format_ == "jsonl":
+        write_lines(path, values)
+        return
+    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        writer = csv.DictWriter(file, [*rows.columns, *results])
+        writer.writeheader()
+        for row in values:
+            writer.writerow(
+                {name: _json(value) if isinstance(value, list | dict) else value for name, value in row.items()}
+            )
+
+
+def write_lines(path: Path, rows: Sequence[Row]) -> None:
+    """One JSON object a line."""
+    # A lone surrogate becomes an escape again, as JSON has it.
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        for row in rows:
+            file.write(_json(row) + "\n")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _flat(results: Results, labels: Sequence[str]) -> Results:
+    """A column for each label in place of lists."""
+    flat: Results = {}
+    for name, values in results.items():
+        if pa.types.is_list(_TYPES[name]):
+            flat |= {f"{name}[{label}]": [own[at] for own in values] for at, label in enumerate(labels)}
+        else:
+            flat[name] = values
+    return flat
