@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import pickle
+import stat
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import serialize_executable
+from jax.sharding import NamedSharding
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +47,10 @@ def program(
     file = folder / _key(name, arguments, donated)
     structure = jax.tree.structure((arguments, {}))
     try:
-        binary, results = pickle.loads(file.read_bytes())
-        return serialize_executable.deserialize_and_load(binary, structure, results)
+        binary, results = pickle.loads(_read(file))
+        return serialize_executable.deserialize_and_load(
+            binary, structure, results, execution_devices=_devices(arguments)
+        )
     except FileNotFoundError:
         pass
     except Exception:  # a truncated or foreign file can fail in any way; the program is at hand all the same
@@ -59,8 +64,25 @@ def program(
     return compiled
 
 
+def _read(file: Path) -> bytes:
+    """The bytes of a file that runs as code. Raise PermissionError if another user but root can have written them."""
+    with file.open("rb") as content:
+        found = os.fstat(content.fileno())
+        if found.st_uid not in (0, os.getuid()) or found.st_mode & stat.S_IWOTH:
+            raise PermissionError(f"{file} belongs to another user, or everyone may write it")
+        return content.read()
+
+
 def _compile(function: Callable[..., Any], arguments: tuple[Any, ...], donated: tuple[int, ...]) -> Any:
     return jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
+
+
+def _devices(arguments: tuple[Any, ...]) -> list[Any]:
+    """Those that the arguments lie on, in the program's order: a host may have more."""
+    for leaf in jax.tree.leaves(arguments):
+        if isinstance(leaf.sharding, NamedSharding):
+            return np.asarray(leaf.sharding.mesh.devices).ravel().tolist()
+    return jax.devices()[:1]
 
 
 def _key(name: str, arguments: tuple[Any, ...], donated: tuple[int, ...]) -> str:

@@ -207,6 +207,11 @@ class CompletionQuestion:
     query_tokens: int = 0
 
     @property
+    def items(self) -> int:
+        """Its prompts."""
+        return self.batch.num_sequences
+
+    @property
     def size(self) -> int:
         """About how many values the answer has."""
         return len(self.batch.tokens)

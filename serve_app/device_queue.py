@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -160,10 +161,19 @@ class DeviceQueue:
         max_batch_tokens: in one device batch, shared prefixes counted once. A batch's first sequence may be longer, and
             its job gets a turn all the same: it would else compute its prefix for every sequence.
         max_queued_tokens: waiting for the device; past it jobs are refused.
+        observe: called for each device batch with the tokens that it computed, as a share of ``max_batch_tokens``.
     """
 
-    def __init__(self, engine: Engine, *, max_batch_tokens: int, max_queued_tokens: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_batch_tokens: int,
+        max_queued_tokens: int,
+        observe: Callable[[float], None] | None = None,
+    ) -> None:
         self._engine = engine
+        self._observe = observe
         self._max_batch_tokens = max_batch_tokens
         self._max_queued_tokens = max_queued_tokens
         self._jobs: set[_Pending] = set()
@@ -351,6 +361,8 @@ class DeviceQueue:
         self._batches += 1
         self._sequences += sum(stop - start for _, start, stop in parts)
         computed = int(result.computed_tokens.sum())
+        if self._observe:
+            self._observe(computed / self._max_batch_tokens)
         self._computed_tokens += computed
         self._cached_tokens += sum(sum(part.pending.lengths[part.start : part.stop]) for part in parts) - computed
         self._device_seconds += seconds

@@ -12,6 +12,7 @@ import math
 import re
 import uuid
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import ray
@@ -26,7 +27,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app import auth, site
+from serve_app import auth, site, timing
 from serve_app.completions import CompletionRequest, CompletionResponse, OpenAIErrorResponse
 from serve_app.contract import JobResult, ModelInfo, ScoreJob
 from serve_app.errors import (
@@ -237,13 +238,20 @@ class Ingress:
         tokenizers, infos = await asyncio.gather(
             asyncio.to_thread(_load_tokenizers, settings), asyncio.gather(*map(_info, scorers))
         )
+        self._metrics = FrontMetrics()
         self._services = Services(
             *(
-                ScoringService(model, tokenizer, info, ScorerReplicas(scorer), settings.ingress_replicas)
+                ScoringService(
+                    model,
+                    tokenizer,
+                    info,
+                    ScorerReplicas(scorer),
+                    settings.ingress_replicas,
+                    partial(self._metrics.answered, model.name),
+                )
                 for model, tokenizer, info, scorer in zip(settings.each_model, tokenizers, infos, scorers, strict=True)
             )
         )
-        self._metrics = FrontMetrics()
         self._reporting = asyncio.create_task(self._report())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -255,6 +263,7 @@ class Ingress:
         Raises:
             ScoringError: as ``ScoringService.score``.
         """
+        timing.begin()
         return await self._services.of(request.model).score(request, request_id=uuid.uuid4().hex)
 
     async def info(self, model: str = DEFAULT_NAME) -> InfoResponse:
@@ -263,7 +272,7 @@ class Ingress:
 
     async def _report(self) -> None:
         while True:
-            self._metrics.update(self._services.outcomes)
+            self._metrics.update(self._services.outcomes, self._services.items)
             await asyncio.sleep(REPORT_S)
 
 
@@ -355,7 +364,7 @@ class _ReplicaLostError(Exception):
 
 
 class _RequestContext:
-    """Gives every request its id, and every error that no route caught its flat body. Plain ASGI."""
+    """Gives every request its id and its timings, and every error that no route caught its flat body. Plain ASGI."""
 
     def __init__(self, app: ASGIApp, *, echo: bool) -> None:
         self._app = app
@@ -367,12 +376,14 @@ class _RequestContext:
             return
         request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
+        timings = timing.begin()
         started = False
 
         async def tracked(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
+                message["headers"] = [*message["headers"], (b"server-timing", timings.header().encode())]
                 if self._echo:
                     message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)

@@ -17,6 +17,7 @@ from ray.serve.metrics import Counter, Gauge, Histogram
 from serve_app.contract import EngineStats, JobResult
 from serve_app.device_queue import QueueStats
 from serve_app.errors import OverloadedError
+from serve_app.timing import TOKENISE, Timings
 
 MODEL = "model"
 """The tag that all have: the served name."""
@@ -33,6 +34,7 @@ SCRAPE_S = 10.0
 M = TypeVar("M", Counter, Gauge, Histogram)
 
 _SECONDS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0]
+_SHARES = [0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 
 
 class ScorerMetrics:
@@ -49,8 +51,8 @@ class ScorerMetrics:
         def gauge(name: str, description: str) -> Gauge:
             return _of(model, Gauge(name, description, (MODEL,)))
 
-        def seconds(name: str, description: str) -> Histogram:
-            return _of(model, Histogram(name, description, _SECONDS, (MODEL,)))
+        def histogram(name: str, description: str, bounds: list[float]) -> Histogram:
+            return _of(model, Histogram(name, description, bounds, (MODEL,)))
 
         self._batches = total("score_batches", "Device batches.")
         self._sequences = total("score_sequences", "Prompts scored.")
@@ -70,8 +72,15 @@ class ScorerMetrics:
         self._pages_used = gauge("score_prefix_pages_used", "Pages of the prefix cache that hold a prefix.")
         self._bytes_used = gauge("score_prefix_bytes_used", "Device memory of those pages.")
         self._queued_tokens = gauge("score_queued_tokens", "Waiting for the device, shared prefixes counted once.")
-        self._queue_seconds = seconds("score_queue_seconds", "A job's wait for the device.")
-        self._device_seconds = seconds("score_device_seconds", "A job's time on the device.")
+        self._queue_seconds = histogram("score_queue_seconds", "A job's wait for the device.", _SECONDS)
+        self._device_seconds = histogram("score_device_seconds", "A job's time on the device.", _SECONDS)
+        self._batch_fill = histogram(
+            "score_batch_fill", "Tokens that a device batch computed, as a share of max_batch_tokens.", _SHARES
+        )
+
+    def batch(self, fill: float) -> None:
+        """Record one device batch."""
+        self._batch_fill.observe(fill)
 
     def answered(self, job: JobResult) -> None:
         """Record one answered job."""
@@ -111,12 +120,26 @@ class FrontMetrics:
                 "outcome",
             )
         )
+        self._items = _Total(_counter("score_items", "Items, documents and prompts scored."))
+        self._tokenise_seconds = Histogram(
+            "score_tokenise_seconds", "Of an answered request: building its prompts.", _SECONDS, (MODEL,)
+        )
+        self._request_seconds = Histogram(
+            "score_request_seconds", "Of an answered request: from its arrival to its last row.", _SECONDS, (MODEL,)
+        )
 
-    def update(self, outcomes: Mapping[str, Mapping[str, int]]) -> None:
+    def answered(self, model: str, timings: Timings) -> None:
+        """Record one answered request."""
+        self._tokenise_seconds.observe(timings.seconds.get(TOKENISE, 0.0), {MODEL: model})
+        self._request_seconds.observe(timings.total, {MODEL: model})
+
+    def update(self, outcomes: Mapping[str, Mapping[str, int]], items: Mapping[str, int]) -> None:
         """Record what was counted since the last call, by the model's name."""
         for model, own in outcomes.items():
             for outcome, total in own.items():
                 self._requests.reach(total, model=model, outcome=outcome)
+        for model, total in items.items():
+            self._items.reach(total, model=model)
 
 
 class _Total:

@@ -86,6 +86,10 @@ class PreparedQuestion:
         return self.prepared.query_tokens
 
     @property
+    def items(self) -> int:
+        return len(self.prepared.prompts)
+
+    @property
     def size(self) -> int:
         return len(self.prepared.parts)
 

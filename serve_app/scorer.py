@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from ray import serve
 
-from serve_app import model_source
+from serve_app import model_source, timing
 from serve_app.autoscaling import PENDING_TOKENS
 from serve_app.contract import BatchResult, Engine, EngineStats, JobResult, ModelInfo, Progress, ScoreJob, TokenBatch
 from serve_app.device_queue import DeviceQueue, QueueStats
@@ -79,17 +79,20 @@ def load_engine(settings: ModelSettings) -> Engine:
         if not any(map(glob.glob, ACCELERATORS)):
             # With libtpu installed, as the tests have it, jax would look for a TPU and fill the log with its absence.
             os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        from model.engine import load
+        from model.engine import load, tpu_mesh
 
+        mesh = tpu_mesh(settings.tpu.chips) if settings.tpu else None
         folder = model_source.resolve(settings.model, settings.revision, say=logger.info)
         logger.info("loading %s", folder)
-        longest = settings.limits.max_prompt_tokens
         engine = _ModelEngine(
-            load(folder, dtype=settings.dtype, max_prompt_tokens=longest, compiled_folder=compiled_folder())
-        )
-    if settings.tpu and engine.info.platform not in ("tpu", "none"):
-        raise RuntimeError(
-            f"the replica was given TPU chips and jax found only {engine.info.platform}; is score-serve[tpu] installed?"
+            load(
+                folder,
+                dtype=settings.dtype,
+                quantization=settings.quantization,
+                max_prompt_tokens=settings.limits.max_prompt_tokens,
+                compiled_folder=compiled_folder(),
+                mesh=mesh,
+            )
         )
     started = time.monotonic()
     engine.warmup(lambda done, total, what: logger.info("warming up, %d of %d: %s", done, total, what))
@@ -121,14 +124,15 @@ class Scorer:
 
     async def __init__(self, settings: ModelSettings, load: Callable[[ModelSettings], Engine] = load_engine) -> None:
         self._engine = await asyncio.to_thread(load, settings)
+        self._metrics = ScorerMetrics(settings.name)
         self._queue = DeviceQueue(
             self._engine,
             max_batch_tokens=settings.max_batch_tokens,
             max_queued_tokens=settings.limits.max_queued_tokens,
+            observe=self._metrics.batch,
         )
         self._stall_s = settings.stall_s
         self._intake_works = True
-        self._metrics = ScorerMetrics(settings.name)
         self._reporting = asyncio.create_task(self._report())
 
     async def score(self, job: ScoreJob) -> JobResult:
@@ -140,6 +144,7 @@ class Scorer:
             InternalError: the engine failed on this job.
         """
         answer: asyncio.Future[JobResult] = asyncio.get_running_loop().create_future()
+        arrived = time.time()
         try:
             try:
                 async with asyncio.timeout(INTAKE_LIMIT_S):
@@ -150,6 +155,9 @@ class Scorer:
                 raise ReplicaGoneError(stuck, retry_after_s=1) from None
             result = await answer
             self._metrics.answered(result)
+            timing.record_job(
+                job.request_id, arrived, result.queue_seconds, result.device_seconds, job.batch.num_sequences
+            )
             return result
         finally:
             answer.cancel()

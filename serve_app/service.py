@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from serve_app import fanout
+from serve_app import fanout, timing
 from serve_app.admission import Admission
 from serve_app.batches import shared_prefix, shared_with_previous
 from serve_app.completions import Completer, CompletionRequest, CompletionResponse
@@ -52,6 +52,7 @@ from serve_app.schemas import (
 from serve_app.served_model import ServedModel
 from serve_app.settings import ModelSettings
 from serve_app.streaming import as_finished
+from serve_app.timing import Timings
 from serve_app.tokenizer import TextTokenizer
 
 PIECES_AT_ONCE = 4
@@ -79,6 +80,11 @@ class Question(Protocol[A]):
     @property
     def query_tokens(self) -> int:
         """At the front of every prompt, how many may come again in another request; 0: what they share."""
+        ...
+
+    @property
+    def items(self) -> int:
+        """How many items, documents or prompts are scored."""
         ...
 
     @property
@@ -129,6 +135,7 @@ class ScoringService:
         info: what the replicas say of that model.
         replicas: the engines.
         front_ends: that share the replicas.
+        observe: called with the timings of each request that was answered.
     """
 
     def __init__(
@@ -138,6 +145,7 @@ class ScoringService:
         info: ModelInfo,
         replicas: Replicas,
         front_ends: int = 1,
+        observe: Callable[[Timings], None] | None = None,
     ) -> None:
         self._settings = settings
         self._model = ServedModel(settings.name, tokenizer, info, settings.limits)
@@ -147,6 +155,9 @@ class ScoringService:
         self._admission = Admission(settings.limits.max_queued_tokens / front_ends)
         self.outcomes: Counter[str] = Counter()
         """Requests for scores so far, by how they ended."""
+        self.items = 0
+        """Items, documents and prompts scored so far."""
+        self._observe = observe
         self._threads = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenizer")
         self._probe_passed = False
         self._probing = asyncio.Lock()
@@ -199,7 +210,8 @@ class ScoringService:
         self, request: ScoreRequest, request_id: str, limit: float
     ) -> AsyncGenerator[Sequence[ScoreRow] | Sequence[ScoreEnd]]:
         deadline = time.time() + limit
-        preparation = await self._in_time(self._in_thread(partial(self._prompts.open, request)), limit)
+        with timing.tokenising():
+            preparation = await self._in_time(self._in_thread(partial(self._prompts.open, request)), limit)
         turn = asyncio.Lock()
         numbers = count()
         prompt_tokens = computed_tokens = 0
@@ -211,9 +223,11 @@ class ScoringService:
 
         async def piece() -> tuple[list[ScoreRow], int, int]:
             async with turn:
-                question, work = await self._in_thread(prepare)
+                with timing.tokenising():
+                    question, work = await self._in_thread(prepare)
             result = await self._run(work)
             answered = await self._off_loop(partial(question.rows, result), question.size)
+            self.items += question.items
             return answered, question.prepared.prompt_tokens, int(result.computed_tokens.sum())
 
         pieces = as_finished(
@@ -301,6 +315,7 @@ class ScoringService:
             vocab_size=info.vocab_size,
             classes=info.classes,
             dtype=info.dtype,
+            quantization=info.quantization,
             platform=info.platform,
             buckets=list(info.buckets),
             limits=LimitsInfo(
@@ -365,9 +380,12 @@ class ScoringService:
             return question, self._work(question.batch, question.query_tokens, request_id, deadline)
 
         self._admission.check(1, self._replicas.count)  # tokenising what will be refused would delay the others
-        question, wanted = await self._in_thread(work)
+        with timing.tokenising():
+            question, wanted = await self._in_thread(work)
         result = await self._run(wanted)
-        return await self._off_loop(partial(question.answer, result), question.size)
+        answer = await self._off_loop(partial(question.answer, result), question.size)
+        self.items += question.items
+        return answer
 
     def _scores(self, request: ScoreRequest) -> ScoreQuestion:
         return ScoreQuestion(self._prompts.prepare(request), request, self._settings.name)
@@ -402,7 +420,11 @@ class ScoringService:
                     tasks = [group.create_task(self._run_one(job)) for job in work.jobs]
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
-        return fanout.merge([task.result().result for task in tasks])
+        answered = [task.result() for task in tasks]
+        # They ran side by side: the longest is what the request waited for.
+        timing.current().add(timing.QUEUE, max((job.queue_seconds for job in answered), default=0.0))
+        timing.current().add(timing.DEVICE, max((job.device_seconds for job in answered), default=0.0))
+        return fanout.merge([job.result for job in answered])
 
     async def _run_one(self, job: ScoreJob) -> JobResult:
         return await self._replicas.score(job)
@@ -435,13 +457,15 @@ class ScoringService:
 
     @contextmanager
     def _counted(self) -> Generator[None]:
-        """Count how the request ends."""
+        """Count how the request ends, and time those that are answered."""
         try:
             yield
         except BaseException as error:
             self.outcomes[_outcome(error)] += 1
             raise
         self.outcomes["answered"] += 1
+        if self._observe:
+            self._observe(timing.current())
 
     async def _in_time(self, work: Awaitable[T], limit_s: float | None = None) -> T:
         """The result of ``work``, or 504 and the work cancelled. ``limit_s``: None is the service's own."""

@@ -43,6 +43,11 @@ class Services:
         """By the model's name, its ``ScoringService.outcomes``."""
         return {service.settings.name: service.outcomes for service in self._services} | {NO_MODEL: self._unknown}
 
+    @property
+    def items(self) -> Mapping[str, int]:
+        """By the model's name, its ``ScoringService.items``."""
+        return {service.settings.name: service.items for service in self._services}
+
     def of(self, name: str) -> ScoringService:
         """The service of the model that a request names.
 

@@ -31,8 +31,9 @@ os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 # With libtpu installed (tests/tpu_compile) jax would look for a TPU, and its own would be where tests run.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling is most of these tests' time; LLVM's lower level halves it and costs a run 15%.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+# Compiling is most of these tests' time; LLVM's lower level halves it and costs a run 15%. Eight devices are for
+# tests/sharding; all else runs on the first.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1 --xla_force_host_platform_device_count=8")
 # Many tests build the same tiny model; what one compiled, the others load.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled_folder()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
@@ -138,6 +139,9 @@ def nodes() -> Iterator[Cluster]:
     """One Ray cluster in this process tree for all tests that need one, of one node; tests may add others."""
     for reporter in ("REPLICA", "HANDLE"):
         os.environ[f"RAY_SERVE_{reporter}_AUTOSCALING_METRIC_PUSH_INTERVAL_S"] = "0.5"
+    # Requests whose traceparent asks for it are traced, into files.
+    os.environ["RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH"] = "ray.serve._private.tracing_utils:default_tracing_exporter"
+    os.environ["RAY_SERVE_TRACING_SAMPLING_RATIO"] = "0"
     import ray
 
     yield start_cluster(8, _system_config={"metrics_report_interval_ms": 500})
@@ -150,7 +154,11 @@ def cluster(nodes: Cluster) -> str:  # noqa: ARG001 - Serve runs on it
     from ray import serve
 
     port = free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
+    serve.start(
+        http_options={"host": "127.0.0.1", "port": port},
+        proxy_location="HeadOnly",
+        logging_config={"encoding": "JSON"},
+    )
     return f"http://127.0.0.1:{port}"
 
 
@@ -162,7 +170,7 @@ def deploy(cluster: str) -> Iterator[Callable[[Any], httpx.Client]]:
     with httpx.Client(base_url=cluster, timeout=120) as client:
 
         def run(application: Any) -> httpx.Client:
-            serve.run(application, name=APP_NAME)
+            serve.run(application, name=APP_NAME, logging_config={"encoding": "JSON"})
             return client
 
         yield run

@@ -16,7 +16,12 @@ VOCAB_SIZE = 512
 """More than the tokenizer has, as in real models whose head is padded."""
 CONTEXT = 256
 
-CORPUS = ["the quick brown fox jumps over the lazy dog", "is this text positive or negative", " yes no yes no"]
+CORPUS = [
+    "the quick brown fox jumps over the lazy dog",
+    "is this text positive or negative",
+    " yes no yes no",
+    " Yes No Yes No",
+]
 
 
 def save_tokenizer(folder: Path, *, adds_bos: bool) -> Path:

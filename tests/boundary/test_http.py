@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.boundary.asking import Http
@@ -204,3 +205,40 @@ class TestRoutes:
         assert set(score["responses"]["200"]["content"]) == {"application/json", "application/x-ndjson"}
         assert set(score["responses"]) >= {"200", "400", "404", "413", "500", "503", "504"}
         assert "422" not in score["responses"]
+
+
+def timings(response: httpx.Response) -> dict[str, float]:
+    """What ``Server-Timing`` says, in milliseconds; the header must be there once, and well-formed."""
+    (header,) = response.headers.get_list("server-timing")
+    found = re.findall(r"(\w+);dur=(\d+\.\d)", header)
+    assert ", ".join(f"{stage};dur={value}" for stage, value in found) == header
+    return {stage: float(value) for stage, value in found}
+
+
+class TestServerTiming:
+    @pytest.mark.parametrize(
+        ("path", "body"),
+        [
+            ("/v1/score", {"items": ["a", "b"], "label_token_ids": [1]}),
+            ("/v1/score", {"items": ["a", "b"], "label_token_ids": [1], "stream": True}),
+            ("/v1/rerank", {"query": "a", "documents": ["b", "c"]}),
+            ("/v1/completions", {"prompt": "a", "max_tokens": 1}),
+            ("/generative_scoring", {"query": "a", "items": ["b"], "label_token_ids": [1, 2]}),
+        ],
+    )
+    async def test_every_answer_of_the_model_tells_its_stages(self, http: Http, path: str, body: dict[str, Any]):
+        response = await http.client.post(path, json=body)
+        assert response.status_code == 200, response.text
+        told = timings(response)
+        assert list(told) == ["tokenise", "queue", "device", "total"]
+        assert told["total"] >= told["tokenise"]
+
+    async def test_other_answers_tell_the_total(self, http: Http):
+        assert list(timings(await http.client.get("/health"))) == ["total"]
+        assert list(timings(await http.client.get("/nothing"))) == ["total"]
+        assert list(timings(await http.post("{"))) == ["total"]
+
+    async def test_a_request_that_ends_early_tells_what_it_reached(self, http: Http):
+        response = await http.client.post("/v1/score", json={"items": [[1]], "label_token_ids": [http.vocab_size]})
+        assert response.status_code == 400
+        assert "device" not in timings(response)

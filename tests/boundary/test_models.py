@@ -162,6 +162,7 @@ async def test_outcomes_are_counted_by_model(both: Services, client: httpx.Async
         await client.post("/v1/score", json={**ask, "model": model})
     await client.post("/v1/score", json={"items": [[1]], "label_token_ids": [600], "model": "judge"})
     assert both.outcomes == {"small": {"answered": 2}, "judge": {"answered": 1, "invalid": 1}, NO_MODEL: {}}
+    assert both.items == {"small": 2, "judge": 1}
 
 
 async def test_one_model_is_full_while_another_takes_work(tokenizer: TextTokenizer):

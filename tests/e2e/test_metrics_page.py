@@ -106,6 +106,11 @@ def test_all_replicas_count_their_work_and_none_compiles_after_the_start(client:
     assert sum(read(client, "device_seconds_count").values()) >= len(asked)
     assert set(read(client, "queued_tokens").values()) == {0}
     assert read(client, "refusals_total") == {}
+    assert sum(read(client, "batch_fill_count").values()) == sum(read(client, "batches_total").values())
+    wait_for(lambda: sum(read(client, "request_seconds_count").values()) >= len(asked))
+    assert sum(read(client, "tokenise_seconds_count").values()) == len(asked)
+    wait_for(lambda: sum(read(client, "items_total").values()) >= prompts)
+    assert sum(read(client, "items_total").values()) == prompts
     model = client.get("/v1/info").json()["model"]
     assert read(client, "compilations_total", model=model) == compiled
     wait_for(lambda: sum(read(client, "requests_total", model=model, outcome="answered").values()) == len(asked))

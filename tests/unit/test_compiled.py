@@ -1,5 +1,7 @@
 """Programs on disk: found again by what decides them, made anew where they cannot be read."""
 
+import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,6 +70,23 @@ def test_a_broken_file_is_made_anew(folder: Path, model: Path, caplog: pytest.Lo
     assert "is made anew" in caplog.text
     assert all(file.is_file() for file in folder.iterdir())
     assert all(file.stat().st_size > 1000 for file in folder.iterdir())
+
+
+@pytest.mark.parametrize("whose", ["everyone's", "another user's"])
+def test_a_file_that_others_can_have_written_is_not_run(
+    folder: Path, model: Path, whose: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = score(model, folder)
+    for file in folder.iterdir():
+        if whose == "everyone's":
+            file.chmod(0o666)
+        elif os.getuid() == 0:
+            os.chown(file, 12_345, -1)
+    if whose == "another user's" and os.getuid() != 0:
+        monkeypatch.setattr(os, "getuid", lambda: 12_345)
+    monkeypatch.setattr(pickle, "loads", refuse)
+    np.testing.assert_array_equal(score(model, folder), wanted)
+    assert "belongs to another user, or everyone may write it" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_costs_only_the_keeping(

@@ -81,6 +81,17 @@ async def opened(engine: FakeEngine, *, budget: int = 64, queued: int = 10_000) 
         await queue.close()
 
 
+async def test_how_full_each_batch_was_is_told():
+    fills: list[float] = []
+    queue = DeviceQueue(FakeEngine(), max_batch_tokens=64, max_queued_tokens=1_000, observe=fills.append)
+    asked = [ask(queue, batch_of([[1, 2, 3], [1, 2, 4]])), ask(queue, batch_of([[5] * 40] * 3))]
+    answers = await asyncio.gather(*asked)
+    await queue.close()
+    computed = sum(answer.result.computed_tokens.sum() for answer in answers)
+    assert sum(fills) == pytest.approx(computed / 64)
+    assert all(0 < fill <= 1 for fill in fills)
+
+
 def ask(
     queue: DeviceQueue, batch: TokenBatch, *, deadline: float | None = None, request_id: str = "r"
 ) -> asyncio.Future[JobResult]:

@@ -8,7 +8,8 @@ import ray
 from serve_app.contract import EngineStats, JobResult
 from serve_app.device_queue import QueueStats
 from serve_app.errors import OverloadedError
-from serve_app.metrics import ScorerMetrics, merged, scrape
+from serve_app.metrics import FrontMetrics, ScorerMetrics, merged, scrape
+from serve_app.timing import Timings
 
 Record = tuple[str, float, dict[str, str]]
 
@@ -71,6 +72,34 @@ def test_counters_get_what_was_added_and_gauges_what_is(recorded: list[Record]):
 def test_an_answered_job_is_observed(recorded: list[Record]):
     ScorerMetrics("judge").answered(JobResult(None, queue_seconds=0.25, device_seconds=0.5))  # type: ignore[arg-type]
     assert recorded == [("score_queue_seconds", 0.25, {}), ("score_device_seconds", 0.5, {})]
+
+
+def test_a_device_batch_is_observed(recorded: list[Record]):
+    ScorerMetrics("judge").batch(0.75)
+    assert recorded == [("score_batch_fill", 0.75, {})]
+
+
+def test_an_answered_request_is_observed(recorded: list[Record]):
+    timings = Timings()
+    timings.add("tokenise", 0.25)
+    FrontMetrics().answered("judge", timings)
+    (_, total, tags) = recorded.pop()
+    assert recorded == [("score_tokenise_seconds", 0.25, {"model": "judge"})]
+    assert 0 < total < 60
+    assert tags == {"model": "judge"}
+
+
+def test_a_front_end_counts_requests_and_items_of_each_model(recorded: list[Record]):
+    metrics = FrontMetrics()
+    metrics.update({"judge": {"answered": 2}, "": {"invalid": 1}}, {"judge": 7, "other": 0})
+    metrics.update({"judge": {"answered": 5}, "": {"invalid": 1}}, {"judge": 9, "other": 0})
+    assert recorded == [
+        ("score_requests", 2, {"model": "judge", "outcome": "answered"}),
+        ("score_requests", 1, {"model": "", "outcome": "invalid"}),
+        ("score_items", 7, {"model": "judge"}),
+        ("score_requests", 3, {"model": "judge", "outcome": "answered"}),
+        ("score_items", 2, {"model": "judge"}),
+    ]
 
 
 def page(node: str) -> str:

@@ -1,7 +1,9 @@
 """Every way to name a model, the cache, and what is said when a model cannot be had. No network is used."""
 
+import contextlib
 import errno
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -21,6 +23,7 @@ from model.fields import read_config
 from model.registry import from_hf
 from serve_app import model_source
 from serve_app.model_source import ModelSourceError, resolve
+from serve_app.tokenizer import TextTokenizer
 from tests.tiny import make_llama
 from tests.tiny_gguf import write_gguf
 
@@ -298,3 +301,16 @@ def test_the_real_hub_client_offline(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_neither_jax_nor_the_model_package_is_loaded() -> None:
     code = "import sys, serve_app.model_source; print(sorted({'jax', 'flax', 'torch', 'model'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_code_that_comes_with_a_tokenizer_is_never_run(model_folder: Path, tmp_path: Path):
+    folder = tmp_path / "hostile"
+    shutil.copytree(model_folder, folder)
+    ran = tmp_path / "ran"
+    (folder / "evil.py").write_text(f"import pathlib\npathlib.Path({str(ran)!r}).touch()\nclass Evil: pass\n")
+    for name in ("tokenizer_config.json", "config.json"):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}))
+    with contextlib.suppress(ValueError):  # refused, or loaded without it
+        TextTokenizer.load(folder)
+    assert not ran.exists()

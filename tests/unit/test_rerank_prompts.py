@@ -17,7 +17,7 @@ from serve_app.fake_engine import FakeEngine
 from serve_app.rerank import Reranker, RerankQuestion, RerankRequest, relevance
 from serve_app.served_model import ServedModel
 from serve_app.settings import Limits, Settings
-from serve_app.templates import PLAIN, QWEN3_RERANKER, TEMPLATES, RerankTemplate, default_template
+from serve_app.templates import PLAIN, PLAIN_V1, QWEN3_RERANKER, TEMPLATES, RerankTemplate, default_template
 from serve_app.tokenizer import TextTokenizer
 
 QWEN_SPLIT = (
@@ -49,7 +49,7 @@ def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trainer = trainers.BpeTrainer(
         vocab_size=900, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    texts = [template.prompt + " yes no" for template in TEMPLATES.values()] + ["yes", "no"]
+    texts = [template.prompt + " yes no Yes No" for template in TEMPLATES.values()] + ["yes", "no"]
     tokenizer.train_from_iterator(texts * 3, trainer)
     tokenizer.add_special_tokens([AddedToken(name) for name in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
     tokenizer.add_tokens(["<think>", "</think>"])
@@ -77,7 +77,11 @@ class TestTemplates:
     def test_a_name_stands_for_its_bytes_for_good(self):
         bytes_of = {name: "|".join((t.prompt, t.instruct, t.yes, t.no)).encode() for name, t in TEMPLATES.items()}
         digests = {name: sha256(content).hexdigest()[:16] for name, content in bytes_of.items()}
-        assert digests == {QWEN3_RERANKER: "3b8084106a569a95", PLAIN: "67d484d3bb9420d2"}
+        assert digests == {
+            QWEN3_RERANKER: "3b8084106a569a95",
+            PLAIN_V1: "67d484d3bb9420d2",
+            PLAIN: "a60d5ca41749d4ca",
+        }
 
     def test_the_rerankers_is_chosen_by_its_models_name(self):
         for model in ("Qwen/Qwen3-Reranker-0.6B", "/models/qwen3-reranker-4b", "Qwen3-Reranker-8B.Q8_0.gguf"):
@@ -104,7 +108,7 @@ class TestTemplates:
         own = {"prompt": "{query} {document} ?", "yes": " ja", "no": " nein"}
         assert Settings.model_validate({"rerank_template": own}).rerank_template == RerankTemplate.model_validate(own)
         assert Settings(rerank_template=PLAIN).rerank_template == PLAIN
-        with pytest.raises(ValidationError, match="qwen3-reranker-v1, plain-v1"):
+        with pytest.raises(ValidationError, match="qwen3-reranker-v1, plain-v1, plain-v2"):
             Settings(rerank_template="qwen3")
 
 

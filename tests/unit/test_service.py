@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
-from serve_app import ingress
+from serve_app import ingress, timing
 from serve_app.completions import CompletionRequest
 from serve_app.contract import BatchResult, JobResult, ScoreJob
 from serve_app.errors import (
@@ -234,6 +234,41 @@ class TestOutcomes:
         with pytest.raises(DeadlineExceededError, match=r"0\.05 s"):
             await service.rerank(RerankRequest(query="the", documents=["fox"]), request_id="r", timeout_s=0.05)
         assert service.outcomes == {"expired": 1}
+
+
+class TestNumbers:
+    async def test_items_documents_and_prompts_are_counted(self, tokenizer: TextTokenizer):
+        service = service_on(DirectReplicas(ENGINE), tokenizer)
+        labels = ["yes", "no", "the quick brown fox"]  # the last is a sequence more for each item
+        await service.score(ScoreRequest(query="is it ", items=["a", "b"], labels=labels), request_id="r")
+        assert service.items == 2
+        await service.rerank(RerankRequest(query="the", documents=["fox", "dog", "a"]), request_id="r")
+        assert service.items == 5
+        await service.complete(CompletionRequest(prompt=["the", "fox"], max_tokens=1), request_id="r")
+        assert service.items == 7
+        async for _ in service.stream(MANY, request_id="r"):
+            pass
+        assert service.items == 7 + len(MANY.items)
+        with pytest.raises(InvalidRequestError):
+            await service.score(ASK.model_copy(update={"label_token_ids": [VOCAB_SIZE]}), request_id="r")
+        assert service.items == 7 + len(MANY.items)
+
+    async def test_answered_requests_are_timed_with_the_slowest_of_their_parts(self, tokenizer: TextTokenizer):
+        class Slow(DirectReplicas):
+            async def score(self, job: ScoreJob) -> JobResult:
+                answer = await super().score(job)
+                return JobResult(answer.result, queue_seconds=len(self.jobs), device_seconds=10 * len(self.jobs))
+
+        seen: list[timing.Timings] = []
+        replicas = Slow(ENGINE, count=4)
+        service = ScoringService(SETTINGS, tokenizer, ENGINE.info, replicas, observe=seen.append)
+        timing.begin()
+        await service.score(MANY, request_id="r")
+        with pytest.raises(InvalidRequestError):
+            await service.score(ASK.model_copy(update={"label_token_ids": [VOCAB_SIZE]}), request_id="r")
+        (timings,) = seen
+        assert (timings.seconds["queue"], timings.seconds["device"]) == (4, 40)
+        assert timings.seconds["tokenise"] > 0
 
 
 class TestFanOut:

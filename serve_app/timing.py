@@ -1,0 +1,86 @@
+"""Where a request's time goes: the ``Server-Timing`` header, and spans inside those of Ray Serve's tracing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from opentelemetry import trace
+from opentelemetry.util.types import AttributeValue
+
+TOKENISE, QUEUE, DEVICE = "tokenise", "queue", "device"
+"""The stages of a request: its prompts are built, its jobs wait at the replicas, and the device computes them."""
+
+_tracer = trace.get_tracer("score-serve")
+"""Without effect in a process in which Serve has not set up tracing."""
+
+
+class Timings:
+    """The seconds of one request's stages, from now on."""
+
+    def __init__(self) -> None:
+        self._begun = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Count ``seconds`` more for a stage."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    @property
+    def total(self) -> float:
+        """Seconds since the request came."""
+        return time.perf_counter() - self._begun
+
+    def header(self) -> str:
+        """The value of ``Server-Timing``, in milliseconds: the stages that were reached, and the total so far.
+
+        Source: https://www.w3.org/TR/server-timing/
+        """
+        return ", ".join(f"{stage};dur={1e3 * seconds:.1f}" for stage, seconds in self._all())
+
+    def _all(self) -> list[tuple[str, float]]:
+        return [*self.seconds.items(), ("total", self.total)]
+
+
+_timings: ContextVar[Timings] = ContextVar("timings")
+
+
+def begin() -> Timings:
+    """Time the request that this task, and those that it starts, work on."""
+    timings = Timings()
+    _timings.set(timings)
+    return timings
+
+
+def current() -> Timings:
+    """Those of this task's request, or some that nobody reads."""
+    return _timings.get(None) or Timings()
+
+
+@contextmanager
+def tokenising() -> Generator[None]:
+    """Time the building of prompts, the wait for a thread included."""
+    started = time.perf_counter()
+    with _tracer.start_as_current_span(TOKENISE):
+        yield
+    current().add(TOKENISE, time.perf_counter() - started)
+
+
+def record_job(request_id: str, arrived: float, queue_seconds: float, device_seconds: float, sequences: int) -> None:
+    """Spans of a job that a replica has just answered: its wait for the device, and its time there until now.
+
+    Args:
+        arrived: Unix time in seconds.
+        device_seconds: in device batches; the span is longer where other jobs' batches came in between.
+    """
+    begun = arrived + queue_seconds
+    what = {"request_id": request_id, "sequences": sequences}
+    _record(QUEUE, arrived, begun, what)
+    _record(DEVICE, begun, max(begun, time.time()), what | {"device_seconds": device_seconds})
+
+
+def _record(name: str, start: float, end: float, what: Mapping[str, AttributeValue]) -> None:
+    """A span from and to these Unix times in seconds, inside the current one."""
+    _tracer.start_span(name, start_time=int(start * 1e9), attributes=what).end(int(end * 1e9))

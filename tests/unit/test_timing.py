@@ -1,0 +1,75 @@
+"""The stages of a request: how their times add up, and the spans that they leave."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from serve_app import timing
+
+
+@pytest.fixture
+def spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
+    """Keeps the spans that end."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(timing, "_tracer", provider.get_tracer("test"))
+    return exporter
+
+
+def seconds(span: ReadableSpan) -> tuple[float, float]:
+    assert span.start_time is not None
+    assert span.end_time is not None
+    return span.start_time / 1e9, span.end_time / 1e9
+
+
+async def test_what_tasks_of_a_request_add_is_the_requests_and_no_others():
+    async def request(stages: list[float]) -> timing.Timings:
+        begun = timing.begin()
+
+        async def part(value: float) -> None:
+            await asyncio.sleep(0)
+            timing.current().add(timing.QUEUE, value)
+
+        async with asyncio.TaskGroup() as parts:
+            for value in stages:
+                parts.create_task(part(value))
+        return begun
+
+    one, other = await asyncio.gather(request([1.0, 2.0]), request([5.0]))
+    assert (one.seconds, other.seconds) == ({"queue": 3.0}, {"queue": 5.0})
+    assert one.header().startswith("queue;dur=3000.0, total;dur=")
+
+
+def test_outside_of_a_request_there_is_nothing_to_add_to():
+    timing.current().add(timing.DEVICE, 1.0)
+    assert timing.current().seconds == {}
+
+
+async def test_tokenising_is_timed_and_a_span(spans: InMemorySpanExporter):
+    begun = timing.begin()
+    with timing.tokenising():
+        await asyncio.sleep(0.02)
+    (span,) = spans.get_finished_spans()
+    assert span.name == "tokenise"
+    start, end = seconds(span)
+    assert end - start >= 0.02
+    assert begun.seconds["tokenise"] >= 0.02
+
+
+def test_a_jobs_wait_and_its_time_on_the_device_follow_each_other(spans: InMemorySpanExporter):
+    arrived = time.time() - 2
+    timing.record_job("abc", arrived, queue_seconds=0.5, device_seconds=0.25, sequences=7)
+    queue, device = spans.get_finished_spans()
+    assert (queue.name, device.name) == ("queue", "device")
+    assert seconds(queue) == pytest.approx((arrived, arrived + 0.5), abs=1e-5)
+    assert seconds(device)[0] == seconds(queue)[1]
+    assert seconds(device)[1] >= arrived + 2 - 1e-5
+    assert dict(queue.attributes or {}) == {"request_id": "abc", "sequences": 7}
+    assert dict(device.attributes or {}) == {"request_id": "abc", "sequences": 7, "device_seconds": 0.25}
