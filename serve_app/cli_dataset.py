@@ -101,7 +101,10 @@ def dataset(
     ] = None,
     app: Annotated[
         str | None,
-        typer.Option(help="A Serve application in this machine's Ray cluster, by handle.", rich_help_panel=_WHERE),
+        typer.Option(
+            help="A Serve application, by handle, in the Ray cluster of RAY_ADDRESS or of this machine.",
+            rich_help_panel=_WHERE,
+        ),
     ] = None,
     model: Annotated[
         str | None,
@@ -114,6 +117,9 @@ def dataset(
         str, typer.Option(help="With --url or --app: the served name.", rich_help_panel=_WHERE)
     ] = "default",
     dtype: Annotated[Dtype, typer.Option(help="With --model: of the weights.", rich_help_panel=_WHERE)] = Dtype.float32,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="With --model: the layers' weights as int8.", rich_help_panel=_WHERE)
+    ] = False,
     engine: Annotated[
         Engine, typer.Option(help="With --model: 'fake' is for tests.", rich_help_panel=_WHERE, hidden=True)
     ] = Engine.jax,
@@ -179,7 +185,9 @@ def dataset(
     try:
         if model is not None:
             resolve(model, say=lambda line: Console(stderr=True).print(line))  # once, before the workers ask for it
-            settings = Settings(model=model, dtype=dtype.value, engine=engine.value)
+            settings = Settings(
+                model=model, dtype=dtype.value, quantization="int8" if int8 else None, engine=engine.value
+            )
             target: job_targets.Target = job_targets.Engines(settings)
         elif app is not None:
             target = job_targets.App(app)

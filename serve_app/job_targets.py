@@ -118,7 +118,7 @@ class Engines:
         return scorer_resources(self.settings)
 
     def identity(self, model: str) -> dict[str, Any]:  # noqa: ARG002 - there is one model
-        return self.settings.model_dump(include={"model", "revision", "dtype", "engine"})
+        return self.settings.model_dump(include={"model", "revision", "dtype", "quantization", "engine"})
 
     def connect(self) -> Ask:
         loop = asyncio.new_event_loop()

@@ -19,6 +19,7 @@ from serve_app import model_source
 from serve_app.app import build
 from serve_app.client import ScoreClient
 from serve_app.settings import Settings
+from tests import documents
 from tests.parity.cases import HAVE_TORCH
 from tests.processes import mapped_files, replica_process
 
@@ -137,6 +138,13 @@ def test_the_right_document_mostly_comes_first(client: httpx.Client) -> None:
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(first, asked))
     assert sum(index == query["right"] for index, query in zip(found, asked, strict=True)) >= 15
+
+
+@pytest.mark.parametrize("example", list(documents.examples()), ids=lambda example: example.name)
+def test_the_documentations_examples(client: httpx.Client, example: documents.Example) -> None:
+    printed = documents.run(example, str(client.base_url))
+    if example.shown is not None:
+        documents.check(printed, example.shown)
 
 
 def test_the_front_end_never_loads_jax_and_the_scorer_does(client: httpx.Client) -> None:

@@ -68,6 +68,7 @@ def test_it_serves_until_ctrl_c_and_leaves_no_process(model_folder: Path, monkey
     assert alive == []
 
 
+@pytest.mark.slow
 def test_haproxy_in_front_answers_the_same_and_listens_only_where_it_was_told(model_folder: Path):
     port = free_port()
     with launched("--model", str(model_folder), "--port", str(port), "--fast-front") as process:

@@ -1,0 +1,117 @@
+"""The examples of the documentation: what can be run is run, and what follows as its answer is compared.
+
+A ``python`` block is run, and a ``sh`` block whose first word is ``curl`` or ``score-serve``. A ``json`` or ``text``
+block that follows is what it printed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+FILES = ["README.md", *(f"docs/{name}.md" for name in ("quickstart", "api", "recipes", "migration", "clients"))]
+ADDRESS = "http://127.0.0.1:8000"
+COMMANDS = ("curl", "score-serve")
+CHANGING = {"id", "created", "cached_tokens", "version", "buckets"}
+"""Fields whose values are others each time, or on each machine."""
+TOLERANCE = 1e-3
+"""Of a number in JSON, relative: logprobs are within 1e-4 of each other on any machine."""
+LAST_DIGIT = 1.1e-4
+"""Of a number with four decimals in a line of text."""
+
+_FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A block that is run, and the answer that the document shows, if it shows one."""
+
+    name: str
+    language: str
+    code: str
+    shown: str | None
+
+
+def examples() -> Iterator[Example]:
+    """All that can be run, in the documents' order."""
+    for file in FILES:
+        text = (ROOT / file).read_text()
+        blocks = list(_FENCED.finditer(text))
+        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+            language, code = block.groups()
+            if not (language == "python" or (language == "sh" and code.startswith(COMMANDS))):
+                continue
+            line = text.count("\n", 0, block.start()) + 1
+            shown = following[2] if following and following[1] in ("json", "text") else None
+            yield Example(f"{file}:{line}", language, code, shown)
+
+
+def run(example: Example, url: str) -> str:
+    """What the example prints, asked of the service at ``url``."""
+    code = example.code.replace(ADDRESS, url)
+    if example.language == "python":
+        printed = io.StringIO()
+        names: dict[str, Any] = {"__name__": "__example__"}
+        with contextlib.redirect_stdout(printed), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # a short example leaves its client open
+            exec(compile(code, example.name, "exec"), names)
+            names.clear()
+            gc.collect()
+        return printed.getvalue()
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["bash", "-euo", "pipefail", "-c", code.replace("curl ", "curl -sS ", 1)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PATH": path})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def check(printed: str, shown: str) -> None:
+    """What was printed must be what the document shows, but for the last digits of its numbers."""
+    try:
+        same(json.loads(printed), json.loads(shown))
+    except json.JSONDecodeError:  # lines of text, or of JSON
+        printed_lines, shown_lines = printed.strip().splitlines(), shown.strip().splitlines()
+        assert len(printed_lines) == len(shown_lines), printed
+        for one, other in zip(printed_lines, shown_lines, strict=True):
+            with contextlib.suppress(json.JSONDecodeError):
+                same(json.loads(one), json.loads(other))
+                continue
+            same(_parts(one), _parts(other), absolute=LAST_DIGIT)
+
+
+def _parts(line: str) -> list[Any]:
+    """A line's words and numbers."""
+    found = re.findall(r"-?\d+\.\d+|[^\s\d]+|\d+", line)
+    return [float(part) if re.fullmatch(r"-?\d+\.\d+", part) else part for part in found]
+
+
+def same(printed: Any, shown: Any, where: str = "", absolute: float = 0.0) -> None:
+    """Raise AssertionError where two answers differ, but for ``CHANGING`` fields."""
+    if isinstance(shown, float) and isinstance(printed, int | float):
+        near = math.isclose(printed, shown, rel_tol=TOLERANCE, abs_tol=absolute)
+        assert near, f"{where}: {printed}, and the document shows {shown}"
+    elif isinstance(shown, dict):
+        assert isinstance(printed, dict), where
+        assert printed.keys() == shown.keys(), where
+        for key in shown.keys() - CHANGING:
+            same(printed[key], shown[key], f"{where}.{key}", absolute)
+    elif isinstance(shown, list):
+        assert isinstance(printed, list), where
+        assert len(printed) == len(shown), where
+        for index, (one, other) in enumerate(zip(printed, shown, strict=True)):
+            same(one, other, f"{where}[{index}]", absolute)
+    else:
+        assert printed == shown, where

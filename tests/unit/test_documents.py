@@ -1,0 +1,56 @@
+"""The check of the documentation's examples finds what is wrong with an answer, and the links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.documents import FILES, ROOT, check, examples
+
+SHOWN = '{"scores": [[0.84128, 0.15872]], "model": "demo", "usage": {"prompt_tokens_details": {"cached_tokens": 0}}}'
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("0.84128", "0.84134"), ("0.15872", "0.158721"), ('"cached_tokens": 0', '"cached_tokens": 7')]
+)
+def test_last_digits_and_what_is_cached_may_differ(old: str, new: str):
+    check(SHOWN.replace(old, new), SHOWN)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("0.84128", "0.8430"),
+        ("0.15872", "null"),
+        ("demo", "other"),
+        ('"model"', '"name"'),
+        ("]]", "], [0.5, 0.5]]"),
+        ('"cached_tokens": 0', '"cached": 0'),
+    ],
+)
+def test_anything_else_is_found(old: str, new: str):
+    with pytest.raises(AssertionError):
+        check(SHOWN.replace(old, new), SHOWN)
+
+
+def test_lines_are_compared_by_their_words_and_numbers():
+    check("sports 0.9941\n0.5000\n", "sports 0.9942\n0.5001\n")
+    for wrong in ("sports 0.9951\n0.5000", "finance 0.9941\n0.5000", "sports 0.9941", "Sports"):
+        with pytest.raises(AssertionError):
+            check(wrong, "sports 0.9941\n0.5000")
+
+
+def test_there_are_examples_in_every_document():
+    assert {example.name.split(":")[0] for example in examples()} == set(FILES)
+
+
+@pytest.mark.parametrize("file", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_links_lead_somewhere(file: str):
+    text = (ROOT / file).read_text()
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)", text):
+        path = (ROOT / file).parent / target if target else ROOT / file
+        assert path.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, anchor
