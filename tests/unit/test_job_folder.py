@@ -55,6 +55,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path):
     assert not (tmp_path / "part").exists()
     write(stopped=False)
     assert (tmp_path / "part").read_text() == "half"
+    assert [each.name for each in tmp_path.iterdir()] == ["part"]
     with JobFolder(tmp_path / "out").opened(JOB):
         pass
     left = tmp_path / "out" / "bad" / "part-000001.jsonl.77.tmp"
