@@ -265,7 +265,10 @@ def _ray(target: Target, workers: int) -> Generator[None]:
         try:
             ray.init("auto", log_to_driver=False, logging_level=logging.ERROR)  # pyright: ignore[reportUnknownMemberType]
         except ConnectionError as error:
-            raise JobError(f"no Ray cluster runs here: {error}") from error
+            raise JobError(
+                f"no Ray cluster can be joined: {error}; set RAY_ADDRESS, or ask the service by --url (the Ray of "
+                "'score-serve serve' lets nobody in)"
+            ) from error
     else:
         needed = workers * target.resources.get("num_cpus", 1)
         start_ray(max(os.cpu_count() or 1, math.ceil(needed)))

@@ -101,7 +101,10 @@ def dataset(
     ] = None,
     app: Annotated[
         str | None,
-        typer.Option(help="A Serve application in this machine's Ray cluster, by handle.", rich_help_panel=_WHERE),
+        typer.Option(
+            help="A Serve application, by handle, in the Ray cluster of RAY_ADDRESS or of this machine.",
+            rich_help_panel=_WHERE,
+        ),
     ] = None,
     model: Annotated[
         str | None,
