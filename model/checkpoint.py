@@ -1,11 +1,15 @@
-"""Safetensors of a Hugging Face folder -> a model's parameters. Strict both ways, one tensor in memory at a time."""
+"""Safetensors of a Hugging Face folder -> a model's parameters.
+
+Strict both ways; one parameter in memory at a time, and of that the parts alone that are asked for.
+"""
 
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import ml_dtypes  # noqa: F401  # pyright: ignore[reportUnusedImport]  teaches numpy the name "bfloat16"
 import numpy as np
@@ -19,11 +23,6 @@ Transform = Literal["same", "transpose"]
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = ("F32", "BF16", "F16")
-
-_TRANSFORMS: dict[Transform, Callable[[npt.NDArray[Any]], npt.NDArray[Any]]] = {
-    "same": lambda tensor: tensor,
-    "transpose": lambda tensor: tensor.T,
-}
 
 
 class CheckpointError(ValueError):
@@ -70,12 +69,75 @@ class _Found:
     dtype: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Rows from ``start`` on of one tensor in a file, and where they go."""
+
+    file: Path
+    name: str
+    start: int
+    target: Target
+
+
+class _Reader:
+    """Reads parts of tensors; keeps the last file open."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._file: Path | None = None
+        self._tensors: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def part(self, piece: _Piece, index: tuple[slice, ...]) -> npt.NDArray[Any]:
+        """What ``index`` cuts from the piece as the model has it."""
+        if piece.file != self._file:
+            self._stack.close()
+            self._tensors = self._stack.enter_context(_open(piece.file))
+            self._file = piece.file
+        flip = piece.target.transform == "transpose"
+        bounds = [cut.indices(size)[:2] for cut, size in zip(index, _shape(piece.target), strict=True)]
+        first, *rest = bounds[::-1] if flip else bounds
+        cut = (slice(piece.start + first[0], piece.start + first[1]), *(slice(*bound) for bound in rest))
+        values: npt.NDArray[Any] = self._tensors.get_slice(piece.name)[cut]
+        return values.T if flip else values
+
+
+def _shape(target: Target) -> tuple[int, ...]:
+    """As the model has it."""
+    return target.shape[::-1] if target.transform == "transpose" else target.shape
+
+
+class Tensor:
+    """A parameter whose values are read from the files when they are asked for, by slices or as a whole."""
+
+    def __init__(self, pieces: Sequence[_Piece], reader: _Reader) -> None:
+        self._pieces = pieces
+        self._reader = reader
+        stack = pieces[0].target.stack
+        self.shape = (*((len(pieces),) if stack else ()), *_shape(pieces[0].target))
+
+    def __getitem__(self, index: tuple[slice, ...]) -> npt.NDArray[Any]:
+        """Float32, bfloat16 or float16, perhaps not contiguous."""
+        if self._pieces[0].target.stack is None:
+            return self._reader.part(self._pieces[0], index)
+        members, *rest = index
+        return np.stack([self._reader.part(piece, tuple(rest)) for piece in self._pieces[members]])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        return np.array(self[tuple(slice(None) for _ in self.shape)], dtype=dtype, copy=copy)
+
+
 def load(
     folder: Path,
     targets: Targets,
     *,
     ignored: Sequence[str] = (),
-    put: Callable[[Place, npt.NDArray[Any]], T],
+    put: Callable[[Place, Tensor], T],
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[Place, T]:
     """Every target's parameter, as ``put`` made it. Nothing is read before the whole table is known to fit.
@@ -84,8 +146,8 @@ def load(
         folder: has ``model.safetensors``, or shards and ``model.safetensors.index.json``.
         targets: each must be there, and nothing else may be.
         ignored: patterns (of the whole name) of tensors that may be present and mean nothing.
-        put: given the path and the transformed tensor (float32, bfloat16 or float16, perhaps not contiguous), keeps it;
-            called for one parameter at a time, so that the host never holds the model twice.
+        put: given the path and the parameter, reads what it needs and keeps it; called for one parameter at a time, so
+            that the host never holds the model twice.
         progress: called as ``progress(done, total, what)``, tensors.
 
     Raises:
@@ -97,48 +159,33 @@ def load(
     _check(folder, targets, found, ignored)
 
     loaded: dict[Place, T] = {}
-    done = 0
-    stacks = _Stacks()
-    for file in files:
-        with _open(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118  it is a handle, not a dict
-                if (target := targets.get(name)) is None:
-                    continue
-                for part, piece in _parts(target, tensors.get_tensor(name)):
-                    parameter = stacks.add(part, _TRANSFORMS[part.transform](piece))
-                    if parameter is not None:
-                        loaded[part.path] = put(part.path, parameter)
-                done += 1
-                if progress is not None:
-                    progress(done, len(targets), name)
+    stacks: dict[Place, dict[int, _Piece]] = {}
+    # In the files' order: a parameter that is a stack waits for its last member.
+    names = sorted((name for name in found if name in targets), key=lambda name: found[name][0].file)
+    with _Reader() as reader:
+        for done, name in enumerate(names, 1):
+            for piece in _pieces(found[name][0].file, name, targets[name]):
+                pieces = [piece]
+                path = piece.target.path
+                if piece.target.stack is not None:
+                    number, count = piece.target.stack
+                    members = stacks.setdefault(path, {})
+                    members[number] = piece
+                    if len(members) < count:
+                        continue
+                    pieces = [members[number] for number in range(count)]
+                loaded[path] = put(path, Tensor(pieces, reader))
+            if progress is not None:
+                progress(done, len(targets), name)
     return loaded
 
 
-def _parts(target: Entry, tensor: npt.NDArray[Any]) -> Iterator[tuple[Target, npt.NDArray[Any]]]:
-    """A tensor's parameters, untransformed."""
+def _pieces(file: Path, name: str, target: Entry) -> Iterator[_Piece]:
+    """A tensor's parameters."""
     start = 0
     for part in target.parts if isinstance(target, Fused) else (target,):
-        yield part, tensor[start : start + part.shape[0]]
+        yield _Piece(file, name, start, part)
         start += part.shape[0]
-
-
-class _Stacks:
-    """Parameters that are stacks, until all their members are there: in a file's order that is a few at a time."""
-
-    def __init__(self) -> None:
-        self._begun: dict[Place, tuple[npt.NDArray[Any], set[int]]] = {}
-
-    def add(self, target: Target, tensor: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
-        """The whole parameter, once this tensor completes it."""
-        if target.stack is None:
-            return tensor
-        number, count = target.stack
-        if target.path not in self._begun:
-            self._begun[target.path] = np.empty((count, *tensor.shape), tensor.dtype), set()
-        stack, members = self._begun[target.path]
-        stack[number] = tensor
-        members.add(number)
-        return self._begun.pop(target.path)[0] if len(members) == count else None
 
 
 def _files(folder: Path) -> list[Path]:

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import serialize_executable
+from jax.sharding import NamedSharding
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,9 @@ def program(
     structure = jax.tree.structure((arguments, {}))
     try:
         binary, results = pickle.loads(_read(file))
-        return serialize_executable.deserialize_and_load(binary, structure, results)
+        return serialize_executable.deserialize_and_load(
+            binary, structure, results, execution_devices=_devices(arguments)
+        )
     except FileNotFoundError:
         pass
     except Exception:  # a truncated or foreign file can fail in any way; the program is at hand all the same
@@ -71,6 +75,14 @@ def _read(file: Path) -> bytes:
 
 def _compile(function: Callable[..., Any], arguments: tuple[Any, ...], donated: tuple[int, ...]) -> Any:
     return jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
+
+
+def _devices(arguments: tuple[Any, ...]) -> list[Any]:
+    """Those that the arguments lie on, in the program's order: a host may have more."""
+    for leaf in jax.tree.leaves(arguments):
+        if isinstance(leaf.sharding, NamedSharding):
+            return np.asarray(leaf.sharding.mesh.devices).ravel().tolist()
+    return jax.devices()[:1]
 
 
 def _key(name: str, arguments: tuple[Any, ...], donated: tuple[int, ...]) -> str:

@@ -79,6 +79,8 @@ class ModelConfig:
         experts_per_token: that a token goes through.
         norm_expert_weights: the weights of a token's experts are made to sum to 1.
         classes: of a sequence-classification head; 0: the model is causal.
+        shards: devices that every layer is split over; heads, key/value heads and F are one device's.
+        int8: the kernels of attention and MLP are stored so, see ``layers.quantized``.
     """
 
     architecture: str
@@ -111,6 +113,8 @@ class ModelConfig:
     experts_per_token: int = 0
     norm_expert_weights: bool = False
     classes: int = 0
+    shards: int = 1
+    int8: bool = False
 
 
 def common(

@@ -7,12 +7,15 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from model.attention import Context, Layer, Rule, attend
 from model.checkpoint import Entry, Target
 from model.config import ModelConfig
 from model.layers import Angles, GatedMLP, Linear, RMSNorm, rope_angles, rotate
+from model.logprobs import Split
+from model.sharding import MODEL
 
 KeysValues = Float[Array, "2 M K H"]
 AllAngles = tuple[Float[Array, "*ropes M half"], Float[Array, "*ropes M half"]]
@@ -27,12 +30,20 @@ def windows(config: ModelConfig) -> tuple[int, ...] | None:
     return tuple(config.window if slides else EVERYTHING for slides in config.sliding) if config.window else None
 
 
-def norm(config: ModelConfig, width: int, dtype: jnp.dtype) -> RMSNorm:
-    return RMSNorm(width, eps=config.norm_eps, dtype=dtype, offset=config.norm_offset)
+def norm(config: ModelConfig, width: int, dtype: jnp.dtype, axis: str = "embed") -> RMSNorm:
+    return RMSNorm(width, eps=config.norm_eps, dtype=dtype, offset=config.norm_offset, axis=axis, shards=config.shards)
 
 
 def gated_mlp(config: ModelConfig, dtype: jnp.dtype) -> GatedMLP:
-    return GatedMLP(config.width, config.ff_width, bias=config.mlp_bias, dtype=dtype, activation=config.activation)
+    return GatedMLP(
+        config.width,
+        config.ff_width,
+        bias=config.mlp_bias,
+        dtype=dtype,
+        activation=config.activation,
+        shards=config.shards,
+        int8=config.int8,
+    )
 
 
 def qk_norm_widths(config: ModelConfig) -> dict[str, int]:
@@ -50,19 +61,24 @@ class Attention(nnx.Module):
         self.config = config
         self.scale = config.attention_scale or config.head_width**-0.5
         heads, kv_heads = config.heads * config.head_width, config.kv_heads * config.head_width
-        self.q = Linear(config.width, heads, bias=config.attention_bias, dtype=dtype)
-        self.k = Linear(config.width, kv_heads, bias=config.attention_bias, dtype=dtype)
-        self.v = Linear(config.width, kv_heads, bias=config.attention_bias, dtype=dtype)
-        self.o = Linear(heads, config.width, bias=config.output_bias, dtype=dtype)
+
+        def linear(into: int, out: int, *, bias: bool, axes: tuple[str, str]) -> Linear:
+            return Linear(into, out, bias=bias, dtype=dtype, axes=axes, shards=config.shards, int8=config.int8)
+
+        self.q = linear(config.width, heads, bias=config.attention_bias, axes=("embed", "heads"))
+        self.k = linear(config.width, kv_heads, bias=config.attention_bias, axes=("embed", "kv_heads"))
+        self.v = linear(config.width, kv_heads, bias=config.attention_bias, axes=("embed", "kv_heads"))
+        self.o = linear(heads, config.width, bias=config.output_bias, axes=("heads", "embed"))
         widths = qk_norm_widths(config)
-        self.q_norm = norm(config, widths["q"], dtype) if widths else None
-        self.k_norm = norm(config, widths["k"], dtype) if widths else None
+        whole = config.qk_norm == "projection"
+        self.q_norm = norm(config, widths["q"], dtype, "heads" if whole else "embed") if widths else None
+        self.k_norm = norm(config, widths["k"], dtype, "kv_heads" if whole else "embed") if widths else None
 
     def queries(self, x: Float[Array, "M D"], angles: Angles) -> Float[Array, "M N H"]:
         """Rotated and scaled, in the weights' dtype."""
         q = _normed(self.q(x), self.q_norm).reshape(-1, self.config.heads, self.config.head_width)
         q = rotate(q * self.scale, angles)  # scaled first: XLA then keeps no float32 copy on TPU
-        return q.astype(self.q.kernel.dtype)
+        return q.astype(self.q.dtype)
 
     def keys_values(
         self, x: Float[Array, "M D"], angles: Angles
@@ -70,7 +86,7 @@ class Attention(nnx.Module):
         """Keys, rotated, and values, in the weights' dtype."""
         k = _normed(self.k(x), self.k_norm).reshape(-1, self.config.kv_heads, self.config.head_width)
         v = self.v(x).reshape(-1, self.config.kv_heads, self.config.head_width)
-        return rotate(k, angles).astype(self.k.kernel.dtype), v.astype(self.v.kernel.dtype)
+        return rotate(k, angles).astype(self.k.dtype), v.astype(self.v.dtype)
 
     def output(self, attended: Float[Array, "M N H"]) -> Float[Array, "M D"]:
         return self.o(attended.reshape(attended.shape[0], -1))
@@ -139,15 +155,32 @@ class Block(nnx.Module):
         return angles[0][rope], angles[1][rope]
 
 
+def all_angles(config: ModelConfig, positions: Int[Array, " M"], long: Bool[Array, " M"] | None = None) -> AllAngles:
+    """The rope angles of all layers.
+
+    Args:
+        long: for ``longrope``: tokens of prompts beyond the original context.
+    """
+    width = config.rotary_width or config.head_width
+    angles = rope_angles(config.rope, width, positions, long)
+    if config.local_rope is None:
+        return angles
+    local = rope_angles(config.local_rope, width, positions)
+    return jnp.stack([angles[0], local[0]]), jnp.stack([angles[1], local[1]])
+
+
 class Ends(nnx.Module):
     """What lies before the first layer and behind the last."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype) -> None:
         self.config = config
-        self.embedding = nnx.Param(jnp.zeros((config.vocab_size, config.width), dtype))
+        self.rows = -(-config.vocab_size // config.shards)
+        """Of the vocabulary on one device."""
+        self.embedding = nnx.Param(jnp.zeros((self.rows, config.width), dtype), axes=("vocab", "embed"))
         self.norm = norm(config, config.width, dtype)
-        rows = config.classes or config.vocab_size
-        self.head = None if config.tied_head else nnx.Param(jnp.zeros((rows, config.width), dtype))
+        rows, axis = (config.classes, None) if config.classes else (self.rows, "vocab")
+        head = None if config.tied_head else nnx.Param(jnp.zeros((rows, config.width), dtype), axes=(axis, "embed"))
+        self.head = head
 
     def embed(self, tokens: Int[Array, " M"], positions: Int[Array, " M"]) -> tuple[Float[Array, "M D"], AllAngles]:
         """The first layer's input, float32, and the rope angles of all layers.
@@ -159,17 +192,25 @@ class Ends(nnx.Module):
         if config.rope.kind == "longrope":
             long = tokens >= config.vocab_size
             tokens = jnp.where(long, tokens - config.vocab_size, tokens)
-        width = config.rotary_width or config.head_width
-        angles = rope_angles(config.rope, width, positions, long)
-        if config.local_rope is not None:
-            local = rope_angles(config.local_rope, width, positions)
-            angles = (jnp.stack([angles[0], local[0]]), jnp.stack([angles[1], local[1]]))
-        x = self.embedding[...][tokens].astype(jnp.float32)
+        angles = all_angles(config, positions, long)
+        x = self._embedded(tokens)
         return x if config.embedding_scale == 1.0 else x * config.embedding_scale, angles
 
+    def _embedded(self, tokens: Int[Array, " M"]) -> Float[Array, "M D"]:
+        if self.config.shards == 1:
+            return self.embedding[...][tokens].astype(jnp.float32)
+        here = tokens - lax.axis_index(MODEL) * self.rows
+        mine = (here >= 0) & (here < self.rows)
+        x = self.embedding[...][jnp.where(mine, here, 0)].astype(jnp.float32)
+        return lax.psum(jnp.where(mine[:, None], x, 0.0), MODEL)
+
     def head_weights(self) -> Float[Array, "V D"]:
-        """The output head's rows: tokens, or classes."""
+        """The output head's rows: tokens, or classes. Of a split vocabulary this device's."""
         return self.embedding[...] if self.head is None else self.head[...]
+
+    def head_split(self) -> Split | None:
+        """How the vocabulary is split, if it is."""
+        return None if self.config.shards == 1 or self.config.classes else Split(MODEL, self.config.vocab_size)
 
 
 Linears = dict[str, tuple[str, int, int, bool]]

@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -19,16 +20,20 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from flax import nnx
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh
 
-from model import checkpoint, decoder, plan, registry
+from model import checkpoint, decoder, plan, registry, sharding
+from model.checkpoint import Tensor
 from model.config import ModelConfig
-from model.fields import read_config
+from model.fields import ConfigError, read_config
+from model.layers import quantized
 from model.pages import PAGE_TOKENS, CacheStats, Node, PrefixCache, Recurring
-from model.programs import Inputs, LayerPrograms, ModelPrograms, Prefix, Programs
+from model.programs import Inputs, LayerPrograms, ModelPrograms, Prefix, Programs, stack_of
+from model.sharding import MODEL, by_device, divided, stacked
 from model.sizes import BY_PLATFORM, Layout, Sizes, layout
 
 Dtype = Literal["float32", "bfloat16"]
+Quantization = Literal["int8"]
 Progress = Callable[[int, int, str], None]
 
 
@@ -75,6 +80,7 @@ class Info:
     platform: str
     buckets: tuple[str, ...]
     classes: int
+    quantization: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +102,7 @@ class Engine:
     """Scores token batches. Several threads may call it: one plans or waits for results while another's calls run.
 
     Args:
-        model_config: of the architecture.
+        model_config: of one device's part.
         layout: what the programs were made for.
         programs: over the weights.
         dtype: of keys and values.
@@ -123,6 +129,7 @@ class Engine:
             platform=jax.default_backend(),
             buckets=tuple(map(str, self._layout.ladder)),
             classes=self._config.classes,
+            quantization="int8" if self._config.int8 else None,
         )
 
     @property
@@ -191,7 +198,8 @@ class Engine:
                 pending = [call for group in self._with_recurring(groups, work) for call in self._launch(group, work)]
             hidden = np.zeros((len(batch.read_positions), self._config.width), np.float32)
             for values, numbers in pending:
-                hidden[numbers] = np.asarray(values)[: len(numbers)]
+                for part, of_call in zip(np.split(np.asarray(values), self._programs.at_once), numbers, strict=False):
+                    hidden[of_call] = part[: len(of_call)]
             computed = np.minimum(work.computed, np.diff(batch.offsets)).astype(np.int32)
             values, argmax, argmax_values = self._read(hidden, batch)
             return Result(values, computed, argmax, argmax_values)
@@ -213,7 +221,7 @@ class Engine:
 
     def _forget_prefixes(self) -> None:
         """Start with an empty pool."""
-        self._pool = jnp.zeros(self._layout.pool.shape, self._layout.pool.dtype)
+        self._pool = self._programs.empty_pool()
         self._cache = PrefixCache(self._layout.pool.shape[0])
         self._recurring = Recurring()
 
@@ -245,20 +253,24 @@ class Engine:
             result += [plan.Group(rows[0].sequence, rows[0].start, tuple(rows)) for rows in deeper.values()]
         return result
 
-    def _launch(self, group: plan.Group, work: "_Work") -> list[tuple[jax.Array, list[int]]]:
-        """Start a group's calls: for each, the hidden states to come, and the numbers of the reads that they are of."""
+    def _launch(self, group: plan.Group, work: "_Work") -> list[tuple[jax.Array, list[list[int]]]]:
+        """Start a group's calls: for each launch the hidden states to come, and of each of its calls the numbers of the
+        reads that they are of.
+        """
         owner = work.numbering[group.prefix_of]
         path, missed = self._prefix(work.sequences[owner][: group.prefix_length])
         work.computed[owner] += missed
         prefix = Prefix(self._pool, self._table(path), group.prefix_length)
-        launched: list[tuple[jax.Array, list[int]]] = []
-        for call in plan.pack(group.rows, self._layout.ladder):
-            inputs, numbers = work.inputs(call)
+        launched: list[tuple[jax.Array, list[list[int]]]] = []
+        for calls in plan.together(plan.pack(group.rows, self._layout.ladder), self._programs.at_once):
+            inputs, numbers = zip(*map(work.inputs, calls), strict=True)
             self._wait_for_last()
-            self._launched = self._programs.rows(call.shape, inputs, prefix)
-            launched.append((self._launched, numbers))
-            self._count(sum(placement.row.length for placement in call.placements), call.shape.tokens)
-            for placement in call.placements:
+            self._launched = self._programs.rows(calls[0].shape, inputs, prefix)
+            launched.append((self._launched, list(numbers)))
+            placements = [placement for call in calls for placement in call.placements]
+            real = sum(placement.row.length for placement in placements)
+            self._count(real, calls[0].shape.tokens * self._programs.at_once)
+            for placement in placements:
                 work.computed[work.numbering[placement.row.sequence]] += placement.row.length
         return launched
 
@@ -381,6 +393,8 @@ def load(
     progress: Progress | None = None,
     max_prompt_tokens: int | None = None,
     compiled_folder: Path | None = None,
+    quantization: Quantization | None = None,
+    mesh: Mesh | None = None,
     **sizes: Any,
 ) -> Engine:
     """Read a checkpoint in Hugging Face layout onto the device; ``warmup`` comes after.
@@ -392,32 +406,55 @@ def load(
         by_layer: how the layers run, see ``model.programs``; None: by layer on CPU.
         max_prompt_tokens: the longest sequence; None: the model's context. A long context costs memory at start-up.
         compiled_folder: keeps compiled programs for the next start, see ``model.compiled``.
+        quantization: of the kernels of attention and MLP, as they are read.
+        mesh: devices to spread the model over, see ``model.sharding``; None: the first device.
         sizes: fields of ``Sizes`` that are not to be the platform's.
 
     Raises:
-        ConfigError: a config key or architecture that is not known.
+        ConfigError: a config key or architecture that is not known, or sizes that the mesh cannot divide.
         CheckpointError: a tensor missing, unexpected or mis-shaped, or a broken file.
     """
     parsed = registry.from_hf(read_config(folder))
+    if quantization and parsed.experts:
+        raise ConfigError(f"{parsed.architecture}: mixtures of experts are not quantised; leave out {quantization}")
     platform, target = jax.default_backend(), jnp.dtype(dtype)
     implementation = implementation or ("fused" if platform == "tpu" else "paged")
     here = replace(BY_PLATFORM.get(platform, BY_PLATFORM["tpu"]), **sizes)
-    laid = layout(parsed, here, dtype=target, implementation=implementation, max_prompt_tokens=max_prompt_tokens)
-    family, abstract = registry.build(parsed, dtype=target, implementation=implementation)
+    part = replace(parsed if mesh is None else divided(parsed, mesh.shape[MODEL]), int8=quantization == "int8")
+    laid = layout(part, here, dtype=target, implementation=implementation, max_prompt_tokens=max_prompt_tokens)
+    family, abstract = registry.build(part, dtype=target, implementation=implementation)
     if by_layer is None:
         by_layer = platform == "cpu"
+    leaves = dict(nnx.to_flat_state(abstract.ends[1])) | dict(nnx.to_flat_state(abstract.block[1]))
     arrays: dict[tuple[str | int, ...], jax.Array] = {}
-    insert = jax.jit(jax.lax.dynamic_update_index_in_dim, donate_argnums=0, static_argnums=3)
 
-    def put(path: tuple[str | int, ...], tensor: npt.NDArray[Any]) -> None:
-        """Onto the device; a layer's tensor goes into its place in the stack of all layers, where there is one."""
+    def on_device(path: tuple[str | int, ...], tensor: Tensor) -> jax.Array:
+        if mesh is None:
+            return jnp.asarray(np.asarray(tensor), target)
+        leaf: Any = leaves[path]
+        return sharding.place(tensor, leaf.axes, leaf.shape, target, mesh)
+
+    @partial(jax.jit, donate_argnums=0)
+    def insert(stack: jax.Array, array: jax.Array, layer: int) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(stack, array, layer, 0)
+
+    def keep(path: tuple[str | int, ...], array: jax.Array) -> None:
+        """A layer's array goes into its place in the stack of all layers, where there is one."""
         if path[0] != "blocks" or by_layer:
-            arrays[path] = jnp.asarray(tensor, target)
+            arrays[path] = array
             return
         _, layer, *rest = path
         if (stack := ("blocks", *rest)) not in arrays:
-            arrays[stack] = jnp.zeros((parsed.layers, *tensor.shape), target)
-        arrays[stack] = insert(arrays[stack], jnp.asarray(tensor, target), layer, 0)
+            arrays[stack] = stacked(array, parsed.layers)
+        arrays[stack] = insert(arrays[stack], array, layer)
+
+    def put(path: tuple[str | int, ...], tensor: Tensor) -> None:
+        within = path[2:] if path[0] == "blocks" else path
+        array = on_device(within, tensor)
+        if leaves[within].dtype == jnp.int8:
+            array, scales = by_device(quantized, array)
+            keep((*path[:-1], "scales"), scales)
+        keep(path, array)
 
     checkpoint.load(folder, family.weights(parsed), ignored=decoder.ignored(parsed), put=put, progress=progress)
 
@@ -425,29 +462,42 @@ def load(
         leaves: Any = nnx.to_flat_state(like)
         return nnx.from_flat_state([(path, leaf.replace(arrays[*place, *path])) for path, leaf in leaves])
 
-    common = (parsed, abstract, state(abstract.ends[1]), laid.pool, laid.slots, compiled_folder)
+    common = (part, abstract, state(abstract.ends[1]), laid.pool, laid.slots, compiled_folder, mesh)
     block = abstract.block[1]
     if by_layer:
         layers = [state(block, "blocks", layer) for layer in range(parsed.layers)]
-        return Engine(parsed, laid, LayerPrograms(*common, layers=layers), target)
-    return Engine(parsed, laid, ModelPrograms(*common, layers=state(block, "blocks")), target)
+        return Engine(part, laid, LayerPrograms(*common, layers=layers), target)
+    return Engine(part, laid, ModelPrograms(*common, layers=state(block, "blocks")), target)
+
+
+def tpu_mesh(chips: int) -> Mesh:
+    """All chips that this process was given, with a model split over them.
+
+    Raises:
+        RuntimeError: jax finds no TPU.
+        ConfigError: it finds more chips, or fewer.
+    """
+    if (found := jax.default_backend()) != "tpu":
+        raise RuntimeError(
+            f"the replica was given TPU chips and jax found only {found}; is score-serve[tpu] installed?"
+        )
+    return sharding.mesh(data=1, model=chips)
 
 
 def without_weights(
-    parsed: ModelConfig, device: Any, sizes: Sizes, *, max_prompt_tokens: int | None = None
+    parsed: ModelConfig, mesh: Mesh, sizes: Sizes, *, max_prompt_tokens: int | None = None
 ) -> tuple[Programs, Layout]:
-    """The programs that ``load`` would make on that TPU in bfloat16, over shapes alone: to compile, not to run.
+    """The programs that ``load`` would make on those TPU chips in bfloat16, over shapes alone: to compile, not to run.
 
     Args:
-        device: a ``jax.Device``, perhaps of ``jax.experimental.topologies``, which needs no TPU.
+        mesh: of devices that are perhaps of ``jax.experimental.topologies``, which needs no TPU.
+
+    Raises:
+        ConfigError: sizes that the mesh cannot divide.
     """
     dtype, implementation = jnp.dtype(jnp.bfloat16), "fused"
-    laid = layout(parsed, sizes, dtype=dtype, implementation=implementation, max_prompt_tokens=max_prompt_tokens)
-    _, abstract = registry.build(parsed, dtype=dtype, implementation=implementation)
-    here = SingleDeviceSharding(device)
-
-    def placed(tree: Any, *stack: int) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*stack, *x.shape), x.dtype, sharding=here), tree)
-
-    common = (parsed, abstract, placed(abstract.ends[1]), placed(laid.pool), laid.slots, None)
-    return ModelPrograms(*common, layers=placed(abstract.block[1], parsed.layers)), laid
+    part = divided(parsed, mesh.shape[MODEL])
+    laid = layout(part, sizes, dtype=dtype, implementation=implementation, max_prompt_tokens=max_prompt_tokens)
+    _, abstract = registry.build(part, dtype=dtype, implementation=implementation)
+    common = (part, abstract, abstract.ends[1], laid.pool, laid.slots, None, mesh)
+    return ModelPrograms(*common, layers=stack_of(abstract.block[1], part.layers)), laid

@@ -11,19 +11,53 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from model.config import Activation, Rope
+from model.sharding import RULES
 
 
 class Linear(nnx.Module):
-    """``x @ kernel + bias`` with a float32 result. The kernel is stored as [in, out]."""
+    """``x @ kernel + bias`` with a float32 result. The kernel is stored as [in, out].
 
-    def __init__(self, features_in: int, features_out: int, *, bias: bool = False, dtype: jnp.dtype) -> None:
-        self.kernel = nnx.Param(jnp.zeros((features_in, features_out), dtype))
-        self.bias = nnx.Param(jnp.zeros((features_out,), dtype)) if bias else None
+    Args:
+        dtype: of the operands.
+        axes: names of the kernel's axes, see ``sharding.Rules``.
+        shards: devices that these are split over; where that is the first, the devices' products are summed.
+        int8: the kernel is stored so, see ``quantized``.
+    """
+
+    def __init__(
+        self,
+        features_in: int,
+        features_out: int,
+        *,
+        bias: bool = False,
+        dtype: jnp.dtype,
+        axes: tuple[str, str],
+        shards: int = 1,
+        int8: bool = False,
+    ) -> None:
+        self.dtype = dtype
+        self.kernel = nnx.Param(jnp.zeros((features_in, features_out), jnp.int8 if int8 else dtype), axes=axes)
+        self.scales = nnx.Param(jnp.zeros((1, features_out), jnp.float32), axes=axes) if int8 else None
+        self.bias = nnx.Param(jnp.zeros((features_out,), dtype), axes=axes[1:]) if bias else None
+        self.over = getattr(RULES, axes[0]) if shards > 1 else None
 
     def __call__(self, x: Float[Array, "M features_in"]) -> Float[Array, "M features_out"]:
-        kernel = self.kernel[...]
-        y = lax.dot(x.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
+        y = lax.dot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), preferred_element_type=jnp.float32)
+        if self.scales is not None:
+            y = y * self.scales[...]
+        if self.over:
+            y = lax.psum(y, self.over)
         return y if self.bias is None else y + self.bias[...].astype(jnp.float32)[None, :]
+
+
+def quantized(
+    kernel: Float[Array, "features_in features_out"],
+) -> tuple[Int[Array, "features_in features_out"], Float[Array, "1 features_out"]]:
+    """A kernel as int8, and what each output channel's integers are to be multiplied by: symmetric, the channel's
+    largest value becomes 127. Of a kernel whose input is split over devices each has scales for its own part.
+    """
+    scales = jnp.maximum(jnp.max(jnp.abs(kernel), axis=0, keepdims=True).astype(jnp.float32) / 127, 1e-30)
+    return jnp.round(kernel.astype(jnp.float32) / scales).astype(jnp.int8), scales
 
 
 class RMSNorm(nnx.Module):
@@ -34,15 +68,22 @@ class RMSNorm(nnx.Module):
 
     Args:
         offset: added to the stored scale, in float32: a scale of 1.003 stored less 1 keeps its digits in bfloat16.
+        axis: name of the normed axis, see ``sharding.Rules``.
+        shards: devices that it is split over, if it is one that is.
     """
 
-    def __init__(self, width: int, *, eps: float, dtype: jnp.dtype, offset: float = 0.0) -> None:
-        self.scale = nnx.Param(jnp.zeros((width,), dtype))
+    def __init__(
+        self, width: int, *, eps: float, dtype: jnp.dtype, offset: float = 0.0, axis: str = "embed", shards: int = 1
+    ) -> None:
+        self.scale = nnx.Param(jnp.zeros((width,), dtype), axes=(axis,))
+        self.over = getattr(RULES, axis) if shards > 1 else None
         self.eps = eps
         self.offset = offset
 
     def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        if self.over:
+            mean_square = lax.pmean(mean_square, self.over)
         scale = self.scale[...].astype(jnp.float32)
         if self.offset:
             scale = scale + self.offset
@@ -57,11 +98,22 @@ class GatedMLP(nnx.Module):
     """``down(activation(gate(x)) * up(x))``."""
 
     def __init__(
-        self, width: int, ff_width: int, *, bias: bool, dtype: jnp.dtype, activation: Activation = "silu"
+        self,
+        width: int,
+        ff_width: int,
+        *,
+        bias: bool,
+        dtype: jnp.dtype,
+        activation: Activation = "silu",
+        shards: int = 1,
+        int8: bool = False,
     ) -> None:
-        self.gate = Linear(width, ff_width, bias=bias, dtype=dtype)
-        self.up = Linear(width, ff_width, bias=bias, dtype=dtype)
-        self.down = Linear(ff_width, width, bias=bias, dtype=dtype)
+        def linear(into: int, out: int, axes: tuple[str, str]) -> Linear:
+            return Linear(into, out, bias=bias, dtype=dtype, axes=axes, shards=shards, int8=int8)
+
+        self.gate = linear(width, ff_width, ("embed", "mlp"))
+        self.up = linear(width, ff_width, ("embed", "mlp"))
+        self.down = linear(ff_width, width, ("mlp", "embed"))
         self.activation: Activation = activation
 
     def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:

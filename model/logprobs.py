@@ -1,6 +1,7 @@
 """Reading logits and log-normalisers at hidden states, without a [positions, vocabulary] array above a budget."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -11,28 +12,57 @@ LOGITS_BUDGET_BYTES = 32 * 2**20
 """The largest block of vocabulary logits that ever exists, on the device; none reaches the host."""
 
 
+class Split(NamedTuple):
+    """The head's rows lie on several devices, as many on each; behind the vocabulary's last is padding.
+
+    Attributes:
+        axis: of the mesh, along which they do.
+        vocab_size: V, of all devices.
+    """
+
+    axis: str
+    vocab_size: int
+
+
 def softcapped(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
     """``cap * tanh(x / cap)``, which never leaves -cap to cap; ``x`` itself without a cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def target_logits(
-    hidden: Float[Array, "R D"], targets: Int[Array, " R"], head: Float[Array, "V D"], softcap: float | None = None
+    hidden: Float[Array, "R D"],
+    targets: Int[Array, " R"],
+    head: Float[Array, "rows D"],
+    softcap: float | None = None,
+    split: Split | None = None,
 ) -> Float[Array, " R"]:
     """The logit of one target id per row: float32. Touches R rows of the head, never the vocabulary."""
-    rows = head[targets].astype(jnp.float32)
-    return softcapped(jnp.sum(hidden.astype(head.dtype).astype(jnp.float32) * rows, axis=-1), softcap)
+    if split is None:
+        return softcapped(_dots(hidden, head[targets]), softcap)
+    here = targets - _first(head, split)
+    mine = (here >= 0) & (here < head.shape[0])
+    logits = _dots(hidden, head[jnp.where(mine, here, 0)])
+    return softcapped(lax.psum(jnp.where(mine, logits, 0.0), split.axis), softcap)
+
+
+def _dots(hidden: Float[Array, "R D"], rows: Float[Array, "R D"]) -> Float[Array, " R"]:
+    return jnp.sum(hidden.astype(rows.dtype).astype(jnp.float32) * rows.astype(jnp.float32), axis=-1)
+
+
+def _first(head: Float[Array, "rows D"], split: Split) -> Int[Array, ""]:
+    """The id of this device's first row."""
+    return lax.axis_index(split.axis) * head.shape[0]
 
 
 def log_normalizer(
-    hidden: Float[Array, "R D"], head: Float[Array, "V D"], softcap: float | None = None
+    hidden: Float[Array, "R D"], head: Float[Array, "rows D"], softcap: float | None = None, split: Split | None = None
 ) -> Float[Array, " R"]:
     """Log of the summed exponentials of all V logits, in nats: float32. Walks the vocabulary in blocks."""
-    return _total([logsumexp(logits, axis=-1) for _, logits in _walk(hidden, head, softcap)])
+    return _total([logsumexp(logits, axis=-1) for _, logits in _walk(hidden, head, softcap, split)], split)
 
 
 def argmax(
-    hidden: Float[Array, "R D"], head: Float[Array, "V D"], softcap: float | None = None
+    hidden: Float[Array, "R D"], head: Float[Array, "rows D"], softcap: float | None = None, split: Split | None = None
 ) -> tuple[Float[Array, " R"], Int[Array, " R"], Float[Array, " R"]]:
     """``log_normalizer``, and in the same walk the id of the highest logit, the lowest of equals, and that logit.
 
@@ -40,25 +70,39 @@ def argmax(
     """
     sums: list[Float[Array, " R"]] = []
     best, best_id = jnp.full(hidden.shape[0], -jnp.inf), jnp.zeros(hidden.shape[0], jnp.int32)
-    for start, logits in _walk(hidden, head, softcap):
+    for start, logits in _walk(hidden, head, softcap, split):
         sums.append(logsumexp(logits, axis=-1))
         highest, first = jnp.max(logits, axis=-1), jnp.argmax(logits, axis=-1).astype(jnp.int32)
         best_id = jnp.where(highest > best, start + first, best_id)
         best = jnp.maximum(best, highest)
-    return _total(sums), best_id, best
+    if split is not None:
+        mine = best
+        best = lax.pmax(mine, split.axis)
+        best_id = jnp.where(mine == best, best_id + _first(head, split), split.vocab_size)
+        best_id = lax.pmin(best_id, split.axis)
+    return _total(sums, split), best_id, best
 
 
 def _walk(
-    hidden: Float[Array, "R D"], head: Float[Array, "V D"], softcap: float | None
+    hidden: Float[Array, "R D"], head: Float[Array, "rows D"], softcap: float | None, split: Split | None
 ) -> Iterator[tuple[int, Float[Array, "R W"]]]:
-    """Logits block by block: the first id of each, and the block."""
+    """Logits block by block, of padding minus infinity: the first row of each, and the block."""
     operand = hidden.astype(head.dtype)
     block = max(1, LOGITS_BUDGET_BYTES // (4 * hidden.shape[0]))
+    # The last device's padding; there is none where the devices divide the vocabulary.
+    end = None if split is None else jnp.minimum(split.vocab_size - _first(head, split), head.shape[0])
     for start in range(0, head.shape[0], block):
         rows = head[start : start + block]
         logits = lax.dot_general(operand, rows, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-        yield start, softcapped(logits, softcap)
+        logits = softcapped(logits, softcap)
+        if end is not None:
+            logits = jnp.where((start + jnp.arange(rows.shape[0]) < end)[None, :], logits, -jnp.inf)
+        yield start, logits
 
 
-def _total(sums: list[Float[Array, " R"]]) -> Float[Array, " R"]:
-    return logsumexp(jnp.stack(sums), axis=0) if len(sums) > 1 else sums[0]
+def _total(sums: list[Float[Array, " R"]], split: Split | None) -> Float[Array, " R"]:
+    total = logsumexp(jnp.stack(sums), axis=0) if len(sums) > 1 else sums[0]
+    if split is None:
+        return total
+    highest = lax.pmax(total, split.axis)
+    return highest + jnp.log(lax.psum(jnp.exp(total - highest), split.axis))

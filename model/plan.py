@@ -7,7 +7,7 @@ bins into calls of a few fixed shapes, so that every call runs a program compile
 
 import bisect
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,6 +128,14 @@ def large_shapes(max_width: int, call_tokens: int) -> tuple[Shape, ...]:
     """
     widths = sorted({min(width, max_width) for width in (128, 160, 256, 384, 512, 768, 1024)} | {max_width})
     return tuple(sorted({Shape(w, -(-call_tokens // (part * w))) for w in widths for part in (1, 2, 4, 8)}))
+
+
+def together(calls: Sequence[Call], at_once: int) -> Iterator[list[Call]]:
+    """Calls of one shape, up to ``at_once`` that follow each other."""
+    for _, alike in itertools.groupby(calls, lambda call: call.shape):
+        same = list(alike)
+        for at in range(0, len(same), at_once):
+            yield same[at : at + at_once]
 
 
 def share(sequences: Sequence[Tokens], limits: Sequence[int], *, min_saving: int) -> list[tuple[int, int, list[int]]]:

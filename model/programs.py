@@ -3,6 +3,8 @@
 The layers run in one of two ways. ``LayerPrograms``: one launch per layer, each layer's weights an argument of their
 own; launches are cheap on a CPU, and XLA there copies whatever a loop cuts from stacked weights. ``ModelPrograms``: a
 loop over stacked layers within one program, for devices where a launch is dear and a cut is free.
+
+On a mesh of devices (``model.sharding``) the same functions run on every device's part of the arrays.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,14 +18,17 @@ import numpy as np
 import numpy.typing as npt
 from flax import nnx
 from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from model import compiled
+from model import compiled, decoder
 from model.attention import Context, to_pool
 from model.config import ModelConfig
 from model.logprobs import argmax, log_normalizer, target_logits
 from model.pages import PAGE_TOKENS
 from model.plan import Shape, reads_of
 from model.registry import Abstract
+from model.sharding import DATA, RULES, abstract, put
 
 Size = Shape | int
 State = nnx.State[Any, Any]
@@ -53,14 +58,40 @@ class Prefix(NamedTuple):
     length: int
 
 
+class Definition(NamedTuple):
+    """What one program computes, for one device.
+
+    Attributes:
+        arguments: shapes of one device's part.
+        specs: how each argument lies on a mesh.
+        results: the same of what is returned.
+        donated: numbers of the arguments that it may overwrite.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    specs: tuple[Any, ...]
+    results: Any
+    donated: tuple[int, ...] = ()
+
+
+WHOLE, CALLS = RULES.spec(), RULES.spec("calls")
+POOL = RULES.spec(None, None, None, "kv_heads", None, None)
+_CONTEXT: Any = (CALLS, CALLS, POOL, WHOLE, WHOLE)
+CONTEXT = Context(*_CONTEXT)
+"""How the fields of a ``Context`` lie on a mesh."""
+
+
 class Programs:
     """Programs that do not depend on how the layers run: the head's, and the one that fills pages.
 
     Args:
         ends: parameters of ``Family.ends``.
-        pool: shape and dtype of the page pool, [pages, L, 2, K, page, H].
+        pool: shape and dtype of the page pool on one device, [pages, L, 2, K, page, H].
         slots: entries of a page table.
         folder: of compiled programs, see ``model.compiled``.
+        mesh: that the parameters lie on; ``config``, ``abstract`` and ``pool`` are of one device's part. None: one
+            device.
     """
 
     def __init__(
@@ -71,6 +102,7 @@ class Programs:
         pool: jax.ShapeDtypeStruct,
         slots: int,
         folder: Path | None,
+        mesh: Mesh | None,
     ) -> None:
         self._config = config
         self._ends_graph, self._block_graph = abstract.ends[0], abstract.block[0]
@@ -78,10 +110,12 @@ class Programs:
         """With a program's kind and size it tells what is computed; the graphs hold all constants of the config."""
         self._ends = ends
         self._layers: Any
+        self._abstract = abstract
         self._dtype = jax.tree.leaves(ends)[0].dtype
         self._pool = pool
         self._slots = slots
         self._folder = folder
+        self._mesh = mesh
         self._compiled: dict[tuple[str, Size], Callable[..., Any]] = {}
         self.compilations = 0
 
@@ -90,8 +124,26 @@ class Programs:
         """Of all parameters."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((self._ends, self._layers)))
 
-    def rows(self, shape: Shape, inputs: Inputs, prefix: Prefix) -> jax.Array:
-        """Final normalised hidden states at the reads: float32 [R, D]. Returns when launched."""
+    @property
+    def shards(self) -> int:
+        """Devices that every layer is split over."""
+        return self._config.shards
+
+    @property
+    def at_once(self) -> int:
+        """Calls that one launch runs, each on other devices."""
+        return 1 if self._mesh is None else self._mesh.shape[DATA]
+
+    def empty_pool(self) -> jax.Array:
+        """The page pool, zeros."""
+        if self._mesh is None:
+            return jnp.zeros(self._pool.shape, self._pool.dtype)
+        whole = abstract(self._pool, POOL, self._mesh)
+        return jax.jit(lambda: jnp.zeros(whole.shape, whole.dtype), out_shardings=whole.sharding)()
+
+    def rows(self, shape: Shape, inputs: Sequence[Inputs], prefix: Prefix) -> jax.Array:
+        """Final normalised hidden states at the reads of up to ``at_once`` calls: float32 [calls * R, D]. Returns when
+        launched."""
         raise NotImplementedError
 
     def prefill(self, size: int, inputs: Inputs, prefix: Prefix) -> Any:
@@ -109,19 +161,20 @@ class Programs:
         """
         table = np.zeros(touched_pages(size), np.int32)
         table[: len(pages)] = pages
-        return self.get("write", size)(pool, keys_values, table, np.int32(offset), np.int32(length))
+        host = self._put((table, np.array(offset, np.int32), np.array(length, np.int32)), WHOLE)
+        return self.get("write", size)(pool, keys_values, *host)
 
     def targets(self, hidden: npt.NDArray[np.float32], ids: npt.NDArray[np.int32]) -> jax.Array:
         """Logits of one id per hidden state."""
-        return self.get("targets", len(ids))(self._ends, hidden, ids)
+        return self.get("targets", len(ids))(self._ends, *self._put((hidden, ids), WHOLE))
 
     def normalizer(self, hidden: npt.NDArray[np.float32]) -> jax.Array:
         """Log of the summed exponentials of all logits, per hidden state."""
-        return self.get("normalizer", len(hidden))(self._ends, hidden)
+        return self.get("normalizer", len(hidden))(self._ends, self._put(hidden, WHOLE))
 
     def argmax(self, hidden: npt.NDArray[np.float32]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """``normalizer``'s values, and per hidden state the id of the highest logit, and that logit."""
-        return self.get("argmax", len(hidden))(self._ends, hidden)
+        return self.get("argmax", len(hidden))(self._ends, self._put(hidden, WHOLE))
 
     def get(self, kind: str, size: Size) -> Callable[..., Any]:
         """The program, compiled now if ``warmup`` did not."""
@@ -129,7 +182,7 @@ class Programs:
 
     def compile(self, kind: str, size: Size) -> Callable[..., Any]:
         """Build, or find on disk, one program for one size."""
-        function, arguments, donated = self._definition(kind, size)
+        function, arguments, donated = self._whole(self._definition(kind, size))
         with self._precision():
             program = compiled.program(f"{kind} {size} {self._code}", function, arguments, donated, self._folder)
         self.compilations += 1
@@ -138,38 +191,85 @@ class Programs:
 
     def trace(self, kind: str, size: Size) -> jax.stages.Traced:
         """One program for one size, before it is lowered."""
-        function, arguments, donated = self._definition(kind, size)
+        function, arguments, donated = self._whole(self._definition(kind, size))
         with self._precision():
             return jax.jit(function, donate_argnums=donated).trace(*arguments)
 
     def _precision(self) -> AbstractContextManager[None]:
         return jax.default_matmul_precision("highest" if self._dtype == jnp.float32 else "default")
 
-    def _definition(self, kind: str, size: Any) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
-        """A program's function, the shapes of its arguments, and which of them it may overwrite."""
+    def _whole(self, made: Definition) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
+        """A program over all devices: its function, the shapes of its arguments, and which of them it may overwrite."""
+        if self._mesh is None:
+            return made.function, made.arguments, made.donated
+        function = jax.shard_map(
+            made.function, mesh=self._mesh, in_specs=made.specs, out_specs=made.results, check_vma=False
+        )
+        return function, abstract(made.arguments, made.specs, self._mesh), made.donated
+
+    def _put(self, host: Any, spec: P) -> Any:
+        """Host arrays on the device, or on all devices."""
+        mesh = self._mesh
+        return jax.device_put(host) if mesh is None else jax.tree.map(lambda array: put(array, spec, mesh), host)
+
+    def _parameters(self, held: State, part: State, *leading: None) -> tuple[Any, Any]:
+        """Parameters as a program's argument, and how they lie on a mesh.
+
+        Args:
+            held: on the device.
+            part: shapes of one device's.
+            leading: axes before those that the parameters name.
+        """
+        flat: Any = nnx.to_flat_state(part)
+        specs = nnx.from_flat_state([(path, leaf.replace(RULES.spec(*leading, *leaf.axes))) for path, leaf in flat])
+        return (held if self._mesh is None else part), specs
+
+    def _stacked(self, calls: Sequence[Inputs]) -> Inputs:
+        """The inputs of one launch; where there are fewer calls than it runs, the others are padding."""
+        if self.at_once == 1:
+            return calls[0]
+        idle = Inputs(*(np.full_like(array, fill) for array, fill in zip(calls[0], (0, 0, -1, 0), strict=True)))
+        return Inputs(
+            *(np.concatenate(arrays) for arrays in zip(*calls, *[idle] * (self.at_once - len(calls)), strict=True))
+        )
+
+    def _of_all_calls(self, hidden: jax.Array) -> jax.Array:
+        """Every device, and so every host, has the results of all calls."""
+        return hidden if self.at_once == 1 else lax.all_gather(hidden, DATA, tiled=True)
+
+    def _definition(self, kind: str, size: Any) -> Definition:
         ends_graph, width, softcap = self._ends_graph, self._config.width, self._config.logit_softcap
 
         def targets(ends: Any, hidden: Any, ids: Any) -> jax.Array:
-            return target_logits(hidden, ids, nnx.merge(ends_graph, ends).head_weights(), softcap)
+            merged = nnx.merge(ends_graph, ends)
+            return target_logits(hidden, ids, merged.head_weights(), softcap, merged.head_split())
 
         def normalizer(ends: Any, hidden: Any) -> jax.Array:
-            return log_normalizer(hidden, nnx.merge(ends_graph, ends).head_weights(), softcap)
+            merged = nnx.merge(ends_graph, ends)
+            return log_normalizer(hidden, merged.head_weights(), softcap, merged.head_split())
 
         def highest(ends: Any, hidden: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-            return argmax(hidden, nnx.merge(ends_graph, ends).head_weights(), softcap)
+            merged = nnx.merge(ends_graph, ends)
+            return argmax(hidden, merged.head_weights(), softcap, merged.head_split())
 
+        ends, specs = self._parameters(self._ends, self._abstract.ends[1])
         match kind:
             case "targets":
-                return targets, (self._ends, _float32(size, width), _int32(size)), ()
+                return Definition(
+                    targets, (ends, _float32(size, width), _int32(size)), (specs, WHOLE, WHOLE), results=WHOLE
+                )
             case "normalizer":
-                return normalizer, (self._ends, _float32(size, width)), ()
+                return Definition(normalizer, (ends, _float32(size, width)), (specs, WHOLE), results=WHOLE)
             case "argmax":
-                return highest, (self._ends, _float32(size, width)), ()
+                return Definition(highest, (ends, _float32(size, width)), (specs, WHOLE), results=WHOLE)
             case "write":
                 arguments = (self._pool, self._written(size), _int32(touched_pages(size)), _int32(), _int32())
-                return _write, arguments, (0,)
+                return Definition(_write, arguments, (POOL, self._kept, WHOLE, WHOLE, WHOLE), POOL, donated=(0,))
             case _:
                 raise ValueError(f"no program {kind!r}")
+
+    _kept: P
+    """How each array that ``prefill`` returns lies on a mesh."""
 
     def _written(self, size: int) -> Any:
         """Shapes of what ``prefill`` returns."""
@@ -188,23 +288,26 @@ class LayerPrograms(Programs):
         layers: each layer's parameters.
     """
 
+    _kept = RULES.spec(None, None, "kv_heads", None)
+
     def __init__(self, *args: Any, layers: Sequence[State]) -> None:
         super().__init__(*args)
         self._layers = layers
-        self._numbers = [jnp.int32(number) for number in range(len(layers))]
+        self._numbers = [self._put(np.array(number, np.int32), WHOLE) for number in range(len(layers))]
 
-    def rows(self, shape: Shape, inputs: Inputs, prefix: Prefix) -> jax.Array:
-        x, angles, context = self._begin(inputs, prefix)
-        reads, flat = jax.device_put((inputs.reads, inputs.segments.reshape(1, -1)))
+    def rows(self, shape: Shape, inputs: Sequence[Inputs], prefix: Prefix) -> jax.Array:
+        stacked = self._stacked(inputs)
+        x, angles, context = self._begin(stacked, prefix)
+        # What is read sees no bins, only rows: one program serves all shapes of as many tokens.
+        reads, flat = self._put((stacked.reads, stacked.segments.reshape(self.at_once, -1)), CALLS)
         layer = self.get("layer", shape)
         for number, weights in zip(self._numbers[:-1], self._layers[:-1], strict=True):
             x = layer(weights, x, angles, context, number)
-        # What is read sees no bins, only rows: one program serves all shapes of as many tokens.
         context, read = context._replace(segments=flat), self.get("read", shape.tokens)
         return read(self._ends, self._layers[-1], x, angles, context, self._numbers[-1], reads)
 
     def prefill(self, size: int, inputs: Inputs, prefix: Prefix) -> Any:
-        x, angles, context = self._begin(inputs, prefix)
+        x, angles, context = self._begin(self._stacked([inputs] * self.at_once), prefix)
         layer = self.get("keep", size)
         kept: list[jax.Array] = []
         for number, weights in zip(self._numbers[:-1], self._layers[:-1], strict=True):
@@ -221,14 +324,15 @@ class LayerPrograms(Programs):
 
     def _begin(self, inputs: Inputs, prefix: Prefix) -> tuple[Any, Any, Context]:
         """The first layer's input, and what all layers take, on the device once for all of them."""
-        host = (inputs.tokens, inputs.positions, inputs.segments, prefix.table, np.int32(prefix.length))
-        tokens, positions, segments, table, length = jax.device_put(host)
-        x, angles = self.get("embed", len(inputs.tokens))(self._ends, tokens, positions)
+        tokens, positions, segments = self._put((inputs.tokens, inputs.positions, inputs.segments), CALLS)
+        table, length = self._put((prefix.table, np.array(prefix.length, np.int32)), WHOLE)
+        embed = self.get("embed", len(inputs.tokens) // self.at_once)
+        x, angles = embed(self._ends, tokens, positions)
         return x, angles, Context(segments, positions, prefix.pool, table, length)
 
-    def _definition(self, kind: str, size: Any) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
+    def _definition(self, kind: str, size: Any) -> Definition:
         ends_graph, block_graph, final = self._ends_graph, self._block_graph, self._config.layers - 1
-        weights, tokens = self._layers[0], int(size.tokens if isinstance(size, Shape) else size)
+        tokens = int(size.tokens if isinstance(size, Shape) else size)
         segments = _int32(size.bins, size.width) if isinstance(size, Shape) else _int32(1, size)
 
         def embed(ends: Any, tokens: Any, positions: Any) -> Any:
@@ -245,22 +349,29 @@ class LayerPrograms(Programs):
 
         def read(ends: Any, weights: Any, x: Any, angles: Any, context: Any, number: Any, reads: Any) -> Any:
             hidden = nnx.merge(block_graph, weights).read(x, angles, context, number, reads)
-            return nnx.merge(ends_graph, ends).norm(hidden)
+            return self._of_all_calls(nnx.merge(ends_graph, ends).norm(hidden))
 
-        embedded = (self._ends, _int32(tokens), _int32(tokens))
-        if kind == "embed":
-            return embed, embedded, ()
-        x, angles = jax.eval_shape(embed, *embedded)
-        arguments = (weights, x, angles, self._context(segments), _int32())
+        ends, ends_specs = self._parameters(self._ends, self._abstract.ends[1])
+        weights, specs = self._parameters(self._layers[0], self._abstract.block[1])
+        angles = jax.eval_shape(lambda positions: decoder.all_angles(self._config, positions), _int32(tokens))
+        turned = RULES.spec(*[None] * (angles[0].ndim - 2), "calls", None)
+        x = _float32(tokens, self._config.width)
+        context = self._context(segments)
+        arguments = (weights, x, angles, context, _int32())
+        places = (specs, CALLS, turned, CONTEXT, WHOLE)
         match kind:
+            case "embed":
+                arguments = (ends, _int32(tokens), _int32(tokens))
+                return Definition(embed, arguments, (ends_specs, CALLS, CALLS), (CALLS, turned))
             case "layer":
-                return layer, arguments, (1,)
+                return Definition(layer, arguments, places, CALLS, donated=(1,))
             case "keep":
-                return keep, arguments, (1,)
+                return Definition(keep, arguments, places, (CALLS, self._kept), donated=(1,))
             case "last":
-                return last, (weights, x, angles), ()
+                return Definition(last, arguments[:3], places[:3], self._kept)
             case "read":
-                return read, (self._ends, *arguments, _int32(reads_of(tokens))), ()
+                arguments = (ends, *arguments, _int32(reads_of(tokens)))
+                return Definition(read, arguments, (ends_specs, *places, CALLS), WHOLE)
             case _:
                 return super()._definition(kind, size)
 
@@ -276,15 +387,19 @@ class ModelPrograms(Programs):
         layers: parameters of all layers, each array with a leading axis [L].
     """
 
+    _kept = RULES.spec(None, None, None, "kv_heads", None)
+
     def __init__(self, *args: Any, layers: State) -> None:
         super().__init__(*args)
         self._layers = layers
 
-    def rows(self, shape: Shape, inputs: Inputs, prefix: Prefix) -> jax.Array:
-        return self.get("rows", shape)(*self._arguments(inputs, prefix), inputs.reads)
+    def rows(self, shape: Shape, inputs: Sequence[Inputs], prefix: Prefix) -> jax.Array:
+        stacked = self._stacked(inputs)
+        reads = self._put(stacked.reads, CALLS)
+        return self.get("rows", shape)(*self._arguments(stacked, prefix), reads)
 
     def prefill(self, size: int, inputs: Inputs, prefix: Prefix) -> Any:
-        return self.get("prefill", size)(*self._arguments(inputs, prefix))
+        return self.get("prefill", size)(*self._arguments(self._stacked([inputs] * self.at_once), prefix))
 
     def wanted(self, ladder: Sequence[Shape], chunks: Sequence[int]) -> list[tuple[str, Size]]:
         wanted: list[tuple[str, Size]] = [("rows", shape) for shape in ladder]
@@ -292,11 +407,11 @@ class ModelPrograms(Programs):
 
     def _arguments(self, inputs: Inputs, prefix: Prefix) -> tuple[Any, ...]:
         """What ``rows`` and ``prefill`` both take."""
-        host: Any = (inputs.segments, inputs.positions, prefix.pool, prefix.table, np.int32(prefix.length))
-        context = Context(*host)
-        return self._ends, self._layers, inputs.tokens, inputs.positions, context
+        tokens, positions, segments = self._put((inputs.tokens, inputs.positions, inputs.segments), CALLS)
+        table, length = self._put((prefix.table, np.array(prefix.length, np.int32)), WHOLE)
+        return self._ends, self._layers, tokens, positions, Context(segments, positions, prefix.pool, table, length)
 
-    def _definition(self, kind: str, size: Any) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
+    def _definition(self, kind: str, size: Any) -> Definition:
         ends_graph, block_graph, last = self._ends_graph, self._block_graph, self._config.layers - 1
 
         def block(layers: Any, number: Any) -> Any:
@@ -306,7 +421,8 @@ class ModelPrograms(Programs):
         def rows(ends: Any, layers: Any, tokens: Any, positions: Any, context: Any, reads: Any) -> Any:
             x, angles = nnx.merge(ends_graph, ends).embed(tokens, positions)
             x = lax.fori_loop(0, last, lambda n, x: block(layers, n)(x, angles, context, n)[0], x)
-            return nnx.merge(ends_graph, ends).norm(block(layers, last).read(x, angles, context, last, reads))
+            hidden = block(layers, last).read(x, angles, context, last, reads)
+            return self._of_all_calls(nnx.merge(ends_graph, ends).norm(hidden))
 
         def prefill(ends: Any, layers: Any, tokens: Any, positions: Any, context: Any) -> Any:
             x, angles = nnx.merge(ends_graph, ends).embed(tokens, positions)
@@ -320,19 +436,27 @@ class ModelPrograms(Programs):
             x, kept = lax.fori_loop(0, last, step, (x, kept))
             return lax.dynamic_update_index_in_dim(kept, block(layers, last).keys_values(x, angles, last), last, 0)
 
-        match kind:
-            case "rows":
-                tokens, context = _int32(size.tokens), self._context(_int32(size.bins, size.width))
-                return rows, (self._ends, self._layers, tokens, tokens, context, _int32(size.reads)), ()
-            case "prefill":
-                context = self._context(_int32(1, size))
-                return prefill, (self._ends, self._layers, _int32(size), _int32(size), context), ()
-            case _:
-                return super()._definition(kind, size)
+        if kind not in ("rows", "prefill"):
+            return super()._definition(kind, size)
+        ends, ends_specs = self._parameters(self._ends, self._abstract.ends[1])
+        stack = stack_of(self._abstract.block[1], last + 1)
+        layers, specs = self._parameters(self._layers, stack, None)
+        tokens = _int32(size.tokens if isinstance(size, Shape) else size)
+        segments = _int32(size.bins, size.width) if isinstance(size, Shape) else _int32(1, size)
+        arguments = (ends, layers, tokens, tokens, self._context(segments))
+        places = (ends_specs, specs, CALLS, CALLS, CONTEXT)
+        if kind == "rows":
+            return Definition(rows, (*arguments, _int32(size.reads)), (*places, CALLS), WHOLE)
+        return Definition(prefill, arguments, places, self._kept)
 
     def _written(self, size: int) -> Any:
         c = self._config
         return jax.ShapeDtypeStruct((c.layers, 2, size, c.kv_heads, c.head_width), self._dtype)
+
+
+def stack_of(layer: State, count: int) -> State:
+    """Shapes of ``count`` layers' parameters, stacked, from one's."""
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct((count, *p.shape), p.dtype), layer)
 
 
 def touched_pages(size: int) -> int:

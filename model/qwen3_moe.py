@@ -17,6 +17,7 @@ from model.config import ModelConfig, common, with_window
 from model.fields import IGNORED, NEUTRAL, ConfigError, Fields
 from model.layers import Linear, activate
 from model.llama import NORMS
+from model.sharding import MODEL
 
 BLOCK_ROWS = 32
 """Tokens that an expert takes at a time. As all blocks have this size, a token's result has the same bits however many
@@ -61,10 +62,10 @@ class Experts(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype) -> None:
         self.config = config
         experts, width, ff_width = config.experts, config.width, config.ff_width
-        self.router = Linear(width, experts, dtype=dtype)
-        self.gate = nnx.Param(jnp.zeros((experts, width, ff_width), dtype))
-        self.up = nnx.Param(jnp.zeros((experts, width, ff_width), dtype))
-        self.down = nnx.Param(jnp.zeros((experts, ff_width, width), dtype))
+        self.router = Linear(width, experts, dtype=dtype, axes=("embed", "experts"))
+        self.gate = nnx.Param(jnp.zeros((experts, width, ff_width), dtype), axes=("experts", "embed", "mlp"))
+        self.up = nnx.Param(jnp.zeros((experts, width, ff_width), dtype), axes=("experts", "embed", "mlp"))
+        self.down = nnx.Param(jnp.zeros((experts, ff_width, width), dtype), axes=("experts", "mlp", "embed"))
 
     def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
         tokens, per_token = x.shape[0], self.config.experts_per_token
@@ -81,7 +82,9 @@ class Experts(nnx.Module):
             return lax.dynamic_update_slice_in_dim(pairs, self._expert(rows, experts[block]), start, axis=0)
 
         results = lax.fori_loop(0, used, through, pairs)[places].reshape(tokens, per_token, -1)
-        return jnp.sum(results * shares[..., None], axis=1)
+        mixed = jnp.sum(results * shares[..., None], axis=1)
+        # Each device holds some of every expert's channels: as with an MLP, one sum over the devices.
+        return mixed if self.config.shards == 1 else lax.psum(mixed, MODEL)
 
     def _expert(self, x: Float[Array, "M D"], number: Int[Array, ""]) -> Float[Array, "M D"]:
         """One block of tokens through one expert."""

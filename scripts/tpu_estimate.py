@@ -26,6 +26,7 @@ from model.cost import Cost, program_cost
 from model.engine import without_weights
 from model.pages import PAGE_TOKENS, PrefixCache
 from model.programs import Programs
+from model.sharding import mesh
 from model.sizes import BY_PLATFORM, Layout
 from scripts.bench_work import Request, Sizes, Variant, floor_flops
 
@@ -177,11 +178,12 @@ def launch_cost(programs: Programs, config: ModelConfig, laid: Layout, launch: L
     """Of one launch, and the memory beyond its arguments that it takes, in bytes."""
     cost, runs, memory = _compiled(programs, launch.kind, launch.size, config.layers - 1)
     if runs:
+        heads = config.heads // programs.shards
         tokens, width = (
             (launch.size, launch.size) if launch.kind == "prefill" else (launch.size.tokens, launch.size.width)
         )
         for window in (decoder.windows(config) or (None,) * config.layers)[:runs]:
-            cost += Cost(*attention_tpu.work(tokens, width, config.heads, laid.pool, launch.prefix_length, window))
+            cost += Cost(*attention_tpu.work(tokens, width, heads, laid.pool, launch.prefix_length, window))
     return cost, memory
 
 
@@ -214,8 +216,8 @@ def estimate(
         prefix_cache_bytes: None: the engine's default.
 
     Raises:
-        ValueError: see ``devices``; prompts longer than the model's context; more than one chip, or a mixture of
-            experts, which are not supported; a program that the chip's compiler refuses.
+        ValueError: see ``devices``; prompts longer than the model's context; a mixture of experts, which is not
+            supported; more chips than the model can be divided among; a program that the chip's compiler refuses.
     """
     longest = workload.query_tokens + workload.item_tokens
     if longest > config.context_length:
@@ -226,15 +228,11 @@ def estimate(
             "on which experts its tokens choose, and the compiled program does not tell"
         )
     peaks, here = CHIPS[chip], devices(chip, topology)
-    if len(here) > 1:
-        raise ValueError(
-            f"{chip} {topology} has {len(here)} chips; plans of a model over more than one chip are not supported. "
-            "Plan for 1x1: what it says of chips needed counts replicas of one chip each"
-        )
     sizes = BY_PLATFORM["tpu"]
     if prefix_cache_bytes is not None:
         sizes = dataclasses.replace(sizes, prefix_cache_bytes=prefix_cache_bytes)
-    programs, laid = without_weights(config, here[0], sizes, max_prompt_tokens=longest)
+    slice_ = mesh(data=1, model=len(here), devices=here)
+    programs, laid = without_weights(config, slice_, sizes, max_prompt_tokens=longest)
     request = workload.request()
     needed = launches(config, laid, request)
     floor = floor_flops(Variant([request], None), floor_sizes(config)) / peaks.flops / len(here)

@@ -35,6 +35,9 @@ def serve(
     revision: Annotated[str | None, typer.Option(help="Of a hub id: branch, tag or commit.")] = None,
     served_name: Annotated[str | None, typer.Option(help="The name that requests use. [default: from --model]")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.float32,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Keep the layers' weights as int8: less memory, less exact.")
+    ] = False,
     engine: Annotated[Engine, typer.Option(help="'fake': scores from hashed tokens, for tests.")] = Engine.jax,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 opens the service to the network.")] = (
         "127.0.0.1"
@@ -59,7 +62,11 @@ def serve(
     replicas: Annotated[int, typer.Option(min=1, help="Scorers, each with the whole model.")] = 1,
     max_batch_tokens: Annotated[int, typer.Option(min=64, help="Tokens in one device batch.")] = 8_192,
     tpu: Annotated[
-        str | None, typer.Option(help="This host's chips and topology, such as 'v6e:2x2'; each scorer gets one chip.")
+        str | None,
+        typer.Option(
+            help="This host's chips and topology, such as 'v6e:2x2'; each scorer gets one chip, or with 'v6e:2x2:4' "
+            "four, for a model that one cannot hold."
+        ),
     ] = None,
 ) -> None:
     """Serve one model or several on this machine until Ctrl-C. The demo model is fetched once (93 MB).
@@ -78,6 +85,7 @@ def serve(
         settings = Settings(
             **which,
             dtype=dtype.value,
+            quantization="int8" if int8 else None,
             engine=engine.value,
             api_keys_file=None if api_keys_file is None else str(api_keys_file),
             scorer_replicas=replicas,
@@ -112,7 +120,7 @@ def _named(words: str) -> dict[str, Any]:
 
 
 def _tpu(words: str) -> Tpu:
-    return Tpu.model_validate(dict(zip(("chip", "topology"), words.split(":"), strict=False)))
+    return Tpu.model_validate(dict(zip(("chip", "topology", "chips"), words.split(":"), strict=False)))
 
 
 def main() -> None:

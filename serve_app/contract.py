@@ -94,6 +94,7 @@ class ModelInfo:
         buckets: the shapes compiled at start-up, each as text, ``"4x256"``: rows x positions.
         classes: of a model with a sequence-classification head, whose targets are ``0 <= class < classes``; 0: the
             model is causal, and its targets are token ids.
+        quantization: of the layers' weights: ``"int8"``, or None.
     """
 
     vocab_size: int
@@ -104,6 +105,7 @@ class ModelInfo:
     platform: str
     buckets: tuple[str, ...]
     classes: int = 0
+    quantization: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -246,6 +246,7 @@ class InfoResponse(ResponseBody):
     vocab_size: int
     classes: int
     dtype: str
+    quantization: str | None = None
     platform: str
     buckets: list[str]
     limits: LimitsInfo

@@ -79,17 +79,20 @@ def load_engine(settings: ModelSettings) -> Engine:
         if not any(map(glob.glob, ACCELERATORS)):
             # With libtpu installed, as the tests have it, jax would look for a TPU and fill the log with its absence.
             os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        from model.engine import load
+        from model.engine import load, tpu_mesh
 
+        mesh = tpu_mesh(settings.tpu.chips) if settings.tpu else None
         folder = model_source.resolve(settings.model, settings.revision, say=logger.info)
         logger.info("loading %s", folder)
-        longest = settings.limits.max_prompt_tokens
         engine = _ModelEngine(
-            load(folder, dtype=settings.dtype, max_prompt_tokens=longest, compiled_folder=compiled_folder())
-        )
-    if settings.tpu and engine.info.platform not in ("tpu", "none"):
-        raise RuntimeError(
-            f"the replica was given TPU chips and jax found only {engine.info.platform}; is score-serve[tpu] installed?"
+            load(
+                folder,
+                dtype=settings.dtype,
+                quantization=settings.quantization,
+                max_prompt_tokens=settings.limits.max_prompt_tokens,
+                compiled_folder=compiled_folder(),
+                mesh=mesh,
+            )
         )
     started = time.monotonic()
     engine.warmup(lambda done, total, what: logger.info("warming up, %d of %d: %s", done, total, what))

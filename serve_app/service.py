@@ -315,6 +315,7 @@ class ScoringService:
             vocab_size=info.vocab_size,
             classes=info.classes,
             dtype=info.dtype,
+            quantization=info.quantization,
             platform=info.platform,
             buckets=list(info.buckets),
             limits=LimitsInfo(

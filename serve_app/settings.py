@@ -64,6 +64,8 @@ class ModelSettings(_Frozen):
     """More names for the same model. ``default`` is always one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights and matmul operands; sums, norms, softmax and the head are float32 in both."""
+    quantization: Literal["int8"] | None = None
+    """Of the layers' weights, a scale for each output channel: a quarter of float32's memory. None: as ``dtype``."""
     engine: Literal["jax", "fake"] = "jax"
     """``fake``: deterministic scores from hashed tokens, for tests of everything but the model."""
 
@@ -128,8 +130,6 @@ class Settings(ModelSettings):
         if self.models:
             self._check_models()
             return self
-        if self.engine == "jax" and self.tpu and self.tpu.chips > 1:
-            raise ValueError(f"tpu.chips is {self.tpu.chips}; this engine computes on 1 chip: ask for more replicas")
         bounds = self.autoscaling
         if bounds and not bounds.min_replicas <= self.scorer_replicas <= bounds.max_replicas:
             raise ValueError(

@@ -31,8 +31,9 @@ os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 # With libtpu installed (tests/tpu_compile) jax would look for a TPU, and its own would be where tests run.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling is most of these tests' time; LLVM's lower level halves it and costs a run 15%.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+# Compiling is most of these tests' time; LLVM's lower level halves it and costs a run 15%. Eight devices are for
+# tests/sharding; all else runs on the first.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1 --xla_force_host_platform_device_count=8")
 # Many tests build the same tiny model; what one compiled, the others load.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled_folder()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")

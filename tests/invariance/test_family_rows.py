@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from model import engine
+from model import engine, sharding
 from model.engine import Engine
 from tests.invariance.rows import TOLERANCE, prompts, values
 from tests.tiny_families import FAMILIES, make_family
@@ -39,6 +40,16 @@ def test_whole_rows_in_one_loop_equal_chunks_by_layer(family: str, families: Fam
     tail = prompts(1, query=280, longest=1, seed=3)[0]
     sequences = [tail, *(prompt + tail for prompt in prompts(2, query=128, longest=9, seed=4))]
     np.testing.assert_allclose(values(looped, sequences), values(scorer, sequences), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_spread_over_four_devices_equals_one(family: str, families: Families) -> None:
+    """Two calls at once, each over two devices."""
+    folder, scorer = families(family)
+    mesh = sharding.mesh(2, 2, jax.devices()[:4])
+    spread = engine.load(folder, mesh=mesh, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
+    sequences = prompts(7, query=310, longest=30, seed=1)
+    np.testing.assert_allclose(values(spread, sequences), values(scorer, sequences), rtol=0, atol=TOLERANCE)
 
 
 def test_a_prompt_whose_arithmetic_breaks_spoils_no_neighbour_in_its_experts(

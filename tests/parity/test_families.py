@@ -71,4 +71,4 @@ def hidden_states(scorer: Engine, tokens: np.ndarray) -> list[np.ndarray]:
     for number, weights in list(enumerate(programs._layers))[:-1]:
         x = programs.get("layer", shape)(weights, x, angles, context, jax.numpy.int32(number))
         states.append(np.array(x))
-    return [state[:32] for state in (*states, np.array(programs.rows(shape, inputs, prefix)))]
+    return [state[:32] for state in (*states, np.array(programs.rows(shape, [inputs], prefix)))]

@@ -6,6 +6,7 @@ Nothing runs here: libtpu compiles for a described topology, and its compiler re
 import importlib.util
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 from typer.testing import CliRunner
 
 from model.attention_tpu import work
@@ -22,6 +23,7 @@ from model.cost import program_cost
 from model.engine import without_weights
 from model.plan import Shape
 from model.registry import from_hf
+from model.sharding import mesh
 from model.sizes import BY_PLATFORM
 from scripts.tpu_estimate import CHIPS, Workload, devices, estimate, launches
 from scripts.tpu_plan import app
@@ -80,6 +82,10 @@ LLAMA_31_8B = from_hf(
     }
 )
 RANKING = Workload(query_tokens=2000, items=500, item_tokens=20)
+
+
+def one(chip: str) -> Mesh:
+    return mesh(1, 1, devices(chip, "1x1"))
 
 
 def test_loops_and_on_chip_arrays_are_counted_rightly() -> None:
@@ -141,7 +147,7 @@ def test_ranking_on_one_v6e_is_near_the_floor(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "phi3-longrope", "qwen3_moe"])
 def test_windows_caps_ropes_and_experts_compile(family: str) -> None:
     config = from_hf(config_of(family))
-    programs, laid = without_weights(config, devices("v6e", "1x1")[0], BY_PLATFORM["tpu"])
+    programs, laid = without_weights(config, one("v6e"), BY_PLATFORM["tpu"])
     traced = programs.trace("rows", laid.ladder[0])
     _, kernels = program_cost(traced, traced.lower().compile(), trips=config.layers - 1)
     assert kernels == config.layers
@@ -155,7 +161,7 @@ def test_windows_caps_ropes_and_experts_compile(family: str) -> None:
     ],
 )
 def test_programs_fit_one_chip_and_attention_is_fused(config: ModelConfig, chip: str, call: Shape) -> None:
-    programs, laid = without_weights(config, devices(chip, "1x1")[0], BY_PLATFORM["tpu"], max_prompt_tokens=8192)
+    programs, laid = without_weights(config, one(chip), BY_PLATFORM["tpu"], max_prompt_tokens=8192)
     traced = programs.trace("rows", call)
     compiled = traced.lower().compile()
     memory = compiled.memory_analysis()
@@ -174,9 +180,38 @@ def test_programs_fit_one_chip_and_attention_is_fused(config: ModelConfig, chip:
 
 
 @pytest.mark.parametrize(
+    ("config", "topology"),
+    [
+        (QWEN3_06B, "2x2"),
+        (LLAMA_31_8B, "4x4"),
+        pytest.param(QWEN3_06B, "4x4", marks=pytest.mark.slow),
+        pytest.param(LLAMA_31_8B, "2x2", marks=pytest.mark.slow),
+    ],
+)
+def test_programs_compile_for_slices_and_their_attention_is_fused(config: ModelConfig, topology: str) -> None:
+    """Two layers of each: of four hosts where the topology is 4x4."""
+    chips = devices("v6e", topology)
+    assert len({chip.process_index for chip in chips}) == {"2x2": 1, "4x4": 4}[topology]
+    two = replace(config, layers=2)
+    programs, laid = without_weights(two, mesh(1, len(chips), chips), BY_PLATFORM["tpu"], max_prompt_tokens=8192)
+    traced = programs.trace("rows", laid.ladder[0])
+    compiled = traced.lower().compile()
+    memory = compiled.memory_analysis()
+    assert memory.argument_size_in_bytes + memory.temp_size_in_bytes <= CHIPS["v6e"].hbm_bytes
+    cost, kernels = program_cost(traced, compiled, trips=1)
+    assert kernels == two.layers
+    assert cost.collective_bytes > 0
+    assert "[<=" not in compiled.as_text(), "a dynamic shape"
+
+
+@pytest.mark.parametrize(
     ("arguments", "changes", "said"),
     [
-        (["--topology", "2x4"], {}, "v6e 2x4 has 8 chips; plans of a model over more than one chip are not supported"),
+        (
+            ["--topology", "2x4"],
+            {"num_attention_heads": 12, "num_key_value_heads": 4},
+            "12 attention heads cannot be divided among 8 devices; use 1 or 2 or 3 or 4 or 6",
+        ),
         (["--topology", "3x5"], {}, "libtpu knows no topology v6e:3x5"),
         (["--chip", "v7"], {}, "'v7' is not one of v5e, v5p, v6e"),
         (["--query-tokens", "40941"], {}, "the prompts have 40,961 tokens; this model reads at most 40,960"),
@@ -202,7 +237,7 @@ def test_what_does_not_fit_is_said_without_compiling() -> None:
 
 
 def test_launches_are_the_planner_s() -> None:
-    _, laid = without_weights(QWEN3_06B, devices("v6e", "1x1")[0], BY_PLATFORM["tpu"], max_prompt_tokens=8192)
+    _, laid = without_weights(QWEN3_06B, one("v6e"), BY_PLATFORM["tpu"], max_prompt_tokens=8192)
     found = launches(QWEN3_06B, laid, RANKING.request())
     rows = {launch: count for launch, count in found.items() if launch.kind == "rows"}
     assert {launch.prefix_length for launch in rows} <= {1920, 2000}

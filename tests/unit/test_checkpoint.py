@@ -57,7 +57,7 @@ def test_bfloat16_is_read_where_nothing_else_taught_numpy_its_name(tmp_path: Pat
     save_file({"b": B.astype(ml_dtypes.bfloat16)}, tmp_path / SINGLE)
     code = (
         "import sys, pathlib; from model.checkpoint import Target, load; "
-        "load(pathlib.Path(sys.argv[1]), {'b': Target(('b',), (2,), 'same')}, put=lambda _, b: print(b.dtype))"
+        "load(pathlib.Path(sys.argv[1]), {'b': Target(('b',), (2,), 'same')}, put=lambda _, b: print(b[:,].dtype))"
     )
     assert subprocess.check_output([sys.executable, "-c", code, str(tmp_path)], text=True).strip() == "bfloat16"
 

@@ -65,12 +65,6 @@ def test_what_does_not_exist_is_refused_with_what_does(asked: dict[str, Any], po
         Settings.model_validate({"tpu": asked})
 
 
-def test_what_the_engine_cannot_use_is_refused():
-    with pytest.raises(ValidationError, match=r"tpu\.chips is 4; this engine computes on 1 chip"):
-        Settings(tpu=Tpu(chip="v6e", topology="2x2", chips=4))
-    assert Settings(tpu=Tpu(chip="v6e", topology="2x2", chips=4), engine="fake").tpu
-
-
 def node(chips: int, chip: str = "TPU-V6E", topology: str = "2x2", *, alive: bool = True) -> dict[str, Any]:
     return {
         "Alive": alive,

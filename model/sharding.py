@@ -1,0 +1,173 @@
+"""One model over a mesh of devices: which part of each array a device holds.
+
+Every device runs the same program on its own part (``jax.shard_map``), with the sizes that ``divided`` gives. Split
+over the axis ``model`` are attention's heads, the MLP's inner channels, the vocabulary and the page pool; a layer sums
+over that axis twice, after attention's output projection and after the MLP's last one. Over the axis ``data`` a launch
+runs several calls at once, each on devices of its own.
+
+Source: the split of a layer is that of Megatron-LM (arXiv 1909.08053), section 3.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import numpy.typing as npt
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from model.config import ModelConfig
+from model.fields import ConfigError
+
+DATA, MODEL = "data", "model"
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """Name of an array's axis -> the mesh's axis that it is split over; None: every device holds all of it."""
+
+    calls: str | None = DATA
+    vocab: str | None = MODEL
+    heads: str | None = MODEL
+    kv_heads: str | None = MODEL
+    mlp: str | None = MODEL
+    embed: str | None = None
+    experts: str | None = None
+
+    def spec(self, *axes: str | None) -> P:
+        """Of an array with these axes; None: an axis without a name, which is not split."""
+        return P(*(None if axis is None else getattr(self, axis) for axis in axes))
+
+
+RULES = Rules()
+
+
+class Tensor(Protocol):
+    """A parameter of the whole model that is read as it is cut, see ``model.checkpoint``."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __getitem__(self, index: tuple[slice, ...], /) -> npt.NDArray[Any]: ...
+
+
+def mesh(data: int, model: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """Of ``data`` x ``model`` devices.
+
+    Args:
+        devices: None: all that jax sees, on all hosts.
+
+    Raises:
+        ConfigError: there are fewer or more devices.
+    """
+    found = jax.devices() if devices is None else devices
+    if len(found) != data * model:
+        raise ConfigError(
+            f"a mesh of {data} x {model} (data x model) takes {data * model} devices and there are {len(found)}"
+        )
+    return Mesh(np.array(found).reshape(data, model), (DATA, MODEL))
+
+
+def divided(config: ModelConfig, shards: int) -> ModelConfig:
+    """What one of ``shards`` devices computes of each layer.
+
+    With fewer key/value heads than devices each device has one, the one that its queries attend to.
+
+    Raises:
+        ConfigError: the heads or the MLP's channels cannot be divided so.
+    """
+    if shards == 1:
+        return config
+    sizes = {"attention heads": config.heads, "MLP channels": config.ff_width}
+    for name, size in sizes.items():
+        if size % shards:
+            fitting = [n for n in range(2, shards) if not any(size % n for size in sizes.values())]
+            raise ConfigError(
+                f"{config.architecture}'s {size} {name} cannot be divided among {shards} devices; "
+                f"use {' or '.join(map(str, [1, *fitting]))}"
+            )
+    if config.kv_heads % shards and shards % config.kv_heads:
+        raise ConfigError(
+            f"{config.architecture}'s {config.kv_heads} key/value heads cannot be divided among, nor each copied to as "
+            f"many of, {shards} devices; use a divisor or a multiple of {config.kv_heads}"
+        )
+    return replace(
+        config,
+        heads=config.heads // shards,
+        kv_heads=max(1, config.kv_heads // shards),
+        ff_width=config.ff_width // shards,
+        shards=shards,
+    )
+
+
+def whole_shape(shape: Sequence[int], spec: P, over: Mesh) -> tuple[int, ...]:
+    """Of the array whose part on one device has ``shape``."""
+    axes = [*spec, *[None] * (len(shape) - len(spec))]
+    return tuple(size * (1 if axis is None else over.shape[axis]) for size, axis in zip(shape, axes, strict=True))
+
+
+def abstract(tree: Any, specs: Any, over: Mesh) -> Any:
+    """Whole arrays' shapes and shardings, from their parts' shapes.
+
+    Args:
+        specs: one for each leaf, or for whole branches.
+    """
+
+    def leaf(part: Any, spec: P) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(whole_shape(part.shape, spec, over), part.dtype, sharding=NamedSharding(over, spec))
+
+    return jax.tree.map(
+        lambda spec, branch: jax.tree.map(lambda part: leaf(part, spec), branch),
+        specs,
+        tree,
+        is_leaf=lambda node: isinstance(node, P),
+    )
+
+
+def put(array: npt.NDArray[Any], spec: P, over: Mesh) -> jax.Array:
+    """A host array, the same on all hosts, as one that is spread over the mesh."""
+    return jax.make_array_from_callback(array.shape, NamedSharding(over, spec), array.__getitem__)
+
+
+def place(tensor: Tensor, axes: Sequence[str | None], part: Sequence[int], dtype: Any, over: Mesh) -> jax.Array:
+    """A parameter on the mesh. Of the tensor nothing is read but what this host's devices hold.
+
+    Args:
+        axes: the parameter's.
+        part: shape of what one device holds. Where the parts are together more than the tensor, vocabulary rows are
+            padded with zeros, and key/value heads repeated.
+    """
+    spec = RULES.spec(*axes)
+    shape = whole_shape(part, spec, over)
+
+    def cut(index: Any) -> npt.NDArray[Any]:
+        source: list[slice] = []
+        padding: list[tuple[int, int]] = []
+        for size, piece, axis, held, whole in zip(tensor.shape, index, axes, part, shape, strict=True):
+            start, stop, _ = piece.indices(whole)
+            if axis == "kv_heads" and whole > size:
+                start = start // held // (whole // size) * held
+                stop = start + held
+            end = min(stop, size)
+            source.append(slice(min(start, size), end))
+            padding.append((0, stop - start - (source[-1].stop - source[-1].start)))
+        values = tensor[tuple(source)]
+        return np.pad(values, padding).astype(dtype) if any(after for _, after in padding) else values.astype(dtype)
+
+    return jax.make_array_from_callback(shape, NamedSharding(over, spec), cut)
+
+
+def stacked(array: jax.Array, count: int) -> jax.Array:
+    """Zeros for ``count`` such arrays, each place where that array's part is."""
+    here = array.sharding
+    whole = NamedSharding(here.mesh, P(None, *here.spec)) if isinstance(here, NamedSharding) else here
+    return jax.jit(lambda: jax.numpy.zeros((count, *array.shape), array.dtype), out_shardings=whole)()
+
+
+def by_device(function: Callable[[jax.Array], Any], array: jax.Array) -> Any:
+    """``function`` of each device's part; its results lie as the array does."""
+    here = array.sharding
+    if isinstance(here, NamedSharding):
+        function = jax.shard_map(function, mesh=here.mesh, in_specs=here.spec, out_specs=here.spec, check_vma=False)
+    return jax.jit(function)(array)

@@ -1,0 +1,157 @@
+"""The same scores on every mesh, through the whole engine, on devices that the test session forces on the CPU."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from safetensors.numpy import load_file, save_file
+
+from model import checkpoint, engine, sharding
+from model.engine import Engine
+from model.fields import ConfigError, read_config
+from model.registry import from_hf
+from tests.batches import label_batch, reads_batch
+from tests.invariance.rows import LABELS, TOLERANCE, VOCAB, prompts, values
+from tests.sharding.one_of_two import SIZES
+from tests.tiny import make_llama
+
+MESHES = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 4), (1, 8), (2, 4)]
+"""data x model. Llama below has two key/value heads: split, whole, and copied. Nothing divides its 307 ids."""
+
+
+def mesh(data: int, model: int) -> jax.sharding.Mesh:
+    return sharding.mesh(data, model, jax.devices()[: data * model])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a halved head, see ``tests.invariance``."""
+    folder = make_llama(
+        tmp_path_factory.mktemp("llama"),
+        heads=8,
+        head_width=6,
+        ff=64,
+        layers=2,
+        attention_bias=True,
+        mlp_bias=True,
+        shards=2,
+    )
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        if "lm_head.weight" in tensors:
+            tensors["lm_head.weight"] *= 0.5
+            save_file(tensors, file)
+    return folder
+
+
+def everything(scorer: Engine) -> list[np.ndarray]:
+    """Cold, warm, chunked and packed; over the vocabulary and over labels alone; uneven numbers of rows; argmax."""
+    behind = prompts(7, seed=1, query=290, longest=30)
+    found = [values(scorer, behind), values(scorer, behind)]
+    found += [values(scorer, prompts(count, seed=count, longest=30)) for count in (1, 2, 3, 5)]
+    labels = label_batch(behind[:3], [LABELS] * 3, vocab_logprobs=False)
+    found.append(scorer.score(labels).values)
+    texts = prompts(4, seed=9, longest=30)
+    reads = [[(position, [position % VOCAB]) for position in range(len(tokens))] for tokens in texts]
+    result = scorer.score(replace(reads_batch(texts, reads), argmax=True))
+    return [*found, result.values, result.argmax, result.argmax_values]
+
+
+@pytest.fixture(scope="module")
+def wanted(folder: Path) -> tuple[list[np.ndarray], int]:
+    """Of one device: ``everything``, and how many tokens the cache had."""
+    alone = engine.load(folder, **SIZES)
+    return everything(alone), alone.stats.prefix_hit_tokens
+
+
+@pytest.mark.parametrize(("data", "model", "by_layer"), [*((*each, True) for each in MESHES), (2, 4, False)])
+def test_every_mesh_gives_the_same_scores(
+    folder: Path, wanted: tuple[list[np.ndarray], int], data: int, model: int, by_layer: bool
+) -> None:
+    spread = engine.load(folder, mesh=mesh(data, model), by_layer=by_layer, **SIZES)
+    for mine, alone in zip(everything(spread), wanted[0], strict=True):
+        np.testing.assert_allclose(mine, alone, rtol=0, atol=TOLERANCE)
+    assert spread.stats.prefix_hit_tokens == wanted[1]
+
+
+def test_what_lies_where(folder: Path) -> None:
+    """Parameters are split as the rules say, and the pool by key/value heads; nothing that is split is held whole."""
+    spread = engine.load(folder, mesh=mesh(2, 4), **SIZES)
+    programs: Any = spread._programs  # pyright: ignore[reportPrivateUsage]
+    block = programs._layers[0]
+    specs = {
+        "attention.q": (None, "model"),
+        "attention.k": (None, "model"),
+        "attention.o": ("model", None),
+        "mlp.gate": (None, "model"),
+        "mlp.down": ("model", None),
+    }
+    for path, wanted in specs.items():
+        branch, leaf = path.split(".")
+        kernel = block[branch][leaf]["kernel"][...]
+        assert isinstance(kernel.sharding, NamedSharding)
+        assert (*kernel.sharding.spec,) == wanted, path
+    parts = [*block["mlp"]["up"]["kernel"][...].addressable_shards]
+    assert {part.data.shape for part in parts} == {(48, 16)}
+    assert block["attention"]["k"]["kernel"][...].shape == (48, 4 * 6)  # two heads, each twice
+    assert programs._ends["embedding"][...].addressable_shards[0].data.shape == (77, 48)
+    pool = spread._pool  # pyright: ignore[reportPrivateUsage]
+    assert pool.shape[3] == 4
+    assert {part.data.shape[3] for part in pool.addressable_shards} == {1}
+    result = programs.normalizer(np.zeros((32, 48), np.float32))
+    assert result.sharding.is_fully_replicated
+
+
+def test_two_sums_a_layer_and_no_weight_is_gathered(folder: Path) -> None:
+    spread = engine.load(folder, mesh=mesh(1, 4), **SIZES)
+    programs: Any = spread._programs  # pyright: ignore[reportPrivateUsage]
+    shape = spread._layout.ladder[-1]  # pyright: ignore[reportPrivateUsage]
+    text = programs.get("layer", shape).as_text()
+    collectives = re.findall(r"= \S+ (all-\w+|reduce-scatter|collective-permute)(?:-start)?\(", text)
+    assert collectives == ["all-reduce", "all-reduce"]
+    # Embedding, and of the head: a sum of logits; maximum and sum of exponentials.
+    for kind, size, count in (("embed", shape.tokens, 1), ("targets", 64, 1), ("normalizer", 32, 2)):
+        text = programs.get(kind, size).as_text()
+        assert len(re.findall(r"= \S+ all-reduce(?:-start)?\(", text)) == count, kind
+        assert "all-gather" not in text
+
+
+@contextmanager
+def bytes_read() -> Iterator[list[int]]:
+    """Of every cut of a checkpoint's tensors."""
+    read: list[int] = []
+    original = checkpoint._Reader.part  # pyright: ignore[reportPrivateUsage]
+
+    def counted(self: Any, piece: Any, index: Any) -> Any:
+        values = original(self, piece, index)
+        read.append(values.nbytes)
+        return values
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint._Reader, "part", counted)  # pyright: ignore[reportPrivateUsage]
+        yield read
+
+
+def test_no_more_is_read_than_the_devices_hold(folder: Path) -> None:
+    """At once never more than one device's part of one parameter."""
+    with bytes_read() as read:
+        engine.load(folder, mesh=mesh(1, 8), **SIZES)
+    embedding = 307 * 48 * 4
+    assert max(read) <= -(-embedding // 8) + 48 * 4
+
+
+def test_sizes_that_cannot_be_divided_are_refused(folder: Path) -> None:
+    config = from_hf(read_config(folder))
+    with pytest.raises(
+        ConfigError, match="LlamaForCausalLM's 8 attention heads cannot be divided among 3 devices; use 1 or 2"
+    ):
+        sharding.divided(config, 3)
+    with pytest.raises(ConfigError, match=r"a mesh of 2 x 3 .* takes 6 devices and there are 8"):
+        sharding.mesh(2, 3)
