@@ -136,10 +136,8 @@ class Programs:
 
     def empty_pool(self) -> jax.Array:
         """The page pool, zeros."""
-        if self._mesh is None:
-            return jnp.zeros(self._pool.shape, self._pool.dtype)
-        whole = abstract(self._pool, POOL, self._mesh)
-        return jax.jit(lambda: jnp.zeros(whole.shape, whole.dtype), out_shardings=whole.sharding)()
+        whole = self._pool if self._mesh is None else abstract(self._pool, POOL, self._mesh)
+        return jnp.zeros(whole.shape, whole.dtype, device=whole.sharding)
 
     def rows(self, shape: Shape, inputs: Sequence[Inputs], prefix: Prefix) -> jax.Array:
         """Final normalised hidden states at the reads of up to ``at_once`` calls: float32 [calls * R, D]. Returns when
@@ -207,10 +205,19 @@ class Programs:
         )
         return function, abstract(made.arguments, made.specs, self._mesh), made.donated
 
-    def _put(self, host: Any, spec: P) -> Any:
-        """Host arrays on the device, or on all devices."""
-        mesh = self._mesh
-        return jax.device_put(host) if mesh is None else jax.tree.map(lambda array: put(array, spec, mesh), host)
+    def _put(self, host: Any, spec: Any) -> Any:
+        """Host arrays on the device, or on all devices.
+
+        Args:
+            spec: for all of ``host``, or of each array.
+        """
+        return jax.device_put(host) if self._mesh is None else put(host, spec, self._mesh)
+
+    def _on_device(self, inputs: Inputs, prefix: Prefix) -> tuple[jax.Array, Context]:
+        """A launch's token ids and context, on the device."""
+        host = (inputs.tokens, inputs.positions, inputs.segments, prefix.table, np.array(prefix.length, np.int32))
+        tokens, positions, segments, table, length = self._put(host, (CALLS, CALLS, CALLS, WHOLE, WHOLE))
+        return tokens, Context(segments, positions, prefix.pool, table, length)
 
     def _parameters(self, held: State, part: State, *leading: None) -> tuple[Any, Any]:
         """Parameters as a program's argument, and how they lie on a mesh.
@@ -324,11 +331,10 @@ class LayerPrograms(Programs):
 
     def _begin(self, inputs: Inputs, prefix: Prefix) -> tuple[Any, Any, Context]:
         """The first layer's input, and what all layers take, on the device once for all of them."""
-        tokens, positions, segments = self._put((inputs.tokens, inputs.positions, inputs.segments), CALLS)
-        table, length = self._put((prefix.table, np.array(prefix.length, np.int32)), WHOLE)
+        tokens, context = self._on_device(inputs, prefix)
         embed = self.get("embed", len(inputs.tokens) // self.at_once)
-        x, angles = embed(self._ends, tokens, positions)
-        return x, angles, Context(segments, positions, prefix.pool, table, length)
+        x, angles = embed(self._ends, tokens, context.positions)
+        return x, angles, context
 
     def _definition(self, kind: str, size: Any) -> Definition:
         ends_graph, block_graph, final = self._ends_graph, self._block_graph, self._config.layers - 1
@@ -407,9 +413,8 @@ class ModelPrograms(Programs):
 
     def _arguments(self, inputs: Inputs, prefix: Prefix) -> tuple[Any, ...]:
         """What ``rows`` and ``prefill`` both take."""
-        tokens, positions, segments = self._put((inputs.tokens, inputs.positions, inputs.segments), CALLS)
-        table, length = self._put((prefix.table, np.array(prefix.length, np.int32)), WHOLE)
-        return self._ends, self._layers, tokens, positions, Context(segments, positions, prefix.pool, table, length)
+        tokens, context = self._on_device(inputs, prefix)
+        return self._ends, self._layers, tokens, context.positions, context
 
     def _definition(self, kind: str, size: Any) -> Definition:
         ends_graph, block_graph, last = self._ends_graph, self._block_graph, self._config.layers - 1

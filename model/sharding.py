@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh, NamedSharding
@@ -117,17 +118,30 @@ def abstract(tree: Any, specs: Any, over: Mesh) -> Any:
     def leaf(part: Any, spec: P) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(whole_shape(part.shape, spec, over), part.dtype, sharding=NamedSharding(over, spec))
 
+    return _mapped(leaf, tree, specs)
+
+
+def put(tree: Any, specs: Any, over: Mesh) -> Any:
+    """Host arrays, the same on all hosts, spread over the mesh.
+
+    Args:
+        specs: one for each array, or for whole branches.
+    """
+
+    def leaf(array: npt.NDArray[Any], spec: P) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, NamedSharding(over, spec), array.__getitem__)
+
+    return _mapped(leaf, tree, specs)
+
+
+def _mapped(function: Callable[[Any, P], Any], tree: Any, specs: Any) -> Any:
+    """``function`` of every leaf and its spec."""
     return jax.tree.map(
-        lambda spec, branch: jax.tree.map(lambda part: leaf(part, spec), branch),
+        lambda spec, branch: jax.tree.map(lambda part: function(part, spec), branch),
         specs,
         tree,
         is_leaf=lambda node: isinstance(node, P),
     )
-
-
-def put(array: npt.NDArray[Any], spec: P, over: Mesh) -> jax.Array:
-    """A host array, the same on all hosts, as one that is spread over the mesh."""
-    return jax.make_array_from_callback(array.shape, NamedSharding(over, spec), array.__getitem__)
 
 
 def place(tensor: Tensor, axes: Sequence[str | None], part: Sequence[int], dtype: Any, over: Mesh) -> jax.Array:
@@ -162,7 +176,7 @@ def stacked(array: jax.Array, count: int) -> jax.Array:
     """Zeros for ``count`` such arrays, each place where that array's part is."""
     here = array.sharding
     whole = NamedSharding(here.mesh, P(None, *here.spec)) if isinstance(here, NamedSharding) else here
-    return jax.jit(lambda: jax.numpy.zeros((count, *array.shape), array.dtype), out_shardings=whole)()
+    return jnp.zeros((count, *array.shape), array.dtype, device=whole)
 
 
 def by_device(function: Callable[[jax.Array], Any], array: jax.Array) -> Any:

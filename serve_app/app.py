@@ -19,10 +19,11 @@ from serve_app.tpu import CHIP_LABEL, RESOURCE
 HEALTH_PERIOD_S = 5.0
 HEALTH_TIMEOUT_S = 30.0
 DRAIN_POLL_S = 0.5
-_UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
-"""In a deployment's name, which becomes a part of paths."""
 DRAIN_S = 60.0
 """A replica that is replaced has this long to answer what it has accepted."""
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
+"""In a deployment's name, which becomes a part of paths."""
 
 
 def build(args: Settings) -> Application:

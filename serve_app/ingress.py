@@ -304,6 +304,11 @@ async def _info(scorer: DeploymentHandle[Any]) -> ModelInfo:
     return await cast(Any, scorer).info.remote()
 
 
+def cause_of(error: Exception) -> object:
+    """What a call's other end raised, or Ray's own error, if it is one."""
+    return cast(Any, error).cause if isinstance(error, RayTaskError) else error
+
+
 class ScorerReplicas:
     """``service.Replicas`` over a Serve handle: Ray's failures become the service's errors.
 
@@ -349,7 +354,7 @@ class ScorerReplicas:
             wait = max(1, round(error.retry_after_s or RETRY_AFTER_S))
             raise OverloadedError(f"all replicas are full; try again in {wait} s", retry_after_s=wait) from error
         except (RayError, RayServeException) as error:
-            cause: object = cast(Any, error).cause if isinstance(error, RayTaskError) else error
+            cause = cause_of(error)
             if isinstance(cause, ReplicaGoneError):
                 raise _ReplicaLostError(cause.message) from error
             if isinstance(cause, ScoringError):

@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from ray import serve
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay
 
 from serve_app import model_source
 from serve_app.app import scorer_resources
 from serve_app.client import ScoreClient, wait
-from serve_app.contract import JobResult, ScoreJob
-from serve_app.device_queue import DeviceQueue
 from serve_app.errors import OverloadedError, ScoringError
+from serve_app.ingress import cause_of
+from serve_app.local_replicas import LocalReplicas
 from serve_app.schemas import InfoResponse, ScoreRequest, ScoreResponse
 from serve_app.scorer import load_engine
 from serve_app.service import ScoringService
@@ -129,28 +129,7 @@ class Engines:
         settings = self.settings
         engine = load_engine(settings)
         tokenizer = TextTokenizer.load(model_source.resolve(settings.model, settings.revision))
-        return ScoringService(settings, tokenizer, engine.info, _OneReplica(engine, settings))
-
-
-class _OneReplica:
-    """``service.Replicas`` in this process."""
-
-    count = 1
-
-    def __init__(self, engine: Any, settings: Settings) -> None:
-        self._queue = DeviceQueue(
-            engine,
-            max_batch_tokens=settings.max_batch_tokens,
-            max_queued_tokens=settings.limits.max_queued_tokens,
-        )
-
-    async def score(self, job: ScoreJob) -> JobResult:
-        answer: asyncio.Future[JobResult] = asyncio.get_running_loop().create_future()
-        self._queue.submit(job, answer)
-        return await answer
-
-    async def metrics(self) -> str:
-        return ""
+        return ScoringService(settings, tokenizer, engine.info, LocalReplicas(engine, settings))
 
 
 def _identity(info: InfoResponse) -> dict[str, Any]:
@@ -170,7 +149,7 @@ def _result(response: Any) -> Any:
     try:
         return response.result()
     except (RayError, RayServeException) as error:
-        cause: object = cast(Any, error).cause if isinstance(error, RayTaskError) else error
+        cause = cause_of(error)
         if isinstance(cause, ScoringError):
             raise cause from None
         raise OverloadedError(f"the service does not answer: {cause}") from error

@@ -17,12 +17,13 @@ from serve_app.auth import ApiKeys
 from serve_app.fake_engine import FakeEngine
 from serve_app.ingress import create_app
 from serve_app.launcher import APP_NAME, free_port
+from serve_app.local_replicas import LocalReplicas
 from serve_app.scorer import compiled_folder
 from serve_app.service import ScoringService
 from serve_app.services import Services
 from serve_app.settings import Settings
 from serve_app.tokenizer import TextTokenizer
-from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas, LocalReplicas, save_tokenizer
+from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas, save_tokenizer
 from tests.served import KEY, Served, serving
 from tests.tiny import make_llama
 

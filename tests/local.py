@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from serve_app.contract import Engine, JobResult, ScoreJob
-from serve_app.device_queue import DeviceQueue
-from serve_app.settings import Settings
 
 VOCAB_SIZE = 512
 """More than the tokenizer has, as in real models whose head is padded."""
@@ -42,26 +39,6 @@ def save_tokenizer(folder: Path, *, adds_bos: bool) -> Path:
     saved: Any = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     saved.save_pretrained(folder)
     return folder
-
-
-class LocalReplicas:
-    """``service.Replicas`` in this process: a device queue around a fake engine."""
-
-    def __init__(self, engine: Engine, settings: Settings, count: int = 1) -> None:
-        self.count = count
-        self.queue = DeviceQueue(
-            engine,
-            max_batch_tokens=settings.max_batch_tokens,
-            max_queued_tokens=settings.limits.max_queued_tokens,
-        )
-
-    async def score(self, job: ScoreJob) -> JobResult:
-        answer: asyncio.Future[JobResult] = asyncio.get_running_loop().create_future()
-        self.queue.submit(job, answer)
-        return await answer
-
-    async def metrics(self) -> str:
-        return "# no Ray, no metrics\n"
 
 
 class DirectReplicas:

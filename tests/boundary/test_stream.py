@@ -13,6 +13,7 @@ from serve_app.contract import JobResult, ScoreJob
 from serve_app.errors import OverloadedError
 from serve_app.fake_engine import FakeEngine
 from serve_app.ingress import create_app
+from serve_app.local_replicas import LocalReplicas
 from serve_app.schemas import ScoreEnd, ScoreRequest, ScoreRow
 from serve_app.service import PIECES_AT_ONCE, Replicas, ScoringService
 from serve_app.services import Services
@@ -20,7 +21,7 @@ from serve_app.settings import Settings
 from serve_app.tokenizer import TextTokenizer
 from tests.boundary.asking import Http
 from tests.boundary.test_faults import Hanging, scope, serving
-from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas, LocalReplicas
+from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
 
 ASK: dict[str, Any] = {"query": "the ", "items": [f"fox {i}" for i in range(60)], "label_token_ids": [5, 7]}
 FAKE = Settings(model="fake-judge", engine="fake", max_batch_tokens=128)
