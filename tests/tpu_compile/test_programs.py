@@ -6,7 +6,6 @@ Nothing runs here: libtpu compiles for a described topology, and its compiler re
 import importlib.util
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -139,9 +138,21 @@ def test_ranking_on_one_v6e_is_near_the_floor(tmp_path: Path) -> None:
     assert found["items_per_s_per_chip"] >= 19_000
     assert found["chips_needed"] == 1
     assert found["price_per_million_items"] == pytest.approx(2.7e6 / 3600 / found["items_per_s_per_chip"])
-    # No matrix of scores: attention of one layer would write and read 500 * 20 * 2,000 of them for each of 16 heads.
-    assert found["bytes_moved"] < 28 * 2 * 4 * 16 * 500 * 20 * 2000 / 10
+    # No matrix of scores: in each layer it would be 500 * 20 * 2,000 of them for each of 16 heads, written and read in
+    # float32; all that moves, the weights for every launch among it, is less than half of that.
+    assert found["bytes_moved"] < 28 * 2 * 4 * 16 * 500 * 20 * 2000 / 2
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_an_8b_model_and_a_long_query_fit_eight_v6e() -> None:
+    found = estimate(LLAMA_31_8B, "v6e", "2x4", Workload(query_tokens=8000, items=500, item_tokens=20))
+    assert found.missing_bytes == 0
+    assert found.bytes_per_chip["weights"] == pytest.approx(16.06e9 / 8, rel=0.01)
+    assert found.roofline_seconds
+    assert found.collective_seconds
+    assert found.floor_seconds < found.roofline_seconds - found.collective_seconds < 1.3 * found.floor_seconds
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "phi3-longrope", "qwen3_moe"])
@@ -184,23 +195,27 @@ def test_programs_fit_one_chip_and_attention_is_fused(config: ModelConfig, chip:
     [
         (QWEN3_06B, "2x2"),
         (LLAMA_31_8B, "4x4"),
-        pytest.param(QWEN3_06B, "4x4", marks=pytest.mark.slow),
+        (QWEN3_06B, "4x4"),
         pytest.param(LLAMA_31_8B, "2x2", marks=pytest.mark.slow),
     ],
 )
 def test_programs_compile_for_slices_and_their_attention_is_fused(config: ModelConfig, topology: str) -> None:
-    """Two layers of each: of four hosts where the topology is 4x4."""
+    """Of four hosts where the topology is 4x4."""
     chips = devices("v6e", topology)
     assert len({chip.process_index for chip in chips}) == {"2x2": 1, "4x4": 4}[topology]
-    two = replace(config, layers=2)
-    programs, laid = without_weights(two, mesh(1, len(chips), chips), BY_PLATFORM["tpu"], max_prompt_tokens=8192)
+    programs, laid = without_weights(config, mesh(1, len(chips), chips), BY_PLATFORM["tpu"], max_prompt_tokens=8192)
     traced = programs.trace("rows", laid.ladder[0])
     compiled = traced.lower().compile()
     memory = compiled.memory_analysis()
-    assert memory.argument_size_in_bytes + memory.temp_size_in_bytes <= CHIPS["v6e"].hbm_bytes
-    cost, kernels = program_cost(traced, compiled, trips=1)
-    assert kernels == two.layers
-    assert cost.collective_bytes > 0
+    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+    assert used <= CHIPS["v6e"].hbm_bytes
+    cost, kernels = program_cost(traced, compiled, trips=config.layers - 1)
+    assert kernels == config.layers
+    # A ring passes on twice all parts but one of the embedding, and of two sums in each layer, the last one's of a few
+    # rows: bfloat16, never a float32 residual stream.
+    one_sum = 2 * (1 - 1 / len(chips)) * 2 * laid.ladder[0].tokens * config.width
+    sums = 1 + 2 * (config.layers - 1)
+    assert sums <= cost.collective_bytes / one_sum <= sums + 2
     assert "[<=" not in compiled.as_text(), "a dynamic shape"
 
 

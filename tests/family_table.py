@@ -1,0 +1,73 @@
+"""What each family's tiny checkpoint gives on this machine: the table of docs/families.md.
+
+Run as ``python -m tests.family_table``; takes some minutes.
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=1 --xla_force_host_platform_device_count=4"
+
+import jax
+import numpy as np
+
+from model import engine, sharding
+from model.cost import program_cost
+from model.registry import from_hf
+from model.sizes import BY_PLATFORM
+from scripts.tpu_estimate import devices
+from tests.batches import label_batch
+from tests.invariance.rows import prompts, values
+from tests.parity import cases
+from tests.tiny_families import CONFIGS, config_of, make_family
+
+SIZES: dict[str, Any] = {"max_row_tokens": 32, "call_tokens": 64, "chunks": (64,), "prefix_cache_bytes": 2**21}
+
+
+def errors(folder: Path) -> tuple[float, float, float]:
+    """Largest differences in log-probability: from transformers; alone and in reverse order from all together; on two
+    by two devices from one."""
+    scorer = engine.load(folder, **SIZES)
+    sequences = cases.sequences()
+    found = scorer.score(label_batch(sequences, [cases.LABELS] * len(sequences))).values.reshape(len(sequences), -1)
+    parity = np.abs(found - np.array(cases.reference(folder))).max()
+    sequences = [*prompts(7, query=310, longest=30, seed=1), *prompts(7, longest=60, seed=2)]
+    cold = values(scorer, sequences)
+    warm = values(scorer, sequences[::-1])[::-1]
+    scorer._forget_prefixes()  # pyright: ignore[reportPrivateUsage]
+    alone = np.concatenate([values(scorer, [sequence]) for sequence in sequences])
+    invariance = max(np.abs(warm - cold).max(), np.abs(alone - cold).max())
+    spread = engine.load(folder, mesh=sharding.mesh(2, 2, jax.devices()[:4]), **SIZES)
+    return float(parity), float(invariance), float(np.abs(values(spread, sequences) - cold).max())
+
+
+def compiles(family: str) -> str:
+    """For how many v6e chips the rows program compiles, with the attention kernel in every layer."""
+    config, chips, found = from_hf(config_of(family)), devices("v6e", "2x2"), list[str]()
+    for over in (sharding.mesh(1, 1, chips[:1]), sharding.mesh(2, 2, chips)):
+        programs, laid = engine.without_weights(config, over, BY_PLATFORM["tpu"])
+        traced = programs.trace("rows", laid.ladder[0])
+        _, kernels = program_cost(traced, traced.lower().compile(), trips=config.layers - 1)
+        assert kernels == config.layers, family
+        found.append(str(over.size))
+    return ", ".join(found)
+
+
+def main() -> None:
+    sys.stdout.write(
+        "| family | parity | invariance | sharded | compiles for v6e chips |\n| --- | --- | --- | --- | --- |\n"
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        for family in CONFIGS:
+            found = errors(make_family(Path(scratch) / family, family))
+            row = " | ".join([family, *(f"{error:.1e}" for error in found), compiles(family)])
+            sys.stdout.write(f"| {row} |\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
