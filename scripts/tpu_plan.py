@@ -169,13 +169,13 @@ def draw(file: Path, chip: str, rows: dict[str, dict[str, Any]]) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     items = [row["items_per_s"] or 0 for row in rows.values()]
-    bars = axes.bar(list(rows), items, width=0.5, label="roofline of the compiled programs")
-    axes.bar_label(
-        bars,
-        labels=[f"{n:,.0f}" if row["fits"] else "does not fit" for n, row in zip(items, rows.values(), strict=True)],
-    )
+    names = [
+        f"{topology}\n{f'{n:,.0f}' if row['fits'] else 'does not fit'}"
+        for n, (topology, row) in zip(items, rows.items(), strict=True)
+    ]
+    axes.bar(names, items, width=0.5, label="roofline of the compiled programs")
     floors = [n * row["times_floor"] if n else 0 for n, row in zip(items, rows.values(), strict=True)]
-    axes.plot(list(rows), floors, "_", markersize=24, color="black", label="the algorithm's floor")
+    axes.plot(names, floors, "_", markersize=24, color="black", label="the algorithm's floor")
     axes.margins(x=0.5, y=0.15)
     axes.set(xlabel=f"{chip} topology", ylabel="items a second, estimated", title="Estimated from compilation")
     figure.legend(loc="outside lower center", ncols=2)

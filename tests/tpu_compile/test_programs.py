@@ -18,12 +18,13 @@ from typer.testing import CliRunner
 
 from model.attention_tpu import work
 from model.config import ModelConfig
-from model.cost import program_cost
+from model.cost import Cost, program_cost
 from model.engine import without_weights
 from model.plan import Shape
+from model.programs import Programs
 from model.registry import from_hf
-from model.sharding import mesh
-from model.sizes import BY_PLATFORM
+from model.sharding import divided, mesh
+from model.sizes import BY_PLATFORM, Layout
 from scripts.tpu_estimate import CHIPS, Workload, devices, estimate, launches
 from scripts.tpu_plan import app
 from tests.tiny_families import config_of
@@ -164,6 +165,16 @@ def test_windows_caps_ropes_and_experts_compile(family: str) -> None:
     assert kernels == config.layers
 
 
+def assert_no_scores_move(cost: Cost, whole: ModelConfig, programs: Programs, laid: Layout, call: Shape) -> None:
+    """Attention over a prefix of 8,000 tokens that is not fused writes and reads a float32 matrix of scores in each
+    layer. That alone would be more than all that the layer moves beside its weights, the kernel's copies included."""
+    part = divided(whole, programs.shards)
+    _, copied = work(call.tokens, call.width, part.heads, laid.pool, 8000, None)
+    ends = 2 * part.vocab_size * part.width * (1 if part.tied_head else 2) // part.shards
+    beside_weights = (cost.bytes - (programs.weight_bytes - ends)) / part.layers + copied
+    assert beside_weights < 2 * 4 * call.tokens * part.heads * 8000
+
+
 @pytest.mark.parametrize(
     ("config", "chip", "call"),
     [
@@ -181,13 +192,7 @@ def test_programs_fit_one_chip_and_attention_is_fused(config: ModelConfig, chip:
     assert "[<=" not in compiled.as_text(), "a dynamic shape"
     cost, kernels = program_cost(traced, compiled, trips=config.layers - 1)
     assert kernels == config.layers
-    # Attention over a prefix of 2,000 tokens that is not fused writes and reads a float32 matrix of scores in each
-    # layer. That alone would be more than all that the layer moves beside its weights, the kernel's copies included.
-    _, copied = work(call.tokens, call.width, config.heads, laid.pool, 2000, None)
-    ends = 2 * config.vocab_size * config.width * (1 if config.tied_head else 2)
-    assert (
-        cost.bytes - (programs.weight_bytes - ends)
-    ) / config.layers + copied < 2 * 4 * call.tokens * config.heads * 2000
+    assert_no_scores_move(cost, config, programs, laid, call)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +221,7 @@ def test_programs_compile_for_slices_and_their_attention_is_fused(config: ModelC
     one_sum = 2 * (1 - 1 / len(chips)) * 2 * laid.ladder[0].tokens * config.width
     sums = 1 + 2 * (config.layers - 1)
     assert sums <= cost.collective_bytes / one_sum <= sums + 2
+    assert_no_scores_move(cost, config, programs, laid, laid.ladder[0])
     assert "[<=" not in compiled.as_text(), "a dynamic shape"
 
 
