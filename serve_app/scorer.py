@@ -10,11 +10,11 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
@@ -131,7 +131,7 @@ class Scorer:
             max_queued_tokens=settings.limits.max_queued_tokens,
             observe=self._metrics.batch,
         )
-        self._stall_s = settings.stall_s
+        self._settings, self._stall_s = settings, settings.stall_s
         self._intake_works = True
         self._reporting = asyncio.create_task(self._report())
 
@@ -182,6 +182,22 @@ class Scorer:
     async def stats(self) -> QueueStats:
         """The queue's counters."""
         return self._queue.stats()
+
+    async def reconfigure(self, user_config: Mapping[str, Any] | None, rank: object) -> None:  # noqa: ARG002
+        """Take other values for what ``settings.LIVE`` names; what is not named is as at the start.
+
+        Serve calls it with ``user_config``, and with None when that is gone, but only if ``rank`` is asked for. What is
+        wrong is logged and changes nothing: Serve would kill the replica if this raised.
+        """
+        try:
+            settings = self._settings.live(user_config or {})
+        except ValueError as error:
+            logger.error("user_config is refused, and nothing changes: %s", error)
+            return
+        self._stall_s = settings.stall_s
+        self._queue.resize(
+            max_batch_tokens=settings.max_batch_tokens, max_queued_tokens=settings.limits.max_queued_tokens
+        )
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What ``autoscaling.PendingTokensPolicy`` goes by; Serve asks for it under this name."""

@@ -287,3 +287,25 @@ def test_the_models_engine_answers_in_the_contracts_classes(tmp_path: Path, monk
     assert engine.stats.computed_tokens == 4
     assert result.values.shape == (4,)
     assert (result.values < 0).all()
+
+
+async def test_what_can_change_while_it_runs_does_and_all_else_is_refused(caplog: pytest.LogCaptureFixture):
+    settings = Settings(engine="fake", stall_s=7, max_batch_tokens=512)
+    async with started(FakeEngine(), settings) as replica:
+
+        def now() -> tuple[float, int, int]:
+            return replica._stall_s, replica._queue._max_batch_tokens, replica._queue._max_queued_tokens
+
+        await replica.reconfigure({"stall_s": 8, "limits": {"max_queued_tokens": 99}}, rank=0)
+        assert now() == (8, 512, 99)
+        for wrong, named in (
+            ({"stall_s": 9, "dtype": "bfloat16"}, "dtype: not to be changed"),
+            ({"stall_s": 9, "max_batch_tokens": 1}, "max_batch_tokens"),
+            ({"stall_s": 9, "limits": {"max_prompt_tokens": 5}}, "limits.max_prompt_tokens"),
+        ):
+            caplog.clear()
+            await replica.reconfigure(wrong, rank=0)
+            assert named in caplog.text
+            assert now() == (8, 512, 99)
+        await replica.reconfigure(None, rank=0)
+        assert now() == (7, 512, settings.limits.max_queued_tokens)
