@@ -209,13 +209,26 @@ class Scorer:
             await asyncio.sleep(REPORT_S)
 
     async def check_health(self) -> None:
-        """Raise when no answer can be expected; Serve then replaces the replica."""
-        if not self._intake_works:
-            raise RuntimeError(f"a call was not taken in within {INTAKE_LIMIT_S:.0f} s")
-        if not self._queue.running:
-            raise RuntimeError("the device queue has stopped")
+        """Raise while every batch fails; Serve replaces the replica if that goes on.
+
+        End the process when no answer can come from it any more, which sends its jobs to other replicas at once. Serve
+        would ask twice more, then wait for the jobs as long as for those of a replica that is well, and route new ones
+        to it for a while, more than to others, since it fails faster than they answer.
+        """
+        if fault := self._fault():
+            logger.critical("this replica ends itself: %s", fault)
+            logging.shutdown()
+            os._exit(1)
         if self._queue.failures_in_a_row >= BROKEN_AFTER:
             raise RuntimeError(f"the engine failed on the last {self._queue.failures_in_a_row} batches")
+
+    def _fault(self) -> str | None:
+        """Why no job will be answered, if that is so."""
+        if not self._intake_works:
+            return f"a call was not taken in within {INTAKE_LIMIT_S:.0f} s"
+        if not self._queue.running:
+            return "the device queue has stopped"
         stalled = self._queue.stalled_seconds()
         if stalled > self._stall_s:
-            raise RuntimeError(f"the device has not finished a batch for {stalled:.0f} s; stall_s is {self._stall_s}")
+            return f"the device has not finished a batch for {stalled:.0f} s; stall_s is {self._stall_s}"
+        return None

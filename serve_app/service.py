@@ -369,8 +369,16 @@ class ScoringService:
         self._threads.close()
 
     def check_health(self) -> None:
-        """Raise RuntimeError when prompts cannot be built any more: the tokenizer's threads are stuck, or gone."""
-        self._threads.check(self._settings.stall_s)
+        """Raise RuntimeError when prompts cannot be built any more: the tokenizer's threads are stuck, or gone.
+
+        Requests whose prompts are being built are then answered by OverloadedError; those that are being scored go on.
+        """
+        try:
+            self._threads.check(self._settings.stall_s)
+        except RuntimeError:
+            stuck = "this front end is stuck and will be replaced; try again"
+            self._threads.abandon(OverloadedError(stuck, retry_after_s=1))
+            raise
 
     async def _ask(
         self,
@@ -510,9 +518,9 @@ class ScoringService:
             )
         return min(asked_s or most, timeout_s)
 
-    def _in_thread(self, call: Callable[[], T]) -> asyncio.Future[T]:
+    async def _in_thread(self, call: Callable[[], T]) -> T:
         """Tokenising takes up to seconds, and the event loop must go on."""
-        return self._threads.run(call)
+        return await self._threads.run(call)
 
     async def _off_loop(self, call: Callable[[], T], size: int) -> T:
         """What is made of an engine's answer, in a thread if it is much."""

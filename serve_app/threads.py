@@ -21,6 +21,8 @@ class WatchedThreads:
 
     def __init__(self, threads: int, name: str) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
+        self._callers: set[asyncio.Future[Any]] = set()
+        self._abandoned: Exception | None = None
         self._open: set[Future[Any]] = set()
         """Calls that wait for a thread or have one."""
         self._begun: dict[object, float] = {}
@@ -29,13 +31,29 @@ class WatchedThreads:
         """When last a call was begun or ended, or came while there was none."""
         self._probe: Future[None] | None = None
 
-    def run(self, call: Callable[[], T]) -> asyncio.Future[T]:
+    async def run(self, call: Callable[[], T]) -> T:
         """What ``call`` returns. Cancelling keeps it from being begun.
 
         Raises:
             RuntimeError: the pool is closed.
         """
-        return asyncio.wrap_future(self._submit(call))
+        answer = asyncio.wrap_future(self._submit(call))
+        self._callers.add(answer)
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            if self._abandoned is None or answer in self._callers:
+                raise
+            raise self._abandoned from None
+        finally:
+            self._callers.discard(answer)
+
+    def abandon(self, error: Exception) -> None:
+        """Raise ``error`` to all that wait for a call. What a thread has begun goes on."""
+        self._abandoned = error
+        callers, self._callers = self._callers, set()
+        for answer in callers:
+            answer.cancel()
 
     def check(self, stall_s: float) -> None:
         """Raise RuntimeError when the pool is gone, when one call has run for more than ``stall_s``, or when calls wait

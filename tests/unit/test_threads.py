@@ -5,13 +5,22 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import pytest
 
 from serve_app.threads import WatchedThreads
 
 STALL_S = 0.05
+T = TypeVar("T")
+
+
+async def begun(threads: WatchedThreads, call: Callable[[], T]) -> asyncio.Task[T]:
+    """The call, handed to the threads."""
+    task = asyncio.create_task(threads.run(call))
+    await asyncio.sleep(0)
+    return task
 
 
 @pytest.fixture
@@ -41,7 +50,7 @@ async def test_idle_threads_are_well_however_long_they_have_been():
 
 async def test_one_stuck_thread_is_seen_while_the_other_works(gate: threading.Event):
     threads = WatchedThreads(2, "test")
-    stuck = threads.run(gate.wait)
+    stuck = await begun(threads, gate.wait)
     until = time.monotonic() + 2 * STALL_S
     while time.monotonic() < until:
         await threads.run(lambda: time.sleep(0.001))
@@ -58,7 +67,7 @@ async def test_one_stuck_thread_is_seen_while_the_other_works(gate: threading.Ev
 
 async def test_a_long_queue_that_moves_is_no_standstill():
     threads = WatchedThreads(1, "test")
-    calls = [threads.run(lambda: time.sleep(STALL_S / 5)) for _ in range(20)]
+    calls = [await begun(threads, lambda: time.sleep(STALL_S / 5)) for _ in range(20)]
     while not calls[-1].done():
         threads.check(STALL_S * 4)
         await asyncio.sleep(STALL_S / 5)
@@ -84,12 +93,25 @@ async def test_a_thread_that_has_ended_is_seen_by_what_waits_for_it():
 
 async def test_what_waits_can_be_cancelled(gate: threading.Event):
     threads = WatchedThreads(1, "test")
-    first, second = threads.run(gate.wait), threads.run(lambda: pytest.fail("it was cancelled"))
+    first = await begun(threads, gate.wait)
+    second = await begun(threads, lambda: pytest.fail("it was cancelled"))
     second.cancel()
     gate.set()
     assert await first
     await threads.run(lambda: None)
     assert threads.stalled_seconds() == 0.0
+    threads.close()
+
+
+async def test_who_waits_can_be_told_that_nothing_comes(gate: threading.Event):
+    threads = WatchedThreads(1, "test")
+    stuck, behind = await begun(threads, gate.wait), await begun(threads, lambda: None)
+    threads.abandon(LookupError("gone"))
+    for waiting in (stuck, behind):
+        with pytest.raises(LookupError, match="gone"):
+            await waiting
+    gate.set()
+    assert await threads.run(lambda: 5) == 5
     threads.close()
 
 
