@@ -25,7 +25,7 @@ class Admission:
     """
 
     def __init__(self, tokens_per_replica: float) -> None:
-        self._tokens_per_replica = tokens_per_replica
+        self.tokens_per_replica = tokens_per_replica
         self._inside = 0
         self._answered = 0.0
         self._busy_s = 0.0
@@ -37,7 +37,7 @@ class Admission:
         Args:
             replicas: that run. While there is none, requests may wait for one as if it were there.
         """
-        limit = int(self._tokens_per_replica * max(replicas, 1))
+        limit = int(self.tokens_per_replica * max(replicas, 1))
         if self._inside and self._inside + tokens > limit:
             wait = self._retry_after_s()
             raise OverloadedError(

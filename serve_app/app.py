@@ -37,6 +37,7 @@ def build(args: Settings) -> Application:
     front = cast(Deployment, ingress.Ingress).options(  # pyright: ignore[reportUnknownMemberType]
         num_replicas=args.ingress_replicas,
         ray_actor_options=_ingress_resources(args),
+        max_surge_percent=args.max_surge_percent,
         max_ongoing_requests=MAX_ONGOING,
         max_queued_requests=4 * MAX_ONGOING,
         backpressure_config=BackpressureConfig(retry_after_s=ingress.RETRY_AFTER_S),
@@ -54,6 +55,7 @@ def _scorer(model: Settings, *, named: bool) -> Application:
         name=f"Scorer-{_UNSAFE.sub('-', model.name)}" if named else "Scorer",
         **_scorer_count(model),
         ray_actor_options=scorer_resources(model),
+        max_surge_percent=model.max_surge_percent,
         max_ongoing_requests=MAX_ONGOING,
         request_router_config=RequestRouterConfig(
             request_router_class=PrefixRouter  # pyright: ignore[reportArgumentType]

@@ -196,6 +196,10 @@ class DeviceQueue:
         self._task = asyncio.create_task(self._run())
         self._task.add_done_callback(lambda _: self._abandon())
 
+    def resize(self, *, max_batch_tokens: int, max_queued_tokens: int) -> None:
+        """From now on form batches of, and let wait, so many tokens."""
+        self._max_batch_tokens, self._max_queued_tokens = max_batch_tokens, max_queued_tokens
+
     def submit(self, job: ScoreJob, answer: asyncio.Future[JobResult]) -> None:
         """Queue ``job``; ``answer`` gets its result or error. Cancelling ``answer`` drops what is still queued.
 
@@ -329,10 +333,12 @@ class DeviceQueue:
 
     async def _compute(self, parts: list[_Part]) -> None:
         """Run one device batch. If it fails, each job's part runs alone, so that the job at fault harms only itself."""
+        # Raises when the threads are gone, which ends the loop: another replica can compute this.
+        computing = asyncio.get_running_loop().run_in_executor(self._threads, self._on_device, parts)
         started = time.monotonic()
         self._starts.append(started)
         try:
-            result = await asyncio.get_running_loop().run_in_executor(self._threads, self._on_device, parts)
+            result = await computing
         except Exception:
             result = None
             requests = ", ".join(part.pending.job.request_id for part in parts)
@@ -355,7 +361,11 @@ class DeviceQueue:
             self._fail(parts[0].pending)
 
     def _on_device(self, parts: list[_Part]) -> BatchResult:
-        return self._engine.score(join([part.batch() for part in parts]))
+        batch = join([part.batch() for part in parts])
+        try:
+            return self._engine.score(batch)
+        except SystemExit as error:  # it would end the event loop, and leave a replica that does nothing
+            raise RuntimeError("the engine ended its thread") from error
 
     def _count(self, parts: list[_Part], result: BatchResult, seconds: float) -> None:
         self._batches += 1

@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -61,7 +61,7 @@ from serve_app.schemas import (
 )
 from serve_app.service import ScoringService
 from serve_app.services import Services
-from serve_app.settings import DEFAULT_NAME, Settings
+from serve_app.settings import DEFAULT_NAME, Settings, check_names
 from serve_app.streaming import PIECE_VALUES, LinesResponse, json_lines, json_pieces
 from serve_app.tokenizer import TextTokenizer
 from serve_app.tpu import Tpu
@@ -228,6 +228,7 @@ class Ingress:
     """
 
     async def __init__(self, settings: Settings, *scorers: DeploymentHandle[Any]) -> None:
+        self._settings = settings.each_model
         self._keys = auth.ApiKeys(settings.api_keys_file)
         if not self._keys:
             logger.warning("there is no API key: everyone who reaches this service may use it")
@@ -269,6 +270,24 @@ class Ingress:
     async def info(self, model: str = DEFAULT_NAME) -> InfoResponse:
         """As ``GET /v1/info``, for callers inside the Ray cluster."""
         return self._services.info(model)
+
+    async def reconfigure(self, user_config: Mapping[str, Mapping[str, Any]] | None, rank: object) -> None:  # noqa: ARG002
+        """As ``Scorer.reconfigure``, by the model's served name."""
+        changes = user_config or {}
+        names = [each.name for each in self._settings]
+        try:
+            if unknown := sorted(changes.keys() - set(names)):
+                raise ValueError(f"{', '.join(unknown)}: no such model; the served names are {', '.join(names)}")
+            settings = [each.live(changes.get(each.name) or {}) for each in self._settings]
+            check_names(settings)
+        except ValueError as error:
+            logger.error("user_config is refused, and nothing changes: %s", error)
+            return
+        self._services.reconfigure(settings)
+
+    async def check_health(self) -> None:
+        """Raise when no request can be prepared any more; Serve then replaces this front end."""
+        self._services.check_health()
 
     async def _report(self) -> None:
         while True:

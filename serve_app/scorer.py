@@ -10,11 +10,11 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
@@ -131,7 +131,7 @@ class Scorer:
             max_queued_tokens=settings.limits.max_queued_tokens,
             observe=self._metrics.batch,
         )
-        self._stall_s = settings.stall_s
+        self._settings, self._stall_s = settings, settings.stall_s
         self._intake_works = True
         self._reporting = asyncio.create_task(self._report())
 
@@ -183,6 +183,22 @@ class Scorer:
         """The queue's counters."""
         return self._queue.stats()
 
+    async def reconfigure(self, user_config: Mapping[str, Any] | None, rank: object) -> None:  # noqa: ARG002
+        """Take other values for what ``settings.LIVE`` names; what is not named is as at the start.
+
+        Serve calls it with ``user_config``, and with None when that is gone, but only if ``rank`` is asked for. What is
+        wrong is logged and changes nothing: Serve would kill the replica if this raised.
+        """
+        try:
+            settings = self._settings.live(user_config or {})
+        except ValueError as error:
+            logger.error("user_config is refused, and nothing changes: %s", error)
+            return
+        self._stall_s = settings.stall_s
+        self._queue.resize(
+            max_batch_tokens=settings.max_batch_tokens, max_queued_tokens=settings.limits.max_queued_tokens
+        )
+
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What ``autoscaling.PendingTokensPolicy`` goes by; Serve asks for it under this name."""
         return {PENDING_TOKENS: self._queue.stats().pending_tokens}
@@ -193,13 +209,26 @@ class Scorer:
             await asyncio.sleep(REPORT_S)
 
     async def check_health(self) -> None:
-        """Raise when no answer can be expected; Serve then replaces the replica."""
-        if not self._intake_works:
-            raise RuntimeError(f"a call was not taken in within {INTAKE_LIMIT_S:.0f} s")
-        if not self._queue.running:
-            raise RuntimeError("the device queue has stopped")
+        """Raise while every batch fails; Serve replaces the replica if that goes on.
+
+        End the process when no answer can come from it any more, which sends its jobs to other replicas at once. Serve
+        would ask twice more, then wait for the jobs as long as for those of a replica that is well, and route new ones
+        to it for a while, more than to others, since it fails faster than they answer.
+        """
+        if fault := self._fault():
+            logger.critical("this replica ends itself: %s", fault)
+            logging.shutdown()
+            os._exit(1)
         if self._queue.failures_in_a_row >= BROKEN_AFTER:
             raise RuntimeError(f"the engine failed on the last {self._queue.failures_in_a_row} batches")
+
+    def _fault(self) -> str | None:
+        """Why no job will be answered, if that is so."""
+        if not self._intake_works:
+            return f"a call was not taken in within {INTAKE_LIMIT_S:.0f} s"
+        if not self._queue.running:
+            return "the device queue has stopped"
         stalled = self._queue.stalled_seconds()
         if stalled > self._stall_s:
-            raise RuntimeError(f"the device has not finished a batch for {stalled:.0f} s; stall_s is {self._stall_s}")
+            return f"the device has not finished a batch for {stalled:.0f} s; stall_s is {self._stall_s}"
+        return None

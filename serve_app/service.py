@@ -7,7 +7,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -52,6 +51,7 @@ from serve_app.schemas import (
 from serve_app.served_model import ServedModel
 from serve_app.settings import ModelSettings
 from serve_app.streaming import as_finished
+from serve_app.threads import WatchedThreads
 from serve_app.timing import Timings
 from serve_app.tokenizer import TextTokenizer
 
@@ -147,20 +147,30 @@ class ScoringService:
         front_ends: int = 1,
         observe: Callable[[Timings], None] | None = None,
     ) -> None:
-        self._settings = settings
-        self._model = ServedModel(settings.name, tokenizer, info, settings.limits)
-        self._replicas = replicas
-        self._prompts = Prompts(self._model)
-        self._reranker, self._completer = Reranker(self._model, settings), Completer(self._model)
-        self._admission = Admission(settings.limits.max_queued_tokens / front_ends)
+        self._tokenizer, self._info, self._replicas = tokenizer, info, replicas
+        self._front_ends = front_ends
+        self._admission = Admission(0)
+        self.reconfigure(settings)
         self.outcomes: Counter[str] = Counter()
         """Requests for scores so far, by how they ended."""
         self.items = 0
         """Items, documents and prompts scored so far."""
         self._observe = observe
-        self._threads = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenizer")
+        self._threads = WatchedThreads(settings.tokenizer_threads, "tokenizer")
         self._probe_passed = False
         self._probing = asyncio.Lock()
+
+    def reconfigure(self, settings: ModelSettings) -> None:
+        """Serve the requests that come from now on by these.
+
+        Args:
+            settings: the same but for what ``settings.LIVE`` names.
+        """
+        self._settings = settings
+        self._model = ServedModel(settings.name, self._tokenizer, self._info, settings.limits)
+        self._prompts = Prompts(self._model)
+        self._reranker, self._completer = Reranker(self._model, settings), Completer(self._model)
+        self._admission.tokens_per_replica = settings.limits.max_queued_tokens / self._front_ends
 
     @property
     def settings(self) -> ModelSettings:
@@ -356,7 +366,19 @@ class ScoringService:
 
     def close(self) -> None:
         """Stop the tokenizer's threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
+
+    def check_health(self) -> None:
+        """Raise RuntimeError when prompts cannot be built any more: the tokenizer's threads are stuck, or gone.
+
+        Requests whose prompts are being built are then answered by OverloadedError; those that are being scored go on.
+        """
+        try:
+            self._threads.check(self._settings.stall_s)
+        except RuntimeError:
+            stuck = "this front end is stuck and will be replaced; try again"
+            self._threads.abandon(OverloadedError(stuck, retry_after_s=1))
+            raise
 
     async def _ask(
         self,
@@ -496,9 +518,9 @@ class ScoringService:
             )
         return min(asked_s or most, timeout_s)
 
-    def _in_thread(self, call: Callable[[], T]) -> asyncio.Future[T]:
+    async def _in_thread(self, call: Callable[[], T]) -> T:
         """Tokenising takes up to seconds, and the event loop must go on."""
-        return asyncio.get_running_loop().run_in_executor(self._threads, call)
+        return await self._threads.run(call)
 
     async def _off_loop(self, call: Callable[[], T], size: int) -> T:
         """What is made of an engine's answer, in a thread if it is much."""

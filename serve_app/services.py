@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from serve_app.errors import NotFoundError
 from serve_app.schemas import InfoResponse, ModelCard, ModelsResponse
 from serve_app.service import ScoringService
-from serve_app.settings import DEFAULT_NAME
+from serve_app.settings import DEFAULT_NAME, ModelSettings
 
 _SHOWN = 60
 """Characters of an unknown name that an error repeats."""
@@ -28,10 +28,19 @@ class Services:
 
     def __init__(self, *services: ScoringService) -> None:
         self._services = services
-        self._by_name = {name: service for service in services for name in service.settings.names}
-        self._by_name.setdefault(DEFAULT_NAME, services[0])
+        self._by_name = _by_name(services)
         self._started = int(time.time())
         self._unknown: Counter[str] = Counter()
+
+    def reconfigure(self, settings: Sequence[ModelSettings]) -> None:
+        """See ``ScoringService.reconfigure``.
+
+        Args:
+            settings: of each model, in their order.
+        """
+        for service, own in zip(self._services, settings, strict=True):
+            service.reconfigure(own)
+        self._by_name = _by_name(self._services)
 
     @property
     def max_body_bytes(self) -> int:
@@ -81,6 +90,11 @@ class Services:
         service = self.of(name)
         return service.info([each for each, own in self._by_name.items() if own is service])
 
+    def check_health(self) -> None:
+        """See ``ScoringService.check_health``; one that fails is enough."""
+        for service in self._services:
+            service.check_health()
+
     async def metrics(self) -> str:
         """See ``Replicas.metrics``, which has those of all models."""
         return await self._services[0].metrics()
@@ -94,3 +108,8 @@ class Services:
         """
         services = self._services if name is None else [self.of(name)]
         await asyncio.gather(*(service.ready() for service in services))
+
+
+def _by_name(services: Sequence[ScoringService]) -> dict[str, ScoringService]:
+    found = {name: service for service in services for name in service.settings.names}
+    return {**found, DEFAULT_NAME: found.get(DEFAULT_NAME, services[0])}

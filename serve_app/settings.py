@@ -5,7 +5,8 @@ Serve hands ``args:`` of a YAML file, or ``key=value`` words of ``serve run``, t
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -14,6 +15,14 @@ from serve_app.tpu import Tpu
 
 DEFAULT_NAME = "default"
 """Always a name of the first model."""
+
+LIVE = {"aliases", "limits", "max_batch_tokens", "stall_s", "timeout_s"}
+"""Settings that a running replica can change."""
+_FIXED_LIMITS = {
+    "max_prompt_tokens": "programs are compiled for it",
+    "max_body_bytes": "a body is read before its model is known",
+}
+"""Limits that it cannot, and why."""
 
 _OF_ONE = {"model", "revision", "served_name", "aliases"}
 """Settings that two models cannot share."""
@@ -74,6 +83,10 @@ class ModelSettings(_Frozen):
     scorer_replicas: Annotated[int, Field(ge=1)] = 1
     """With autoscaling, at the start."""
     autoscaling: Autoscaling | None = None
+    max_surge_percent: Annotated[int, Field(ge=0, le=100)] = 0
+    """Replicas that may run beside the others while a new version replaces the old one, in percent of them, rounded up:
+    1 is one replica of up to a hundred. They need room (chips, processors), else the update waits for it. 0: the old
+    ones go first, a fifth of them at a time, one at least. Outside of ``models`` it is the front ends', too."""
     scorer_cpus: Annotated[float, Field(ge=0)] = 1.0
     tpu: Tpu | None = None
     """The chips of each scorer. None: it computes on whatever its host has."""
@@ -81,7 +94,8 @@ class ModelSettings(_Frozen):
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Past it a request gets 504 and its queued work is dropped."""
     stall_s: Annotated[float, Field(gt=0)] = 300.0
-    """A batch that is in the engine for longer makes the replica unhealthy, and Serve replaces it."""
+    """A batch that is in the engine for longer makes the replica unhealthy, and Serve replaces it; and so a front end
+    whose tokenizer is at one request for longer."""
 
     rerank_template: str | RerankTemplate | None = None
     """Of ``/v1/rerank``: a name in ``templates.py``, or a template itself. None: by the model's name, else a plain
@@ -95,6 +109,24 @@ class ModelSettings(_Frozen):
         if isinstance(template, str) and template not in TEMPLATES:
             raise ValueError(f"there is no template {template!r}; the names are {', '.join(TEMPLATES)}")
         return template
+
+    def live(self, changes: Mapping[str, Any]) -> Self:
+        """These settings with ``changes``, as a running replica can take them.
+
+        Raises:
+            ValueError: a change needs a new replica, or its value is no such setting's.
+        """
+        limits = changes.get("limits") or {}
+        if fixed := sorted(changes.keys() - LIVE):
+            raise ValueError(
+                f"{', '.join(fixed)}: not to be changed in a running replica, as {', '.join(sorted(LIVE))} are; "
+                "set it in args, which starts new ones"
+            )
+        for name, why in _FIXED_LIMITS.items():
+            if name in limits:
+                raise ValueError(f"limits.{name}: {why}; set it in args, which starts new replicas")
+        own = self.model_dump(exclude_unset=True)
+        return self.model_validate({**own, **changes, "limits": {**own.get("limits", {}), **limits}})
 
     @property
     def most_replicas(self) -> int:
@@ -112,6 +144,20 @@ class ModelSettings(_Frozen):
     def names(self) -> tuple[str, ...]:
         """The served name and the aliases."""
         return tuple(dict.fromkeys((self.name, *self.aliases)))
+
+
+def check_names(models: Iterable[ModelSettings]) -> None:
+    """Raise ValueError unless each name is one model's, and ``default`` the first's."""
+    taken: dict[str, str] = {}
+    for index, each in enumerate(models):
+        for name in each.names:
+            if name in taken:
+                raise ValueError(
+                    f"{taken[name]!r} and {each.model!r} are both named {name!r}; give one another served_name"
+                )
+            if index and name == DEFAULT_NAME:
+                raise ValueError(f"{each.model!r} is named {name!r}, as the first model always is; put it first")
+            taken[name] = each.model
 
 
 class Settings(ModelSettings):
@@ -141,20 +187,11 @@ class Settings(ModelSettings):
     def _check_models(self) -> None:
         if own := self.model_fields_set & _OF_ONE:
             raise ValueError(f"{', '.join(sorted(own))}: with models, set it for each of them")
-        taken: dict[str, str] = {}
-        for index, each in enumerate(self.models):
-            if "max_body_bytes" in each.limits.model_fields_set:
-                raise ValueError(
-                    "limits.max_body_bytes: a body is read before its model is known; set it outside of models"
-                )
-            for name in each.names:
-                if name in taken:
-                    raise ValueError(
-                        f"{taken[name]!r} and {each.model!r} are both named {name!r}; give one another served_name"
-                    )
-                if index and name == DEFAULT_NAME:
-                    raise ValueError(f"{each.model!r} is named {name!r}, as the first model always is; put it first")
-                taken[name] = each.model
+        if any("max_body_bytes" in each.limits.model_fields_set for each in self.models):
+            raise ValueError(
+                "limits.max_body_bytes: a body is read before its model is known; set it outside of models"
+            )
+        check_names(self.models)
         try:
             self.each_model  # noqa: B018 - checks what each has together with what all have
         except ValidationError as error:

@@ -133,21 +133,6 @@ def test_killed_scorers_lose_no_request(client: httpx.Client):
     assert failures == []
 
 
-def test_a_redeploy_under_load_fails_no_request(
-    client: httpx.Client, deploy: Callable[[Any], httpx.Client], settings: Settings
-):
-    failures: list[str] = []
-    old = {replica_process("Ingress").pid, replica_process("Scorer").pid}
-    with under_load(client, failures) as done:
-        wait_for(lambda: done() > 10)
-        deploy(application(settings.model_copy(update={"aliases": ("judge",)}), scorers=1))
-        before = done()
-        wait_for(lambda: done() > before + 30)
-    assert failures == []
-    assert old.isdisjoint({replica_process("Ingress").pid, replica_process("Scorer").pid})
-    assert "judge" in client.get("/v1/info").json()["names"]
-
-
 def test_a_client_that_leaves_takes_its_queued_work_along(
     client: httpx.Client, deploy: Callable[[Any], httpx.Client], settings: Settings
 ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import pytest
 from serve_app.app import build
 from serve_app.contract import Engine
 from serve_app.fake_engine import FakeEngine
+from serve_app.launcher import APP_NAME
 from serve_app.settings import Settings
 
 ITEMS = [[i, i + 1] for i in range(100, 160)]  # 0.12 s of a device: no scorer is idle under load
@@ -28,14 +30,45 @@ def settings(model_folder: Path) -> Settings:
     return Settings(model=str(model_folder), engine="fake", scorer_cpus=0.1, ingress_cpus=0.1, max_batch_tokens=128)
 
 
-def application(settings: Settings) -> Any:
-    """As ``build`` makes it, with an engine that takes its time."""
+def application(settings: Settings, *, gate: Path | None = None) -> Any:
+    """As ``build`` makes it, with an engine that takes its time.
+
+    Args:
+        gate: an engine is not warm before this file is there.
+    """
+    waits_for = None if gate is None else str(gate)
 
     def slow_engine(_settings: Settings) -> Engine:
+        import os
+
+        while waits_for is not None and not os.path.exists(waits_for):  # noqa: PTH110 - Path would drag this module along
+            time.sleep(0.02)
         return FakeEngine(seconds_per_token=SECONDS_PER_TOKEN)
 
     front = build(settings)._bound_deployment
     return front.bind(settings, front.init_args[1]._bound_deployment.bind(settings, slow_engine))
+
+
+def actors(deployment: str) -> list[Any]:
+    """Ray's handles of its replicas."""
+    import ray
+
+    named = ray.util.list_named_actors(all_namespaces=True)
+    prefix = f"SERVE_REPLICA::{APP_NAME}#{deployment}#"
+    return [ray.get_actor(each["name"], each["namespace"]) for each in named if each["name"].startswith(prefix)]
+
+
+def inside(actor: Any, call: Callable[[Any], Any]) -> Any:
+    """What ``call`` returns in the actor's process, which lacks the tests' modules and gets its code."""
+    import ray
+    from ray import cloudpickle
+
+    module = sys.modules[call.__module__]
+    cloudpickle.register_pickle_by_value(module)
+    try:
+        return ray.get(actor.__ray_call__.remote(call), timeout=60)
+    finally:
+        cloudpickle.unregister_pickle_by_value(module)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -51,6 +84,22 @@ class Load:
     done: int = 0
     failures: list[str] = field(default_factory=list)
     longest_s: float = 0.0
+    """Of one call."""
+    silent_s: float = 0.0
+    """The longest time without a right answer to any."""
+    answered: float = field(default_factory=time.monotonic)
+    """When the last was right."""
+
+    def right(self) -> None:
+        now = time.monotonic()
+        self.silent_s = max(self.silent_s, now - self.answered)
+        self.answered = now
+
+    def __str__(self) -> str:
+        return (
+            f"{self.done} calls, {len(self.failures)} lost or wrong, the longest took {self.longest_s:.1f} s, "
+            f"no answer for {self.silent_s:.1f} s at most"
+        )
 
     def wait_for_more(self, calls: int) -> None:
         before = self.done
@@ -68,7 +117,9 @@ def under_load(ask: Callable[[], Any], callers: int = 4) -> Iterator[Load]:
         while not stop.is_set():
             started = time.monotonic()
             try:
-                if (answer := ask()) != right:
+                if (answer := ask()) == right:
+                    load.right()
+                else:
                     load.failures.append(f"wrong: {answer}")
             except Exception as error:
                 load.failures.append(repr(error))
@@ -83,3 +134,4 @@ def under_load(ask: Callable[[], Any], callers: int = 4) -> Iterator[Load]:
             stop.set()
         for each in running:
             each.result()
+    print(load)  # shown by pytest -rP

@@ -53,10 +53,10 @@ def test_a_host_with_two_replicas_is_lost_under_load_and_another_takes_its_place
         with under_load(asking(client)) as load:
             load.wait_for_more(20)
             kill_host(nodes, hosts.pop(0))
-            load.wait_for_more(60)
+            load.wait_for_more(100)
             hosts.append(add_host(nodes))
             wait_for(lambda: len(replica_processes("Scorer")) == 4)
-            load.wait_for_more(20)
+            load.wait_for_more(80)
         assert load.failures == []
         assert load.longest_s < 30
     finally:
@@ -74,6 +74,27 @@ def test_a_killed_front_end_loses_no_request_of_the_retrying_client(
         with under_load(lambda: client.score([1], items, label_token_ids=[1, 2]).scores) as load:
             load.wait_for_more(20)
             replica_process("Ingress").kill()
-            load.wait_for_more(80)
+            load.wait_for_more(180)
             wait_for(lambda: len(replica_processes("Ingress")) == 2)
         assert load.failures == []
+
+
+def test_a_killed_scorer_loses_no_request(deploy: Callable[[Any], httpx.Client], settings: Settings):
+    client = deploy(application(settings.model_copy(update={"scorer_replicas": 2})))
+    with under_load(asking(client)) as load:
+        load.wait_for_more(20)
+        replica_process("Scorer").kill()
+        load.wait_for_more(180)
+        wait_for(lambda: len(replica_processes("Scorer")) == 2)
+    assert load.failures == []
+
+
+def test_the_only_scorer_is_killed_and_requests_wait_for_the_next(
+    deploy: Callable[[Any], httpx.Client], settings: Settings
+):
+    client = deploy(application(settings))
+    with under_load(asking(client)) as load:
+        load.wait_for_more(20)
+        replica_process("Scorer").kill()
+        load.wait_for_more(180)
+    assert load.failures == []

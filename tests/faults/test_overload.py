@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import random
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -19,7 +22,8 @@ import pytest
 from serve_app.device_queue import QueueStats
 from serve_app.launcher import APP_NAME
 from serve_app.settings import Limits, Settings
-from tests.faults.conftest import ITEMS, application, wait_for
+from tests.faults.conftest import ITEMS, actors, application, inside, wait_for
+from tests.processes import replica_processes
 
 pytestmark = pytest.mark.ray
 
@@ -32,6 +36,13 @@ LIMIT = 600
 def client(deploy: Callable[[Any], httpx.Client], settings: Settings) -> httpx.Client:
     limits = Limits(max_queued_tokens=LIMIT)
     return deploy(application(settings.model_copy(update={"scorer_replicas": 2, "limits": limits})))
+
+
+def left_over(_: Any) -> tuple[int, int]:
+    """Tasks of all event loops in a replica's process, and its threads."""
+    gc.collect()
+    tasks = [each for each in gc.get_objects() if isinstance(each, asyncio.Task) and not each.done()]
+    return len(tasks), threading.active_count()
 
 
 def stats() -> list[QueueStats]:
@@ -53,6 +64,7 @@ def test_ten_times_too_much_is_answered_or_refused_at_once(client: httpx.Client)
             assert "the limit is" in answer.json()["message"]  # the front end's, or that of a replica's queue
         return answer.status_code, time.monotonic() - started
 
+    before = {each: each.memory_info().rss for each in replica_processes("Scorer") + replica_processes("Ingress")}
     with ThreadPoolExecutor(100) as pool:  # ten fit
         calls = list(pool.map(call, range(300)))
     assert Counter(status for status, _ in calls).keys() == {200, 503}
@@ -60,6 +72,8 @@ def test_ten_times_too_much_is_answered_or_refused_at_once(client: httpx.Client)
     assert sum(status == 200 for status, _ in calls) >= 10
     assert client.post("/v1/score", json=BODY).status_code == 200
     assert sum(each.pending_tokens for each in stats()) == 0
+    grown = [process.memory_info().rss - before[process] for process in before]
+    assert max(grown) < 64 * 2**20
 
 
 def test_a_flood_of_callers_that_leave_harms_nobody(client: httpx.Client, cluster: str):
@@ -87,8 +101,17 @@ def test_a_flood_of_callers_that_leave_harms_nobody(client: httpx.Client, cluste
                 answer = client.post("/v1/score", json=BODY, headers={"x-request-timeout-seconds": "0.01"})
                 assert answer.status_code in (408, 503, 504)
 
+    with ThreadPoolExecutor(8) as pool:  # all threads that there will be
+        assert {
+            answer.status_code for answer in pool.map(lambda _: client.post("/v1/score", json=BODY), range(16))
+        } == {200}
+    replicas = [*actors("Scorer"), *actors("Ingress")]
+    before = [inside(replica, left_over) for replica in replicas]
     with ThreadPoolExecutor(20) as pool:
-        list(pool.map(leave, range(300)))
+        list(pool.map(leave, range(500)))
     wait_for(lambda: all(each.pending_tokens == each.queued_jobs == 0 for each in stats()))
     for _ in range(50):
         assert client.post("/v1/score", json=BODY).json()["scores"] == right
+    for replica, (tasks, threads) in zip(replicas, before, strict=True):
+        wait_for(lambda: inside(replica, left_over)[0] <= tasks)  # noqa: B023 - called at once
+        assert inside(replica, left_over)[1] <= threads + 1

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from serve_app.batches import cut, join, shared_with_previous
 from serve_app.contract import BatchResult, JobResult, ScoreJob, TokenBatch
 from serve_app.device_queue import TURNS_PER_BATCH, DeviceQueue, _Part
-from serve_app.errors import DeadlineExceededError, InternalError, OverloadedError
+from serve_app.errors import DeadlineExceededError, InternalError, OverloadedError, ReplicaGoneError
 from serve_app.fake_engine import FakeEngine
 
 POISON = 666
@@ -465,6 +465,42 @@ async def test_a_fault_of_the_loop_is_seen_and_answers_those_who_wait():
         assert not queue.running
         with pytest.raises(OverloadedError):
             await ask(queue, batch_of([[1]]))
+
+
+async def test_without_threads_the_queue_stops_and_says_that_another_replica_can_answer():
+    async with opened(FakeEngine(), budget=1_000) as queue:
+        queue._threads.shutdown()
+        with pytest.raises(ReplicaGoneError):
+            await ask(queue, batch_of([[1]]))
+        assert not queue.running
+
+
+async def test_an_engine_that_ends_its_thread_harms_only_the_job_at_fault():
+    class Leaving(FakeEngine):
+        def score(self, batch: TokenBatch) -> BatchResult:
+            if 13 in batch.tokens:
+                raise SystemExit
+            return super().score(batch)
+
+    async with opened(Leaving(), budget=1_000) as queue:
+        good, bad = ask(queue, batch_of([[1]])), ask(queue, batch_of([[13]]))
+        assert len((await good).result.values) == 2
+        with pytest.raises(InternalError):
+            await bad
+        assert queue.running
+
+
+async def test_after_resizing_batches_and_the_queue_hold_so_much():
+    engine = WatchedEngine()
+    async with opened(engine, budget=1_000, queued=1_000) as queue:
+        busy = await hold(engine, queue)
+        queue.resize(max_batch_tokens=64, max_queued_tokens=100)
+        first = ask(queue, batch_of([[i] * 40 for i in range(2)]))
+        with pytest.raises(OverloadedError, match="the limit is 100"):
+            await ask(queue, batch_of([[1] * 40]))
+        engine.gate.set()
+        await asyncio.gather(busy, first)
+        assert queue.stats().batches == 3
 
 
 async def test_stalled_seconds_grow_while_a_batch_hangs_even_when_its_callers_have_left():

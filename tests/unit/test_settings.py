@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from serve_app.app import build
-from serve_app.settings import Settings
+from serve_app.settings import Limits, Settings
 from serve_app.tpu import CHIP_LABEL
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -173,3 +173,24 @@ def test_chips_of_all_models_are_counted_together():
     assert [*settings.replicas_on_chips(most=True).values()] == [5, 1]
     front = build(settings)._bound_deployment
     assert front.ray_actor_options["label_selector"] == {CHIP_LABEL: "!in(TPU-V5LITEPOD,TPU-V6E)"}
+
+
+def test_what_a_running_replica_can_take_keeps_all_else():
+    settings = Settings(model="org/name", limits=Limits(max_items=5, max_labels=6), timeout_s=3)
+    live = settings.live({"limits": {"max_items": 7}, "aliases": ["judge"]})
+    assert live == Settings(model="org/name", limits=Limits(max_items=7, max_labels=6), timeout_s=3, aliases=("judge",))
+    assert settings.live({}) == settings
+
+
+@pytest.mark.parametrize("fixed", ["model", "dtype", "scorer_replicas", "ingress_replicas", "modle"])
+def test_what_a_running_replica_cannot_take_is_named_with_what_it_can(fixed: str):
+    with pytest.raises(ValueError, match=rf"^{fixed}: not to be changed in a running replica, as aliases, limits,"):
+        Settings().live({fixed: 1, "timeout_s": 3})
+    with pytest.raises(ValueError, match=r"limits\.max_body_bytes: a body is read"):
+        Settings().live({"limits": {"max_body_bytes": 5_000}})
+
+
+def test_one_more_replica_while_a_new_version_comes_is_for_front_ends_and_scorers():
+    front = build(Settings(max_surge_percent=1))._bound_deployment
+    scorer = front.init_args[1]._bound_deployment
+    assert [each._deployment_config.max_surge_percent for each in (front, scorer)] == [1, 1]

@@ -1,0 +1,101 @@
+"""New versions and other settings under load: no request fails, and none meets an engine that is not warm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from serve_app.launcher import APP_NAME
+from serve_app.settings import Settings
+from tests.faults.conftest import ITEMS, actors, application, under_load, wait_for
+from tests.processes import replica_processes
+
+pytestmark = pytest.mark.ray
+
+BODY = {"query": [1], "items": ITEMS, "label_token_ids": [1, 2]}
+
+
+def asking(client: httpx.Client) -> Callable[[], Any]:
+    return lambda: client.post("/v1/score", json=BODY).raise_for_status().json()["scores"]
+
+
+def pids(deployment: str) -> set[int]:
+    return {process.pid for process in replica_processes(deployment)}
+
+
+def test_three_redeploys_under_load_fail_no_request_and_no_engine_is_asked_before_it_is_warm(
+    deploy: Callable[[Any], httpx.Client], settings: Settings, tmp_path: Path
+):
+    two = settings.model_copy(update={"scorer_replicas": 2})
+    versions = [
+        # Three scorers for a while: both old ones answer until a new one is warm.
+        (two.model_copy(update={"max_surge_percent": 1, "aliases": ("first",)}), 3),
+        # Two at most: one old one answers while the other's successor starts.
+        (two.model_copy(update={"aliases": ("second",)}), 2),
+        # From two to one, in one step.
+        (settings.model_copy(update={"max_surge_percent": 1, "aliases": ("third",)}), 2),
+    ]
+    client = deploy(application(two))
+    with under_load(asking(client)) as load, ThreadPoolExecutor(1) as background:
+        load.wait_for_more(20)
+        for number, (version, most) in enumerate(versions):
+            gate = tmp_path / str(number)
+            old = pids("Scorer") | pids("Ingress")
+            deploying = background.submit(deploy, application(version, gate=gate))
+            wait_for(lambda: len(pids("Scorer") - old) > 0)  # noqa: B023 - called at once
+            load.wait_for_more(40)  # none of them from the one that is starting
+            assert len(pids("Scorer")) <= most
+            assert pids("Scorer") & old
+            gate.touch()
+            deploying.result()
+            wait_for(lambda: old.isdisjoint(pids("Scorer") | pids("Ingress")))  # noqa: B023
+            assert version.aliases[0] in client.get("/v1/info").json()["names"]
+    assert load.failures == []
+
+
+def test_settings_that_need_no_restart_change_under_load_and_wrong_ones_harm_nobody(cluster: str, settings: Settings):
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    name = settings.name
+
+    def apply(*overrides: dict[str, Any]) -> None:
+        """What ``serve deploy`` does with a file."""
+        application = {
+            "name": APP_NAME,
+            "import_path": "serve_app.app:build",
+            "args": settings.model_dump(exclude_unset=True),
+            "deployments": list(overrides),
+        }
+        controller = _get_global_client()
+        controller.deploy_apps(ServeDeploySchema.model_validate({"applications": [application]}))
+        controller._wait_for_application_running(APP_NAME)
+
+    def change(**live: Any) -> None:
+        apply({"name": "Scorer", "user_config": live}, {"name": "Ingress", "user_config": {name: live}})
+
+    with httpx.Client(base_url=cluster, timeout=60) as client:
+        apply()
+        wait_for(lambda: client.get("/ready").status_code == 200)
+        running = pids("Scorer") | pids("Ingress")
+        with under_load(asking(client)) as load:
+            change(limits={"max_items": 60}, timeout_s=33, aliases=["judge"])
+            wait_for(lambda: client.get("/v1/info").json()["limits"]["max_items"] == 60)
+            info = client.get("/v1/info?model=judge").json()
+            assert info["limits"]["timeout_s"] == 33
+            assert client.post("/v1/score", json={**BODY, "items": [*ITEMS, [5]]}).status_code == 413
+            load.wait_for_more(20)
+            change(limits={"max_items": 10**6}, dtype="bfloat16")
+            load.wait_for_more(20)
+            assert client.get("/v1/info").json() == info
+            apply()
+            wait_for(lambda: client.get("/v1/info").json()["limits"]["max_items"] == settings.limits.max_items)
+            assert client.get("/v1/info?model=judge").status_code == 404
+        assert load.failures == []
+        assert pids("Scorer") | pids("Ingress") == running
+        assert len(actors("Scorer")) == 1
