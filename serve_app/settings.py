@@ -81,7 +81,10 @@ class ModelSettings(_Frozen):
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Past it a request gets 504 and its queued work is dropped."""
     stall_s: Annotated[float, Field(gt=0)] = 300.0
-    """A batch that is in the engine for longer makes the replica unhealthy, and Serve replaces it."""
+    """A batch that is in the engine for longer makes the replica unhealthy, and Serve replaces it; on a slice of
+    several hosts its processes are started anew."""
+    rebuild_s: Annotated[float, Field(gt=0)] = 900.0
+    """When the processes of a slice have been starting anew for longer, Serve replaces the replica."""
 
     rerank_template: str | RerankTemplate | None = None
     """Of ``/v1/rerank``: a name in ``templates.py``, or a template itself. None: by the model's name, else a plain
@@ -95,6 +98,11 @@ class ModelSettings(_Frozen):
         if isinstance(template, str) and template not in TEMPLATES:
             raise ValueError(f"there is no template {template!r}; the names are {', '.join(TEMPLATES)}")
         return template
+
+    @property
+    def longest_batch_s(self) -> float:
+        """Past it a batch will not end. A slice starts its processes anew meanwhile, and tries a batch twice."""
+        return 2 * self.stall_s + self.rebuild_s if self.tpu and self.tpu.hosts > 1 else self.stall_s
 
     @property
     def most_replicas(self) -> int:
