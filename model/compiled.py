@@ -88,8 +88,9 @@ def _devices(arguments: tuple[Any, ...]) -> list[Any]:
 def _key(name: str, arguments: tuple[Any, ...], donated: tuple[int, ...]) -> str:
     leaves, structure = jax.tree.flatten(arguments)
     shapes = [(leaf.shape, str(leaf.dtype), str(leaf.sharding)) for leaf in leaves]
+    order = [device.id for device in _devices(arguments)]  # which a sharding does not print
     precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    return hashlib.sha256(repr((_built_by(), precision, name, structure, shapes, donated)).encode()).hexdigest()
+    return hashlib.sha256(repr((_built_by(), precision, name, structure, shapes, order, donated)).encode()).hexdigest()
 
 
 @cache

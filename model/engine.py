@@ -470,6 +470,17 @@ def load(
     return Engine(part, laid, ModelPrograms(*common, layers=state(block, "blocks")), target)
 
 
+def join(coordinator: str, hosts: int, number: int) -> None:
+    """Make this process one of several, on as many hosts, that run the same programs at once. Before any other use of
+    jax, once in a process.
+
+    Args:
+        coordinator: address and port of a service that host 0's process starts.
+        number: this host's, from 0.
+    """
+    jax.distributed.initialize(coordinator, hosts, number)
+
+
 def tpu_mesh(chips: int) -> Mesh:
     """All chips that this process was given, with a model split over them.
 

@@ -5,6 +5,7 @@ a path in a tree of pages; each edge is keyed by the page's own tokens, not by a
 collide. Only whole paths are kept: a page is given up only when no page continues it.
 """
 
+import hashlib
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -136,7 +137,8 @@ class PrefixCache:
 class Recurring:
     """Remembers the beginnings of prompts, in whole pages, to tell those that come again.
 
-    By hash: a collision may keep a prefix that was not worth it, never change a score.
+    By digest, which is the same on all hosts of a slice. A collision may keep a prefix that was not worth it, never
+    change a score.
 
     Args:
         most: beginnings remembered; the oldest are forgotten.
@@ -144,15 +146,17 @@ class Recurring:
 
     def __init__(self, most: int = 16_384) -> None:
         self._most = most
-        self._seen: dict[int, None] = {}
+        self._seen: dict[bytes, None] = {}
 
     def pages(self, tokens: npt.NDArray[np.int32]) -> int:
         """Whole pages at the front of ``tokens`` that came before, at the front of a prompt; then remembers all."""
         known = 0
-        for pages in range(1, len(tokens) // PAGE_TOKENS + 1):
-            key = hash(tokens[: pages * PAGE_TOKENS].tobytes())
+        digest = hashlib.blake2b(digest_size=16)
+        for page in range(len(tokens) // PAGE_TOKENS):
+            digest.update(tokens[page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS].tobytes())
+            key = digest.digest()
             if key in self._seen:
-                known = pages
+                known = page + 1
                 del self._seen[key]
             self._seen[key] = None
         while len(self._seen) > self._most:

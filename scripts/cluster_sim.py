@@ -21,12 +21,13 @@ from rich.console import Console
 
 from serve_app.launcher import APP_NAME, check_port, start_ray
 from serve_app.settings import Settings
-from serve_app.tpu import HOSTS, RESOURCE, Tpu
+from serve_app.tpu import CHIP_LABEL, CHIPS_OF_A_SLICES_HOST, HOSTS, NUMBER_LABEL, RESOURCE, SLICE_LABEL, Tpu
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
 
 TPU = Tpu(chip="v6e", topology="2x2", chips=2)
+POD_LABEL = "ray.io/tpu-pod-type"
 CHIPS = HOSTS[TPU.chip][TPU.topology]
 BACK_AFTER_S = 5.0
 """A host that was killed is replaced after so long."""
@@ -96,6 +97,27 @@ def start_cluster(cpus: int, **options: Any) -> Cluster:
     cluster.head_node = ray._private.worker._global_node
     cluster.redis_address = cluster.head_node.redis_address
     return cluster
+
+
+def start_slice(cluster: Cluster, tpu: Tpu, name: str, **env: str) -> list[Any]:
+    """The hosts of a slice, by their numbers, with all that Ray finds on such hosts.
+
+    Args:
+        env: of every process on them.
+    """
+    from ray._private.accelerators.tpu import infer_tpu_pod_type_from_topology
+
+    pod = infer_tpu_pod_type_from_topology(tpu.topology, tpu.labels[CHIP_LABEL])
+    return [
+        cluster.add_node(
+            num_cpus=4,
+            resources={RESOURCE: CHIPS_OF_A_SLICES_HOST} | ({} if number else {f"TPU-{pod}-head": 1}),
+            labels=tpu.labels | {SLICE_LABEL: name, NUMBER_LABEL: str(number), POD_LABEL: str(pod)},
+            env_vars={"TPU_NAME": name, **env},
+            node_ip_address="127.0.0.1",
+        )
+        for number in range(tpu.hosts)
+    ]
 
 
 def _host(cluster: Cluster) -> Any:

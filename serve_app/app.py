@@ -88,9 +88,14 @@ def _scorer_count(args: Settings) -> dict[str, Any]:
 
 
 def scorer_resources(args: Settings) -> dict[str, Any]:
-    """With TPU chips Ray places the replica on a host that has them, and shows it no others (TPU_VISIBLE_CHIPS)."""
+    """With TPU chips Ray places the replica on a host that has them, and shows it no others (TPU_VISIBLE_CHIPS).
+
+    A replica on a slice of several hosts computes nothing itself, and reserves the slice when it starts.
+    """
     if args.tpu is None:
         return {"num_cpus": args.scorer_cpus}
+    if args.tpu.hosts > 1:
+        return {"num_cpus": args.scorer_cpus, **_off_chips(args)}
     return {
         "num_cpus": args.scorer_cpus,
         "resources": {RESOURCE: args.tpu.chips},
@@ -99,12 +104,15 @@ def scorer_resources(args: Settings) -> dict[str, Any]:
 
 
 def _ingress_resources(args: Settings) -> dict[str, Any]:
+    return {"num_cpus": args.ingress_cpus, **_off_chips(args)}
+
+
+def _off_chips(args: Settings) -> dict[str, Any]:
     """On a host without chips if there is one: what computes nothing must not use up the processors of a TPU host."""
     chips = sorted({tpu.labels[CHIP_LABEL] for tpu in args.replicas_on_chips()})
     if not chips:
-        return {"num_cpus": args.ingress_cpus}
+        return {}
     return {
-        "num_cpus": args.ingress_cpus,
         "label_selector": {CHIP_LABEL: f"!{chips[0]}" if len(chips) == 1 else f"!in({','.join(chips)})"},
         "fallback_strategy": [{"label_selector": {}}],
     }

@@ -65,7 +65,7 @@ def serve(
         str | None,
         typer.Option(
             help="This host's chips and topology, such as 'v6e:2x2'; each scorer gets one chip, or with 'v6e:2x2:4' "
-            "four, for a model that one cannot hold."
+            "four, for a model that one cannot hold. Slices of several hosts: configs/tpu-slice.yaml."
         ),
     ] = None,
 ) -> None:

@@ -156,6 +156,10 @@ class Engine(Protocol):
         """
         ...
 
+    def check(self) -> None:
+        """Raise RuntimeError when it will not score again by itself."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Affinity:

@@ -86,6 +86,9 @@ class FakeEngine:
             argmax, argmax_values = argmax[:0], argmax_values[:0]
         return BatchResult(values, computed, argmax, argmax_values)
 
+    def check(self) -> None:
+        """It is never in the way of its replica's health."""
+
     def _read(self, batch: TokenBatch) -> tuple[Float32, Int32, Float32]:
         """The targets' values, and for each read the likeliest token and its value."""
         vocab_size = self._info.vocab_size

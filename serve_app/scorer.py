@@ -1,4 +1,7 @@
-"""The scorer: one replica holds one engine. The only module of the service that loads the model package, and jax."""
+"""The scorer: one replica holds one engine, in its own process or on the hosts of a slice.
+
+The only module of the service that loads the model package, and jax: in the process that computes.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,8 @@ from serve_app.errors import ReplicaGoneError
 from serve_app.fake_engine import FakeEngine
 from serve_app.metrics import REPORT_S, ScorerMetrics
 from serve_app.settings import ModelSettings
+from serve_app.slice_group import SliceGroup
+from serve_app.slice_worker import Place
 
 if TYPE_CHECKING:
     from model.engine import Engine as ModelEngine
@@ -70,34 +75,53 @@ class _ModelEngine:
         result = self._engine.score(batch)
         return BatchResult(result.values, result.computed_tokens, result.argmax, result.argmax_values)
 
+    def check(self) -> None:
+        """It fails with the process."""
+
 
 def load_engine(settings: ModelSettings) -> Engine:
     """The engine that ``settings`` name, warmed up. Takes seconds to minutes; the log tells how far it is."""
-    if settings.engine == "fake":
-        engine: Engine = FakeEngine()
+    if settings.tpu and settings.tpu.hosts > 1:
+        engine: Engine = SliceGroup(settings, load_part)
+    elif settings.engine == "fake":
+        engine = FakeEngine()
     else:
-        if not any(map(glob.glob, ACCELERATORS)):
-            # With libtpu installed, as the tests have it, jax would look for a TPU and fill the log with its absence.
-            os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        from model.engine import load, tpu_mesh
-
-        mesh = tpu_mesh(settings.tpu.chips) if settings.tpu else None
-        folder = model_source.resolve(settings.model, settings.revision, say=logger.info)
-        logger.info("loading %s", folder)
-        engine = _ModelEngine(
-            load(
-                folder,
-                dtype=settings.dtype,
-                quantization=settings.quantization,
-                max_prompt_tokens=settings.limits.max_prompt_tokens,
-                compiled_folder=compiled_folder(),
-                mesh=mesh,
-            )
-        )
+        engine = _load_model(settings)
     started = time.monotonic()
     engine.warmup(lambda done, total, what: logger.info("warming up, %d of %d: %s", done, total, what))
     logger.info("warmed up in %.1f s", time.monotonic() - started)
     return engine
+
+
+def load_part(settings: ModelSettings, place: Place) -> Engine:
+    """The part of an engine that one host of a slice holds, see ``slice_worker.LoadPart``."""
+    if settings.engine == "fake":
+        return FakeEngine()
+    from model.engine import join
+
+    join(place.coordinator, place.hosts, place.number)
+    return _load_model(settings)
+
+
+def _load_model(settings: ModelSettings) -> Engine:
+    if not any(map(glob.glob, ACCELERATORS)):
+        # With libtpu installed, as the tests have it, jax would look for a TPU and fill the log with its absence.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from model.engine import load, tpu_mesh
+
+    mesh = tpu_mesh(settings.tpu.chips) if settings.tpu else None
+    folder = model_source.resolve(settings.model, settings.revision, say=logger.info)
+    logger.info("loading %s", folder)
+    return _ModelEngine(
+        load(
+            folder,
+            dtype=settings.dtype,
+            quantization=settings.quantization,
+            max_prompt_tokens=settings.limits.max_prompt_tokens,
+            compiled_folder=compiled_folder(),
+            mesh=mesh,
+        )
+    )
 
 
 def compiled_folder() -> Path:
@@ -131,7 +155,7 @@ class Scorer:
             max_queued_tokens=settings.limits.max_queued_tokens,
             observe=self._metrics.batch,
         )
-        self._settings, self._stall_s = settings, settings.stall_s
+        self._settings, self._stall_s = settings, settings.longest_batch_s
         self._intake_works = True
         self._reporting = asyncio.create_task(self._report())
 
@@ -194,7 +218,7 @@ class Scorer:
         except ValueError as error:
             logger.error("user_config is refused, and nothing changes: %s", error)
             return
-        self._stall_s = settings.stall_s
+        self._stall_s = settings.longest_batch_s
         self._queue.resize(
             max_batch_tokens=settings.max_batch_tokens, max_queued_tokens=settings.limits.max_queued_tokens
         )
@@ -209,7 +233,7 @@ class Scorer:
             await asyncio.sleep(REPORT_S)
 
     async def check_health(self) -> None:
-        """Raise while every batch fails; Serve replaces the replica if that goes on.
+        """Raise while every batch fails, or the engine says what is wrong; Serve replaces the replica if that goes on.
 
         End the process when no answer can come from it any more, which sends its jobs to other replicas at once. Serve
         would ask twice more, then wait for the jobs as long as for those of a replica that is well, and route new ones
@@ -221,6 +245,7 @@ class Scorer:
             os._exit(1)
         if self._queue.failures_in_a_row >= BROKEN_AFTER:
             raise RuntimeError(f"the engine failed on the last {self._queue.failures_in_a_row} batches")
+        self._engine.check()
 
     def _fault(self) -> str | None:
         """Why no job will be answered, if that is so."""

@@ -94,8 +94,11 @@ class ModelSettings(_Frozen):
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Past it a request gets 504 and its queued work is dropped."""
     stall_s: Annotated[float, Field(gt=0)] = 300.0
-    """A batch that is in the engine for longer makes the replica unhealthy, and Serve replaces it; and so a front end
-    whose tokenizer is at one request for longer."""
+    """A batch that is in the engine for longer makes the replica unhealthy, and Serve replaces it; on a slice of
+    several hosts its processes are started anew. A tokenizer that is at one
+    request for longer makes its front end unhealthy."""
+    rebuild_s: Annotated[float, Field(gt=0)] = 900.0
+    """When the processes of a slice have been starting anew for longer, Serve replaces the replica."""
 
     rerank_template: str | RerankTemplate | None = None
     """Of ``/v1/rerank``: a name in ``templates.py``, or a template itself. None: by the model's name, else a plain
@@ -127,6 +130,11 @@ class ModelSettings(_Frozen):
                 raise ValueError(f"limits.{name}: {why}; set it in args, which starts new replicas")
         own = self.model_dump(exclude_unset=True)
         return self.model_validate({**own, **changes, "limits": {**own.get("limits", {}), **limits}})
+
+    @property
+    def longest_batch_s(self) -> float:
+        """Past it a batch will not end. A slice starts its processes anew meanwhile, and tries a batch twice."""
+        return 2 * self.stall_s + self.rebuild_s if self.tpu and self.tpu.hosts > 1 else self.stall_s
 
     @property
     def most_replicas(self) -> int:

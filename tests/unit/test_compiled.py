@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from model import compiled, engine
+from model import compiled, engine, sharding
 from tests.batches import label_batch
 from tests.tiny import make_llama
 
@@ -60,6 +60,18 @@ def test_another_constant_is_another_program(
     monkeypatch.setattr(compiled, "_compile", refuse)
     np.testing.assert_array_equal(score(other, folder), wanted)
     assert np.abs(score(model, folder) - wanted).max() > 1e-3
+
+
+def test_another_order_of_the_devices_is_another_program(folder: Path, model: Path) -> None:
+    """Their numbers and the sharding's text are the same."""
+    devices = jax.devices()[:2]
+    wanted = score(model, folder)
+    for order in (devices, devices[::-1]):
+        scorer = engine.load(
+            model, compiled_folder=folder, max_row_tokens=16, call_tokens=16, mesh=sharding.mesh(1, 2, order)
+        )
+        found = scorer.score(label_batch(PROMPTS, [(3, 4)] * 3)).values
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
 
 
 def test_a_broken_file_is_made_anew(folder: Path, model: Path, caplog: pytest.LogCaptureFixture) -> None:

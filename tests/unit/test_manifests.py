@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray.serve.schema import ServeDeploySchema
 
 from serve_app.settings import Settings
-from serve_app.tpu import HOSTS
+from serve_app.tpu import CHIPS_OF_A_SLICES_HOST, HOSTS
 
 ROOT = Path(__file__).parents[2]
 MANIFESTS = sorted((ROOT / "configs" / "kuberay").glob("*.yaml"))
@@ -223,7 +223,10 @@ def test_the_replicas_fit_on_the_chips_of_their_group(service: RayService):
     assert settings.tpu
     assert cluster.rayVersion in RAY.specifier
     assert cluster.headGroupSpec.rayStartParams["num-cpus"] == "0"
-    chips = 0
+    chips, tpu = 0, settings.tpu
+    front_cpus = settings.ingress_replicas * settings.ingress_cpus
+    if tpu.hosts > 1:  # the leaders are where the front ends are
+        front_cpus += settings.most_replicas * settings.scorer_cpus
     for group in cluster.workerGroupSpecs:
         assert group.minReplicas <= group.replicas <= group.maxReplicas
         (container,) = group.template.spec.containers
@@ -234,16 +237,16 @@ def test_the_replicas_fit_on_the_chips_of_their_group(service: RayService):
         selector = group.template.spec.nodeSelector
         if not own:
             assert selector == {}
-            assert int(container.resources.limits["cpu"]) >= settings.ingress_cpus
+            assert int(container.resources.limits["cpu"]) * group.minReplicas >= front_cpus
             continue
-        assert selector["cloud.google.com/gke-tpu-accelerator"] == GKES_CHIPS[settings.tpu.chip]
-        assert selector["cloud.google.com/gke-tpu-topology"] == settings.tpu.topology
-        assert own == HOSTS[settings.tpu.chip][settings.tpu.topology]
-        assert group.numOfHosts == 1
-        assert group.labels == settings.tpu.labels
-        assert int(container.resources.limits["cpu"]) >= settings.scorer_cpus * own / settings.tpu.chips
-        chips += own * group.maxReplicas
-    assert settings.most_replicas * settings.tpu.chips == chips
+        assert selector["cloud.google.com/gke-tpu-accelerator"] == GKES_CHIPS[tpu.chip]
+        assert selector["cloud.google.com/gke-tpu-topology"] == tpu.topology
+        assert own == (CHIPS_OF_A_SLICES_HOST if tpu.hosts > 1 else HOSTS[tpu.chip][tpu.topology])
+        assert group.numOfHosts == tpu.hosts
+        assert group.labels == tpu.labels
+        assert int(container.resources.limits["cpu"]) >= settings.scorer_cpus * max(1, own / tpu.chips)
+        chips += own * group.numOfHosts * group.maxReplicas
+    assert settings.most_replicas * tpu.chips == chips
 
 
 def test_the_image_holds_what_it_copies_and_installs_what_there_is():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -15,7 +16,17 @@ from serve_app.app import build
 from serve_app.launcher import LaunchError
 from serve_app.scorer import load_engine
 from serve_app.settings import Settings
-from serve_app.tpu import CHIP_LABEL, HOSTS, SHARES, TOPOLOGY_LABEL, Tpu
+from serve_app.tpu import (
+    CHIP_LABEL,
+    CHIPS_OF_A_SLICES_HOST,
+    HOSTS,
+    NUMBER_LABEL,
+    SHARES,
+    SLICE_LABEL,
+    SLICES,
+    TOPOLOGY_LABEL,
+    Tpu,
+)
 from tests.tiny import make_llama
 
 
@@ -31,9 +42,26 @@ def test_the_hosts_are_those_that_ray_knows(chip: Any):
     assert SHARES == rays.TPU_VALID_CHIP_OPTIONS
 
 
+@pytest.mark.parametrize("chip", SLICES)
+def test_the_slices_are_those_that_ray_knows(chip: Any):
+    version = get_tpu_version_from_type(Tpu(chip=chip, topology=SLICES[chip][0]).labels[CHIP_LABEL])
+    for topology in SLICES[chip]:
+        assert topology in rays.VALID_TPU_TOPOLOGY[version]
+        assert rays.get_chips_per_host(topology, version) == CHIPS_OF_A_SLICES_HOST
+        tpu = Tpu(chip=chip, topology=topology)
+        assert tpu.chips == rays.get_num_chips_from_topology(topology) == tpu.hosts * CHIPS_OF_A_SLICES_HOST
+        assert tpu.hosts == math.prod(rays._get_worker_dims_for_topology(topology))
+
+
 @pytest.mark.parametrize(
     ("chip", "gkes", "topology"),
-    [("v4", "v4-8", "2x2x1"), ("v5e", "v5litepod-8", "2x4"), ("v5p", "v5p-8", "2x2x1"), ("v6e", "v6e-4", "2x2")],
+    [
+        ("v4", "v4-8", "2x2x1"),
+        ("v5e", "v5litepod-8", "2x4"),
+        ("v5p", "v5p-8", "2x2x1"),
+        ("v6e", "v6e-4", "2x2"),
+        ("v6e", "v6e-16", "4x4"),
+    ],
 )
 def test_the_labels_are_those_that_ray_gives_a_tpu_host(
     chip: Any, gkes: str, topology: str, monkeypatch: pytest.MonkeyPatch
@@ -45,6 +73,7 @@ def test_the_labels_are_those_that_ray_gives_a_tpu_host(
     host = rays.TPUAcceleratorManager
     found = {CHIP_LABEL: host.get_current_node_accelerator_type()} | host.get_current_node_accelerator_labels()
     assert Tpu(chip=chip, topology=topology).labels.items() <= found.items()
+    assert (found[SLICE_LABEL], found[NUMBER_LABEL]) == ("a-slice", "0")
 
 
 @pytest.mark.parametrize(
@@ -54,7 +83,8 @@ def test_the_labels_are_those_that_ray_gives_a_tpu_host(
         ({"chip": "v6e", "topology": "2x2", "chips": 8}, "1 or 2 or 4"),
         ({"chip": "v5p", "topology": "2x2x1", "chips": 0}, "1 or 2 or 4"),
         ({"chip": "v6e", "topology": "3x3"}, "1x1, 2x2, 2x4"),
-        ({"chip": "v6e", "topology": "4x4"}, "1x1, 2x2, 2x4"),
+        ({"chip": "v6e", "topology": "3x3"}, "on one host, and 4x4, 4x8, 8x8, 8x16, 16x16 on several"),
+        ({"chip": "v6e", "topology": "4x4", "chips": 8}, "which has 4 hosts; it has all 16; leave out chips"),
         ({"chip": "v4", "topology": "2x2"}, "2x2x1"),
         ({"chip": "h100", "topology": "2x2"}, "'v4', 'v5e', 'v5p' or 'v6e'"),
         ({"chip": "v6e", "topology": "2x2", "chip_count": 1}, "chip_count"),
@@ -96,6 +126,33 @@ def test_what_a_cluster_lacks_is_named(replicas: int, nodes: list[dict[str, Any]
         assert re.search(said, lacking or "")
 
 
+def host(name: str, number: int, chips: int = 4) -> dict[str, Any]:
+    made = node(chips, topology="4x4")
+    made["Labels"] |= {SLICE_LABEL: name, NUMBER_LABEL: str(number)}
+    return made
+
+
+@pytest.mark.parametrize(
+    ("replicas", "nodes", "said"),
+    [
+        (2, [host(name, number) for name in "ab" for number in range(4)], None),
+        (
+            2,
+            [host("a", number) for number in range(4)],
+            "2 replicas need as many slices of v6e in topology 4x4; there are 1 whole",
+        ),
+        (1, [host("a", number) for number in (0, 1, 3)], "there are 0 whole ones, and a has 3 of 4 hosts"),
+        (1, [host("a", 0) for _ in range(4)], "a has 1 of 4 hosts"),
+        (1, [host("a", number, chips=1) for number in range(4)], "there are 0 whole ones"),
+        (1, [node(4, topology="4x4") for _ in range(4)], "there are 0 whole ones"),
+        (1, [node(4)], "no node has chips of v6e in topology 4x4; the nodes have 4 of TPU-V6E in topology 2x2"),
+    ],
+)
+def test_what_a_cluster_lacks_of_slices_is_named(replicas: int, nodes: list[dict[str, Any]], said: str | None):
+    lacking = Tpu(chip="v6e", topology="4x4").lacking(replicas, nodes)
+    assert lacking is None if said is None else said in (lacking or "")
+
+
 def test_the_launcher_does_not_wait_for_chips_that_cannot_come():
     settings = Settings(tpu=Tpu(chip="v6e", topology="2x2"), scorer_replicas=5)
     launcher.check_chips(settings, [node(4), node(4)])
@@ -113,6 +170,15 @@ def test_the_scorer_asks_ray_for_its_chips_and_the_front_end_keeps_away_from_the
     assert front.ray_actor_options["label_selector"] == {CHIP_LABEL: "!TPU-V5LITEPOD"}
 
 
+def test_the_leader_of_a_slice_keeps_away_from_the_chips_and_leaves_them_to_its_hosts():
+    application = build(Settings(tpu=Tpu(chip="v6e", topology="4x4"), scorer_cpus=2))
+    scorer = application._bound_deployment.init_args[1]._bound_deployment
+    assert scorer.ray_actor_options["num_cpus"] == 2
+    assert "TPU" not in scorer.ray_actor_options.get("resources", {})
+    assert scorer.ray_actor_options["label_selector"] == {CHIP_LABEL: "!TPU-V6E"}
+    assert scorer.ray_actor_options["fallback_strategy"] == [{"label_selector": {}}]
+
+
 def test_a_replica_with_chips_that_jax_does_not_find_does_not_start(tmp_path: Any):
     settings = Settings(model=str(make_llama(tmp_path, context=32)), tpu=Tpu(chip="v6e", topology="2x2"))
     with pytest.raises(RuntimeError, match="jax found only cpu"):
@@ -126,7 +192,9 @@ def test_the_command_line_names_chips_and_topology(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(launcher, "run", lambda settings, **_: got.append(settings))
     assert CliRunner().invoke(cli.app, ["serve", "--tpu", "v6e:2x4"]).exit_code == 0
     assert got[0].tpu == Tpu(chip="v6e", topology="2x4", chips=1)
-    for wrong in ("v6e", "v6e:9x9"):
+    assert CliRunner().invoke(cli.app, ["serve", "--tpu", "v6e:4x4"]).exit_code == 0
+    assert got[1].tpu == Tpu(chip="v6e", topology="4x4", chips=16)
+    for wrong in ("v6e", "v6e:9x9", "v6e:4x4:4"):
         refused = CliRunner().invoke(cli.app, ["serve", "--tpu", wrong])
         assert refused.exit_code == 1
         assert "topology" in refused.stderr

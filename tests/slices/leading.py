@@ -1,0 +1,113 @@
+"""A leader as Serve has it, an actor of its own, and hosts of a slice on this machine."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from scripts.cluster_sim import start_slice
+from serve_app.contract import Engine
+from serve_app.settings import Settings
+from serve_app.slice_worker import LoadPart, Place
+from serve_app.tpu import Tpu
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
+
+TWO_HOSTS, FOUR_HOSTS = Tpu(chip="v5p", topology="2x2x2"), Tpu(chip="v6e", topology="4x4")
+
+
+def on_cpu(data: int = 1, **sizes: Any) -> LoadPart:
+    """As ``scorer.load_part``, on the devices that XLA is told to play on a CPU.
+
+    Args:
+        data: of the mesh's axes; the other one crosses all hosts.
+    """
+
+    def load(settings: Any, place: Place) -> Engine:  # local, so that the hosts, which lack this module, get its code
+        import jax
+        import numpy as np
+
+        from model import engine, sharding
+        from serve_app import model_source
+        from serve_app.scorer import _ModelEngine, compiled_folder
+
+        engine.join(place.coordinator, place.hosts, place.number)
+        by_host = np.array(jax.devices()).reshape(place.hosts, -1)
+        mesh = sharding.mesh(data, by_host.size // data, by_host.T.ravel().tolist())
+        folder = model_source.resolve(settings.model)
+        return _ModelEngine(engine.load(folder, mesh=mesh, compiled_folder=compiled_folder(), **sizes))
+
+    return load
+
+
+@contextmanager
+def slice_of(nodes: Cluster, tpu: Tpu, devices: int) -> Iterator[list[Any]]:
+    """Hosts with so many devices each; what the test leaves of them is removed."""
+    flags = f"--xla_backend_optimization_level=1 --xla_force_host_platform_device_count={devices}"
+    hosts = start_slice(nodes, tpu, "a-slice", XLA_FLAGS=flags, JAX_COMPILATION_CACHE_DIR="")
+    try:
+        yield hosts
+    finally:
+        for host in hosts:
+            nodes.remove_node(host)
+
+
+@contextmanager
+def leader_of(settings: Settings, load: LoadPart) -> Iterator[Any]:
+    """An actor that holds the engine; its methods are the engine's."""
+    import ray
+
+    class Leader:
+        def __init__(self) -> None:
+            from serve_app.slice_group import SliceGroup
+
+            self.engine = SliceGroup(settings, load)
+            self.told: list[tuple[int, int, str]] = []
+            self.engine.warmup(lambda *progress: self.told.append(progress))
+
+        def score(self, batch: Any) -> Any:
+            return self.engine.score(batch)
+
+        def state(self) -> Any:
+            import sys
+
+            self.engine.check()
+            return self.engine.info, self.engine.stats, self.told, "jax" in sys.modules
+
+    # As a replica of Serve's: detached, or the slice would stay reserved until the test's own process ends.
+    actor = ray.remote(max_concurrency=4, num_cpus=0.1, lifetime="detached")(Leader)
+    leader = actor.options(name=uuid.uuid4().hex).remote()
+    try:
+        yield leader
+    finally:
+        ray.kill(leader)
+
+
+def alone(folder: Path, batches: list[Any], **sizes: Any) -> list[Any]:
+    """What an engine in one process says, that is none of the test's: jax and the starting of nodes do not go
+    together."""
+    import ray
+
+    @ray.remote(num_cpus=0.1)
+    def compute() -> list[Any]:
+        from model import engine
+
+        scorer = engine.load(folder, **sizes)
+        return [scorer.score(batch).values for batch in batches]
+
+    return ray.get(compute.remote())
+
+
+def worker_of(host: Any) -> psutil.Process:
+    """The process that computes on a host."""
+    raylet = psutil.Process(host.all_processes["raylet"][0].process.pid)
+    (found,) = [
+        process for process in raylet.children(recursive=True) if "ray::SliceWorker" in " ".join(process.cmdline())
+    ]
+    return found

@@ -1,0 +1,72 @@
+"""One engine over several processes, on simulated hosts of a slice: the scores of one process, in step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from serve_app import model_source
+from serve_app.settings import Settings
+from serve_app.tpu import Tpu
+from tests.batches import label_batch
+from tests.invariance.rows import LABELS, TOLERANCE, prompts
+from tests.sharding.one_of_two import SIZES, sequences
+from tests.slices.leading import FOUR_HOSTS, TWO_HOSTS, alone, leader_of, on_cpu, slice_of
+from tests.tiny import make_llama
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
+
+pytestmark = pytest.mark.ray
+
+
+def batch(rows: list[list[int]]) -> Any:
+    return label_batch(rows, [LABELS] * len(rows))
+
+
+@pytest.mark.parametrize(("tpu", "devices"), [(TWO_HOSTS, 2), (FOUR_HOSTS, 1)], ids=["2x2", "4x1"])
+def test_hosts_score_as_one_process(nodes: Cluster, tmp_path: Path, tpu: Tpu, devices: int):
+    import ray
+
+    folder = make_llama(tmp_path / "llama", heads=4, ff=32, layers=2)
+    batches = [
+        batch(sequences()),
+        batch(prompts(3, longest=300, seed=5)),  # longer than a call: in chunks
+        batch(prompts(40, query=20, seed=6)),
+    ]
+    wanted = alone(folder, batches, **SIZES)
+    settings = Settings(model=str(folder), tpu=tpu, scorer_cpus=0.1)
+    with slice_of(nodes, tpu, devices), leader_of(settings, on_cpu(**SIZES)) as leader:
+        info, begun, told, _ = ray.get(leader.state.remote())
+        assert info.max_prompt_tokens == 512
+        assert told[-1][0] == told[-1][1] == begun.compilations > 0
+        for _ in range(3):
+            at_once = [leader.score.remote(each) for each in batches]
+            for found, values in zip(ray.get(at_once), wanted, strict=True):
+                np.testing.assert_allclose(found.values, values, rtol=0, atol=TOLERANCE)
+        with pytest.raises(ValueError, match="sequence 0 has 600 tokens; this model reads 1 to 512"):
+            ray.get(leader.score.remote(batch([[1] * 600])))
+        _, ended, _, jax_is_loaded = ray.get(leader.state.remote())
+        assert ended.prefix_hit_tokens > 0
+        assert ended.compilations == begun.compilations
+        assert not jax_is_loaded
+
+
+@pytest.mark.slow
+@pytest.mark.demo
+def test_the_demo_model_over_two_hosts(nodes: Cluster):
+    import ray
+
+    rng = np.random.default_rng(0)
+    query = rng.integers(0, 49_000, 300).tolist()
+    rows = [query + rng.integers(0, 49_000, length).tolist() for length in (3, 30, 7, 120, 1, 64)]
+    asked = [label_batch(rows, [[28, 314, 5]] * len(rows))]
+    (wanted,) = alone(model_source.resolve("demo"), asked)
+    settings = Settings(model="demo", tpu=TWO_HOSTS, scorer_cpus=0.1)
+    with slice_of(nodes, TWO_HOSTS, 3), leader_of(settings, on_cpu(data=2)) as leader:
+        for _ in range(2):
+            found = ray.get(leader.score.remote(asked[0]))
+            np.testing.assert_allclose(found.values, wanted, rtol=0, atol=TOLERANCE)

@@ -1,0 +1,132 @@
+"""The whole service over slices of several hosts: placed whole, and under load while processes are killed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from scripts.cluster_sim import start_slice
+from serve_app.app import build
+from serve_app.contract import Engine
+from serve_app.launcher import APP_NAME
+from serve_app.settings import ModelSettings, Settings
+from serve_app.slice_worker import LoadPart
+from tests.faults.conftest import under_load, wait_for
+from tests.processes import replica_process, replica_processes
+from tests.sharding.one_of_two import SIZES
+from tests.slices.leading import TWO_HOSTS, on_cpu, slice_of, worker_of
+from tests.tiny import make_llama
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
+
+pytestmark = pytest.mark.ray
+
+BODY = {"query": [1, 2, 3], "items": [[number, 5] for number in range(100, 140)], "label_token_ids": [1, 2]}
+
+
+@pytest.fixture(scope="module")
+def settings(model_folder: Path) -> Settings:
+    return Settings(model=str(model_folder), engine="fake", tpu=TWO_HOSTS, scorer_cpus=0.1, ingress_cpus=0.1)
+
+
+@pytest.fixture(scope="module")
+def hosts(nodes: Cluster) -> Iterator[list[Any]]:
+    with slice_of(nodes, TWO_HOSTS, 2) as hosts:
+        yield hosts
+
+
+def application(settings: Settings, part: LoadPart) -> Any:
+    """As ``build`` makes it, with other parts on the hosts."""
+
+    def load(settings: ModelSettings) -> Engine:
+        from serve_app.slice_group import SliceGroup
+
+        group = SliceGroup(settings, part)
+        group.warmup()
+        return group
+
+    front = build(settings)._bound_deployment
+    return front.bind(settings, front.init_args[1]._bound_deployment.bind(settings, load))
+
+
+def asking(client: httpx.Client) -> Callable[[], Any]:
+    """Without any help of the client's."""
+    return lambda: client.post("/v1/score", json=BODY).raise_for_status().json()["scores"]
+
+
+def killed_under_load(client: httpx.Client, victims: list[Callable[[], Any]], calls: int) -> float:
+    """Kill one after the other; in between, and in the end, so many calls are answered, all rightly."""
+    with under_load(asking(client)) as load:
+        for victim in victims:
+            load.wait_for_more(10)
+            process = victim()
+            process.kill()
+            load.wait_for_more(calls)
+    assert load.failures == []
+    return load.longest_s
+
+
+def test_a_replica_is_a_whole_slice_and_outlives_its_processes(
+    nodes: Cluster, hosts: list[Any], deploy: Callable[[Any], httpx.Client], settings: Settings
+):
+    import ray
+    from ray import serve
+
+    client = deploy(build(settings))
+    details = serve.context._get_global_client().get_serve_details()
+    for name in ("Scorer", "Ingress"):  # though the hosts with chips had room for them
+        replicas = details["applications"][APP_NAME]["deployments"][name]["replicas"]
+        assert [replica["node_id"] for replica in replicas] == [nodes.head_node.node_id]
+    assert ray.available_resources().get("TPU", 0) == 0
+    leader = replica_process("Scorer")
+    assert not any("jax" in Path(path).parts for path in {region.path for region in leader.memory_maps()})
+    killed_under_load(client, [lambda: worker_of(hosts[1]), lambda: worker_of(hosts[0])], 40)
+    assert replica_process("Scorer").pid == leader.pid
+    killed_under_load(client, [lambda: replica_process("Scorer")], 40)
+
+
+def test_a_second_replica_waits_in_words_for_a_slice_of_its_own(
+    nodes: Cluster, hosts: list[Any], deploy: Callable[[Any], httpx.Client], settings: Settings, tmp_path: Path
+):
+    from ray import serve
+
+    target = serve.RunTarget(
+        build(settings.model_copy(update={"scorer_replicas": 2})),
+        name=APP_NAME,
+        logging_config={"logs_dir": str(tmp_path)},
+    )
+
+    def said(text: str) -> bool:
+        return any(text in path.read_text() for path in tmp_path.glob("replica_*Ingress*.log"))
+
+    others: list[Any] = []
+    try:
+        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+        wait_for(lambda: said("2 replicas need as many slices of v5p in topology 2x2x2; there are 1 whole ones"))
+        others += start_slice(nodes, TWO_HOSTS, "b-slice")
+        wait_for(lambda: len(replica_processes("Scorer")) == 2)
+        wait_for(lambda: said("there are enough now"))
+        for host in hosts + others:
+            wait_for(lambda host=host: worker_of(host).is_running())
+    finally:
+        deploy(build(settings.model_copy(update={"tpu": None})))
+        for host in others:
+            nodes.remove_node(host)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_processes_of_a_model_are_killed_under_load(
+    hosts: list[Any], deploy: Callable[[Any], httpx.Client], settings: Settings, tmp_path: Path
+):
+    """A follower, host 0's, the leader: 200 requests each, no help of the client's."""
+    folder = make_llama(tmp_path / "llama", heads=4, ff=32, layers=2, tokenizer=True)
+    of_jax = settings.model_copy(update={"model": str(folder), "engine": "jax"})
+    client = deploy(application(of_jax, on_cpu(**SIZES)))
+    for victim in (lambda: worker_of(hosts[1]), lambda: worker_of(hosts[0]), lambda: replica_process("Scorer")):
+        print(f"answers again within {killed_under_load(client, [victim], 200):.1f} s")

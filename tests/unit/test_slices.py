@@ -1,0 +1,62 @@
+"""What keeps the hosts of a slice in step, without Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serve_app.contract import EngineStats
+from serve_app.fake_engine import FakeEngine
+from serve_app.scorer import load_part
+from serve_app.settings import Settings
+from serve_app.slice_group import GroupLostError, agreed
+from serve_app.slice_worker import Answer, OutOfStepError, Place, SliceWorker
+from tests.batches import label_batch
+
+BATCH = label_batch([[1, 2, 3], [1, 2, 4]], [[1, 2]] * 2)
+
+
+def worker(number: int) -> SliceWorker:
+    made = SliceWorker(number)
+    made.load(load_part, Settings(engine="fake"), Place("nowhere", 4, number))
+    return made
+
+
+def test_only_the_first_host_sends_its_values():
+    answers = [worker(number).score(0, BATCH) for number in range(4)]
+    result = agreed(answers).result
+    assert result
+    np.testing.assert_array_equal(result.values, FakeEngine().score(BATCH).values)
+    assert [answer.result for answer in answers[1:]] == [None] * 3
+
+
+def test_a_batch_out_of_turn_is_refused_by_the_host():
+    host = worker(3)
+    host.score(0, BATCH)
+    for sequence in (0, 2):
+        with pytest.raises(OutOfStepError, match=f"host 3 was sent batch {sequence}; its next is 1"):
+            host.score(sequence, BATCH)
+    assert host.score(1, BATCH).sequence == 1
+
+
+def test_a_batch_that_all_hosts_refuse_leaves_them_in_step():
+    refused = label_batch([[1] * 100_000], [[1]])
+    hosts = [worker(number) for number in range(2)]
+    answer = agreed([host.score(0, refused) for host in hosts])
+    assert answer.result is None
+    assert "this engine reads 1 to" in (answer.refusal or "")
+    assert agreed([host.score(1, BATCH) for host in hosts]).result
+
+
+@pytest.mark.parametrize(
+    "other", [{"sequence": 1}, {"stats": EngineStats(prefix_hit_tokens=1)}, {"refusal": "too long"}], ids=str
+)
+def test_hosts_that_did_not_do_the_same_are_not_believed(other: dict[str, Any]):
+    first = Answer(0, EngineStats(), FakeEngine().score(BATCH))
+    same = Answer(0, EngineStats())
+    assert agreed([first, same, same]) is first
+    with pytest.raises(GroupLostError, match="host 2 did otherwise than host 0"):
+        agreed([first, same, dataclasses.replace(same, **other)])
