@@ -114,6 +114,9 @@ def test_settings_that_need_no_restart_change_under_load_and_wrong_ones_harm_nob
             change(limits={"max_items": 10**6}, dtype="bfloat16")
             load.wait_for_more(20)
             assert client.get("/v1/info").json() == info
+            apply({"name": "Ingress", "user_config": {"nobody": {"timeout_s": 5}}})
+            load.wait_for_more(20)
+            assert client.get("/v1/info").json() == info
             apply()
             wait_for(lambda: client.get("/v1/info").json()["limits"]["max_items"] == settings.limits.max_items)
             assert client.get("/v1/info?model=judge").status_code == 404
