@@ -38,6 +38,7 @@ VARIANTS = 6
 TOLERANCE = 1e-4
 """Of a probability, between a request alone and among others."""
 SAMPLE_S = 5.0
+PARTS = 15
 WARM_UP_SHARE = 1 / 3
 """Of a run, whose memory does not count for the slope."""
 OVERLOAD_S = 20.0
@@ -172,13 +173,12 @@ async def overload(url: str, asks: Sequence[Ask], rate: float) -> tuple[list[Ans
         return during, [await send(client, ask) for ask in asks[: 2 * VARIANTS]]
 
 
-def growth(samples: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
-    """Memory at the end of the warm-up and of the run, in MiB, and a line's growth from there to the end in percent."""
+def growth(samples: Sequence[tuple[float, float]]) -> float:
+    """Of the memory from the end of the warm-up to the run's, in percent, by the line that fits best."""
     at, used = np.array(samples).T
     warm = at >= at[-1] * WARM_UP_SHARE
     slope, start = np.polyfit(at[warm], used[warm], 1)
-    first = start + slope * at[warm][0]
-    return used[warm][0], used[-1], 100 * slope * (at[-1] - at[warm][0]) / first
+    return 100 * slope * (at[-1] - at[warm][0]) / (start + slope * at[warm][0])
 
 
 def show(answered: Sequence[Answered], title: str, console: Console) -> None:
@@ -193,12 +193,12 @@ def show(answered: Sequence[Answered], title: str, console: Console) -> None:
 
 
 def show_memory(samples: dict[str, list[tuple[float, float]]], console: Console) -> None:
-    table = Table("process", "MiB when warm", "MiB at the end", "growth", "most MiB", title="resident memory")
+    table = Table("process", "growth when warm", f"MiB in each of {PARTS} parts of the run", title="resident memory")
     for name, each in sorted(samples.items()):
         if len(each) > 6:
-            warm, last, percent = growth(each)
-            most = max(used for _, used in each)
-            table.add_row(name, f"{warm:.0f}", f"{last:.0f}", f"{percent:+.2f}%", f"{most:.0f}")
+            parts = np.array_split([used for _, used in each], PARTS)
+            means = " ".join(f"{part.mean():.0f}" for part in parts if len(part))
+            table.add_row(name, f"{growth(each):+.2f}%", means)
     console.print(table)
 
 

@@ -22,6 +22,9 @@ DRAIN_POLL_S = 0.5
 DRAIN_S = 60.0
 """A replica that is replaced has this long to answer what it has accepted."""
 
+FRONT_SURGE_PERCENT = 1
+"""One front end more while a new version comes: they are small, and one that cannot start must not cost the old one."""
+
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
 """In a deployment's name, which becomes a part of paths."""
 
@@ -37,7 +40,7 @@ def build(args: Settings) -> Application:
     front = cast(Deployment, ingress.Ingress).options(  # pyright: ignore[reportUnknownMemberType]
         num_replicas=args.ingress_replicas,
         ray_actor_options=_ingress_resources(args),
-        max_surge_percent=args.max_surge_percent,
+        max_surge_percent=FRONT_SURGE_PERCENT,
         max_ongoing_requests=MAX_ONGOING,
         max_queued_requests=4 * MAX_ONGOING,
         backpressure_config=BackpressureConfig(retry_after_s=ingress.RETRY_AFTER_S),

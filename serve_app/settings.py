@@ -84,9 +84,9 @@ class ModelSettings(_Frozen):
     """With autoscaling, at the start."""
     autoscaling: Autoscaling | None = None
     max_surge_percent: Annotated[int, Field(ge=0, le=100)] = 0
-    """Replicas that may run beside the others while a new version replaces the old one, in percent of them, rounded up:
-    1 is one replica of up to a hundred. They need room (chips, processors), else the update waits for it. 0: the old
-    ones go first, a fifth of them at a time, one at least. Outside of ``models`` it is the front ends', too."""
+    """Scorers that may run beside the others while a new version replaces the old one, in percent of them, rounded up:
+    1 is one of up to a hundred. They need room (chips, processors), else the update waits for it. 0: the old ones go
+    first, a fifth of them at a time, one at least."""
     scorer_cpus: Annotated[float, Field(ge=0)] = 1.0
     tpu: Tpu | None = None
     """The chips of each scorer. None: it computes on whatever its host has."""

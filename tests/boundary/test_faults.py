@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -184,6 +185,46 @@ class TestFaults:
             assert error["type"] == "InternalServerError"
             assert "items[1]" in error["message"]
             await http.score(**ASK | {"items": [[3]]})
+
+    async def test_who_waits_for_a_tokenizer_that_hangs_is_told_when_it_is_noticed(
+        self, tokenizer: TextTokenizer, replicas: DirectReplicas
+    ):
+        settings = FAKE.model_copy(update={"stall_s": 0.05, "tokenizer_threads": 1})
+        service, gate = ScoringService(settings, tokenizer, INFO, replicas), threading.Event()
+        Services(service).check_health()
+        hanging = asyncio.create_task(service._threads.run(gate.wait))
+        transport = httpx.ASGITransport(create_app(lambda: Services(service)))
+        async with httpx.AsyncClient(base_url="http://fake", transport=transport) as client:
+            asked = asyncio.create_task(client.post("/v1/score", json=ASK))
+            await asyncio.sleep(0.1)
+            assert not asked.done()
+            with pytest.raises(RuntimeError, match="stall_s"):
+                Services(service).check_health()
+            response = await asked
+        assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+        assert "will be replaced" in response.json()["message"]
+        with pytest.raises(OverloadedError):
+            await hanging
+        gate.set()
+        service.close()
+
+    async def test_other_limits_hold_for_what_comes_from_now_on(
+        self, tokenizer: TextTokenizer, replicas: DirectReplicas
+    ):
+        service = ScoringService(FAKE, tokenizer, INFO, replicas)
+        services = Services(service)
+        transport = httpx.ASGITransport(create_app(lambda: services))
+        async with httpx.AsyncClient(base_url="http://fake", transport=transport) as client:
+            services.reconfigure([FAKE.live({"limits": {"max_items": 1}, "aliases": ["judge"], "timeout_s": 9})])
+            assert (await client.post("/v1/score", json=ASK)).status_code == 413
+            one = {**ASK, "items": [[3]]}
+            assert (await client.post("/v1/score", json={**one, "model": "judge"})).status_code == 200
+            assert "at most" in (await client.post("/v1/score", json={**one, "timeout_s": 10})).json()["message"]
+            assert (await client.get("/v1/info?model=judge")).json()["limits"]["max_items"] == 1
+            services.reconfigure([FAKE])
+            assert (await client.post("/v1/score", json=ASK)).status_code == 200
+            assert (await client.post("/v1/score", json={**one, "model": "judge"})).status_code == 404
+        service.close()
 
     async def test_deadline(self, tokenizer: TextTokenizer):
         replicas = Hanging()

@@ -36,7 +36,11 @@ def application(settings: Settings) -> Any:
 def running() -> int:
     from ray import serve
 
-    return serve.status().applications[APP_NAME].deployments["Scorer"].replica_states.get("RUNNING", 0)
+    states = serve.status().applications[APP_NAME].deployments["Scorer"].replica_states
+    print(
+        f"{time.monotonic():.1f} s: { ({state: count for state, count in states.items() if count}) }"
+    )  # by pytest -rP
+    return states.get("RUNNING", 0)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

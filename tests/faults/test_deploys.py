@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from serve_app.app import build
 from serve_app.launcher import APP_NAME
 from serve_app.settings import Settings
 from tests.faults.conftest import ITEMS, actors, application, under_load, wait_for
@@ -58,6 +59,26 @@ def test_three_redeploys_under_load_fail_no_request_and_no_engine_is_asked_befor
     assert load.failures == []
 
 
+@pytest.mark.slow
+def test_a_version_that_cannot_start_leaves_the_old_one_at_work(
+    deploy: Callable[[Any], httpx.Client], settings: Settings
+):
+    two = settings.model_copy(update={"scorer_replicas": 2})
+    client = deploy(application(two))
+    fronts = pids("Ingress")
+    for percent, left in ((1, 2), (0, 1)):
+        scorers = pids("Scorer")
+        with under_load(asking(client)) as load:
+            load.wait_for_more(20)
+            broken = {"model": "/no/model", "engine": "jax", "max_surge_percent": percent}
+            with pytest.raises(RuntimeError, match="failed"):
+                deploy(build(two.model_copy(update=broken)))
+            wait_for(lambda: len(pids("Scorer") & scorers) == len(pids("Scorer")) == left)  # noqa: B023 - at once
+            load.wait_for_more(50)
+        assert load.failures == []
+        assert pids("Ingress") == fronts
+
+
 def test_settings_that_need_no_restart_change_under_load_and_wrong_ones_harm_nobody(cluster: str, settings: Settings):
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
@@ -91,6 +112,9 @@ def test_settings_that_need_no_restart_change_under_load_and_wrong_ones_harm_nob
             assert client.post("/v1/score", json={**BODY, "items": [*ITEMS, [5]]}).status_code == 413
             load.wait_for_more(20)
             change(limits={"max_items": 10**6}, dtype="bfloat16")
+            load.wait_for_more(20)
+            assert client.get("/v1/info").json() == info
+            apply({"name": "Ingress", "user_config": {"nobody": {"timeout_s": 5}}})
             load.wait_for_more(20)
             assert client.get("/v1/info").json() == info
             apply()

@@ -190,7 +190,8 @@ def test_what_a_running_replica_cannot_take_is_named_with_what_it_can(fixed: str
         Settings().live({"limits": {"max_body_bytes": 5_000}})
 
 
-def test_one_more_replica_while_a_new_version_comes_is_for_front_ends_and_scorers():
-    front = build(Settings(max_surge_percent=1))._bound_deployment
+@pytest.mark.parametrize("percent", [0, 25])
+def test_one_more_front_end_while_a_new_version_comes_and_as_many_scorers_as_are_asked_for(percent: int):
+    front = build(Settings(max_surge_percent=percent))._bound_deployment
     scorer = front.init_args[1]._bound_deployment
-    assert [each._deployment_config.max_surge_percent for each in (front, scorer)] == [1, 1]
+    assert [each._deployment_config.max_surge_percent for each in (front, scorer)] == [1, percent]
