@@ -129,6 +129,7 @@ def test_a_batch_that_ends_the_processes_is_tried_twice(hosts: list[Any], tmp_pa
         assert_scores(leader)
 
 
+@pytest.mark.slow
 def test_after_the_loss_of_a_host_another_slice_is_taken(nodes: Cluster, hosts: list[Any]):
     others: list[Any] = []
     with leader_of(SETTINGS, load_part) as leader:
