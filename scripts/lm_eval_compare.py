@@ -71,7 +71,7 @@ def compare(
 ) -> None:
     """Print the backends' accuracy, and how far their log-likelihoods are from each other; exit 1 if too far.
 
-    Needs `pip install 'score-serve[clients]'`.
+    Needs `pip install 'score-serve[test]'`.
     """
     logging.disable(logging.WARNING)
     folder = str(model_source.resolve(model))
