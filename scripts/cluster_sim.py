@@ -7,10 +7,12 @@ hashed tokens. All else is what a real cluster runs.
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,9 +28,11 @@ from serve_app.tpu import CHIP_LABEL, CHIPS_OF_A_SLICES_HOST, HOSTS, NUMBER_LABE
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
 
-TPU = Tpu(chip="v6e", topology="2x2", chips=2)
+HOST = Tpu(chip="v6e", topology="2x2", chips=2)
+SLICE = Tpu(chip="v5p", topology="2x2x2")
+"""Of two hosts."""
 POD_LABEL = "ray.io/tpu-pod-type"
-CHIPS = HOSTS[TPU.chip][TPU.topology]
+CHIPS = HOSTS[HOST.chip][HOST.topology]
 BACK_AFTER_S = 5.0
 """A host that was killed is replaced after so long."""
 CALLERS = 4
@@ -46,6 +50,9 @@ class Counts:
 
 def main(
     hosts: Annotated[int, typer.Option(min=1, help="TPU hosts, each with room for two replicas.")] = 2,
+    slices: Annotated[
+        int, typer.Option(min=0, help="In place of hosts, slices of two hosts, a replica over each; all of one dies.")
+    ] = 0,
     kill_every: Annotated[float, typer.Option(help="Seconds between two kills of a host; 0: none.")] = 20.0,
     seconds: Annotated[float | None, typer.Option(help="End after so long. [default: at Ctrl-C]")] = None,
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
@@ -59,17 +66,23 @@ def main(
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     check_port("127.0.0.1", port)
-    settings = Settings(
-        engine="fake", tpu=TPU, scorer_replicas=hosts * CHIPS // TPU.chips, scorer_cpus=0.1, ingress_cpus=0.1
-    )
-    console.print(f"starting {hosts} hosts and {settings.scorer_replicas} replicas of {TPU.chips} chips each")
+    tpu, units = (SLICE, slices) if slices else (HOST, hosts)
+    replicas = slices or hosts * CHIPS // HOST.chips
+    settings = Settings(engine="fake", tpu=tpu, scorer_replicas=replicas, scorer_cpus=0.1, ingress_cpus=0.1)
+    kind = "slices of two hosts" if slices else "hosts"
+    console.print(f"starting {units} {kind} and {replicas} replicas of {tpu.chips} chips each")
     with ExitStack() as stack:
         # To sys.stdout Ray prints twenty lines of the log of every host that dies.
         stack.enter_context(redirect_stdout(io.StringIO()))
         cluster = start_cluster(4)
         stack.callback(ray.shutdown)
-        alive = [_host(cluster) for _ in range(hosts)]
-        stack.callback(lambda: [cluster.remove_node(host, allow_graceful=False) for host in alive])
+        numbers = itertools.count()
+
+        def join() -> list[Any]:
+            return start_slice(cluster, tpu, f"slice-{next(numbers)}") if slices else [_host(cluster)]
+
+        alive = [join() for _ in range(units)]
+        stack.callback(lambda: [_die(cluster, unit) for unit in alive])
         serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
         serve.run(build(settings), name=APP_NAME)
         counts, stop = Counts(), threading.Event()
@@ -79,7 +92,7 @@ def main(
         stack.callback(lambda: [caller.join() for caller in callers])
         stack.callback(stop.set)
         with suppress(KeyboardInterrupt):
-            _watch(cluster, alive, counts, kill_every, seconds, console)
+            _watch(cluster, alive, join, counts, kill_every, seconds, console)
 
 
 def start_cluster(cpus: int, **options: Any) -> Cluster:
@@ -121,7 +134,12 @@ def start_slice(cluster: Cluster, tpu: Tpu, name: str, **env: str) -> list[Any]:
 
 
 def _host(cluster: Cluster) -> Any:
-    return cluster.add_node(num_cpus=4, resources={RESOURCE: CHIPS}, labels=TPU.labels, node_ip_address="127.0.0.1")
+    return cluster.add_node(num_cpus=4, resources={RESOURCE: CHIPS}, labels=HOST.labels, node_ip_address="127.0.0.1")
+
+
+def _die(cluster: Cluster, unit: list[Any]) -> None:
+    for host in unit:
+        cluster.remove_node(host, allow_graceful=False)  # SIGKILL
 
 
 def _call(port: int, counts: Counts, stop: threading.Event) -> None:
@@ -141,7 +159,13 @@ def _call(port: int, counts: Counts, stop: threading.Event) -> None:
 
 
 def _watch(
-    cluster: Cluster, alive: list[Any], counts: Counts, kill_every: float, seconds: float | None, console: Console
+    cluster: Cluster,
+    alive: list[list[Any]],
+    join: Callable[[], list[Any]],
+    counts: Counts,
+    kill_every: float,
+    seconds: float | None,
+    console: Console,
 ) -> None:
     from ray import serve
 
@@ -150,18 +174,18 @@ def _watch(
     while seconds is None or time.monotonic() - started < seconds:
         now = time.monotonic()
         if kill_every and alive and now - killed_at >= kill_every:
-            console.print("        a host dies")
-            cluster.remove_node(alive.pop(0), allow_graceful=False)  # SIGKILL
+            console.print(f"        {'a slice' if len(alive[0]) > 1 else 'a host'} dies")
+            _die(cluster, alive.pop(0))
             killed_at, lost = now, lost + 1
         if lost and now - killed_at >= BACK_AFTER_S:
-            console.print("        a host joins")
-            alive.append(_host(cluster))
+            alive.append(join())
+            console.print(f"        {'a slice' if len(alive[-1]) > 1 else 'a host'} joins")
             lost -= 1
         application = serve.status().applications[APP_NAME]
         states = application.deployments["Scorer"].replica_states
         replicas = ", ".join(f"{number} {state.lower()}" for state, number in states.items() if number)
         console.print(
-            f"{now - started:6.0f} s  {len(alive)} hosts  scorers: {replicas or 'none'}  "
+            f"{now - started:6.0f} s  {sum(map(len, alive))} hosts  scorers: {replicas or 'none'}  "
             f"{counts.answered:,} answered, {counts.wrong} wrong, {counts.failed} failed"
         )
         time.sleep(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -29,6 +30,39 @@ def shared_with_previous(batch: TokenBatch) -> Int64:
         shared[i] = common_prefix(previous, current[:-1])
         previous = current
     return shared
+
+
+@dataclass(frozen=True, slots=True)
+class Brief:
+    """A batch without what each sequence repeats of the one before it: a long query is in it once.
+
+    Attributes:
+        batch: with the other tokens alone; its ``offsets`` are the whole batch's.
+        shared: how many tokens each sequence repeats.
+    """
+
+    batch: TokenBatch
+    shared: Int64
+
+    @classmethod
+    def of(cls, batch: TokenBatch) -> Brief:
+        shared = shared_with_previous(batch)
+        ends = batch.offsets[1:].tolist()
+        own = zip((batch.offsets[:-1] + shared).tolist(), ends, strict=True)
+        tokens = np.concatenate([batch.tokens[:0], *(batch.tokens[start:end] for start, end in own)])
+        return cls(replace(batch, tokens=tokens), shared)
+
+    def whole(self) -> TokenBatch:
+        """The batch that it was made of."""
+        offsets = self.batch.offsets.tolist()
+        tokens = np.empty(offsets[-1], np.int32)
+        taken = before = 0
+        for (start, end), shared in zip(itertools.pairwise(offsets), self.shared.tolist(), strict=True):
+            own = end - start - shared
+            tokens[start : start + shared] = tokens[before : before + shared]
+            tokens[start + shared : end] = self.batch.tokens[taken : taken + own]
+            taken, before = taken + own, start
+        return replace(self.batch, tokens=tokens)
 
 
 def shared_prefix(batch: TokenBatch) -> int:

@@ -20,6 +20,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ray.util.tpu import SlicePlacementGroup
 
+from serve_app.batches import Brief
 from serve_app.contract import BatchResult, EngineStats, ModelInfo, Progress, TokenBatch
 from serve_app.settings import ModelSettings
 from serve_app.slice_worker import ASIDE, Answer, LoadPart, Place, SliceWorker
@@ -77,9 +78,10 @@ class _Group:
             ValueError: the engine refuses the batch.
             GroupLostError: a process died, failed, took too long, or did something else than the others.
         """
+        brief = Brief.of(batch)
         with self._sending:
             sequence, self._sequence = self._sequence, self._sequence + 1
-            calls = [worker.score.remote(sequence, batch) for worker in self._workers]
+            calls = [worker.score.remote(sequence, brief) for worker in self._workers]
         try:
             answers: list[Answer] = ray.get(calls, timeout=timeout_s)
         except TimeoutError as error:

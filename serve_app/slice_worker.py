@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import ray.util
 
-from serve_app.contract import BatchResult, Engine, EngineStats, ModelInfo, TokenBatch
+from serve_app.batches import Brief
+from serve_app.contract import BatchResult, Engine, EngineStats, ModelInfo
 from serve_app.settings import ModelSettings
 
 ASIDE = "aside"
@@ -90,7 +91,7 @@ class SliceWorker:
         self._engine.warmup(keep)
         return self._engine.stats
 
-    def score(self, sequence: int, batch: TokenBatch) -> Answer:
+    def score(self, sequence: int, brief: Brief) -> Answer:
         """Compute the next batch.
 
         Raises:
@@ -100,7 +101,7 @@ class SliceWorker:
             raise OutOfStepError(f"host {self._number} was sent batch {sequence}; its next is {self._next}")
         self._next += 1
         try:
-            result = self._engine.score(batch)
+            result = self._engine.score(brief.whole())
         except ValueError as error:
             return Answer(sequence, self._engine.stats, refusal=str(error))
         return Answer(sequence, self._engine.stats, result if self._number == 0 else None)

@@ -60,7 +60,7 @@ def slice_of(nodes: Cluster, tpu: Tpu, devices: int) -> Iterator[list[Any]]:
 
 @contextmanager
 def leader_of(settings: Settings, load: LoadPart) -> Iterator[Any]:
-    """An actor that holds the engine; its methods are the engine's."""
+    """An actor that holds the engine, when it is warm; its methods are the engine's."""
     import ray
 
     class Leader:
@@ -84,6 +84,7 @@ def leader_of(settings: Settings, load: LoadPart) -> Iterator[Any]:
     actor = ray.remote(max_concurrency=4, num_cpus=0.1, lifetime="detached")(Leader)
     leader = actor.options(name=uuid.uuid4().hex).remote()
     try:
+        ray.get(leader.state.remote())
         yield leader
     finally:
         ray.kill(leader)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import numpy as np
 import pytest
 
 from scripts.cluster_sim import start_slice
@@ -16,6 +17,7 @@ from serve_app.launcher import APP_NAME
 from serve_app.settings import ModelSettings, Settings
 from serve_app.slice_worker import LoadPart
 from tests.faults.conftest import under_load, wait_for
+from tests.invariance.rows import TOLERANCE
 from tests.processes import replica_process, replica_processes
 from tests.sharding.one_of_two import SIZES
 from tests.slices.leading import TWO_HOSTS, on_cpu, slice_of, worker_of
@@ -55,8 +57,13 @@ def application(settings: Settings, part: LoadPart) -> Any:
 
 
 def asking(client: httpx.Client) -> Callable[[], Any]:
-    """Without any help of the client's."""
-    return lambda: client.post("/v1/score", json=BODY).raise_for_status().json()["scores"]
+    """Without any help of the client's: are the scores the first answer's?"""
+
+    def logprobs() -> np.ndarray:
+        return np.log(client.post("/v1/score", json=BODY).raise_for_status().json()["scores"])
+
+    first = logprobs()
+    return lambda: bool(np.abs(logprobs() - first).max() <= TOLERANCE)
 
 
 def killed_under_load(client: httpx.Client, victims: list[Callable[[], Any]], calls: int) -> float:

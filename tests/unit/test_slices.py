@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from serve_app.batches import Brief
 from serve_app.contract import EngineStats
 from serve_app.fake_engine import FakeEngine
 from serve_app.scorer import load_part
@@ -26,7 +27,7 @@ def worker(number: int) -> SliceWorker:
 
 
 def test_only_the_first_host_sends_its_values():
-    answers = [worker(number).score(0, BATCH) for number in range(4)]
+    answers = [worker(number).score(0, Brief.of(BATCH)) for number in range(4)]
     result = agreed(answers).result
     assert result
     np.testing.assert_array_equal(result.values, FakeEngine().score(BATCH).values)
@@ -35,20 +36,45 @@ def test_only_the_first_host_sends_its_values():
 
 def test_a_batch_out_of_turn_is_refused_by_the_host():
     host = worker(3)
-    host.score(0, BATCH)
+    host.score(0, Brief.of(BATCH))
     for sequence in (0, 2):
         with pytest.raises(OutOfStepError, match=f"host 3 was sent batch {sequence}; its next is 1"):
-            host.score(sequence, BATCH)
-    assert host.score(1, BATCH).sequence == 1
+            host.score(sequence, Brief.of(BATCH))
+    assert host.score(1, Brief.of(BATCH)).sequence == 1
 
 
 def test_a_batch_that_all_hosts_refuse_leaves_them_in_step():
     refused = label_batch([[1] * 100_000], [[1]])
     hosts = [worker(number) for number in range(2)]
-    answer = agreed([host.score(0, refused) for host in hosts])
+    answer = agreed([host.score(0, Brief.of(refused)) for host in hosts])
     assert answer.result is None
     assert "this engine reads 1 to" in (answer.refusal or "")
-    assert agreed([host.score(1, BATCH) for host in hosts]).result
+    assert agreed([host.score(1, Brief.of(BATCH)) for host in hosts]).result
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [[1]],
+        [[7] * 50, [7] * 50, [7] * 49, [8]],
+        [[*range(300), n] for n in range(9)],
+        [[3, 4], [5], [3, 4, 5, 6], [3, 4]],
+    ],
+    ids=["one", "equal", "query", "mixed"],
+)
+def test_a_brief_batch_becomes_the_whole_one_again(rows: list[list[int]]):
+    batch = label_batch(rows, [[1, 2]] * len(rows))
+    brief = Brief.of(batch)
+    whole = brief.whole()
+    for name in ("tokens", "offsets", "read_sequences", "read_positions", "targets", "target_offsets"):
+        np.testing.assert_array_equal(getattr(whole, name), getattr(batch, name))
+        assert getattr(whole, name).dtype == getattr(batch, name).dtype
+    assert len(brief.batch.tokens) + brief.shared.sum() == len(batch.tokens)
+
+
+def test_a_query_travels_once():
+    batch = label_batch([[*range(300), n] for n in range(100)], [[1]] * 100)
+    assert len(Brief.of(batch).batch.tokens) == 301 + 99
 
 
 @pytest.mark.parametrize(
