@@ -20,7 +20,8 @@ HEALTH_PERIOD_S = 5.0
 HEALTH_TIMEOUT_S = 30.0
 DRAIN_POLL_S = 0.5
 DRAIN_S = 60.0
-"""A replica that is replaced has this long to answer what it has accepted."""
+"""A scorer that is replaced has this long to answer what it has accepted; the rest goes to others. A front end has as
+long as a request may take, since nobody else can answer its own."""
 
 FRONT_SURGE_PERCENT = 1
 """One front end more while a new version comes: they are small, and one that cannot start must not cost the old one."""
@@ -47,7 +48,7 @@ def build(args: Settings) -> Application:
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
-        graceful_shutdown_timeout_s=DRAIN_S,
+        graceful_shutdown_timeout_s=max(each.timeout_s for each in args.each_model),
     )
     return front.bind(args, *scorers)  # pyright: ignore[reportUnknownMemberType]
 

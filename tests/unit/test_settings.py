@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from serve_app.app import build
-from serve_app.settings import Limits, Settings
+from serve_app.settings import Limits, ModelSettings, Settings
 from serve_app.tpu import CHIP_LABEL
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -195,3 +195,9 @@ def test_one_more_front_end_while_a_new_version_comes_and_as_many_scorers_as_are
     front = build(Settings(max_surge_percent=percent))._bound_deployment
     scorer = front.init_args[1]._bound_deployment
     assert [each._deployment_config.max_surge_percent for each in (front, scorer)] == [1, percent]
+
+
+def test_a_front_end_that_is_replaced_may_finish_the_longest_request():
+    models = (ModelSettings(model="org/one", timeout_s=700), ModelSettings(model="org/two"))
+    front = build(Settings(models=models, timeout_s=90))._bound_deployment
+    assert front._deployment_config.graceful_shutdown_timeout_s == 700
