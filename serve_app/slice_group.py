@@ -61,6 +61,11 @@ class _Group:
         self._watched = [worker.until_death.remote() for worker in workers]
 
     def warmup(self, progress: Progress | None) -> None:
+        """See ``Engine.warmup``.
+
+        Raises:
+            RayError: a process died or failed.
+        """
         waiting = [worker.warmup.remote() for worker in self._workers]
         told = 0
         while waiting:
@@ -192,7 +197,11 @@ class SliceGroup:
         while True:
             try:
                 group = self._start()
-                group.warmup(self._progress)
+                try:
+                    group.warmup(self._progress)
+                except BaseException:
+                    group.kill()
+                    raise
                 return group
             except Exception:  # whatever it was, the next try may find another slice; ``check`` knows how long it takes
                 logger.exception("the slice's processes did not start")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ def on_cpu(data: int = 1, **sizes: Any) -> LoadPart:
     """As ``scorer.load_part``, on the devices that XLA is told to play on a CPU.
 
     Args:
-        data: of the mesh's axes; the other one crosses all hosts.
+        data: of the mesh's axes. 1: neighbours on the other one are on different hosts.
     """
 
     def load(settings: Any, place: Place) -> Engine:  # local, so that the hosts, which lack this module, get its code
@@ -39,7 +39,8 @@ def on_cpu(data: int = 1, **sizes: Any) -> LoadPart:
 
         engine.join(place.coordinator, place.hosts, place.number)
         by_host = np.array(jax.devices()).reshape(place.hosts, -1)
-        mesh = sharding.mesh(data, by_host.size // data, by_host.T.ravel().tolist())
+        order = by_host.T if data == 1 else by_host
+        mesh = sharding.mesh(data, by_host.size // data, order.ravel().tolist())
         folder = model_source.resolve(settings.model)
         return _ModelEngine(engine.load(folder, mesh=mesh, compiled_folder=compiled_folder(), **sizes))
 
@@ -65,20 +66,29 @@ def leader_of(settings: Settings, load: LoadPart) -> Iterator[Any]:
 
     class Leader:
         def __init__(self) -> None:
+            from concurrent.futures import ThreadPoolExecutor
+
             from serve_app.slice_group import SliceGroup
 
             self.engine = SliceGroup(settings, load)
+            self.threads = ThreadPoolExecutor(2)  # as the queue's
             self.told: list[tuple[int, int, str]] = []
             self.engine.warmup(lambda *progress: self.told.append(progress))
 
         def score(self, batch: Any) -> Any:
-            return self.engine.score(batch)
+            return self.threads.submit(self.engine.score, batch).result()
 
         def state(self) -> Any:
             import sys
 
             self.engine.check()
             return self.engine.info, self.engine.stats, self.told, "jax" in sys.modules
+
+        def save_coverage(self) -> None:
+            import coverage
+
+            if measuring := coverage.Coverage.current():  # a process that is killed saves nothing
+                measuring.save()
 
     # As a replica of Serve's: detached, or the slice would stay reserved until the test's own process ends.
     actor = ray.remote(max_concurrency=4, num_cpus=0.1, lifetime="detached")(Leader)
@@ -87,6 +97,8 @@ def leader_of(settings: Settings, load: LoadPart) -> Iterator[Any]:
         ray.get(leader.state.remote())
         yield leader
     finally:
+        with suppress(ray.exceptions.RayActorError):
+            ray.get(leader.save_coverage.remote())
         ray.kill(leader)
 
 
@@ -105,10 +117,13 @@ def alone(folder: Path, batches: list[Any], **sizes: Any) -> list[Any]:
     return ray.get(compute.remote())
 
 
-def worker_of(host: Any) -> psutil.Process:
-    """The process that computes on a host."""
+def workers_of(host: Any) -> list[psutil.Process]:
+    """The processes that compute on a host: one, once a slice has started."""
     raylet = psutil.Process(host.all_processes["raylet"][0].process.pid)
-    (found,) = [
-        process for process in raylet.children(recursive=True) if "ray::SliceWorker" in " ".join(process.cmdline())
-    ]
+    return [process for process in raylet.children(recursive=True) if "ray::SliceWorker" in " ".join(process.cmdline())]
+
+
+def worker_of(host: Any) -> psutil.Process:
+    """The only one."""
+    (found,) = workers_of(host)
     return found

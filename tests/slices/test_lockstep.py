@@ -64,9 +64,10 @@ def test_the_demo_model_over_two_hosts(nodes: Cluster):
     query = rng.integers(0, 49_000, 300).tolist()
     rows = [query + rng.integers(0, 49_000, length).tolist() for length in (3, 30, 7, 120, 1, 64)]
     asked = [label_batch(rows, [[28, 314, 5]] * len(rows))]
-    (wanted,) = alone(model_source.resolve("demo"), asked)
+    sizes = {**SIZES, "max_row_tokens": 128, "call_tokens": 256, "chunks": (256,), "prefix_cache_bytes": 2**26}
+    (wanted,) = alone(model_source.resolve("demo"), asked, **sizes)
     settings = Settings(model="demo", tpu=TWO_HOSTS, scorer_cpus=0.1)
-    with slice_of(nodes, TWO_HOSTS, 3), leader_of(settings, on_cpu(data=2)) as leader:
+    with slice_of(nodes, TWO_HOSTS, 3), leader_of(settings, on_cpu(data=2, **sizes)) as leader:
         for _ in range(2):
             found = ray.get(leader.score.remote(asked[0]))
             np.testing.assert_allclose(found.values, wanted, rtol=0, atol=TOLERANCE)

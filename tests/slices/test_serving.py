@@ -20,7 +20,7 @@ from tests.faults.conftest import under_load, wait_for
 from tests.invariance.rows import TOLERANCE
 from tests.processes import replica_process, replica_processes
 from tests.sharding.one_of_two import SIZES
-from tests.slices.leading import TWO_HOSTS, on_cpu, slice_of, worker_of
+from tests.slices.leading import TWO_HOSTS, on_cpu, slice_of, worker_of, workers_of
 from tests.tiny import make_llama
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def test_a_second_replica_waits_in_words_for_a_slice_of_its_own(
         wait_for(lambda: len(replica_processes("Scorer")) == 2)
         wait_for(lambda: said("there are enough now"))
         for host in hosts + others:
-            wait_for(lambda host=host: worker_of(host).is_running())
+            wait_for(lambda host=host: len(workers_of(host)) == 1)
     finally:
         deploy(build(settings.model_copy(update={"tpu": None})))
         for host in others:
