@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import hypothesis
 import pytest
 
 from scripts.cluster_sim import start_cluster
@@ -26,6 +27,10 @@ from serve_app.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas, save_tokenizer
 from tests.served import KEY, Served, serving
 from tests.tiny import make_llama
+
+# However busy the machine is, how long an example takes is no reason to fail.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 # Read by jax when it is imported, here and in Ray's workers.
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")

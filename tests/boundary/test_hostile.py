@@ -36,7 +36,6 @@ PATHS = st.sampled_from(["/v1/score", "/tokenize", "/detokenize", *OTHERS])
 
 # The fixture is one service for all examples, on purpose: it must survive them.
 HOSTILE = settings(
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     phases=[Phase.explicit, Phase.generate, Phase.shrink],
 )
@@ -158,7 +157,7 @@ api = schemathesis.openapi.from_asgi("/openapi.json", create_app(lambda: Service
 
 
 @api.parametrize()
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
 def test_answers_as_its_openapi_says(case: schemathesis.Case):
     # Not checked: that whatever fits the schema is accepted. The vocabulary's size, the limits and the models' names
     # are not in the schema. And a deadline that is over at once is the caller's own.

@@ -567,7 +567,7 @@ def test_cut_then_join_gives_the_batch_back(rows: list[list[int]], data: st.Data
         assert rebuilt.dtype == original.dtype
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(sequences, st.booleans()), min_size=1, max_size=6), st.integers(1, 20))
 def test_any_mix_of_jobs_gives_each_its_own_values(jobs: list[tuple[list[list[int]], bool]], budget: int):
     async def run() -> None:

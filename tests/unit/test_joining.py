@@ -92,7 +92,7 @@ def test_nasty_joins_equal_the_joined_strings(request: pytest.FixtureRequest, ki
 
 
 @pytest.mark.demo
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(query=texts(200, 700), items=st.lists(texts(0, 40), min_size=2, max_size=4))
 def test_any_text_equals_the_joined_strings(demo: TextTokenizer, query: str, items: list[str]) -> None:
     assert demo.encode_joined(query, items) == demo.encode([query + item for item in items])

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app import labels, rows
@@ -75,7 +75,6 @@ def sequences(prepared: Prepared) -> list[list[int]]:
     return [batch.tokens[a:b].tolist() for a, b in pairwise(batch.offsets.tolist())]
 
 
-@settings(deadline=None)
 @given(data=st.data())
 def test_label_logprobs_are_sums_over_tokens_asked_for_alone(tokenizer: TextTokenizer, data: st.DataObject):
     words = st.lists(

@@ -60,7 +60,7 @@ def test_pinned_pages_are_never_given_up() -> None:
     cache.extend([], tokens((3, 5)))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.lists(st.lists(st.tuples(st.integers(0, 2), st.sampled_from([1, 64, 128])), min_size=1, max_size=4)))
 def test_no_page_ever_has_two_meanings(prefixes: list[list[tuple[int, int]]]) -> None:
     """Whatever is stored and given up, what a lookup returns holds exactly the prefix's tokens."""

@@ -27,7 +27,7 @@ def batches(draw: st.DrawFn) -> tuple[list[np.ndarray], list[list[int]]]:
     return sequences, reads
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(batches(), st.integers(1, 64))
 def test_every_read_is_in_exactly_one_row_over_its_own_prefix(
     batch: tuple[list[np.ndarray], list[list[int]]], min_saving: int
@@ -48,7 +48,7 @@ def test_every_read_is_in_exactly_one_row_over_its_own_prefix(
     assert found == Counter((i, p) for i, positions in enumerate(reads) for p in positions)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.lists(st.tuples(st.integers(1, 128), st.integers(1, 4)), min_size=1, max_size=150), st.sampled_from(LADDERS))
 def test_packed_rows_do_not_overlap_and_fit(sizes: list[tuple[int, int]], ladder: tuple[plan.Shape, ...]) -> None:
     rows = [plan.Row(i, 0, length, min(length, reads)) for i, (length, reads) in enumerate(sizes)]

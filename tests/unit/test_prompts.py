@@ -85,7 +85,7 @@ class TestBatch:
 
 
 class TestText:
-    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(query=st.text(max_size=20), items=st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=5))
     @pytest.mark.parametrize("item_first", [False, True])
     def test_is_joined_then_tokenised(self, tokenizer: TextTokenizer, query: str, items: list[str], item_first: bool):
