@@ -26,7 +26,7 @@ def on_cpu(data: int = 1, **sizes: Any) -> LoadPart:
     """As ``scorer.load_part``, on the devices that XLA is told to play on a CPU.
 
     Args:
-        data: of the mesh's axes. 1: neighbours on the other one are on different hosts.
+        data: of the mesh's axes; neighbours on the other one are on different hosts.
     """
 
     def load(settings: Any, place: Place) -> Engine:  # local, so that the hosts, which lack this module, get its code
@@ -39,8 +39,7 @@ def on_cpu(data: int = 1, **sizes: Any) -> LoadPart:
 
         engine.join(place.coordinator, place.hosts, place.number)
         by_host = np.array(jax.devices()).reshape(place.hosts, -1)
-        order = by_host.T if data == 1 else by_host
-        mesh = sharding.mesh(data, by_host.size // data, order.ravel().tolist())
+        mesh = sharding.mesh(data, by_host.size // data, by_host.T.ravel().tolist())
         folder = model_source.resolve(settings.model)
         return _ModelEngine(engine.load(folder, mesh=mesh, compiled_folder=compiled_folder(), **sizes))
 
@@ -51,7 +50,8 @@ def on_cpu(data: int = 1, **sizes: Any) -> LoadPart:
 def slice_of(nodes: Cluster, tpu: Tpu, devices: int) -> Iterator[list[Any]]:
     """Hosts with so many devices each; what the test leaves of them is removed."""
     flags = f"--xla_backend_optimization_level=1 --xla_force_host_platform_device_count={devices}"
-    hosts = start_slice(nodes, tpu, "a-slice", XLA_FLAGS=flags, JAX_COMPILATION_CACHE_DIR="")
+    # A device waits for others in a thread of XLA's pool; of as few threads as there are cores, they may get none.
+    hosts = start_slice(nodes, tpu, "a-slice", XLA_FLAGS=flags, NPROC="16", JAX_COMPILATION_CACHE_DIR="")
     try:
         yield hosts
     finally:
