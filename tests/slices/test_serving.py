@@ -97,6 +97,7 @@ def test_a_replica_is_a_whole_slice_and_outlives_its_processes(
     killed_under_load(client, [lambda: replica_process("Scorer")], 40)
 
 
+@pytest.mark.slow
 def test_a_second_replica_waits_in_words_for_a_slice_of_its_own(
     nodes: Cluster, hosts: list[Any], deploy: Callable[[Any], httpx.Client], settings: Settings, tmp_path: Path
 ):
