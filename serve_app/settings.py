@@ -95,8 +95,8 @@ class ModelSettings(_Frozen):
     """Past it a request gets 504 and its queued work is dropped."""
     stall_s: Annotated[float, Field(gt=0)] = 300.0
     """A batch that is in the engine for longer makes the replica unhealthy, and Serve replaces it; on a slice of
-    several hosts its processes are started anew. A tokenizer that is at one
-    request for longer makes its front end unhealthy."""
+    several hosts its processes are started anew. A tokenizer that is at one request for longer makes its front end
+    unhealthy."""
     rebuild_s: Annotated[float, Field(gt=0)] = 900.0
     """When the processes of a slice have been starting anew for longer, Serve replaces the replica."""
 

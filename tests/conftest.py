@@ -96,7 +96,8 @@ def fake_service(tokenizer: TextTokenizer) -> Iterator[ScoringService]:
 @pytest.fixture(scope="session")
 def served(fake_service: ScoringService) -> Iterator[Served]:
     """The service behind a real HTTP server."""
-    with serving(create_app(lambda: Services(fake_service))) as served:
+    services = Services(fake_service)  # one for all requests, as a front end has it
+    with serving(create_app(lambda: services)) as served:
         yield served
 
 
@@ -105,7 +106,8 @@ def locked(fake_service: ScoringService, tmp_path_factory: pytest.TempPathFactor
     """The same, and it wants ``KEY``."""
     file = tmp_path_factory.mktemp("keys") / "keys"
     file.write_text(KEY)
-    with serving(create_app(lambda: Services(fake_service), keys=ApiKeys(str(file)))) as served:
+    services = Services(fake_service)
+    with serving(create_app(lambda: services, keys=ApiKeys(str(file)))) as served:
         yield served
 
 

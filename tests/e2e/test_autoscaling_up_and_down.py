@@ -10,27 +10,15 @@ from typing import Any
 import httpx
 import pytest
 
-from serve_app.app import build
-from serve_app.contract import Engine
-from serve_app.fake_engine import FakeEngine
 from serve_app.launcher import APP_NAME
 from serve_app.settings import Autoscaling, Settings
+from tests.faults.conftest import application, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 BOUNDS = Autoscaling(min_replicas=0, max_replicas=3, tokens_per_replica=1_000, upscale_delay_s=0.5, downscale_delay_s=1)
 ITEMS = [[i, i + 1] for i in range(100, 400)]
 ASK: dict[str, Any] = {"query": [1], "items": ITEMS, "label_token_ids": [1, 2]}
-
-
-def application(settings: Settings) -> Any:
-    """As ``build`` makes it, with an engine of 1,000 tokens/s."""
-
-    def slow_engine(_settings: Settings) -> Engine:
-        return FakeEngine(seconds_per_token=0.001)
-
-    front = build(settings)._bound_deployment
-    return front.bind(settings, front.init_args[1]._bound_deployment.bind(settings, slow_engine))
 
 
 def running() -> int:
@@ -41,12 +29,6 @@ def running() -> int:
         f"{time.monotonic():.1f} s: { ({state: count for state, count in states.items() if count}) }"
     )  # by pytest -rP
     return states.get("RUNNING", 0)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """The test's own time limit ends a wait that is in vain."""
-    while not condition():
-        time.sleep(0.1)
 
 
 def test_replicas_come_with_the_work_and_go_with_it(deploy: Callable[[Any], httpx.Client], settings: Settings):

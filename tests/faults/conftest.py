@@ -45,8 +45,13 @@ def application(settings: Settings, *, gate: Path | None = None) -> Any:
             time.sleep(0.02)
         return FakeEngine(seconds_per_token=SECONDS_PER_TOKEN)
 
+    return loading_with(slow_engine, settings)
+
+
+def loading_with(load: Callable[[Any], Engine], settings: Settings) -> Any:
+    """As ``build`` makes it, with ``load`` in place of ``scorer.load_engine``."""
     front = build(settings)._bound_deployment
-    return front.bind(settings, front.init_args[1]._bound_deployment.bind(settings, slow_engine))
+    return front.bind(settings, front.init_args[1]._bound_deployment.bind(settings, load))
 
 
 def actors(deployment: str) -> list[Any]:

@@ -29,7 +29,7 @@ def sequences() -> list[list[int]]:
 
 
 def main(folder: str, coordinator: str, processes: str, number: str, result: str) -> None:
-    jax.distributed.initialize(coordinator, int(processes), int(number))
+    engine.join(coordinator, int(processes), int(number))
     assert len(jax.devices()) == 2 * len(jax.local_devices())
     spread = engine.load(Path(folder), mesh=sharding.mesh(2, len(jax.devices()) // 2), **SIZES)
     cold = values(spread, sequences())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from serve_app.scorer import load_part
 from serve_app.settings import Settings
 from serve_app.slice_worker import Place
 from tests.batches import label_batch
+from tests.faults.conftest import wait_for
 from tests.slices.leading import TWO_HOSTS, leader_of, slice_of, worker_of
 
 if TYPE_CHECKING:
@@ -34,12 +35,6 @@ RIGHT = FakeEngine().score(BATCH).values
 def hosts(nodes: Cluster) -> Iterator[list[Any]]:
     with slice_of(nodes, TWO_HOSTS, 1) as hosts:
         yield hosts
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """The test's own time limit ends a wait that is in vain."""
-    while not condition():
-        time.sleep(0.05)
 
 
 def assert_scores(leader: Any) -> None:
@@ -67,7 +62,6 @@ def test_a_host_that_hangs_has_its_process_replaced_and_the_batch_computed_again
     hung = tmp_path / "hung"
 
     def hanging(_settings: Any, place: Place) -> Engine:
-        import time
 
         class Hanging(FakeEngine):
             def score(self, batch: TokenBatch) -> BatchResult:

@@ -16,7 +16,7 @@ from serve_app.contract import Engine
 from serve_app.launcher import APP_NAME
 from serve_app.settings import ModelSettings, Settings
 from serve_app.slice_worker import LoadPart
-from tests.faults.conftest import under_load, wait_for
+from tests.faults.conftest import loading_with, under_load, wait_for
 from tests.invariance.rows import TOLERANCE
 from tests.processes import replica_process, replica_processes
 from tests.sharding.one_of_two import SIZES
@@ -52,8 +52,7 @@ def application(settings: Settings, part: LoadPart) -> Any:
         group.warmup()
         return group
 
-    front = build(settings)._bound_deployment
-    return front.bind(settings, front.init_args[1]._bound_deployment.bind(settings, load))
+    return loading_with(load, settings)
 
 
 def asking(client: httpx.Client) -> Callable[[], Any]:
