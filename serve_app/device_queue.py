@@ -19,7 +19,7 @@ import numpy as np
 
 from serve_app.batches import cut, join, reads_of, shared_with_previous
 from serve_app.contract import BatchResult, Engine, JobResult, ScoreJob, TokenBatch
-from serve_app.errors import DeadlineExceededError, InternalError, OverloadedError, ReplicaGoneError
+from serve_app.errors import DeadlineExceededError, InternalError, OverloadedError
 
 logger = logging.getLogger("ray.serve")
 
@@ -431,4 +431,4 @@ class DeviceQueue:
 
 
 def _closed_error() -> OverloadedError:
-    return ReplicaGoneError("this replica is shutting down; try again", retry_after_s=1)
+    return OverloadedError("this replica is shutting down; try again", retry_after_s=1)

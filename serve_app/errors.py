@@ -100,10 +100,6 @@ class OverloadedError(ScoringError):
     type = "ServiceUnavailableError"
 
 
-class ReplicaGoneError(OverloadedError):
-    """This replica will not answer what it accepted; another may."""
-
-
 class DeadlineExceededError(ScoringError):
     """The request's time is over; its queued work was dropped."""
 

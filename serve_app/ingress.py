@@ -38,7 +38,6 @@ from serve_app.errors import (
     MethodNotAllowedError,
     NotFoundError,
     OverloadedError,
-    ReplicaGoneError,
     ScoringError,
     TooLargeError,
 )
@@ -374,8 +373,6 @@ class ScorerReplicas:
             raise OverloadedError(f"all replicas are full; try again in {wait} s", retry_after_s=wait) from error
         except (RayError, RayServeException) as error:
             cause = cause_of(error)
-            if isinstance(cause, ReplicaGoneError):
-                raise _ReplicaLostError(cause.message) from error
             if isinstance(cause, ScoringError):
                 raise cause from None
             if isinstance(cause, RayError | RayServeException):

@@ -25,7 +25,7 @@ from serve_app import model_source, timing
 from serve_app.autoscaling import PENDING_TOKENS
 from serve_app.contract import BatchResult, Engine, EngineStats, JobResult, ModelInfo, Progress, ScoreJob, TokenBatch
 from serve_app.device_queue import DeviceQueue, QueueStats
-from serve_app.errors import ReplicaGoneError
+from serve_app.errors import OverloadedError
 from serve_app.fake_engine import FakeEngine
 from serve_app.metrics import REPORT_S, ScorerMetrics
 from serve_app.settings import ModelSettings
@@ -163,7 +163,7 @@ class Scorer:
         """The values of all targets of ``job``. A caller that is cancelled takes its queued work with it.
 
         Raises:
-            OverloadedError: the queue is full, or the replica is stopping or stuck; another may have room.
+            OverloadedError: the queue is full; another replica may have room.
             DeadlineExceededError: ``job.deadline`` passed while the job was queued.
             InternalError: the engine failed on this job.
         """
@@ -175,14 +175,16 @@ class Scorer:
                     await self._intake(_Call(job, answer))
             except TimeoutError:
                 self._intake_works = False
-                stuck = "this replica is stuck and will be replaced; try again"
-                raise ReplicaGoneError(stuck, retry_after_s=1) from None
+                raise OverloadedError("this replica is stuck; try again", retry_after_s=1) from None
             result = await answer
             self._metrics.answered(result)
             timing.record_job(
                 job.request_id, arrived, result.queue_seconds, result.device_seconds, job.batch.num_sequences
             )
             return result
+        except OverloadedError:
+            self._end_if_lost()
+            raise
         finally:
             answer.cancel()
 
@@ -233,19 +235,22 @@ class Scorer:
             await asyncio.sleep(REPORT_S)
 
     async def check_health(self) -> None:
-        """Raise while every batch fails, or the engine says what is wrong; Serve replaces the replica if that goes on.
+        """Raise while every batch fails, or the engine says what is wrong; Serve replaces the replica if it goes on."""
+        self._end_if_lost()
+        if self._queue.failures_in_a_row >= BROKEN_AFTER:
+            raise RuntimeError(f"the engine failed on the last {self._queue.failures_in_a_row} batches")
+        self._engine.check()
 
-        End the process when no answer can come from it any more, which sends its jobs to other replicas at once. Serve
-        would ask twice more, then wait for the jobs as long as for those of a replica that is well, and route new ones
-        to it for a while, more than to others, since it fails faster than they answer.
+    def _end_if_lost(self) -> None:
+        """End the process when no answer can come from it any more, which sends its jobs to other replicas at once.
+
+        A health check that failed would be asked twice more, and the jobs waited for as long as a healthy replica's.
+        Meanwhile new ones would come, more than to others, since it fails faster than they answer.
         """
         if fault := self._fault():
             logger.critical("this replica ends itself: %s", fault)
             logging.shutdown()
             os._exit(1)
-        if self._queue.failures_in_a_row >= BROKEN_AFTER:
-            raise RuntimeError(f"the engine failed on the last {self._queue.failures_in_a_row} batches")
-        self._engine.check()
 
     def _fault(self) -> str | None:
         """Why no job will be answered, if that is so."""

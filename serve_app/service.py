@@ -61,6 +61,9 @@ PIECES_AT_ONCE = 4
 INLINE_VALUES = 2_000
 """A response with more values, which take milliseconds, is made in a thread: the event loop must go on."""
 
+STUCK_RETRY_AFTER_S = 5
+"""Serve replaces a front end after three health checks; five tries, this far apart, outlast that."""
+
 _PROBE_TOLERANCE = 0.02
 """Of a probability, between the same prompt in two batches: bfloat16 stays below it, a wrong answer does not."""
 
@@ -371,13 +374,14 @@ class ScoringService:
     def check_health(self) -> None:
         """Raise RuntimeError when prompts cannot be built any more: the tokenizer's threads are stuck, or gone.
 
-        Requests whose prompts are being built are then answered by OverloadedError; those that are being scored go on.
+        Requests whose prompts wait to be built are then answered by OverloadedError, and new ones, since some come
+        after the last check that Serve makes. Those that are being scored go on.
         """
         try:
             self._threads.check(self._settings.stall_s)
         except RuntimeError:
             stuck = "this front end is stuck and will be replaced; try again"
-            self._threads.abandon(OverloadedError(stuck, retry_after_s=1))
+            self._threads.abandon(OverloadedError(stuck, retry_after_s=STUCK_RETRY_AFTER_S))
             raise
 
     async def _ask(

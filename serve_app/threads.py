@@ -23,6 +23,9 @@ class WatchedThreads:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
         self._callers: set[asyncio.Future[Any]] = set()
         self._abandoned: Exception | None = None
+        """What those got who waited when the pool was last given up."""
+        self._given_up = False
+        """It was, and has not moved since."""
         self._open: set[Future[Any]] = set()
         """Calls that wait for a thread or have one."""
         self._begun: dict[object, float] = {}
@@ -36,7 +39,10 @@ class WatchedThreads:
 
         Raises:
             RuntimeError: the pool is closed.
+            Exception: ``abandon``'s, if it was called and nothing has moved since.
         """
+        if self._given_up and self._abandoned:
+            raise self._abandoned.with_traceback(None)
         answer = asyncio.wrap_future(self._submit(call))
         self._callers.add(answer)
         try:
@@ -44,13 +50,16 @@ class WatchedThreads:
         except asyncio.CancelledError:
             if self._abandoned is None or answer in self._callers:
                 raise
-            raise self._abandoned from None
+            raise self._abandoned.with_traceback(None) from None
         finally:
             self._callers.discard(answer)
 
     def abandon(self, error: Exception) -> None:
-        """Raise ``error`` to all that wait for a call. What a thread has begun goes on."""
-        self._abandoned = error
+        """Raise ``error`` to all that wait for a call, and to all that come until a thread has begun or ended one.
+
+        What a thread has begun goes on.
+        """
+        self._abandoned, self._given_up = error, True
         callers, self._callers = self._callers, set()
         for answer in callers:
             answer.cancel()
@@ -88,8 +97,10 @@ class WatchedThreads:
     def _watched(self, call: Callable[[], T]) -> T:
         this = object()
         self._moved = self._begun[this] = time.monotonic()
+        self._given_up = False
         try:
             return call()
         finally:
             del self._begun[this]
             self._moved = time.monotonic()
+            self._given_up = False

@@ -103,14 +103,15 @@ async def test_what_waits_can_be_cancelled(gate: threading.Event):
     threads.close()
 
 
-async def test_who_waits_can_be_told_that_nothing_comes(gate: threading.Event):
+async def test_who_waits_or_comes_can_be_told_that_nothing_is_done(gate: threading.Event):
     threads = WatchedThreads(1, "test")
     stuck, behind = await begun(threads, gate.wait), await begun(threads, lambda: None)
     threads.abandon(LookupError("gone"))
-    for waiting in (stuck, behind):
+    for waiting in (stuck, behind, threads.run(lambda: 4)):
         with pytest.raises(LookupError, match="gone"):
             await waiting
     gate.set()
+    threads._pool.submit(lambda: None).result()  # behind what was stuck
     assert await threads.run(lambda: 5) == 5
     threads.close()
 
