@@ -122,6 +122,8 @@ def start_ray(cpus: int, **options: Any) -> None:
         options: more of ``ray.init``'s.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # glibc gives every few threads a heap of their own, and those of a scorer grow for hours; see docs/operations.md.
+    os.environ.setdefault("MALLOC_ARENA_MAX", "2")
     import ray
 
     ray.init(  # pyright: ignore[reportUnknownMemberType]

@@ -59,7 +59,8 @@ def test_it_serves_until_ctrl_c_and_leaves_no_process(model_folder: Path, monkey
         assert answer.status_code == 200
         assert [round(sum(row), 6) for row in answer.json()["scores"]] == [1, 1]
         started = psutil.Process(process.pid).children(recursive=True)
-        assert any("raylet" in child.name() for child in started)
+        (raylet,) = [child for child in started if child.name() == "raylet"]
+        assert raylet.environ()["MALLOC_ARENA_MAX"] == "2"
         os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal, which reaches the whole group
         _, rest = process.communicate(timeout=60)
         assert process.returncode == 0, rest
