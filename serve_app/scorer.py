@@ -75,6 +75,9 @@ class _ModelEngine:
         result = self._engine.score(batch)
         return BatchResult(result.values, result.computed_tokens, result.argmax, result.argmax_values)
 
+    def limit(self, stall_s: float) -> None:
+        """A batch ends by itself, or with the process."""
+
     def check(self) -> None:
         """It fails with the process."""
 
@@ -155,7 +158,7 @@ class Scorer:
             max_queued_tokens=settings.limits.max_queued_tokens,
             observe=self._metrics.batch,
         )
-        self._settings, self._stall_s = settings, settings.longest_batch_s
+        self._settings = self._live = settings
         self._intake_works = True
         self._reporting = asyncio.create_task(self._report())
 
@@ -218,7 +221,8 @@ class Scorer:
         except ValueError as error:
             logger.error("user_config is refused, and nothing changes: %s", error)
             return
-        self._stall_s = settings.longest_batch_s
+        self._live = settings
+        self._engine.limit(settings.stall_s)
         self._queue.resize(
             max_batch_tokens=settings.max_batch_tokens, max_queued_tokens=settings.limits.max_queued_tokens
         )
@@ -254,6 +258,6 @@ class Scorer:
         if not self._queue.running:
             return "the device queue has stopped"
         stalled = self._queue.stalled_seconds()
-        if stalled > self._stall_s:
-            return f"the device has not finished a batch for {stalled:.0f} s; stall_s is {self._stall_s}"
+        if stalled > self._live.longest_batch_s:
+            return f"the device has not finished a batch for {stalled:.0f} s; stall_s is {self._live.stall_s}"
         return None

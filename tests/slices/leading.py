@@ -78,6 +78,9 @@ def leader_of(settings: Settings, load: LoadPart) -> Iterator[Any]:
         def score(self, batch: Any) -> Any:
             return self.threads.submit(self.engine.score, batch).result()
 
+        def limit(self, stall_s: float) -> None:
+            self.engine.limit(stall_s)
+
         def state(self) -> Any:
             import sys
 
