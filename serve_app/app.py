@@ -16,7 +16,8 @@ from serve_app.scorer import MAX_ONGOING, Scorer
 from serve_app.settings import Settings
 from serve_app.tpu import CHIP_LABEL, RESOURCE
 
-HEALTH_PERIOD_S = 5.0
+HEALTH_PERIOD_S = 1.0
+"""Serve learns that a process died when it asks for its health."""
 HEALTH_TIMEOUT_S = 30.0
 DRAIN_POLL_S = 0.5
 DRAIN_S = 60.0

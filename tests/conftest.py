@@ -15,11 +15,11 @@ import pytest
 from scripts.cluster_sim import start_cluster
 from serve_app import model_source
 from serve_app.auth import ApiKeys
+from serve_app.engines import compiled_folder
 from serve_app.fake_engine import FakeEngine
 from serve_app.ingress import create_app
 from serve_app.launcher import APP_NAME, free_port
 from serve_app.local_replicas import LocalReplicas
-from serve_app.scorer import compiled_folder
 from serve_app.service import ScoringService
 from serve_app.services import Services
 from serve_app.settings import Settings

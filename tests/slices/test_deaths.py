@@ -13,8 +13,8 @@ import pytest
 
 from scripts.cluster_sim import start_slice
 from serve_app.contract import BatchResult, Engine, TokenBatch
+from serve_app.engines import load_part
 from serve_app.fake_engine import FakeEngine
-from serve_app.scorer import load_part
 from serve_app.settings import Settings
 from serve_app.slice_worker import Place
 from tests.batches import label_batch

@@ -17,9 +17,10 @@ from ray import serve
 from serve_app import scorer
 from serve_app.contract import BatchResult, EngineStats, JobResult, ModelInfo, ScoreJob, TokenBatch
 from serve_app.device_queue import DeviceQueue
+from serve_app.engines import load_engine
 from serve_app.errors import DeadlineExceededError, InternalError, OverloadedError
 from serve_app.fake_engine import FakeEngine
-from serve_app.scorer import MAX_ONGOING, Scorer, load_engine
+from serve_app.scorer import MAX_ONGOING, Scorer
 from serve_app.settings import Limits, Settings
 from tests.batches import label_batch
 from tests.tiny import make_llama

@@ -10,8 +10,8 @@ import pytest
 
 from serve_app.batches import Brief
 from serve_app.contract import EngineStats
+from serve_app.engines import load_part
 from serve_app.fake_engine import FakeEngine
-from serve_app.scorer import load_part
 from serve_app.settings import Settings
 from serve_app.slice_group import GroupLostError, agreed
 from serve_app.slice_worker import Answer, OutOfStepError, Place, SliceWorker
