@@ -16,7 +16,7 @@ from tests.faults.conftest import application, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-BOUNDS = Autoscaling(min_replicas=0, max_replicas=3, tokens_per_replica=1_000, upscale_delay_s=0.5, downscale_delay_s=1)
+BOUNDS = Autoscaling(min_replicas=0, max_replicas=3, tokens_per_replica=1_000, upscale_delay_s=0.5, downscale_delay_s=5)
 ITEMS = [[i, i + 1] for i in range(100, 400)]
 ASK: dict[str, Any] = {"query": [1], "items": ITEMS, "label_token_ids": [1, 2]}
 
