@@ -88,7 +88,7 @@ def _serve(system: str, dtype: str, pipe: Connection) -> None:
 def load_engine(dtype: str) -> Engine:
     """This project's engine with the demo model in this process, warmed up."""
     from model.engine import load
-    from serve_app.scorer import compiled_folder
+    from serve_app.engines import compiled_folder
 
     target = "bfloat16" if dtype == "bfloat16" else "float32"
     engine = load(model_source.resolve("demo"), dtype=target, compiled_folder=compiled_folder())

@@ -1,4 +1,4 @@
 """The scoring service on Ray Serve: HTTP ingress, fan-out, scorer replicas, clients.
 
-Only the constructors in ``scorer.py`` may import ``model`` or jax; everything else stays free of them.
+Only the functions in ``engines.py`` may import ``model`` or jax; everything else stays free of them.
 """

@@ -16,8 +16,12 @@ from serve_app.scorer import MAX_ONGOING, Scorer
 from serve_app.settings import Settings
 from serve_app.tpu import CHIP_LABEL, RESOURCE
 
-HEALTH_PERIOD_S = 5.0
+HEALTH_PERIOD_S = 1.0
+"""Serve learns that a process died when it asks for its health."""
 HEALTH_TIMEOUT_S = 30.0
+LOAD_PERIOD_S = 2.0
+"""Replicas and front ends tell Serve's autoscaling of their work. Ray 2.60 names variables of the environment for it,
+too, which it never reads."""
 DRAIN_POLL_S = 0.5
 DRAIN_S = 60.0
 """A scorer that is replaced has this long to answer what it has accepted; the rest goes to others. A front end has as
@@ -84,6 +88,7 @@ def _scorer_count(args: Settings) -> dict[str, Any]:
             min_replicas=bounds.min_replicas,
             initial_replicas=args.scorer_replicas,
             max_replicas=bounds.max_replicas,
+            metrics_interval_s=LOAD_PERIOD_S,
             upscale_delay_s=bounds.upscale_delay_s,
             downscale_delay_s=bounds.downscale_delay_s,
             policy=policy,

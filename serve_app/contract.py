@@ -156,6 +156,11 @@ class Engine(Protocol):
         """
         ...
 
+    def limit(self, stall_s: float) -> None:
+        """From the next batch on, give up one that takes longer, in seconds; without effect where only the end of the
+        process can end a batch."""
+        ...
+
     def check(self) -> None:
         """Raise RuntimeError when it will not score again by itself."""
         ...

@@ -86,6 +86,9 @@ class FakeEngine:
             argmax, argmax_values = argmax[:0], argmax_values[:0]
         return BatchResult(values, computed, argmax, argmax_values)
 
+    def limit(self, stall_s: float) -> None:
+        """It gives up no batch."""
+
     def check(self) -> None:
         """It is never in the way of its replica's health."""
 

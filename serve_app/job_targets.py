@@ -15,11 +15,11 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay
 from serve_app import model_source
 from serve_app.app import scorer_resources
 from serve_app.client import ScoreClient, wait
+from serve_app.engines import load_engine
 from serve_app.errors import OverloadedError, ScoringError
 from serve_app.ingress import cause_of
 from serve_app.local_replicas import LocalReplicas
 from serve_app.schemas import InfoResponse, ScoreRequest, ScoreResponse
-from serve_app.scorer import load_engine
 from serve_app.service import ScoringService
 from serve_app.settings import Settings
 from serve_app.tokenizer import TextTokenizer

@@ -120,6 +120,7 @@ class SliceGroup:
         self._settings = settings
         self._tpu = settings.tpu
         self._load = load
+        self._stall_s = settings.stall_s
         self._slice: SlicePlacementGroup | None = None
         self._changed = threading.Condition()
         self._group: _Group | None = self._start()
@@ -150,12 +151,16 @@ class SliceGroup:
         for _ in range(TRIES):
             group = self._other_than(lost)
             try:
-                return group.score(batch, self._settings.stall_s)
+                return group.score(batch, self._stall_s)
             except GroupLostError as error:
                 logger.warning("the slice is lost: %s", error)
                 group.kill()
                 lost.append(group)
         raise RuntimeError(f"the slice was lost {TRIES} times with this batch")
+
+    def limit(self, stall_s: float) -> None:
+        """See ``Engine.limit``. What computes a batch is ended with it, and started anew."""
+        self._stall_s = stall_s
 
     def check(self) -> None:
         """See ``Engine.check``."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray.util
@@ -12,6 +14,8 @@ import ray.util
 from serve_app.batches import Brief
 from serve_app.contract import BatchResult, Engine, EngineStats, ModelInfo
 from serve_app.settings import ModelSettings
+
+logger = logging.getLogger(__name__)
 
 ASIDE = "aside"
 """Ray's name for the threads that answer while a batch is computed."""
@@ -57,6 +61,19 @@ class OutOfStepError(Exception):
     """This host was sent another batch than the one that is next."""
 
 
+class HostFailedError(Exception):
+    """What went wrong on a host, in words: to unpickle an exception of jax's, the leader would have to load jax."""
+
+
+@contextmanager
+def _in_words() -> Generator[None]:
+    try:
+        yield
+    except Exception as error:
+        logger.exception("this host of the slice failed")
+        raise HostFailedError(f"{type(error).__name__}: {error}") from None
+
+
 class SliceWorker:
     """The class of the actor. Its calls run in order, one at a time, but for those aside.
 
@@ -78,33 +95,41 @@ class SliceWorker:
             return f"{host}:{probe.getsockname()[1]}"
 
     def load(self, load: LoadPart, settings: ModelSettings, place: Place) -> ModelInfo:
-        """Load this host's part of the model."""
-        self._engine = load(settings, place)
-        return self._engine.info
+        """Load this host's part of the model.
+
+        Raises:
+            HostFailedError: of ``load``.
+        """
+        with _in_words():
+            self._engine = load(settings, place)
+            return self._engine.info
 
     def warmup(self) -> EngineStats:
-        """Compile everything; see ``progress``."""
+        """Compile everything; see ``progress``.
+
+        Raises:
+            HostFailedError: of the engine.
+        """
 
         def keep(done: int, total: int, what: str) -> None:
             self._progress = (done, total, what)
 
-        self._engine.warmup(keep)
-        return self._engine.stats
+        with _in_words():
+            self._engine.warmup(keep)
+            return self._engine.stats
 
     def score(self, sequence: int, brief: Brief) -> Answer:
         """Compute the next batch.
 
         Raises:
             OutOfStepError: ``sequence`` is not its number; nothing was computed.
+            HostFailedError: of the engine, which refused nothing.
         """
         if sequence != self._next:
             raise OutOfStepError(f"host {self._number} was sent batch {sequence}; its next is {self._next}")
         self._next += 1
-        try:
-            result = self._engine.score(brief.whole())
-        except ValueError as error:
-            return Answer(sequence, self._engine.stats, refusal=str(error))
-        return Answer(sequence, self._engine.stats, result if self._number == 0 else None)
+        with _in_words():
+            return self._answer(sequence, brief)
 
     @ray.method(concurrency_group=ASIDE)
     def progress(self) -> tuple[int, int, str]:
@@ -115,3 +140,10 @@ class SliceWorker:
     def until_death(self) -> None:
         """Never returns: that this call failed is how the other end learns of the process's end at once."""
         threading.Event().wait()
+
+    def _answer(self, sequence: int, brief: Brief) -> Answer:
+        try:
+            result = self._engine.score(brief.whole())
+        except ValueError as error:
+            return Answer(sequence, self._engine.stats, refusal=str(error))
+        return Answer(sequence, self._engine.stats, result if self._number == 0 else None)

@@ -15,11 +15,11 @@ import pytest
 from scripts.cluster_sim import start_cluster
 from serve_app import model_source
 from serve_app.auth import ApiKeys
+from serve_app.engines import compiled_folder
 from serve_app.fake_engine import FakeEngine
 from serve_app.ingress import create_app
 from serve_app.launcher import APP_NAME, free_port
 from serve_app.local_replicas import LocalReplicas
-from serve_app.scorer import compiled_folder
 from serve_app.service import ScoringService
 from serve_app.services import Services
 from serve_app.settings import Settings
@@ -145,8 +145,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def nodes() -> Iterator[Cluster]:
     """One Ray cluster in this process tree for all tests that need one, of one node; tests may add others."""
-    for reporter in ("REPLICA", "HANDLE"):
-        os.environ[f"RAY_SERVE_{reporter}_AUTOSCALING_METRIC_PUSH_INTERVAL_S"] = "0.5"
     # Requests whose traceparent asks for it are traced, into files.
     os.environ["RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH"] = "ray.serve._private.tracing_utils:default_tracing_exporter"
     os.environ["RAY_SERVE_TRACING_SAMPLING_RATIO"] = "0"

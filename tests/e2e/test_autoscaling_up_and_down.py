@@ -16,19 +16,23 @@ from tests.faults.conftest import application, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-BOUNDS = Autoscaling(min_replicas=0, max_replicas=3, tokens_per_replica=1_000, upscale_delay_s=0.5, downscale_delay_s=1)
+BOUNDS = Autoscaling(min_replicas=0, max_replicas=3, tokens_per_replica=1_000, upscale_delay_s=0.5, downscale_delay_s=5)
 ITEMS = [[i, i + 1] for i in range(100, 400)]
 ASK: dict[str, Any] = {"query": [1], "items": ITEMS, "label_token_ids": [1, 2]}
 
 
-def running() -> int:
+def states() -> dict[str, int]:
+    """How many replicas are in each."""
     from ray import serve
 
-    states = serve.status().applications[APP_NAME].deployments["Scorer"].replica_states
-    print(
-        f"{time.monotonic():.1f} s: { ({state: count for state, count in states.items() if count}) }"
-    )  # by pytest -rP
-    return states.get("RUNNING", 0)
+    found = serve.status().applications[APP_NAME].deployments["Scorer"].replica_states
+    return {state: count for state, count in found.items() if count}
+
+
+def running() -> int:
+    now = states()
+    print(f"{time.monotonic():.1f} s: {now}")  # by pytest -rP
+    return now.get("RUNNING", 0)
 
 
 def test_replicas_come_with_the_work_and_go_with_it(deploy: Callable[[Any], httpx.Client], settings: Settings):

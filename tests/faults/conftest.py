@@ -49,7 +49,7 @@ def application(settings: Settings, *, gate: Path | None = None) -> Any:
 
 
 def loading_with(load: Callable[[Any], Engine], settings: Settings) -> Any:
-    """As ``build`` makes it, with ``load`` in place of ``scorer.load_engine``."""
+    """As ``build`` makes it, with ``load`` in place of ``engines.load_engine``."""
     front = build(settings)._bound_deployment
     return front.bind(settings, front.init_args[1]._bound_deployment.bind(settings, load))
 

@@ -11,10 +11,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from serve_app.contract import Engine
+from serve_app.engines import _ModelEngine
 from serve_app.errors import ScoringError
 from serve_app.local_replicas import LocalReplicas
 from serve_app.schemas import ScoreRequest
-from serve_app.scorer import _ModelEngine
 from serve_app.service import ScoringService
 from serve_app.settings import Settings
 from serve_app.tokenizer import TextTokenizer

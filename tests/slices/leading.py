@@ -23,7 +23,7 @@ TWO_HOSTS, FOUR_HOSTS = Tpu(chip="v5p", topology="2x2x2"), Tpu(chip="v6e", topol
 
 
 def on_cpu(data: int = 1, **sizes: Any) -> LoadPart:
-    """As ``scorer.load_part``, on the devices that XLA is told to play on a CPU.
+    """As ``engines.load_part``, on the devices that XLA is told to play on a CPU.
 
     Args:
         data: of the mesh's axes; neighbours on the other one are on different hosts.
@@ -35,7 +35,7 @@ def on_cpu(data: int = 1, **sizes: Any) -> LoadPart:
 
         from model import engine, sharding
         from serve_app import model_source
-        from serve_app.scorer import _ModelEngine, compiled_folder
+        from serve_app.engines import _ModelEngine, compiled_folder
 
         engine.join(place.coordinator, place.hosts, place.number)
         by_host = np.array(jax.devices()).reshape(place.hosts, -1)
@@ -77,6 +77,9 @@ def leader_of(settings: Settings, load: LoadPart) -> Iterator[Any]:
 
         def score(self, batch: Any) -> Any:
             return self.threads.submit(self.engine.score, batch).result()
+
+        def limit(self, stall_s: float) -> None:
+            self.engine.limit(stall_s)
 
         def state(self) -> Any:
             import sys
@@ -120,7 +123,12 @@ def alone(folder: Path, batches: list[Any], **sizes: Any) -> list[Any]:
 def workers_of(host: Any) -> list[psutil.Process]:
     """The processes that compute on a host: one, once a slice has started."""
     raylet = psutil.Process(host.all_processes["raylet"][0].process.pid)
-    return [process for process in raylet.children(recursive=True) if "ray::SliceWorker" in " ".join(process.cmdline())]
+    found: list[psutil.Process] = []
+    for process in raylet.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "ray::SliceWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def worker_of(host: Any) -> psutil.Process:

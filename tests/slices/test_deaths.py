@@ -13,8 +13,8 @@ import pytest
 
 from scripts.cluster_sim import start_slice
 from serve_app.contract import BatchResult, Engine, TokenBatch
+from serve_app.engines import load_part
 from serve_app.fake_engine import FakeEngine
-from serve_app.scorer import load_part
 from serve_app.settings import Settings
 from serve_app.slice_worker import Place
 from tests.batches import label_batch
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.ray
 
-SETTINGS = Settings(engine="fake", tpu=TWO_HOSTS, scorer_cpus=0.1, stall_s=3)
+SETTINGS = Settings(engine="fake", tpu=TWO_HOSTS, scorer_cpus=0.1)
 BATCH = label_batch([[1, 2, 3], [1, 2, 4]], [[1, 2]] * 2)
 RIGHT = FakeEngine().score(BATCH).values
 
@@ -59,6 +59,8 @@ def test_a_death_while_nothing_is_computed_is_noticed(hosts: list[Any]):
 
 
 def test_a_host_that_hangs_has_its_process_replaced_and_the_batch_computed_again(hosts: list[Any], tmp_path: Path):
+    import ray
+
     hung = tmp_path / "hung"
 
     def hanging(_settings: Any, place: Place) -> Engine:
@@ -72,7 +74,8 @@ def test_a_host_that_hangs_has_its_process_replaced_and_the_batch_computed_again
 
         return Hanging()
 
-    with leader_of(SETTINGS, hanging) as leader:
+    with leader_of(SETTINGS.model_copy(update={"stall_s": 1000}), hanging) as leader:
+        ray.get(leader.limit.remote(3))  # as a running replica is told
         stuck = worker_of(hosts[1])
         assert_scores(leader)
         assert not psutil.pid_exists(stuck.pid)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +15,11 @@ import pytest
 from scripts.cluster_sim import start_slice
 from serve_app.app import build
 from serve_app.contract import Engine
+from serve_app.fake_engine import FakeEngine
 from serve_app.launcher import APP_NAME
 from serve_app.settings import ModelSettings, Settings
-from serve_app.slice_worker import LoadPart
+from serve_app.slice_worker import LoadPart, Place
+from tests.e2e.test_autoscaling_up_and_down import BOUNDS, states
 from tests.faults.conftest import loading_with, under_load, wait_for
 from tests.invariance.rows import TOLERANCE
 from tests.processes import replica_process, replica_processes
@@ -137,3 +141,49 @@ def test_the_processes_of_a_model_are_killed_under_load(
     client = deploy(application(of_jax, on_cpu(**SIZES)))
     for victim in (lambda: worker_of(hosts[1]), lambda: worker_of(hosts[0]), lambda: replica_process("Scorer")):
         print(f"answers again within {killed_under_load(client, [victim], 200):.1f} s")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_slices_come_whole_with_the_work_and_go_with_it(
+    nodes: Cluster, hosts: list[Any], deploy: Callable[[Any], httpx.Client], settings: Settings
+):
+    import ray
+
+    def slowly(_settings: Any, _place: Place) -> Engine:
+        return FakeEngine(seconds_per_token=0.004)  # what waits is in the replicas, not on its way to them
+
+    bounds = BOUNDS.model_copy(update={"tokens_per_replica": 100})  # a request has 83
+    every = [*hosts, *start_slice(nodes, TWO_HOSTS, "b-slice"), *start_slice(nodes, TWO_HOSTS, "c-slice")]
+    looks: list[tuple[float, dict[str, int], float]] = []
+
+    def at(replicas: int) -> bool:
+        """So many run, and their slices are taken."""
+        look = time.monotonic(), states(), ray.available_resources().get("TPU", 0)
+        if not looks or look[1:] != looks[-1][1:]:
+            print(f"{look[0] - began:5.1f} s: {look[1] or 'no replica'}, {look[2]:.0f} chips are free")  # by pytest -rP
+        looks.append(look)
+        return look[1:] == ({"RUNNING": replicas} if replicas else {}, (3 - replicas) * TWO_HOSTS.chips)
+
+    def all_gone() -> bool:
+        groups = ray.util.placement_group_table().values()
+        return all(each["state"] == "REMOVED" for each in groups) and not any(map(workers_of, every))
+
+    try:
+        client = deploy(application(settings.model_copy(update={"autoscaling": bounds}), slowly))
+        began = time.monotonic()
+        for most in (3, 1):
+            wait_for(lambda: at(0))
+            wait_for(all_gone)
+            with under_load(asking(client), callers=8 if most == 3 else 1) as load:
+                wait_for(lambda most=most: at(most))
+                assert [len(workers_of(host)) for host in every].count(1) == most * TWO_HOSTS.hosts
+                load.wait_for_more(20)
+            assert load.failures == []
+        cut = [now - before for (before, _, one), (now, _, other) in pairwise(looks) if one % 8 and other % 8]
+        print(f"for {sum(cut):.2f} s of {looks[-1][0] - began:.0f} a slice was free in part")
+        assert sum(cut) < 1  # its hosts tell of themselves one after the other
+    finally:
+        deploy(build(settings.model_copy(update={"tpu": None})))
+        for host in every[2:]:
+            nodes.remove_node(host)

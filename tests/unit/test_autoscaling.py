@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from serve_app.app import build
+from serve_app.app import LOAD_PERIOD_S, build
 from serve_app.autoscaling import PENDING_TOKENS, PendingTokensPolicy, wanted_replicas
 from serve_app.settings import Autoscaling, Settings
 
@@ -58,7 +58,7 @@ def test_serve_gets_the_bounds_and_the_policy():
     scorer = build(Settings(autoscaling=bounds, scorer_replicas=2))._bound_deployment.init_args[1]._bound_deployment
     config = scorer._deployment_config.autoscaling_config
     assert (config.min_replicas, config.initial_replicas, config.max_replicas) == (0, 2, 7)
-    assert (config.upscale_delay_s, config.downscale_delay_s) == (1, 2)
+    assert (config.upscale_delay_s, config.downscale_delay_s, config.metrics_interval_s) == (1, 2, LOAD_PERIOD_S)
     policy = config.policy.get_policy()(**config.policy.policy_kwargs)  # as Serve's controller makes it
     assert policy(context({"a": [246]}, 1.0)) == (2, {})
 

@@ -47,6 +47,13 @@ def test_unpickling_what_crosses_a_handle_does_not_load_jax():
     assert loaded_after(code).isdisjoint({"jax", "jaxlib", "flax", "model", "ray"})
 
 
+def test_a_slices_processes_do_without_serve_when_they_start():
+    # It and what it brings are a third of the time that these imports take with it.
+    loaded = loaded_after("import serve_app.slice_worker, serve_app.engines")
+    assert "ray" in loaded
+    assert loaded.isdisjoint({"fastapi", "starlette", "pandas", "jax"})
+
+
 def test_the_model_package_loads_without_the_service():
     loaded = loaded_after("import model.engine")
     assert "jax" in loaded

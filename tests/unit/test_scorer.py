@@ -17,9 +17,10 @@ from ray import serve
 from serve_app import scorer
 from serve_app.contract import BatchResult, EngineStats, JobResult, ModelInfo, ScoreJob, TokenBatch
 from serve_app.device_queue import DeviceQueue
+from serve_app.engines import load_engine
 from serve_app.errors import DeadlineExceededError, InternalError, OverloadedError
 from serve_app.fake_engine import FakeEngine
-from serve_app.scorer import MAX_ONGOING, Scorer, load_engine
+from serve_app.scorer import MAX_ONGOING, Scorer
 from serve_app.settings import Limits, Settings
 from tests.batches import label_batch
 from tests.tiny import make_llama
@@ -215,6 +216,15 @@ async def test_a_replica_whose_intake_is_stuck_ends(monkeypatch: pytest.MonkeyPa
         assert "taken in" in await ending(replica.check_health())
 
 
+class LimitedEngine(FakeEngine):
+    """Knows what it was told last."""
+
+    stall_s: float
+
+    def limit(self, stall_s: float) -> None:
+        self.stall_s = stall_s
+
+
 class BrokenEngine(FakeEngine):
     """Raises until it is mended."""
 
@@ -315,13 +325,15 @@ def test_the_models_engine_answers_in_the_contracts_classes(tmp_path: Path, monk
 
 async def test_what_can_change_while_it_runs_does_and_all_else_is_refused(caplog: pytest.LogCaptureFixture):
     settings = Settings(engine="fake", stall_s=7, max_batch_tokens=512)
-    async with started(FakeEngine(), settings) as replica:
+    engine = LimitedEngine()
+    async with started(engine, settings) as replica:
 
-        def now() -> tuple[float, int, int]:
-            return replica._stall_s, replica._queue._max_batch_tokens, replica._queue._max_queued_tokens
+        def now() -> tuple[float, float, int, int]:
+            queue = replica._queue
+            return replica._live.stall_s, engine.stall_s, queue._max_batch_tokens, queue._max_queued_tokens
 
         await replica.reconfigure({"stall_s": 8, "limits": {"max_queued_tokens": 99}}, rank=0)
-        assert now() == (8, 512, 99)
+        assert now() == (8, 8, 512, 99)
         for wrong, named in (
             ({"stall_s": 9, "dtype": "bfloat16"}, "dtype: not to be changed"),
             ({"stall_s": 9, "max_batch_tokens": 1}, "max_batch_tokens"),
@@ -330,6 +342,6 @@ async def test_what_can_change_while_it_runs_does_and_all_else_is_refused(caplog
             caplog.clear()
             await replica.reconfigure(wrong, rank=0)
             assert named in caplog.text
-            assert now() == (8, 512, 99)
+            assert now() == (8, 8, 512, 99)
         await replica.reconfigure(None, rank=0)
-        assert now() == (7, 512, settings.limits.max_queued_tokens)
+        assert now() == (7, 7, 512, settings.limits.max_queued_tokens)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from typing import Any
 
 import numpy as np
 import pytest
 
 from serve_app.batches import Brief
-from serve_app.contract import EngineStats
+from serve_app.contract import BatchResult, EngineStats
+from serve_app.engines import load_part
 from serve_app.fake_engine import FakeEngine
-from serve_app.scorer import load_part
 from serve_app.settings import Settings
 from serve_app.slice_group import GroupLostError, agreed
-from serve_app.slice_worker import Answer, OutOfStepError, Place, SliceWorker
+from serve_app.slice_worker import Answer, HostFailedError, OutOfStepError, Place, SliceWorker
 from tests.batches import label_batch
 
 BATCH = label_batch([[1, 2, 3], [1, 2, 4]], [[1, 2]] * 2)
@@ -50,6 +51,20 @@ def test_a_batch_that_all_hosts_refuse_leaves_them_in_step():
     assert answer.result is None
     assert "this engine reads 1 to" in (answer.refusal or "")
     assert agreed([host.score(1, Brief.of(BATCH)) for host in hosts]).result
+
+
+def test_the_leader_is_told_of_a_failure_without_the_exceptions_class():
+    import jax
+
+    class Failing(FakeEngine):
+        def score(self, *_: Any) -> BatchResult:
+            raise jax.errors.JaxRuntimeError("all-reduce failed")
+
+    host = SliceWorker(0)
+    host.load(lambda *_: Failing(), Settings(engine="fake"), Place("nowhere", 1, 0))
+    with pytest.raises(HostFailedError, match="JaxRuntimeError: all-reduce failed") as caught:
+        host.score(0, Brief.of(BATCH))
+    assert b"jax" not in pickle.dumps(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from ray.util.tpu import get_tpu_version_from_type
 
 from serve_app import cli, launcher
 from serve_app.app import build
+from serve_app.engines import load_engine
 from serve_app.launcher import LaunchError
-from serve_app.scorer import load_engine
 from serve_app.settings import Settings
 from serve_app.tpu import (
     CHIP_LABEL,
