@@ -131,23 +131,22 @@ def _own_bins(
     kv_heads = k.shape[1]
     groups = n // kv_heads
     grouped = q.reshape(bins, width, kv_heads, groups, h).transpose(0, 2, 3, 1, 4)  # B K G T H
-    keys = k.reshape(bins, width, kv_heads, h).transpose(0, 2, 1, 3)
-    values = _finite(v).reshape(bins, width, kv_heads, h).transpose(0, 2, 1, 3)
+
+    def batched(x: Float[Array, "M K H"]) -> Float[Array, "BK T H"]:
+        """By bin and head, in one axis: XLA's CPU backend multiplies bfloat16 with more batch axes as float32."""
+        return x.reshape(bins, width, kv_heads, h).transpose(0, 2, 1, 3).reshape(bins * kv_heads, width, h)
+
+    keys, values = batched(k), batched(_finite(v))
     mask = _causal_mask(segments, rule.window)
-    batch = ((0, 1), (0, 1))
     parts: list[tuple[Array, Array, Array]] = []
     for start, stop in pairwise(_cuts(width)):
-        part = grouped[:, :, :, start:stop].reshape(bins, kv_heads, -1, h)
-        scores = lax.dot_general(part, keys[:, :, :stop], (((3,), (3,)), batch), preferred_element_type=jnp.float32)
-        scores = softcapped(scores, rule.softcap).reshape(bins, kv_heads, groups, stop - start, stop)
+        part = grouped[:, :, :, start:stop].reshape(bins * kv_heads, -1, h)
+        scores = _scores(part, keys[:, :stop], rule).reshape(bins, kv_heads, groups, stop - start, stop)
         scores = jnp.where(mask[:, None, None, start:stop, :stop], scores, -jnp.inf)
         maximum = scores.max(axis=-1, keepdims=True)
-        weights = jnp.exp(scores - maximum)
-        operand = weights.astype(v.dtype).reshape(bins, kv_heads, -1, stop)
-        summed = lax.dot_general(
-            operand, values[:, :, :stop], (((3,), (2,)), batch), preferred_element_type=jnp.float32
-        )
-        parts.append((maximum[..., 0], weights.sum(axis=-1), summed.reshape(bins, kv_heads, groups, -1, h)))
+        weights = _weights(scores, maximum, v.dtype)
+        summed = _weighted(weights.reshape(bins * kv_heads, -1, stop), values[:, :stop])
+        parts.append((maximum[..., 0], _total(weights), summed.reshape(bins, kv_heads, groups, -1, h)))
     maximum, total, summed = (jnp.concatenate(pieces, axis=3) for pieces in zip(*parts, strict=True))
 
     def by_head(x: Float[Array, "B K G T"]) -> Float[Array, "K Q"]:
@@ -176,8 +175,8 @@ def _own_reads(
     scores = _scores(queries, k.transpose(1, 0, 2), rule).reshape(kv_heads, -1, *visible.shape)
     scores = jnp.where(visible[None, None], scores, -jnp.inf).reshape(kv_heads, -1, flat.size)
     maximum = scores.max(axis=-1)
-    weights = jnp.exp(scores - maximum[..., None])
-    return Partial(maximum, weights.sum(axis=-1), _weighted(weights, _finite(v).transpose(1, 0, 2)))
+    weights = _weights(scores, maximum[..., None], v.dtype)
+    return Partial(maximum, _total(weights), _weighted(weights, _finite(v).transpose(1, 0, 2)))
 
 
 def _scores(queries: Float[Array, "K Q H"], keys: Float[Array, "K S H"], rule: Rule) -> Float[Array, "K Q S"]:
@@ -186,10 +185,21 @@ def _scores(queries: Float[Array, "K Q H"], keys: Float[Array, "K S H"], rule: R
     return softcapped(products, rule.softcap)
 
 
+def _weights(
+    scores: Float[Array, "*shape S"], maximum: Float[Array, "*shape 1"], dtype: jnp.dtype
+) -> Float[Array, "*shape S"]:
+    """Not yet normalised, in the dtype that the values are multiplied by: the float32 ones never reach memory."""
+    return jnp.exp(scores - maximum).astype(dtype)
+
+
+def _total(weights: Float[Array, "*shape S"]) -> Float[Array, "*shape"]:
+    """Float32 sum of the weights as they are multiplied, so that the normalised ones sum to 1."""
+    return weights.astype(jnp.float32).sum(axis=-1)
+
+
 def _weighted(weights: Float[Array, "K Q S"], values: Float[Array, "K S H"]) -> Float[Array, "K Q H"]:
     """Float32 weighted sums, one matmul per key/value head."""
-    operand = weights.astype(values.dtype)
-    return lax.dot_general(operand, values, (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+    return lax.dot_general(weights, values, (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
 
 
 class Queries(NamedTuple):
@@ -223,9 +233,9 @@ def _fold(
         # What is not valid may be another prefix's, and 0 * NaN is NaN.
         values = jnp.where(valid[None, :, None], values, jnp.zeros_like(values))
     maximum = jnp.maximum(partial.maximum, scores.max(axis=-1))
-    weights = jnp.exp(scores - maximum[..., None])
+    weights = _weights(scores, maximum[..., None], values.dtype)
     scale = jnp.exp(partial.maximum - maximum)
-    total = partial.total * scale + weights.sum(axis=-1)
+    total = partial.total * scale + _total(weights)
     return Partial(maximum, total, partial.values * scale[..., None] + _weighted(weights, values))
 
 

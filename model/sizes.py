@@ -114,4 +114,7 @@ def layout(
     pages = 1 + max(slots, sizes.prefix_cache_bytes // (int(np.prod(page)) * stored.itemsize))
     ladder = make(width, max(sizes.call_tokens, width))
     sizes = replace(sizes, chunks=sizes.chunks[: bisect.bisect_left(sizes.chunks, longest) + 1])
+    if dtype == jnp.bfloat16:
+        # XLA's CPU backend multiplies a single row in float32, and widens the whole head for it.
+        sizes = replace(sizes, head_rows=(max(2, sizes.head_rows[0]), *sizes.head_rows[1:]))
     return Layout(sizes, longest, ladder, slots, jax.ShapeDtypeStruct((pages, *page), stored))

@@ -61,8 +61,8 @@ PIECES_AT_ONCE = 4
 INLINE_VALUES = 2_000
 """A response with more values, which take milliseconds, is made in a thread: the event loop must go on."""
 
-STUCK_RETRY_AFTER_S = 5
-"""Serve replaces a front end after three health checks; five tries, this far apart, outlast that."""
+STUCK_RETRY_AFTER_S = 2
+"""Serve drops a front end after three health checks; ``ScoreClient``'s five tries, this far apart, outlast that."""
 
 _PROBE_TOLERANCE = 0.02
 """Of a probability, between the same prompt in two batches: bfloat16 stays below it, a wrong answer does not."""

@@ -202,7 +202,7 @@ class TestFaults:
                 Services(service).check_health()
             answers = [await asked, await client.post("/v1/score", json=ASK)]
         for answer in answers:
-            assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
             assert "will be replaced" in answer.json()["message"]
         with pytest.raises(OverloadedError):
             await hanging

@@ -12,7 +12,7 @@ from model import engine
 from model.engine import Engine
 from model.pages import PAGE_TOKENS
 from tests.batches import label_batch, reads_batch
-from tests.invariance.rows import LABELS, TOLERANCE, VOCAB, prompts, values
+from tests.invariance.rows import BFLOAT16_TOLERANCE, LABELS, TOLERANCE, VOCAB, prompts, values
 from tests.tiny import make_llama
 
 
@@ -36,6 +36,28 @@ def test_alone_equals_among_500(scorer: Engine) -> None:
     together = values(scorer, sequences)
     alone = np.concatenate([values(scorer, [sequence]) for sequence in sequences[::25]])
     np.testing.assert_allclose(alone, together[::25], rtol=0, atol=TOLERANCE)
+
+
+def test_bfloat16_rows_vary_by_its_rounding_alone(scorer: Engine, folder: Path) -> None:
+    """Alone, among 500 in any order, in other shapes, and in chunks behind a prefix that is cold, then warm."""
+    rounded = engine.load(folder, dtype="bfloat16", max_row_tokens=64, call_tokens=128)
+    other = engine.load(folder, dtype="bfloat16", max_row_tokens=32, call_tokens=96, chunks=(17,))
+    sequences = prompts(500, seed=8, query=40)
+    order = np.random.default_rng(9).permutation(500)
+    together = values(rounded, sequences)
+    shuffled = values(rounded, [sequences[i] for i in order])
+    alone = np.concatenate([values(rounded, [sequence]) for sequence in sequences[::25]])
+    long = prompts(8, seed=10, query=300, longest=200)
+    seen = [
+        (alone, together[::25]),
+        (shuffled, together[order]),
+        (values(other, sequences[:100]), together[:100]),
+        (values(other, long), values(rounded, long)),
+        (values(other, long), values(rounded, long)),
+    ]
+    worst = max(float(np.abs(one - same).max()) for one, same in seen)
+    assert worst <= BFLOAT16_TOLERANCE
+    assert worst < np.abs(together - values(scorer, sequences)).max()  # what the batch changes is less than the dtype's
 
 
 def test_order_does_not_matter(scorer: Engine) -> None:
