@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 import numpy as np
+import psutil
 
 from scripts.bench_server import Server, body, peak_mib, reset_peak, service, vllm
 from scripts.bench_work import Request, Variant
@@ -154,7 +155,10 @@ def _http(dtype: str) -> Generator[tuple[Run, Sequence[int]]]:
 
 @contextlib.contextmanager
 def _vllm(dtype: str) -> Generator[tuple[Run, Sequence[int]]]:
-    """vLLM with its prefix cache, asked with text by its own scoring route, which answers for the first label alone."""
+    """vLLM with its prefix cache, asked with text by its own scoring route, which answers for the first label alone.
+
+    While others are measured its processes are stopped: when they have nothing to do, they still take processor time.
+    """
 
     def ask(client: httpx.Client, request: Request) -> list[list[float]]:
         asked = body(request) | {"apply_softmax": False}
@@ -163,7 +167,24 @@ def _vllm(dtype: str) -> Generator[tuple[Run, Sequence[int]]]:
         return [[math.log(item["score"])] for item in answer["data"]]
 
     with vllm(dtype) as server, _over_http(server, ask) as run:
-        yield run, server.processes
+        processes = [psutil.Process(process) for process in server.processes]
+
+        def awake(variant: Variant) -> tuple[float, Answer]:
+            for process in processes:
+                process.resume()
+            try:
+                return run(variant)
+            finally:
+                for process in processes:
+                    process.suspend()
+
+        for process in processes:
+            process.suspend()
+        try:
+            yield awake, server.processes
+        finally:
+            for process in processes:
+                process.resume()  # or they could not end
 
 
 def _torch_model(dtype: str) -> tuple[Any, Any]:

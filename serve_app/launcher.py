@@ -42,6 +42,14 @@ FAST_FRONT = {
 """Serve's HAProxy front in place of its Python proxy. Serve reads these where Ray is imported, on every node. What is
 set already stays as it is."""
 
+PROCESSES = {
+    # glibc gives every few threads a heap of their own, and those of a scorer grow for hours.
+    "MALLOC_ARENA_MAX": "2",
+    # Ray makes its workers nicer than its own daemons, which then interrupt the scorers at every wake-up.
+    "RAY_worker_niceness": "0",
+}
+"""For all of Ray's processes; docs/operations.md has what each is worth. What is set already stays as it is."""
+
 STATISTICS_PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
 
 _SCORER_LOG = re.compile(r"_Scorer-(.+)_[^_]+\.log$")
@@ -122,8 +130,8 @@ def start_ray(cpus: int, **options: Any) -> None:
         options: more of ``ray.init``'s.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # glibc gives every few threads a heap of their own, and those of a scorer grow for hours; see docs/operations.md.
-    os.environ.setdefault("MALLOC_ARENA_MAX", "2")
+    for name, value in PROCESSES.items():
+        os.environ.setdefault(name, value)
     import ray
 
     ray.init(  # pyright: ignore[reportUnknownMemberType]

@@ -61,6 +61,7 @@ def test_it_serves_until_ctrl_c_and_leaves_no_process(model_folder: Path, monkey
         started = psutil.Process(process.pid).children(recursive=True)
         (raylet,) = [child for child in started if child.name() == "raylet"]
         assert raylet.environ()["MALLOC_ARENA_MAX"] == "2"
+        assert {child.nice() for child in started} == {psutil.Process().nice()}
         os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal, which reaches the whole group
         _, rest = process.communicate(timeout=60)
         assert process.returncode == 0, rest

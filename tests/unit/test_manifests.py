@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from pydantic import BaseModel, ConfigDict, Field
 from ray.serve.schema import ServeDeploySchema
 
+from serve_app.launcher import PROCESSES
 from serve_app.settings import Settings
 from serve_app.tpu import CHIPS_OF_A_SLICES_HOST, HOSTS
 
@@ -256,6 +257,8 @@ def test_the_image_holds_what_it_copies_and_installs_what_there_is():
     for sources in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE):
         assert all((ROOT / source).exists() for source in sources.split())
     assert set(re.findall(r"'\.\[(\w+)\]'", text)) <= PROJECT["optional-dependencies"].keys()
+    variables = " ".join(re.findall(r"^ENV (.+)$", text, re.MULTILINE)).split()
+    assert PROCESSES.items() <= dict(variable.split("=") for variable in variables).items()
     for path in MANIFESTS:
         (service,) = [each for each in documents(path) if isinstance(each, RayService)]
         assert {container.image for pod in service.pods for container in pod.containers} == {"score-serve:tpu"}
