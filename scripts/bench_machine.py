@@ -8,6 +8,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -63,9 +64,10 @@ def gemm_gflops(dtype: str, sizes: Sizes) -> float:
 
 
 def _answer(pipe: Connection, dtypes: Sequence[str], sizes: Sizes) -> None:
-    while True:
-        pipe.recv()
-        pipe.send({dtype: gemm_gflops(dtype, sizes) for dtype in dtypes})
+    with suppress(EOFError):  # the end of the run
+        while True:
+            pipe.recv()
+            pipe.send({dtype: gemm_gflops(dtype, sizes) for dtype in dtypes})
 
 
 class GemmRates:
