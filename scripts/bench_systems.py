@@ -169,22 +169,22 @@ def _vllm(dtype: str) -> Generator[tuple[Run, Sequence[int]]]:
     with vllm(dtype) as server, _over_http(server, ask) as run:
         processes = [psutil.Process(process) for process in server.processes]
 
-        def awake(variant: Variant) -> tuple[float, Answer]:
+        def each(do: Callable[[psutil.Process], None]) -> None:
             for process in processes:
-                process.resume()
+                do(process)
+
+        def awake(variant: Variant) -> tuple[float, Answer]:
+            each(psutil.Process.resume)
             try:
                 return run(variant)
             finally:
-                for process in processes:
-                    process.suspend()
+                each(psutil.Process.suspend)
 
-        for process in processes:
-            process.suspend()
+        each(psutil.Process.suspend)
         try:
             yield awake, server.processes
         finally:
-            for process in processes:
-                process.resume()  # or they could not end
+            each(psutil.Process.resume)  # or they could not end
 
 
 def _torch_model(dtype: str) -> tuple[Any, Any]:

@@ -94,7 +94,7 @@ def choose(asks: Sequence[Ask], rng: random.Random) -> Ask:
 async def send(client: httpx.AsyncClient, ask: Ask) -> Answered:
     started = time.perf_counter()
     try:
-        answer = await client.post("/v1/score", content=ask.body, headers={"content-type": "application/json"})
+        answer = await client.post("/v1/score", content=ask.body)
         outcome = str(answer.status_code)
         if outcome == "200" and ask.right and not np.allclose(answer.json()["scores"], ask.right, atol=TOLERANCE):
             outcome = "wrong"
@@ -107,7 +107,7 @@ async def alone(client: httpx.AsyncClient, asks: Sequence[Ask]) -> list[Ask]:
     """The same with what each scores while nothing else runs."""
     found: list[Ask] = []
     for ask in asks:
-        answer = await client.post("/v1/score", content=ask.body, headers={"content-type": "application/json"})
+        answer = await client.post("/v1/score", content=ask.body)
         found.append(Ask(ask.items, ask.body, answer.raise_for_status().json()["scores"]))
     return found
 
@@ -158,7 +158,7 @@ async def closed_loop(url: str, asks: Sequence[Ask], callers: int, seconds: floa
 
 
 async def overload(url: str, asks: Sequence[Ask], rate: float) -> tuple[list[Answered], list[Answered]]:
-    """Requests that arrive at ``rate`` a second whatever becomes of them, and then, after a pause, ten one by one."""
+    """Requests that arrive at ``rate`` a second whatever becomes of them; after a pause, the small ones in turn."""
     rng = random.Random(0)
     times = arrivals(rate, OVERLOAD_S, np.random.default_rng(0)).tolist()
     began = time.monotonic()
@@ -204,7 +204,8 @@ def show_memory(samples: dict[str, list[tuple[float, float]]], console: Console)
 
 def _client(url: str) -> httpx.AsyncClient:
     limits = httpx.Limits(max_connections=None)
-    return httpx.AsyncClient(base_url=url, timeout=600, limits=limits, trust_env=False)
+    headers = {"content-type": "application/json"}
+    return httpx.AsyncClient(base_url=url, headers=headers, timeout=600, limits=limits, trust_env=False)
 
 
 async def _run(url: str, callers: Sequence[int], minutes: float, console: Console) -> tuple[list[Ask], float]:
