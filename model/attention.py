@@ -4,10 +4,11 @@ A program call holds M = B * T tokens: B bins of T positions, each bin packed wi
 token sees (1) the first ``prefix_length`` positions of the prefix that all rows of the call share, kept as pages of a
 pool, and (2) the tokens of its own row up to itself.
 
-Three implementations with one signature: ``reference`` gathers the prefix and takes one softmax over everything;
+Four implementations with one signature: ``reference`` gathers the prefix and takes one softmax over everything;
 ``paged`` walks the prefix page by page, all rows in one matmul per key/value head, and merges by the running
-log-sum-exp, so one compiled program serves every prefix length and no [tokens, prefix] array exists; ``fused`` does
-the same in one kernel for TPU, see ``model.attention_tpu``, and ``fused-interpreted`` runs that kernel elsewhere.
+log-sum-exp, so one compiled program serves every prefix length and no [tokens, prefix] array exists; ``native`` and
+``fused`` do the same in one kernel, for CPU (``model.attention_cpu``) and for TPU (``model.attention_tpu``), and
+``fused-interpreted`` runs the latter elsewhere.
 
 Source: the merge is that of FlashAttention (arXiv 2205.14135), section 3.1.
 """
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from model.attention_cpu import attend_native
 from model.attention_tpu import fused, stored_width
 from model.logprobs import softcapped
 from model.pages import PAGE_TOKENS
@@ -279,6 +281,7 @@ def _fold_prefix_reference(queries: Queries, own: Partial, context: Context, lay
     return _fold(queries, own, keys, values, 0, valid)
 
 
+NATIVE = "native"
 FUSED = ("fused", "fused-interpreted")
 FOLD_PREFIX = {"paged": _fold_prefix_paged, "reference": _fold_prefix_reference}
 
@@ -299,7 +302,7 @@ def attend(
     implementation: str,
     reads: Int[Array, " Q"] | None = None,
 ) -> Float[Array, "Q N H"]:
-    """Softmax attention of every token, or of the tokens at ``reads`` alone; float32, or if fused in q's dtype.
+    """Softmax attention of every token, or of the tokens at ``reads`` alone; float32, or from a kernel in q's dtype.
 
     Args:
         q: queries, already rotated and scaled; of all M tokens, or of the R tokens at ``reads``.
@@ -307,9 +310,11 @@ def attend(
         v: values of all M tokens.
         layer: which layer of the pool holds this layer's prefix.
         rule: of this layer.
-        implementation: a key of ``FOLD_PREFIX``, or one of ``FUSED``.
+        implementation: ``NATIVE``, one of ``FUSED``, or a key of ``FOLD_PREFIX``.
         reads: flat indices into the M tokens.
     """
+    if implementation == NATIVE:
+        return attend_native(q, k, v, context.segments, *context[2:], layer, *rule, reads)
     if implementation in FUSED:
         # The kernel takes whole bins: in the one layer that asks for reads alone, queries that nobody reads are zeros.
         queries = q if reads is None else jnp.zeros((k.shape[0], *q.shape[1:]), q.dtype).at[reads].set(q)

@@ -47,7 +47,7 @@ def program(
     file = folder / _key(name, arguments, donated)
     structure = jax.tree.structure((arguments, {}))
     try:
-        binary, results = pickle.loads(_read(file))
+        binary, results = pickle.loads(read(file))
         return serialize_executable.deserialize_and_load(
             binary, structure, results, execution_devices=_devices(arguments)
         )
@@ -58,13 +58,13 @@ def program(
     compiled = _compile(function, arguments, donated)
     try:
         binary, _, results = serialize_executable.serialize(compiled)
-        _write(file, pickle.dumps((binary, results)))
+        write(file, pickle.dumps((binary, results)))
     except Exception as error:  # a full disk, a folder of somebody else: the next start compiles again
         logger.warning("%s cannot be kept: %s", file, error)
     return compiled
 
 
-def _read(file: Path) -> bytes:
+def read(file: Path) -> bytes:
     """The bytes of a file that runs as code. Raise PermissionError if another user but root can have written them."""
     with file.open("rb") as content:
         found = os.fstat(content.fileno())
@@ -102,7 +102,7 @@ def _built_by() -> tuple[str, ...]:
     return (sources.hexdigest(), *versions, os.environ.get("XLA_FLAGS", ""), jax.default_backend(), *devices)
 
 
-def _write(file: Path, content: bytes) -> None:
+def write(file: Path, content: bytes) -> None:
     """Whole or not at all: several replicas may start at once."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:

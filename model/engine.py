@@ -22,7 +22,7 @@ import numpy.typing as npt
 from flax import nnx
 from jax.sharding import Mesh
 
-from model import checkpoint, decoder, plan, registry, sharding
+from model import attention_cpu, checkpoint, decoder, plan, registry, sharding
 from model.checkpoint import Tensor
 from model.config import ModelConfig
 from model.fields import ConfigError, read_config
@@ -402,7 +402,7 @@ def load(
     Args:
         folder: has ``config.json`` and safetensors.
         dtype: of weights and matmul operands.
-        implementation: of attention, see ``model.attention``; None: "fused" on TPU, "paged" elsewhere.
+        implementation: of attention, see ``model.attention``; None: the platform's kernel, or "paged".
         by_layer: how the layers run, see ``model.programs``; None: by layer on CPU.
         max_prompt_tokens: the longest sequence; None: the model's context. A long context costs memory at start-up.
         compiled_folder: keeps compiled programs for the next start, see ``model.compiled``.
@@ -418,7 +418,7 @@ def load(
     if quantization and parsed.experts:
         raise ConfigError(f"{parsed.architecture}: mixtures of experts are not quantised; leave out {quantization}")
     platform, target = jax.default_backend(), jnp.dtype(dtype)
-    implementation = implementation or ("fused" if platform == "tpu" else "paged")
+    implementation = implementation or _attention(platform, compiled_folder)
     here = replace(BY_PLATFORM.get(platform, BY_PLATFORM["tpu"]), **sizes)
     part = replace(parsed if mesh is None else divided(parsed, mesh.shape[MODEL]), int8=quantization == "int8")
     laid = layout(part, here, dtype=target, implementation=implementation, max_prompt_tokens=max_prompt_tokens)
@@ -468,6 +468,15 @@ def load(
         layers = [state(block, "blocks", layer) for layer in range(parsed.layers)]
         return Engine(part, laid, LayerPrograms(*common, layers=layers), target)
     return Engine(part, laid, ModelPrograms(*common, layers=state(block, "blocks")), target)
+
+
+def _attention(platform: str, folder: Path | None) -> str:
+    """The fastest implementation of attention that runs here."""
+    if platform == "tpu":
+        return "fused"
+    if folder is None and (of_jax := jax.config.jax_compilation_cache_dir):  # pyright: ignore[reportAttributeAccessIssue]
+        folder = Path(of_jax)
+    return "native" if platform == "cpu" and attention_cpu.load(folder) else "paged"
 
 
 def join(coordinator: str, hosts: int, number: int) -> None:

@@ -8,7 +8,7 @@ bins into calls of a few fixed shapes, so that every call runs a program compile
 import bisect
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -28,10 +28,16 @@ ATTENTION_COST = 1 / 1536
 
 @dataclass(frozen=True, slots=True, order=True)
 class Shape:
-    """A compiled program's size: ``bins`` bins of ``width`` positions, with room for ``reads`` read positions."""
+    """A compiled program's size: ``bins`` bins of ``width`` positions, with room for ``reads`` read positions.
+
+    Attributes:
+        attended: positions that each position's attention looks at in vain or not, the prefix apart; None: its bin. 0
+            where it looks at its own row alone, which costs the same however rows are packed.
+    """
 
     width: int
     bins: int
+    attended: int | None = field(default=None, compare=False)
 
     @property
     def tokens(self) -> int:
@@ -44,8 +50,9 @@ class Shape:
 
     @property
     def cost(self) -> float:
-        """Of one call, in the same units."""
-        return self.tokens * position_cost(self.width) + CALL_COST
+        """Of one call, in units of one token's matmuls."""
+        attended = self.width if self.attended is None else self.attended
+        return self.tokens * (1 + attended * ATTENTION_COST) + CALL_COST
 
     def __str__(self) -> str:
         return f"{self.bins}x{self.width}"
@@ -54,11 +61,6 @@ class Shape:
 def reads_of(tokens: int) -> int:
     """Read positions that a call of ``tokens`` has room for: all in a small call, an eighth of a large one."""
     return tokens if tokens <= 2 * SMALLEST_CALL else max(2 * SMALLEST_CALL, tokens // 8)
-
-
-def position_cost(width: int) -> float:
-    """Of one position in a bin of ``width``, in units of one token's matmuls."""
-    return 1 + width * ATTENTION_COST
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,14 @@ def large_shapes(max_width: int, call_tokens: int) -> tuple[Shape, ...]:
     """
     widths = sorted({min(width, max_width) for width in (128, 160, 256, 384, 512, 768, 1024)} | {max_width})
     return tuple(sorted({Shape(w, -(-call_tokens // (part * w))) for w in widths for part in (1, 2, 4, 8)}))
+
+
+def flat_shapes(call_tokens: int) -> tuple[Shape, ...]:
+    """The ladder where attention looks at each row by itself: one bin, up to ``call_tokens``, in steps of a quarter and
+    less."""
+    steps = [16 * part << octave for octave in range(16) for part in (4, 5, 6, 7)]
+    widths = [*itertools.takewhile(lambda width: width < call_tokens, steps), max(call_tokens, SMALLEST_CALL)]
+    return tuple(Shape(width, 1, attended=0) for width in widths)
 
 
 def together(calls: Sequence[Call], at_once: int) -> Iterator[list[Call]]:
@@ -260,34 +270,32 @@ def pack(rows: Sequence[Row], ladder: Sequence[Shape]) -> list[Call]:
         ValueError: a row is longer than the widest bin.
     """
     ordered = sorted(rows, key=_longest_first)
-    widths = sorted({shape.width for shape in ladder})
+    full = {shape.width: shape for shape in ladder}  # the largest of a width comes last
     longest = ordered[0].length
-    if longest > widths[-1]:
-        raise ValueError(f"a row of {longest} tokens does not fit the widest bin of {widths[-1]}")
-    narrowest = next(width for width in widths if width >= longest)
+    if longest > max(full):
+        raise ValueError(f"a row of {longest} tokens does not fit the widest bin of {max(full)}")
+    narrowest = min(width for width in full if width >= longest)
     tokens = [0, *itertools.accumulate(row.length for row in ordered)]
-    calls = tokens[-1] / max(shape.tokens for shape in ladder)
+    per_token = {width: shape.cost / shape.tokens for width, shape in full.items()}
 
     def least(cut: int, wide: int, narrow: int) -> float:
         """What the rows before ``cut`` in wide bins and the others in narrow ones cost if no position is wasted."""
-        apart = tokens[cut] * position_cost(wide) + (tokens[-1] - tokens[cut]) * position_cost(narrow)
-        return apart + CALL_COST * calls
+        return tokens[cut] * per_token[wide] + (tokens[-1] - tokens[cut]) * per_token[narrow]
 
-    options = [(len(ordered), width, width) for width in widths if width >= longest]
-    for width in [width for width in widths if ordered[-1].length <= width < longest]:
+    options = [(len(ordered), width, width) for width in full if width >= longest]
+    for width in [width for width in full if ordered[-1].length <= width < longest]:
         cut = bisect.bisect_left(ordered, -width, key=lambda row: -row.length)
         options.append((cut, narrowest, width))
-    best: list[tuple[list[list[Row]], int]] = []
+    best: list[Call] = []
     best_cost = float("inf")
     for cut, wide, narrow in sorted(options, key=lambda option: least(*option)):
-        if least(cut, wide, narrow) >= 0.98 * best_cost:
+        if least(cut, wide, narrow) + CALL_COST >= 0.98 * best_cost:
             break  # the rest of the search could save no more than a fiftieth
-        parts = [(part, width) for part, width in ((ordered[:cut], wide), (ordered[cut:], narrow)) if part]
-        packed = [(_bins(part, _full(width, ladder)), width) for part, width in parts]
-        cost = sum(len(bins) * _full(width, ladder).cost / _full(width, ladder).bins for bins, width in packed)
-        if cost < best_cost:
-            best, best_cost = packed, cost
-    return [call for bins, width in best for call in _calls(bins, width, ladder)]
+        parts = [(part, full[width]) for part, width in ((ordered[:cut], wide), (ordered[cut:], narrow)) if part]
+        calls = [call for part, shape in parts for call in _calls(_bins(part, shape), shape, ladder)]
+        if (cost := _cost(calls)) < best_cost:
+            best, best_cost = calls, cost
+    return best
 
 
 def _longest_first(row: Row) -> tuple[int, int]:
@@ -296,11 +304,6 @@ def _longest_first(row: Row) -> tuple[int, int]:
 
 def _cost(calls: Sequence[Call]) -> float:
     return sum(call.shape.cost for call in calls)
-
-
-def _full(width: int, ladder: Sequence[Shape]) -> Shape:
-    """The largest shape with bins of ``width``."""
-    return ladder[bisect.bisect_right(ladder, width, key=lambda shape: shape.width) - 1]
 
 
 def _bins(rows: Sequence[Row], shape: Shape) -> list[list[Row]]:
@@ -326,9 +329,8 @@ def _bins(rows: Sequence[Row], shape: Shape) -> list[list[Row]]:
     return bins
 
 
-def _calls(bins: Sequence[list[Row]], width: int, ladder: Sequence[Shape]) -> list[Call]:
+def _calls(bins: Sequence[list[Row]], full: Shape, ladder: Sequence[Shape]) -> list[Call]:
     """Bins of one width as full calls; the rows that do not fill the last one go where they cost least."""
-    full = _full(width, ladder)
     *calls, last = _runs(bins, full)
     rest = sorted((placement.row for placement in last.placements), key=_longest_first)
     options = [[last]]

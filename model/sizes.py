@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model import plan
-from model.attention import TAILS, pool_head_width
+from model.attention import NATIVE, TAILS, pool_head_width
 from model.config import ModelConfig
 from model.pages import PAGE_TOKENS
 from model.plan import Shape
@@ -20,7 +20,7 @@ class Sizes:
     """What an engine compiles and keeps. The defaults are a CPU's.
 
     Attributes:
-        max_row_tokens: the widest bin; longer rows are computed in chunks.
+        max_row_tokens: the longest row; longer ones are computed in chunks.
         call_tokens: tokens in a full call.
         chunks: sizes of prefix prefill calls, in tokens, ascending.
         head_rows: sizes of head calls, in hidden states, ascending.
@@ -67,6 +67,7 @@ class Layout:
         sizes: as they were given, without chunks that no prompt fills.
         longest: the longest sequence, in tokens.
         ladder: shapes of rows calls, ascending.
+        row_tokens: the longest row.
         slots: entries of a page table.
         pool: shape and dtype of the page pool, [pages, L, 2, K, page, H].
     """
@@ -74,6 +75,7 @@ class Layout:
     sizes: Sizes
     longest: int
     ladder: tuple[Shape, ...]
+    row_tokens: int
     slots: int
     pool: jax.ShapeDtypeStruct
 
@@ -86,7 +88,7 @@ class Layout:
         return plan.groups(
             sequences,
             reads,
-            max_width=self.ladder[-1].width,
+            max_width=self.row_tokens,
             max_reads=min(shape.reads for shape in self.ladder),
             min_saving=PAGE_TOKENS,
             page=PAGE_TOKENS,
@@ -106,15 +108,18 @@ def layout(
     """
     longest = min(config.context_length, max_prompt_tokens or config.context_length)
     width = min(sizes.max_row_tokens, -(-longest // 16) * 16)
-    make = plan.large_shapes if sizes.large_calls else plan.shapes
     slots = -(-longest // PAGE_TOKENS) + 1
     head_width = pool_head_width(implementation, config.head_width)
     page = (config.layers, 2, config.kv_heads, PAGE_TOKENS, head_width)
     stored = jnp.dtype(jnp.uint16 if dtype == jnp.bfloat16 else dtype)  # see attention.to_pool
     pages = 1 + max(slots, sizes.prefix_cache_bytes // (int(np.prod(page)) * stored.itemsize))
-    ladder = make(width, max(sizes.call_tokens, width))
+    call_tokens = max(sizes.call_tokens, width)
+    if implementation == NATIVE:
+        ladder = plan.flat_shapes(call_tokens)
+    else:
+        ladder = (plan.large_shapes if sizes.large_calls else plan.shapes)(width, call_tokens)
     sizes = replace(sizes, chunks=sizes.chunks[: bisect.bisect_left(sizes.chunks, longest) + 1])
     if dtype == jnp.bfloat16:
         # XLA's CPU backend multiplies a single row in float32, and widens the whole head for it.
         sizes = replace(sizes, head_rows=(max(2, sizes.head_rows[0]), *sizes.head_rows[1:]))
-    return Layout(sizes, longest, ladder, slots, jax.ShapeDtypeStruct((pages, *page), stored))
+    return Layout(sizes, longest, ladder, width, slots, jax.ShapeDtypeStruct((pages, *page), stored))

@@ -75,8 +75,11 @@ def test_batch_sizes_agree(scorer: Engine, count: int) -> None:
 
 
 @pytest.mark.parametrize(("widest", "call"), [(16, 16), (32, 96), (128, 128)])
-def test_any_buckets_and_chunks_agree(scorer: Engine, folder: Path, widest: int, call: int) -> None:
-    other = engine.load(folder, max_row_tokens=widest, call_tokens=call)
+@pytest.mark.parametrize("implementation", ["native", "paged"])
+def test_any_buckets_and_chunks_agree(
+    scorer: Engine, folder: Path, implementation: str, widest: int, call: int
+) -> None:
+    other = engine.load(folder, implementation=implementation, max_row_tokens=widest, call_tokens=call)
     sequences = [*prompts(12, seed=4, query=70), *prompts(2, seed=5, query=300, longest=300)]
     np.testing.assert_allclose(values(other, sequences), values(scorer, sequences), rtol=0, atol=TOLERANCE)
 
@@ -92,8 +95,9 @@ def test_chunked_prefill_agrees_with_one_long_row(folder: Path, chunk: int) -> N
     np.testing.assert_allclose(values(chunked, shared), values(whole, shared), rtol=0, atol=TOLERANCE)
 
 
-def test_one_launch_a_layer_and_one_a_model_agree(scorer: Engine, folder: Path) -> None:
-    looped = engine.load(folder, by_layer=False, max_row_tokens=64, call_tokens=128)
+@pytest.mark.parametrize("implementation", ["native", "paged"])
+def test_one_launch_a_layer_and_one_a_model_agree(scorer: Engine, folder: Path, implementation: str) -> None:
+    looped = engine.load(folder, implementation=implementation, by_layer=False, max_row_tokens=64, call_tokens=128)
     sequences = [*prompts(20, seed=73, query=150), *prompts(1, seed=74, query=400, longest=300)]
     np.testing.assert_allclose(values(looped, sequences), values(scorer, sequences), rtol=0, atol=TOLERANCE)
 
@@ -275,8 +279,9 @@ def test_a_shorter_longest_prompt_needs_fewer_pages(folder: Path) -> None:
         values(small, [[1] * 201])
 
 
-def test_nothing_compiles_after_warmup(folder: Path) -> None:
-    scorer = engine.load(folder, max_row_tokens=32, call_tokens=64)
+@pytest.mark.parametrize("implementation", ["native", "paged"])
+def test_nothing_compiles_after_warmup(implementation: str, folder: Path) -> None:
+    scorer = engine.load(folder, implementation=implementation, max_row_tokens=32, call_tokens=64)
     told: list[tuple[int, int, str]] = []
     scorer.warmup(lambda *progress: told.append(progress))
     assert told[-1][0] == told[-1][1] == len(told) == scorer.compilations

@@ -10,39 +10,9 @@ import pytest
 from model.attention import Context, Rule, attend, to_pool
 from model.attention_tpu import stored_width
 from model.pages import PAGE_TOKENS
+from tests.parity.attention_inputs import behind, inputs
 
-PAGES, SLOTS, LAYERS = 9, 8, 2
 Attend = Callable[..., jax.Array]
-
-
-def inputs(
-    *, bins: int, width: int, head_width: int, longest: int, heads: int = 4, kv_heads: int = 2, seed: int = 0
-) -> tuple[jax.Array, jax.Array, jax.Array, Context]:
-    """Rows of 1 to ``longest`` tokens in every bin, the last positions of each left empty, and a full page table."""
-    rng = np.random.default_rng(seed)
-    segments, positions = np.full((bins, width), -1, np.int32), np.zeros((bins, width), np.int32)
-    for number, row in enumerate(segments):
-        ends = np.cumsum(rng.integers(1, longest + 1, width))
-        filled = int(ends[ends < width][-1])
-        rows = np.searchsorted(ends, np.arange(filled), "right")
-        row[:filled] = 1000 * number + rows
-        positions[number, :filled] = np.arange(filled) - np.concatenate([[0], ends])[rows]
-
-    def normal(*shape: int) -> np.ndarray:
-        return rng.normal(0, 1, shape).astype(np.float32)
-
-    pool = normal(PAGES, LAYERS, 2, kv_heads, PAGE_TOKENS, stored_width(head_width))
-    pool[..., head_width:] = 0
-    table = rng.permutation(PAGES - 1)[:SLOTS].astype(np.int32) + 1
-    q = normal(bins * width, heads, head_width) * 2 * head_width**-0.5
-    k, v = (normal(bins * width, kv_heads, head_width) for _ in range(2))
-    context = Context(*map(jnp.asarray, (segments, positions.reshape(-1), pool, table, np.int32(0))))
-    return jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), context
-
-
-def behind(context: Context, length: int) -> Context:
-    """The same rows over a prefix."""
-    return context._replace(prefix_length=jnp.int32(length), positions=context.positions + length)
 
 
 def both(head_width: int, window: int | None = None, softcap: float | None = None) -> tuple[Attend, Attend]:
@@ -74,7 +44,9 @@ def both(head_width: int, window: int | None = None, softcap: float | None = Non
 def test_kernel_equals_reference(
     bins: int, width: int, head_width: int, longest: int, window: int | None, softcap: float | None
 ) -> None:
-    q, k, v, context = inputs(bins=bins, width=width, head_width=head_width, longest=longest)
+    q, k, v, context = inputs(
+        bins=bins, width=width, head_width=head_width, longest=longest, stored=stored_width(head_width)
+    )
     real = np.asarray(context.segments).reshape(-1) >= 0
     kernel, reference = both(head_width, window, softcap)
     for length in (0, 1, 4 * PAGE_TOKENS, 5 * PAGE_TOKENS + 3, 8 * PAGE_TOKENS - 5):
@@ -85,7 +57,7 @@ def test_kernel_equals_reference(
 
 def test_bfloat16_reads_and_a_broken_neighbour() -> None:
     """Only reads are asked, in bfloat16; one row's values are NaN, and nobody else's result is."""
-    q, k, v, context = inputs(bins=3, width=128, head_width=64, longest=40)
+    q, k, v, context = inputs(bins=3, width=128, head_width=64, longest=40, stored=stored_width(64))
     segments = np.asarray(context.segments).reshape(-1)
     broken = segments == segments[0]
     v = v.at[np.flatnonzero(broken)].set(jnp.nan)

@@ -14,7 +14,8 @@ from tests.tiny import make_llama
 
 
 @pytest.mark.parametrize(
-    ("case", "implementation"), [*((case, "paged") for case in CASES), ("untied", "reference"), ("tied", "reference")]
+    ("case", "implementation"),
+    [*((case, each) for case in CASES for each in ("native", "paged")), ("untied", "reference"), ("tied", "reference")],
 )
 def test_float32_logprobs_equal_transformers(case: str, implementation: str, tmp_path: Path) -> None:
     folder = make_llama(tmp_path, **CASES[case])

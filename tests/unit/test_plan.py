@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from model import plan
 
-LADDERS = (plan.shapes(128, 256), plan.large_shapes(128, 1024))
+LADDERS = (plan.shapes(128, 256), plan.large_shapes(128, 1024), plan.flat_shapes(128))
 
 token_lists = st.lists(st.integers(0, 2), min_size=1, max_size=200)
 
@@ -117,11 +117,12 @@ def test_tokens_after_the_last_read_are_not_computed() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_realistic_lengths_waste_at_most_a_tenth(seed: int) -> None:
+@pytest.mark.parametrize(("ladder", "most"), [(plan.shapes(512, 1024), 0.10), (plan.flat_shapes(1024), 0.03)])
+def test_realistic_lengths_waste_at_most_a_tenth(ladder: tuple[plan.Shape, ...], most: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     lengths = np.clip(np.exp(rng.normal(3.5, 0.9, 200)), 4, 300).astype(int)
     rows = [plan.Row(i, 0, int(length), 1) for i, length in enumerate(lengths)]
-    assert plan.padding_waste(plan.pack(rows, plan.shapes(512, 1024))) <= 0.10
+    assert plan.padding_waste(plan.pack(rows, ladder)) <= most
 
 
 def test_a_row_wider_than_every_bin_is_refused() -> None:

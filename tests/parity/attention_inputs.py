@@ -1,0 +1,52 @@
+"""Random inputs of attention, for the tests of its kernels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model.attention import Context
+from model.pages import PAGE_TOKENS
+
+PAGES, SLOTS, LAYERS = 9, 8, 2
+
+
+def inputs(
+    *,
+    bins: int,
+    width: int,
+    head_width: int,
+    longest: int,
+    heads: int = 4,
+    kv_heads: int = 2,
+    stored: int | None = None,
+    seed: int = 0,
+) -> tuple[jax.Array, jax.Array, jax.Array, Context]:
+    """Rows of 1 to ``longest`` tokens in every bin, the last positions of each left empty, and a full page table.
+
+    Args:
+        stored: width of a head in the pool, zeros beyond ``head_width``; None: as it is.
+    """
+    rng = np.random.default_rng(seed)
+    segments, positions = np.full((bins, width), -1, np.int32), np.zeros((bins, width), np.int32)
+    for number, row in enumerate(segments):
+        ends = np.cumsum(rng.integers(1, longest + 1, width))
+        filled = int(ends[ends < width][-1])
+        rows = np.searchsorted(ends, np.arange(filled), "right")
+        row[:filled] = 1000 * number + rows
+        positions[number, :filled] = np.arange(filled) - np.concatenate([[0], ends])[rows]
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.normal(0, 1, shape).astype(np.float32)
+
+    pool = normal(PAGES, LAYERS, 2, kv_heads, PAGE_TOKENS, stored or head_width)
+    pool[..., head_width:] = 0
+    table = rng.permutation(PAGES - 1)[:SLOTS].astype(np.int32) + 1
+    q = normal(bins * width, heads, head_width) * 2 * head_width**-0.5
+    k, v = (normal(bins * width, kv_heads, head_width) for _ in range(2))
+    context = Context(*map(jnp.asarray, (segments, positions.reshape(-1), pool, table, np.int32(0))))
+    return jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), context
+
+
+def behind(context: Context, length: int) -> Context:
+    """The same rows over a prefix."""
+    return context._replace(prefix_length=jnp.int32(length), positions=context.positions + length)

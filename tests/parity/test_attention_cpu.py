@@ -1,0 +1,188 @@
+"""The CPU kernel against a plain softmax over everything in float64, and how it is built."""
+
+import platform
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model import attention_cpu, compiled
+from model.attention import Context, Rule, attend, to_pool
+from model.pages import PAGE_TOKENS
+from tests.parity.attention_inputs import behind, inputs
+
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler is installed")
+
+PROCESSORS = ["native", "x86-64-v3", "x86-64-v2"] if platform.machine() == "x86_64" else ["native"]
+"""v3 has AVX2, v2 SSE, neither has bfloat16."""
+
+FLAGS = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+
+
+def runs_here(processor: str) -> bool:
+    return processor == "native" or {"x86-64-v3": "avx2", "x86-64-v2": "sse4_2"}[processor] in FLAGS
+
+
+@pytest.fixture(scope="module", params=PROCESSORS)
+def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The kernel as it is built for another processor, under a name of its own."""
+    if not runs_here(request.param):
+        pytest.skip(f"this processor has not the instructions of {request.param}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXXFLAGS", f"-march={request.param}")
+        patch.setattr(attention_cpu, "TARGET", f"attention_for_{request.param}")
+        assert attention_cpu.register(tmp_path_factory.mktemp("kernel"))
+        yield
+
+
+def attended(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    context: Context,
+    rule: Rule | None = None,
+    reads: jax.Array | None = None,
+) -> np.ndarray:
+    """By the kernel, in layer 1; its pool is stored as the engine does."""
+    context = context._replace(pool=to_pool(context.pool))
+    query, asked = q if reads is None else q[reads], rule or Rule()
+    result = jax.jit(lambda *a: attend(*a, 1, asked, implementation="native", reads=reads))(query, k, v, context)
+    return np.asarray(result, np.float32)
+
+
+def exact(q: jax.Array, k: jax.Array, v: jax.Array, context: Context, rule: Rule) -> np.ndarray:
+    """The same of all tokens in float64."""
+    segments, positions = (np.asarray(x).reshape(-1) for x in (context.segments, context.positions))
+    length = int(context.prefix_length)
+    pages = np.asarray(context.pool, np.float64)[np.asarray(context.page_table), 1]
+    prefix = pages.transpose(1, 2, 0, 3, 4).reshape(2, k.shape[1], -1, k.shape[2])[:, :, :length]
+    own = np.stack([np.asarray(x, np.float64).transpose(1, 0, 2) for x in (k, v)])
+    keys, values = np.concatenate([prefix, own], axis=2).repeat(q.shape[1] // k.shape[1], axis=1)
+    distance = positions[:, None] - np.concatenate([np.arange(length), positions])
+    of_row = np.concatenate([np.ones((len(segments), length), bool), segments[:, None] == segments], axis=1)
+    visible = of_row & (distance >= 0) & (distance < (rule.window if rule.window is not None else len(of_row[0])))
+    scores = np.asarray(q, np.float64).transpose(1, 0, 2) @ keys.transpose(0, 2, 1)
+    if rule.softcap is not None:
+        scores = rule.softcap * np.tanh(scores / rule.softcap)
+    scores = np.where(visible, scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return (weights / weights.sum(axis=-1, keepdims=True) @ values).transpose(1, 0, 2)
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize(
+    ("shape", "heads", "kv_heads", "head_width", "longest", "window", "softcap"),
+    [
+        pytest.param((1, 1024), 9, 3, 64, 60, None, None, id="the demo model's heads"),
+        pytest.param((5, 96), 4, 4, 80, 40, 20, 1.5, id="a window shorter than a row, and a soft cap"),
+        pytest.param((1, 700), 8, 1, 72, 600, 300, None, id="a row longer than a window, one key for all heads"),
+        pytest.param((3, 64), 2, 2, 24, 30, None, 5.0, id="narrow heads"),
+        pytest.param((2, 256), 4, 2, 256, 200, None, None, id="wide heads"),
+    ],
+)
+def test_kernel_equals_float64(
+    shape: tuple[int, int],
+    heads: int,
+    kv_heads: int,
+    head_width: int,
+    longest: int,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    sizes = {"bins": shape[0], "width": shape[1], "head_width": head_width, "longest": longest}
+    q, k, v, context = inputs(**sizes, heads=heads, kv_heads=kv_heads)
+    real = np.asarray(context.segments).reshape(-1) >= 0
+    rule = Rule(None if window is None else jnp.int32(window), softcap)
+    reads = jnp.asarray([3, 17, 18, 18, 60, 0])
+    for length in (0, 65, 5 * PAGE_TOKENS + 3):
+        here = behind(context, length)
+        got = attended(q, k, v, here, rule)
+        np.testing.assert_allclose(got[real], exact(q, k, v, here, rule)[real], rtol=3e-6, atol=3e-6)
+        assert not got[~real].any()
+        np.testing.assert_array_equal(attended(q, k, v, here, rule, reads), got[np.asarray(reads)])
+        rounded = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+        stored = here._replace(pool=here.pool.astype(jnp.bfloat16))
+        got = attended(*rounded, stored, rule)
+        np.testing.assert_allclose(got[real], exact(*rounded, stored, rule)[real], rtol=0.004, atol=0.01)
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_has_the_same_bits_whatever_is_beside_it(dtype: str) -> None:
+    q, k, v, context = inputs(bins=1, width=640, head_width=64, longest=90, heads=6, kv_heads=2)
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    context = behind(context._replace(pool=context.pool.astype(dtype)), 200)
+    among = attended(q, k, v, context)
+    segments = np.asarray(context.segments)[0]
+    for segment in range(segments.max() + 1):
+        (own,) = np.nonzero(segments == segment)
+        alone = context._replace(segments=jnp.zeros((1, len(own)), jnp.int32), positions=context.positions[own])
+        np.testing.assert_array_equal(attended(q[own], k[own], v[own], alone), among[own])
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_broken_row_harms_only_itself(dtype: str) -> None:
+    q, k, v, context = inputs(bins=2, width=128, head_width=64, longest=40)
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    context = behind(context._replace(pool=context.pool.astype(dtype)), 130)
+    segments = np.asarray(context.segments).reshape(-1)
+    whole = attended(q, k, v, context)
+    broken = segments == segments[0]
+    for value in (np.nan, np.inf):
+        spoilt = [x.at[np.flatnonzero(broken)].set(value) for x in (q, k, v)]
+        got = attended(*spoilt, context)
+        assert np.isnan(got[broken]).all()
+        np.testing.assert_array_equal(got[~broken], whole[~broken])
+
+
+def test_built_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(attention_cpu, "TARGET", "kept_attention")
+    assert attention_cpu.register(tmp_path)
+    (kept,) = tmp_path.iterdir()
+    monkeypatch.setattr(compiled, "write", None)  # would fail
+    monkeypatch.setattr(attention_cpu, "TARGET", "kept_attention_again")
+    assert attention_cpu.register(tmp_path)
+    assert list(tmp_path.iterdir()) == [kept]
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("spoil", [lambda file: file.write_bytes(b"\x7fELF"), lambda file: file.chmod(0o666)])
+def test_a_file_that_is_broken_or_anybodys_is_not_run(
+    spoil: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(attention_cpu, "TARGET", f"spoilt_attention_{id(spoil)}")
+    assert callable(spoil)
+    assert attention_cpu._library(tmp_path).ScoreAttention  # pyright: ignore[reportPrivateUsage]
+    (kept,) = tmp_path.iterdir()
+    spoil(kept)
+    before = kept.stat().st_ino
+    assert attention_cpu.register(tmp_path)
+    assert "is made anew" in caplog.text
+    assert kept.stat().st_ino != before
+
+
+def test_a_folder_that_cannot_be_written_costs_only_the_keeping(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(attention_cpu, "TARGET", "homeless_attention")
+    (tmp_path / "folder").write_text("a file, not a folder")
+    assert attention_cpu.register(tmp_path / "folder")
+    assert "cannot be kept" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("no-such-compiler", "no compiler 'no-such-compiler' is installed"), ("false", "false ended")],
+)
+def test_without_a_compiler_it_says_what_to_do(
+    compiler: str, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    assert not attention_cpu.register(None)
+    assert reason in caplog.text
+    assert "Install a C++20 compiler, g++ for example, or name one in CXX." in caplog.text
