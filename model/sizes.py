@@ -32,7 +32,7 @@ class Sizes:
 
     max_row_tokens: int = 512
     call_tokens: int = 1024
-    chunks: tuple[int, ...] = (64, 128, 192, 256, 320, 384, 512)
+    chunks: tuple[int, ...] = (64, 128, 192, 256, 288, 320, 384, 448, 512)
     head_rows: tuple[int, ...] = (1, 8, 32, 128)
     argmax_rows: tuple[int, ...] = (8, 128)
     target_rows: tuple[int, ...] = (8, 64, 512)
