@@ -23,6 +23,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from model import attention_cpu, checkpoint, decoder, plan, registry, sharding
+from model.attention import NATIVE
 from model.checkpoint import Tensor
 from model.config import ModelConfig
 from model.fields import ConfigError, read_config
@@ -413,12 +414,13 @@ def load(
     Raises:
         ConfigError: a config key or architecture that is not known, or sizes that the mesh cannot divide.
         CheckpointError: a tensor missing, unexpected or mis-shaped, or a broken file.
+        RuntimeError: "native" attention is asked where its kernel cannot be built.
     """
     parsed = registry.from_hf(read_config(folder))
     if quantization and parsed.experts:
         raise ConfigError(f"{parsed.architecture}: mixtures of experts are not quantised; leave out {quantization}")
     platform, target = jax.default_backend(), jnp.dtype(dtype)
-    implementation = implementation or _attention(platform, compiled_folder)
+    implementation = _attention(implementation, platform, compiled_folder)
     here = replace(BY_PLATFORM.get(platform, BY_PLATFORM["tpu"]), **sizes)
     part = replace(parsed if mesh is None else divided(parsed, mesh.shape[MODEL]), int8=quantization == "int8")
     laid = layout(part, here, dtype=target, implementation=implementation, max_prompt_tokens=max_prompt_tokens)
@@ -470,13 +472,19 @@ def load(
     return Engine(part, laid, ModelPrograms(*common, layers=state(block, "blocks")), target)
 
 
-def _attention(platform: str, folder: Path | None) -> str:
-    """The fastest implementation of attention that runs here."""
-    if platform == "tpu":
+def _attention(asked: str | None, platform: str, folder: Path | None) -> str:
+    """What is asked, ready to run, or the fastest implementation of attention that runs here."""
+    if asked not in (None, NATIVE):
+        return asked
+    if asked is None and platform == "tpu":
         return "fused"
     if folder is None and (of_jax := jax.config.jax_compilation_cache_dir):  # pyright: ignore[reportAttributeAccessIssue]
         folder = Path(of_jax)
-    return "native" if platform == "cpu" and attention_cpu.load(folder) else "paged"
+    if platform == "cpu" and attention_cpu.load(folder):
+        return NATIVE
+    if asked == NATIVE:
+        raise RuntimeError(f"attention {asked!r} cannot be had here; the log says why, and 'paged' runs everywhere")
+    return "paged"
 
 
 def join(coordinator: str, hosts: int, number: int) -> None:
