@@ -314,7 +314,8 @@ def attend(
         reads: flat indices into the M tokens.
     """
     if implementation == NATIVE:
-        return attend_native(q, k, v, context.segments, *context[2:], layer, *rule, reads)
+        stored = context.pool, context.page_table, context.prefix_length
+        return attend_native(q, k, v, context.segments, *stored, layer, *rule, reads)
     if implementation in FUSED:
         # The kernel takes whole bins: in the one layer that asks for reads alone, queries that nobody reads are zeros.
         queries = q if reads is None else jnp.zeros((k.shape[0], *q.shape[1:]), q.dtype).at[reads].set(q)

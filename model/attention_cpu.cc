@@ -1,6 +1,6 @@
 // Attention of packed rows over a shared paged prefix and over themselves, on a CPU: what model/attention.py describes,
-// in one call. A query folds its own row's keys, then the prefix's, into a running softmax, 64 keys at a time (FlashAttention,
-// arXiv 2205.14135, section 3.1), so that scores and weights never leave the first cache.
+// in one call. A query folds its own row's keys, then the prefix's, into a running softmax, 64 keys at a time
+// (FlashAttention, arXiv 2205.14135, section 3.1), so that scores and weights never leave the first cache.
 //
 // A query's arithmetic does not depend on what else is in the call: keys are cut into blocks from their row's first
 // token and from the prefix's, every sum runs in the order of the keys, and what is masked adds an exact zero.
@@ -106,7 +106,7 @@ struct Float32 {
   static constexpr int kPacked = 1;
   static float Wide(Stored x) { return x; }
   static Stored Narrow(float x) { return x; }
-  static Unit Pack(const Stored* x, int64_t) { return *x; }
+  static Unit Pack(const Stored* x) { return *x; }
   static Floats Add(Floats sum, const Unit* a, const Unit* b) { return sum + *a * Load(b); }
   // Stores weights as operands, and gives them as they were stored.
   static Floats Round(float* to, Floats x) {
@@ -122,7 +122,7 @@ struct BFloat16 {
   static constexpr int kPacked = 2;
   static float Wide(Stored x) { return Widened(x); }
   static Stored Narrow(float x) { return Narrowed(x); }
-  static Unit Pack(const Stored* x, int64_t stride) { return x[0] | uint32_t{x[stride]} << 16; }
+  static Unit Pack(const Stored* x) { return x[0] | uint32_t{x[1]} << 16; }
   static Floats Add(Floats sum, const Unit* a, const Unit* b) {
     const __m512i all = _mm512_set1_epi32(static_cast<int>(*a));
     return std::bit_cast<Floats>(_mm512_dpbf16_ps(std::bit_cast<__m512>(sum), std::bit_cast<__m512bh>(all),
@@ -135,14 +135,11 @@ struct BFloat16 {
   }
 };
 #else
-struct BFloat16 {  // multiplied as float32
+struct BFloat16 : Float32 {  // multiplied as float32
   using Stored = uint16_t;
-  using Unit = float;
-  static constexpr int kPacked = 1;
   static float Wide(Stored x) { return Widened(x); }
   static Stored Narrow(float x) { return Narrowed(x); }
-  static Unit Pack(const Stored* x, int64_t) { return Widened(*x); }
-  static Floats Add(Floats sum, const Unit* a, const Unit* b) { return sum + *a * Load(b); }
+  static Unit Pack(const Stored* x) { return Widened(*x); }
   static Floats Round(float* to, Floats x) {
     for (int lane = 0; lane < kLanes; ++lane) to[lane] = Widened(Narrowed(x[lane]));
     return Load(to);
@@ -158,7 +155,7 @@ struct Problem {
   const int32_t* reads;     // [Q] the tokens that the queries are of
   const int32_t* table;     // [slots]
   void* out;                // [Q, N, H]
-  int64_t queries, tokens, heads, kv_heads, width, layers, page;
+  int64_t queries, heads, kv_heads, width, layers, page;
   int64_t prefix, layer, window;
   float softcap;
 
@@ -191,7 +188,7 @@ class Worker {
     const auto* q = static_cast<const Stored*>(p_.q);
     for (int64_t row = 0; row < rows; ++row) {
       const Stored* from = q + ((first + row / groups) * p_.heads + head * groups + row % groups) * p_.width;
-      for (int64_t step = 0; step < steps_; ++step) queries_[row * steps_ + step] = D::Pack(from + step * D::kPacked, 1);
+      for (int64_t step = 0; step < steps_; ++step) queries_[row * steps_ + step] = D::Pack(from + step * D::kPacked);
     }
     std::fill_n(queries_.begin() + rows * steps_, 2 * kRows * steps_, Unit{});
     std::fill_n(sums_.begin(), (rows + 2 * kRows) * padded_, 0.0f);
@@ -247,7 +244,7 @@ class Worker {
   void Pack(const Stored* k, const Stored* v, int64_t stride, int count) {
     for (int key = 0; key < count; ++key) {
       for (int64_t step = 0; step < steps_; ++step) {
-        keys_[step * kKeys + key] = D::Pack(k + key * stride + step * D::kPacked, 1);
+        keys_[step * kKeys + key] = D::Pack(k + key * stride + step * D::kPacked);
       }
     }
     for (int64_t step = 0; step < steps_; ++step) {
@@ -261,7 +258,7 @@ class Worker {
           const Stored value = key + part < count ? v[(key + part) * stride + channel] : Stored{};
           pair[part] = std::isfinite(D::Wide(value)) ? value : Stored{};
         }
-        to[channel] = D::Pack(pair, 1);
+        to[channel] = D::Pack(pair);
       }
     }
   }
@@ -333,7 +330,8 @@ class Worker {
   // and kept [kRows]: 0 for sums that are not yet set. Summed in parts of kSteps: long sums are more exact so.
   static void Multiply(const Unit* const* a, const Unit* b, int64_t b_stride, int64_t steps, const float* kept,
                        float* sums, int64_t sums_stride, int vectors) {
-    const float all[kRows] = {1, 1, 1, 1, 1, 1};
+    float all[kRows];
+    std::fill_n(all, kRows, 1.0f);
     for (int64_t step = 0; step < steps; step += kSteps) {
       const Operands part{a, b + step * b_stride, b_stride, step, std::min(step + kSteps, steps)};
       const Sums to{step == 0 ? kept : all, sums, sums_stride};
@@ -465,7 +463,6 @@ ffi::Error Handle(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
       .table = table.typed_data(),
       .out = out->untyped_data(),
       .queries = of_queries[0],
-      .tokens = of_keys[0],
       .heads = of_queries[1],
       .kv_heads = of_keys[1],
       .width = of_queries[2],

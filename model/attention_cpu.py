@@ -94,22 +94,14 @@ def _library(folder: Path | None) -> ctypes.CDLL:
     macros = _run([compiler, *options, "-dM", "-E", "-x", "c++", os.devnull])
     decides = (SOURCE.read_bytes(), macros, options, version("jaxlib"))
     name = f"attention-{hashlib.sha256(repr(decides).encode()).hexdigest()}.so"
-    if folder is not None:
-        try:
-            compiled.read(folder / name)  # refuses what somebody else may have put there
-            return ctypes.CDLL(str(folder / name))
-        except FileNotFoundError:
-            pass
-        except OSError:
-            logger.warning("%s cannot be read and is made anew", folder / name, exc_info=True)
+    file = folder and folder / name
+    if file and (found := compiled.kept(file, lambda _: ctypes.CDLL(str(file)))):
+        return found
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch) / name
         _run([compiler, *options, "-isystem", jax.ffi.include_dir(), str(SOURCE), "-o", str(made)])
-        if folder is not None:
-            try:
-                compiled.write(folder / name, made.read_bytes())
-            except OSError as error:
-                logger.warning("%s cannot be kept: %s", folder / name, error)
+        if file:
+            compiled.keep(file, made.read_bytes)
         return ctypes.CDLL(str(made))
 
 

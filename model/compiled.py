@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -22,6 +22,8 @@ from jax.experimental import serialize_executable
 from jax.sharding import NamedSharding
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def program(
@@ -46,25 +48,45 @@ def program(
         return _compile(function, arguments, donated)
     file = folder / _key(name, arguments, donated)
     structure = jax.tree.structure((arguments, {}))
-    try:
-        binary, results = pickle.loads(read(file))
+
+    def loaded(content: bytes) -> Any:
+        binary, results = pickle.loads(content)
         return serialize_executable.deserialize_and_load(
             binary, structure, results, execution_devices=_devices(arguments)
         )
-    except FileNotFoundError:
-        pass
-    except Exception:  # a truncated or foreign file can fail in any way; the program is at hand all the same
-        logger.warning("%s cannot be read and is made anew", file, exc_info=True)
+
+    if (found := kept(file, loaded)) is not None:
+        return found
     compiled = _compile(function, arguments, donated)
-    try:
+
+    def content() -> bytes:
         binary, _, results = serialize_executable.serialize(compiled)
-        write(file, pickle.dumps((binary, results)))
-    except Exception as error:  # a full disk, a folder of somebody else: the next start compiles again
-        logger.warning("%s cannot be kept: %s", file, error)
+        return pickle.dumps((binary, results))
+
+    keep(file, content)
     return compiled
 
 
-def read(file: Path) -> bytes:
+def kept(file: Path, use: Callable[[bytes], T]) -> T | None:
+    """What ``use`` makes of a file that runs as code; None: there is no file, or, after a warning, none to be used."""
+    try:
+        return use(_read(file))
+    except FileNotFoundError:
+        return None
+    except Exception:  # a truncated or foreign file can fail in any way; what it holds can be made anew
+        logger.warning("%s cannot be read and is made anew", file, exc_info=True)
+        return None
+
+
+def keep(file: Path, content: Callable[[], bytes]) -> None:
+    """Write a file for ``kept``, or warn."""
+    try:
+        _write(file, content())
+    except Exception as error:  # a full disk, a folder of somebody else: the next start makes it again
+        logger.warning("%s cannot be kept: %s", file, error)
+
+
+def _read(file: Path) -> bytes:
     """The bytes of a file that runs as code. Raise PermissionError if another user but root can have written them."""
     with file.open("rb") as content:
         found = os.fstat(content.fileno())
@@ -102,7 +124,7 @@ def _built_by() -> tuple[str, ...]:
     return (sources.hexdigest(), *versions, os.environ.get("XLA_FLAGS", ""), jax.default_backend(), *devices)
 
 
-def write(file: Path, content: bytes) -> None:
+def _write(file: Path, content: bytes) -> None:
     """Whole or not at all: several replicas may start at once."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:

@@ -478,8 +478,8 @@ def _attention(asked: str | None, platform: str, folder: Path | None) -> str:
         return asked
     if asked is None and platform == "tpu":
         return "fused"
-    if folder is None and (of_jax := jax.config.jax_compilation_cache_dir):  # pyright: ignore[reportAttributeAccessIssue]
-        folder = Path(of_jax)
+    if of_jax := jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
+        folder = Path(of_jax)  # then nothing else keeps anything, see ``model.compiled``
     if platform == "cpu" and attention_cpu.load(folder):
         return NATIVE
     if asked == NATIVE:

@@ -31,8 +31,8 @@ class Shape:
     """A compiled program's size: ``bins`` bins of ``width`` positions, with room for ``reads`` read positions.
 
     Attributes:
-        attended: positions that each position's attention looks at in vain or not, the prefix apart; None: its bin. 0
-            where it looks at its own row alone, which costs the same however rows are packed.
+        attended: positions that a position's attention costs by the packing, seen or masked; None: those of its bin. 0:
+            attention looks at each row by itself, and costs the same however rows are packed.
     """
 
     width: int

@@ -144,7 +144,7 @@ def test_built_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr(attention_cpu, "TARGET", "kept_attention")
     assert attention_cpu.register(tmp_path)
     (kept,) = tmp_path.iterdir()
-    monkeypatch.setattr(compiled, "write", None)  # would fail
+    monkeypatch.setattr(compiled, "keep", None)  # would fail
     monkeypatch.setattr(attention_cpu, "TARGET", "kept_attention_again")
     assert attention_cpu.register(tmp_path)
     assert list(tmp_path.iterdir()) == [kept]
