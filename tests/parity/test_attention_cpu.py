@@ -140,6 +140,20 @@ def test_a_broken_row_harms_only_itself(dtype: str) -> None:
         np.testing.assert_array_equal(got[~broken], whole[~broken])
 
 
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_broken_token_harms_none_before_it(dtype: str) -> None:
+    """Queries that are multiplied together see different keys: what one may not see is not in its sum, even as 0 * NaN."""
+    q, k, v, context = inputs(bins=1, width=64, head_width=64, longest=60)
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    context = context._replace(segments=jnp.zeros((1, 64), jnp.int32), pool=context.pool.astype(dtype))
+    whole = attended(q, k, v, context)
+    for token in (31, 32, 33):
+        got = attended(*(x.at[token].set(jnp.nan) for x in (q, k, v)), context)
+        np.testing.assert_array_equal(got[:token], whole[:token])
+        assert np.isnan(got[token:]).all()
+
+
 def test_built_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(attention_cpu, "TARGET", "kept_attention")
     assert attention_cpu.register(tmp_path)
