@@ -143,7 +143,7 @@ def test_a_broken_row_harms_only_itself(dtype: str) -> None:
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_broken_token_harms_none_before_it(dtype: str) -> None:
-    """Queries that are multiplied together see different keys: what one may not see is not in its sum, even as 0 * NaN."""
+    """Queries multiplied together see different keys: what one may not see is not in its sum, even as 0 * NaN."""
     q, k, v, context = inputs(bins=1, width=64, head_width=64, longest=60)
     q, k, v = (x.astype(dtype) for x in (q, k, v))
     context = context._replace(segments=jnp.zeros((1, 64), jnp.int32), pool=context.pool.astype(dtype))
