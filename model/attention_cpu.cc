@@ -5,84 +5,25 @@
 // A query's arithmetic does not depend on what else is in the call: keys are cut into blocks from their row's first
 // token and from the prefix's, every sum runs in the order of the keys, and what is masked adds an exact zero.
 //
-// Sizes by the letters of model/__init__.py; "lanes" are of one vector register.
+// Sizes by the letters of model/__init__.py.
 
 #include <algorithm>
-#include <atomic>
-#include <bit>
-#include <condition_variable>
 #include <cmath>
 #include <cstdint>
 #include <functional>
 #include <limits>
 #include <memory>
-#include <mutex>
 #include <utility>
 #include <vector>
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
-#include "xla/ffi/api/ffi.h"
+#include "kernels_cpu.h"
 
 namespace {
 
-namespace ffi = xla::ffi;
-
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-constexpr int kVectors = 4;  // beside each other in a tile of the micro-kernel: 6 x 4 sums in 32 registers
-#elif defined(__AVX__)
-constexpr int kLanes = 8;
-constexpr int kVectors = 2;
-#else
-constexpr int kLanes = 4;
-constexpr int kVectors = 2;
-#endif
-constexpr int kRows = 6;     // queries of one tile
-constexpr int kKeys = 64;    // of one block
+constexpr int kKeys = 64;       // of one block
 constexpr int64_t kSteps = 32;  // of one sum
 constexpr int kTileRows = 384;  // queries that share a packed block: their running sums stay in the second cache
-
-using Floats = float __attribute__((vector_size(4 * kLanes), aligned(4)));
-using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
-
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-Floats All(float x) { return x - Floats{}; }
-Floats Load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
-void Store(float* to, Floats x) { *reinterpret_cast<Floats*>(to) = x; }
-
-float Widened(uint16_t x) { return std::bit_cast<float>(uint32_t{x} << 16); }
-
-// To the nearest, ties to even; NaN stays NaN.
-uint16_t Narrowed(float x) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  if (x != x) return (bits >> 16) | 0x40;
-  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-
-// exp(x) for x <= 0, to 2e-7 of itself; 0 where that is below the smallest normal number; NaN for NaN.
-Floats Exponential(Floats x) {
-  const Floats t = x * 1.44269504f;
-  const Floats least = All(-127.0f), kept = least > t ? least : t;
-  // Adding 1.5 * 2^23 rounds to an integer, and leaves it in the lowest bits; 127 more, and they are 2^n's exponent.
-  const Floats magic = All(12582912.0f + 127.0f), shifted = kept + magic, f = kept - (shifted - magic);
-  Floats p = All(1.3264723896e-3f);  // 2^f for -0.5 <= f <= 0.5: minimax of (2^f - 1) / f, relative error 9.2e-8
-  p = p * f + 9.6715128699e-3f;
-  p = p * f + 5.5507337542e-2f;
-  p = p * f + 2.4022242080e-1f;
-  p = p * f + 6.9314697759e-1f;
-  p = p * f + 1.0f;
-  return p * std::bit_cast<Floats>(std::bit_cast<Ints>(shifted) << 23);
-}
-
-Floats HyperbolicTangent(Floats x) {
-  const Floats e = Exponential(x < 0.0f ? 2.0f * x : -2.0f * x);
-  const Floats magnitude = (1.0f - e) / (1.0f + e);
-  return x < 0.0f ? -magnitude : magnitude;
-}
 
 template <int distance, int... lane>
 Floats Swapped(Floats x, std::integer_sequence<int, lane...>) {
@@ -98,54 +39,6 @@ Floats Across(Floats x, Join join) {
 }
 
 Floats Larger(Floats a, Floats b) { return a > b ? a : b; }
-
-// How a dtype is multiplied. A Unit is what one step of a product takes of each operand: kPacked neighbours.
-struct Float32 {
-  using Stored = float;
-  using Unit = float;
-  static constexpr int kPacked = 1;
-  static float Wide(Stored x) { return x; }
-  static Stored Narrow(float x) { return x; }
-  static Unit Pack(const Stored* x) { return *x; }
-  static Floats Add(Floats sum, const Unit* a, const Unit* b) { return sum + *a * Load(b); }
-  // Stores weights as operands, and gives them as they were stored.
-  static Floats Round(float* to, Floats x) {
-    Store(to, x);
-    return x;
-  }
-};
-
-#if defined(__AVX512BF16__)
-struct BFloat16 {
-  using Stored = uint16_t;
-  using Unit = uint32_t;
-  static constexpr int kPacked = 2;
-  static float Wide(Stored x) { return Widened(x); }
-  static Stored Narrow(float x) { return Narrowed(x); }
-  static Unit Pack(const Stored* x) { return x[0] | uint32_t{x[1]} << 16; }
-  static Floats Add(Floats sum, const Unit* a, const Unit* b) {
-    const __m512i all = _mm512_set1_epi32(static_cast<int>(*a));
-    return std::bit_cast<Floats>(_mm512_dpbf16_ps(std::bit_cast<__m512>(sum), std::bit_cast<__m512bh>(all),
-                                                  std::bit_cast<__m512bh>(_mm512_loadu_si512(b))));
-  }
-  static Floats Round(Unit* to, Floats x) {
-    const __m256i bits = std::bit_cast<__m256i>(_mm512_cvtneps_pbh(std::bit_cast<__m512>(x)));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
-    return std::bit_cast<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-  }
-};
-#else
-struct BFloat16 : Float32 {  // multiplied as float32
-  using Stored = uint16_t;
-  static float Wide(Stored x) { return Widened(x); }
-  static Stored Narrow(float x) { return Narrowed(x); }
-  static Unit Pack(const Stored* x) { return Widened(*x); }
-  static Floats Round(float* to, Floats x) {
-    for (int lane = 0; lane < kLanes; ++lane) to[lane] = Widened(Narrowed(x[lane]));
-    return Load(to);
-  }
-};
-#endif
 
 // One call's buffers and sizes.
 struct Problem {
@@ -388,62 +281,26 @@ class Worker {
     }
   }
 
-  const Problem& p_;
+  const Problem p_;
   int64_t padded_, steps_;
   std::vector<Unit> queries_, keys_, values_;
   std::vector<float> sums_, totals_, highest_;  // running: weighted values, sums by lane, and maxima
   std::vector<int32_t> places_;                 // of each query's token in its row
 };
 
-// What the threads of one call share. Those of the pool may be busy with other work and come late, or when all is done:
-// the caller works too, and waits only for what others have begun.
-class Shared {
- public:
-  Shared(const Problem& problem, int64_t threads) : problem_(problem) {
-    const int64_t most = std::max<int64_t>(1, kTileRows / problem.groups());
-    const int64_t fair = problem.queries * problem.kv_heads / (8 * std::max<int64_t>(threads, 1));
-    tile_ = std::clamp<int64_t>(fair, std::min<int64_t>(most, 16), most);
-    tiles_ = (problem.queries + tile_ - 1) / tile_;
-  }
-
-  int64_t units() const { return tiles_ * problem_.kv_heads; }
-
-  template <typename D>
-  void Work() {
-    if (next_.load() >= units()) return;
-    Worker<D> worker(problem_);
-    int64_t done = 0;
-    for (int64_t unit; (unit = next_.fetch_add(1)) < units(); ++done) {
-      const int64_t first = unit / problem_.kv_heads * tile_;
-      worker.Run(unit % problem_.kv_heads, first, std::min(first + tile_, problem_.queries));
-    }
-    const std::lock_guard<std::mutex> lock(mutex_);
-    done_ += done;
-    if (done_ == units()) finished_.notify_all();
-  }
-
-  void Wait() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    finished_.wait(lock, [this] { return done_ == units(); });
-  }
-
- private:
-  const Problem problem_;
-  int64_t tile_, tiles_, done_ = 0;
-  std::atomic<int64_t> next_{0};
-  std::mutex mutex_;
-  std::condition_variable finished_;
-};
-
 template <typename D>
 void Attend(const Problem& problem, ffi::ThreadPool& pool) {
-  const int64_t threads = pool.num_threads();
-  auto shared = std::make_shared<Shared>(problem, threads);
-  for (int64_t other = 1; other < std::min(threads, shared->units()); ++other) {
-    pool.Schedule([shared] { shared->Work<D>(); });
-  }
-  shared->Work<D>();
-  shared->Wait();
+  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t most = std::max<int64_t>(1, kTileRows / problem.groups());
+  const int64_t fair = problem.queries * problem.kv_heads / (8 * threads);
+  const int64_t tile = std::clamp<int64_t>(fair, std::min<int64_t>(most, 16), most);
+  const int64_t tiles = (problem.queries + tile - 1) / tile;
+  Share(pool, tiles * problem.kv_heads, [problem, tile] {
+    return [problem, tile, worker = std::make_shared<Worker<D>>(problem)](int64_t unit) {
+      const int64_t first = unit / problem.kv_heads * tile;
+      worker->Run(unit % problem.kv_heads, first, std::min(first + tile, problem.queries));
+    };
+  });
 }
 
 ffi::Error Handle(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,

@@ -43,6 +43,7 @@ def gated_mlp(config: ModelConfig, dtype: jnp.dtype) -> GatedMLP:
         activation=config.activation,
         shards=config.shards,
         int8=config.int8,
+        packed=config.packed,
     )
 
 
@@ -63,7 +64,16 @@ class Attention(nnx.Module):
         heads, kv_heads = config.heads * config.head_width, config.kv_heads * config.head_width
 
         def linear(into: int, out: int, *, bias: bool, axes: tuple[str, str]) -> Linear:
-            return Linear(into, out, bias=bias, dtype=dtype, axes=axes, shards=config.shards, int8=config.int8)
+            return Linear(
+                into,
+                out,
+                bias=bias,
+                dtype=dtype,
+                axes=axes,
+                shards=config.shards,
+                int8=config.int8,
+                packed=config.packed,
+            )
 
         self.q = linear(config.width, heads, bias=config.attention_bias, axes=("embed", "heads"))
         self.k = linear(config.width, kv_heads, bias=config.attention_bias, axes=("embed", "kv_heads"))

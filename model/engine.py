@@ -22,11 +22,12 @@ import numpy.typing as npt
 from flax import nnx
 from jax.sharding import Mesh
 
-from model import attention_cpu, checkpoint, decoder, plan, registry, sharding
+from model import checkpoint, decoder, kernels_cpu, linear_cpu, plan, registry, sharding
 from model.attention import NATIVE
 from model.checkpoint import Tensor
 from model.config import ModelConfig
 from model.fields import ConfigError, read_config
+from model.kernels_cpu import Kernels
 from model.layers import quantized
 from model.pages import PAGE_TOKENS, CacheStats, Node, PrefixCache, Recurring
 from model.programs import Inputs, LayerPrograms, ModelPrograms, Prefix, Programs, stack_of
@@ -420,9 +421,11 @@ def load(
     if quantization and parsed.experts:
         raise ConfigError(f"{parsed.architecture}: mixtures of experts are not quantised; leave out {quantization}")
     platform, target = jax.default_backend(), jnp.dtype(dtype)
-    implementation = _attention(implementation, platform, compiled_folder)
+    implementation, kernels = _implementation(implementation, platform, compiled_folder)
+    packs = kernels is not None and mesh is None and not quantization and (dtype == "float32" or kernels.bfloat16)
     here = replace(BY_PLATFORM.get(platform, BY_PLATFORM["tpu"]), **sizes)
-    part = replace(parsed if mesh is None else divided(parsed, mesh.shape[MODEL]), int8=quantization == "int8")
+    part = parsed if mesh is None else divided(parsed, mesh.shape[MODEL])
+    part = replace(part, int8=quantization == "int8", packed=packs)
     laid = layout(part, here, dtype=target, implementation=implementation, max_prompt_tokens=max_prompt_tokens)
     family, abstract = registry.build(part, dtype=target, implementation=implementation)
     if by_layer is None:
@@ -431,9 +434,12 @@ def load(
     arrays: dict[tuple[str | int, ...], jax.Array] = {}
 
     def on_device(path: tuple[str | int, ...], tensor: Tensor) -> jax.Array:
-        if mesh is None:
-            return jnp.asarray(np.asarray(tensor), target)
         leaf: Any = leaves[path]
+        if mesh is None:
+            whole = np.asarray(tensor)
+            if leaf.get_metadata().get("packed"):
+                return jnp.asarray(linear_cpu.pack(whole.astype(target, copy=False)))
+            return jnp.asarray(whole, target)
         return sharding.place(tensor, leaf.axes, leaf.shape, target, mesh)
 
     @partial(jax.jit, donate_argnums=0)
@@ -472,19 +478,21 @@ def load(
     return Engine(part, laid, ModelPrograms(*common, layers=state(block, "blocks")), target)
 
 
-def _attention(asked: str | None, platform: str, folder: Path | None) -> str:
-    """What is asked, ready to run, or the fastest implementation of attention that runs here."""
+def _implementation(asked: str | None, platform: str, folder: Path | None) -> tuple[str, Kernels | None]:
+    """What is asked, ready to run, or the fastest implementation of attention that runs here; and the CPU's kernels, if
+    it is one of them.
+    """
     if asked not in (None, NATIVE):
-        return asked
+        return asked, None
     if asked is None and platform == "tpu":
-        return "fused"
+        return "fused", None
     if of_jax := jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         folder = Path(of_jax)  # then nothing else keeps anything, see ``model.compiled``
-    if platform == "cpu" and attention_cpu.load(folder):
-        return NATIVE
+    if platform == "cpu" and (kernels := kernels_cpu.load(folder)):
+        return NATIVE, kernels
     if asked == NATIVE:
         raise RuntimeError(f"attention {asked!r} cannot be had here; the log says why, and 'paged' runs everywhere")
-    return "paged"
+    return "paged", None
 
 
 def join(coordinator: str, hosts: int, number: int) -> None:

@@ -10,6 +10,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from model import linear_cpu
 from model.config import Activation, Rope
 from model.sharding import RULES
 
@@ -22,6 +23,7 @@ class Linear(nnx.Module):
         axes: names of the kernel's axes, see ``sharding.Rules``.
         shards: devices that these are split over; where that is the first, the devices' products are summed.
         int8: the kernel is stored so, see ``quantized``.
+        packed: the kernel is stored so, see ``linear_cpu``; not one that is int8.
     """
 
     def __init__(
@@ -34,15 +36,23 @@ class Linear(nnx.Module):
         axes: tuple[str, str],
         shards: int = 1,
         int8: bool = False,
+        packed: bool = False,
     ) -> None:
         self.dtype = dtype
-        self.kernel = nnx.Param(jnp.zeros((features_in, features_out), jnp.int8 if int8 else dtype), axes=axes)
+        self.features_out = features_out
+        self.packed = packed
+        shape = linear_cpu.packed_shape(features_in, features_out, dtype) if packed else (features_in, features_out)
+        self.kernel = nnx.Param(jnp.zeros(shape, jnp.int8 if int8 else dtype), axes=axes, packed=packed)
         self.scales = nnx.Param(jnp.zeros((1, features_out), jnp.float32), axes=axes) if int8 else None
         self.bias = nnx.Param(jnp.zeros((features_out,), dtype), axes=axes[1:]) if bias else None
         self.over = getattr(RULES, axes[0]) if shards > 1 else None
 
     def __call__(self, x: Float[Array, "M features_in"]) -> Float[Array, "M features_out"]:
-        y = lax.dot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), preferred_element_type=jnp.float32)
+        operand = x.astype(self.dtype)
+        if self.packed:
+            (y,) = linear_cpu.products(operand, [self.kernel[...]], [self.features_out])
+        else:
+            y = lax.dot(operand, self.kernel[...].astype(self.dtype), preferred_element_type=jnp.float32)
         if self.scales is not None:
             y = y * self.scales[...]
         if self.over:
@@ -113,9 +123,10 @@ class GatedMLP(nnx.Module):
         activation: Activation = "silu",
         shards: int = 1,
         int8: bool = False,
+        packed: bool = False,
     ) -> None:
         def linear(into: int, out: int, axes: tuple[str, str]) -> Linear:
-            return Linear(into, out, bias=bias, dtype=dtype, axes=axes, shards=shards, int8=int8)
+            return Linear(into, out, bias=bias, dtype=dtype, axes=axes, shards=shards, int8=int8, packed=packed)
 
         self.gate = linear(width, ff_width, ("embed", "mlp"))
         self.up = linear(width, ff_width, ("embed", "mlp"))
@@ -123,7 +134,11 @@ class GatedMLP(nnx.Module):
         self.activation: Activation = activation
 
     def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
-        return self.down(activate(self.gate(x), self.activation) * self.up(x))
+        gate, up = self.gate, self.up
+        if gate.packed and gate.bias is None:
+            kernels = gate.kernel[...], up.kernel[...]
+            return self.down(linear_cpu.gated(x.astype(gate.dtype), *kernels, gate.features_out, self.activation))
+        return self.down(activate(gate(x), self.activation) * up(x))
 
 
 def rope_frequencies(rope: Rope, width: int, *, long: bool = False) -> Float[Array, " half"]:

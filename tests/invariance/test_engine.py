@@ -263,9 +263,9 @@ def test_a_page_whose_tail_is_broken_serves_the_prefix_before_it(tmp_path: Path)
     np.testing.assert_allclose(got[:-1], wanted, rtol=0, atol=TOLERANCE)
 
 
-def test_without_a_compiler_attention_is_paged_or_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_layers_are_xlas_or_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = values(engine.load(folder, max_row_tokens=64, call_tokens=64), prompts(5))
-    monkeypatch.setattr(engine.attention_cpu, "load", lambda _: False)
+    monkeypatch.setattr(engine.kernels_cpu, "load", lambda _: None)
     scorer = engine.load(folder, max_row_tokens=64, call_tokens=64)
     assert "2x32" in scorer.info.buckets  # bins, which the kernel has not
     np.testing.assert_allclose(values(scorer, prompts(5)), wanted, rtol=0, atol=TOLERANCE)

@@ -1,42 +1,20 @@
-"""The CPU kernel against a plain softmax over everything in float64, and how it is built."""
+"""The CPU's attention kernel against a plain softmax over everything in float64."""
 
-import platform
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import attention_cpu, compiled
 from model.attention import Context, Rule, attend, to_pool
 from model.pages import PAGE_TOKENS
 from tests.parity.attention_inputs import behind, inputs
 
-pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler is installed")
-
-PROCESSORS = ["native", "x86-64-v3", "x86-64-v2"] if platform.machine() == "x86_64" else ["native"]
-"""v3 has AVX2, v2 SSE, neither has bfloat16."""
-
-FLAGS = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
-
-
-def runs_here(processor: str) -> bool:
-    return processor == "native" or {"x86-64-v3": "avx2", "x86-64-v2": "sse4_2"}[processor] in FLAGS
-
-
-@pytest.fixture(scope="module", params=PROCESSORS)
-def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The kernel as it is built for another processor, under a name of its own."""
-    if not runs_here(request.param):
-        pytest.skip(f"this processor has not the instructions of {request.param}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CXXFLAGS", f"-march={request.param}")
-        patch.setattr(attention_cpu, "TARGET", f"attention_for_{request.param}")
-        assert attention_cpu.register(tmp_path_factory.mktemp("kernel"))
-        yield
+pytestmark = [
+    pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler is installed"),
+    pytest.mark.usefixtures("kernels"),
+]
 
 
 def attended(
@@ -73,7 +51,6 @@ def exact(q: jax.Array, k: jax.Array, v: jax.Array, context: Context, rule: Rule
     return (weights / weights.sum(axis=-1, keepdims=True) @ values).transpose(1, 0, 2)
 
 
-@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize(
     ("shape", "heads", "kv_heads", "head_width", "longest", "window", "softcap"),
     [
@@ -110,7 +87,6 @@ def test_kernel_equals_float64(
         np.testing.assert_allclose(got[real], exact(*rounded, stored, rule)[real], rtol=0.004, atol=0.01)
 
 
-@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_row_has_the_same_bits_whatever_is_beside_it(dtype: str) -> None:
     q, k, v, context = inputs(bins=1, width=640, head_width=64, longest=90, heads=6, kv_heads=2)
@@ -124,7 +100,6 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it(dtype: str) -> None:
         np.testing.assert_array_equal(attended(q[own], k[own], v[own], alone), among[own])
 
 
-@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_broken_row_harms_only_itself(dtype: str) -> None:
     q, k, v, context = inputs(bins=2, width=128, head_width=64, longest=40)
@@ -140,7 +115,6 @@ def test_a_broken_row_harms_only_itself(dtype: str) -> None:
         np.testing.assert_array_equal(got[~broken], whole[~broken])
 
 
-@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_broken_token_harms_none_before_it(dtype: str) -> None:
     """Queries multiplied together see different keys: what one may not see is not in its sum, even as 0 * NaN."""
@@ -152,51 +126,3 @@ def test_a_broken_token_harms_none_before_it(dtype: str) -> None:
         got = attended(*(x.at[token].set(jnp.nan) for x in (q, k, v)), context)
         np.testing.assert_array_equal(got[:token], whole[:token])
         assert np.isnan(got[token:]).all()
-
-
-def test_built_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(attention_cpu, "TARGET", "kept_attention")
-    assert attention_cpu.register(tmp_path)
-    (kept,) = tmp_path.iterdir()
-    monkeypatch.setattr(compiled, "keep", None)  # would fail
-    monkeypatch.setattr(attention_cpu, "TARGET", "kept_attention_again")
-    assert attention_cpu.register(tmp_path)
-    assert list(tmp_path.iterdir()) == [kept]
-    assert not caplog.text
-
-
-@pytest.mark.parametrize("spoil", [lambda file: file.write_bytes(b"\x7fELF"), lambda file: file.chmod(0o666)])
-def test_a_file_that_is_broken_or_anybodys_is_not_run(
-    spoil: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(attention_cpu, "TARGET", f"spoilt_attention_{id(spoil)}")
-    assert callable(spoil)
-    assert attention_cpu._library(tmp_path).ScoreAttention  # pyright: ignore[reportPrivateUsage]
-    (kept,) = tmp_path.iterdir()
-    spoil(kept)
-    before = kept.stat().st_ino
-    assert attention_cpu.register(tmp_path)
-    assert "is made anew" in caplog.text
-    assert kept.stat().st_ino != before
-
-
-def test_a_folder_that_cannot_be_written_costs_only_the_keeping(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(attention_cpu, "TARGET", "homeless_attention")
-    (tmp_path / "folder").write_text("a file, not a folder")
-    assert attention_cpu.register(tmp_path / "folder")
-    assert "cannot be kept" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("compiler", "reason"),
-    [("no-such-compiler", "no compiler 'no-such-compiler' is installed"), ("false", "false ended")],
-)
-def test_without_a_compiler_it_says_what_to_do(
-    compiler: str, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("CXX", compiler)
-    assert not attention_cpu.register(None)
-    assert reason in caplog.text
-    assert "Install a C++20 compiler, g++ for example, or name one in CXX." in caplog.text

@@ -1,0 +1,199 @@
+// Matmuls with kernels that were packed once, at the start, on a CPU: what model/linear_cpu.py describes. A tile of
+// sums stays in registers while it walks the whole inner axis, so a row's arithmetic does not depend on what else is in
+// the call; what is done with the sums is done before they leave the first cache.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <string_view>
+#include <vector>
+
+#include "kernels_cpu.h"
+
+namespace {
+
+constexpr int kPanel = 64;    // columns of a kernel that lie beside each other
+constexpr int64_t kMost = 96;  // rows that a thread takes at once
+constexpr int64_t kSteps = 192;  // of one sum: sums of such sums are more exact, and cost 1%
+
+static_assert(kPanel % (kVectors * kLanes) == 0);
+
+// One kernel [panels, steps, kPanel] and what comes of it.
+struct Linear {
+  const void* kernel;
+  void* out;        // [rows, columns]
+  int64_t columns;  // the last panel may have more: zeros
+
+  int64_t panels() const { return (columns + kPanel - 1) / kPanel; }
+};
+
+struct Input {
+  const void* rows;  // [count, steps]
+  int64_t count, steps;
+};
+
+// sums = a * b, of `rows` rows and a panel.
+template <typename D, int rows>
+void Multiply(const typename D::Unit* a, int64_t steps, const typename D::Unit* b, float (*sums)[kPanel]) {
+  for (int column = 0; column < kPanel; column += kVectors * kLanes) {
+    const typename D::Unit* at = b + column;
+    for (int64_t first = 0; first < steps; first += kSteps) {
+      Floats tile[rows][kVectors] = {};
+      for (int64_t step = first; step < std::min(first + kSteps, steps); ++step, at += kPanel) {
+        for (int i = 0; i < rows; ++i) {
+          for (int j = 0; j < kVectors; ++j) tile[i][j] = D::Add(tile[i][j], a + i * steps + step, at + j * kLanes);
+        }
+      }
+      for (int i = 0; i < rows; ++i) {
+        for (int j = 0; j < kVectors; ++j) {
+          float* sum = &sums[i][column + j * kLanes];
+          Store(sum, first == 0 ? tile[i][j] : Load(sum) + tile[i][j]);
+        }
+      }
+    }
+  }
+}
+
+template <typename D>
+void Multiply(int64_t rows, const typename D::Unit* a, int64_t steps, const typename D::Unit* b,
+              float (*sums)[kPanel]) {
+  static_assert(kRows == 6);
+  switch (rows) {
+    case 1: return Multiply<D, 1>(a, steps, b, sums);
+    case 2: return Multiply<D, 2>(a, steps, b, sums);
+    case 3: return Multiply<D, 3>(a, steps, b, sums);
+    case 4: return Multiply<D, 4>(a, steps, b, sums);
+    case 5: return Multiply<D, 5>(a, steps, b, sums);
+    default: return Multiply<D, 6>(a, steps, b, sums);
+  }
+}
+
+// Calls tile(panel, row, rows) for every tile, on all threads. Those of one panel follow each other: it stays in the
+// second cache.
+template <typename Tile>
+void EachTile(ffi::ThreadPool& pool, int64_t panels, int64_t rows, Tile tile) {
+  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t fair = rows * panels / (8 * threads) / kRows * kRows;
+  const int64_t most = std::clamp<int64_t>(fair, 2 * kRows, kMost), blocks = (rows + most - 1) / most;
+  Share(pool, blocks * panels, [=] {
+    return [=](int64_t unit) {
+      const int64_t panel = unit / blocks, first = unit % blocks * most, last = std::min(rows, first + most);
+      for (int64_t row = first; row < last; row += kRows) tile(panel, row, std::min<int64_t>(kRows, last - row));
+    };
+  });
+}
+
+template <typename D>
+void Products(ffi::ThreadPool& pool, const Input& x, const std::vector<Linear>& linears) {
+  int64_t panels = 0;
+  for (const Linear& linear : linears) panels += linear.panels();
+  EachTile(pool, panels, x.count, [x, linears](int64_t panel, int64_t row, int64_t rows) {
+    size_t number = 0;
+    for (; panel >= linears[number].panels(); ++number) panel -= linears[number].panels();
+    const Linear& linear = linears[number];
+    alignas(64) float sums[kRows][kPanel];
+    Multiply<D>(rows, static_cast<const typename D::Unit*>(x.rows) + row * x.steps, x.steps,
+                static_cast<const typename D::Unit*>(linear.kernel) + panel * x.steps * kPanel, sums);
+    const int64_t count = std::min<int64_t>(kPanel, linear.columns - panel * kPanel);
+    float* out = static_cast<float*>(linear.out) + row * linear.columns + panel * kPanel;
+    for (int64_t i = 0; i < rows; ++i) std::memcpy(out + i * linear.columns, sums[i], count * sizeof(float));
+  });
+}
+
+// x / (1 + exp(-x))
+Floats Silu(Floats x) {
+  const Floats e = Exponential(x < 0.0f ? x : -x);
+  return x * (x < 0.0f ? e : All(1.0f)) / (1.0f + e);
+}
+
+// By its usual approximation with a hyperbolic tangent.
+Floats Gelu(Floats x) {
+  return 0.5f * x * (1.0f + HyperbolicTangent(0.7978845608f * (x + 0.044715f * x * x * x)));
+}
+
+// activation(x * gate) * (x * up), narrowed.
+template <typename D, Floats (*activation)(Floats)>
+void Gated(ffi::ThreadPool& pool, const Input& x, const void* gate, const Linear& up) {
+  using Unit = typename D::Unit;
+  EachTile(pool, up.panels(), x.count, [x, gate, up](int64_t panel, int64_t row, int64_t rows) {
+    alignas(64) float gates[kRows][kPanel], ups[kRows][kPanel];
+    alignas(64) Unit narrowed[kPanel / D::kPacked];
+    const Unit* from = static_cast<const Unit*>(x.rows) + row * x.steps;
+    const int64_t at = panel * x.steps * kPanel, count = std::min<int64_t>(kPanel, up.columns - panel * kPanel);
+    Multiply<D>(rows, from, x.steps, static_cast<const Unit*>(gate) + at, gates);
+    Multiply<D>(rows, from, x.steps, static_cast<const Unit*>(up.kernel) + at, ups);
+    auto* out = static_cast<typename D::Stored*>(up.out) + row * up.columns + panel * kPanel;
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int column = 0; column < kPanel; column += kLanes) {
+        D::Round(&narrowed[column / D::kPacked], activation(Load(&gates[i][column])) * Load(&ups[i][column]));
+      }
+      std::memcpy(out + i * up.columns, narrowed, count * sizeof(*out));
+    }
+  });
+}
+
+template <typename D>
+Input Of(ffi::AnyBuffer x) {
+  return {x.untyped_data(), x.dimensions()[0], x.dimensions()[1] / D::kPacked};
+}
+
+// What comes of `work` for the operands' dtype. Without bfloat16 instructions model/linear_cpu.py packs no bfloat16.
+template <typename Work>
+ffi::Error ByDtype(ffi::AnyBuffer x, Work work) {
+  if (x.element_type() == ffi::F32) return work(Float32());
+#if defined(__AVX512BF16__)
+  if (x.element_type() == ffi::BF16) return work(BFloat16());
+#endif
+  return ffi::Error::InvalidArgument("packed kernels of this dtype are not multiplied on this processor");
+}
+
+ffi::Error HandleProducts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs kernels, ffi::RemainingRets outs) {
+  std::vector<Linear> linears;
+  for (size_t i = 0; i < kernels.size(); ++i) {
+    const auto kernel = kernels.get<ffi::AnyBuffer>(i);
+    auto out = outs.get<ffi::AnyBuffer>(i);
+    if (!kernel || !out) return ffi::Error::InvalidArgument("as many kernels as results are needed");
+    linears.push_back({kernel->untyped_data(), (*out)->untyped_data(), (*out)->dimensions()[1]});
+  }
+  return ByDtype(x, [&]<typename D>(D) {
+    Products<D>(pool, Of<D>(x), linears);
+    return ffi::Error::Success();
+  });
+}
+
+ffi::Error HandleGated(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer gate, ffi::AnyBuffer up,
+                       std::string_view activation, ffi::Result<ffi::AnyBuffer> out) {
+  const Linear linear{up.untyped_data(), out->untyped_data(), out->dimensions()[1]};
+  return ByDtype(x, [&]<typename D>(D) {
+    if (activation == "silu") {
+      Gated<D, Silu>(pool, Of<D>(x), gate.untyped_data(), linear);
+    } else if (activation == "gelu_tanh") {
+      Gated<D, Gelu>(pool, Of<D>(x), gate.untyped_data(), linear);
+    } else {
+      return ffi::Error::InvalidArgument("no such activation");
+    }
+    return ffi::Error::Success();
+  });
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ScoreProducts, HandleProducts,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().RemainingArgs().RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ScoreGated, HandleGated,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Attr<std::string_view>("activation")
+                                  .Ret<ffi::AnyBuffer>());
+
+// Whether the processor multiplies bfloat16 faster than float32.
+extern "C" int ScoreHasBFloat16() {
+#if defined(__AVX512BF16__)
+  return 1;
+#else
+  return 0;
+#endif
+}

@@ -1,0 +1,70 @@
+"""Matmuls on a CPU with kernels packed once, as they are read: ``linear_cpu.cc``, called by XLA (its FFI).
+
+XLA packs a kernel anew for every call, which for few rows takes a good part of it. A row has the same bits whatever is
+beside it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from jaxtyping import Array, Float
+
+from model import kernels_cpu
+from model.config import Activation
+
+PANEL = 64
+"""Columns of a kernel that lie beside each other."""
+
+
+def packed_shape(features_in: int, features_out: int, dtype: jnp.dtype) -> tuple[int, int, int]:
+    """Of a kernel as ``pack`` stores it: panels, steps of the inner axis, and what a step takes of each column."""
+    together = _together(dtype)
+    return -(-features_out // PANEL), features_in // together, PANEL * together
+
+
+def _together(dtype: jnp.dtype) -> int:
+    """Numbers of the inner axis that one instruction multiplies: they lie beside each other."""
+    return 4 // jnp.dtype(dtype).itemsize
+
+
+def pack(kernel: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A kernel [in, out], of the dtype that it is multiplied in, as ``products`` takes it.
+
+    The last panel is filled up with zeros. In bfloat16 an even number of features in is needed.
+    """
+    features_in, features_out = kernel.shape
+    panels, steps, _ = shape = packed_shape(features_in, features_out, kernel.dtype)
+    filled = np.zeros((panels * PANEL, features_in), kernel.dtype)
+    filled[:features_out] = kernel.T
+    # What one instruction multiplies moves as one number.
+    units = filled.view(np.uint32).reshape(panels, PANEL, steps)
+    return np.ascontiguousarray(units.transpose(0, 2, 1)).view(kernel.dtype).reshape(shape)
+
+
+def products(
+    x: Float[Array, "M features_in"], kernels: Sequence[Float[Array, "panels steps packed"]], widths: Sequence[int]
+) -> Sequence[Float[Array, "M features_out"]]:
+    """x times each kernel, float32.
+
+    Args:
+        kernels: as ``pack`` stores them, in x's dtype; ``kernels_cpu.load`` comes before.
+        widths: features out of each.
+    """
+    results = [jax.ShapeDtypeStruct((x.shape[0], width), jnp.float32) for width in widths]
+    return jax.ffi.ffi_call(kernels_cpu.target("products"), results)(x, *kernels)
+
+
+def gated(
+    x: Float[Array, "M features_in"],
+    gate: Float[Array, "panels steps packed"],
+    up: Float[Array, "panels steps packed"],
+    width: int,
+    activation: Activation,
+) -> Float[Array, "M features_out"]:
+    """``activation(x @ gate) * (x @ up)``, in x's dtype; as ``products``."""
+    kernel = jax.ffi.ffi_call(kernels_cpu.target("gated"), jax.ShapeDtypeStruct((x.shape[0], width), x.dtype))
+    return kernel(x, gate, up, activation=activation)

@@ -1,0 +1,32 @@
+"""The CPU's kernels, built for this processor and for lesser ones."""
+
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from model import kernels_cpu
+from model.kernels_cpu import Kernels
+
+PROCESSORS = ["native", "x86-64-v3", "x86-64-v2"] if platform.machine() == "x86_64" else ["native"]
+"""v3 has AVX2, v2 SSE, neither has bfloat16."""
+
+FLAGS = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+
+
+def runs_here(processor: str) -> bool:
+    return processor == "native" or {"x86-64-v3": "avx2", "x86-64-v2": "sse4_2"}[processor] in FLAGS
+
+
+@pytest.fixture(scope="module", params=PROCESSORS)
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernels]:
+    """The CPU's kernels as they are built for another processor, under names of their own."""
+    if not runs_here(request.param):
+        pytest.skip(f"this processor has not the instructions of {request.param}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXXFLAGS", f"-march={request.param}")
+        patch.setattr(kernels_cpu, "PREFIX", f"for_{request.param}_{request.module.__name__}")
+        built = kernels_cpu.register(tmp_path_factory.mktemp("kernels"))
+        assert built is not None
+        yield built

@@ -1,0 +1,103 @@
+"""The CPU's matmul kernels against float64."""
+
+import math
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model import linear_cpu
+from model.config import Activation
+from model.kernels_cpu import Kernels
+
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler is installed")
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest, kernels: Kernels) -> str:
+    if request.param == "bfloat16" and not kernels.bfloat16:
+        pytest.skip("built for a processor without bfloat16 instructions")
+    return request.param
+
+
+def normal(dtype: str, *shape: int, seed: int = 0) -> np.ndarray:
+    """Of the dtype."""
+    values = np.random.default_rng((seed, *shape)).normal(size=shape)
+    return np.asarray(jnp.asarray(values, jnp.float32).astype(dtype))
+
+
+# A new function for every call: jax would find the program of another build.
+
+
+def products(x: np.ndarray, *kernels: np.ndarray) -> list[np.ndarray]:
+    widths = [kernel.shape[1] for kernel in kernels]
+    packed = [jnp.asarray(linear_cpu.pack(kernel)) for kernel in kernels]
+    return [np.asarray(y) for y in jax.jit(lambda x, kernels: linear_cpu.products(x, kernels, widths))(x, packed)]
+
+
+def gated(x: np.ndarray, gate: np.ndarray, up: np.ndarray, activation: Activation = "silu") -> np.ndarray:
+    width, packed = gate.shape[1], [jnp.asarray(linear_cpu.pack(kernel)) for kernel in (gate, up)]
+    return np.asarray(jax.jit(lambda x, kernels: linear_cpu.gated(x, *kernels, width, activation))(x, packed))
+
+
+@pytest.mark.parametrize("rows", [*range(1, 14), 80, 1000])
+def test_products_equal_float64(rows: int, dtype: str) -> None:
+    """Of kernels that fill their last panel and that do not, side by side."""
+    x, kernels = normal(dtype, rows, 574), [normal(dtype, 574, width) for width in (576, 64, 1, 130)]
+    for got, kernel in zip(products(x, *kernels), kernels, strict=True):
+        wanted = x.astype(np.float64) @ kernel.astype(np.float64)
+        assert got.dtype == np.float32
+        magnitudes = np.abs(x).astype(np.float64) @ np.abs(kernel).astype(np.float64)
+        assert np.abs(got - wanted).max() < 1e-4
+        assert (np.abs(got - wanted) / magnitudes).max() < 4e-7  # a float32's last digit is 1.2e-7
+
+
+SCALE = math.sqrt(2 / math.pi)
+ACTIVATIONS = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(SCALE * (x + 0.044715 * x**3))),
+}
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize(("rows", "width"), [(5, 64), (7, 100), (301, 576)])
+def test_gated_equals_float64_behind_the_products(rows: int, width: int, activation: Activation, dtype: str) -> None:
+    x, gate, up = normal(dtype, rows, 48), normal(dtype, 48, width), normal(dtype, 48, width, seed=1)
+    got = gated(x, gate, up, activation)
+    gates, ups = (y.astype(np.float64) for y in products(x, gate, up))
+    assert gates.max() > 12  # far out on both sides, as well as about 0
+    assert gates.min() < -12
+    wanted = ACTIVATIONS[activation](gates) * ups
+    assert got.dtype == dtype
+    rounding = 2**-8 if dtype == "bfloat16" else 3e-6
+    # 1 + tanh far below 0 is the rest of two numbers near 1.
+    absolute = 1e-5 if activation == "gelu_tanh" else 1e-30
+    np.testing.assert_allclose(got.astype(np.float64), wanted, rtol=rounding, atol=absolute)
+
+
+def test_a_row_has_the_same_bits_whatever_is_beside_it(dtype: str) -> None:
+    x, kernel = normal(dtype, 101, 96), normal(dtype, 96, 70)
+    (among,) = products(x, kernel)
+    for first, last in ((0, 1), (50, 53), (90, 101)):
+        (alone,) = products(x[first:last], kernel)
+        np.testing.assert_array_equal(alone, among[first:last])
+
+
+def test_a_broken_row_harms_only_itself(dtype: str) -> None:
+    x, kernel = normal(dtype, 12, 96), normal(dtype, 96, 70)
+    whole = np.concatenate([*products(x, kernel), gated(x, kernel, kernel)], axis=1)
+    for value in (np.nan, np.inf):
+        spoilt = x.copy()
+        spoilt[4] = value
+        got = np.concatenate([*products(spoilt, kernel), gated(spoilt, kernel, kernel)], axis=1)
+        assert not np.isfinite(got[4]).any()
+        np.testing.assert_array_equal(np.delete(got, 4, axis=0), np.delete(whole, 4, axis=0))
+
+
+def test_a_dtype_without_instructions_is_refused(kernels: Kernels) -> None:
+    if kernels.bfloat16:
+        pytest.skip("this build has bfloat16 instructions")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="not multiplied on this processor"):
+        products(normal("bfloat16", 2, 8), normal("bfloat16", 8, 8))
