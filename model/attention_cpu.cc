@@ -77,7 +77,9 @@ class Worker {
 
   // Attends from queries first:last of one key/value head's group.
   void Run(int64_t head, int64_t first, int64_t last) {
-    const int64_t groups = p_.groups(), rows = (last - first) * groups;
+    const int64_t groups = p_.groups(), all = (last - first) * groups;
+    while (last > first && p_.segments[p_.reads[last - 1]] < 0) --last;  // padding sees nothing
+    const int64_t rows = (last - first) * groups;
     const auto* q = static_cast<const Stored*>(p_.q);
     for (int64_t row = 0; row < rows; ++row) {
       const Stored* from = q + ((first + row / groups) * p_.heads + head * groups + row % groups) * p_.width;
@@ -90,7 +92,7 @@ class Worker {
     std::fill_n(places_.begin(), rows + 2 * kRows, 0);
     for (int64_t from = first; from < last;) from = Own(head, first, from, last);
     Prefix(head, rows);
-    Write(head, first, rows);
+    Write(head, first, all);
   }
 
  private:

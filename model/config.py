@@ -81,7 +81,7 @@ class ModelConfig:
         classes: of a sequence-classification head; 0: the model is causal.
         shards: devices that every layer is split over; heads, key/value heads and F are one device's.
         int8: the kernels of attention and MLP are stored so, see ``layers.quantized``.
-        packed: they are stored so, see ``linear_cpu``.
+        native: matmuls are those of ``linear_cpu``, with kernels stored packed.
     """
 
     architecture: str
@@ -116,7 +116,7 @@ class ModelConfig:
     classes: int = 0
     shards: int = 1
     int8: bool = False
-    packed: bool = False
+    native: bool = False
 
 
 def common(

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from model.attention import Context, Layer, Rule, attend
 from model.checkpoint import Entry, Target
 from model.config import ModelConfig
-from model.layers import Angles, GatedMLP, Linear, RMSNorm, rope_angles, rotate
+from model.layers import Angles, GatedMLP, Linear, RMSNorm, each, rope_angles, rotate
 from model.logprobs import Split
 from model.sharding import MODEL
 
@@ -43,7 +43,7 @@ def gated_mlp(config: ModelConfig, dtype: jnp.dtype) -> GatedMLP:
         activation=config.activation,
         shards=config.shards,
         int8=config.int8,
-        packed=config.packed,
+        packed=config.native,
     )
 
 
@@ -72,7 +72,7 @@ class Attention(nnx.Module):
                 axes=axes,
                 shards=config.shards,
                 int8=config.int8,
-                packed=config.packed,
+                packed=config.native,
             )
 
         self.q = linear(config.width, heads, bias=config.attention_bias, axes=("embed", "heads"))
@@ -84,18 +84,34 @@ class Attention(nnx.Module):
         self.q_norm = norm(config, widths["q"], dtype, "heads" if whole else "embed") if widths else None
         self.k_norm = norm(config, widths["k"], dtype, "kv_heads" if whole else "embed") if widths else None
 
+    def __call__(
+        self, x: Float[Array, "M D"], angles: Angles
+    ) -> tuple[Float[Array, "M N H"], Float[Array, "M K H"], Float[Array, "M K H"]]:
+        """Queries, keys and values of all tokens."""
+        q, k, v = each((self.q, self.k, self.v), x)
+        return self._queries(q, angles), *self._keys_values(k, v, angles)
+
     def queries(self, x: Float[Array, "M D"], angles: Angles) -> Float[Array, "M N H"]:
         """Rotated and scaled, in the weights' dtype."""
-        q = _normed(self.q(x), self.q_norm).reshape(-1, self.config.heads, self.config.head_width)
-        q = rotate(q * self.scale, angles)  # scaled first: XLA then keeps no float32 copy on TPU
-        return q.astype(self.q.dtype)
+        return self._queries(self.q(x), angles)
 
     def keys_values(
         self, x: Float[Array, "M D"], angles: Angles
     ) -> tuple[Float[Array, "M K H"], Float[Array, "M K H"]]:
         """Keys, rotated, and values, in the weights' dtype."""
-        k = _normed(self.k(x), self.k_norm).reshape(-1, self.config.kv_heads, self.config.head_width)
-        v = self.v(x).reshape(-1, self.config.kv_heads, self.config.head_width)
+        k, v = each((self.k, self.v), x)
+        return self._keys_values(k, v, angles)
+
+    def _queries(self, q: Float[Array, "M NH"], angles: Angles) -> Float[Array, "M N H"]:
+        q = _normed(q, self.q_norm).reshape(-1, self.config.heads, self.config.head_width)
+        q = rotate(q * self.scale, angles)  # scaled first: XLA then keeps no float32 copy on TPU
+        return q.astype(self.q.dtype)
+
+    def _keys_values(
+        self, k: Float[Array, "M KH"], v: Float[Array, "M KH"], angles: Angles
+    ) -> tuple[Float[Array, "M K H"], Float[Array, "M K H"]]:
+        k = _normed(k, self.k_norm).reshape(-1, self.config.kv_heads, self.config.head_width)
+        v = v.reshape(-1, self.config.kv_heads, self.config.head_width)
         return rotate(k, angles).astype(self.k.dtype), v.astype(self.v.dtype)
 
     def output(self, attended: Float[Array, "M N H"]) -> Float[Array, "M D"]:
@@ -134,8 +150,7 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "M D"], KeysValues]:
         """The layer's output, and its keys and values."""
         own, entered = self._own_angles(angles, layer), self.enter(x)
-        k, v = self.attention.keys_values(entered, own)
-        q = self.attention.queries(entered, own)
+        q, k, v = self.attention(entered, own)
         attended = attend(q, k, v, context, layer, self._rule(layer), implementation=self.implementation)
         return self.leave(x, self.attention.output(attended)), jnp.stack([k, v])
 
@@ -196,7 +211,8 @@ class Ends(nnx.Module):
         """The first layer's input, float32, and the rope angles of all layers.
 
         Args:
-            tokens: ids; those of a prompt beyond a ``longrope``'s original context are V higher.
+            tokens: ids; -1 for padding, whose input is zeros; those of a prompt beyond a ``longrope``'s original
+                context are V higher.
         """
         config, long = self.config, None
         if config.rope.kind == "longrope":
@@ -208,7 +224,7 @@ class Ends(nnx.Module):
 
     def _embedded(self, tokens: Int[Array, " M"]) -> Float[Array, "M D"]:
         if self.config.shards == 1:
-            return self.embedding[...][tokens].astype(jnp.float32)
+            return jnp.where(tokens[:, None] < 0, 0.0, self.embedding[...][tokens].astype(jnp.float32))
         here = tokens - lax.axis_index(MODEL) * self.rows
         mine = (here >= 0) & (here < self.rows)
         x = self.embedding[...][jnp.where(mine, here, 0)]

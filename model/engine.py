@@ -302,7 +302,7 @@ class Engine:
         start = cached
         for size in plan.chunks(len(prefix) - cached, self._layout.sizes.chunks):
             tokens = prefix[start : start + size]
-            padded, segments = np.zeros(size, np.int32), np.full((1, size), -1, np.int32)
+            padded, segments = np.full(size, -1, np.int32), np.full((1, size), -1, np.int32)
             padded[: len(tokens)] = tokens
             segments[0, : len(tokens)] = 0
             inputs = Inputs(padded, np.arange(start, start + size, dtype=np.int32), segments, np.zeros(0, np.int32))
@@ -368,8 +368,8 @@ class _Work:
     def inputs(self, call: plan.Call) -> tuple[Inputs, list[int]]:
         """A call's arrays, and the batch's numbers of the reads in it."""
         shape = call.shape
-        tokens, positions = np.zeros(shape.tokens, np.int32), np.zeros(shape.tokens, np.int32)
-        segments = np.full(shape.tokens, -1, np.int32)
+        tokens, segments = np.full((2, shape.tokens), -1, np.int32)
+        positions = np.zeros(shape.tokens, np.int32)
         indices = np.zeros(shape.reads, np.int32)
         numbers: list[int] = []
         for segment, placement in enumerate(call.placements):
@@ -422,10 +422,12 @@ def load(
         raise ConfigError(f"{parsed.architecture}: mixtures of experts are not quantised; leave out {quantization}")
     platform, target = jax.default_backend(), jnp.dtype(dtype)
     implementation, kernels = _implementation(implementation, platform, compiled_folder)
-    packs = kernels is not None and mesh is None and not quantization and (dtype == "float32" or kernels.bfloat16)
+    native = kernels is not None and mesh is None and not quantization
+    if kernels is not None and dtype == "bfloat16":  # two numbers make one operand
+        native = native and kernels.bfloat16 and parsed.width % 2 == parsed.ff_width % 2 == 0
     here = replace(BY_PLATFORM.get(platform, BY_PLATFORM["tpu"]), **sizes)
     part = parsed if mesh is None else divided(parsed, mesh.shape[MODEL])
-    part = replace(part, int8=quantization == "int8", packed=packs)
+    part = replace(part, int8=quantization == "int8", native=native)
     laid = layout(part, here, dtype=target, implementation=implementation, max_prompt_tokens=max_prompt_tokens)
     family, abstract = registry.build(part, dtype=target, implementation=implementation)
     if by_layer is None:

@@ -21,7 +21,12 @@ logger = logging.getLogger(__name__)
 HERE = Path(__file__).parent
 SOURCES = (HERE / "attention_cpu.cc", HERE / "linear_cpu.cc")
 HEADER = HERE / "kernels_cpu.h"
-SYMBOLS = {"attention": "ScoreAttention", "products": "ScoreProducts", "gated": "ScoreGated"}
+SYMBOLS = {
+    "attention": "ScoreAttention",
+    "products": "ScoreProducts",
+    "gated": "ScoreGated",
+    "normalizers": "ScoreNormalizers",
+}
 """What a kernel is called here -> in the sources."""
 OPTIONS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared")
 

@@ -4,6 +4,8 @@ Activations between layers (the residual stream) are float32 whatever the weight
 weights' dtype and their results are float32.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -57,7 +59,19 @@ class Linear(nnx.Module):
             y = y * self.scales[...]
         if self.over:
             y = summed(y, self.over, self.dtype)
+        return self.biased(y)
+
+    def biased(self, y: Float[Array, "M features_out"]) -> Float[Array, "M features_out"]:
         return y if self.bias is None else y + self.bias[...].astype(jnp.float32)[None, :]
+
+
+def each(linears: Sequence[Linear], x: Float[Array, "M features_in"]) -> Sequence[Float[Array, "M features_out"]]:
+    """Every one of x; those with packed kernels in one call."""
+    if not all(linear.packed for linear in linears):
+        return [linear(x) for linear in linears]
+    kernels, widths = [linear.kernel[...] for linear in linears], [linear.features_out for linear in linears]
+    products = linear_cpu.products(x.astype(linears[0].dtype), kernels, widths)
+    return [linear.biased(y) for linear, y in zip(linears, products, strict=True)]
 
 
 def summed(y: Float[Array, "M D"], over: str, dtype: jnp.dtype) -> Float[Array, "M D"]:

@@ -1,10 +1,15 @@
 // Matmuls with kernels that were packed once, at the start, on a CPU: what model/linear_cpu.py describes. A tile of
-// sums stays in registers while it walks the whole inner axis, so a row's arithmetic does not depend on what else is in
-// the call; what is done with the sums is done before they leave the first cache.
+// sums stays in registers while it walks the inner axis, so a row's arithmetic does not depend on what else is in the
+// call; what is done with the sums is done before they leave the first cache. Rows of zeros, as padding's are, give zeros
+// and take no time.
 
 #include <algorithm>
+#include <bit>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <memory>
 #include <string_view>
 #include <vector>
 
@@ -32,40 +37,76 @@ struct Input {
   int64_t count, steps;
 };
 
-// sums = a * b, of `rows` rows and a panel.
-template <typename D, int rows>
-void Multiply(const typename D::Unit* a, int64_t steps, const typename D::Unit* b, float (*sums)[kPanel]) {
-  for (int column = 0; column < kPanel; column += kVectors * kLanes) {
-    const typename D::Unit* at = b + column;
-    for (int64_t first = 0; first < steps; first += kSteps) {
-      Floats tile[rows][kVectors] = {};
-      for (int64_t step = first; step < std::min(first + kSteps, steps); ++step, at += kPanel) {
-        for (int i = 0; i < rows; ++i) {
-          for (int j = 0; j < kVectors; ++j) tile[i][j] = D::Add(tile[i][j], a + i * steps + step, at + j * kLanes);
-        }
-      }
+// What a walk over the steps asks for on its way: `each` units a step, from `from` on.
+template <typename Unit>
+struct Ahead {
+  const Unit* from;
+  int64_t each;
+};
+
+// sums = a * b, of `rows` rows and `vectors` vectors of a panel's columns.
+template <typename D, int rows, int vectors>
+void Multiply(const typename D::Unit* a, int64_t steps, const typename D::Unit* b, float* sums,
+              Ahead<typename D::Unit> ahead) {
+  for (int64_t first = 0; first < steps; first += kSteps) {
+    Floats tile[rows][vectors] = {};
+    for (int64_t step = first; step < std::min(first + kSteps, steps); ++step, b += kPanel) {
+        __builtin_prefetch(ahead.from + step * ahead.each, 0, 2);
       for (int i = 0; i < rows; ++i) {
-        for (int j = 0; j < kVectors; ++j) {
-          float* sum = &sums[i][column + j * kLanes];
-          Store(sum, first == 0 ? tile[i][j] : Load(sum) + tile[i][j]);
-        }
+        for (int j = 0; j < vectors; ++j) tile[i][j] = D::Add(tile[i][j], a + i * steps + step, b + j * kLanes);
+      }
+    }
+    for (int i = 0; i < rows; ++i) {
+      for (int j = 0; j < vectors; ++j) {
+        float* sum = sums + i * kPanel + j * kLanes;
+        Store(sum, first == 0 ? tile[i][j] : Load(sum) + tile[i][j]);
       }
     }
   }
 }
 
+// The same of the panel's first `columns`, and perhaps some more.
+template <typename D, int rows>
+void Multiply(const typename D::Unit* a, int64_t steps, const typename D::Unit* b, float* sums, int64_t columns,
+              Ahead<typename D::Unit> ahead) {
+  int64_t column = 0;
+  for (; column + kLanes < columns; column += kVectors * kLanes) {
+    Multiply<D, rows, kVectors>(a, steps, b + column, sums + column, ahead);
+  }
+  if (column < columns) Multiply<D, rows, 1>(a, steps, b + column, sums + column, ahead);
+}
+
 template <typename D>
-void Multiply(int64_t rows, const typename D::Unit* a, int64_t steps, const typename D::Unit* b,
-              float (*sums)[kPanel]) {
+void Multiply(int64_t rows, const typename D::Unit* a, int64_t steps, const typename D::Unit* b, float* sums,
+              int64_t columns, Ahead<typename D::Unit> ahead) {
   static_assert(kRows == 6);
   switch (rows) {
-    case 1: return Multiply<D, 1>(a, steps, b, sums);
-    case 2: return Multiply<D, 2>(a, steps, b, sums);
-    case 3: return Multiply<D, 3>(a, steps, b, sums);
-    case 4: return Multiply<D, 4>(a, steps, b, sums);
-    case 5: return Multiply<D, 5>(a, steps, b, sums);
-    default: return Multiply<D, 6>(a, steps, b, sums);
+    case 1: return Multiply<D, 1>(a, steps, b, sums, columns, ahead);
+    case 2: return Multiply<D, 2>(a, steps, b, sums, columns, ahead);
+    case 3: return Multiply<D, 3>(a, steps, b, sums, columns, ahead);
+    case 4: return Multiply<D, 4>(a, steps, b, sums, columns, ahead);
+    case 5: return Multiply<D, 5>(a, steps, b, sums, columns, ahead);
+    default: return Multiply<D, 6>(a, steps, b, sums, columns, ahead);
   }
+}
+
+// Whether all of these are 0, of either sign. Of rows that are not, a look at the first few mostly tells.
+template <typename D>
+bool Zeros(const typename D::Unit* units, int64_t count) {
+  constexpr uint32_t kMagnitude = D::kPacked == 2 ? 0x7fff7fff : 0x7fffffff;
+  for (int64_t first = 0; first < count; first += 16) {
+    uint32_t any = 0;
+    for (int64_t i = first; i < std::min(first + 16, count); ++i) any |= std::bit_cast<uint32_t>(units[i]);
+    if (any & kMagnitude) return false;
+  }
+  return true;
+}
+
+// Where a tile asks for its share of the panel behind this one, so that it is in the second cache when its turn comes.
+template <typename Unit>
+Ahead<Unit> Next(const Unit* panel, const Input& x, int64_t row) {
+  const int64_t tiles = (x.count + kRows - 1) / kRows, each = (kPanel + tiles - 1) / tiles;
+  return {panel + x.steps * kPanel + row / kRows * each * x.steps, each};
 }
 
 // Calls tile(panel, row, rows) for every tile, on all threads. Those of one panel follow each other: it stays in the
@@ -91,10 +132,13 @@ void Products(ffi::ThreadPool& pool, const Input& x, const std::vector<Linear>& 
     size_t number = 0;
     for (; panel >= linears[number].panels(); ++number) panel -= linears[number].panels();
     const Linear& linear = linears[number];
-    alignas(64) float sums[kRows][kPanel];
-    Multiply<D>(rows, static_cast<const typename D::Unit*>(x.rows) + row * x.steps, x.steps,
-                static_cast<const typename D::Unit*>(linear.kernel) + panel * x.steps * kPanel, sums);
+    alignas(64) float sums[kRows][kPanel] = {};
+    const auto* from = static_cast<const typename D::Unit*>(x.rows) + row * x.steps;
+    const auto* kernel = static_cast<const typename D::Unit*>(linear.kernel) + panel * x.steps * kPanel;
     const int64_t count = std::min<int64_t>(kPanel, linear.columns - panel * kPanel);
+    if (!Zeros<D>(from, rows * x.steps)) {
+      Multiply<D>(rows, from, x.steps, kernel, sums[0], count, Next(kernel, x, row));
+    }
     float* out = static_cast<float*>(linear.out) + row * linear.columns + panel * kPanel;
     for (int64_t i = 0; i < rows; ++i) std::memcpy(out + i * linear.columns, sums[i], count * sizeof(float));
   });
@@ -116,12 +160,18 @@ template <typename D, Floats (*activation)(Floats)>
 void Gated(ffi::ThreadPool& pool, const Input& x, const void* gate, const Linear& up) {
   using Unit = typename D::Unit;
   EachTile(pool, up.panels(), x.count, [x, gate, up](int64_t panel, int64_t row, int64_t rows) {
-    alignas(64) float gates[kRows][kPanel], ups[kRows][kPanel];
+    alignas(64) float gates[kRows][kPanel] = {}, ups[kRows][kPanel] = {};
     alignas(64) Unit narrowed[kPanel / D::kPacked];
     const Unit* from = static_cast<const Unit*>(x.rows) + row * x.steps;
     const int64_t at = panel * x.steps * kPanel, count = std::min<int64_t>(kPanel, up.columns - panel * kPanel);
-    Multiply<D>(rows, from, x.steps, static_cast<const Unit*>(gate) + at, gates);
-    Multiply<D>(rows, from, x.steps, static_cast<const Unit*>(up.kernel) + at, ups);
+    if (!Zeros<D>(from, rows * x.steps)) {
+      const auto multiply = [&](const void* kernel, float* sums) {
+        const Unit* here = static_cast<const Unit*>(kernel) + at;
+        Multiply<D>(rows, from, x.steps, here, sums, count, Next(here, x, row));
+      };
+      multiply(gate, gates[0]);
+      multiply(up.kernel, ups[0]);
+    }
     auto* out = static_cast<typename D::Stored*>(up.out) + row * up.columns + panel * kPanel;
     for (int64_t i = 0; i < rows; ++i) {
       for (int column = 0; column < kPanel; column += kLanes) {
@@ -130,6 +180,62 @@ void Gated(ffi::ThreadPool& pool, const Input& x, const void* gate, const Linear
       std::memcpy(out + i * up.columns, narrowed, count * sizeof(*out));
     }
   });
+}
+
+// log(sum(exp(logits))) of each row of x, where the logits are x times the head's [vocabulary, steps] rows. These are the
+// rows of the products here, and x's become a panel's columns, so that the head is read as it lies.
+template <typename D>
+void Normalizers(ffi::ThreadPool& pool, const Input& x, const Input& head, float softcap, float* out) {
+  using Unit = typename D::Unit;
+  constexpr int64_t kBlock = 384;  // rows of the head that a thread takes at once
+  const int64_t panels = (x.count + kPanel - 1) / kPanel, blocks = (head.count + kBlock - 1) / kBlock;
+  auto packed = std::make_shared<std::vector<Unit>>(panels * x.steps * kPanel);
+  for (int64_t row = 0; row < x.count; ++row) {
+    const Unit* from = static_cast<const Unit*>(x.rows) + row * x.steps;
+    Unit* to = packed->data() + row / kPanel * x.steps * kPanel + row % kPanel;
+    for (int64_t step = 0; step < x.steps; ++step) to[step * kPanel] = from[step];
+  }
+  // Of each block and column the highest logit, and the sum of the exponentials of what is below it.
+  auto parts = std::make_shared<std::vector<float>>(blocks * panels * 2 * kPanel);
+  Share(pool, blocks, [=] {
+    return [=](int64_t block) {
+      const int64_t first = block * kBlock, last = std::min(head.count, first + kBlock);
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        const int64_t columns = std::min<int64_t>(kPanel, x.count - panel * kPanel);
+        float* highest = parts->data() + (block * panels + panel) * 2 * kPanel;
+        float* total = highest + kPanel;
+        std::fill_n(highest, kPanel, -std::numeric_limits<float>::infinity());
+        for (int64_t row = first; row < last; row += kRows) {
+          alignas(64) float logits[kRows][kPanel];
+          const int64_t rows = std::min<int64_t>(kRows, last - row);
+          const Unit* from = static_cast<const Unit*>(head.rows) + row * x.steps;
+          Multiply<D>(rows, from, x.steps,
+                      packed->data() + panel * x.steps * kPanel, logits[0], columns,
+                      Ahead<Unit>{from + 2 * kRows * x.steps, kRows});
+          for (int64_t at = 0; at < columns; at += kLanes) {
+            const Floats before = Load(highest + at);
+            Floats now = before;
+            for (int64_t i = 0; i < rows; ++i) {
+              Floats logit = Load(&logits[i][at]);
+              if (softcap > 0) Store(&logits[i][at], logit = softcap * HyperbolicTangent(logit / softcap));
+              now = logit > now ? logit : now;
+            }
+            Floats sum = Load(total + at) * Exponential(before - now);
+            for (int64_t i = 0; i < rows; ++i) sum += Exponential(Load(&logits[i][at]) - now);
+            Store(highest + at, now);
+            Store(total + at, sum);
+          }
+        }
+      }
+    };
+  });
+  for (int64_t row = 0; row < x.count; ++row) {
+    const auto part = [&](int64_t block) { return &(*parts)[(block * panels + row / kPanel) * 2 * kPanel + row % kPanel]; };
+    float highest = *part(0), total = 0;
+    for (int64_t block = 1; block < blocks; ++block) highest = std::max(highest, *part(block));
+    for (int64_t block = 0; block < blocks; ++block) total += part(block)[kPanel] * std::exp(*part(block) - highest);
+    out[row] = highest + std::log(total);
+  }
 }
 
 template <typename D>
@@ -176,6 +282,14 @@ ffi::Error HandleGated(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer ga
   });
 }
 
+ffi::Error HandleNormalizers(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer head, float softcap,
+                             ffi::ResultBuffer<ffi::F32> out) {
+  return ByDtype(x, [&]<typename D>(D) {
+    Normalizers<D>(pool, Of<D>(x), Of<D>(head), softcap, out->typed_data());
+    return ffi::Error::Success();
+  });
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ScoreProducts, HandleProducts,
@@ -188,6 +302,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ScoreGated, HandleGated,
                                   .Arg<ffi::AnyBuffer>()
                                   .Attr<std::string_view>("activation")
                                   .Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ScoreNormalizers, HandleNormalizers,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Attr<float>("softcap")
+                                  .Ret<ffi::Buffer<ffi::F32>>());
 
 // Whether the processor multiplies bfloat16 faster than float32.
 extern "C" int ScoreHasBFloat16() {

@@ -1,7 +1,7 @@
 """Matmuls on a CPU with kernels packed once, as they are read: ``linear_cpu.cc``, called by XLA (its FFI).
 
 XLA packs a kernel anew for every call, which for few rows takes a good part of it. A row has the same bits whatever is
-beside it.
+beside it, and rows of zeros take no time.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def pack(kernel: npt.NDArray[Any]) -> npt.NDArray[Any]:
 def products(
     x: Float[Array, "M features_in"], kernels: Sequence[Float[Array, "panels steps packed"]], widths: Sequence[int]
 ) -> Sequence[Float[Array, "M features_out"]]:
-    """x times each kernel, float32.
+    """x times each kernel, float32, in one call.
 
     Args:
         kernels: as ``pack`` stores them, in x's dtype; ``kernels_cpu.load`` comes before.
@@ -65,6 +65,12 @@ def gated(
     width: int,
     activation: Activation,
 ) -> Float[Array, "M features_out"]:
-    """``activation(x @ gate) * (x @ up)``, in x's dtype; as ``products``."""
+    """``activation(x @ gate) * (x @ up)``, in x's dtype; see ``products``."""
     kernel = jax.ffi.ffi_call(kernels_cpu.target("gated"), jax.ShapeDtypeStruct((x.shape[0], width), x.dtype))
     return kernel(x, gate, up, activation=activation)
+
+
+def log_normalizer(x: Float[Array, "R D"], head: Float[Array, "V D"], softcap: float | None) -> Float[Array, " R"]:
+    """As ``logprobs.log_normalizer``, with x in the head's dtype, which is not packed; see ``products``."""
+    kernel = jax.ffi.ffi_call(kernels_cpu.target("normalizers"), jax.ShapeDtypeStruct(x.shape[:1], jnp.float32))
+    return kernel(x, head, softcap=np.float32(softcap or 0))

@@ -21,7 +21,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from model import compiled, decoder
+from model import compiled, decoder, linear_cpu
 from model.attention import Context, to_pool
 from model.config import ModelConfig
 from model.logprobs import argmax, log_normalizer, target_logits
@@ -38,7 +38,7 @@ class Inputs(NamedTuple):
     """Host arrays of one call.
 
     Attributes:
-        tokens: [M] ids.
+        tokens: [M] ids; -1 for padding.
         positions: [M], each token's place in its sequence.
         segments: [B, T], see ``attention.Context``.
         reads: [R] flat indices of the tokens whose hidden state is wanted; not used by ``prefill``.
@@ -235,7 +235,7 @@ class Programs:
         """The inputs of one launch; where there are fewer calls than it runs, the others are padding."""
         if self.at_once == 1:
             return calls[0]
-        idle = Inputs(*(np.full_like(array, fill) for array, fill in zip(calls[0], (0, 0, -1, 0), strict=True)))
+        idle = Inputs(*(np.full_like(array, fill) for array, fill in zip(calls[0], (-1, 0, -1, 0), strict=True)))
         return Inputs(
             *(np.concatenate(arrays) for arrays in zip(*calls, *[idle] * (self.at_once - len(calls)), strict=True))
         )
@@ -253,6 +253,9 @@ class Programs:
 
         def normalizer(ends: Any, hidden: Any) -> jax.Array:
             merged = nnx.merge(ends_graph, ends)
+            if self._config.native:
+                head = merged.head_weights()
+                return linear_cpu.log_normalizer(hidden.astype(head.dtype), head, softcap)
             return log_normalizer(hidden, merged.head_weights(), softcap, merged.head_split())
 
         def highest(ends: Any, hidden: Any) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -44,12 +44,14 @@ def test_whole_rows_in_one_loop_equal_chunks_by_layer(family: str, families: Fam
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_spread_over_four_devices_equals_one(family: str, families: Families) -> None:
-    """Two calls at once, each over two devices."""
-    folder, scorer = families(family)
-    mesh = sharding.mesh(2, 2, jax.devices()[:4])
-    spread = engine.load(folder, mesh=mesh, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
+    """Two calls at once, each over two devices; a mesh of one device multiplies as they do."""
+    folder, _ = families(family)
+    sizes = {"max_row_tokens": 32, "call_tokens": 64, "chunks": (64,), "prefix_cache_bytes": 2**21}
+    one, spread = (
+        engine.load(folder, mesh=sharding.mesh(size, size, jax.devices()[: size * size]), **sizes) for size in (1, 2)
+    )
     sequences = prompts(7, query=310, longest=30, seed=1)
-    np.testing.assert_allclose(values(spread, sequences), values(scorer, sequences), rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(values(spread, sequences), values(one, sequences), rtol=0, atol=TOLERANCE)
 
 
 def test_a_prompt_whose_arithmetic_breaks_spoils_no_neighbour_in_its_experts(

@@ -25,7 +25,7 @@ def dtype(request: pytest.FixtureRequest, kernels: Kernels) -> str:
 def normal(dtype: str, *shape: int, seed: int = 0) -> np.ndarray:
     """Of the dtype."""
     values = np.random.default_rng((seed, *shape)).normal(size=shape)
-    return np.asarray(jnp.asarray(values, jnp.float32).astype(dtype))
+    return np.array(jnp.asarray(values, jnp.float32).astype(dtype))
 
 
 # A new function for every call: jax would find the program of another build.
@@ -94,6 +94,51 @@ def test_a_broken_row_harms_only_itself(dtype: str) -> None:
         got = np.concatenate([*products(spoilt, kernel), gated(spoilt, kernel, kernel)], axis=1)
         assert not np.isfinite(got[4]).any()
         np.testing.assert_array_equal(np.delete(got, 4, axis=0), np.delete(whole, 4, axis=0))
+
+
+def test_rows_of_zeros_give_zeros(dtype: str) -> None:
+    x, kernel = normal(dtype, 40, 96), normal(dtype, 96, 70)
+    whole = np.concatenate([*products(x, kernel), gated(x, kernel, kernel)], axis=1)
+    zeros = x.copy()
+    zeros[3:30:2] = 0
+    zeros[8:26] = -0.0
+    zeros[8, 95] = x[8, 95]  # all but one
+    got = np.concatenate([*products(zeros, kernel), gated(zeros, kernel, kernel)], axis=1)
+    empty = ~zeros.any(axis=1)
+    assert not got[empty].any()
+    assert got[8].all()
+    rest = ~empty
+    rest[8] = False
+    np.testing.assert_array_equal(got[rest], whole[rest])
+
+
+def normalizers(x: np.ndarray, head: np.ndarray, softcap: float | None = None) -> np.ndarray:
+    return np.asarray(jax.jit(lambda x, head: linear_cpu.log_normalizer(x, head, softcap))(x, head))
+
+
+@pytest.mark.parametrize("softcap", [None, 8.0])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 5), (2, 1000), (17, 385), (130, 2000)])
+def test_normalizers_equal_float64(rows: int, vocabulary: int, softcap: float | None, dtype: str) -> None:
+    x, head = normal(dtype, rows, 96), normal(dtype, vocabulary, 96)
+    head[vocabulary // 2] *= 4  # a logit far above the others, now and then
+    logits = x.astype(np.float64) @ head.astype(np.float64).T
+    if softcap is not None:
+        logits = softcap * np.tanh(logits / softcap)
+    highest = logits.max(axis=1)
+    wanted = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
+    got = normalizers(x, head, softcap)
+    np.testing.assert_allclose(got, wanted, rtol=5e-7, atol=2e-6)
+    for row in (0, rows - 1):
+        np.testing.assert_array_equal(normalizers(x[row : row + 1], head, softcap), got[row : row + 1])
+
+
+def test_a_broken_state_has_no_normalizer_and_harms_no_other(dtype: str) -> None:
+    x, head = normal(dtype, 9, 96), normal(dtype, 500, 96)
+    whole = normalizers(x, head)
+    x[4] = np.nan
+    got = normalizers(x, head)
+    assert np.isnan(got[4])
+    np.testing.assert_array_equal(np.delete(got, 4), np.delete(whole, 4))
 
 
 def test_a_dtype_without_instructions_is_refused(kernels: Kernels) -> None:
