@@ -102,24 +102,33 @@ bool Zeros(const typename D::Unit* units, int64_t count) {
   return true;
 }
 
-// Where a tile asks for its share of the panel behind this one, so that it is in the second cache when its turn comes.
-template <typename Unit>
-Ahead<Unit> Next(const Unit* panel, const Input& x, int64_t row) {
-  const int64_t tiles = (x.count + kRows - 1) / kRows, each = (kPanel + tiles - 1) / tiles;
-  return {panel + x.steps * kPanel + row / kRows * each * x.steps, each};
-}
+// A piece of a product: rows row:row+rows and one panel, the tile-th of `tiles` of a block of rows. The panel that this
+// thread takes next is probably `stride` further.
+struct Tile {
+  int64_t panel, row, rows, tile, tiles, stride;
 
-// Calls tile(panel, row, rows) for every tile, on all threads. Those of one panel follow each other: it stays in the
-// second cache.
-template <typename Tile>
-void EachTile(ffi::ThreadPool& pool, int64_t panels, int64_t rows, Tile tile) {
+  // The tile's share of that panel, so that it is in the second cache when its turn comes.
+  template <typename Unit>
+  Ahead<Unit> Next(const Unit* kernel, int64_t steps) const {
+    const int64_t each = (kPanel + tiles - 1) / tiles;
+    return {kernel + (stride * kPanel + tile * each) * steps, each};
+  }
+};
+
+// Calls with every tile, on all threads. A block of rows goes through all panels while it stays in the second cache.
+template <typename Work>
+void EachTile(ffi::ThreadPool& pool, int64_t panels, int64_t rows, Work work) {
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
   const int64_t fair = rows * panels / (8 * threads) / kRows * kRows;
   const int64_t most = std::clamp<int64_t>(fair, 2 * kRows, kMost), blocks = (rows + most - 1) / most;
   Share(pool, blocks * panels, [=] {
     return [=](int64_t unit) {
-      const int64_t panel = unit / blocks, first = unit % blocks * most, last = std::min(rows, first + most);
-      for (int64_t row = first; row < last; row += kRows) tile(panel, row, std::min<int64_t>(kRows, last - row));
+      const int64_t panel = unit % panels, first = unit / panels * most, last = std::min(rows, first + most);
+      const int64_t tiles = (last - first + kRows - 1) / kRows;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t row = first + tile * kRows;
+        work(Tile{panel, row, std::min<int64_t>(kRows, last - row), tile, tiles, threads});
+      }
     };
   });
 }
@@ -128,7 +137,9 @@ template <typename D>
 void Products(ffi::ThreadPool& pool, const Input& x, const std::vector<Linear>& linears) {
   int64_t panels = 0;
   for (const Linear& linear : linears) panels += linear.panels();
-  EachTile(pool, panels, x.count, [x, linears](int64_t panel, int64_t row, int64_t rows) {
+  EachTile(pool, panels, x.count, [x, linears](const Tile& tile) {
+    const int64_t row = tile.row, rows = tile.rows;
+    int64_t panel = tile.panel;
     size_t number = 0;
     for (; panel >= linears[number].panels(); ++number) panel -= linears[number].panels();
     const Linear& linear = linears[number];
@@ -137,7 +148,7 @@ void Products(ffi::ThreadPool& pool, const Input& x, const std::vector<Linear>& 
     const auto* kernel = static_cast<const typename D::Unit*>(linear.kernel) + panel * x.steps * kPanel;
     const int64_t count = std::min<int64_t>(kPanel, linear.columns - panel * kPanel);
     if (!Zeros<D>(from, rows * x.steps)) {
-      Multiply<D>(rows, from, x.steps, kernel, sums[0], count, Next(kernel, x, row));
+      Multiply<D>(rows, from, x.steps, kernel, sums[0], count, tile.Next(kernel, x.steps));
     }
     float* out = static_cast<float*>(linear.out) + row * linear.columns + panel * kPanel;
     for (int64_t i = 0; i < rows; ++i) std::memcpy(out + i * linear.columns, sums[i], count * sizeof(float));
@@ -159,7 +170,8 @@ Floats Gelu(Floats x) {
 template <typename D, Floats (*activation)(Floats)>
 void Gated(ffi::ThreadPool& pool, const Input& x, const void* gate, const Linear& up) {
   using Unit = typename D::Unit;
-  EachTile(pool, up.panels(), x.count, [x, gate, up](int64_t panel, int64_t row, int64_t rows) {
+  EachTile(pool, up.panels(), x.count, [x, gate, up](const Tile& tile) {
+    const int64_t panel = tile.panel, row = tile.row, rows = tile.rows;
     alignas(64) float gates[kRows][kPanel] = {}, ups[kRows][kPanel] = {};
     alignas(64) Unit narrowed[kPanel / D::kPacked];
     const Unit* from = static_cast<const Unit*>(x.rows) + row * x.steps;
@@ -167,7 +179,7 @@ void Gated(ffi::ThreadPool& pool, const Input& x, const void* gate, const Linear
     if (!Zeros<D>(from, rows * x.steps)) {
       const auto multiply = [&](const void* kernel, float* sums) {
         const Unit* here = static_cast<const Unit*>(kernel) + at;
-        Multiply<D>(rows, from, x.steps, here, sums, count, Next(here, x, row));
+        Multiply<D>(rows, from, x.steps, here, sums, count, tile.Next(here, x.steps));
       };
       multiply(gate, gates[0]);
       multiply(up.kernel, ups[0]);
