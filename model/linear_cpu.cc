@@ -1,7 +1,7 @@
 // Matmuls with kernels that were packed once, at the start, on a CPU: what model/linear_cpu.py describes. A tile of
 // sums stays in registers while it walks the inner axis, so a row's arithmetic does not depend on what else is in the
-// call; what is done with the sums is done before they leave the first cache. Rows of zeros, as padding's are, give zeros
-// and take no time.
+// call; what is done with the sums is done before they leave the first cache. Rows of zeros, as padding's are, give
+// zeros and take no time.
 
 #include <algorithm>
 #include <bit>
@@ -17,9 +17,10 @@
 
 namespace {
 
-constexpr int kPanel = 64;    // columns of a kernel that lie beside each other
-constexpr int64_t kMost = 96;  // rows that a thread takes at once
-constexpr int64_t kSteps = 192;  // of one sum: sums of such sums are more exact, and cost 1%
+constexpr int kPanel = 64;           // columns of a kernel that lie beside each other
+constexpr int64_t kBlock = 96;       // rows that a thread takes at once
+constexpr int64_t kHeadBlock = 384;  // the same of the head's
+constexpr int64_t kSteps = 192;      // of one sum: sums of such sums are more exact, and cost 1%
 
 static_assert(kPanel % (kVectors * kLanes) == 0);
 
@@ -51,7 +52,7 @@ void Multiply(const typename D::Unit* a, int64_t steps, const typename D::Unit* 
   for (int64_t first = 0; first < steps; first += kSteps) {
     Floats tile[rows][vectors] = {};
     for (int64_t step = first; step < std::min(first + kSteps, steps); ++step, b += kPanel) {
-        __builtin_prefetch(ahead.from + step * ahead.each, 0, 2);
+      __builtin_prefetch(ahead.from + step * ahead.each, 0, 2);
       for (int i = 0; i < rows; ++i) {
         for (int j = 0; j < vectors; ++j) tile[i][j] = D::Add(tile[i][j], a + i * steps + step, b + j * kLanes);
       }
@@ -120,7 +121,7 @@ template <typename Work>
 void EachTile(ffi::ThreadPool& pool, int64_t panels, int64_t rows, Work work) {
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
   const int64_t fair = rows * panels / (8 * threads) / kRows * kRows;
-  const int64_t most = std::clamp<int64_t>(fair, 2 * kRows, kMost), blocks = (rows + most - 1) / most;
+  const int64_t most = std::clamp<int64_t>(fair, 2 * kRows, kBlock), blocks = (rows + most - 1) / most;
   Share(pool, blocks * panels, [=] {
     return [=](int64_t unit) {
       const int64_t panel = unit % panels, first = unit / panels * most, last = std::min(rows, first + most);
@@ -194,58 +195,75 @@ void Gated(ffi::ThreadPool& pool, const Input& x, const void* gate, const Linear
   });
 }
 
-// log(sum(exp(logits))) of each row of x, where the logits are x times the head's [vocabulary, steps] rows. These are the
-// rows of the products here, and x's become a panel's columns, so that the head is read as it lies.
+// Rows packed as a panel's columns.
+template <typename D>
+std::vector<typename D::Unit> Packed(const Input& x) {
+  const int64_t panels = (x.count + kPanel - 1) / kPanel;
+  std::vector<typename D::Unit> packed(panels * x.steps * kPanel);
+  for (int64_t row = 0; row < x.count; ++row) {
+    const auto* from = static_cast<const typename D::Unit*>(x.rows) + row * x.steps;
+    auto* to = packed.data() + row / kPanel * x.steps * kPanel + row % kPanel;
+    for (int64_t step = 0; step < x.steps; ++step) to[step * kPanel] = from[step];
+  }
+  return packed;
+}
+
+// Of a panel's columns the highest logit so far, and the sum of exponentials of the distances from it.
+struct Sums {
+  float highest[kPanel], total[kPanel];
+
+  void Fold(float (*logits)[kPanel], int64_t rows, int64_t columns, float softcap) {
+    for (int64_t at = 0; at < columns; at += kLanes) {
+      const Floats before = Load(&highest[at]);
+      Floats now = before;
+      for (int64_t i = 0; i < rows; ++i) {
+        Floats logit = Load(&logits[i][at]);
+        if (softcap > 0) Store(&logits[i][at], logit = softcap * HyperbolicTangent(logit / softcap));
+        now = logit > now ? logit : now;
+      }
+      Floats sum = Load(&total[at]) * Exponential(before - now);
+      for (int64_t i = 0; i < rows; ++i) sum += Exponential(Load(&logits[i][at]) - now);
+      Store(&highest[at], now);
+      Store(&total[at], sum);
+    }
+  }
+};
+
+// log(sum(exp(logits))) of each row of x, where the logits are x times the head's [vocabulary, steps] rows. These are
+// the rows of the products here, and x's become a panel's columns, so that the head is read as it lies.
 template <typename D>
 void Normalizers(ffi::ThreadPool& pool, const Input& x, const Input& head, float softcap, float* out) {
   using Unit = typename D::Unit;
-  constexpr int64_t kBlock = 384;  // rows of the head that a thread takes at once
-  const int64_t panels = (x.count + kPanel - 1) / kPanel, blocks = (head.count + kBlock - 1) / kBlock;
-  auto packed = std::make_shared<std::vector<Unit>>(panels * x.steps * kPanel);
-  for (int64_t row = 0; row < x.count; ++row) {
-    const Unit* from = static_cast<const Unit*>(x.rows) + row * x.steps;
-    Unit* to = packed->data() + row / kPanel * x.steps * kPanel + row % kPanel;
-    for (int64_t step = 0; step < x.steps; ++step) to[step * kPanel] = from[step];
-  }
-  // Of each block and column the highest logit, and the sum of the exponentials of what is below it.
-  auto parts = std::make_shared<std::vector<float>>(blocks * panels * 2 * kPanel);
+  const int64_t panels = (x.count + kPanel - 1) / kPanel, blocks = (head.count + kHeadBlock - 1) / kHeadBlock;
+  const auto packed = std::make_shared<const std::vector<Unit>>(Packed<D>(x));
+  Sums none{};
+  std::fill_n(none.highest, kPanel, -std::numeric_limits<float>::infinity());
+  const auto parts = std::make_shared<std::vector<Sums>>(blocks * panels, none);
   Share(pool, blocks, [=] {
     return [=](int64_t block) {
-      const int64_t first = block * kBlock, last = std::min(head.count, first + kBlock);
+      const int64_t last = std::min(head.count, (block + 1) * kHeadBlock);
       for (int64_t panel = 0; panel < panels; ++panel) {
+        const Unit* states = packed->data() + panel * x.steps * kPanel;
         const int64_t columns = std::min<int64_t>(kPanel, x.count - panel * kPanel);
-        float* highest = parts->data() + (block * panels + panel) * 2 * kPanel;
-        float* total = highest + kPanel;
-        std::fill_n(highest, kPanel, -std::numeric_limits<float>::infinity());
-        for (int64_t row = first; row < last; row += kRows) {
+        for (int64_t row = block * kHeadBlock; row < last; row += kRows) {
           alignas(64) float logits[kRows][kPanel];
           const int64_t rows = std::min<int64_t>(kRows, last - row);
           const Unit* from = static_cast<const Unit*>(head.rows) + row * x.steps;
-          Multiply<D>(rows, from, x.steps,
-                      packed->data() + panel * x.steps * kPanel, logits[0], columns,
-                      Ahead<Unit>{from + 2 * kRows * x.steps, kRows});
-          for (int64_t at = 0; at < columns; at += kLanes) {
-            const Floats before = Load(highest + at);
-            Floats now = before;
-            for (int64_t i = 0; i < rows; ++i) {
-              Floats logit = Load(&logits[i][at]);
-              if (softcap > 0) Store(&logits[i][at], logit = softcap * HyperbolicTangent(logit / softcap));
-              now = logit > now ? logit : now;
-            }
-            Floats sum = Load(total + at) * Exponential(before - now);
-            for (int64_t i = 0; i < rows; ++i) sum += Exponential(Load(&logits[i][at]) - now);
-            Store(highest + at, now);
-            Store(total + at, sum);
-          }
+          const Ahead<Unit> ahead{from + 2 * kRows * x.steps, kRows};
+          Multiply<D>(rows, from, x.steps, states, logits[0], columns, ahead);
+          (*parts)[block * panels + panel].Fold(logits, rows, columns, softcap);
         }
       }
     };
   });
   for (int64_t row = 0; row < x.count; ++row) {
-    const auto part = [&](int64_t block) { return &(*parts)[(block * panels + row / kPanel) * 2 * kPanel + row % kPanel]; };
-    float highest = *part(0), total = 0;
-    for (int64_t block = 1; block < blocks; ++block) highest = std::max(highest, *part(block));
-    for (int64_t block = 0; block < blocks; ++block) total += part(block)[kPanel] * std::exp(*part(block) - highest);
+    const int64_t panel = row / kPanel, column = row % kPanel;
+    float highest = none.highest[0], total = 0;
+    const auto part = [&](int64_t block) -> const Sums& { return (*parts)[block * panels + panel]; };
+    for (int64_t block = 0; block < blocks; ++block) highest = std::max(highest, part(block).highest[column]);
+    for (int64_t block = 0; block < blocks; ++block) {
+      total += part(block).total[column] * std::exp(part(block).highest[column] - highest);
+    }
     out[row] = highest + std::log(total);
   }
 }
@@ -305,7 +323,11 @@ ffi::Error HandleNormalizers(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuf
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ScoreProducts, HandleProducts,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().RemainingArgs().RemainingRets());
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .RemainingRets());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ScoreGated, HandleGated,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
