@@ -12,7 +12,6 @@
 #include <cstdint>
 #include <functional>
 #include <limits>
-#include <memory>
 #include <utility>
 #include <vector>
 
@@ -298,9 +297,9 @@ void Attend(const Problem& problem, ffi::ThreadPool& pool) {
   const int64_t tile = std::clamp<int64_t>(fair, std::min<int64_t>(most, 16), most);
   const int64_t tiles = (problem.queries + tile - 1) / tile;
   Share(pool, tiles * problem.kv_heads, [problem, tile] {
-    return [problem, tile, worker = std::make_shared<Worker<D>>(problem)](int64_t unit) {
+    return [problem, tile, worker = Worker<D>(problem)](int64_t unit) mutable {
       const int64_t first = unit / problem.kv_heads * tile;
-      worker->Run(unit % problem.kv_heads, first, std::min(first + tile, problem.queries));
+      worker.Run(unit % problem.kv_heads, first, std::min(first + tile, problem.queries));
     };
   });
 }

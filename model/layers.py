@@ -50,11 +50,9 @@ class Linear(nnx.Module):
         self.over = getattr(RULES, axes[0]) if shards > 1 else None
 
     def __call__(self, x: Float[Array, "M features_in"]) -> Float[Array, "M features_out"]:
-        operand = x.astype(self.dtype)
         if self.packed:
-            (y,) = linear_cpu.products(operand, [self.kernel[...]], [self.features_out])
-        else:
-            y = lax.dot(operand, self.kernel[...].astype(self.dtype), preferred_element_type=jnp.float32)
+            return each([self], x)[0]
+        y = lax.dot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), preferred_element_type=jnp.float32)
         if self.scales is not None:
             y = y * self.scales[...]
         if self.over:
