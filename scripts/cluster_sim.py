@@ -21,7 +21,7 @@ import httpx
 import typer
 from rich.console import Console
 
-from serve_app.launcher import APP_NAME, check_port, start_ray
+from serve_app.launcher import APP_NAME, check_port, set_environment, start_ray
 from serve_app.settings import Settings
 from serve_app.tpu import CHIP_LABEL, CHIPS_OF_A_SLICES_HOST, HOSTS, NUMBER_LABEL, RESOURCE, SLICE_LABEL, Tpu
 
@@ -58,6 +58,7 @@ def main(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
 ) -> None:
     """Play a cluster of TPU hosts on this machine, kill one now and then under load, and print what happens."""
+    set_environment()
     import ray
     from ray import serve
 

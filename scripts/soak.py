@@ -27,8 +27,7 @@ from rich.table import Table
 
 from scripts.bench_load import arrivals
 from scripts.bench_machine import machine, versions
-from serve_app.app import build
-from serve_app.launcher import APP_NAME, free_port, start_ray
+from serve_app.launcher import APP_NAME, free_port, set_environment, start_ray
 from serve_app.settings import Limits, Settings
 
 SIZES, SHARES = (3, 30, 500), (0.4, 0.4, 0.2)
@@ -248,8 +247,11 @@ def main(
     max_queued_tokens: Annotated[int, typer.Option(help="In that overload, for each replica.")] = 20_000,
 ) -> None:
     """Play clients of all sizes against the service on this machine, and print what came of it."""
+    set_environment()
     import ray
     from ray import serve
+
+    from serve_app.app import build
 
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{machine()}, {versions()}")

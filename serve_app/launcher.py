@@ -34,8 +34,6 @@ MIN_FREE_BYTES = 2 * 2**30
 FAST_FRONT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    # Ray's gRPC takes messages of at most 4 MiB, and a job of some thousand long prompts has more.
-    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0",
     # The scorers' log tells how far they are; a buffered line would come too late.
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
 }
@@ -49,6 +47,15 @@ PROCESSES = {
     "RAY_worker_niceness": "0",
 }
 """For all of Ray's processes; docs/operations.md has what each is worth. What is set already stays as it is."""
+
+CALLS = {
+    # Actor calls take a small request a third longer.
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    # Ray's own limit is 4 MiB, and a job of some thousand long prompts has more.
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
+}
+"""How Serve's processes call each other on a single host. Not on several: when a host is lost without a word, Ray ends
+the actor calls that wait for it, and nothing ends these. What is set already stays as it is."""
 
 STATISTICS_PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
 
@@ -85,6 +92,7 @@ def run(settings: Settings, *, host: str, port: int, fast_front: bool = False) -
             if not console.is_terminal:
                 console.print(line)
 
+        set_environment()
         if fast_front:
             for name, value in FAST_FRONT.items():
                 os.environ.setdefault(name, value)
@@ -123,6 +131,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def set_environment() -> None:
+    """For a Ray on this host alone. Before Ray Serve is imported, which reads some of it then."""
+    for name, value in (PROCESSES | CALLS).items():
+        os.environ.setdefault(name, value)
+
+
 def start_ray(cpus: int, **options: Any) -> None:
     """A Ray of this process's own on this machine, even where another one runs.
 
@@ -130,8 +144,7 @@ def start_ray(cpus: int, **options: Any) -> None:
         options: more of ``ray.init``'s.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    for name, value in PROCESSES.items():
-        os.environ.setdefault(name, value)
+    set_environment()
     import ray
 
     ray.init(  # pyright: ignore[reportUnknownMemberType]

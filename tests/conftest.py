@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import tests.environment  # noqa: F401 - first
+
+# isort: split
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -15,7 +17,6 @@ import pytest
 from scripts.cluster_sim import start_cluster
 from serve_app import model_source
 from serve_app.auth import ApiKeys
-from serve_app.engines import compiled_folder
 from serve_app.fake_engine import FakeEngine
 from serve_app.ingress import create_app
 from serve_app.launcher import APP_NAME, free_port
@@ -31,18 +32,6 @@ from tests.tiny import make_llama
 # However busy the machine is, how long an example takes is no reason to fail.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
-
-# Read by jax when it is imported, here and in Ray's workers.
-os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
-os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
-# With libtpu installed (tests/tpu_compile) jax would look for a TPU, and its own would be where tests run.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling is most of these tests' time; LLVM's lower level halves it and costs a run 15%. Eight devices are for
-# tests/sharding; all else runs on the first.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1 --xla_force_host_platform_device_count=8")
-# Many tests build the same tiny model; what one compiled, the others load.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled_folder()))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
@@ -145,9 +134,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def nodes() -> Iterator[Cluster]:
     """One Ray cluster in this process tree for all tests that need one, of one node; tests may add others."""
-    # Requests whose traceparent asks for it are traced, into files.
-    os.environ["RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH"] = "ray.serve._private.tracing_utils:default_tracing_exporter"
-    os.environ["RAY_SERVE_TRACING_SAMPLING_RATIO"] = "0"
     import ray
 
     yield start_cluster(8, _system_config={"metrics_report_interval_ms": 500})

@@ -1,0 +1,21 @@
+"""What jax and Ray Serve read when they are imported, here and in Ray's workers. ``conftest`` imports it first."""
+
+import os
+
+from serve_app.engines import compiled_folder
+from serve_app.launcher import set_environment
+
+set_environment()
+os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+# With libtpu installed (tests/tpu_compile) jax would look for a TPU, and its own would be where tests run.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling is most of these tests' time; LLVM's lower level halves it and costs a run 15%. Eight devices are for
+# tests/sharding; all else runs on the first.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1 --xla_force_host_platform_device_count=8")
+# Many tests build the same tiny model; what one compiled, the others load.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled_folder()))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# Requests whose traceparent asks for it are traced, into files.
+os.environ["RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH"] = "ray.serve._private.tracing_utils:default_tracing_exporter"
+os.environ["RAY_SERVE_TRACING_SAMPLING_RATIO"] = "0"
