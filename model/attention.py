@@ -1,8 +1,8 @@
 """Attention of packed rows over a shared paged prefix and over themselves.
 
 A program call holds M = B * T tokens: B bins of T positions, each bin packed with whole rows one after the other. A
-token sees (1) the first ``prefix_length`` positions of the prefix that all rows of the call share, kept as pages of a
-pool, and (2) the tokens of its own row up to itself.
+token sees (1) its row's prefix, kept as pages of a pool, and (2) the tokens of its own row up to itself. All rows of a
+call share one prefix, but for ``native``, where each may have another.
 
 Four implementations with one signature: ``reference`` gathers the prefix and takes one softmax over everything;
 ``paged`` walks the prefix page by page, all rows in one matmul per key/value head, and merges by the running
@@ -32,17 +32,29 @@ class Context(NamedTuple):
 
     Attributes:
         segments: row number of each token within the call; -1 for padding, which sees only itself and its like.
-        positions: each token's place in its sequence; any for padding. A row's first is at ``prefix_length``.
+        positions: each token's place in its sequence; any for padding. A row's first is at its prefix's length.
+        prefixes: which of the P prefixes each token sees.
         pool: keys (index 0) and values (1) of all pages, for all layers, stored as by ``to_pool``.
-        page_table: page numbers of the prefix in order; entries past the prefix are not read.
-        prefix_length: tokens in the prefix; 0 for none.
+        page_tables: of each prefix its page numbers in order; entries past the prefix are not read.
+        prefix_lengths: tokens in each prefix; 0 for none.
     """
 
     segments: Int[Array, "B T"]
     positions: Int[Array, " M"]
+    prefixes: Int[Array, " M"]
     pool: Shaped[Array, "pages L 2 K page H"]
-    page_table: Int[Array, " slots"]
-    prefix_length: Int[Array, ""]
+    page_tables: Int[Array, "P slots"]
+    prefix_lengths: Int[Array, " P"]
+
+    @property
+    def page_table(self) -> Int[Array, " slots"]:
+        """Of the only prefix."""
+        return self.page_tables[0]
+
+    @property
+    def prefix_length(self) -> Int[Array, ""]:
+        """Of the only prefix."""
+        return self.prefix_lengths[0]
 
 
 class Rule(NamedTuple):
@@ -314,13 +326,16 @@ def attend(
         reads: flat indices into the M tokens.
     """
     if implementation == NATIVE:
-        stored = context.pool, context.page_table, context.prefix_length
+        stored = context.prefixes, context.pool, context.page_tables, context.prefix_lengths
         return attend_native(q, k, v, context.segments, *stored, layer, *rule, reads)
     if implementation in FUSED:
         # The kernel takes whole bins: in the one layer that asks for reads alone, queries that nobody reads are zeros.
         queries = q if reads is None else jnp.zeros((k.shape[0], *q.shape[1:]), q.dtype).at[reads].set(q)
         interpret = implementation == "fused-interpreted"
-        attended = fused(queries, k, _finite(v), *context, layer, *rule, interpret=interpret)
+        shared = context.pool, context.page_table, context.prefix_length
+        attended = fused(
+            queries, k, _finite(v), context.segments, context.positions, *shared, layer, *rule, interpret=interpret
+        )
         return attended if reads is None else attended[reads]
     if reads is None:
         own, positions = _own_bins(q, k, v, context.segments, rule), context.positions

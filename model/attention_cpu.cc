@@ -1,5 +1,5 @@
-// Attention of packed rows over a shared paged prefix and over themselves, on a CPU: what model/attention.py describes,
-// in one call. A query folds its own row's keys, then the prefix's, into a running softmax, 64 keys at a time
+// Attention of packed rows, each over a paged prefix and over itself, on a CPU: what model/attention.py describes, in
+// one call. A query folds its own row's keys, then the prefix's, into a running softmax, 64 keys at a time
 // (FlashAttention, arXiv 2205.14135, section 3.1), so that scores and weights never leave the first cache.
 //
 // A query's arithmetic does not depend on what else is in the call: keys are cut into blocks from their row's first
@@ -44,11 +44,13 @@ struct Problem {
   const void *q, *k, *v;    // [Q, N, H], [M, K, H], [M, K, H]
   const void* pool;         // [pages, L, 2, K, page, H]
   const int32_t* segments;  // [M]
+  const int32_t* prefixes;  // [M] which of the P prefixes each token sees
   const int32_t* reads;     // [Q] the tokens that the queries are of
-  const int32_t* table;     // [slots]
+  const int32_t* tables;    // [P, slots]
+  const int32_t* lengths;   // [P] tokens of each prefix
   void* out;                // [Q, N, H]
-  int64_t queries, heads, kv_heads, width, layers, page;
-  int64_t prefix, layer, window;
+  int64_t queries, heads, kv_heads, width, layers, page, slots;
+  int64_t layer, window;
   float softcap;
 
   int64_t groups() const { return heads / kv_heads; }
@@ -90,7 +92,7 @@ class Worker {
     std::fill_n(highest_.begin(), rows + 2 * kRows, -kInfinity);
     std::fill_n(places_.begin(), rows + 2 * kRows, 0);
     for (int64_t from = first; from < last;) from = Own(head, first, from, last);
-    Prefix(head, rows);
+    for (int64_t from = first; from < last;) from = Prefix(head, first, from, last);
     Write(head, first, all);
   }
 
@@ -119,18 +121,23 @@ class Worker {
     return until;
   }
 
-  void Prefix(int64_t head, int64_t rows) {
+  // Folds the prefix of query `from` into it and into those after it that see the same; returns the first that does not.
+  int64_t Prefix(int64_t head, int64_t first, int64_t from, int64_t last) {
+    const int64_t groups = p_.groups(), number = p_.prefixes[p_.reads[from]], length = p_.lengths[number];
+    int64_t until = from + 1;
+    while (until < last && p_.prefixes[p_.reads[until]] == number) ++until;
     const auto* pool = static_cast<const Stored*>(p_.pool);
-    int64_t key = std::max<int64_t>(p_.prefix + 1 - p_.window, 0) / kKeys * kKeys;  // no query sees further back
-    for (; key < p_.prefix; key += kKeys) {
-      const int64_t page = p_.table[key / p_.page];
+    int64_t key = std::max<int64_t>(length + 1 - p_.window, 0) / kKeys * kKeys;  // no query sees further back
+    for (; key < length; key += kKeys) {
+      const int64_t page = p_.tables[number * p_.slots + key / p_.page];
       const int64_t half = p_.kv_heads * p_.page * p_.width;  // from keys to values
       const Stored* k = pool + ((page * p_.layers + p_.layer) * 2 * p_.kv_heads + head) * p_.page * p_.width +
                         key % p_.page * p_.width;
-      const int count = static_cast<int>(std::min<int64_t>(kKeys, p_.prefix - key));
+      const int count = static_cast<int>(std::min<int64_t>(kKeys, length - key));
       Pack(k, k + half, p_.width, count);
-      Fold(0, rows, key - p_.prefix, count, false);
+      Fold((from - first) * groups, (until - first) * groups, key - length, count, false);
     }
+    return until;
   }
 
   // Up to kKeys keys [step][key] and values [key / kPacked][channel], as the micro-kernel reads them. A value that is
@@ -305,9 +312,10 @@ void Attend(const Problem& problem, ffi::ThreadPool& pool) {
 }
 
 ffi::Error Handle(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                  ffi::Buffer<ffi::S32> segments, ffi::AnyBuffer pages, ffi::Buffer<ffi::S32> table,
-                  ffi::Buffer<ffi::S32> prefix, ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> window,
-                  ffi::Buffer<ffi::S32> reads, float softcap, ffi::Result<ffi::AnyBuffer> out) {
+                  ffi::Buffer<ffi::S32> segments, ffi::Buffer<ffi::S32> prefixes, ffi::AnyBuffer pages,
+                  ffi::Buffer<ffi::S32> tables, ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::S32> layer,
+                  ffi::Buffer<ffi::S32> window, ffi::Buffer<ffi::S32> reads, float softcap,
+                  ffi::Result<ffi::AnyBuffer> out) {
   const auto of_queries = q.dimensions(), of_keys = k.dimensions(), of_pages = pages.dimensions();
   if (of_pages[4] % kKeys != 0) return ffi::Error::InvalidArgument("a page must hold a multiple of 64 tokens");
   if (of_queries[2] % 2 != 0) return ffi::Error::InvalidArgument("a head's width must be even");
@@ -317,8 +325,10 @@ ffi::Error Handle(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
       .v = v.untyped_data(),
       .pool = pages.untyped_data(),
       .segments = segments.typed_data(),
+      .prefixes = prefixes.typed_data(),
       .reads = reads.typed_data(),
-      .table = table.typed_data(),
+      .tables = tables.typed_data(),
+      .lengths = lengths.typed_data(),
       .out = out->untyped_data(),
       .queries = of_queries[0],
       .heads = of_queries[1],
@@ -326,7 +336,7 @@ ffi::Error Handle(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
       .width = of_queries[2],
       .layers = of_pages[1],
       .page = of_pages[4],
-      .prefix = *prefix.typed_data(),
+      .slots = tables.dimensions()[1],
       .layer = *layer.typed_data(),
       .window = *window.typed_data(),
       .softcap = softcap,
@@ -349,6 +359,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ScoreAttention, Handle,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()

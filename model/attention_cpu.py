@@ -20,9 +20,10 @@ def attend_native(
     k: Float[Array, "M K H"],
     v: Float[Array, "M K H"],
     segments: Int[Array, "B T"],
+    prefixes: Int[Array, " M"],
     pool: Shaped[Array, "pages L 2 K page H"],
-    page_table: Int[Array, " slots"],
-    prefix_length: Int[Array, ""],
+    page_tables: Int[Array, "P slots"],
+    prefix_lengths: Int[Array, " P"],
     layer: int | Int[Array, ""],
     window: Int[Array, ""] | None,
     softcap: float | None,
@@ -30,7 +31,7 @@ def attend_native(
 ) -> Float[Array, "Q N H"]:
     """As ``attention.attend``, in q's dtype; ``kernels_cpu.load`` comes before it."""
     queries = jnp.arange(len(q), dtype=jnp.int32) if reads is None else reads
-    scalars = [jnp.asarray(x, jnp.int32) for x in (prefix_length, layer, UNLIMITED if window is None else window)]
+    scalars = [jnp.asarray(x, jnp.int32) for x in (layer, UNLIMITED if window is None else window)]
     kernel = jax.ffi.ffi_call(kernels_cpu.target("attention"), jax.ShapeDtypeStruct(q.shape, q.dtype))
-    operands = (q, k, v, segments.reshape(-1), pool, page_table, *scalars, queries)
+    operands = (q, k, v, segments.reshape(-1), prefixes, pool, page_tables, prefix_lengths, *scalars, queries)
     return kernel(*operands, softcap=np.float32(softcap or 0))

@@ -9,7 +9,9 @@ import concurrent.futures
 import itertools
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,7 @@ import numpy.typing as npt
 from flax import nnx
 from jax.sharding import Mesh
 
-from model import checkpoint, decoder, kernels_cpu, linear_cpu, plan, registry, sharding
+from model import checkpoint, decoder, kernels_cpu, linear_cpu, plan, prefill, registry, sharding
 from model.attention import NATIVE
 from model.checkpoint import Tensor
 from model.config import ModelConfig
@@ -30,7 +32,8 @@ from model.fields import ConfigError, read_config
 from model.kernels_cpu import Kernels
 from model.layers import quantized
 from model.pages import PAGE_TOKENS, CacheStats, Node, PrefixCache, Recurring
-from model.programs import Inputs, LayerPrograms, ModelPrograms, Prefix, Programs, stack_of
+from model.prefill import Held
+from model.programs import Inputs, LayerPrograms, ModelPrograms, Prefixes, Programs, stack_of
 from model.sharding import MODEL, by_device, divided, stacked
 from model.sizes import BY_PLATFORM, Layout, Sizes, layout
 
@@ -197,7 +200,7 @@ class Engine:
         work = _Work(sequences, reads, read_sequences, first_read, np.zeros(len(sequences), np.int32))
         try:
             with self._launching:
-                pending = [call for group in self._with_recurring(groups, work) for call in self._launch(group, work)]
+                pending = self._launch(self._with_recurring(groups, work), work)
             hidden = np.zeros((len(batch.read_positions), self._config.width), np.float32)
             for values, numbers in pending:
                 for part, of_call in zip(np.split(np.asarray(values), self._programs.at_once), numbers, strict=False):
@@ -255,19 +258,64 @@ class Engine:
             result += [plan.Group(rows[0].sequence, rows[0].start, tuple(rows)) for rows in deeper.values()]
         return result
 
-    def _launch(self, group: plan.Group, work: "_Work") -> list[tuple[jax.Array, list[list[int]]]]:
-        """Start a group's calls: for each launch the hidden states to come, and of each of its calls the numbers of the
-        reads that they are of.
+    def _launch(self, groups: Sequence[plan.Group], work: "_Work") -> list[tuple[jax.Array, list[list[int]]]]:
+        """Start all calls: for each launch the hidden states to come, and of each of its calls the numbers of the reads
+        that they are of.
+
+        First the missing prefixes of as many groups as a call can see and the pool can hold, then these groups' rows.
+        """
+        launched: list[tuple[jax.Array, list[list[int]]]] = []
+        waiting = deque(groups)
+        while waiting:
+            with ExitStack() as pins:
+                held: list[Held] = []
+                while waiting and len(held) < self._layout.prefixes:
+                    if (found := self._hold(waiting[0], work, pins, must=not held)) is None:
+                        break
+                    held.append(found)
+                    waiting.popleft()
+                self._prefill(held)
+                launched += self._rows(held, work)
+        return launched
+
+    def _hold(self, group: plan.Group, work: "_Work", pins: ExitStack, *, must: bool) -> Held | None:
+        """Pages for a group's prefix, those that are not in the cache yet to be filled; None: there are too few.
+
+        Args:
+            must: there will not be more: raise ``OutOfPagesError``.
         """
         owner = work.numbering[group.prefix_of]
-        path, missed = self._prefix(work.sequences[owner][: group.prefix_length])
-        work.computed[owner] += missed
-        prefix = Prefix(self._pool, self._table(path), group.prefix_length)
+        prefix = work.sequences[owner][: group.prefix_length]
+        path = self._cache.lookup(prefix)
+        cached = min(len(prefix), len(path) * PAGE_TOKENS)
+        with self._cache.pinned(path):
+            if -(-(len(prefix) - cached) // PAGE_TOKENS) > self._cache.available and not must:
+                return None
+            pins.enter_context(self._cache.pinned(path))
+        for at in range(cached, len(prefix), PAGE_TOKENS):
+            path.append(self._cache.extend(path, prefix[at : at + PAGE_TOKENS]))
+            pins.enter_context(self._cache.pinned(path[-1:]))
+        self._cache.count(hit=cached, missed=len(prefix) - cached)
+        work.computed[owner] += len(prefix) - cached
+        return Held(group, prefix, path, cached)
+
+    def _prefill(self, held: Sequence[Held]) -> None:
+        """Fill the pages that are empty."""
+        for call in prefill.calls(held, self._layout.sizes.chunks, self._layout.prefixes):
+            seen = self._prefixes([piece.held.path for piece in call.pieces], [piece.start for piece in call.pieces])
+            self._wait_for_last()
+            written = self._programs.prefill(call.size, call.inputs(), seen)
+            self._pool = self._programs.write(self._pool, written, call.size, call.spans)
+            self._count(call.tokens, call.size)
+
+    def _rows(self, held: Sequence[Held], work: "_Work") -> list[tuple[jax.Array, list[list[int]]]]:
+        """Start the calls of groups whose prefixes are in their pages; see ``_launch``."""
+        prefixes = self._prefixes([each.path for each in held], [len(each.prefix) for each in held])
         launched: list[tuple[jax.Array, list[list[int]]]] = []
-        for calls in plan.together(plan.pack(group.rows, self._layout.ladder), self._programs.at_once):
+        for calls in plan.together(self._layout.calls([each.group for each in held]), self._programs.at_once):
             inputs, numbers = zip(*map(work.inputs, calls), strict=True)
             self._wait_for_last()
-            self._launched = self._programs.rows(calls[0].shape, inputs, prefix)
+            self._launched = self._programs.rows(calls[0].shape, inputs, prefixes)
             launched.append((self._launched, list(numbers)))
             placements = [placement for call in calls for placement in call.placements]
             real = sum(placement.row.length for placement in placements)
@@ -275,6 +323,14 @@ class Engine:
             for placement in placements:
                 work.computed[work.numbering[placement.row.sequence]] += placement.row.length
         return launched
+
+    def _prefixes(self, paths: Sequence[Sequence[Node]], lengths: Sequence[int]) -> Prefixes:
+        tables = np.zeros(self._layout.tables, np.int32)
+        for table, path in zip(tables, paths, strict=False):
+            table[: len(path)] = [node.page for node in path]
+        padded = np.zeros(self._layout.prefixes, np.int32)
+        padded[: len(lengths)] = lengths
+        return Prefixes(self._pool, tables, padded)
 
     def _wait_for_last(self) -> None:
         """Let the last launched rows end: a CPU would run both calls at once, and each would be in the other's way."""
@@ -284,36 +340,6 @@ class Engine:
     def _count(self, real: int, positions: int) -> None:
         self._computed += real
         self._padded += positions - real
-
-    def _table(self, path: Sequence[Node]) -> npt.NDArray[np.int32]:
-        table = np.zeros(self._layout.slots, np.int32)
-        table[: len(path)] = [node.page for node in path]
-        return table
-
-    def _prefix(self, prefix: plan.Tokens) -> tuple[list[Node], int]:
-        """Pages that hold the prefix, prefilled where they are not in the cache; and how many tokens that took."""
-        path = self._cache.lookup(prefix)
-        cached = min(len(prefix), len(path) * PAGE_TOKENS)
-        self._cache.count(hit=cached, missed=len(prefix) - cached)
-        for at in range(cached, len(prefix), PAGE_TOKENS):
-            with self._cache.pinned(path):
-                path.append(self._cache.extend(path, prefix[at : at + PAGE_TOKENS]))
-        table = self._table(path)
-        start = cached
-        for size in plan.chunks(len(prefix) - cached, self._layout.sizes.chunks):
-            tokens = prefix[start : start + size]
-            padded, segments = np.full(size, -1, np.int32), np.full((1, size), -1, np.int32)
-            padded[: len(tokens)] = tokens
-            segments[0, : len(tokens)] = 0
-            inputs = Inputs(padded, np.arange(start, start + size, dtype=np.int32), segments, np.zeros(0, np.int32))
-            self._wait_for_last()
-            written = self._programs.prefill(size, inputs, Prefix(self._pool, table, start))
-            first, offset = divmod(start, PAGE_TOKENS)
-            pages = [node.page for node in path[first : (start + len(tokens) - 1) // PAGE_TOKENS + 1]]
-            self._pool = self._programs.write(self._pool, written, size, pages, offset, len(tokens))
-            self._count(len(tokens), size)
-            start += len(tokens)
-        return path, len(prefix) - cached
 
     def _read(
         self, hidden: npt.NDArray[np.float32], batch: Batch
@@ -369,7 +395,7 @@ class _Work:
         """A call's arrays, and the batch's numbers of the reads in it."""
         shape = call.shape
         tokens, segments = np.full((2, shape.tokens), -1, np.int32)
-        positions = np.zeros(shape.tokens, np.int32)
+        positions, prefixes = np.zeros((2, shape.tokens), np.int32)
         indices = np.zeros(shape.reads, np.int32)
         numbers: list[int] = []
         for segment, placement in enumerate(call.placements):
@@ -378,12 +404,13 @@ class _Work:
             at = placement.bin * shape.width + placement.offset
             tokens[at : at + row.length] = self.sequences[sequence][row.start : row.stop]
             positions[at : at + row.length] = np.arange(row.start, row.stop)
+            prefixes[at : at + row.length] = placement.prefix
             segments[at : at + row.length] = segment
             for order, position in enumerate(self.reads[sequence]):
                 if row.start <= position < row.stop:
                     indices[len(numbers)] = at + position - row.start
                     numbers.append(int(self.first_read[sequence]) + order)
-        return Inputs(tokens, positions, segments.reshape(shape.bins, shape.width), indices), numbers
+        return Inputs(tokens, positions, prefixes, segments.reshape(shape.bins, shape.width), indices), numbers
 
 
 def load(
@@ -472,7 +499,7 @@ def load(
         leaves: Any = nnx.to_flat_state(like)
         return nnx.from_flat_state([(path, leaf.replace(arrays[*place, *path])) for path, leaf in leaves])
 
-    common = (part, abstract, state(abstract.ends[1]), laid.pool, laid.slots, compiled_folder, mesh)
+    common = (part, abstract, state(abstract.ends[1]), laid.pool, laid.tables, compiled_folder, mesh)
     block = abstract.block[1]
     if by_layer:
         layers = [state(block, "blocks", layer) for layer in range(parsed.layers)]
@@ -537,5 +564,5 @@ def without_weights(
     part = divided(parsed, mesh.shape[MODEL])
     laid = layout(part, sizes, dtype=dtype, implementation=implementation, max_prompt_tokens=max_prompt_tokens)
     _, abstract = registry.build(part, dtype=dtype, implementation=implementation)
-    common = (part, abstract, abstract.ends[1], laid.pool, laid.slots, None, mesh)
+    common = (part, abstract, abstract.ends[1], laid.pool, laid.tables, None, mesh)
     return ModelPrograms(*common, layers=stack_of(abstract.block[1], part.layers)), laid

@@ -56,6 +56,7 @@ class PrefixCache:
         self._free = list(range(pages - 1, 0, -1))
         self._nodes: set[Node] = set()
         self._pages = pages
+        self._pinned = 0
         self._clock = 0
         self._hits = self._misses = self._evicted = 0
 
@@ -97,12 +98,19 @@ class PrefixCache:
         """Keep the path's pages while a batch reads them."""
         held = tuple(path)
         for node in held:
+            self._pinned += not node.pins
             node.pins += 1
         try:
             yield
         finally:
             for node in held:
                 node.pins -= 1
+                self._pinned -= not node.pins
+
+    @property
+    def available(self) -> int:
+        """Pages that ``extend`` can hand out before it raises, if every pinned page's path is pinned."""
+        return self._pages - 1 - self._pinned
 
     def count(self, *, hit: int, missed: int) -> None:
         """Add to the hit and miss counts, in tokens."""

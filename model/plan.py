@@ -8,7 +8,7 @@ bins into calls of a few fixed shapes, so that every call runs a program compile
 import bisect
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -28,16 +28,10 @@ ATTENTION_COST = 1 / 1536
 
 @dataclass(frozen=True, slots=True, order=True)
 class Shape:
-    """A compiled program's size: ``bins`` bins of ``width`` positions, with room for ``reads`` read positions.
-
-    Attributes:
-        attended: positions that a position's attention costs by the packing, seen or masked; None: those of its bin. 0:
-            attention looks at each row by itself, and costs the same however rows are packed.
-    """
+    """A compiled program's size: ``bins`` bins of ``width`` positions, with room for ``reads`` read positions."""
 
     width: int
     bins: int
-    attended: int | None = field(default=None, compare=False)
 
     @property
     def tokens(self) -> int:
@@ -51,8 +45,7 @@ class Shape:
     @property
     def cost(self) -> float:
         """Of one call, in units of one token's matmuls."""
-        attended = self.width if self.attended is None else self.attended
-        return self.tokens * (1 + attended * ATTENTION_COST) + CALL_COST
+        return self.tokens * (1 + self.width * ATTENTION_COST) + CALL_COST
 
     def __str__(self) -> str:
         return f"{self.bins}x{self.width}"
@@ -88,11 +81,13 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A row's place in a call: its first token goes to position ``offset`` of bin ``bin``."""
+    """A row's place in a call: its first token goes to position ``offset`` of bin ``bin``, and it sees prefix number
+    ``prefix`` of the call's."""
 
     row: Row
     bin: int
     offset: int
+    prefix: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +128,40 @@ def large_shapes(max_width: int, call_tokens: int) -> tuple[Shape, ...]:
 
 
 def flat_shapes(call_tokens: int) -> tuple[Shape, ...]:
-    """The ladder where attention looks at each row by itself: one bin, up to ``call_tokens``, in steps of a quarter and
-    less."""
-    steps = [16 * part << octave for octave in range(16) for part in (4, 5, 6, 7)]
+    """The ladder where attention looks at each row by itself, and padding costs little: one bin, up to ``call_tokens``,
+    in steps of a quarter and less to 256 tokens, then of a half and less."""
+    steps = [16 * part << octave for octave in range(16) for part in ((4, 5, 6, 7) if octave < 2 else (4, 6))]
     widths = [*itertools.takewhile(lambda width: width < call_tokens, steps), max(call_tokens, SMALLEST_CALL)]
-    return tuple(Shape(width, 1, attended=0) for width in widths)
+    return tuple(Shape(width, 1) for width in widths)
+
+
+def fill(groups: Sequence[Group], ladder: Sequence[Shape]) -> list[Call]:
+    """Rows of several groups, one after the other, in as few calls of a flat ladder as they need; a row's prefix is its
+    group's number.
+
+    Raises:
+        ValueError: a row is longer than the largest call.
+    """
+    largest = ladder[-1]
+    calls: list[Call] = []
+    placed: list[Placement] = []
+    tokens = reads = 0
+
+    def close() -> None:
+        calls.append(Call(next(shape for shape in ladder if shape.width >= tokens), tuple(placed)))
+
+    for number, group in enumerate(groups):
+        for row in group.rows:
+            if placed and (tokens + row.length > largest.width or reads + row.reads > largest.reads):
+                close()
+                placed, tokens, reads = [], 0, 0
+            if row.length > largest.width:
+                raise ValueError(f"a row of {row.length} tokens does not fit the largest call of {largest.width}")
+            placed.append(Placement(row, 0, tokens, number))
+            tokens += row.length
+            reads += row.reads
+    close()
+    return calls
 
 
 def together(calls: Sequence[Call], at_once: int) -> Iterator[list[Call]]:

@@ -40,21 +40,38 @@ class Inputs(NamedTuple):
     Attributes:
         tokens: [M] ids; -1 for padding.
         positions: [M], each token's place in its sequence.
+        prefixes: [M], which of the call's prefixes each token sees.
         segments: [B, T], see ``attention.Context``.
         reads: [R] flat indices of the tokens whose hidden state is wanted; not used by ``prefill``.
     """
 
     tokens: npt.NDArray[np.int32]
     positions: npt.NDArray[np.int32]
+    prefixes: npt.NDArray[np.int32]
     segments: npt.NDArray[np.int32]
     reads: npt.NDArray[np.int32]
 
 
-class Prefix(NamedTuple):
-    """What all rows of a call attend to besides themselves: device pool, page table and length of the prefix."""
+class Prefixes(NamedTuple):
+    """What the rows of a call attend to besides themselves.
+
+    Attributes:
+        pool: on the device.
+        tables: [P, slots], the pages of each prefix.
+        lengths: [P], in tokens.
+    """
 
     pool: jax.Array
-    table: npt.NDArray[np.int32]
+    tables: npt.NDArray[np.int32]
+    lengths: npt.NDArray[np.int32]
+
+
+class Span(NamedTuple):
+    """Tokens ``start`` to ``start + length`` of a prefill call, which belong into page ``page`` from ``offset`` on."""
+
+    page: int
+    offset: int
+    start: int
     length: int
 
 
@@ -77,7 +94,7 @@ class Definition(NamedTuple):
 
 WHOLE, CALLS = RULES.spec(), RULES.spec("calls")
 POOL = RULES.spec(None, None, None, "kv_heads", None, None)
-_CONTEXT: Any = (CALLS, CALLS, POOL, WHOLE, WHOLE)
+_CONTEXT: Any = (CALLS, CALLS, CALLS, POOL, WHOLE, WHOLE)
 CONTEXT = Context(*_CONTEXT)
 """How the fields of a ``Context`` lie on a mesh."""
 
@@ -88,7 +105,7 @@ class Programs:
     Args:
         ends: parameters of ``Family.ends``.
         pool: shape and dtype of the page pool on one device, [pages, L, 2, K, page, H].
-        slots: entries of a page table.
+        tables: how many prefixes a call has, and the entries of each one's page table.
         folder: of compiled programs, see ``model.compiled``.
         mesh: that the parameters lie on; ``config``, ``abstract`` and ``pool`` are of one device's part. None: one
             device.
@@ -100,7 +117,7 @@ class Programs:
         abstract: Abstract,
         ends: State,
         pool: jax.ShapeDtypeStruct,
-        slots: int,
+        tables: tuple[int, int],
         folder: Path | None,
         mesh: Mesh | None,
     ) -> None:
@@ -113,7 +130,7 @@ class Programs:
         self._abstract = abstract
         self._dtype = jax.tree.leaves(ends)[0].dtype
         self._pool = pool
-        self._slots = slots
+        self._tables = tables
         self._folder = folder
         self._mesh = mesh
         self._compiled: dict[tuple[str, Size], Callable[..., Any]] = {}
@@ -139,12 +156,12 @@ class Programs:
         whole = self._pool if self._mesh is None else abstract(self._pool, POOL, self._mesh)
         return jnp.zeros(whole.shape, whole.dtype, device=whole.sharding)
 
-    def rows(self, shape: Shape, inputs: Sequence[Inputs], prefix: Prefix) -> jax.Array:
+    def rows(self, shape: Shape, inputs: Sequence[Inputs], prefixes: Prefixes) -> jax.Array:
         """Final normalised hidden states at the reads of up to ``at_once`` calls: float32 [calls * R, D]. Returns when
         launched."""
         raise NotImplementedError
 
-    def prefill(self, size: int, inputs: Inputs, prefix: Prefix) -> Any:
+    def prefill(self, size: int, inputs: Inputs, prefixes: Prefixes) -> Any:
         """Keys and values of ``size`` tokens in one bin, as ``write`` takes them. Returns when launched."""
         raise NotImplementedError
 
@@ -152,15 +169,11 @@ class Programs:
         """Kinds and sizes that calls of these shapes and prefill chunks need."""
         raise NotImplementedError
 
-    def write(self, pool: jax.Array, keys_values: Any, size: int, pages: Sequence[int], offset: int, length: int):
-        """The pool with the first ``length`` of a prefill's keys and values in ``pages``, from ``offset`` on.
-
-        ``pool`` is given away. Pages that the chunk could touch but does not, write to page 0, which nobody reads.
-        """
-        table = np.zeros(touched_pages(size), np.int32)
-        table[: len(pages)] = pages
-        host = self._put((table, np.array(offset, np.int32), np.array(length, np.int32)), WHOLE)
-        return self.get("write", size)(pool, keys_values, *host)
+    def write(self, pool: jax.Array, keys_values: Any, size: int, spans: Sequence[Span]) -> jax.Array:
+        """The pool with keys and values of a prefill in its pages; ``pool`` is given away."""
+        table = np.zeros((spans_of(size), len(Span._fields)), np.int32)
+        table[: len(spans)] = np.array(spans)
+        return self.get("write", size)(pool, keys_values, *self._put((table, np.array(len(spans), np.int32)), WHOLE))
 
     def targets(self, hidden: npt.NDArray[np.float32], ids: npt.NDArray[np.int32]) -> jax.Array:
         """Logits of one id per hidden state."""
@@ -213,11 +226,12 @@ class Programs:
         """
         return jax.device_put(host) if self._mesh is None else put(host, spec, self._mesh)
 
-    def _on_device(self, inputs: Inputs, prefix: Prefix) -> tuple[jax.Array, Context]:
+    def _on_device(self, inputs: Inputs, prefixes: Prefixes) -> tuple[jax.Array, Context]:
         """A launch's token ids and context, on the device."""
-        host = (inputs.tokens, inputs.positions, inputs.segments, prefix.table, np.array(prefix.length, np.int32))
-        tokens, positions, segments, table, length = self._put(host, (CALLS, CALLS, CALLS, WHOLE, WHOLE))
-        return tokens, Context(segments, positions, prefix.pool, table, length)
+        of_calls = (inputs.tokens, inputs.segments, inputs.positions, inputs.prefixes)
+        host = (*of_calls, prefixes.tables, prefixes.lengths)
+        tokens, segments, positions, seen, tables, lengths = self._put(host, (*[CALLS] * len(of_calls), WHOLE, WHOLE))
+        return tokens, Context(segments, positions, seen, prefixes.pool, tables, lengths)
 
     def _parameters(self, held: State, part: State, *leading: None) -> tuple[Any, Any]:
         """Parameters as a program's argument, and how they lie on a mesh.
@@ -235,7 +249,7 @@ class Programs:
         """The inputs of one launch; where there are fewer calls than it runs, the others are padding."""
         if self.at_once == 1:
             return calls[0]
-        idle = Inputs(*(np.full_like(array, fill) for array, fill in zip(calls[0], (-1, 0, -1, 0), strict=True)))
+        idle = Inputs(*(np.full_like(array, fill) for array, fill in zip(calls[0], (-1, 0, 0, -1, 0), strict=True)))
         return Inputs(
             *(np.concatenate(arrays) for arrays in zip(*calls, *[idle] * (self.at_once - len(calls)), strict=True))
         )
@@ -273,8 +287,8 @@ class Programs:
             case "argmax":
                 return Definition(highest, (ends, _float32(size, width)), (specs, WHOLE), results=WHOLE)
             case "write":
-                arguments = (self._pool, self._written(size), _int32(touched_pages(size)), _int32(), _int32())
-                return Definition(_write, arguments, (POOL, self._kept, WHOLE, WHOLE, WHOLE), POOL, donated=(0,))
+                arguments = (self._pool, self._written(size), _int32(spans_of(size), len(Span._fields)), _int32())
+                return Definition(_write, arguments, (POOL, self._kept, WHOLE, WHOLE), POOL, donated=(0,))
             case _:
                 raise ValueError(f"no program {kind!r}")
 
@@ -287,7 +301,8 @@ class Programs:
 
     def _context(self, segments: jax.ShapeDtypeStruct) -> Context:
         tokens = _int32(segments.shape[0] * segments.shape[1])
-        shapes: Any = Context(segments, tokens, self._pool, _int32(self._slots), _int32())  # pyright: ignore[reportArgumentType]
+        stored: Any = (self._pool, _int32(*self._tables), _int32(self._tables[0]))
+        shapes: Any = Context(segments, tokens, tokens, *stored)  # pyright: ignore[reportArgumentType]
         return shapes
 
 
@@ -305,9 +320,9 @@ class LayerPrograms(Programs):
         self._layers = layers
         self._numbers = [self._put(np.array(number, np.int32), WHOLE) for number in range(len(layers))]
 
-    def rows(self, shape: Shape, inputs: Sequence[Inputs], prefix: Prefix) -> jax.Array:
+    def rows(self, shape: Shape, inputs: Sequence[Inputs], prefixes: Prefixes) -> jax.Array:
         stacked = self._stacked(inputs)
-        x, angles, context = self._begin(stacked, prefix)
+        x, angles, context = self._begin(stacked, prefixes)
         # What is read sees no bins, only rows: one program serves all shapes of as many tokens.
         reads, flat = self._put((stacked.reads, stacked.segments.reshape(self.at_once, -1)), CALLS)
         layer = self.get("layer", shape)
@@ -316,8 +331,8 @@ class LayerPrograms(Programs):
         context, read = context._replace(segments=flat), self.get("read", shape.tokens)
         return read(self._ends, self._layers[-1], x, angles, context, self._numbers[-1], reads)
 
-    def prefill(self, size: int, inputs: Inputs, prefix: Prefix) -> Any:
-        x, angles, context = self._begin(self._stacked([inputs] * self.at_once), prefix)
+    def prefill(self, size: int, inputs: Inputs, prefixes: Prefixes) -> Any:
+        x, angles, context = self._begin(self._stacked([inputs] * self.at_once), prefixes)
         layer = self.get("keep", size)
         kept: list[jax.Array] = []
         for number, weights in zip(self._numbers[:-1], self._layers[:-1], strict=True):
@@ -332,9 +347,9 @@ class LayerPrograms(Programs):
         wanted += [("read", tokens) for tokens in called]
         return wanted + [("embed", tokens) for tokens in sorted({*chunks, *called})]
 
-    def _begin(self, inputs: Inputs, prefix: Prefix) -> tuple[Any, Any, Context]:
+    def _begin(self, inputs: Inputs, prefixes: Prefixes) -> tuple[Any, Any, Context]:
         """The first layer's input, and what all layers take, on the device once for all of them."""
-        tokens, context = self._on_device(inputs, prefix)
+        tokens, context = self._on_device(inputs, prefixes)
         embed = self.get("embed", len(inputs.tokens) // self.at_once)
         x, angles = embed(self._ends, tokens, context.positions)
         return x, angles, context
@@ -402,21 +417,21 @@ class ModelPrograms(Programs):
         super().__init__(*args)
         self._layers = layers
 
-    def rows(self, shape: Shape, inputs: Sequence[Inputs], prefix: Prefix) -> jax.Array:
+    def rows(self, shape: Shape, inputs: Sequence[Inputs], prefixes: Prefixes) -> jax.Array:
         stacked = self._stacked(inputs)
         reads = self._put(stacked.reads, CALLS)
-        return self.get("rows", shape)(*self._arguments(stacked, prefix), reads)
+        return self.get("rows", shape)(*self._arguments(stacked, prefixes), reads)
 
-    def prefill(self, size: int, inputs: Inputs, prefix: Prefix) -> Any:
-        return self.get("prefill", size)(*self._arguments(self._stacked([inputs] * self.at_once), prefix))
+    def prefill(self, size: int, inputs: Inputs, prefixes: Prefixes) -> Any:
+        return self.get("prefill", size)(*self._arguments(self._stacked([inputs] * self.at_once), prefixes))
 
     def wanted(self, ladder: Sequence[Shape], chunks: Sequence[int]) -> list[tuple[str, Size]]:
         wanted: list[tuple[str, Size]] = [("rows", shape) for shape in ladder]
         return wanted + [(kind, size) for size in chunks for kind in ("prefill", "write")]
 
-    def _arguments(self, inputs: Inputs, prefix: Prefix) -> tuple[Any, ...]:
+    def _arguments(self, inputs: Inputs, prefixes: Prefixes) -> tuple[Any, ...]:
         """What ``rows`` and ``prefill`` both take."""
-        tokens, context = self._on_device(inputs, prefix)
+        tokens, context = self._on_device(inputs, prefixes)
         return self._ends, self._layers, tokens, context.positions, context
 
     def _definition(self, kind: str, size: Any) -> Definition:
@@ -467,27 +482,30 @@ def stack_of(layer: State, count: int) -> State:
     return jax.tree.map(lambda p: jax.ShapeDtypeStruct((count, *p.shape), p.dtype), layer)
 
 
-def touched_pages(size: int) -> int:
-    """Pages that ``size`` tokens in a row may lie in, wherever they begin."""
-    return (size + PAGE_TOKENS - 2) // PAGE_TOKENS + 1
+def spans_of(size: int) -> int:
+    """Spans that a prefill call of ``size`` tokens has room for: of one prefix, wherever it begins in a page, or of
+    several shorter ones."""
+    return max((size + PAGE_TOKENS - 2) // PAGE_TOKENS + 1, 4 * size // PAGE_TOKENS)
 
 
-def _write(pool: Any, keys_values: Any, pages: Any, offset: Any, length: Any) -> Any:
+def _write(pool: Any, keys_values: Any, spans: Any, count: Any) -> Any:
     """See ``Programs.write``; ``keys_values`` is [L, 2, M, K, H], or a tuple of its L parts."""
     stacked = jnp.stack(keys_values) if isinstance(keys_values, tuple) else keys_values
     by_head = to_pool(stacked).transpose(0, 1, 3, 2, 4)  # L 2 K M H
-    count = pages.shape[0]
-    room = jnp.zeros((*by_head.shape[:3], count * PAGE_TOKENS, pool.shape[5]), by_head.dtype)
-    room = lax.dynamic_update_slice(room, by_head, (0, 0, 0, offset, 0))
-    positions = jnp.arange(count * PAGE_TOKENS)
-    new = (positions >= offset) & (positions < offset + length)
-    for i in range(count):
-        page = slice(i * PAGE_TOKENS, (i + 1) * PAGE_TOKENS)
-        place = (pages[i], 0, 0, 0, 0, 0)
-        old = lax.dynamic_slice(pool, place, (1, *pool.shape[1:]))
-        kept = jnp.where(new[page][None, None, None, None, :, None], room[None, :, :, :, page], old)
-        pool = lax.dynamic_update_slice(pool, kept, place)
-    return pool
+    around = [(0, 0)] * 3 + [(PAGE_TOKENS, PAGE_TOKENS), (0, pool.shape[5] - by_head.shape[4])]
+    padded = jnp.pad(by_head, around)
+    places = jnp.arange(PAGE_TOKENS)
+
+    def step(number: Any, pool: Any) -> Any:
+        page, offset, start, length = spans[number]
+        first = (0, 0, 0, PAGE_TOKENS + start - offset, 0)
+        new = lax.dynamic_slice(padded, first, (*padded.shape[:3], PAGE_TOKENS, padded.shape[4]))
+        old = lax.dynamic_slice(pool, (page, 0, 0, 0, 0, 0), (1, *pool.shape[1:]))
+        written = (places >= offset) & (places < offset + length)
+        kept = jnp.where(written[None, None, None, None, :, None], new[None], old)
+        return lax.dynamic_update_slice(pool, kept, (page, 0, 0, 0, 0, 0))
+
+    return lax.fori_loop(0, count, step, pool)
 
 
 def _int32(*dims: int) -> jax.ShapeDtypeStruct:

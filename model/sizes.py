@@ -1,6 +1,7 @@
 """How large calls, the page pool and the head's programs are: by platform, and what follows from it for one model."""
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,9 @@ from model.attention import NATIVE, TAILS, pool_head_width
 from model.config import ModelConfig
 from model.pages import PAGE_TOKENS
 from model.plan import Shape
+
+NATIVE_PREFIXES = 64
+"""Of one call: 16 tokens a prefix, where a call is full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +36,7 @@ class Sizes:
 
     max_row_tokens: int = 512
     call_tokens: int = 1024
-    chunks: tuple[int, ...] = (64, 128, 192, 256, 288, 320, 384, 448, 512)
+    chunks: tuple[int, ...] = (64, 128, 192, 256, 384, 512, 1024)
     head_rows: tuple[int, ...] = (1, 8, 32, 128)
     argmax_rows: tuple[int, ...] = (8, 128)
     target_rows: tuple[int, ...] = (8, 64, 512)
@@ -68,6 +72,7 @@ class Layout:
         longest: the longest sequence, in tokens.
         ladder: shapes of rows calls, ascending.
         row_tokens: the longest row.
+        prefixes: how many prefixes the rows of a call see at most.
         slots: entries of a page table.
         pool: shape and dtype of the page pool, [pages, L, 2, K, page, H].
     """
@@ -76,8 +81,14 @@ class Layout:
     longest: int
     ladder: tuple[Shape, ...]
     row_tokens: int
+    prefixes: int
     slots: int
     pool: jax.ShapeDtypeStruct
+
+    @property
+    def tables(self) -> tuple[int, int]:
+        """Shape of a call's page tables."""
+        return self.prefixes, self.slots
 
     @property
     def page_bytes(self) -> int:
@@ -94,6 +105,13 @@ class Layout:
             page=PAGE_TOKENS,
             begun=TAILS,
         )
+
+    def calls(self, groups: Sequence[plan.Group]) -> list[plan.Call]:
+        """Of ``prefixes`` groups at most."""
+        if self.prefixes > 1:
+            return plan.fill(groups, self.ladder)
+        (group,) = groups
+        return plan.pack(group.rows, self.ladder)
 
 
 def layout(
@@ -115,11 +133,12 @@ def layout(
     pages = 1 + max(slots, sizes.prefix_cache_bytes // (int(np.prod(page)) * stored.itemsize))
     call_tokens = max(sizes.call_tokens, width)
     if implementation == NATIVE:
-        ladder = plan.flat_shapes(call_tokens)
+        prefixes, ladder = NATIVE_PREFIXES, plan.flat_shapes(call_tokens)
     else:
+        prefixes = 1
         ladder = (plan.large_shapes if sizes.large_calls else plan.shapes)(width, call_tokens)
     sizes = replace(sizes, chunks=sizes.chunks[: bisect.bisect_left(sizes.chunks, longest) + 1])
     if dtype == jnp.bfloat16:
         # XLA's CPU backend multiplies a single row in float32, and widens the whole head for it.
         sizes = replace(sizes, head_rows=(max(2, sizes.head_rows[0]), *sizes.head_rows[1:]))
-    return Layout(sizes, longest, ladder, width, slots, jax.ShapeDtypeStruct((pages, *page), stored))
+    return Layout(sizes, longest, ladder, width, prefixes, slots, jax.ShapeDtypeStruct((pages, *page), stored))

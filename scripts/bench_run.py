@@ -21,7 +21,7 @@ from scripts.bench_report import Measured, References, show
 from scripts.bench_systems import SYSTEMS, System
 from scripts.bench_work import NAMES, Sizes, floor_flops, load
 
-USUAL = [name for name in SYSTEMS if name != "vllm"]
+USUAL = [name for name in SYSTEMS if name not in ("vllm", "http-fast-front")]
 """vLLM is compared when it is asked for by name: its installation takes 3 GB and minutes."""
 DTYPES = ("float32", "bfloat16")
 REPEATS = {"W4": 40}
@@ -44,7 +44,10 @@ def compare(
     context: typer.Context,
     systems: Annotated[
         str | None,
-        typer.Option(help=f"Comma-separated, of {', '.join(SYSTEMS)}.", show_default="all but vllm; quick: engine"),
+        typer.Option(
+            help=f"Comma-separated, of {', '.join(SYSTEMS)}.",
+            show_default="all but vllm and http-fast-front; quick: engine",
+        ),
     ] = None,
     workloads: Annotated[
         str | None,

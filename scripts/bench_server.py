@@ -63,9 +63,9 @@ def _serving(
             process.terminate()
 
 
-def service(dtype: str) -> contextlib.AbstractContextManager[Server]:
+def service(dtype: str, *options: str) -> contextlib.AbstractContextManager[Server]:
     """This project's service with the demo model, as ``score-serve serve`` starts it. Memory is the scorer's."""
-    command = [str(Path(sys.executable).with_name("score-serve")), "serve", "--dtype", dtype]
+    command = [str(Path(sys.executable).with_name("score-serve")), "serve", "--dtype", dtype, *options]
     return _serving(command, "/ready", lambda child: "ServeReplica:score:Scorer" in " ".join(child.cmdline()), {})
 
 

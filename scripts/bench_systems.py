@@ -143,13 +143,17 @@ def _over_http(server: Server, ask: Callable[[httpx.Client, Request], list[list[
 
 
 @contextlib.contextmanager
-def _http(dtype: str) -> Generator[tuple[Run, Sequence[int]]]:
-    """This project's service, asked with text."""
+def _http(dtype: str, *options: str) -> Generator[tuple[Run, Sequence[int]]]:
+    """This project's service, asked with text.
+
+    Args:
+        options: of ``score-serve serve``.
+    """
 
     def ask(client: httpx.Client, request: Request) -> list[list[float]]:
         return client.post("/v1/score", json=body(request)).raise_for_status().json()["token_logprobs"]
 
-    with service(dtype) as server, _over_http(server, ask) as run:
+    with service(dtype, *options) as server, _over_http(server, ask) as run:
         yield run, server.processes
 
 
@@ -270,6 +274,7 @@ def _hf_prefix(dtype: str) -> Generator[tuple[Run, Sequence[int]]]:
 SYSTEMS: dict[str, Callable[[str], contextlib.AbstractContextManager[tuple[Run, Sequence[int]]]]] = {
     "engine": _engine,
     "http": _http,
+    "http-fast-front": lambda dtype: _http(dtype, "--fast-front"),
     "vllm": _vllm,
     "hf-naive": _hf_naive,
     "hf-prefix": _hf_prefix,

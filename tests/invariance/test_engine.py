@@ -1,7 +1,9 @@
 """A row's values depend on its own tokens alone: not on its batch, its place, the cache, the chunks or the shapes."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -148,6 +150,32 @@ def test_prefixes_that_evict_each_other_within_a_batch_agree(scorer: Engine, fol
     sequences = [prompt for seed in range(40, 47) for prompt in prompts(3, seed=seed, query=380, longest=20)]
     np.testing.assert_allclose(values(small, sequences), values(scorer, sequences), rtol=0, atol=TOLERANCE)
     assert small.cache_stats.evicted_pages > 0
+
+
+def test_requests_with_queries_of_their_own_share_calls(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six are one prefill and one call of rows; each is answered as alone, cold and warm."""
+    sizes: dict[str, Any] = {"implementation": "native", "max_row_tokens": 64, "call_tokens": 512}
+    scorer = engine.load(folder, chunks=(64, 1024), **sizes)
+    lengths = (130, 200, 150, 140, 256, 130)
+    requests = [prompts(4, seed=90 + number, query=query, longest=20) for number, query in enumerate(lengths)]
+    alone = [values(engine.load(folder, **sizes), request) for request in requests]
+    programs, launched = scorer._programs, [0, 0]  # pyright: ignore[reportPrivateUsage]
+
+    def counted(number: int, run: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*arguments: Any) -> Any:
+            launched[number] += 1
+            return run(*arguments)
+
+        return count
+
+    monkeypatch.setattr(programs, "prefill", counted(0, programs.prefill))
+    monkeypatch.setattr(programs, "rows", counted(1, programs.rows))
+    together = [prompt for request in requests for prompt in request]
+    cold = values(scorer, together)
+    assert launched == [1, 1]
+    np.testing.assert_allclose(cold, np.concatenate(alone), rtol=0, atol=TOLERANCE)
+    np.testing.assert_array_equal(values(scorer, together), cold)
+    assert launched == [1, 2]
 
 
 def test_pages_whose_writing_failed_are_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,10 +43,11 @@ def inputs(
     table = rng.permutation(PAGES - 1)[:SLOTS].astype(np.int32) + 1
     q = normal(bins * width, heads, head_width) * 2 * head_width**-0.5
     k, v = (normal(bins * width, kv_heads, head_width) for _ in range(2))
-    context = Context(*map(jnp.asarray, (segments, positions.reshape(-1), pool, table, np.int32(0))))
+    places, none = positions.reshape(-1), np.zeros(bins * width, np.int32)
+    context = Context(*map(jnp.asarray, (segments, places, none, pool, table[None], np.zeros(1, np.int32))))
     return jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), context
 
 
 def behind(context: Context, length: int) -> Context:
     """The same rows over a prefix."""
-    return context._replace(prefix_length=jnp.int32(length), positions=context.positions + length)
+    return context._replace(prefix_lengths=jnp.array([length], jnp.int32), positions=context.positions + length)

@@ -96,8 +96,38 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it(dtype: str) -> None:
     segments = np.asarray(context.segments)[0]
     for segment in range(segments.max() + 1):
         (own,) = np.nonzero(segments == segment)
-        alone = context._replace(segments=jnp.zeros((1, len(own)), jnp.int32), positions=context.positions[own])
+        alone = context._replace(
+            segments=jnp.zeros((1, len(own)), jnp.int32),
+            positions=context.positions[own],
+            prefixes=context.prefixes[own],
+        )
         np.testing.assert_array_equal(attended(q[own], k[own], v[own], alone), among[own])
+
+
+@pytest.mark.parametrize("window", [None, 90])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_over_prefixes_of_their_own_have_the_bits_of_a_call_with_one(dtype: str, window: int | None) -> None:
+    q, k, v, context = inputs(bins=1, width=640, head_width=64, longest=90, heads=6, kv_heads=2)
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    lengths, rule = (0, 65, 5 * PAGE_TOKENS + 3, 200), Rule(None if window is None else jnp.int32(window))
+    tables = jnp.stack([jnp.roll(context.page_table, number) for number in range(len(lengths))])
+    segments = np.asarray(context.segments)[0]
+    seen = np.where(segments < 0, 0, np.array([2, 2, 0, 1, 3, 1])[segments % 6])
+    together = context._replace(
+        pool=context.pool.astype(dtype),
+        positions=context.positions + np.array(lengths)[seen],
+        prefixes=jnp.asarray(seen, jnp.int32),
+        page_tables=tables,
+        prefix_lengths=jnp.array(lengths, jnp.int32),
+    )
+    got = attended(q, k, v, together, rule)
+    reads = jnp.asarray([9, 11, 100, 300, 301, 500, 0, 0])
+    np.testing.assert_array_equal(attended(q, k, v, together, rule, reads), got[np.asarray(reads)])
+    for number, length in enumerate(lengths):
+        own = (seen == number) & (segments >= 0)
+        assert own.sum() > 60
+        alone = behind(context._replace(pool=together.pool, page_tables=tables[number : number + 1]), length)
+        np.testing.assert_array_equal(attended(q, k, v, alone, rule)[own], got[own])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -11,7 +11,7 @@ import pytest
 from model import engine
 from model.engine import Engine
 from model.plan import Shape
-from model.programs import Inputs, Prefix
+from model.programs import Inputs, Prefixes
 from tests.batches import label_batch
 from tests.parity.cases import HAVE_TORCH, LABELS, expected, sequences
 from tests.tiny_families import FAMILIES
@@ -64,8 +64,9 @@ def hidden_states(scorer: Engine, tokens: np.ndarray) -> list[np.ndarray]:
     programs: Any = scorer._programs  # pyright: ignore[reportPrivateUsage]
     shape, places = Shape(width=32, bins=2), np.arange(64, dtype=np.int32)
     segments = np.repeat(np.array([[0], [-1]], np.int32), 32, axis=1)
-    inputs = Inputs(np.pad(tokens, (0, 32)).astype(np.int32), places, segments, places)
-    prefix = Prefix(scorer._pool, np.zeros(scorer._layout.slots, np.int32), 0)  # pyright: ignore[reportPrivateUsage]
+    inputs = Inputs(np.pad(tokens, (0, 32)).astype(np.int32), places, np.zeros_like(places), segments, places)
+    tables = np.zeros(scorer._layout.tables, np.int32)
+    prefix = Prefixes(scorer._pool, tables, tables[:, 0])  # pyright: ignore[reportPrivateUsage]
     x, angles, context = programs._begin(inputs, prefix)
     states = [np.array(x)]
     for number, weights in list(enumerate(programs._layers))[:-1]:

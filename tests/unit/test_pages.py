@@ -60,6 +60,19 @@ def test_pinned_pages_are_never_given_up() -> None:
     cache.extend([], tokens((3, 5)))
 
 
+def test_available_pages_are_those_that_no_pin_holds() -> None:
+    cache = PrefixCache(6)
+    path = store(cache, tokens((1, PAGE_TOKENS), (2, PAGE_TOKENS)))
+    store(cache, tokens((3, 5)))
+    assert cache.available == 5
+    with cache.pinned(path), cache.pinned(path[:1]):
+        assert cache.available == 3
+        for number in range(3):
+            with cache.pinned([cache.extend([], tokens((9 + number, 5)))]):
+                assert cache.available == 2
+    assert cache.available == 5
+
+
 @settings(max_examples=200)
 @given(st.lists(st.lists(st.tuples(st.integers(0, 2), st.sampled_from([1, 64, 128])), min_size=1, max_size=4)))
 def test_no_page_ever_has_two_meanings(prefixes: list[list[tuple[int, int]]]) -> None:

@@ -1,6 +1,8 @@
 """The planner: every read computed once, prefixes truly shared, nothing outside its bin."""
 
+import itertools
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from model import plan
 
-LADDERS = (plan.shapes(128, 256), plan.large_shapes(128, 1024), plan.flat_shapes(128))
+LADDERS = (plan.shapes(128, 256), plan.large_shapes(128, 1024))
 
 token_lists = st.lists(st.integers(0, 2), min_size=1, max_size=200)
 
@@ -65,6 +67,33 @@ def test_packed_rows_do_not_overlap_and_fit(sizes: list[tuple[int, int]], ladder
         assert used.max() == 1
 
 
+row_sizes = st.lists(st.tuples(st.integers(1, 128), st.integers(1, 4)), min_size=1, max_size=40)
+
+
+@settings(max_examples=300)
+@given(st.lists(row_sizes, min_size=1, max_size=5), st.sampled_from([128, 200, 1024]))
+def test_rows_of_several_groups_fill_calls_in_order(sizes: list[list[tuple[int, int]]], largest: int) -> None:
+    ladder, number = plan.flat_shapes(largest), 0
+    groups: list[plan.Group] = []
+    for of_group in sizes:
+        rows = [plan.Row(number + i, 7, 7 + n, min(n, reads)) for i, (n, reads) in enumerate(of_group)]
+        groups.append(plan.Group(number, 7, tuple(rows)))
+        number += len(rows)
+    calls = plan.fill(groups, ladder)
+    placed = [(placement.prefix, placement.row) for call in calls for placement in call.placements]
+    assert placed == [(number, row) for number, group in enumerate(groups) for row in group.rows]
+    for call, following in itertools.pairwise([*calls, None]):
+        assert call is not None
+        ends = [placement.offset + placement.row.length for placement in call.placements]
+        assert [placement.offset for placement in call.placements] == [0, *ends[:-1]]
+        reads = sum(placement.row.reads for placement in call.placements)
+        assert reads <= call.shape.reads
+        assert call.shape == next(shape for shape in ladder if shape.width >= ends[-1])
+        if following is not None:
+            row = following.placements[0].row
+            assert ends[-1] + row.length > largest or reads + row.reads > ladder[-1].reads
+
+
 def test_a_query_shared_by_many_items_is_one_group() -> None:
     rng = np.random.default_rng(0)
     query = rng.integers(0, 1000, 300)
@@ -117,17 +146,28 @@ def test_tokens_after_the_last_read_are_not_computed() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize(("ladder", "most"), [(plan.shapes(512, 1024), 0.10), (plan.flat_shapes(1024), 0.03)])
-def test_realistic_lengths_waste_at_most_a_tenth(ladder: tuple[plan.Shape, ...], most: float, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("packed", "most"),
+    [
+        (lambda rows: plan.pack(rows, plan.shapes(512, 1024)), 0.10),
+        (lambda rows: plan.fill([plan.Group(0, 0, tuple(rows))], plan.flat_shapes(1024)), 0.10),
+    ],
+    ids=["in bins", "flat"],
+)
+def test_realistic_lengths_waste_at_most_a_tenth(
+    packed: Callable[[list[plan.Row]], list[plan.Call]], most: float, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     lengths = np.clip(np.exp(rng.normal(3.5, 0.9, 200)), 4, 300).astype(int)
     rows = [plan.Row(i, 0, int(length), 1) for i, length in enumerate(lengths)]
-    assert plan.padding_waste(plan.pack(rows, ladder)) <= most
+    assert plan.padding_waste(packed(rows)) <= most
 
 
 def test_a_row_wider_than_every_bin_is_refused() -> None:
     with pytest.raises(ValueError, match="129 tokens does not fit the widest bin of 128"):
         plan.pack([plan.Row(0, 0, 129, 1)], LADDERS[0])
+    with pytest.raises(ValueError, match="129 tokens does not fit the largest call of 128"):
+        plan.fill([plan.Group(0, 0, (plan.Row(0, 0, 129, 1),))], plan.flat_shapes(128))
 
 
 def test_prefill_chunks_cover_the_prefix() -> None:

@@ -1,0 +1,105 @@
+"""Which missing pages of which prefixes are computed in one call."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from model import plan
+from model.pages import PAGE_TOKENS, Node
+from model.programs import Inputs, Span, spans_of
+
+
+class Held(NamedTuple):
+    """A group and the pages of its prefix, of which those behind ``cached`` tokens are to be filled."""
+
+    group: plan.Group
+    prefix: plan.Tokens
+    path: Sequence[Node]
+    cached: int
+
+
+class Piece(NamedTuple):
+    """Tokens ``start`` to ``stop`` of a prefix, computed together."""
+
+    held: Held
+    start: int
+    stop: int
+
+    def sees(self) -> Iterator[int]:
+        """Pages that it attends to."""
+        return (node.page for node in self.held.path[: -(-self.start // PAGE_TOKENS)])
+
+    def spans(self, at: int) -> list[Span]:
+        """Where its keys and values go, from its first token's place ``at`` in a call."""
+        found: list[Span] = []
+        for number in range(self.start // PAGE_TOKENS, -(-self.stop // PAGE_TOKENS)):
+            page = number * PAGE_TOKENS
+            first, last = max(self.start, page), min(self.stop, page + PAGE_TOKENS)
+            found.append(Span(self.held.path[number].page, first - page, at + first - self.start, last - first))
+        return found
+
+
+class PrefillCall:
+    """Pieces of prefixes, to be computed in one call.
+
+    Args:
+        sizes: of calls, in tokens, ascending.
+        prefixes: how many a call sees at most.
+    """
+
+    def __init__(self, sizes: Sequence[int], prefixes: int) -> None:
+        self._sizes, self._prefixes = sizes, prefixes
+        self.pieces: list[Piece] = []
+        self.spans: list[Span] = []
+        self.tokens = 0
+
+    @property
+    def size(self) -> int:
+        """In tokens, with padding."""
+        return plan.bucket(self.tokens, self._sizes)
+
+    def add(self, piece: Piece) -> bool:
+        """Take one more piece, if there is room and the call writes nothing that the piece sees."""
+        tokens, spans = self.tokens + piece.stop - piece.start, [*self.spans, *piece.spans(self.tokens)]
+        if len(self.pieces) == self._prefixes or tokens > self._sizes[-1]:
+            return False
+        if len(spans) > spans_of(plan.bucket(tokens, self._sizes)):
+            return False
+        if not {span.page for span in self.spans}.isdisjoint(piece.sees()):
+            return False
+        self.pieces.append(piece)
+        self.tokens, self.spans = tokens, spans
+        return True
+
+    def inputs(self) -> Inputs:
+        """The call's arrays; a piece is a row over the prefix of its own number."""
+        tokens, segments = np.full((2, self.size), -1, np.int32)
+        positions, prefixes = np.zeros((2, self.size), np.int32)
+        at = 0
+        for number, (held, start, stop) in enumerate(self.pieces):
+            place = slice(at, at + stop - start)
+            tokens[place] = held.prefix[start:stop]
+            positions[place] = np.arange(start, stop)
+            segments[place] = prefixes[place] = number
+            at = place.stop
+        return Inputs(tokens, positions, prefixes, segments[None], np.zeros(0, np.int32))
+
+
+def calls(held: Sequence[Held], sizes: Sequence[int], prefixes: int) -> Iterator[PrefillCall]:
+    """Calls that fill all pages that are empty, in the order in which they must run.
+
+    A prefix is cut in the same places whatever comes with it, so its keys and values have the same bits.
+    """
+    call = PrefillCall(sizes, prefixes)
+    for each in held:
+        start = each.cached
+        for size in plan.chunks(len(each.prefix) - start, sizes):
+            piece = Piece(each, start, min(start + size, len(each.prefix)))
+            if not call.add(piece):
+                yield call
+                call = PrefillCall(sizes, prefixes)
+                call.add(piece)
+            start = piece.stop
+    if call.pieces:
+        yield call

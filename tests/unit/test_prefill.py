@@ -1,0 +1,81 @@
+"""Prefill calls: together they fill every page, and none attends to what it writes."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model import plan, prefill
+from model.pages import PAGE_TOKENS, PrefixCache
+from model.prefill import Held
+from model.programs import spans_of
+
+
+def held(cache: PrefixCache, prefix: list[int]) -> Held:
+    tokens = np.array(prefix, np.int32)
+    path = cache.lookup(tokens)
+    cached = min(len(tokens), len(path) * PAGE_TOKENS)
+    for at in range(cached, len(tokens), PAGE_TOKENS):
+        path.append(cache.extend(path, tokens[at : at + PAGE_TOKENS]))
+    return Held(plan.Group(0, len(tokens), ()), tokens, path, cached)
+
+
+@st.composite
+def prefixes(draw: st.DrawFn) -> list[list[int]]:
+    """Some continue what others begin with."""
+    made: list[list[int]] = [[]]
+    for number in range(draw(st.integers(1, 8))):
+        stem = draw(st.sampled_from(made))
+        kept = draw(st.integers(0, len(stem)))
+        made.append(stem[:kept] + [number + 1] * draw(st.integers(1, 400)))
+    return made[1:]
+
+
+@settings(max_examples=200)
+@given(
+    prefixes(),
+    st.sampled_from([(17,), (64, 128), (64, 256, 1024)]),
+    st.sampled_from([1, 3, 64]),
+)
+def test_every_page_is_filled_before_it_is_read(prompts: list[list[int]], sizes: tuple[int, ...], most: int) -> None:
+    cache = PrefixCache(200)
+    wanted = [held(cache, prompt) for prompt in prompts]
+    pool: dict[int, np.ndarray] = {}
+
+    def stored(path: list[int], count: int) -> np.ndarray:
+        empty = np.full(PAGE_TOKENS, -1)
+        return np.concatenate([np.zeros(0), *(pool.get(page, empty) for page in path)])[:count]
+
+    for call in prefill.calls(wanted, sizes, most):
+        assert 0 < len(call.pieces) <= most
+        assert len(call.spans) <= spans_of(call.size)
+        inputs, at = call.inputs(), 0
+        assert call.tokens == (inputs.tokens >= 0).sum() <= call.size == len(inputs.tokens)
+        for number, piece in enumerate(call.pieces):
+            prefix, pages = piece.held.prefix, [node.page for node in piece.held.path]
+            np.testing.assert_array_equal(stored(pages, piece.start), prefix[: piece.start])
+            place = slice(at, at + piece.stop - piece.start)
+            np.testing.assert_array_equal(inputs.tokens[place], prefix[piece.start : piece.stop])
+            np.testing.assert_array_equal(inputs.positions[place], np.arange(piece.start, piece.stop))
+            assert set(inputs.segments[0, place]) == set(inputs.prefixes[place]) == {number}
+            at = place.stop
+        for page, offset, start, length in call.spans:
+            written = pool.setdefault(page, np.full(PAGE_TOKENS, -1))
+            written[offset : offset + length] = inputs.tokens[start : start + length]
+    for each in wanted:
+        np.testing.assert_array_equal(stored([node.page for node in each.path], len(each.prefix)), each.prefix)
+
+
+def test_short_prefixes_share_calls_and_are_cut_as_alone() -> None:
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 99, length).tolist() for length in (300, 200, 500, 1400, 130)]
+    cache = PrefixCache(100)
+    calls = list(prefill.calls([held(cache, prompt) for prompt in prompts], (64, 256, 512, 1024), 64))
+    assert [call.tokens for call in calls] == [1000, 1024, 506]
+    together = [(piece.start, piece.stop) for call in calls for piece in call.pieces]
+    alone = [
+        (piece.start, piece.stop)
+        for prompt in prompts
+        for call in prefill.calls([held(PrefixCache(100), prompt)], (64, 256, 512, 1024), 64)
+        for piece in call.pieces
+    ]
+    assert together == alone
