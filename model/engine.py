@@ -198,9 +198,13 @@ class Engine:
         read_sequences = [number for number, positions in enumerate(reads) if positions]
         groups = self._layout.groups([sequences[i] for i in read_sequences], [reads[i] for i in read_sequences])
         work = _Work(sequences, reads, read_sequences, first_read, np.zeros(len(sequences), np.int32))
-        try:
-            with self._launching:
+        with self._launching:
+            try:
                 pending = self._launch(self._with_recurring(groups, work), work)
+            except Exception:  # the next thread would find pages that were never written
+                self._forget_prefixes()
+                raise
+        try:
             hidden = np.zeros((len(batch.read_positions), self._config.width), np.float32)
             for values, numbers in pending:
                 for part, of_call in zip(np.split(np.asarray(values), self._programs.at_once), numbers, strict=False):
@@ -208,8 +212,7 @@ class Engine:
             computed = np.minimum(work.computed, np.diff(batch.offsets)).astype(np.int32)
             values, argmax, argmax_values = self._read(hidden, batch)
             return Result(values, computed, argmax, argmax_values)
-        except Exception:
-            # The pool may have been given away to a call that failed, or hold pages that were never written.
+        except Exception:  # the pool comes from calls that failed
             with self._launching:
                 self._forget_prefixes()
             raise

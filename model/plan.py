@@ -2,7 +2,8 @@
 
 Pure numpy. The prompts of a request form a tree of tokens; each token of the tree is computed once where that saves
 more than it costs. What is left of each sequence is a row; rows are packed, whole, into bins of a few fixed widths, and
-bins into calls of a few fixed shapes, so that every call runs a program compiled at start-up.
+bins into calls of a few fixed shapes, so that every call runs a program compiled at start-up. Where attention looks at
+each row by itself there are no bins: rows follow each other in calls of a few sizes.
 """
 
 import bisect
@@ -127,10 +128,12 @@ def large_shapes(max_width: int, call_tokens: int) -> tuple[Shape, ...]:
     return tuple(sorted({Shape(w, -(-call_tokens // (part * w))) for w in widths for part in (1, 2, 4, 8)}))
 
 
-def flat_shapes(call_tokens: int) -> tuple[Shape, ...]:
-    """The ladder where attention looks at each row by itself, and padding costs little: one bin, up to ``call_tokens``,
-    in steps of a quarter and less to 256 tokens, then of a half and less."""
-    steps = [16 * part << octave for octave in range(16) for part in ((4, 5, 6, 7) if octave < 2 else (4, 6))]
+def flat_shapes(call_tokens: int, *, padding_is_cheap: bool) -> tuple[Shape, ...]:
+    """The ladder where attention looks at each row by itself: one bin, up to ``call_tokens``, in steps of a quarter and
+    less; where padding is cheap, of a half and less from 256 tokens on.
+    """
+    parts = [(4, 6) if padding_is_cheap and octave > 1 else (4, 5, 6, 7) for octave in range(16)]
+    steps = [16 * part << octave for octave in range(16) for part in parts[octave]]
     widths = [*itertools.takewhile(lambda width: width < call_tokens, steps), max(call_tokens, SMALLEST_CALL)]
     return tuple(Shape(width, 1) for width in widths)
 
@@ -148,7 +151,8 @@ def fill(groups: Sequence[Group], ladder: Sequence[Shape]) -> list[Call]:
     tokens = reads = 0
 
     def close() -> None:
-        calls.append(Call(next(shape for shape in ladder if shape.width >= tokens), tuple(placed)))
+        smallest = next(shape for shape in ladder if shape.width >= tokens and shape.reads >= reads)
+        calls.append(Call(smallest, tuple(placed)))
 
     for number, group in enumerate(groups):
         for row in group.rows:

@@ -56,15 +56,14 @@ class PrefillCall:
 
     @property
     def size(self) -> int:
-        """In tokens, with padding."""
-        return plan.bucket(self.tokens, self._sizes)
+        """The smallest that has room, in tokens."""
+        return next(size for size in self._sizes if size >= self.tokens and spans_of(size) >= len(self.spans))
 
     def add(self, piece: Piece) -> bool:
         """Take one more piece, if there is room and the call writes nothing that the piece sees."""
         tokens, spans = self.tokens + piece.stop - piece.start, [*self.spans, *piece.spans(self.tokens)]
-        if len(self.pieces) == self._prefixes or tokens > self._sizes[-1]:
-            return False
-        if len(spans) > spans_of(plan.bucket(tokens, self._sizes)):
+        largest = self._sizes[-1]
+        if len(self.pieces) == self._prefixes or tokens > largest or len(spans) > spans_of(largest):
             return False
         if not {span.page for span in self.spans}.isdisjoint(piece.sees()):
             return False
@@ -89,7 +88,8 @@ class PrefillCall:
 def calls(held: Sequence[Held], sizes: Sequence[int], prefixes: int) -> Iterator[PrefillCall]:
     """Calls that fill all pages that are empty, in the order in which they must run.
 
-    A prefix is cut in the same places whatever comes with it, so its keys and values have the same bits.
+    What is missing of a prefix is cut in the same places whatever else is in its calls, so its keys and values have the
+    same bits.
     """
     call = PrefillCall(sizes, prefixes)
     for each in held:
@@ -99,7 +99,7 @@ def calls(held: Sequence[Held], sizes: Sequence[int], prefixes: int) -> Iterator
             if not call.add(piece):
                 yield call
                 call = PrefillCall(sizes, prefixes)
-                call.add(piece)
+                assert call.add(piece), "a chunk fits an empty call"
             start = piece.stop
     if call.pieces:
         yield call

@@ -485,7 +485,7 @@ def stack_of(layer: State, count: int) -> State:
 def spans_of(size: int) -> int:
     """Spans that a prefill call of ``size`` tokens has room for: of one prefix, wherever it begins in a page, or of
     several shorter ones."""
-    return max((size + PAGE_TOKENS - 2) // PAGE_TOKENS + 1, 4 * size // PAGE_TOKENS)
+    return max((size + PAGE_TOKENS - 2) // PAGE_TOKENS + 1, size // 16)
 
 
 def _write(pool: Any, keys_values: Any, spans: Any, count: Any) -> Any:

@@ -18,6 +18,9 @@ from model.plan import Shape
 NATIVE_PREFIXES = 64
 """Of one call: 16 tokens a prefix, where a call is full."""
 
+CHUNKS = (64, 128, 192, 256, 288, 320, 384, 448, 512)
+CHUNKS_WITH_CHEAP_PADDING = (64, 128, 192, 256, 384, 512, 1024)
+
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
@@ -26,7 +29,7 @@ class Sizes:
     Attributes:
         max_row_tokens: the longest row; longer ones are computed in chunks.
         call_tokens: tokens in a full call.
-        chunks: sizes of prefix prefill calls, in tokens, ascending.
+        chunks: sizes of prefix prefill calls, in tokens, ascending; empty: by what padding costs.
         head_rows: sizes of head calls, in hidden states, ascending.
         argmax_rows: the same of head calls that also find the likeliest tokens.
         target_rows: sizes of target-logit calls, in (hidden state, target) pairs, ascending.
@@ -36,7 +39,7 @@ class Sizes:
 
     max_row_tokens: int = 512
     call_tokens: int = 1024
-    chunks: tuple[int, ...] = (64, 128, 192, 256, 384, 512, 1024)
+    chunks: tuple[int, ...] = ()
     head_rows: tuple[int, ...] = (1, 8, 32, 128)
     argmax_rows: tuple[int, ...] = (8, 128)
     target_rows: tuple[int, ...] = (8, 64, 512)
@@ -132,12 +135,14 @@ def layout(
     stored = jnp.dtype(jnp.uint16 if dtype == jnp.bfloat16 else dtype)  # see attention.to_pool
     pages = 1 + max(slots, sizes.prefix_cache_bytes // (int(np.prod(page)) * stored.itemsize))
     call_tokens = max(sizes.call_tokens, width)
+    cheap = config.native and not config.experts  # ``linear_cpu`` passes over padding, XLA multiplies it
     if implementation == NATIVE:
-        prefixes, ladder = NATIVE_PREFIXES, plan.flat_shapes(call_tokens)
+        prefixes, ladder = NATIVE_PREFIXES, plan.flat_shapes(call_tokens, padding_is_cheap=cheap)
     else:
         prefixes = 1
         ladder = (plan.large_shapes if sizes.large_calls else plan.shapes)(width, call_tokens)
-    sizes = replace(sizes, chunks=sizes.chunks[: bisect.bisect_left(sizes.chunks, longest) + 1])
+    chunks = sizes.chunks or (CHUNKS_WITH_CHEAP_PADDING if cheap else CHUNKS)
+    sizes = replace(sizes, chunks=chunks[: bisect.bisect_left(chunks, longest) + 1])
     if dtype == jnp.bfloat16:
         # XLA's CPU backend multiplies a single row in float32, and widens the whole head for it.
         sizes = replace(sizes, head_rows=(max(2, sizes.head_rows[0]), *sizes.head_rows[1:]))

@@ -22,7 +22,7 @@ from scripts.bench_systems import SYSTEMS, System
 from scripts.bench_work import NAMES, Sizes, floor_flops, load
 
 USUAL = [name for name in SYSTEMS if name not in ("vllm", "http-fast-front")]
-"""vLLM is compared when it is asked for by name: its installation takes 3 GB and minutes."""
+"""The others run when they are asked for by name: vLLM's installation takes 3 GB and minutes."""
 DTYPES = ("float32", "bfloat16")
 REPEATS = {"W4": 40}
 """Of one item a repeat is a few milliseconds, and its spread matters."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import logging
+import os
 import sys
 import threading
 import time
@@ -58,6 +59,7 @@ def main(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
 ) -> None:
     """Play a cluster of TPU hosts on this machine, kill one now and then under load, and print what happens."""
+    os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "0")  # as on several hosts
     set_environment()
     import ray
     from ray import serve

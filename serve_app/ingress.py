@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 
 import ray
 from fastapi import FastAPI, Request, Response
+from grpc.aio import AioRpcError
 from pydantic import BaseModel
 from ray import serve
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
@@ -322,8 +323,12 @@ async def _info(scorer: DeploymentHandle[Any]) -> ModelInfo:
     return await cast(Any, scorer).info.remote()
 
 
+NO_ANSWER = (RayError, RayServeException, AioRpcError)
+"""What a handle's call raises when its other end is lost."""
+
+
 def cause_of(error: Exception) -> object:
-    """What a call's other end raised, or Ray's own error, if it is one."""
+    """What a call's other end raised, or an error of ``NO_ANSWER``. Actor calls wrap the first, gRPC does not."""
     return cast(Any, error).cause if isinstance(error, RayTaskError) else error
 
 
@@ -365,17 +370,19 @@ class ScorerReplicas:
         response = self._scorer.score.remote(job)
         try:
             return await response
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as error:
+            if not cast(asyncio.Task[Any], asyncio.current_task()).cancelling():  # a replica's, which is leaving
+                raise _ReplicaLostError("it cancelled the call") from error
             response.cancel()
             raise
         except BackPressureError as error:
             wait = max(1, round(error.retry_after_s or RETRY_AFTER_S))
             raise OverloadedError(f"all replicas are full; try again in {wait} s", retry_after_s=wait) from error
-        except (RayError, RayServeException) as error:
+        except Exception as error:
             cause = cause_of(error)
             if isinstance(cause, ScoringError):
                 raise cause from None
-            if isinstance(cause, RayError | RayServeException):
+            if isinstance(cause, NO_ANSWER):
                 raise _ReplicaLostError(str(cause)) from error
             raise InternalError("the scorer failed on this request; the server's log has more") from error
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ray import serve
-from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay
 
@@ -17,7 +16,7 @@ from serve_app.app import scorer_resources
 from serve_app.client import ScoreClient, wait
 from serve_app.engines import load_engine
 from serve_app.errors import OverloadedError, ScoringError
-from serve_app.ingress import cause_of
+from serve_app.ingress import NO_ANSWER, cause_of
 from serve_app.local_replicas import LocalReplicas
 from serve_app.schemas import InfoResponse, ScoreRequest, ScoreResponse
 from serve_app.service import ScoringService
@@ -148,7 +147,7 @@ def _result(response: Any) -> Any:
     """Of a handle's call; Ray's failures become the service's errors."""
     try:
         return response.result()
-    except (RayError, RayServeException) as error:
+    except NO_ANSWER as error:
         cause = cause_of(error)
         if isinstance(cause, ScoringError):
             raise cause from None

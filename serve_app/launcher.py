@@ -53,9 +53,11 @@ CALLS = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     # Ray's own limit is 4 MiB, and a job of some thousand long prompts has more.
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
+    # Serve calls its replicas by address, and gRPC asks the proxy of ``http_proxy`` even for this host's.
+    "no_grpc_proxy": "0.0.0.0/0,::/0",
 }
-"""How Serve's processes call each other on a single host. Not on several: when a host is lost without a word, Ray ends
-the actor calls that wait for it, and nothing ends these. What is set already stays as it is."""
+"""How Serve's processes call each other on a single host. Not on several: of a host that is lost without a word Ray
+tells actor calls, and these find out after minutes. What is set already stays as it is."""
 
 STATISTICS_PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
 

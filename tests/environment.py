@@ -5,6 +5,8 @@ import os
 from serve_app.engines import compiled_folder
 from serve_app.launcher import set_environment
 
+# Most tests' Ray plays a cluster of several hosts, and calls as one does; ``test_launch`` has gRPC.
+os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "0")
 set_environment()
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")

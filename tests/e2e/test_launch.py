@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from serve_app import auth
-from serve_app.launcher import free_port
+from serve_app.launcher import CALLS, free_port
 
 pytestmark = pytest.mark.ray
 
@@ -27,8 +27,9 @@ pytestmark = pytest.mark.ray
 def launched(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     """The command, in a process group of its own, as a terminal would start it."""
     command = [sys.executable, "-c", "from serve_app.cli import main; main()", "serve", "--engine", "fake", *arguments]
+    environment = {name: value for name, value in os.environ.items() if name not in CALLS}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0, env=environment
     ) as process:
         try:
             yield process
@@ -68,6 +69,26 @@ def test_it_serves_until_ctrl_c_and_leaves_no_process(model_folder: Path, monkey
         assert "Traceback" not in rest
     _, alive = psutil.wait_procs(started, timeout=10)
     assert alive == []
+
+
+def test_calls_by_grpc_take_large_jobs_and_outlive_a_replica(model_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """The job is 36 MB, gRPC's usual limit 4 MiB; and with a proxy for the network gRPC asks it for this host, too."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    port, ask = free_port(), {"query": [*range(1000)], "label_token_ids": [1]}
+    with (
+        launched("--model", str(model_folder), "--port", str(port), "--replicas", "2") as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client,
+    ):
+        read_until(process, "curl")
+        large = client.post("/v1/score", json=ask | {"items": [[i] for i in range(9000)]})
+        assert (large.status_code, len(large.json()["scores"])) == (200, 9000)
+        children = psutil.Process(process.pid).children(recursive=True)
+        scorers = [child for child in children if "ServeReplica:score:Scorer" in " ".join(child.cmdline())]
+        assert [child.environ()["RAY_SERVE_USE_GRPC_BY_DEFAULT"] for child in scorers] == ["1", "1"]
+        scorers[0].kill()
+        assert [client.post("/v1/score", json=ask | {"items": [[i]]}).status_code for i in range(20)] == [200] * 20
+        process.terminate()
+        process.communicate(timeout=60)
 
 
 @pytest.mark.slow

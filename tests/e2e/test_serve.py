@@ -64,16 +64,6 @@ def test_a_request_that_spans_batches_and_replicas_comes_back_in_order(client: h
     np.testing.assert_allclose(answer.json()["scores"], expected([3], items, [1, 2]), rtol=1e-6)
 
 
-def test_a_job_may_be_larger_than_grpcs_usual_messages(client: httpx.Client):
-    """Two parts of six million bytes; the usual limit is 4 MiB."""
-    query, items = list(range(1000)), [[i] for i in range(9000)]
-    answer = client.post("/v1/score", json={"query": query, "items": items, "label_token_ids": [1]})
-    assert answer.status_code == 200, answer.text
-    scores = answer.json()["scores"]
-    assert len(scores) == 9000
-    np.testing.assert_allclose(scores[::500], expected(query, items[::500], [1]), rtol=1e-6)
-
-
 def test_rows_are_streamed_through_serve_as_they_finish(client: httpx.Client):
     request = {"query": [3], "items": [[i, i + 1, i + 2] for i in range(2_000)], "label_token_ids": [1, 2]}
     with client.stream("POST", "/v1/score", json={**request, "stream": True}) as answer:

@@ -106,15 +106,17 @@ def leader_of(settings: Settings, load: LoadPart) -> Iterator[Any]:
 
 
 def alone(folder: Path, batches: list[Any], **sizes: Any) -> list[Any]:
-    """What an engine in one process says, that is none of the test's: jax and the starting of nodes do not go
-    together."""
+    """What an engine in one process says, on a mesh of one device, which multiplies as a slice's do. The process is
+    none of the test's: jax and the starting of nodes do not go together."""
     import ray
 
     @ray.remote(num_cpus=0.1)
     def compute() -> list[Any]:
-        from model import engine
+        import jax
 
-        scorer = engine.load(folder, **sizes)
+        from model import engine, sharding
+
+        scorer = engine.load(folder, mesh=sharding.mesh(1, 1, jax.devices()[:1]), **sizes)
         return [scorer.score(batch).values for batch in batches]
 
     return ray.get(compute.remote())

@@ -67,13 +67,15 @@ def test_packed_rows_do_not_overlap_and_fit(sizes: list[tuple[int, int]], ladder
         assert used.max() == 1
 
 
-row_sizes = st.lists(st.tuples(st.integers(1, 128), st.integers(1, 4)), min_size=1, max_size=40)
+row_sizes = st.lists(st.tuples(st.integers(1, 128), st.sampled_from([1, 4, 64])), min_size=1, max_size=40)
 
 
 @settings(max_examples=300)
-@given(st.lists(row_sizes, min_size=1, max_size=5), st.sampled_from([128, 200, 1024]))
-def test_rows_of_several_groups_fill_calls_in_order(sizes: list[list[tuple[int, int]]], largest: int) -> None:
-    ladder, number = plan.flat_shapes(largest), 0
+@given(st.lists(row_sizes, min_size=1, max_size=5), st.sampled_from([128, 200, 1024, 2048]), st.booleans())
+def test_rows_of_several_groups_fill_calls_in_order(
+    sizes: list[list[tuple[int, int]]], largest: int, cheap: bool
+) -> None:
+    ladder, number = plan.flat_shapes(largest, padding_is_cheap=cheap), 0
     groups: list[plan.Group] = []
     for of_group in sizes:
         rows = [plan.Row(number + i, 7, 7 + n, min(n, reads)) for i, (n, reads) in enumerate(of_group)]
@@ -88,7 +90,7 @@ def test_rows_of_several_groups_fill_calls_in_order(sizes: list[list[tuple[int, 
         assert [placement.offset for placement in call.placements] == [0, *ends[:-1]]
         reads = sum(placement.row.reads for placement in call.placements)
         assert reads <= call.shape.reads
-        assert call.shape == next(shape for shape in ladder if shape.width >= ends[-1])
+        assert call.shape == next(shape for shape in ladder if shape.width >= ends[-1] and shape.reads >= reads)
         if following is not None:
             row = following.placements[0].row
             assert ends[-1] + row.length > largest or reads + row.reads > ladder[-1].reads
@@ -145,14 +147,19 @@ def test_tokens_after_the_last_read_are_not_computed() -> None:
     assert [(row.start, row.stop) for row in group.rows] == [(0, 10)]
 
 
+def flat(rows: list[plan.Row], *, padding_is_cheap: bool) -> list[plan.Call]:
+    return plan.fill([plan.Group(0, 0, tuple(rows))], plan.flat_shapes(1024, padding_is_cheap=padding_is_cheap))
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(
     ("packed", "most"),
     [
         (lambda rows: plan.pack(rows, plan.shapes(512, 1024)), 0.10),
-        (lambda rows: plan.fill([plan.Group(0, 0, tuple(rows))], plan.flat_shapes(1024)), 0.10),
+        (lambda rows: flat(rows, padding_is_cheap=False), 0.10),
+        (lambda rows: flat(rows, padding_is_cheap=True), 0.10),
     ],
-    ids=["in bins", "flat"],
+    ids=["in bins", "flat", "flat, where padding is cheap"],
 )
 def test_realistic_lengths_waste_at_most_a_tenth(
     packed: Callable[[list[plan.Row]], list[plan.Call]], most: float, seed: int
@@ -166,8 +173,8 @@ def test_realistic_lengths_waste_at_most_a_tenth(
 def test_a_row_wider_than_every_bin_is_refused() -> None:
     with pytest.raises(ValueError, match="129 tokens does not fit the widest bin of 128"):
         plan.pack([plan.Row(0, 0, 129, 1)], LADDERS[0])
-    with pytest.raises(ValueError, match="129 tokens does not fit the largest call of 128"):
-        plan.fill([plan.Group(0, 0, (plan.Row(0, 0, 129, 1),))], plan.flat_shapes(128))
+    with pytest.raises(ValueError, match="1025 tokens does not fit the largest call of 1024"):
+        flat([plan.Row(0, 0, 1025, 1)], padding_is_cheap=True)
 
 
 def test_prefill_chunks_cover_the_prefix() -> None:

@@ -1,6 +1,7 @@
 """Prefill calls: together they fill every page, and none attends to what it writes."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -8,6 +9,7 @@ from model import plan, prefill
 from model.pages import PAGE_TOKENS, PrefixCache
 from model.prefill import Held
 from model.programs import spans_of
+from model.sizes import CHUNKS_WITH_CHEAP_PADDING
 
 
 def held(cache: PrefixCache, prefix: list[int]) -> Held:
@@ -63,6 +65,13 @@ def test_every_page_is_filled_before_it_is_read(prompts: list[list[int]], sizes:
             written[offset : offset + length] = inputs.tokens[start : start + length]
     for each in wanted:
         np.testing.assert_array_equal(stored([node.page for node in each.path], len(each.prefix)), each.prefix)
+
+
+@pytest.mark.parametrize(("length", "wanted"), [(16, [64]), (20, [51, 13]), (130, [7, 7, 7, 7, 7, 7, 7, 7, 7, 1])])
+def test_as_many_prefixes_share_a_call_as_its_tokens_allow(length: int, wanted: list[int]) -> None:
+    cache = PrefixCache(200)
+    prefixes = [held(cache, [number] * length) for number in range(64)]
+    assert [len(call.pieces) for call in prefill.calls(prefixes, CHUNKS_WITH_CHEAP_PADDING, 64)] == wanted
 
 
 def test_short_prefixes_share_calls_and_are_cut_as_alone() -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from grpc import StatusCode
+from grpc.aio import AioRpcError, Metadata
 from hypothesis import given
 from hypothesis import strategies as st
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
@@ -377,7 +379,14 @@ def task_error(cause: Exception) -> Exception:
 
 
 JOB = ScoreJob("r", None)  # type: ignore[arg-type]
-LOST = (ActorDiedError(), ActorUnavailableError("gone", None), RequestCancelledError("r"), task_error(ActorDiedError()))
+LOST = (
+    ActorDiedError(),
+    ActorUnavailableError("gone", None),
+    RequestCancelledError("r"),
+    task_error(ActorDiedError()),
+    AioRpcError(StatusCode.INTERNAL, Metadata(), Metadata()),
+    asyncio.CancelledError(),  # the replica's own, as gRPC brings it
+)
 
 
 class TestScorerReplicas:
@@ -400,16 +409,18 @@ class TestScorerReplicas:
 
     async def test_the_services_own_errors_come_through_as_they_were(self):
         sent = OverloadedError("full", param="items", index=3, retry_after_s=9)
-        with pytest.raises(ScoringError) as caught:
-            await ScorerReplicas(Scorer(task_error(sent))).score(JOB)
-        assert type(caught.value) is OverloadedError
-        assert vars(caught.value) == vars(sent)
-        assert caught.value.body() == sent.body()
+        for error in (pickle.loads(pickle.dumps(sent)), task_error(sent)):
+            with pytest.raises(ScoringError) as caught:
+                await ScorerReplicas(Scorer(error)).score(JOB)
+            assert type(caught.value) is OverloadedError
+            assert vars(caught.value) == vars(sent)
+            assert caught.value.body() == sent.body()
 
     async def test_a_fault_in_the_scorer_tells_nothing(self):
-        with pytest.raises(InternalError) as caught:
-            await ScorerReplicas(Scorer(task_error(ValueError("/secret")))).score(JOB)
-        assert "secret" not in str(caught.value)
+        for error in (ValueError("/secret"), task_error(ValueError("/secret"))):
+            with pytest.raises(InternalError) as caught:
+                await ScorerReplicas(Scorer(error)).score(JOB)
+            assert "secret" not in str(caught.value)
 
     async def test_cancelling_reaches_the_replica(self):
         scorer = Scorer(None)
