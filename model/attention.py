@@ -1,4 +1,4 @@
-"""Attention of packed rows over a shared paged prefix and over themselves.
+"""Attention of packed rows over paged prefixes and over themselves.
 
 A program call holds M = B * T tokens: B bins of T positions, each bin packed with whole rows one after the other. A
 token sees (1) its row's prefix, kept as pages of a pool, and (2) the tokens of its own row up to itself. All rows of a

@@ -99,7 +99,8 @@ def calls(held: Sequence[Held], sizes: Sequence[int], prefixes: int) -> Iterator
             if not call.add(piece):
                 yield call
                 call = PrefillCall(sizes, prefixes)
-                assert call.add(piece), "a chunk fits an empty call"
+                added = call.add(piece)
+                assert added, "a chunk fits an empty call"
             start = piece.stop
     if call.pieces:
         yield call
