@@ -156,7 +156,7 @@ def flat(rows: list[plan.Row], *, padding_is_cheap: bool) -> list[plan.Call]:
     ("packed", "most"),
     [
         (lambda rows: plan.pack(rows, plan.shapes(512, 1024)), 0.10),
-        (lambda rows: flat(rows, padding_is_cheap=False), 0.10),
+        (lambda rows: flat(rows, padding_is_cheap=False), 0.05),
         (lambda rows: flat(rows, padding_is_cheap=True), 0.10),
     ],
     ids=["in bins", "flat", "flat, where padding is cheap"],
