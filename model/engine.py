@@ -31,7 +31,7 @@ from model.config import ModelConfig
 from model.fields import ConfigError, read_config
 from model.kernels_cpu import Kernels
 from model.layers import quantized
-from model.pages import PAGE_TOKENS, CacheStats, Node, PrefixCache, Recurring
+from model.pages import PAGE_TOKENS, CacheStats, Node, OutOfPagesError, PrefixCache, Recurring
 from model.prefill import Held
 from model.programs import Inputs, LayerPrograms, ModelPrograms, Prefixes, Programs, stack_of
 from model.sharding import MODEL, by_device, divided, stacked
@@ -273,32 +273,22 @@ class Engine:
             with ExitStack() as pins:
                 held: list[Held] = []
                 while waiting and len(held) < self._layout.prefixes:
-                    if (found := self._hold(waiting[0], work, pins, must=not held)) is None:
+                    try:
+                        held.append(self._hold(waiting[0], work, pins))
+                    except OutOfPagesError:
+                        if not held:
+                            raise
                         break
-                    held.append(found)
                     waiting.popleft()
                 self._prefill(held)
                 launched += self._rows(held, work)
         return launched
 
-    def _hold(self, group: plan.Group, work: "_Work", pins: ExitStack, *, must: bool) -> Held | None:
-        """Pages for a group's prefix, those that are not in the cache yet to be filled; None: there are too few.
-
-        Args:
-            must: there will not be more: raise ``OutOfPagesError``.
-        """
+    def _hold(self, group: plan.Group, work: "_Work", pins: ExitStack) -> Held:
+        """Pages for a group's prefix, see ``PrefixCache.hold``."""
         owner = work.numbering[group.prefix_of]
         prefix = work.sequences[owner][: group.prefix_length]
-        path = self._cache.lookup(prefix)
-        cached = min(len(prefix), len(path) * PAGE_TOKENS)
-        with self._cache.pinned(path):
-            if -(-(len(prefix) - cached) // PAGE_TOKENS) > self._cache.available and not must:
-                return None
-            pins.enter_context(self._cache.pinned(path))
-        for at in range(cached, len(prefix), PAGE_TOKENS):
-            path.append(self._cache.extend(path, prefix[at : at + PAGE_TOKENS]))
-            pins.enter_context(self._cache.pinned(path[-1:]))
-        self._cache.count(hit=cached, missed=len(prefix) - cached)
+        path, cached = pins.enter_context(self._cache.hold(prefix))
         work.computed[owner] += len(prefix) - cached
         return Held(group, prefix, path, cached)
 

@@ -80,12 +80,39 @@ class PrefixCache:
         self._touch(path)
         return path
 
-    def extend(self, path: list[Node], tokens: npt.NDArray[np.int32]) -> Node:
-        """A page for the tokens that follow ``path``; gives up the least recently used page if none is free.
+    @contextmanager
+    def hold(self, prefix: npt.NDArray[np.int32]) -> Generator[tuple[list[Node], int]]:
+        """Pages for a prefix, which stay its own inside of the ``with``; the least recently used are given up for it.
+
+        Yields:
+            All its pages, and how many tokens of it are in them: the pages behind those are to be filled, in the order
+            in which prefixes are held.
 
         Raises:
-            OutOfPagesError: all pages are pinned.
+            OutOfPagesError: too many are held for others. None was given up.
         """
+        path = self.lookup(prefix)
+        cached = min(len(prefix), len(path) * PAGE_TOKENS)
+        missing = range(cached, len(prefix), PAGE_TOKENS)
+        self._pin(path)
+        try:
+            if len(missing) > (left := self._pages - 1 - self._pinned):
+                raise OutOfPagesError(
+                    f"{len(missing)} more prefix pages are needed; {left} of {self._pages - 1} are left"
+                )
+            for at in missing:
+                path.append(self._extend(path, prefix[at : at + PAGE_TOKENS]))
+                self._pin(path[-1:])
+            self._hits += cached
+            self._misses += len(prefix) - cached
+            yield path, cached
+        finally:
+            for node in path:
+                node.pins -= 1
+                self._pinned -= not node.pins
+
+    def _extend(self, path: list[Node], tokens: npt.NDArray[np.int32]) -> Node:
+        """A page for the tokens that follow ``path``."""
         parent = path[-1] if path else self._root
         node = Node(self._take_page(), tokens.copy(), parent)
         parent.children[node.tokens.tobytes()] = node
@@ -93,29 +120,10 @@ class PrefixCache:
         self._touch([node])
         return node
 
-    @contextmanager
-    def pinned(self, path: list[Node]) -> Generator[None]:
-        """Keep the path's pages while a batch reads them."""
-        held = tuple(path)
-        for node in held:
+    def _pin(self, path: list[Node]) -> None:
+        for node in path:
             self._pinned += not node.pins
             node.pins += 1
-        try:
-            yield
-        finally:
-            for node in held:
-                node.pins -= 1
-                self._pinned -= not node.pins
-
-    @property
-    def available(self) -> int:
-        """Pages that ``extend`` can hand out before it raises, if every pinned page's path is pinned."""
-        return self._pages - 1 - self._pinned
-
-    def count(self, *, hit: int, missed: int) -> None:
-        """Add to the hit and miss counts, in tokens."""
-        self._hits += hit
-        self._misses += missed
 
     @property
     def stats(self) -> CacheStats:
@@ -128,9 +136,7 @@ class PrefixCache:
 
     def _take_page(self) -> int:
         if not self._free:
-            leaves = [node for node in self._nodes if not node.children and not node.pins]
-            if not leaves:
-                raise OutOfPagesError(f"all {self._pages - 1} prefix pages are in use")
+            leaves = (node for node in self._nodes if not node.children and not node.pins)
             self._remove(min(leaves, key=lambda node: node.last_used))
             self._evicted += 1
         return self._free.pop()

@@ -142,30 +142,36 @@ def fill(groups: Sequence[Group], ladder: Sequence[Shape]) -> list[Call]:
     """Rows of several groups, one after the other, in as few calls of a flat ladder as they need; a row's prefix is its
     group's number.
 
+    Next in a call is the longest row that it has room for, of the first group that has one.
+
     Raises:
         ValueError: a row is longer than the largest call.
     """
     largest = ladder[-1]
+    waiting = {number: sorted(group.rows, key=_longest_first, reverse=True) for number, group in enumerate(groups)}
+    if (longest := max(rows[-1].length for rows in waiting.values())) > largest.width:
+        raise ValueError(f"a row of {longest} tokens does not fit the largest call of {largest.width}")
     calls: list[Call] = []
-    placed: list[Placement] = []
-    tokens = reads = 0
-
-    def close() -> None:
+    while waiting:
+        placed: list[Placement] = []
+        tokens = reads = 0
+        for number, rows in list(waiting.items()):
+            while (at := _longest_within(rows, largest.width - tokens, largest.reads - reads)) is not None:
+                row = rows.pop(at)
+                placed.append(Placement(row, 0, tokens, number))
+                tokens += row.length
+                reads += row.reads
+            if not rows:
+                del waiting[number]
         smallest = next(shape for shape in ladder if shape.width >= tokens and shape.reads >= reads)
         calls.append(Call(smallest, tuple(placed)))
-
-    for number, group in enumerate(groups):
-        for row in group.rows:
-            if placed and (tokens + row.length > largest.width or reads + row.reads > largest.reads):
-                close()
-                placed, tokens, reads = [], 0, 0
-            if row.length > largest.width:
-                raise ValueError(f"a row of {row.length} tokens does not fit the largest call of {largest.width}")
-            placed.append(Placement(row, 0, tokens, number))
-            tokens += row.length
-            reads += row.reads
-    close()
     return calls
+
+
+def _longest_within(rows: Sequence[Row], tokens: int, reads: int) -> int | None:
+    """Of rows in ascending order, the place of the last with at most so many tokens and reads."""
+    short = bisect.bisect_right(rows, tokens, key=lambda row: row.length)
+    return next((at for at in reversed(range(short)) if rows[at].reads <= reads), None)
 
 
 def together(calls: Sequence[Call], at_once: int) -> Iterator[list[Call]]:

@@ -24,7 +24,7 @@ from model import attention_tpu, decoder, plan
 from model.config import ModelConfig
 from model.cost import Cost, program_cost
 from model.engine import without_weights
-from model.pages import PAGE_TOKENS, PrefixCache
+from model.pages import PrefixCache
 from model.programs import Programs
 from model.sharding import mesh
 from model.sizes import BY_PLATFORM, Layout
@@ -144,11 +144,8 @@ def launches(config: ModelConfig, laid: Layout, request: Request) -> Counter[Lau
     pages, found = PrefixCache(laid.pool.shape[0]), Counter[Launch]()
     for group in laid.groups(sequences, reads):
         prefix = sequences[group.prefix_of][: group.prefix_length]
-        path = pages.lookup(prefix)
-        cached = min(len(prefix), len(path) * PAGE_TOKENS)
-        for at in range(cached, len(prefix), PAGE_TOKENS):
-            with pages.pinned(path):
-                path.append(pages.extend(path, prefix[at : at + PAGE_TOKENS]))
+        with pages.hold(prefix) as (_, cached):
+            pass
         for size in plan.chunks(len(prefix) - cached, laid.sizes.chunks):
             found[Launch("prefill", size, cached)] += 1
             found[Launch("write", size, 0)] += 1

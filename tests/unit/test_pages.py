@@ -14,11 +14,8 @@ def tokens(*pieces: tuple[int, int]) -> np.ndarray:
 
 
 def store(cache: PrefixCache, prefix: np.ndarray) -> list[Node]:
-    path = cache.lookup(prefix)
-    for start in range(len(path) * PAGE_TOKENS, len(prefix), PAGE_TOKENS):
-        with cache.pinned(path):
-            path.append(cache.extend(path, prefix[start : start + PAGE_TOKENS]))
-    return path
+    with cache.hold(prefix) as (path, _):
+        return path
 
 
 def test_a_stored_prefix_is_found_and_its_beginning_too() -> None:
@@ -52,25 +49,27 @@ def test_a_page_that_others_continue_outlives_them() -> None:
     assert len(cache.lookup(long)) == 2
 
 
-def test_pinned_pages_are_never_given_up() -> None:
-    cache = PrefixCache(3)
-    path = store(cache, tokens((1, PAGE_TOKENS), (2, PAGE_TOKENS)))
-    with cache.pinned(path), pytest.raises(OutOfPagesError, match="all 2 prefix pages are in use"):
-        cache.extend([], tokens((3, 5)))
-    cache.extend([], tokens((3, 5)))
-
-
-def test_available_pages_are_those_that_no_pin_holds() -> None:
-    cache = PrefixCache(6)
-    path = store(cache, tokens((1, PAGE_TOKENS), (2, PAGE_TOKENS)))
+def test_pages_that_are_held_are_never_given_up() -> None:
+    cache = PrefixCache(5)
+    prefix = tokens((1, PAGE_TOKENS), (2, PAGE_TOKENS))
     store(cache, tokens((3, 5)))
-    assert cache.available == 5
-    with cache.pinned(path), cache.pinned(path[:1]):
-        assert cache.available == 3
-        for number in range(3):
-            with cache.pinned([cache.extend([], tokens((9 + number, 5)))]):
-                assert cache.available == 2
-    assert cache.available == 5
+    with cache.hold(prefix) as (path, cached):
+        assert cached == 0
+        with cache.hold(prefix[:PAGE_TOKENS]) as (beginning, cached):
+            assert (beginning, cached) == (path[:1], PAGE_TOKENS)
+        three = tokens((4, PAGE_TOKENS), (5, PAGE_TOKENS), (6, PAGE_TOKENS))
+        with pytest.raises(OutOfPagesError, match="3 more prefix pages are needed; 2 of 4 are left"), cache.hold(three):
+            pass
+        with pytest.raises(OutOfPagesError, match="3 more"), cache.hold(np.concatenate([prefix, three])):
+            pass
+        assert cache.lookup(tokens((3, 5))), "nothing was given up for what has no room"
+        with cache.hold(three[: 2 * PAGE_TOKENS]):
+            assert cache.stats.evicted_pages == 1
+        assert cache.lookup(prefix) == path
+    with cache.hold(three) as (path, cached):
+        assert (len(path), cached) == (3, 2 * PAGE_TOKENS)
+    assert cache.stats.hit_tokens == 3 * PAGE_TOKENS
+    assert cache.stats.missed_tokens == 5 + 5 * PAGE_TOKENS
 
 
 @settings(max_examples=200)

@@ -1,6 +1,5 @@
 """The planner: every read computed once, prefixes truly shared, nothing outside its bin."""
 
-import itertools
 from collections import Counter
 from collections.abc import Callable
 
@@ -72,9 +71,8 @@ row_sizes = st.lists(st.tuples(st.integers(1, 128), st.sampled_from([1, 4, 64]))
 
 @settings(max_examples=300)
 @given(st.lists(row_sizes, min_size=1, max_size=5), st.sampled_from([128, 200, 1024, 2048]), st.booleans())
-def test_rows_of_several_groups_fill_calls_in_order(
-    sizes: list[list[tuple[int, int]]], largest: int, cheap: bool
-) -> None:
+def test_rows_of_several_groups_fill_calls(sizes: list[list[tuple[int, int]]], largest: int, cheap: bool) -> None:
+    """A call is closed when nothing of what follows it has room in it."""
     ladder, number = plan.flat_shapes(largest, padding_is_cheap=cheap), 0
     groups: list[plan.Group] = []
     for of_group in sizes:
@@ -82,17 +80,15 @@ def test_rows_of_several_groups_fill_calls_in_order(
         groups.append(plan.Group(number, 7, tuple(rows)))
         number += len(rows)
     calls = plan.fill(groups, ladder)
-    placed = [(placement.prefix, placement.row) for call in calls for placement in call.placements]
-    assert placed == [(number, row) for number, group in enumerate(groups) for row in group.rows]
-    for call, following in itertools.pairwise([*calls, None]):
-        assert call is not None
+    placed = Counter((placement.prefix, placement.row) for call in calls for placement in call.placements)
+    assert placed == Counter((number, row) for number, group in enumerate(groups) for row in group.rows)
+    for number, call in enumerate(calls):
         ends = [placement.offset + placement.row.length for placement in call.placements]
         assert [placement.offset for placement in call.placements] == [0, *ends[:-1]]
         reads = sum(placement.row.reads for placement in call.placements)
         assert reads <= call.shape.reads
         assert call.shape == next(shape for shape in ladder if shape.width >= ends[-1] and shape.reads >= reads)
-        if following is not None:
-            row = following.placements[0].row
+        for row in [placement.row for following in calls[number + 1 :] for placement in following.placements]:
             assert ends[-1] + row.length > largest or reads + row.reads > ladder[-1].reads
 
 
@@ -156,8 +152,8 @@ def flat(rows: list[plan.Row], *, padding_is_cheap: bool) -> list[plan.Call]:
     ("packed", "most"),
     [
         (lambda rows: plan.pack(rows, plan.shapes(512, 1024)), 0.10),
-        (lambda rows: flat(rows, padding_is_cheap=False), 0.05),
-        (lambda rows: flat(rows, padding_is_cheap=True), 0.10),
+        (lambda rows: flat(rows, padding_is_cheap=False), 0.03),
+        (lambda rows: flat(rows, padding_is_cheap=True), 0.03),
     ],
     ids=["in bins", "flat", "flat, where padding is cheap"],
 )

@@ -14,11 +14,8 @@ from model.sizes import CHUNKS_WITH_CHEAP_PADDING
 
 def held(cache: PrefixCache, prefix: list[int]) -> Held:
     tokens = np.array(prefix, np.int32)
-    path = cache.lookup(tokens)
-    cached = min(len(tokens), len(path) * PAGE_TOKENS)
-    for at in range(cached, len(tokens), PAGE_TOKENS):
-        path.append(cache.extend(path, tokens[at : at + PAGE_TOKENS]))
-    return Held(plan.Group(0, len(tokens), ()), tokens, path, cached)
+    with cache.hold(tokens) as (path, cached):
+        return Held(plan.Group(0, len(tokens), ()), tokens, path, cached)
 
 
 @st.composite
