@@ -20,6 +20,7 @@ namespace {
 constexpr int kPanel = 64;           // columns of a kernel that lie beside each other
 constexpr int64_t kBlock = 96;       // rows that a thread takes at once
 constexpr int64_t kHeadBlock = 384;  // the same of the head's
+constexpr int64_t kLine = 64;        // bytes that the memory hands out together
 constexpr int64_t kSteps = 192;      // of one sum: sums of such sums are more exact, and cost 1%
 
 static_assert(kPanel % (kVectors * kLanes) == 0);
@@ -91,6 +92,14 @@ void Multiply(int64_t rows, const typename D::Unit* a, int64_t steps, const type
   }
 }
 
+// Asks for the memory that rows of `count` numbers will go to, or writing them waits for it.
+template <typename T>
+void PrefetchToWrite(const T* out, int64_t rows, int64_t count, int64_t stride) {
+  for (int64_t row = 0; row < rows; ++row, out += stride) {
+    for (int64_t at = 0; at < count; at += kLine / sizeof(T)) __builtin_prefetch(out + at, 1);
+  }
+}
+
 // Whether all of these are 0, of either sign. Of rows that are not, a look at the first few mostly tells.
 template <typename D>
 bool Zeros(const typename D::Unit* units, int64_t count) {
@@ -148,10 +157,11 @@ void Products(ffi::ThreadPool& pool, const Input& x, const std::vector<Linear>& 
     const auto* from = static_cast<const typename D::Unit*>(x.rows) + row * x.steps;
     const auto* kernel = static_cast<const typename D::Unit*>(linear.kernel) + panel * x.steps * kPanel;
     const int64_t count = std::min<int64_t>(kPanel, linear.columns - panel * kPanel);
+    float* out = static_cast<float*>(linear.out) + row * linear.columns + panel * kPanel;
+    PrefetchToWrite(out, rows, count, linear.columns);
     if (!Zeros<D>(from, rows * x.steps)) {
       Multiply<D>(rows, from, x.steps, kernel, sums[0], count, tile.Next(kernel, x.steps));
     }
-    float* out = static_cast<float*>(linear.out) + row * linear.columns + panel * kPanel;
     for (int64_t i = 0; i < rows; ++i) std::memcpy(out + i * linear.columns, sums[i], count * sizeof(float));
   });
 }
@@ -177,6 +187,8 @@ void Gated(ffi::ThreadPool& pool, const Input& x, const void* gate, const Linear
     alignas(64) Unit narrowed[kPanel / D::kPacked];
     const Unit* from = static_cast<const Unit*>(x.rows) + row * x.steps;
     const int64_t at = panel * x.steps * kPanel, count = std::min<int64_t>(kPanel, up.columns - panel * kPanel);
+    auto* out = static_cast<typename D::Stored*>(up.out) + row * up.columns + panel * kPanel;
+    PrefetchToWrite(out, rows, count, up.columns);
     if (!Zeros<D>(from, rows * x.steps)) {
       const auto multiply = [&](const void* kernel, float* sums) {
         const Unit* here = static_cast<const Unit*>(kernel) + at;
@@ -185,7 +197,6 @@ void Gated(ffi::ThreadPool& pool, const Input& x, const void* gate, const Linear
       multiply(gate, gates[0]);
       multiply(up.kernel, ups[0]);
     }
-    auto* out = static_cast<typename D::Stored*>(up.out) + row * up.columns + panel * kPanel;
     for (int64_t i = 0; i < rows; ++i) {
       for (int column = 0; column < kPanel; column += kLanes) {
         D::Round(&narrowed[column / D::kPacked], activation(Load(&gates[i][column])) * Load(&ups[i][column]));

@@ -170,7 +170,9 @@ def fill(groups: Sequence[Group], ladder: Sequence[Shape]) -> list[Call]:
 
 def _longest_within(rows: Sequence[Row], tokens: int, reads: int) -> int | None:
     """Of rows in ascending order, the place of the last with at most so many tokens and reads."""
-    short = bisect.bisect_right(rows, tokens, key=lambda row: row.length)
+    short = len(rows)
+    if rows and rows[-1].length > tokens:
+        short = bisect.bisect_right(rows, tokens, key=lambda row: row.length)
     return next((at for at in reversed(range(short)) if rows[at].reads <= reads), None)
 
 

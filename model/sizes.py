@@ -106,7 +106,7 @@ class Layout:
             max_reads=min(shape.reads for shape in self.ladder),
             min_saving=PAGE_TOKENS,
             page=PAGE_TOKENS,
-            begun=TAILS,
+            begun=TAILS if self.prefixes == 1 else range(1, PAGE_TOKENS + 1),
         )
 
     def calls(self, groups: Sequence[plan.Group]) -> list[plan.Call]:

@@ -94,10 +94,8 @@ def run(settings: Settings, *, host: str, port: int, fast_front: bool = False) -
             if not console.is_terminal:
                 console.print(line)
 
-        set_environment()
+        set_environment(fast_front=fast_front)
         if fast_front:
-            for name, value in FAST_FRONT.items():
-                os.environ.setdefault(name, value)
             # Ray's own choice are two fixed ports, which a second service on this machine would share.
             statistics = [os.environ.setdefault(name, str(free_port())) for name in STATISTICS_PORTS]
             say(f"HAProxy in front; its statistics are on ports {' and '.join(statistics)} of all interfaces")
@@ -133,9 +131,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def set_environment() -> None:
+def set_environment(*, fast_front: bool = False) -> None:
     """For a Ray on this host alone. Before Ray Serve is imported, which reads some of it then."""
-    for name, value in (PROCESSES | CALLS).items():
+    for name, value in (PROCESSES | CALLS | (FAST_FRONT if fast_front else {})).items():
         os.environ.setdefault(name, value)
 
 
