@@ -1,27 +1,21 @@
 """The demo model on the fixed workloads, against float32 transformers' stored log-probabilities."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from model.engine import Engine
 from tests.batches import label_batch
-
-WORKLOADS = Path(__file__).parents[2] / "scripts" / "workloads" / "smollm2-135m"
+from tests.workloads import FOLDER, query_with_items
 
 pytestmark = pytest.mark.demo
 
 
-def check(engine: Engine, workload: str, variant: int, items: int | None = None) -> None:
+def check(engine: Engine, workload: str, variant: int, most: int | None = None) -> None:
     """Score one query with its items and compare every label's log-probability."""
-    content = json.loads((WORKLOADS / f"{workload}.json").read_text())
-    inputs = content["variants"][variant]
-    wanted = np.array(json.loads((WORKLOADS / "ref_fp32.json").read_text())[workload][variant])[:items]
-    prompts = [inputs["query_ids"] + item for item in inputs["items_ids"][:items]]
-    result = engine.score(label_batch(prompts, [content["label_ids"]] * len(prompts)))
-    np.testing.assert_allclose(result.values.reshape(wanted.shape), wanted, rtol=0, atol=1e-4)
+    asked, wanted = query_with_items(workload, variant, most=most)
+    np.testing.assert_allclose(engine.score(asked).values, wanted, rtol=0, atol=1e-4)
 
 
 def test_w1_rerank(demo_engine: Engine) -> None:
@@ -29,7 +23,7 @@ def test_w1_rerank(demo_engine: Engine) -> None:
 
 
 def test_w2_classify(demo_engine: Engine) -> None:
-    check(demo_engine, "W2", 1, items=24)
+    check(demo_engine, "W2", 1, most=24)
 
 
 def test_w3_large(demo_engine: Engine) -> None:
@@ -42,8 +36,8 @@ def test_w4_single(demo_engine: Engine, variant: int) -> None:
 
 
 def test_w5_sixteen_clients_in_one_batch(demo_engine: Engine) -> None:
-    content = json.loads((WORKLOADS / "W5.json").read_text())
-    wanted = json.loads((WORKLOADS / "ref_fp32.json").read_text())["W5"][1]
+    content = json.loads((FOLDER / "W5.json").read_text())
+    wanted = json.loads((FOLDER / "ref_fp32.json").read_text())["W5"][1]
     clients = content["variants"][1]["clients"]
     prompts = [client["query_ids"] + item for client in clients for item in client["items_ids"][:4]]
     result = demo_engine.score(label_batch(prompts, [content["label_ids"]] * len(prompts)))
