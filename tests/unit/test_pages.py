@@ -55,8 +55,8 @@ def test_pages_that_are_held_are_never_given_up() -> None:
     store(cache, tokens((3, 5)))
     with cache.hold(prefix) as (path, cached):
         assert cached == 0
-        with cache.hold(prefix[:PAGE_TOKENS]) as (beginning, cached):
-            assert (beginning, cached) == (path[:1], PAGE_TOKENS)
+        with cache.hold(prefix[: PAGE_TOKENS + 4]) as (beginning, cached):
+            assert (beginning, cached) == (path, PAGE_TOKENS + 4)
         three = tokens((4, PAGE_TOKENS), (5, PAGE_TOKENS), (6, PAGE_TOKENS))
         with pytest.raises(OutOfPagesError, match="3 more prefix pages are needed; 2 of 4 are left"), cache.hold(three):
             pass
@@ -68,7 +68,7 @@ def test_pages_that_are_held_are_never_given_up() -> None:
         assert cache.lookup(prefix) == path
     with cache.hold(three) as (path, cached):
         assert (len(path), cached) == (3, 2 * PAGE_TOKENS)
-    assert cache.stats.hit_tokens == 3 * PAGE_TOKENS
+    assert cache.stats.hit_tokens == 3 * PAGE_TOKENS + 4
     assert cache.stats.missed_tokens == 5 + 5 * PAGE_TOKENS
 
 
