@@ -41,7 +41,7 @@ class CacheStats:
 
 
 class OutOfPagesError(RuntimeError):
-    """Every page is in use by the batch at hand."""
+    """The batch at hand holds so many pages that too few are left for one more prefix."""
 
 
 class PrefixCache:

@@ -139,18 +139,15 @@ def flat_shapes(call_tokens: int, *, padding_is_cheap: bool) -> tuple[Shape, ...
 
 
 def fill(groups: Sequence[Group], ladder: Sequence[Shape]) -> list[Call]:
-    """Rows of several groups, one after the other, in as few calls of a flat ladder as they need; a row's prefix is its
-    group's number.
+    """Rows of several groups, one after the other, in few calls of a flat ladder; a row's prefix is its group's number.
 
     Next in a call is the longest row that it has room for, of the first group that has one.
 
     Raises:
-        ValueError: a row is longer than the largest call.
+        ValueError: a row is longer than the largest call, or has more reads.
     """
     largest = ladder[-1]
     waiting = {number: sorted(group.rows, key=_longest_first, reverse=True) for number, group in enumerate(groups)}
-    if (longest := max(rows[-1].length for rows in waiting.values())) > largest.width:
-        raise ValueError(f"a row of {longest} tokens does not fit the largest call of {largest.width}")
     calls: list[Call] = []
     while waiting:
         placed: list[Placement] = []
@@ -163,6 +160,10 @@ def fill(groups: Sequence[Group], ladder: Sequence[Shape]) -> list[Call]:
                 reads += row.reads
             if not rows:
                 del waiting[number]
+        if not placed:
+            row = next(iter(waiting.values()))[-1]
+            wanted, room = f"{row.length} tokens, {row.reads} of them read", f"{largest.width}, {largest.reads} read"
+            raise ValueError(f"a row of {wanted}, does not fit the largest call of {room}")
         smallest = next(shape for shape in ladder if shape.width >= tokens and shape.reads >= reads)
         calls.append(Call(smallest, tuple(placed)))
     return calls

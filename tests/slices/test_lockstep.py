@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from serve_app.batches import join
 from serve_app.settings import Settings
 from serve_app.tpu import Tpu
 from tests.batches import label_batch
@@ -60,11 +61,12 @@ def test_hosts_score_as_one_process(nodes: Cluster, tmp_path: Path, tpu: Tpu, de
 def test_the_demo_model_over_two_hosts_equals_the_reference(nodes: Cluster):
     import ray
 
-    asked = [query_with_items("W1", 1, most=12), query_with_items("W2", 1, most=6)]  # W2's items are longer than a row
+    asked, references = zip(query_with_items("W1", 1, most=12), query_with_items("W2", 1, most=6), strict=True)
     sizes = {**SIZES, "max_row_tokens": 128, "call_tokens": 256, "chunks": (256,), "prefix_cache_bytes": 2**26}
     settings = Settings(model="demo", tpu=TWO_HOSTS, scorer_cpus=0.1)
     with slice_of(nodes, TWO_HOSTS, 3), leader_of(settings, on_cpu(data=2, **sizes)) as leader:
         for _ in range(2):
-            for each, wanted in asked:
-                found = ray.get(leader.score.remote(each))
-                np.testing.assert_allclose(found.values, wanted, rtol=0, atol=1e-4)
+            found = ray.get(leader.score.remote(join(asked)))  # W2's items are longer than a row, and than W1's
+            np.testing.assert_allclose(found.values, np.concatenate(references), rtol=0, atol=1e-4)
+        _, stats, _, _ = ray.get(leader.state.remote())
+        assert stats.prefix_hit_tokens >= 256, "W1's query"
