@@ -99,6 +99,8 @@ class Layout:
 
     def groups(self, sequences: list[plan.Tokens], reads: list[list[int]]) -> list[plan.Group]:
         """See ``plan.groups``."""
+        # Attention with a prefix for every token reads no more of a page than there is.
+        begun = TAILS if self.prefixes == 1 else range(1, PAGE_TOKENS + 1)
         return plan.groups(
             sequences,
             reads,
@@ -106,7 +108,7 @@ class Layout:
             max_reads=min(shape.reads for shape in self.ladder),
             min_saving=PAGE_TOKENS,
             page=PAGE_TOKENS,
-            begun=TAILS if self.prefixes == 1 else range(1, PAGE_TOKENS + 1),
+            begun=begun,
         )
 
     def calls(self, groups: Sequence[plan.Group]) -> list[plan.Call]:

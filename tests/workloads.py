@@ -1,23 +1,19 @@
 """The demo model's fixed workloads, with float32 transformers' stored log-probabilities."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import numpy.typing as npt
 
+from scripts.bench_work import load
 from serve_app.contract import TokenBatch
 from tests.batches import label_batch
 
-FOLDER = Path(__file__).parents[1] / "scripts" / "workloads" / "smollm2-135m"
 
-
-def query_with_items(
+def with_reference(
     workload: str, variant: int, *, most: int | None = None
 ) -> tuple[TokenBatch, npt.NDArray[np.float64]]:
-    """One query with ``most`` of its items, and every label's log-probability, flat."""
-    content = json.loads((FOLDER / f"{workload}.json").read_text())
-    inputs = content["variants"][variant]
-    wanted = np.array(json.loads((FOLDER / "ref_fp32.json").read_text())[workload][variant][:most])
-    prompts = [inputs["query_ids"] + item for item in inputs["items_ids"][:most]]
-    return label_batch(prompts, [content["label_ids"]] * len(prompts)), wanted.reshape(-1)
+    """Each query of a variant with at most so many of its items, and every label's log-probability, flat."""
+    asked = load(workload, most=variant + 1)[variant]
+    assert asked.reference is not None
+    prompts = [prompt for request in asked.requests for prompt in request.prompts[:most]]
+    wanted = [rows[:most] for rows in asked.reference]
+    return label_batch(prompts, [asked.requests[0].label_ids] * len(prompts)), np.array(wanted).reshape(-1)

@@ -16,7 +16,7 @@ from tests.invariance.rows import LABELS, TOLERANCE, prompts
 from tests.sharding.one_of_two import SIZES, sequences
 from tests.slices.leading import FOUR_HOSTS, TWO_HOSTS, alone, leader_of, on_cpu, slice_of
 from tests.tiny import make_llama
-from tests.workloads import query_with_items
+from tests.workloads import with_reference
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
@@ -61,7 +61,7 @@ def test_hosts_score_as_one_process(nodes: Cluster, tmp_path: Path, tpu: Tpu, de
 def test_the_demo_model_over_two_hosts_equals_the_reference(nodes: Cluster):
     import ray
 
-    asked, references = zip(query_with_items("W1", 1, most=12), query_with_items("W2", 1, most=6), strict=True)
+    asked, references = zip(with_reference("W1", 1, most=12), with_reference("W2", 1, most=6), strict=True)
     sizes = {**SIZES, "max_row_tokens": 128, "call_tokens": 256, "chunks": (256,), "prefix_cache_bytes": 2**26}
     settings = Settings(model="demo", tpu=TWO_HOSTS, scorer_cpus=0.1)
     with slice_of(nodes, TWO_HOSTS, 3), leader_of(settings, on_cpu(data=2, **sizes)) as leader:
