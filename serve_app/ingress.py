@@ -17,11 +17,12 @@ from typing import Any, TypeVar, cast
 
 import ray
 from fastapi import FastAPI, Request, Response
+from grpc import StatusCode
 from grpc.aio import AioRpcError
 from pydantic import BaseModel
 from ray import serve
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.exceptions import BackPressureError, RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -92,6 +93,9 @@ TRIES = 3
 """For a job whose replica is lost. The second may meet another on the same lost host, of which nobody knows yet. Not
 more, since a job may be what kills them."""
 RETRY_PAUSE_S = 0.5
+CANCELLED_BY_S = 0.5
+"""When a client leaves, Serve cancels its calls to the scorers and the request itself, in no order. Only a call whose
+request still stands after this long was cancelled by a replica that is leaving."""
 
 WATCH_S = 5.0
 """Between two looks at the cluster's chips."""
@@ -359,6 +363,8 @@ class ScorerReplicas:
             try:
                 return await self._score(job)
             except _ReplicaLostError as error:
+                if error.cancelled:
+                    await asyncio.sleep(CANCELLED_BY_S)
                 logger.warning("request %s: a replica was lost: %s", job.request_id, error)
         raise OverloadedError("no healthy replica answered; try again shortly", retry_after_s=RETRY_AFTER_S)
 
@@ -372,7 +378,7 @@ class ScorerReplicas:
             return await response
         except asyncio.CancelledError as error:
             if not cast(asyncio.Task[Any], asyncio.current_task()).cancelling():  # a replica's, which is leaving
-                raise _ReplicaLostError("it cancelled the call") from error
+                raise _ReplicaLostError("it cancelled the call", cancelled=True) from error
             response.cancel()
             raise
         except BackPressureError as error:
@@ -383,12 +389,27 @@ class ScorerReplicas:
             if isinstance(cause, ScoringError):
                 raise cause from None
             if isinstance(cause, NO_ANSWER):
-                raise _ReplicaLostError(str(cause)) from error
+                raise _ReplicaLostError(str(cause), cancelled=_is_cancellation(cause)) from error
             raise InternalError("the scorer failed on this request; the server's log has more") from error
 
 
 class _ReplicaLostError(Exception):
-    """The replica died, or left, with the job."""
+    """The replica died, or left, with the job.
+
+    Args:
+        cancelled: the call was, which may also be since its request is over.
+    """
+
+    def __init__(self, message: str, *, cancelled: bool = False) -> None:
+        super().__init__(message)
+        self.cancelled = cancelled
+
+
+def _is_cancellation(cause: object) -> bool:
+    """Whether a call's other end says that it was cancelled: actor calls by Ray's errors, gRPC by a status."""
+    if isinstance(cause, AioRpcError):
+        return cause.code() is StatusCode.CANCELLED
+    return isinstance(cause, TaskCancelledError | RequestCancelledError)
 
 
 class _RequestContext:

@@ -14,7 +14,7 @@ from grpc import StatusCode
 from grpc.aio import AioRpcError, Metadata
 from hypothesis import given
 from hypothesis import strategies as st
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
 from serve_app import ingress, timing
@@ -387,18 +387,40 @@ LOST = (
     AioRpcError(StatusCode.INTERNAL, Metadata(), Metadata()),
     asyncio.CancelledError(),  # the replica's own, as gRPC brings it
 )
+CANCELLED = (
+    RequestCancelledError("r"),
+    TaskCancelledError(),
+    task_error(TaskCancelledError()),
+    AioRpcError(StatusCode.CANCELLED, Metadata(), Metadata()),
+    asyncio.CancelledError(),
+)
 
 
 class TestScorerReplicas:
     @pytest.mark.parametrize("lost", LOST, ids=lambda error: type(error).__name__)
     async def test_a_job_outlives_two_replicas_and_no_more(self, lost: Exception, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(ingress, "RETRY_PAUSE_S", 0.01)
+        monkeypatch.setattr(ingress, "CANCELLED_BY_S", 0.01)
         assert await ScorerReplicas(Scorer(lost, lost, "answer")).score(JOB) == "answer"
         scorer = Scorer(lost, lost, lost, "answer")
         with pytest.raises(OverloadedError, match="no healthy replica") as caught:
             await ScorerReplicas(scorer).score(JOB)
         assert caught.value.retry_after_s == 1
         assert scorer.answers == ["answer"]
+
+    @pytest.mark.parametrize("cancelled", CANCELLED, ids=lambda error: type(error).__name__)
+    async def test_a_client_that_leaves_is_no_lost_replica(
+        self, cancelled: BaseException, caplog: pytest.LogCaptureFixture
+    ):
+        """Serve cancels the call first, and then the request."""
+        scorer = Scorer(cancelled, "a second job")
+        task = asyncio.create_task(ScorerReplicas(scorer).score(JOB))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert scorer.answers == ["a second job"]
+        assert not caplog.records
 
     @pytest.mark.parametrize(("given", "said"), [(None, 1), (0.2, 1), (7.4, 7)])
     async def test_back_pressure_is_overload(self, given: float | None, said: int):
