@@ -47,6 +47,33 @@ def check_total(tokens: int, most: int, param: str, index: int, counted: str = "
         )
 
 
+def check_characters(characters: int, most: int, param: str, index: int | None = None) -> None:
+    """Raise InvalidRequestError when a text is so long that tokenising it alone would keep others waiting.
+
+    Args:
+        characters: of the text, with all that is tokenised with it.
+        param: the field that it came in, and ``index`` which of its entries.
+    """
+    if characters > most:
+        entry = param if index is None else f"{param}[{index}]"
+        raise InvalidRequestError(
+            f"{entry} makes a text of {characters:,} characters; this service tokenises at most {most:,} at once; "
+            "shorten it",
+            param=param,
+            index=index,
+        )
+
+
+def check_work(characters: int, most: int, param: str) -> None:
+    """Raise TooLargeError when the texts of a request are more than it may have tokenised."""
+    if characters > most:
+        raise TooLargeError(
+            f"{param}: {characters:,} characters would have to be tokenised, a repeated text counted each time; "
+            f"a request may have at most {most:,}; split the request",
+            param=param,
+        )
+
+
 def check_causal(classes: int) -> None:
     """Raise InvalidRequestError when the model has a classification head, and so no next token."""
     if classes:

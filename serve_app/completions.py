@@ -24,6 +24,7 @@ from serve_app.errors import InvalidRequestError
 from serve_app.rows import not_finite, usage
 from serve_app.schemas import LOWEST, IdLists, Ids, RequestBody, ResponseBody, Text, Texts, Usage
 from serve_app.served_model import ServedModel
+from serve_app.steps import Steps
 from serve_app.tokenizer import TextTokenizer
 
 
@@ -133,7 +134,7 @@ class Completer:
     def __init__(self, model: ServedModel) -> None:
         self._model = model
 
-    def prepare(self, request: CompletionRequest, request_id: str) -> CompletionQuestion:
+    def prepare(self, request: CompletionRequest, request_id: str) -> Steps[CompletionQuestion]:
         """One sequence a prompt. Read at every position whose next token is asked about.
 
         Raises:
@@ -141,7 +142,7 @@ class Completer:
             TooLargeError: more prompts or tokens than the limits allow.
         """
         check_causal(self._model.classes)
-        texts, sequences = self._prompts(request.prompt)
+        texts, sequences = yield from self._prompts(request.prompt)
         rated = request.echo and request.logprobs is not None
         arrays = [np.asarray(ids, np.int32) for ids in sequences]
         # Each position has the next token for a target; the last has none, and is read for its likeliest.
@@ -165,7 +166,7 @@ class Completer:
         )
         return CompletionQuestion(batch, request, texts, self._model.tokenizer, self._model.name, request_id)
 
-    def _prompts(self, prompt: Prompt) -> tuple[list[str | None], list[list[int]]]:
+    def _prompts(self, prompt: Prompt) -> Steps[tuple[list[str | None], list[list[int]]]]:
         """Of each prompt the text, where it came as text, and the ids."""
         if not prompt and not isinstance(prompt, str):
             raise InvalidRequestError("prompt is an empty list; send at least one prompt", param="prompt")
@@ -176,12 +177,15 @@ class Completer:
         check_count(prompt, self._model.limits.max_items, "prompt")
         if isinstance(prompt[0], str):
             texts = cast(list[str], prompt)
-            sequences = self._model.tokenizer.encode(texts)
+            found = self._model.encoded(texts, "prompt")
         else:
             texts = [None] * len(prompt)
-            sequences = cast(list[list[int]], prompt)
+            found = iter(cast(list[list[int]], prompt))
         total = 0
-        for index, ids in enumerate(sequences):
+        sequences: list[list[int]] = []
+        for index, ids in enumerate(found):
+            yield
+            sequences.append(ids)
             check_ids(ids, self._model.vocab_size, "prompt", index)
             total += len(ids)
             if not 0 < len(ids) <= self._model.max_prompt_tokens:

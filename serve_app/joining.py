@@ -3,13 +3,15 @@
 Joined prompts are tokenised whole (contract), which for a long query repeats the same work for every item. Byte-level
 BPE tokenizers cut text into words by a regular expression that reads on from the end of the last match and looks only
 a few characters ahead. So a word boundary well before the end of the query stays one whatever follows, and the tokens
-up to it are the same in every prompt. Tokenizers of other kinds are left to tokenise everything.
+up to it are the same in every prompt. Normalisation to NFC changes nothing of this where the word begins with an ASCII
+character, which is never composed with what precedes it. Tokenizers of other kinds are left to tokenise everything.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -23,7 +25,8 @@ MARGIN = 64
 TRIES = 8
 """Word boundaries to try before giving up."""
 
-_LOOKS_BACK = re.compile(r"\(\?<[=!]|\^|\$|\\[AbBGzZ]")
+_LOOKS_BACK = re.compile(r"\(\?<[=!]|(?<!\[)\^|\$|\\[AbBGzZ]")
+"""In a regular expression; "[^" begins the characters that a word does not have."""
 
 
 def is_local(backend: Tokenizer) -> bool:
@@ -35,7 +38,7 @@ def is_local(backend: Tokenizer) -> bool:
     )
     return (
         plain
-        and description["normalizer"] is None
+        and (description["normalizer"] is None or description["normalizer"] == {"type": "NFC"})
         and description["model"]["type"] == "BPE"
         and not description["model"].get("continuing_subword_prefix")
         and _splits_locally(description["pre_tokenizer"])
@@ -59,21 +62,68 @@ def safe_cut(backend: Tokenizer, query: str, whole: Sequence[int]) -> int:
 
     The tokenizer must be local (``is_local``). ``whole``: the query's tokens, without special ones.
     """
-    added = [token.content for token in backend.get_added_tokens_decoder().values()]
-    last = len(query) - max(MARGIN, *map(len, added), 0)
+    added = _added(backend)
+    last = len(query) - reach(backend)
+    composed = backend.normalizer is not None
     if len(query) < WORTHWHILE or last <= 0 or backend.pre_tokenizer is None:
+        return 0
+    if composed and not unicodedata.is_normalized("NFC", query):
         return 0
     # Added tokens split the text before words are looked for: look between the last one and the next.
     start = max((query.rfind(token, 0, last) + len(token) for token in added if token in query[:last]), default=0)
     stop = min((at for token in added if (at := query.find(token, start)) >= 0), default=len(query))
     words: list[tuple[str, tuple[int, int]]] = backend.pre_tokenizer.pre_tokenize_str(query[start:stop])
     begins = [start + begin for _, (begin, _) in words if start + begin <= last]
+    begins = [begin for begin in begins if not composed or query[begin].isascii()]
     # A word may also depend on what follows it, as white space does: a cut is good if it changes nothing in the query.
     for cut in reversed(begins[-TRIES:]):
         rest = ids(backend, query[cut:])
         if whole[len(whole) - len(rest) :] == rest:
             return cut
     return 0
+
+
+def safe_end(backend: Tokenizer, text: str, whole: Sequence[int], margin: int) -> tuple[int, int] | None:
+    """Where the text can be cut so that what follows it changes nothing before the cut.
+
+    The tokenizer must be local (``is_local``).
+
+    Args:
+        whole: the text's tokens; special ones may precede them.
+        margin: of the cut from the text's end, in characters, see ``reach``.
+
+    Returns:
+        How many tokens are behind the cut, and how many characters before it; None where no cut is worth the trouble.
+    """
+    last = len(text) - margin
+    if last <= 0:
+        return None
+    encoding = backend.encode(text, add_special_tokens=False)
+    words, offsets = encoding.word_ids, encoding.offsets
+    composed = backend.normalizer is not None
+    tries = 0
+    for token in range(len(words) - 1, 0, -1):
+        # Some tokenizers leave the space that a word begins with out of its place in the text.
+        begin = offsets[token][0] - (text[offsets[token][0] - 1 : offsets[token][0]] == " ")
+        if begin > last or words[token] == words[token - 1] or (composed and not text[begin].isascii()):
+            continue
+        if tries == TRIES:
+            return None
+        tries += 1
+        for cut in {begin, offsets[token][0]}:
+            behind = len(words) - token
+            if len(text) - cut < len(text) // 2 and ids(backend, text[cut:]) == list(whole[-behind:]):
+                return behind, cut
+    return None
+
+
+def _added(backend: Tokenizer) -> list[str]:
+    return [token.content for token in backend.get_added_tokens_decoder().values()]
+
+
+def reach(backend: Tokenizer) -> int:
+    """Characters from a text's end within which what follows may change its words and added tokens."""
+    return max(MARGIN, *map(len, _added(backend)), 0)
 
 
 def ids(backend: Tokenizer, text: str) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain, count
+from operator import itemgetter
 from typing import cast
 
 import numpy as np
@@ -67,38 +67,69 @@ def of_tokens(labels: Sequence[int]) -> Layout:
     )
 
 
+class _Node:
+    """A context behind the prompt: the tokens of a label so far.
+
+    Attributes:
+        after: by the next token, the contexts that labels go on to, in the labels' order.
+        ends: a label is this context.
+        places: by the next token, where it stands among the targets.
+    """
+
+    __slots__ = ("after", "ends", "places")
+
+    def __init__(self) -> None:
+        self.after: dict[int, _Node] = {}
+        self.ends = False
+        self.places: dict[int, int] = {}
+
+
 def of_words(labels: Sequence[tuple[int, ...]]) -> Layout:
-    """Of labels that are one token or more each, no two the same."""
-    after: dict[tuple[int, ...], dict[int, int]] = {}
-    """For each context behind the prompt, the tokens to read there, and where each stands among the targets."""
+    """Of labels that are one token or more each, no two the same. Takes time linear in their tokens."""
+    root = _Node()
+    paths: list[list[_Node]] = []
+    """For each label the contexts of its tokens."""
     for label in labels:
-        for depth, token in enumerate(label):
-            after.setdefault(label[:depth], {})[token] = -1
-    stems = sorted({label[:-1] for label in labels})
-    # One that goes on from a stem comes right behind it, and holds its reads, too.
-    last = len(stems) - 1
-    continuations = tuple(s for at, s in enumerate(stems) if at == last or stems[at + 1][: len(s)] != s)
-    reads: dict[tuple[int, ...], int] = {}
-    for number, continuation in enumerate(continuations):
-        for depth in range(len(continuation) + 1):
-            reads.setdefault(continuation[:depth], number)
-    positions = count()
-    for context in reads:
-        after[context] = dict(zip(after[context], positions, strict=False))
-    known = set(labels)
+        node, path = root, list[_Node]()
+        for token in label:
+            path.append(node)
+            node = node.after.setdefault(token, _Node())
+        node.ends = True
+        paths.append(path)
+    # In order of their tokens, so that a context's continuation is the first that goes through it.
+    continuations: list[tuple[int, ...]] = []
+    reads: list[tuple[int, int, _Node]] = []
+    targets: list[int] = []
+    waiting: list[tuple[_Node, int, int]] = [(root, 0, -1)]
+    stem: list[int] = []
+    while waiting:
+        node, depth, token = waiting.pop()
+        del stem[max(depth - 1, 0) :]
+        if depth:
+            stem.append(token)
+        node.places = {token: len(targets) + place for place, token in enumerate(node.after)}
+        targets += node.after
+        reads.append((len(continuations), depth, node))
+        deeper = sorted(((token, child) for token, child in node.after.items() if child.after), key=itemgetter(0))
+        waiting += [(child, depth + 1, token) for token, child in reversed(deeper)]
+        if not deeper:
+            continuations.append(tuple(stem))
     return Layout(
-        continuations=continuations,
-        read_sequences=np.fromiter(reads.values(), np.int32),
-        read_depths=np.fromiter(map(len, reads), np.int32),
-        targets=np.fromiter(chain.from_iterable(after[context] for context in reads), np.int32),
-        target_counts=np.fromiter((len(after[context]) for context in reads), np.int64),
-        parts=np.fromiter((after[label[:at]][token] for label in labels for at, token in enumerate(label)), np.int64),
+        continuations=tuple(continuations),
+        read_sequences=np.array([number for number, _, _ in reads], np.int32),
+        read_depths=np.array([depth for _, depth, _ in reads], np.int32),
+        targets=np.array(targets, np.int32),
+        target_counts=np.array([len(node.after) for _, _, node in reads], np.int64),
+        parts=np.fromiter(
+            (
+                node.places[token]
+                for label, path in zip(labels, paths, strict=True)
+                for token, node in zip(label, path, strict=True)
+            ),
+            np.int64,
+        ),
         lengths=np.fromiter(map(len, labels), np.int64),
-        disjoint=[
-            number
-            for number, label in enumerate(labels)
-            if not any(label[:depth] in known for depth in range(1, len(label)))
-        ],
+        disjoint=[number for number, path in enumerate(paths) if not any(node.ends for node in path)],
     )
 
 
@@ -126,19 +157,17 @@ class Words:
         """Most items of a request have the same labels, of the same tokens."""
 
     def layout(
-        self, index: int, prompt: list[int], words: Sequence[str], labelled: Sequence[list[int]]
+        self, index: int, words: Sequence[str], added: tuple[tuple[int, ...], ...]
     ) -> tuple[Layout, list[list[str]]]:
         """The layout, and each label's tokens as the vocabulary spells them.
 
         Args:
             index: of the item, for errors.
-            prompt: its tokens.
-            labelled: the tokens of the prompt with each word behind it.
+            added: the tokens that each word adds to the item's prompt.
 
         Raises:
-            InvalidRequestError: a word changes the prompt's tokens, adds none, or adds the same ones as another.
+            InvalidRequestError: two words add the same tokens.
         """
-        added = tuple(self._added(index, prompt, *each) for each in zip(words, labelled, strict=True))
         if added in self._known:
             return self._known[added]
         if len(set(added)) < len(added):
@@ -152,8 +181,16 @@ class Words:
         self._known[added] = of_words(added), [self._pieces(tokens) for tokens in added]
         return self._known[added]
 
-    def _added(self, index: int, prompt: list[int], word: str, labelled: list[int]) -> tuple[int, ...]:
-        """The tokens of a word behind the prompt."""
+    def added(self, index: int, prompt: list[int], word: str, labelled: list[int]) -> tuple[int, ...]:
+        """The tokens of a word behind the prompt.
+
+        Args:
+            index: of the item, for errors.
+            labelled: the tokens of the prompt with the word behind it.
+
+        Raises:
+            InvalidRequestError: the word changes the prompt's tokens, or adds none.
+        """
         if own := added_tokens(prompt, labelled):
             check_ids(own, self._vocab_size, "labels", index)  # the tokenizer may have more tokens than the model
             return own

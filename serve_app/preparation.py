@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from serve_app import labels
-from serve_app.checks import check_count, check_ids, check_total
+from serve_app.checks import check_characters, check_count, check_ids, check_total, check_work
 from serve_app.contract import Int32, Int64, TokenBatch
 from serve_app.errors import InvalidRequestError, ScoringError
 from serve_app.labels import Layout, Words
 from serve_app.schemas import ScoreRequest
 from serve_app.served_model import ServedModel
-from serve_app.tokenizer import Joined
+from serve_app.steps import Steps
+from serve_app.tokenizer import Ending, Joined
 from serve_app.truncation import item_span, shortened
 
 L = TypeVar("L", int, str)
@@ -118,6 +118,7 @@ class Preparation:
         self._words, self._layouts = self._checked_labels()
         self._in_context = Words(model.tokenizer.pieces, model.vocab_size)
         self._text = self._checked_kind()
+        self._check_characters()
         # Text is joined as a string first, then tokenised once: tokens at the join come out as the model was trained.
         self._query = request.query if isinstance(request.query, str) else ""
         self._joined = Joined(
@@ -132,8 +133,8 @@ class Preparation:
         """Items that are not prepared yet."""
         return len(self._items) - self._done
 
-    def rest(self) -> Prepared:
-        """All items that are left.
+    def rest(self) -> Steps[Prepared]:
+        """Prepare all items that are left.
 
         Raises:
             InvalidRequestError: an item is wrong, and that fails the request.
@@ -141,24 +142,25 @@ class Preparation:
         """
         return self._take(self.left)
 
-    def some(self, tokens: int) -> Prepared:
-        """The next items: one at first, then ever more until they have about ``tokens`` besides the query's.
+    def some(self, tokens: int) -> Steps[Prepared]:
+        """Prepare the next items: one at first, then ever more until they have about ``tokens`` besides the query's.
 
         Raises:
             As ``rest``.
         """
-        made = self._take(min(self._step, self.left))
+        made = yield from self._take(min(self._step, self.left))
         own = len(made.batch.tokens) - made.batch.num_sequences * made.query_tokens
         self._step = max(1, min(2 * self._step, self._step * tokens // max(own, 1)))
         return made
 
-    def _take(self, count: int) -> Prepared:
+    def _take(self, count: int) -> Steps[Prepared]:
         indices = range(self._done, self._done + count)
         prompts: list[Prompt] = []
         errors: list[ScoringError] = [self._wrong[index] for index in indices if index in self._wrong]
-        for index, ids, labelled in self._sequences([index for index in indices if index not in self._wrong]):
+        for index, ids in self._sequences([index for index in indices if index not in self._wrong]):
+            yield
             try:
-                prompt = self._prompt(index, ids, labelled)
+                prompt = yield from self._prompt(index, ids)
             except InvalidRequestError as error:
                 if self._request.on_error == "fail":
                     raise
@@ -259,6 +261,20 @@ class Preparation:
                 check_ids(item, self._model.vocab_size, "items", index)
         return False
 
+    def _check_characters(self) -> None:
+        """Know that tokenising is bounded before it begins."""
+        if not self._text:
+            return
+        most = self._model.max_text_characters
+        query, total = len(self._request.query or ""), 0
+        for index, item in enumerate(self._items):
+            words = self._words[index] if self._words else ()
+            longest = max(map(len, words), default=0)
+            with self._tolerating(index):
+                check_characters(query + len(item) + longest, most, "items", index)
+                total += query + len(item) + sum(map(len, words))
+        check_work(total, self._model.max_request_characters, "items")
+
     @contextmanager
     def _tolerating(self, index: int) -> Generator[None]:
         """Keep what is wrong with an item for later, if the request allows it."""
@@ -269,23 +285,21 @@ class Preparation:
                 raise
             self._wrong.setdefault(index, error)
 
-    def _sequences(self, indices: Sequence[int]) -> Iterator[tuple[int, list[int], list[list[int]]]]:
-        """For each item its prompt's tokens, and those of the prompt with each word that is a label behind it."""
-        if not self._text:
-            query = cast(list[int], self._request.query or [])
-            for index in indices:
-                item = cast(list[int], self._items[index])
-                yield index, item + query if self._request.item_first else query + item, []
+    def _sequences(self, indices: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+        """Each item's number and its prompt's tokens."""
+        if self._text:
+            yield from zip(indices, self._joined.each(map(self._own, indices)), strict=True)
             return
-        behind = self._query if self._request.item_first else ""
-        sequences = self._joined.each(
-            cast(str, self._items[index]) + behind + word for index in indices for word in ("", *self._words_of(index))
-        )
+        query = cast(list[int], self._request.query or [])
         for index in indices:
-            ids, *labelled = islice(sequences, 1 + len(self._words_of(index)))
-            yield index, ids, labelled
+            item = cast(list[int], self._items[index])
+            yield index, item + query if self._request.item_first else query + item
 
-    def _prompt(self, index: int, ids: list[int], labelled: list[list[int]]) -> Prompt:
+    def _own(self, index: int) -> str:
+        """An item's text with all that comes after the query's place at the front."""
+        return cast(str, self._items[index]) + (self._query if self._request.item_first else "")
+
+    def _prompt(self, index: int, ids: list[int]) -> Steps[Prompt]:
         """One item's, if nothing is wrong with it."""
         if self._text:
             check_ids(ids, self._model.vocab_size, "items", index)  # the tokenizer may have more tokens than the model
@@ -296,30 +310,48 @@ class Preparation:
                 index=index,
             )
         whole = len(ids)
-        layout, spelling = self._layout(index, ids, labelled)
-        if whole + layout.depth > self._model.max_prompt_tokens and self._request.truncate == "item":
-            ids, layout, spelling = self._truncated(index, ids, layout, spelling)
-        if len(ids) + layout.depth > self._model.max_prompt_tokens:
-            labels_too = f" and {layout.depth} of a label before its last" if layout.depth else ""
+        shorten = self._request.truncate == "item"
+        if not shorten:
+            self._check_length(index, whole, 0)  # before its labels are looked at
+        if self._words:
+            ending = self._joined.ending(self._own(index), ids)
+            layout, spelling = yield from self._layout(index, ids, ending, fits=not shorten)
+        else:
+            layout, spelling = self._layouts[index], None
+        if whole + layout.depth > self._model.max_prompt_tokens and shorten:
+            ids, layout, spelling = yield from self._truncated(index, ids, layout, spelling)
+        self._check_length(index, len(ids), layout.depth)
+        return Prompt(index, np.asarray(ids, np.int32), layout, spelling, whole - len(ids))
+
+    def _check_length(self, index: int, tokens: int, of_label: int) -> None:
+        if tokens + of_label > self._model.max_prompt_tokens:
+            labels_too = f" and {of_label} of a label before its last" if of_label else ""
             raise InvalidRequestError(
-                f"items[{index}]: the prompt has {len(ids)} tokens{labels_too}; this model reads at most "
+                f"items[{index}]: the prompt has {tokens} tokens{labels_too}; this model reads at most "
                 f'{self._model.max_prompt_tokens}; shorten the item or the query, or send truncate: "item"',
                 param="items",
                 index=index,
             )
-        return Prompt(index, np.asarray(ids, np.int32), layout, spelling, whole - len(ids))
 
-    def _words_of(self, index: int) -> Sequence[str]:
-        return self._words[index] if self._words else ()
+    def _layout(self, index: int, ids: list[int], ending: Ending, *, fits: bool) -> Steps[tuple[Layout, Spelling]]:
+        """How the words that are an item's labels are read behind its prompt.
 
-    def _layout(self, index: int, ids: list[int], labelled: list[list[int]]) -> tuple[Layout, Spelling | None]:
-        if not self._words:
-            return self._layouts[index], None
-        return self._in_context.layout(index, ids, self._words[index], labelled)
+        Args:
+            ending: the prompt's end.
+            fits: whether prompt and labels must fit into what the model reads.
+        """
+        words = self._words[index]
+        labelled: list[tuple[int, ...]] = []
+        for word, with_word in zip(words, ending.followed_by(words), strict=True):
+            yield
+            labelled.append(self._in_context.added(index, ids, word, with_word))
+            if fits:
+                self._check_length(index, len(ids), len(labelled[-1]) - 1)
+        return self._in_context.layout(index, words, tuple(labelled))
 
     def _truncated(
         self, index: int, ids: list[int], layout: Layout, spelling: Spelling | None
-    ) -> tuple[list[int], Layout, Spelling | None]:
+    ) -> Steps[tuple[list[int], Layout, Spelling | None]]:
         """The prompt without the end of its item, and its labels there."""
         room = self._model.max_prompt_tokens - layout.depth
         item_first = self._request.item_first
@@ -330,17 +362,17 @@ class Preparation:
         item = cast(str, self._items[index])
         text = item + self._query if item_first else self._query + item
         special = self._request.add_special_tokens
-        _, ends = self._model.tokenizer.encode_with_ends(text, add_special_tokens=special)
+        tokenizer = self._model.tokenizer
+        _, ends = tokenizer.encode_with_ends(text, add_special_tokens=special)
         start, stop = item_span(ends, self._query, item, item_first=item_first)
         kept = shortened(ids, start, stop, room, index)
         if not self._words or item_first:
             return kept, layout, spelling
         # The labels now stand behind other text.
         text = text[: ends[stop - (len(ids) - len(kept)) - 1]]
-        labelled = self._model.tokenizer.encode(
-            [text + word for word in self._words[index]], add_special_tokens=special
-        )
-        return kept, *self._layout(index, kept, labelled)
+        ending = tokenizer.ending(text, kept, add_special_tokens=special)
+        ending = ending or Ending(tokenizer, [], text, [], special)
+        return kept, *(yield from self._layout(index, kept, ending, fits=True))
 
 
 def packed(

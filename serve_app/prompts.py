@@ -8,6 +8,7 @@ from serve_app.checks import check_count, check_ids
 from serve_app.preparation import Preparation, Prepared
 from serve_app.schemas import ScoreRequest
 from serve_app.served_model import ServedModel
+from serve_app.steps import Steps, finish
 
 
 class Prompts:
@@ -34,18 +35,21 @@ class Prompts:
             InvalidRequestError: as ``open``, or what is wrong with an item, if that fails the request.
             TooLargeError: more items or tokens than the limits allow.
         """
-        return self.open(request).rest()
+        return finish(self.open(request).rest())
 
-    def tokenize(self, texts: Sequence[str], add_special_tokens: bool) -> list[tuple[list[int], list[str]]]:
-        """Ids and pieces of each text.
+    def tokenize(self, texts: Sequence[str], add_special_tokens: bool) -> Steps[list[tuple[list[int], list[str]]]]:
+        """Make ids and pieces of each text.
 
         Raises:
+            InvalidRequestError: a text is too long to be tokenised at once.
             TooLargeError: more texts than a request may have items.
         """
         check_count(texts, self._model.limits.max_items, "prompt")
-        tokenizer = self._model.tokenizer
-        encoded = tokenizer.encode(texts, add_special_tokens=add_special_tokens)
-        return [(ids, tokenizer.pieces(ids)) for ids in encoded]
+        made: list[tuple[list[int], list[str]]] = []
+        for ids in self._model.encoded(texts, "prompt", add_special_tokens=add_special_tokens):
+            made.append((ids, self._model.tokenizer.pieces(ids)))
+            yield
+        return made
 
     def detokenize(self, ids: list[int]) -> str:
         """The text of the ids.

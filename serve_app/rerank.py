@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field
 
 from serve_app import labels
 from serve_app.batches import common_prefix
-from serve_app.checks import check_count, check_ids, check_total
+from serve_app.checks import check_characters, check_count, check_ids, check_total, check_work
 from serve_app.contract import BatchResult
 from serve_app.errors import InvalidRequestError
 from serve_app.labels import Layout
@@ -26,6 +26,7 @@ from serve_app.rows import class_logits, label_scores, usage
 from serve_app.schemas import RequestBody, ResponseBody, Text, Usage
 from serve_app.served_model import ServedModel
 from serve_app.settings import ModelSettings
+from serve_app.steps import Steps
 from serve_app.templates import TEMPLATES, RerankTemplate, default_template
 from serve_app.tokenizer import Joined
 
@@ -124,7 +125,7 @@ class Reranker:
             except InvalidRequestError as error:
                 raise ValueError(f"rerank_template: {error.message}") from error
 
-    def prepare(self, request: RerankRequest, request_id: str) -> RerankQuestion:
+    def prepare(self, request: RerankRequest, request_id: str) -> Steps[RerankQuestion]:
         """One prompt a document, read at its last token for the two answers, or the classes.
 
         Raises:
@@ -135,6 +136,12 @@ class Reranker:
         documents = [document if isinstance(document, str) else document.text for document in request.documents]
         check_count(documents, self._model.limits.max_items, "documents")
         before, behind = self._template.around(request.query, request.instruct)
+        most = self._model.max_text_characters
+        check_characters(len(before) + len(behind), most, "query")
+        for index, document in enumerate(documents):
+            check_characters(len(before) + len(document), most, "documents", index)
+        characters = len(documents) * len(before) + sum(map(len, documents))
+        check_work(characters, self._model.max_request_characters, "documents")
         end, layout = self._answers(behind)
         (front,) = self._model.tokenizer.encode([before])
         room = self._model.max_prompt_tokens - len(front) - len(end)
@@ -149,6 +156,7 @@ class Reranker:
         prompts: list[Prompt] = []
         total = 0
         for index, ids in enumerate(joined.each(documents)):
+            yield
             check_ids(
                 ids, self._model.vocab_size, "documents", index
             )  # the tokenizer may have more tokens than the model

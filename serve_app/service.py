@@ -50,6 +50,7 @@ from serve_app.schemas import (
 )
 from serve_app.served_model import ServedModel
 from serve_app.settings import ModelSettings
+from serve_app.steps import Steps, advance
 from serve_app.streaming import as_finished
 from serve_app.threads import WatchedThreads
 from serve_app.timing import Timings
@@ -229,15 +230,15 @@ class ScoringService:
         numbers = count()
         prompt_tokens = computed_tokens = 0
 
-        def prepare() -> tuple[ScoreQuestion, _Work]:
-            prepared = preparation.some(self._settings.max_batch_tokens // 2)
+        def prepare() -> Steps[tuple[ScoreQuestion, _Work]]:
+            prepared = yield from preparation.some(self._settings.max_batch_tokens // 2)
             work = self._work(prepared.batch, prepared.query_tokens, request_id, deadline, next(numbers))
             return ScoreQuestion(prepared, request, self._settings.name), work
 
         async def piece() -> tuple[list[ScoreRow], int, int]:
             async with turn:
                 with timing.tokenising():
-                    question, work = await self._in_thread(prepare)
+                    question, work = await self._in_steps(prepare())
             result = await self._run(work)
             answered = await self._off_loop(partial(question.rows, result), question.size)
             self.items += question.items
@@ -286,8 +287,8 @@ class ScoringService:
             ScoringError: as ``score``.
         """
 
-        def prepare() -> ScoreQuestion:
-            return self._scores(as_score_request(request, self._model.classes))
+        def prepare() -> Steps[ScoreQuestion]:
+            return (yield from self._scores(as_score_request(request, self._model.classes)))
 
         answer = await self._ask(prepare, request_id, timeout_s)
         return as_response(answer, request.request_id or request_id)
@@ -295,8 +296,7 @@ class ScoringService:
     async def tokenize(self, request: TokenizeRequest) -> TokenizeResponse:
         """Ids and pieces of text, as ``score`` would see them."""
         texts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
-        call = partial(self._prompts.tokenize, texts, request.add_special_tokens)
-        encoded = await self._in_time(self._in_thread(call))
+        encoded = await self._in_time(self._in_steps(self._prompts.tokenize(texts, request.add_special_tokens)))
         limit = self._model.max_prompt_tokens
         if isinstance(request.prompt, str):
             ids, pieces = encoded[0]
@@ -386,7 +386,7 @@ class ScoringService:
 
     async def _ask(
         self,
-        prepare: Callable[[], Question[A]],
+        prepare: Callable[[], Steps[Question[A]]],
         request_id: str,
         timeout_s: float,
         asked_s: float | None = None,
@@ -400,21 +400,22 @@ class ScoringService:
             limit = self._time_limit(asked_s, timeout_s)
             return await self._in_time(self._answer(prepare, request_id, time.time() + limit), limit)
 
-    async def _answer(self, prepare: Callable[[], Question[A]], request_id: str, deadline: float) -> A:
-        def work() -> tuple[Question[A], _Work]:
-            question = prepare()
+    async def _answer(self, prepare: Callable[[], Steps[Question[A]]], request_id: str, deadline: float) -> A:
+        def work() -> Steps[tuple[Question[A], _Work]]:
+            question = yield from prepare()
             return question, self._work(question.batch, question.query_tokens, request_id, deadline)
 
         self._admission.check(1, self._replicas.count)  # tokenising what will be refused would delay the others
         with timing.tokenising():
-            question, wanted = await self._in_thread(work)
+            question, wanted = await self._in_steps(work())
         result = await self._run(wanted)
         answer = await self._off_loop(partial(question.answer, result), question.size)
         self.items += question.items
         return answer
 
-    def _scores(self, request: ScoreRequest) -> ScoreQuestion:
-        return ScoreQuestion(self._prompts.prepare(request), request, self._settings.name)
+    def _scores(self, request: ScoreRequest) -> Steps[ScoreQuestion]:
+        prepared = yield from self._prompts.open(request).rest()
+        return ScoreQuestion(prepared, request, self._settings.name)
 
     def _work(self, batch: TokenBatch, prefix_tokens: int, request_id: str, deadline: float, first: int = 0) -> _Work:
         """The batch in as many parts as it is worth.
@@ -525,6 +526,13 @@ class ScoringService:
     async def _in_thread(self, call: Callable[[], T]) -> T:
         """Tokenising takes up to seconds, and the event loop must go on."""
         return await self._threads.run(call)
+
+    async def _in_steps(self, steps: Steps[T]) -> T:
+        """As ``_in_thread``, a short step at a time: other requests' steps come between, and a caller that is gone or
+        late ends it."""
+        while not (done := await self._in_thread(partial(advance, steps))):
+            pass
+        return done.result
 
     async def _off_loop(self, call: Callable[[], T], size: int) -> T:
         """What is made of an engine's answer, in a thread if it is much."""

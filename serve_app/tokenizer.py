@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,35 @@ from tokenizers import Tokenizer
 from serve_app import joining
 from serve_app.batches import common_prefix
 
-_CHUNK_CHARACTERS = 2**20
-"""Joined and tokenised at a time: the query is repeated in every prompt, which must not cost memory without end."""
+_CHUNK_CHARACTERS = 2**16
+"""Joined and tokenised at a time, some 20 ms of work: others wait for it, and the query is repeated in every prompt,
+which must not cost memory without end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """The end of a text, to be tokenised with something behind it in place of the whole.
+
+    Attributes:
+        before: tokens of the text that nothing behind it can change.
+        text: what comes after them.
+        behind: what is added behind every text.
+        special: special tokens are added around ``text``: it is the whole one.
+    """
+
+    tokenizer: TextTokenizer
+    before: list[int]
+    text: str
+    behind: list[int]
+    special: bool = False
+
+    def followed_by(self, words: Sequence[str]) -> Iterator[list[int]]:
+        """The tokens of the whole text with each word behind it, made as they are wanted."""
+        at_once = max(1, _CHUNK_CHARACTERS // (len(self.text) + max(map(len, words), default=0) + 1))
+        for start in range(0, len(words), at_once):
+            texts = [self.text + word for word in words[start : start + at_once]]
+            for ids in self.tokenizer.encode(texts, add_special_tokens=self.special):
+                yield [*self.before, *ids, *self.behind]
 
 
 class TextTokenizer:
@@ -32,6 +60,7 @@ class TextTokenizer:
         self._local = joining.is_local(backend)
         # Only a BOS that the tokenizer adds by itself can come to stand before one in the text.
         self._added_bos = bos_id if backend.encode("").ids[:1] == [bos_id] else None
+        self._reach = joining.reach(backend)
         self._around = _added_around(backend)
 
     @classmethod
@@ -91,6 +120,17 @@ class TextTokenizer:
         cut = joining.safe_cut(self.backend, query, whole)
         before, behind = self._around if add_special_tokens else ([], [])
         return (before + whole, cut, behind) if cut else None
+
+    def ending(self, text: str, ids: Sequence[int], *, add_special_tokens: bool) -> Ending | None:
+        """The end of ``text``, whose tokens are ``ids``; None where it is not much shorter than the whole."""
+        if not self._local or len(text) < joining.WORTHWHILE or self._around is None:
+            return None
+        behind = self._around[1] if add_special_tokens else []
+        own = list(ids[: len(ids) - len(behind)])
+        if own + behind != list(ids) or (found := joining.safe_end(self.backend, text, own, self._reach)) is None:
+            return None
+        tokens, cut = found
+        return Ending(self, own[:-tokens], text[cut:], behind)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text, special tokens included; an id that the vocabulary has no token for gives nothing."""
@@ -153,6 +193,16 @@ class Joined:
                 yield from self.encode(chunk)
                 chunk, characters = [], 0
         yield from self.encode(chunk)
+
+    def ending(self, item: str, ids: Sequence[int]) -> Ending:
+        """The end of ``query + item``, whose tokens are ``ids``, see ``Ending``."""
+        if found := self._tokenizer.ending(self._query + item, ids, add_special_tokens=self._special):
+            return found
+        if self._front is None:
+            return Ending(self._tokenizer, [], self._query + item, [], self._special)
+        front, cut, behind = self._front
+        (rest,) = self._tokenizer.encode([self._query[cut:]], add_special_tokens=False)
+        return Ending(self._tokenizer, front[: len(front) - len(rest)], self._query[cut:] + item, behind)
 
     def _encode_whole(self, items: Sequence[str]) -> list[list[int]]:
         texts = [self._query + item for item in items]

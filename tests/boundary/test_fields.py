@@ -65,7 +65,13 @@ async def test_truncated_ids(http: Http, item_first: bool):
 async def test_truncation_leaves_room_for_labels_of_several_tokens(http: Http):
     long = "yes no " * limit(http)
     ask: dict[str, Any] = {"items": ["fox", long], "labels": [" yes", " zzqq"], "return_prompt_token_ids": True}
-    assert " of a label before its last" in (await http.refused(**ask, query="the "))["message"]
+    whole = (await http.refused(**ask, query="the "))["message"]
+    assert "; this model reads at most" in whole
+    assert " of a label" not in whole  # which are not looked at behind a prompt that is too long by itself
+    ids = await http.ids("the fox" + " yes" * limit(http))
+    just = (await http.client.post("/detokenize", json={"tokens": ids[: limit(http)]})).json()["prompt"]
+    refused = await http.refused(items=[just], labels=[" yes", " zzqq"])
+    assert " of a label before its last" in refused["message"]
     for item_first in (False, True):
         answer = await http.score(**ask, query="the ", truncate="item", item_first=item_first)
         label = answer["label_tokens"][1][1]

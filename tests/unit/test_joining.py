@@ -80,10 +80,11 @@ def demo() -> TextTokenizer:
 
 
 @pytest.mark.demo
-@pytest.mark.parametrize("kind", ["demo", "llama3"])
+@pytest.mark.parametrize("kind", ["demo", "llama3", "qwen"])
 @pytest.mark.parametrize("query", QUERIES)
 def test_nasty_joins_equal_the_joined_strings(request: pytest.FixtureRequest, kind: str, query: str) -> None:
     tokenizer: TextTokenizer = request.getfixturevalue(kind)
+    assert joining.is_local(tokenizer.backend)
     for end in ENDS:
         long = (query * (600 // len(query) + 1)) + end
         items = list(STARTS)
@@ -104,6 +105,48 @@ def test_a_long_query_is_cut_near_its_end(demo: TextTokenizer) -> None:
     assert len(query) - joining.safe_cut(demo.backend, query, joining.ids(demo.backend, query)) < 2 * joining.MARGIN
 
 
+@pytest.fixture(scope="module")
+def qwen() -> TextTokenizer:
+    """The demo's vocabulary behind Qwen's normaliser and word pattern."""
+    backend = Tokenizer.from_file(str(model_source.resolve("demo") / "tokenizer.json"))
+    backend.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(pattern=_regex(LLAMA3.replace("{1,3}", "")), behavior="isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    return TextTokenizer(backend, None)
+
+
+@pytest.mark.demo
+@pytest.mark.parametrize("kind", ["demo", "llama3", "qwen"])
+@pytest.mark.parametrize("query", QUERIES)
+def test_words_behind_a_long_text_are_tokenised_by_its_end(
+    request: pytest.FixtureRequest, kind: str, query: str
+) -> None:
+    tokenizer: TextTokenizer = request.getfixturevalue(kind)
+    used = 0
+    for end in ENDS:
+        text = (query * (1_500 // len(query) + 1)) + end
+        (ids,) = tokenizer.encode([text])
+        ending = tokenizer.ending(text, ids, add_special_tokens=True)
+        if ending is not None:
+            used += 1
+            assert len(ending.text) < len(text) // 2
+            assert list(ending.followed_by(STARTS)) == tokenizer.encode([text + word for word in STARTS])
+    assert used or query.isspace()
+
+
+@pytest.mark.demo
+@settings(max_examples=300)
+@given(text=texts(300, 700), words=st.lists(texts(0, 40), min_size=2, max_size=4))
+def test_words_behind_any_text(qwen: TextTokenizer, demo: TextTokenizer, text: str, words: list[str]) -> None:
+    for tokenizer in (qwen, demo):
+        (ids,) = tokenizer.encode([text])
+        if ending := tokenizer.ending(text, ids, add_special_tokens=True):
+            assert list(ending.followed_by(words)) == tokenizer.encode([text + word for word in words])
+        assert tokenizer.encode_joined(text, words) == tokenizer.encode([text + word for word in words])
+
+
 def test_bos_stays_once_at_the_front(tmp_path: Path) -> None:
     tokenizer = TextTokenizer.load(save_tokenizer(tmp_path, adds_bos=True))
     query = "a long query of plain words " * 20
@@ -120,7 +163,7 @@ def _bpe() -> Tokenizer:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda t: setattr(t, "normalizer", normalizers.NFC()),
+        lambda t: setattr(t, "normalizer", normalizers.NFKC()),
         lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Metaspace()),
         lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)),
         lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Split(_regex(r"(?<=a)b"), "isolated")),

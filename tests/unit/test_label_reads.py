@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from itertools import pairwise
 from typing import Any
 
@@ -64,6 +65,19 @@ def test_labels_of_one_token_need_one_sequence():
         assert layout.continuations == ((),)
         assert (layout.targets.tolist(), layout.target_counts.tolist()) == ([5, 7], [2])
         assert (layout.parts.tolist(), layout.lengths.tolist(), layout.depth) == ([0, 1], [1, 1], 0)
+
+
+def test_a_long_label_takes_memory_in_proportion_to_its_tokens():
+    """All its beginnings together have 3.2 GB at 40,000 tokens."""
+    peaks: list[int] = []
+    for length in (2_000, 40_000):
+        tracemalloc.start()
+        layout = labels.of_words([tuple(range(length)), (1, 2)])
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert layout.depth == length - 1
+        assert layout.lengths.tolist() == [length, 2]
+    assert peaks[1] < 30 * peaks[0]
 
 
 def prepare(tokenizer: TextTokenizer, **fields: Any) -> Prepared:
@@ -164,8 +178,10 @@ def spelled(ids: Any) -> list[str]:
     ],
 )
 def test_words_that_cannot_be_labels(labelled: list[list[int]], said: str):
+    words = Words(spelled, vocab_size=100)
+    added = (words.added(3, [1, 2, 3], *each) for each in zip("ab", labelled, strict=True))
     with pytest.raises(InvalidRequestError) as caught:
-        Words(spelled, vocab_size=100).layout(3, [1, 2, 3], ["a", "b"], labelled)
+        words.layout(3, ["a", "b"], tuple(added))
     assert said in caught.value.message
     assert (caught.value.param, caught.value.index) == ("labels", 3)
     if "alone" in said:

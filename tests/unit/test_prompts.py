@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from serve_app import labels
 from serve_app import tokenizer as tokenizer_module
 from serve_app.contract import TokenBatch
 from serve_app.errors import InvalidRequestError, TooLargeError
@@ -110,7 +111,7 @@ class TestText:
             tokenizer, "encode", lambda texts, **options: calls.append(len(texts)) or encode(texts, **options)
         )
         with pytest.raises(InvalidRequestError, match=r"items\[0\]: the prompt has"):
-            prepare(tokenizer, query="x " * 2**19, items=["a"] * 1000)
+            prepare(tokenizer, query="x " * 2**17, items=["a"] * 1000)
         assert len(calls) == 1
         assert calls[0] <= 2
 
@@ -137,6 +138,106 @@ class TestText:
         with pytest.raises(InvalidRequestError, match=r"items\[1\] and the query are both empty") as caught:
             prepare(tokenizer, query="", items=["a", ""])
         assert (caught.value.param, caught.value.index) == ("items", 1)
+
+
+def counted(tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """All texts that are tokenised from now on."""
+    seen: list[str] = []
+    backend = tokenizer.backend
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(backend, name)
+
+        def encode(self, text: str, **options: Any) -> Any:
+            seen.append(text)
+            return backend.encode(text, **options)
+
+        def encode_batch_fast(self, texts: list[str], **options: Any) -> Any:
+            seen.extend(texts)
+            return backend.encode_batch_fast(texts, **options)
+
+    monkeypatch.setattr(tokenizer, "backend", Counting())
+    return seen
+
+
+class TestWork:
+    """What is tokenised is bounded before it is, and no more of it than has to be."""
+
+    def model(self, tokenizer: TextTokenizer, context: int = 64 * CONTEXT, **limits: int) -> ServedModel:
+        return ServedModel("m", tokenizer, FakeEngine(VOCAB_SIZE, context).info, Limits(**limits))
+
+    @pytest.mark.parametrize("item_first", [False, True])
+    def test_of_a_prompt_with_labels_its_end_alone_comes_again(
+        self, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch, item_first: bool
+    ):
+        words = [f" {number}" for number in range(300)]
+        item = "the quick brown fox jumps over the lazy dog. " * 100
+        seen = counted(tokenizer, monkeypatch)
+        request = ScoreRequest(query="\nAnswer:", items=[item] * 3, labels=words, item_first=item_first)
+        Prompts(self.model(tokenizer)).prepare(request)
+        assert sum(map(len, seen)) < 3 * (4 * len(item) + 200 * len(words))
+
+    @pytest.mark.parametrize("on_error", ["fail", "item"])
+    def test_a_prompt_that_is_too_long_is_tokenised_once_whatever_its_labels(
+        self, bos_tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch, on_error: str
+    ):
+        words = [f" {number}" for number in range(300)]
+        item = "the quick brown fox jumps over the lazy dog. " * 1000
+        seen = counted(bos_tokenizer, monkeypatch)
+        request = ScoreRequest(items=[item], labels=words, on_error=on_error)  # type: ignore[arg-type]
+        made = Prompts(self.model(bos_tokenizer, CONTEXT))
+        if on_error == "fail":
+            with pytest.raises(InvalidRequestError, match=r"items\[0\]: the prompt has"):
+                made.prepare(request)
+        else:
+            assert len(made.prepare(request).errors) == 1
+        assert sum(map(len, seen)) == len(item)
+
+    def test_a_label_that_is_too_long_is_refused_before_it_is_laid_out(
+        self, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(labels, "of_words", None)
+        request = ScoreRequest(items=["a"], labels=[" x" * 9_000, " no"])
+        with pytest.raises(InvalidRequestError, match="of a label before its last; this model reads at most 256"):
+            Prompts(self.model(tokenizer, CONTEXT)).prepare(request)
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"items": ["a", "x" * 2**19 + "y"]},
+            {"items": ["a", "x" * 2**18], "query": "y" * 2**18},
+            {"items": ["a", "a"], "labels": [["b"], ["x" * 2**19 + "y"]]},
+        ],
+    )
+    def test_a_text_beyond_all_bounds_is_refused_unread(
+        self, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+    ):
+        seen = counted(tokenizer, monkeypatch)
+        request = ScoreRequest(**{"labels": [" yes"]} | fields)
+        made = Prompts(self.model(tokenizer, CONTEXT))
+        with pytest.raises(InvalidRequestError, match="characters; this service tokenises at most 524,288") as caught:
+            made.prepare(request)
+        assert (caught.value.param, caught.value.index) == ("items", 1)
+        assert not seen
+        prepared = made.prepare(request.model_copy(update={"on_error": "item", "query": ""}))
+        assert [error.index for error in prepared.errors] == [1]
+        assert [prompt.index for prompt in prepared.prompts] == [0]
+
+    def test_all_texts_together_are_bounded_too(self, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch):
+        seen = counted(tokenizer, monkeypatch)
+        made = Prompts(self.model(tokenizer, max_request_tokens=1000))
+        for fields in ({"query": "x" * 6_400, "items": ["a"] * 10}, {"items": ["a"] * 1000, "labels": ["b" * 64]}):
+            with pytest.raises(TooLargeError, match="would have to be tokenised"):
+                made.prepare(ScoreRequest(**{"labels": [" yes"]} | fields))
+        assert not seen
+
+    def test_it_is_done_in_steps(self, tokenizer: TextTokenizer):
+        items = ["the quick brown fox. " * 20] * 500
+        preparation = Prompts(self.model(tokenizer)).open(ScoreRequest(items=items, labels=[" yes", " no"]))
+        steps = preparation.rest()
+        count = sum(1 for _ in steps)
+        assert count >= 500
 
 
 class TestQueryTokens:
@@ -170,22 +271,7 @@ class TestQueryTokens:
         assert (common < len(whole)) is items[0].startswith("ox")
 
     def test_no_query_is_tokenised_more_than_once(self, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch):
-        seen: list[str] = []
-        backend = tokenizer.backend
-
-        class Counting:
-            def __getattr__(self, name: str) -> Any:
-                return getattr(backend, name)
-
-            def encode(self, text: str, **options: Any) -> Any:
-                seen.append(text)
-                return backend.encode(text, **options)
-
-            def encode_batch_fast(self, texts: list[str], **options: Any) -> Any:
-                seen.extend(texts)
-                return backend.encode_batch_fast(texts, **options)
-
-        monkeypatch.setattr(tokenizer, "backend", Counting())
+        seen = counted(tokenizer, monkeypatch)
         query = "the quick brown fox jumps over the lazy dog. " * 50
         made = Prompts(ServedModel("m", tokenizer, FakeEngine(VOCAB_SIZE, 10 * CONTEXT).info, Limits()))
         for items in (["a"], ["a", "b", "c"]):

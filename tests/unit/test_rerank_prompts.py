@@ -17,6 +17,7 @@ from serve_app.fake_engine import FakeEngine
 from serve_app.rerank import Reranker, RerankQuestion, RerankRequest, relevance
 from serve_app.served_model import ServedModel
 from serve_app.settings import Limits, Settings
+from serve_app.steps import finish
 from serve_app.templates import PLAIN, PLAIN_V1, QWEN3_RERANKER, TEMPLATES, RerankTemplate, default_template
 from serve_app.tokenizer import TextTokenizer
 
@@ -140,7 +141,7 @@ class TestModelCard:
         query = "Which planet is known as the Red Planet?"
         wanted, answers = self.card(qwen_folder, instruction, query, longest)
         made = reranker(qwen, rerank_template=QWEN3_RERANKER, longest=longest)
-        question = made.prepare(RerankRequest(query=query, documents=DOCUMENTS, instruct=instruction), "r")
+        question = finish(made.prepare(RerankRequest(query=query, documents=DOCUMENTS, instruct=instruction), "r"))
         assert sequences(question) == wanted
         assert question.batch.targets.tolist() == answers * len(DOCUMENTS)
         assert question.batch.read_positions.tolist() == [len(ids) - 1 for ids in wanted]
@@ -151,14 +152,16 @@ class TestModelCard:
 class TestPrompts:
     def test_chunks_change_nothing(self, qwen: TextTokenizer, monkeypatch: pytest.MonkeyPatch):
         request = RerankRequest(query="q", documents=DOCUMENTS)
-        whole = sequences(reranker(qwen).prepare(request, "r"))
+        whole = sequences(finish(reranker(qwen).prepare(request, "r")))
         monkeypatch.setattr("serve_app.tokenizer._CHUNK_CHARACTERS", 1)
-        assert sequences(reranker(qwen).prepare(request, "r")) == whole
+        assert sequences(finish(reranker(qwen).prepare(request, "r"))) == whole
 
     def test_bos_once_at_the_front(self, bos_tokenizer: TextTokenizer):
         own = RerankTemplate(prompt="{query}: {document}?", yes="a", no="b")
         [ids] = sequences(
-            reranker(bos_tokenizer, rerank_template=own).prepare(RerankRequest(query="the", documents=["fox"]), "r")
+            finish(
+                reranker(bos_tokenizer, rerank_template=own).prepare(RerankRequest(query="the", documents=["fox"]), "r")
+            )
         )
         assert ids == bos_tokenizer.encode(["the: fox?"])[0]
 
@@ -170,12 +173,12 @@ class TestPrompts:
     def test_answers_of_several_tokens_in_a_template_that_nobody_asked_for(self, tokenizer: TextTokenizer):
         made = reranker(tokenizer, model="Qwen3-Reranker")  # starts all the same: other routes work
         with pytest.raises(InvalidRequestError, match="other words"):
-            made.prepare(RerankRequest(query="q", documents=["a"]), "r")
+            finish(made.prepare(RerankRequest(query="q", documents=["a"]), "r"))
 
     def test_too_many_tokens(self, qwen: TextTokenizer):
         limits = Limits(max_request_tokens=200)
         with pytest.raises(TooLargeError, match=r"documents\[[1-9]\] have \d+ tokens") as caught:
-            reranker(qwen, limits=limits).prepare(RerankRequest(query="q", documents=DOCUMENTS), "r")
+            finish(reranker(qwen, limits=limits).prepare(RerankRequest(query="q", documents=DOCUMENTS), "r"))
         assert caught.value.param == "documents"
 
 
