@@ -95,6 +95,7 @@ class ModelInfo:
         classes: of a model with a sequence-classification head, whose targets are ``0 <= class < classes``; 0: the
             model is causal, and its targets are token ids.
         quantization: of the layers' weights: ``"int8"``, or None.
+        tokens_per_s: that a replica computes, as it measured at its start; 0.0: it did not.
     """
 
     vocab_size: int
@@ -106,6 +107,7 @@ class ModelInfo:
     buckets: tuple[str, ...]
     classes: int = 0
     quantization: str | None = None
+    tokens_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ import numpy as np
 from serve_app.batches import cut, join, reads_of, shared_with_previous
 from serve_app.contract import BatchResult, Engine, JobResult, ScoreJob, TokenBatch
 from serve_app.errors import DeadlineExceededError, InternalError, OverloadedError
+from serve_app.speed import Speed
 
 logger = logging.getLogger("ray.serve")
 
@@ -27,12 +28,23 @@ TURNS_PER_BATCH = 4
 """A job's turn ends ``max_batch_tokens / TURNS_PER_BATCH`` tokens after its first sequence. Shorter turns would be
 fairer, but every turn computes the prefix that the job's sequences share once more."""
 
+PIECE_S = 1.0
+"""Of device time in one batch, by the measured speed: as long a small job waits for what began before it came."""
+SMALLEST_PIECE = 64
+"""Tokens in a batch, however slow the device is."""
+
 IN_ENGINE = 2
 """Device batches in the engine at once: the host plans the second and unpacks the first while the device works.
 
-The second is formed only when half of ``max_batch_tokens`` wait, and takes no more. A batch that is formed early cannot
-hold what comes later, which costs little if it is full anyway. And a small job that comes while the queue is long waits
-for two halves, as long as for one whole batch."""
+The second is formed only when half a piece waits, and takes no more. A batch that is formed early cannot hold what
+comes later, which costs little if it is full anyway."""
+LEAD_S = 0.05
+"""The second is formed so long before the first should end: more than planning takes. What is formed early is computed
+even if its callers leave, and holds nothing of what comes meanwhile."""
+
+PATIENCE = 4
+"""Times what a batch's tokens should take are no standstill: attention to a long prompt takes longer than the speed
+tells, and so does a busy host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +141,27 @@ class _Pending:
         return BatchResult(self.values, self.computed_tokens, self.argmax, self.argmax_values)
 
 
+class _InEngine:
+    """A device batch that the engine has.
+
+    Attributes:
+        begun: when the device was free for it; None: it waits for another.
+        expected: seconds that its tokens should take.
+    """
+
+    def __init__(self, begun: float | None, expected: float) -> None:
+        self.begun = begun
+        self.expected = expected
+
+    def left(self, now: float) -> float:
+        """Seconds until it should be done, once it has begun."""
+        return self.expected if self.begun is None else max(self.begun + self.expected - now, 0.0)
+
+    def overdue(self, now: float) -> float:
+        """Seconds on the device beyond all that its tokens explain."""
+        return 0.0 if self.begun is None else max(now - self.begun - PATIENCE * self.expected, 0.0)
+
+
 class _Part(NamedTuple):
     """Sequences ``start`` to ``stop`` of a job, in one device batch."""
 
@@ -138,6 +171,11 @@ class _Part(NamedTuple):
 
     def batch(self) -> TokenBatch:
         return cut(self.pending.job.batch, self.start, self.stop)
+
+    @property
+    def tokens(self) -> int:
+        """To compute, prefixes shared within the part counted once."""
+        return self.pending.lengths[self.start] + sum(self.pending.costs[self.start + 1 : self.stop])
 
     def reads(self) -> slice:
         """Which of the job's."""
@@ -150,11 +188,11 @@ class _Part(NamedTuple):
 
 
 class DeviceQueue:
-    """Answers jobs with one engine, in device batches of at most ``max_batch_tokens``.
+    """Answers jobs with one engine, in device batches of about ``PIECE_S`` and at most ``max_batch_tokens``.
 
     A batch is formed when the engine is free, or nearly (``IN_ENGINE``), so that it holds whatever has come by then.
-    Jobs take turns; a job's sequences stay in order, so that those which share a prefix are neighbours. The engine runs
-    in threads of its own: the event loop stays free.
+    Jobs take turns, the first soon after they come; a job's sequences stay in order, so that those which share a prefix
+    are neighbours. The engine runs in threads of its own: the event loop stays free.
 
     Args:
         engine: its ``score`` is called from two threads.
@@ -162,6 +200,7 @@ class DeviceQueue:
             its job gets a turn all the same: it would else compute its prefix for every sequence.
         max_queued_tokens: waiting for the device; past it jobs are refused.
         observe: called for each device batch with the tokens that it computed, as a share of ``max_batch_tokens``.
+        tokens_per_s: of the engine, as measured; 0.0: the first batches tell.
     """
 
     def __init__(
@@ -171,19 +210,24 @@ class DeviceQueue:
         max_batch_tokens: int,
         max_queued_tokens: int,
         observe: Callable[[float], None] | None = None,
+        tokens_per_s: float = 0.0,
     ) -> None:
         self._engine = engine
+        self._speed = Speed(tokens_per_s)
         self._observe = observe
         self._max_batch_tokens = max_batch_tokens
         self._max_queued_tokens = max_queued_tokens
         self._jobs: set[_Pending] = set()
+        self._new: deque[_Pending] = deque()
+        """Jobs that had no turn yet, in the order in which they came."""
         self._ring: deque[_Pending] = deque()
-        """Jobs with sequences to hand out; the next turn is the first one's."""
+        """Other jobs with sequences to hand out; the next turn is the first one's."""
+        self._new_went_first = False
         self._changed = asyncio.Event()
         """Set when a batch may be due: a job has come, or a batch has left the engine."""
-        self._in_engine = 0
-        self._starts: list[float] = []
-        """Of the batches that the engine holds."""
+        self._in_engine: list[_InEngine] = []
+        self._timer: asyncio.TimerHandle | None = None
+        """Tells when the second batch is due."""
         self._ended = 0.0
         """When a batch last left the engine."""
         self._batches = self._sequences = self._computed_tokens = self._cached_tokens = 0
@@ -230,13 +274,13 @@ class DeviceQueue:
         if pending.exhausted:
             answer.set_result(JobResult(pending.result(), queue_seconds=0.0, device_seconds=0.0))
             return
-        self._ring.append(pending)
+        self._new.append(pending)
         self._changed.set()
 
     @property
     def queued_tokens(self) -> int:
         """Tokens that wait for the device, shared prefixes counted once."""
-        return sum(pending.waiting_tokens for pending in self._ring)
+        return sum(pending.waiting_tokens for pending in (*self._new, *self._ring))
 
     @property
     def running(self) -> bool:
@@ -244,11 +288,12 @@ class DeviceQueue:
         return not self._task.done()
 
     def stalled_seconds(self) -> float:
-        """How long the engine has held a batch, the longer of two; 0.0 when it has none.
+        """How long a batch has been on the device beyond what its tokens should take (``PATIENCE``); 0.0 without one.
 
         A batch that hangs counts after all its callers have left.
         """
-        return time.monotonic() - min(self._starts) if self._starts else 0.0
+        now = time.monotonic()
+        return max((batch.overdue(now) for batch in self._in_engine), default=0.0)
 
     def stats(self) -> QueueStats:
         """The counters at this moment."""
@@ -280,71 +325,112 @@ class DeviceQueue:
                 await self._changed.wait()
                 self._changed.clear()
                 while parts := self._next_parts():
-                    self._in_engine += 1
-                    batches.create_task(self._serve(parts))
+                    expected = self._speed.seconds(sum(part.tokens for part in parts))
+                    batch = _InEngine(None if self._in_engine else time.monotonic(), expected)
+                    self._in_engine.append(batch)
+                    batches.create_task(self._serve(parts, batch))
 
-    async def _serve(self, parts: list[_Part]) -> None:
+    async def _serve(self, parts: list[_Part], batch: _InEngine) -> None:
         """Run one device batch, and make room for the next."""
         try:
             await self._compute(parts)
         finally:
-            self._in_engine -= 1
+            self._in_engine.remove(batch)
+            for other in self._in_engine:
+                other.begun = other.begun or time.monotonic()
             self._changed.set()
+
+    def _piece(self) -> int:
+        """Tokens of about ``PIECE_S``."""
+        if not self._speed.tokens_per_s:
+            return self._max_batch_tokens
+        return min(max(int(self._speed.tokens_per_s * PIECE_S), SMALLEST_PIECE), self._max_batch_tokens)
 
     def _room(self) -> int:
         """Tokens for the next device batch; 0 while none is due."""
         if not self._in_engine:
-            return self._max_batch_tokens
-        half = self._max_batch_tokens // 2
-        return half if self._in_engine < IN_ENGINE and self.queued_tokens >= half else 0
+            return self._piece()
+        half = self._piece() // 2
+        if len(self._in_engine) == IN_ENGINE or self.queued_tokens < half:
+            return 0
+        early = self._in_engine[0].left(time.monotonic()) - LEAD_S
+        if early <= 0:
+            return half
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(early, self._changed.set)
+        return 0
 
     def _next_parts(self) -> list[_Part]:
-        """The next device batch, if one is due: the jobs' turns in ring order, then what still fits from those that had
-        one.
+        """The next device batch, if one is due: the jobs' turns in order, then what still fits from those that had one.
 
         A job that gets nothing, since its next sequence does not fit or its reads are of the other kind, keeps its
         place at the front and opens the next batch.
         """
-        for pending in [pending for pending in self._ring if pending.expired() and not pending.answer.done()]:
-            self._expired += 1
-            late = f"the deadline of request {pending.job.request_id} passed while it was queued; ask for fewer items"
-            pending.answer.set_exception(DeadlineExceededError(late + ", or raise timeout_s"))
+        for pending in [pending for pending in self._jobs if pending.expired() and not pending.answer.done()]:
+            if not pending.exhausted:
+                self._expired += 1
+                late = f"the deadline of request {pending.job.request_id} passed while it was queued; ask for fewer"
+                pending.answer.set_exception(DeadlineExceededError(late + " items, or raise timeout_s"))
+        self._new = deque(pending for pending in self._new if not pending.answer.done())
         self._ring = deque(pending for pending in self._ring if not pending.answer.done())
         room = self._room()
-        if not self._ring or not room:
+        if not room or not (order := self._order(room)):
             return []
-        kind = self._ring[0].kind
-        turn = room // TURNS_PER_BATCH
+        kind = order[0].kind
+        if any(pending.kind != kind for pending in order):
+            room //= 2  # the others come next, and wait no longer for two batches
+        turn, for_new = room // TURNS_PER_BATCH, room // 2 if self._ring else room
         served: list[tuple[_Pending, int]] = []
-        passed_over: list[_Pending] = []
-        for pending in self._ring:
-            start = pending.taken
-            fits = pending.lengths[start] <= room or not served
+        for pending in order:
+            start, new = pending.taken, not pending.taken
+            fits = pending.lengths[start] <= (min(room, for_new) if new else room) or not served
             if not fits or pending.kind != kind:
-                passed_over.append(pending)
                 continue
-            room -= pending.hand_out_first()
-            room -= pending.hand_out_more(min(turn, room) if served else turn)
+            spent = pending.hand_out_first()
+            most = min(turn, (min(room, for_new) if new else room) - spent) if served else turn
+            spent += pending.hand_out_more(most)
+            room -= spent
+            for_new -= spent if new else 0
             served.append((pending, start))
         for pending, _ in served:
             room -= pending.hand_out_more(room)
-        self._ring = deque([*passed_over, *(pending for pending, _ in served if not pending.exhausted)])
+        had = {id(pending) for pending, _ in served}
+        others = [pending for pending in self._new if pending.kind != kind and id(pending) not in had]
+        self._ring = deque(
+            [
+                *others,  # of the other kind: they open the next batch
+                *(pending for pending in self._ring if id(pending) not in had),
+                *(pending for pending, _ in served if not pending.exhausted),
+            ]
+        )
+        had |= {id(pending) for pending in others}
+        self._new = deque(pending for pending in self._new if id(pending) not in had)
         return [_Part(pending, start, pending.taken) for pending, start in served]
+
+    def _order(self, room: int) -> list[_Pending]:
+        """Who goes next: the job that has waited longest for its turn, those that have just come, then the others.
+
+        Where its next sequence leaves nothing of the room, those that have just come go before it, every other time.
+        """
+        if not self._ring:
+            return list(self._new)
+        first, *others = self._ring
+        fills = first.lengths[first.taken] > room // 2
+        self._new_went_first = bool(self._new) and fills and not self._new_went_first
+        return [*self._new, first, *others] if self._new_went_first else [first, *self._new, *others]
 
     async def _compute(self, parts: list[_Part]) -> None:
         """Run one device batch. If it fails, each job's part runs alone, so that the job at fault harms only itself."""
         # Raises when the threads are gone, which ends the loop: another replica can compute this.
         computing = asyncio.get_running_loop().run_in_executor(self._threads, self._on_device, parts)
         started = time.monotonic()
-        self._starts.append(started)
         try:
             result = await computing
         except Exception:
             result = None
             requests = ", ".join(part.pending.job.request_id for part in parts)
             logger.exception("the engine failed on a batch of request(s) %s", requests)
-        finally:
-            self._starts.remove(started)
         # While two batches are in the engine, the device's time is the first one's.
         begun, self._ended = max(started, self._ended), time.monotonic()
         if result is not None:
@@ -371,6 +457,7 @@ class DeviceQueue:
         self._batches += 1
         self._sequences += sum(stop - start for _, start, stop in parts)
         computed = int(result.computed_tokens.sum())
+        self._speed.measured(computed, seconds, self._piece() // 2)
         if self._observe:
             self._observe(computed / self._max_batch_tokens)
         self._computed_tokens += computed
@@ -411,8 +498,9 @@ class DeviceQueue:
         """After the answer, whatever it is: a cancelled job's sequences are not computed any more."""
         self._jobs.discard(pending)
         self._cancelled += pending.answer.cancelled()
-        if pending in self._ring:
-            self._ring.remove(pending)
+        for waiting in (self._new, self._ring):
+            if pending in waiting:
+                waiting.remove(pending)
 
     def _abandon(self) -> None:
         """The loop has ended, by ``close`` or a fault: nobody will answer the jobs that are left."""
@@ -425,9 +513,7 @@ class DeviceQueue:
 
     def _drain_seconds(self) -> int:
         """When the queue may be empty at the speed so far: 1 to 60 s."""
-        if not self._computed_tokens:
-            return 1
-        return min(max(math.ceil(self.queued_tokens * self._device_seconds / self._computed_tokens), 1), 60)
+        return min(max(math.ceil(self._speed.seconds(self.queued_tokens)), 1), 60)
 
 
 def _closed_error() -> OverloadedError:

@@ -21,7 +21,7 @@ class LocalReplicas:
         self.queue = DeviceQueue(
             engine,
             max_batch_tokens=settings.max_batch_tokens,
-            max_queued_tokens=settings.limits.max_queued_tokens,
+            max_queued_tokens=settings.queued_tokens(engine.info.tokens_per_s),
         )
 
     async def score(self, job: ScoreJob) -> JobResult:

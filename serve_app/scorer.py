@@ -7,12 +7,12 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray import serve
 
-from serve_app import timing
+from serve_app import speed, timing
 from serve_app.autoscaling import PENDING_TOKENS
 from serve_app.contract import Engine, JobResult, ModelInfo, ScoreJob
 from serve_app.device_queue import DeviceQueue, QueueStats
@@ -47,16 +47,25 @@ class Scorer:
 
     Args:
         load: makes the engine; runs in a thread, so that the replica answers Serve's questions meanwhile.
+        measure: tells how many tokens a second it computes; likewise.
     """
 
-    async def __init__(self, settings: ModelSettings, load: Callable[[ModelSettings], Engine] = load_engine) -> None:
+    async def __init__(
+        self,
+        settings: ModelSettings,
+        load: Callable[[ModelSettings], Engine] = load_engine,
+        measure: Callable[[Engine], float] = speed.measure,
+    ) -> None:
         self._engine = await asyncio.to_thread(load, settings)
+        self._tokens_per_s = await asyncio.to_thread(measure, self._engine)
+        logger.info("this replica computes about %d tokens a second", self._tokens_per_s)
         self._metrics = ScorerMetrics(settings.name)
         self._queue = DeviceQueue(
             self._engine,
             max_batch_tokens=settings.max_batch_tokens,
-            max_queued_tokens=settings.limits.max_queued_tokens,
+            max_queued_tokens=settings.queued_tokens(self._tokens_per_s),
             observe=self._metrics.batch,
+            tokens_per_s=self._tokens_per_s,
         )
         self._settings = self._live = settings
         self._intake_works = True
@@ -106,7 +115,7 @@ class Scorer:
 
     async def info(self) -> ModelInfo:
         """Facts about the loaded model."""
-        return self._engine.info
+        return replace(self._engine.info, tokens_per_s=self._tokens_per_s)
 
     async def stats(self) -> QueueStats:
         """The queue's counters."""
@@ -126,7 +135,7 @@ class Scorer:
         self._live = settings
         self._engine.limit(settings.stall_s)
         self._queue.resize(
-            max_batch_tokens=settings.max_batch_tokens, max_queued_tokens=settings.limits.max_queued_tokens
+            max_batch_tokens=settings.max_batch_tokens, max_queued_tokens=settings.queued_tokens(self._tokens_per_s)
         )
 
     async def record_autoscaling_stats(self) -> dict[str, float]:

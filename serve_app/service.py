@@ -174,7 +174,8 @@ class ScoringService:
         self._model = ServedModel(settings.name, self._tokenizer, self._info, settings.limits)
         self._prompts = Prompts(self._model)
         self._reranker, self._completer = Reranker(self._model, settings), Completer(self._model)
-        self._admission.tokens_per_replica = settings.limits.max_queued_tokens / self._front_ends
+        self._queued_tokens = settings.queued_tokens(self._info.tokens_per_s)
+        self._admission.tokens_per_replica = self._queued_tokens / self._front_ends
 
     @property
     def settings(self) -> ModelSettings:
@@ -337,7 +338,7 @@ class ScoringService:
                 max_body_bytes=limits.max_body_bytes,
                 max_prompt_tokens=self._model.max_prompt_tokens,
                 max_request_tokens=limits.max_request_tokens,
-                max_queued_tokens=limits.max_queued_tokens,
+                max_queued_tokens=self._queued_tokens,
                 timeout_s=self._settings.timeout_s,
             ),
             version=version("score-serve"),

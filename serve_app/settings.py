@@ -24,6 +24,9 @@ _FIXED_LIMITS = {
 }
 """Limits that it cannot, and why."""
 
+MOST_QUEUED_TOKENS = 4_000_000
+"""For one replica, where nothing else is said: 16 MB of ids, and some times that with all that describes them."""
+
 _OF_ONE = {"model", "revision", "served_name", "aliases"}
 """Settings that two models cannot share."""
 
@@ -42,9 +45,10 @@ class Limits(_Frozen):
     """Per item. None: as many as the engine reads (``/v1/info`` shows the number)."""
     max_request_tokens: Annotated[int, Field(ge=1)] = 20_000_000
     """Summed over a request's prompts, the query counted once per item."""
-    max_queued_tokens: Annotated[int, Field(ge=1)] = 4_000_000
+    max_queued_tokens: Annotated[int, Field(ge=1)] | None = None
     """For each replica, shared prefixes counted once; a request past it gets 503 with Retry-After, first at the front
-    end, by all that is not answered (a front end's share, where there are several), then in the replica's queue."""
+    end, by all that is not answered (a front end's share, where there are several), then in the replica's queue. None:
+    what a replica computes in half of ``timeout_s``, by its measured speed, and at most 4,000,000."""
 
 
 class Autoscaling(_Frozen):
@@ -94,9 +98,9 @@ class ModelSettings(_Frozen):
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Past it a request gets 504 and its queued work is dropped."""
     stall_s: Annotated[float, Field(gt=0)] = 300.0
-    """A batch that is in the engine for longer makes the replica unhealthy, and Serve replaces it; on a slice of
-    several hosts its processes are started anew. A tokenizer that is at one request for longer makes its front end
-    unhealthy."""
+    """A batch that is on the device for longer, and for longer than its tokens take by the measured speed, makes the
+    replica unhealthy, and Serve replaces it; on a slice of several hosts its processes are started anew. A tokenizer
+    that is at one request for longer makes its front end unhealthy."""
     rebuild_s: Annotated[float, Field(gt=0)] = 900.0
     """When the processes of a slice have been starting anew for longer, Serve replaces the replica."""
 
@@ -131,9 +135,20 @@ class ModelSettings(_Frozen):
         own = self.model_dump(exclude_unset=True)
         return self.model_validate({**own, **changes, "limits": {**own.get("limits", {}), **limits}})
 
+    def queued_tokens(self, tokens_per_s: float) -> int:
+        """That may wait for one replica: more would be late.
+
+        Args:
+            tokens_per_s: of a replica, as measured.
+        """
+        if self.limits.max_queued_tokens is not None:
+            return self.limits.max_queued_tokens
+        return max(self.max_batch_tokens, min(int(tokens_per_s * self.timeout_s / 2), MOST_QUEUED_TOKENS))
+
     @property
     def longest_batch_s(self) -> float:
-        """Past it a batch will not end. A slice starts its processes anew meanwhile, and tries a batch twice."""
+        """Past it, and past what its tokens should take, a batch will not end. A slice starts its processes anew
+        meanwhile, and tries a batch twice."""
         return 2 * self.stall_s + self.rebuild_s if self.tpu and self.tpu.hosts > 1 else self.stall_s
 
     @property

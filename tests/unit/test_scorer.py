@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from ray import serve
 
-from serve_app import scorer
+from serve_app import scorer, speed
 from serve_app.contract import BatchResult, EngineStats, JobResult, ModelInfo, ScoreJob, TokenBatch
 from serve_app.device_queue import DeviceQueue
 from serve_app.engines import load_engine
@@ -40,6 +40,10 @@ class HeldEngine(FakeEngine):
         return super().score(batch)
 
 
+SPEED = 20_000.0
+"""Tokens a second, as if measured."""
+
+
 @pytest.fixture(autouse=True)
 def replica_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """What Serve gives a replica: a context, and a process in which nobody has used the batching yet."""
@@ -52,7 +56,7 @@ def replica_process(monkeypatch: pytest.MonkeyPatch) -> None:
 @asynccontextmanager
 async def started(engine: FakeEngine, settings: Settings | None = None) -> AsyncIterator[Any]:
     replica = Scorer.__new__(Scorer)
-    await replica.__init__(settings or Settings(engine="fake"), lambda _: engine)
+    await replica.__init__(settings or Settings(engine="fake"), lambda _: engine, lambda _: SPEED)
     try:
         yield replica
     finally:
@@ -344,4 +348,29 @@ async def test_what_can_change_while_it_runs_does_and_all_else_is_refused(caplog
             assert named in caplog.text
             assert now() == (8, 8, 512, 99)
         await replica.reconfigure(None, rank=0)
-        assert now() == (7, 7, 512, settings.limits.max_queued_tokens)
+        assert now() == (7, 7, 512, settings.queued_tokens(SPEED))
+
+
+async def test_the_measured_speed_bounds_the_queue_and_is_told():
+    settings = Settings(engine="fake", timeout_s=60)
+    async with started(FakeEngine(), settings) as replica:
+        assert (await replica.info()).tokens_per_s == SPEED
+        assert replica._queue._max_queued_tokens == 20_000 * 60 / 2
+
+
+def test_the_speed_is_measured_by_a_batch():
+    assert speed.measure(FakeEngine(seconds_per_token=1e-3)) == pytest.approx(1_000, rel=0.3)
+    assert speed.measure(FakeEngine(context_length=16)) > 0
+
+
+@pytest.mark.parametrize(
+    ("limits", "tokens_per_s", "tokens"),
+    [
+        (Limits(), 1_850, 555_000),  # two cores: five minutes' work, where 4,000,000 tokens are 36
+        (Limits(), 1e6, 4_000_000),
+        (Limits(), 1, 8_192),  # a batch, at least
+        (Limits(max_queued_tokens=7), 1_850, 7),
+    ],
+)
+def test_what_may_wait_is_done_in_half_the_time_that_a_request_has(limits: Limits, tokens_per_s: float, tokens: int):
+    assert Settings(limits=limits).queued_tokens(tokens_per_s) == tokens

@@ -1,0 +1,64 @@
+"""How many tokens a device computes in a second: measured, since no setting knows it."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from serve_app.contract import Engine, TokenBatch
+
+PROBE_TOKENS = 128
+"""Of the batch that is timed at the start; a large model on a CPU takes seconds for it."""
+SHARE = 0.3
+"""Of a new measurement in what is known from then on."""
+
+
+class Speed:
+    """Tokens a second, as batches tell.
+
+    A small batch takes longer for each of its tokens: one that has less than ``enough`` and seems slow tells nothing.
+
+    Args:
+        tokens_per_s: as first measured; 0.0: not yet.
+    """
+
+    def __init__(self, tokens_per_s: float = 0.0) -> None:
+        self.tokens_per_s = tokens_per_s
+
+    def measured(self, tokens: int, seconds: float, enough: int) -> None:
+        """Learn from a batch."""
+        if tokens <= 0 or seconds <= 0:
+            return
+        found = tokens / seconds
+        if not self.tokens_per_s:
+            self.tokens_per_s = found
+        elif found > self.tokens_per_s or tokens >= enough:
+            self.tokens_per_s += SHARE * (found - self.tokens_per_s)
+
+    def seconds(self, tokens: int) -> float:
+        """What so many tokens take; 0.0 while nothing is known."""
+        return tokens / self.tokens_per_s if self.tokens_per_s else 0.0
+
+
+def measure(engine: Engine) -> float:
+    """Tokens a second of one small batch on a warm engine: less than it can do, and of the right order.
+
+    The second of two is timed, since the first finds cold caches.
+    """
+    length = min(PROBE_TOKENS, engine.info.max_prompt_tokens)
+    seconds = 0.0
+    for number in range(2):
+        tokens = (np.arange(length, dtype=np.int32) * 7 + number) % min(engine.info.vocab_size, 1000)
+        batch = TokenBatch(
+            tokens=tokens.astype(np.int32),
+            offsets=np.array([0, length]),
+            read_sequences=np.zeros(1, np.int32),
+            read_positions=np.array([length - 1], np.int32),
+            targets=np.zeros(1, np.int32),
+            target_offsets=np.array([0, 1]),
+        )
+        started = time.monotonic()
+        engine.score(batch)
+        seconds = max(time.monotonic() - started, 1e-6)
+    return length / seconds
