@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -101,6 +102,9 @@ def load_test(
     seconds: Annotated[float, typer.Option(min=1, help="How long requests arrive, for each rate.")] = 30,
     mix: Annotated[str, typer.Option(help="Workloads and their weights.")] = "W4=9,W1=1",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    beside: Annotated[
+        str | None, typer.Option(help="A workload that one more client sends without a pause meanwhile, not counted.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the results here.")] = None,
 ) -> None:
     """Offer this service Poisson arrivals over HTTP and print latency percentiles.
@@ -110,6 +114,9 @@ def load_test(
     """
     shares = parse_mix(mix)
     bodies = {name: _bodies(name) for name in shares}
+    if beside is not None and beside not in NAMES:
+        raise typer.BadParameter(f"{beside}: not one of {', '.join(NAMES)}", param_hint="--beside")
+    ceaseless = _bodies(beside) if beside else []
     results: list[dict[str, Any]] = []
     with service(dtype) as server:
         for each in map(float, rate.split(",")):
@@ -121,13 +128,14 @@ def load_test(
             for at, name in zip(times, names, strict=True):
                 schedule.append((at, name, bodies[name][turn[name] % len(bodies[name])]))
                 turn[name] += 1
-            sent = asyncio.run(_run(server.url, schedule))
+            sent = asyncio.run(_run(server.url, schedule, ceaseless))
             results.append({"rate": each, "workload": "all", **summary(sent, seconds)})
             if len(shares) > 1:
                 for name in shares:
                     part = [one for one in sent if one.workload == name]
                     results.append({"rate": each, "workload": name, **summary(part, seconds)})
     report = {"machine": machine(), "versions": versions(), "dtype": dtype, "mix": shares, "seconds": seconds}
+    report["beside"] = beside
     show(report | {"results": results})
     if json_file is not None:
         json_file.write_text(json.dumps(report | {"results": results}, indent=1) + "\n")
@@ -138,15 +146,27 @@ def _bodies(workload: str) -> list[bytes]:
     return [json.dumps(body(request)).encode() for request in requests]
 
 
-async def _run(url: str, schedule: Sequence[tuple[float, str, bytes]]) -> list[Sent]:
+async def _run(url: str, schedule: Sequence[tuple[float, str, bytes]], ceaseless: Sequence[bytes]) -> list[Sent]:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
-        return await offer(client, schedule)
+        other = asyncio.create_task(_ceaselessly(client, ceaseless))
+        try:
+            return await offer(client, schedule)
+        finally:
+            other.cancel()
+            await asyncio.wait([other])
+
+
+async def _ceaselessly(client: httpx.AsyncClient, bodies: Sequence[bytes]) -> None:
+    """Send the requests in turn, each as soon as the last is answered."""
+    for content in itertools.cycle(bodies):
+        await client.post("/v1/score", content=content, headers={"Content-Type": "application/json"})
 
 
 def show(report: dict[str, Any]) -> None:
     """The results as a table."""
-    output.print(f"{report['machine']}; {report['dtype']}, {report['seconds']:g} s a rate")
+    beside = f", beside {report['beside']} without a pause" if report["beside"] else ""
+    output.print(f"{report['machine']}; {report['dtype']}, {report['seconds']:g} s a rate{beside}")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("rate/s", justify="right")
     table.add_column("requests")
