@@ -235,7 +235,7 @@ class Ingress:
         self._watching = [
             asyncio.create_task(_watch_chips(tpu, replicas)) for tpu, replicas in settings.replicas_on_chips().items()
         ]
-        # While the scorers warm up: transformers takes seconds to import.
+        # While the scorers warm up.
         tokenizers, infos = await asyncio.gather(
             asyncio.to_thread(_load_tokenizers, settings), asyncio.gather(*map(_info, scorers))
         )

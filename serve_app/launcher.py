@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 from rich.console import Console
 
-from serve_app import auth, model_source
+from serve_app import auth, model_source, tokenizer_files
 from serve_app.settings import Settings
 
 APP_NAME = "score"
@@ -82,7 +82,7 @@ def run(settings: Settings, *, host: str, port: int, fast_front: bool = False) -
     Raises:
         LaunchError: the port is taken, the disk is full, or a replica cannot start.
         ApiKeyError: the API keys are unusable.
-        ModelSourceError: the model cannot be had.
+        ModelSourceError: the model cannot be had, or has no usable tokenizer.
     """
     console = Console(stderr=True, highlight=False)
     interrupt_on_sigterm()
@@ -109,7 +109,7 @@ def run(settings: Settings, *, host: str, port: int, fast_front: bool = False) -
             )
         check_disk(Path(tempfile.gettempdir()))
         for each in settings.each_model:
-            model_source.resolve(each.model, each.revision, say=say)
+            tokenizer_files.load(model_source.resolve(each.model, each.revision, say=say))
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         with _service(settings, host, port, say) as logs:
             wait_until_ready(url, logs, say)
