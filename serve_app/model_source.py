@@ -49,7 +49,7 @@ OTHER_TOKENIZER_FILES = ("tokenizer.model", "tekken.json", "vocab.json", "merges
 _POINTER = b"version https://git-lfs.github.com/spec/"
 """How the file begins that git has in place of a large one."""
 
-HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
+HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md")
 
 Say = Callable[[str], None]
 
