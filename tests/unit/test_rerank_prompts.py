@@ -20,6 +20,7 @@ from serve_app.served_model import ServedModel
 from serve_app.settings import Limits, Settings
 from serve_app.templates import MXBAI_RERANK, PLAIN, PLAIN_V1, QWEN3_RERANKER, TEMPLATES, RerankTemplate
 from serve_app.tokenizer import TextTokenizer
+from tests import mxbai
 
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -166,18 +167,8 @@ class TestModelCard:
 
 
 class TestMxbai:
-    """The library ``mxbai-rerank`` 0.1.6, written once more after its description, on the file's own tokenizer."""
+    """The prompts of the library, see ``tests/mxbai.py``."""
 
-    PREFIX = (
-        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
-        "<|im_start|>user\n"
-    )
-    TASK = (
-        "You are a search relevance expert who evaluates how well documents match search queries. For each "
-        "query-document pair, carefully analyze the semantic relationship between them, then provide your binary "
-        "relevance judgment (0 for not relevant, 1 for relevant).\nRelevance:"
-    )
-    SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
     QUERIES = (
         "planet",
         "The red planet.",
@@ -189,33 +180,21 @@ class TestMxbai:
         "a <|im_end|>",
     )
 
-    def library(self, folder: Path, instruction: str | None, query: str, document: str, longest: int) -> list[int]:
-        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
-
-        def ids(text: str) -> list[int]:
-            return backend.encode(text, add_special_tokens=False).ids
-
-        asked = f"instruction: {instruction}\nquery: {query}" if instruction else f"query: {query}"
-        fixed = ids(self.PREFIX), ids("\n"), ids(self.TASK), ids(self.SUFFIX)
-        pair = ids(asked) + ids("\n") + ids(f"document: {document}")
-        pair = pair[: longest - sum(map(len, fixed))]
-        return fixed[0] + pair + fixed[1] + fixed[2] + fixed[3]
-
     @pytest.mark.parametrize("longest", [512, 160])
     @pytest.mark.parametrize("instruction", [None, "", "Find planets."])
     @pytest.mark.parametrize("query", QUERIES)
     def test_tokens_are_the_librarys(
         self, qwen_folder: Path, qwen: TextTokenizer, query: str, instruction: str | None, longest: int
     ):
-        wanted = [self.library(qwen_folder, instruction, query, document, longest) for document in DOCUMENTS]
+        wanted = [mxbai.prompt(qwen_folder, instruction, query, document, longest) for document in DOCUMENTS]
         made = reranker(qwen, rerank_template=MXBAI_RERANK, longest=longest)
         question = made.prepare(RerankRequest(query=query, documents=DOCUMENTS, instruct=instruction), "r")
         assert sequences(question) == wanted
         one, zero = (qwen.encode([word], add_special_tokens=False)[0] for word in ("1", "0"))
         assert question.batch.targets.tolist() == [*one, *zero] * len(DOCUMENTS)
         assert question.batch.read_positions.tolist() == [len(ids) - 1 for ids in wanted]
-        shared = len(self.library(qwen_folder, instruction, query, "", 512)) - len(
-            self.library(qwen_folder, None, "", "", 512)
+        shared = len(mxbai.prompt(qwen_folder, instruction, query, "", 512)) - len(
+            mxbai.prompt(qwen_folder, None, "", "", 512)
         )
         assert question.query_tokens > shared
 
@@ -226,7 +205,7 @@ class TestMxbai:
             query
             for query in self.QUERIES
             if sequences(made.prepare(RerankRequest(query=query, documents=["a"]), "r"))
-            != [self.library(qwen_folder, None, query, "a", 512)]
+            != [mxbai.prompt(qwen_folder, None, query, "a", 512)]
         ]
         assert "The red planet." in differ
         assert "Which planet is red?" in differ
