@@ -26,7 +26,6 @@ LEAST_SHARE = 0.5
 """Share of the model's vocabulary that its tokenizer has at least. Padding of the model's rows stays far above it."""
 
 _SAMPLE = "a b yes no 1, 2."
-_SAVE = "from transformers import AutoTokenizer; AutoTokenizer.from_pretrained(FOLDER"
 
 
 class LoadedTokenizer(NamedTuple):
@@ -132,29 +131,32 @@ def _from_parts(folder: Path) -> LoadedTokenizer:
 
 def _unusable_parts(folder: Path) -> str | None:
     """Why a folder without ``tokenizer.json`` has no usable tokenizer, and the remedy; None if it may have."""
-    original = "copy tokenizer.json from where the model came from"
+    by_hand = f"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained('{folder}'"
     if (folder / "tekken.json").is_file():
         return (
             "tekken.json is Mistral's own format, which is not read (its prompts would lack <s>); copy tokenizer.json "
             "from the same model in Hugging Face layout, or from the one that it was tuned from"
         )
-    code = _object(folder, "tokenizer_config.json").get("auto_map")
-    if code:
-        named = code.get("AutoTokenizer") if isinstance(code, dict) else code
+    if code := _object(folder, "tokenizer_config.json").get("auto_map"):
+        named: Any = code.get("AutoTokenizer") if isinstance(code, dict) else code
+        names = " or ".join(each for each in named if each) if isinstance(named, list) else named
         return (
-            f"its tokenizer is code of its own ({named}), which is never run; where you trust it, make tokenizer.json: "
-            f"python -c \"{_SAVE}, trust_remote_code=True).backend_tokenizer.save('tokenizer.json')\""
+            f"its tokenizer is code of its own ({names}), which is never run; where you trust it, make tokenizer.json: "
+            f"python -c \"{by_hand}, trust_remote_code=True).backend_tokenizer.save('{folder}/tokenizer.json')\""
         )
     if (folder / "tokenizer.model").is_file():
         if importlib.util.find_spec("sentencepiece") is None:
             return (
                 "it has tokenizer.model alone, which takes the package sentencepiece to read; make tokenizer.json of "
-                f'it once: pip install sentencepiece protobuf, then python -c "{_SAVE}).save_pretrained(FOLDER)"'
+                "it once: pip install sentencepiece protobuf, then "
+                f"python -c \"{by_hand}).save_pretrained('{folder}')\""
             )
         return None
     if any((folder / name).is_file() for name in ("vocab.json", "vocab.txt")):
         return None
-    return f"it has no tokenizer.json, nor another file with a vocabulary; {original}"
+    return (
+        "it has no tokenizer.json, nor another file of a vocabulary; copy tokenizer.json from where the model came from"
+    )
 
 
 def _check(folder: Path, backend: Tokenizer) -> None:
