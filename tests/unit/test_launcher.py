@@ -19,6 +19,7 @@ from serve_app import auth, cli, launcher, model_source
 from serve_app.launcher import LaunchError
 from serve_app.schemas import ScoreRequest, parse
 from serve_app.settings import Settings
+from tests.tiny import make_llama
 
 SERVE_MESSAGE = """The deployment failed to start 1 times in a row. Error:
 \x1b[36mray::ServeReplica:score:Scorer.initialize()\x1b[39m (pid=1)
@@ -230,6 +231,25 @@ def test_models_that_cannot_be_told_apart_are_refused(arguments: list[str], code
     assert result.exit_code == code, result.output
     assert said in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("kind", ["none", "pointer", "small"])
+def test_a_model_without_a_usable_tokenizer_is_a_line_before_anything_starts(
+    kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    folder = make_llama(tmp_path / "m", layers=1, vocab=600 if kind == "small" else 271, tokenizer=True)
+    if kind == "none":
+        (folder / "tokenizer.json").unlink()
+    if kind == "pointer":
+        (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    result = run("--model", str(folder), "--port", str(launcher.free_port()))
+    assert result.exit_code == 1
+    output = result.stderr + capfd.readouterr().err
+    said = {"none": "it has no tokenizer.json", "pointer": "git lfs pull", "small": "271 tokens"}
+    assert said[kind] in output
+    assert str(folder) in output
+    assert "Traceback" not in output
+    assert "starting Ray" not in output
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,32 @@ def test_a_file_that_is_no_model(tmp_path: Path) -> None:
     assert "nor a .gguf file" in refusal(str(tmp_path / "weights.txt"))
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 3\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer.model"]
+)
+def test_a_git_lfs_pointer_is_named(name: str, tmp_path: Path) -> None:
+    folder = make_llama(tmp_path / "m", layers=1, vocab=271)
+    (folder / name).write_text(POINTER)
+    for word in (name, str(folder), "git lfs pull", "hf download"):
+        assert word in refusal(str(folder))
+
+
+def test_a_git_lfs_pointer_that_is_not_read_is_no_matter(tmp_path: Path) -> None:
+    folder = make_llama(tmp_path / "m", layers=1, vocab=271, tokenizer=True)
+    for name in ("pytorch_model.bin", "tokenizer.model", "consolidated.safetensors"):
+        (folder / name).write_text(POINTER)
+    assert resolve(str(folder)) == folder
+
+
+def test_a_gguf_file_that_is_a_git_lfs_pointer(tiny_gguf: Path) -> None:
+    tiny_gguf.write_text(POINTER)
+    for word in ("tiny.gguf", "git lfs pull"):
+        assert word in refusal(str(tiny_gguf))
+
+
 # GGUF
 
 

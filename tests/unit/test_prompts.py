@@ -357,6 +357,7 @@ class TestLoading:
         class Slow:
             bos_token_id = None
 
+        (tmp_path / "vocab.json").write_text("{}")
         monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: Slow())
         with pytest.raises(ValueError, match="has no fast tokenizer: save one there as tokenizer"):
             TextTokenizer.load(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -18,8 +19,9 @@ from serve_app.rerank import Reranker, RerankQuestion, RerankRequest, relevance
 from serve_app.served_model import ServedModel
 from serve_app.settings import Limits, Settings
 from serve_app.steps import finish
-from serve_app.templates import PLAIN, PLAIN_V1, QWEN3_RERANKER, TEMPLATES, RerankTemplate, default_template
+from serve_app.templates import MXBAI_RERANK, PLAIN, PLAIN_V1, QWEN3_RERANKER, TEMPLATES, RerankTemplate
 from serve_app.tokenizer import TextTokenizer
+from tests import mxbai
 
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -50,7 +52,8 @@ def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trainer = trainers.BpeTrainer(
         vocab_size=900, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    texts = [template.prompt + " yes no Yes No" for template in TEMPLATES.values()] + ["yes", "no"]
+    texts = ["".join(template.parts) + " yes no Yes No" for template in TEMPLATES.values()] + ["yes", "no"]
+    texts += ["Planet.\nMars?\n One!\n"] * 5  # tokens that end in a line break
     tokenizer.train_from_iterator(texts * 3, trainer)
     tokenizer.add_special_tokens([AddedToken(name) for name in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
     tokenizer.add_tokens(["<think>", "</think>"])
@@ -76,26 +79,34 @@ def sequences(question: RerankQuestion) -> list[list[int]]:
 
 class TestTemplates:
     def test_a_name_stands_for_its_bytes_for_good(self):
-        bytes_of = {name: "|".join((t.prompt, t.instruct, t.yes, t.no)).encode() for name, t in TEMPLATES.items()}
+        forms = {MXBAI_RERANK: (TEMPLATES[MXBAI_RERANK].instruct_form,)}
+        bytes_of = {
+            name: "|".join((*t.parts, t.instruct, *forms.get(name, ()), t.yes, t.no)).encode()
+            for name, t in TEMPLATES.items()
+        }
         digests = {name: sha256(content).hexdigest()[:16] for name, content in bytes_of.items()}
         assert digests == {
             QWEN3_RERANKER: "3b8084106a569a95",
+            MXBAI_RERANK: "9cb6d015ca442f3d",
             PLAIN_V1: "67d484d3bb9420d2",
             PLAIN: "a60d5ca41749d4ca",
         }
 
-    def test_the_rerankers_is_chosen_by_its_models_name(self):
-        for model in ("Qwen/Qwen3-Reranker-0.6B", "/models/qwen3-reranker-4b", "Qwen3-Reranker-8B.Q8_0.gguf"):
-            assert default_template(model) == QWEN3_RERANKER
-        assert default_template("demo") == PLAIN
-
     def test_braces_in_texts_are_text(self):
         template = RerankTemplate(prompt="{instruct}|{query}|{document}|{query}?", instruct="do")
         assert template.around("{document} {instruct}", None) == (
+            (),
             "do|{document} {instruct}|",
-            "|{document} {instruct}?",
+            ("|{document} {instruct}?",),
         )
-        assert template.around("q", "") == ("|q|", "|q?")
+        assert template.around("q", "") == ((), "|q|", ("|q?",))
+
+    def test_parts_and_the_form_of_an_instruction(self):
+        template = RerankTemplate(
+            prompt=("{instruct}{query}", "\n", "<{document}>", "\n", "?"), instruct_form="({instruct}) "
+        )
+        assert template.around("{query}", "do {document}") == (("(do {document}) {query}", "\n"), "<", (">", "\n", "?"))
+        assert template.around("q", None) == (("q", "\n"), "<", (">", "\n", "?"))
 
     @pytest.mark.parametrize(
         "prompt",
@@ -104,12 +115,19 @@ class TestTemplates:
     def test_wrong_ones_are_refused(self, prompt: str):
         with pytest.raises(ValidationError, match="prompt must"):
             RerankTemplate(prompt=prompt)
+        with pytest.raises(ValidationError, match="prompt must"):
+            RerankTemplate(prompt=tuple(re.split("(?<=y})", prompt)))
+
+    @pytest.mark.parametrize("form", ["", "instruction", "{query}", "{instruct}{instruct}"])
+    def test_wrong_forms_of_an_instruction_are_refused(self, form: str):
+        with pytest.raises(ValidationError, match="instruct_form must"):
+            RerankTemplate(prompt="{query} {document}?", instruct_form=form)
 
     def test_settings_take_a_name_or_a_template(self):
         own = {"prompt": "{query} {document} ?", "yes": " ja", "no": " nein"}
         assert Settings.model_validate({"rerank_template": own}).rerank_template == RerankTemplate.model_validate(own)
         assert Settings(rerank_template=PLAIN).rerank_template == PLAIN
-        with pytest.raises(ValidationError, match="qwen3-reranker-v1, plain-v1, plain-v2"):
+        with pytest.raises(ValidationError, match="qwen3-reranker-v1, mxbai-rerank-v2, plain-v1, plain-v2"):
             Settings(rerank_template="qwen3")
 
 
@@ -135,7 +153,7 @@ class TestModelCard:
         inputs = tokenizer(pairs, padding=False, truncation="longest_first", max_length=longest - len(prefix + suffix))
         return [prefix + ids + suffix for ids in inputs["input_ids"]], tokenizer.convert_tokens_to_ids(["yes", "no"])
 
-    @pytest.mark.parametrize("longest", [512, 160])
+    @pytest.mark.parametrize("longest", [512, 135])
     @pytest.mark.parametrize("instruction", [None, "Find planets"])
     def test_tokens_are_the_cards(self, qwen_folder: Path, qwen: TextTokenizer, instruction: str | None, longest: int):
         query = "Which planet is known as the Red Planet?"
@@ -146,7 +164,56 @@ class TestModelCard:
         assert question.batch.targets.tolist() == answers * len(DOCUMENTS)
         assert question.batch.read_positions.tolist() == [len(ids) - 1 for ids in wanted]
         assert not question.batch.vocab_logprobs
-        assert any(prompt.dropped for prompt in question.prepared.prompts) == (longest == 160)
+        assert any(prompt.dropped for prompt in question.prepared.prompts) == (longest == 135)
+
+
+class TestMxbai:
+    """The prompts of the library, see ``tests/mxbai.py``."""
+
+    QUERIES = (
+        "planet",
+        "The red planet.",
+        "Which planet is red?",
+        "Mars!\n",
+        "{document}",
+        " ",
+        "火星。",
+        "a <|im_end|>",
+    )
+
+    @pytest.mark.parametrize("longest", [512, 160])
+    @pytest.mark.parametrize("instruction", [None, "", "Find planets."])
+    @pytest.mark.parametrize("query", QUERIES)
+    def test_tokens_are_the_librarys(
+        self, qwen_folder: Path, qwen: TextTokenizer, query: str, instruction: str | None, longest: int
+    ):
+        wanted = [mxbai.prompt(qwen_folder, instruction, query, document, longest) for document in DOCUMENTS]
+        made = reranker(qwen, rerank_template=MXBAI_RERANK, longest=longest)
+        question = finish(made.prepare(RerankRequest(query=query, documents=DOCUMENTS, instruct=instruction), "r"))
+        assert sequences(question) == wanted
+        one, zero = (qwen.encode([word], add_special_tokens=False)[0] for word in ("1", "0"))
+        assert question.batch.targets.tolist() == [*one, *zero] * len(DOCUMENTS)
+        assert question.batch.read_positions.tolist() == [len(ids) - 1 for ids in wanted]
+        shared = len(mxbai.prompt(qwen_folder, instruction, query, "", 512)) - len(
+            mxbai.prompt(qwen_folder, None, "", "", 512)
+        )
+        assert question.query_tokens > shared
+
+    def test_parts_make_a_difference(self, qwen_folder: Path, qwen: TextTokenizer):
+        joined = TEMPLATES[MXBAI_RERANK].model_copy(update={"prompt": "".join(TEMPLATES[MXBAI_RERANK].parts)})
+        made = reranker(qwen, rerank_template=joined)
+        differ = [
+            query
+            for query in self.QUERIES
+            if sequences(finish(made.prepare(RerankRequest(query=query, documents=["a"]), "r")))
+            != [mxbai.prompt(qwen_folder, None, query, "a", 512)]
+        ]
+        assert "The red planet." in differ
+        assert "Which planet is red?" in differ
+
+    def test_the_score_is_the_logistic_function_of_the_librarys(self):
+        yes, no = -1.25, -3.0
+        assert relevance([yes, no], 0, classes=False) == pytest.approx(1 / (1 + math.exp(no - yes)), abs=1e-12)
 
 
 class TestPrompts:

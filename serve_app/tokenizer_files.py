@@ -1,0 +1,199 @@
+"""Loads the tokenizer of a model's folder, and refuses one that cannot be the model's.
+
+``tokenizer.json`` is what the model was trained with, so it is read as it stands. transformers 5 would take only its
+vocabulary and build the rest from the class that ``tokenizer_config.json`` names.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import AddedToken, Tokenizer
+
+from serve_app.model_source import ModelSourceError
+
+logger = logging.getLogger("ray.serve")
+
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
+_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+
+LEAST_SHARE = 0.5
+"""Share of the model's vocabulary that its tokenizer has at least. Padding of the model's rows stays far above it."""
+
+_SAMPLE = "a b yes no 1, 2."
+
+
+class LoadedTokenizer(NamedTuple):
+    """A folder's tokenizer, and the id of its begin-of-sequence token if it has one."""
+
+    backend: Tokenizer
+    bos_id: int | None
+
+
+def load(folder: Path) -> LoadedTokenizer:
+    """The tokenizer of a local folder: ``tokenizer.json`` where there is one.
+
+    Raises:
+        ModelSourceError: there is none, it cannot be read, or it does not fit the model's ``config.json``.
+    """
+    loaded = _from_file(folder) if (folder / "tokenizer.json").is_file() else _from_parts(folder)
+    _check(folder, loaded.backend)
+    return loaded
+
+
+def _from_file(folder: Path) -> LoadedTokenizer:
+    try:
+        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises nothing more precise
+        raise ModelSourceError(
+            f"{folder / 'tokenizer.json'} cannot be read ({error}); copy or download it again"
+        ) from error
+    declared = _object(folder, "special_tokens_map.json") | _object(folder, "tokenizer_config.json")
+    _add_tokens(folder, backend, declared)
+    backend.encode_special_tokens = bool(declared.get("split_special_tokens"))
+    _warn_of_flags(folder, backend, declared)
+    bos = _content(declared.get("bos_token"))
+    bos_id = backend.token_to_id(bos) if bos else _object(folder, "config.json").get("bos_token_id")
+    return LoadedTokenizer(backend, bos_id if isinstance(bos_id, int) else None)
+
+
+def _add_tokens(folder: Path, backend: Tokenizer, declared: dict[str, Any]) -> None:
+    """Add the tokens that only the files beside ``tokenizer.json`` declare, as transformers does."""
+    decoder: dict[str, Any] = declared.get("added_tokens_decoder") or {}
+    ids = {decoder[id]["content"]: int(id) for id in decoder} or _object(folder, "added_tokens.json")
+    flags = {token["content"]: {flag: token[flag] for flag in _FLAGS if flag in token} for token in decoder.values()}
+    special = _special_tokens(declared)
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    missing = [
+        content for content in dict.fromkeys([*sorted(ids, key=ids.__getitem__), *special]) if content not in known
+    ]
+    backend.add_tokens(
+        [AddedToken(content, **({"special": content in special} | flags.get(content, {}))) for content in missing]
+    )
+    for content, id in ids.items():
+        if (given := backend.token_to_id(content)) != id:
+            raise ModelSourceError(
+                f"{folder}: the token {content!r} has the id {given} by tokenizer.json, and {id} by the files beside "
+                "it (tokenizer_config.json, added_tokens.json); save the tokenizer again, so that they agree"
+            )
+
+
+def _special_tokens(declared: dict[str, Any]) -> list[str]:
+    named: list[Any] = [declared.get(name) for name in SPECIAL_NAMES]
+    for name in SPECIAL_LISTS:
+        more: Any = declared.get(name) or []
+        named += more.values() if isinstance(more, dict) else more
+    return [content for token in named if (content := _content(token))]
+
+
+def _warn_of_flags(folder: Path, backend: Tokenizer, declared: dict[str, Any]) -> None:
+    """Say where ``add_bos_token`` and ``add_eos_token`` contradict ``tokenizer.json``, which transformers 5 follows."""
+    bare, whole = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
+    for flag, name, adds in (
+        ("add_bos_token", "bos_token", whole[:1] != bare[:1]),
+        ("add_eos_token", "eos_token", whole[-1:] != bare[-1:]),
+    ):
+        if isinstance(declared.get(flag), bool) and declared[flag] != adds and _content(declared.get(name)):
+            does = "adds one" if adds else "adds none"
+            logger.warning(
+                "%s: tokenizer_config.json says %s: %s, but tokenizer.json %s; tokenizer.json holds",
+                folder,
+                flag,
+                str(declared[flag]).lower(),
+                does,
+            )
+
+
+def _from_parts(folder: Path) -> LoadedTokenizer:
+    """By transformers, which builds a tokenizer from older files."""
+    if refusal := _unusable_parts(folder):
+        raise ModelSourceError(f"no tokenizer can be loaded from {folder}: {refusal}")
+    # Importing takes seconds, and only here.
+    from transformers import AutoTokenizer
+
+    auto: Any = AutoTokenizer  # untyped upstream
+    try:
+        loaded: Any = auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # of many kinds
+        raise ModelSourceError(
+            f"no tokenizer can be loaded from {folder}: {error}; save one there as tokenizer.json"
+        ) from error
+    backend: object = getattr(loaded, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise ModelSourceError(f"{folder} has no fast tokenizer: save one there as tokenizer.json")
+    return LoadedTokenizer(backend, loaded.bos_token_id)
+
+
+def _unusable_parts(folder: Path) -> str | None:
+    """Why a folder without ``tokenizer.json`` has no usable tokenizer, and the remedy; None if it may have."""
+    by_hand = f"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained('{folder}'"
+    if (folder / "tekken.json").is_file():
+        return (
+            "tekken.json is Mistral's own format, which is not read (its prompts would lack <s>); copy tokenizer.json "
+            "from the same model in Hugging Face layout, or from the one that it was tuned from"
+        )
+    if code := _object(folder, "tokenizer_config.json").get("auto_map"):
+        named: Any = code.get("AutoTokenizer") if isinstance(code, dict) else code
+        names = " or ".join(each for each in named if each) if isinstance(named, list) else named
+        return (
+            f"its tokenizer is code of its own ({names}), which is never run; where you trust it, make tokenizer.json: "
+            f"python -c \"{by_hand}, trust_remote_code=True).backend_tokenizer.save('{folder}/tokenizer.json')\""
+        )
+    if (folder / "tokenizer.model").is_file():
+        if importlib.util.find_spec("sentencepiece") is None:
+            return (
+                "it has tokenizer.model alone, which takes the package sentencepiece to read; make tokenizer.json of "
+                "it once: pip install sentencepiece protobuf, then "
+                f"python -c \"{by_hand}).save_pretrained('{folder}')\""
+            )
+        return None
+    if any((folder / name).is_file() for name in ("vocab.json", "vocab.txt")):
+        return None
+    return (
+        "it has no tokenizer.json, nor another file of a vocabulary; copy tokenizer.json from where the model came from"
+    )
+
+
+def _check(folder: Path, backend: Tokenizer) -> None:
+    """Refuse a vocabulary that is not the model's: every prompt would be read as the same few tokens."""
+    tokens, rows = backend.get_vocab_size(), _object(folder, "config.json").get("vocab_size")
+    remedy = "copy the tokenizer's files from where the model came from, tokenizer.json above all"
+    if isinstance(rows, int) and tokens < LEAST_SHARE * rows:
+        raise ModelSourceError(
+            f"the tokenizer of {folder} has {tokens} tokens and the model's vocabulary {rows}: it is not the model's "
+            f"tokenizer, or a part of it; {remedy}"
+        )
+    special = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
+    unknown = getattr(backend.model, "unk_token", None)
+    if isinstance(unknown, str) and (id := backend.token_to_id(unknown)) is not None:
+        special.add(id)
+    if set(backend.encode(_SAMPLE).ids) <= special:
+        raise ModelSourceError(
+            f"the tokenizer of {folder} makes no tokens of the text {_SAMPLE!r}, special ones aside: its vocabulary is "
+            f"missing; {remedy}"
+        )
+
+
+def _content(token: Any) -> str | None:
+    """The text of a special token, which is a string or an object."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) and content else None
+
+
+def _object(folder: Path, name: str) -> dict[str, Any]:
+    """The JSON object in a file; empty if there is no such file."""
+    path = folder / name
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelSourceError(f"{path} is not valid JSON ({error}); copy or download it again") from error
+    if not isinstance(found, dict):
+        raise ModelSourceError(f"{path} is not a JSON object; copy or download it again")
+    return found
