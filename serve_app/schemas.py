@@ -231,6 +231,7 @@ class LimitsInfo(ResponseBody):
     max_labels: int
     max_body_bytes: int
     max_prompt_tokens: int
+    max_text_characters: int
     max_request_tokens: int
     max_queued_tokens: int
     timeout_s: float

@@ -342,6 +342,7 @@ class ScoringService:
                 max_labels=limits.max_labels,
                 max_body_bytes=limits.max_body_bytes,
                 max_prompt_tokens=self._model.max_prompt_tokens,
+                max_text_characters=self._model.max_text_characters,
                 max_request_tokens=limits.max_request_tokens,
                 max_queued_tokens=self._queued_tokens,
                 timeout_s=self._settings.timeout_s,

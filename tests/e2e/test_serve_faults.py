@@ -16,7 +16,7 @@ import pytest
 from serve_app.contract import Engine
 from serve_app.device_queue import QueueStats
 from serve_app.fake_engine import FakeEngine
-from serve_app.ingress import Ingress
+from serve_app.ingress import CANCELLED_BY_S, Ingress
 from serve_app.launcher import APP_NAME
 from serve_app.router import PrefixRouter
 from serve_app.scorer import MAX_ONGOING, Scorer
@@ -143,6 +143,21 @@ def test_a_client_that_leaves_takes_its_queued_work_along(
     wait_for(lambda: 'outcome="cancelled"' in client.get("/metrics").text)
     assert stats().queued_tokens == 0
     assert ask(client, [[5]]).status_code == 200
+
+
+def test_jobs_of_clients_that_leave_are_not_sent_again(client: httpx.Client):
+    before = stats().cancelled
+
+    def leave(number: int) -> None:
+        with pytest.raises(httpx.ReadTimeout):
+            ask(client, [[number, i, 7] * 30 for i in range(100, 105)], timeout=0.5)
+
+    with ThreadPoolExecutor(10) as pool:
+        list(pool.map(leave, range(30)))
+    wait_for(lambda: stats().queued_jobs == 0)
+    time.sleep(CANCELLED_BY_S + 1)  # a second copy would have come by then
+    wait_for(lambda: stats().queued_jobs == 0)
+    assert stats().cancelled - before <= 30
 
 
 def test_past_the_queues_limit_the_answer_is_503_with_retry_after(client: httpx.Client):
