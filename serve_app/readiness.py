@@ -36,8 +36,8 @@ _REMEDY = (
 async def check(score: Score, model: ServedModel) -> None:
     """Return when the model scores as a model does.
 
-    Its scores are finite and depend on the prompt, on all of the prompt and on the label, and a prompt has the same
-    scores alone and behind a longer one. Raw log-probabilities or class logits are compared, which differ even where a
+    Its scores are finite and depend on the prompt, on all of the prompt and on the label, and each prompt has
+    the same scores alone and in a batch. Raw log-probabilities or class logits are compared, which differ even where a
     softmax over the labels saturates.
 
     Raises:
@@ -68,10 +68,13 @@ async def check(score: Score, model: ServedModel) -> None:
             f"{len(labels)} labels have equal scores after each of {len(alone)} prompts, such as {_shown(alone[0])}, "
             f"so the output does not depend on the label; {_REMEDY}"
         )
-    behind = (await score(_batch([[*ids, 0, last], alike[0]], labels, causal))).values.tolist()[len(labels) :]
-    first, second = (label_scores(row, 0, softmax=True) for row in (alone[0], behind))
-    if max(abs(a - b) for a, b in zip(first, second, strict=True)) > _TOLERANCE:
-        raise SelfTestError(f"a prompt scored {first} alone and {second} in a batch: this is a fault of ours; please report it")
+    together = (await score(_batch([[*ids, 0, last], *alike, *other], labels, causal))).values.reshape(-1, len(labels))
+    for row, behind in zip(alone, together[1:].tolist(), strict=True):
+        first, second = (label_scores(values, 0, softmax=True) for values in (row, behind))
+        if max(abs(a - b) for a, b in zip(first, second, strict=True)) > _TOLERANCE:
+            raise SelfTestError(
+                f"a prompt scored {first} alone and {second} in a batch: this is a fault of ours; report it"
+            )
 
 
 async def check_demo(score: Score) -> None:

@@ -20,7 +20,7 @@ from serve_app.settings import Settings
 from serve_app.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
 from tests.tiny import make_llama
-from tests.tiny_families import CLASSIFIERS, CONFIGS, make_family
+from tests.tiny_families import CONFIGS, make_family
 
 Families = Callable[[str], tuple[Path, Any]]
 Answer = Callable[[TokenBatch, BatchResult], np.ndarray]
@@ -41,9 +41,7 @@ async def refused(tokenizer: TextTokenizer, scorer: Engine) -> str:
 
 
 def load(folder: Path, **options: Any) -> Any:
-    return engine.load(
-        folder, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21, **options
-    )
+    return engine.load(folder, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21, **options)
 
 
 def change(folder: Path, kept: Callable[[str, np.ndarray], np.ndarray]) -> Path:
@@ -86,14 +84,6 @@ async def test_coarse_numbers_pass(options: dict[str, Any], model_folder: Path, 
     await ready(tokenizer, load(model_folder, **options))
 
 
-async def test_a_classifier_that_is_sure_of_one_class_passes(tmp_path: Path, tokenizer: TextTokenizer) -> None:
-    """Its softmax is 1 and 0 for whatever prompt; the logits tell that it is alive."""
-    folder = make_family(tmp_path, "llama", classes=2)
-    scorer = load(folder)
-    sure = Saturated(scorer)
-    await ready(tokenizer, sure)
-
-
 class Saturated:
     """An engine with 200 more on class 0's logit."""
 
@@ -104,6 +94,11 @@ class Saturated:
         result = self._scorer.score(batch)
         result.values[batch.targets == 0] += 200
         return result
+
+
+async def test_a_classifier_that_is_sure_of_one_class_passes(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    """Its softmax is 1 and 0 for whatever prompt; the logits tell that it is alive."""
+    await ready(tokenizer, Saturated(load(make_family(tmp_path, "llama", classes=2))))
 
 
 BROKEN: dict[str, tuple[Callable[[str, np.ndarray], np.ndarray], str]] = {
@@ -132,17 +127,13 @@ async def test_a_checkpoint_with_dead_weights_is_refused(what: str, tmp_path: Pa
 @pytest.mark.parametrize("family", ["qwen2", "gemma2"])
 async def test_biases_and_caps_hide_no_dead_embedding(family: str, tmp_path: Path, tokenizer: TextTokenizer) -> None:
     """With biases a zero embedding still gives numbers, which are then the same for every prompt."""
-    folder = change(
-        make_family(tmp_path, family, classes=2), lambda name, kept: kept * ("embed_tokens" not in name)
-    )
+    folder = change(make_family(tmp_path, family, classes=2), lambda name, kept: kept * ("embed_tokens" not in name))
     assert "does not depend on the prompt" in await refused(tokenizer, load(folder))
 
 
 @pytest.mark.parametrize("classes", [1, 2])
 async def test_a_classifier_with_a_dead_head_is_refused(classes: int, tmp_path: Path, tokenizer: TextTokenizer) -> None:
-    folder = change(
-        make_family(tmp_path, "llama", classes=classes), lambda name, kept: kept * (name != "score.weight")
-    )
+    folder = change(make_family(tmp_path, "llama", classes=classes), lambda name, kept: kept * (name != "score.weight"))
     assert "does not depend on the prompt" in await refused(tokenizer, load(folder))
 
 
@@ -160,16 +151,11 @@ async def test_a_dead_output_is_refused(answer: Answer, said: str, tokenizer: Te
     assert said in await refused(tokenizer, Answering(answer))
 
 
-async def test_one_class_has_no_other_to_differ_from(tokenizer: TextTokenizer) -> None:
-    engine = Answering(lambda batch, result: result.values, classes=1)
-    await ready(tokenizer, engine)
-
-
 async def test_what_passes_by_itself_is_no_failed_test(tokenizer: TextTokenizer) -> None:
     """A replica that is away for a moment: the launcher goes on waiting."""
 
     class Away(DirectReplicas):
-        async def score(self, job: Any) -> Any:
+        async def score(self, _job: Any) -> Any:
             raise OverloadedError("no healthy replica")
 
     scorer = FakeEngine(VOCAB_SIZE, CONTEXT)
