@@ -50,7 +50,7 @@ class Ending:
         self.patient = False
         self.code = INTERRUPTED
         self.at_end: list[Callable[[], object]] = []
-        self._ray: list[psutil.Process] = []
+        self._ray: dict[psutil.Process, str] = {}
         self._asked = self._stopping = False
         self._over = threading.Event()
         self._signals, self._signalled = socket.socketpair()
@@ -68,11 +68,11 @@ class Ending:
 
     def watch_ray(self) -> None:
         """Ray has been started by this process, and is to live until ``stopping``."""
-        self._ray = [child for child in psutil.Process().children() if child.name() in _RAY]
+        self._ray = {child: child.name() for child in psutil.Process().children()}
 
     def stopping(self) -> None:
-        """Ray is being stopped."""
-        self._stopping = True
+        """Ray is being stopped, if it has not ended."""
+        self._stopping = not self._lost()
 
     @property
     def asked(self) -> bool:
@@ -95,11 +95,15 @@ class Ending:
         while not self._over.wait(_POLL_S):
             if self._stopping or (self.asked and not self.patient):
                 since = since or time.monotonic()
-            lost = [] if self._stopping else [each for each in self._ray if not _alive(each)]
+            lost = not self._stopping and self._lost()
             if lost or (since and time.monotonic() - since > STOP_S):
-                self._force(lost)
+                self._force(lost=lost)
 
-    def _force(self, lost: list[psutil.Process]) -> None:
+    def _lost(self) -> bool:
+        """Ray cannot go on; after a signal, one of its processes that has ended tells of the others."""
+        return any((name in _RAY or self.asked) and not _alive(process) for process, name in self._ray.items())
+
+    def _force(self, *, lost: bool) -> None:
         for call in self.at_end:
             with suppress(Exception):
                 call()
