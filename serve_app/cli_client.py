@@ -75,6 +75,7 @@ def score(
     For example:
     score-serve score 'Review: ' 'I loved it. It was' 'A bore. It was' -l ' good' -l ' bad'
 
+    Where all labels together are unlikely, a warning on standard error says so.
     An API key is taken from SCORE_SERVE_API_KEY.
     Exit codes: 0 scored; 1 the service refused or failed; 2 the command is wrong;
     3 the service is not there, full or too slow: a later try may do.
