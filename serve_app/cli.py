@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from serve_app import auth, cli_client, cli_dataset, cli_tools, launcher
 from serve_app.cli_dataset import Dtype, Engine
 from serve_app.model_source import ModelSourceError
+from serve_app.process_limits import LimitError
 from serve_app.settings import Settings
 from serve_app.tpu import Tpu
 
@@ -99,7 +100,7 @@ def serve(
         ]
         cli_client.complain("; ".join(f"{where}: {what}" if where else what for where, what in faults))
         raise typer.Exit(1) from None
-    except (launcher.LaunchError, auth.ApiKeyError, ModelSourceError) as error:
+    except (launcher.LaunchError, auth.ApiKeyError, LimitError, ModelSourceError) as error:
         cli_client.complain(str(error))
         raise typer.Exit(1) from None
     except KeyboardInterrupt:

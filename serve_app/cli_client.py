@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated
 
 import httpx
@@ -22,6 +23,10 @@ from serve_app.schemas import ScoreResponse
 
 REFUSED = 1
 """Exit code: the request is wrong, or the service failed on it."""
+LOW_MASS = 0.01
+"""Probability of all labels together, below which a user is warned; the page has the same."""
+LOOKED_AT = 3
+"""Items that are asked for it, after the answer: a softmax over the labels alone does without the vocabulary."""
 TRY_AGAIN = 3
 """Exit code: the service is not there, full or too slow. 2 is a wrong command line's."""
 
@@ -70,6 +75,7 @@ def score(
     For example:
     score-serve score 'Review: ' 'I loved it. It was' 'A bore. It was' -l ' good' -l ' bad'
 
+    Where all labels together are unlikely, a warning on standard error says so.
     An API key is taken from SCORE_SERVE_API_KEY.
     Exit codes: 0 scored; 1 the service refused or failed; 2 the command is wrong;
     3 the service is not there, full or too slow: a later try may do.
@@ -78,18 +84,15 @@ def score(
         raise typer.BadParameter("name labels either by --label or by --label-id")
     texts = _items(items, items_file)
     with _asking(url, model) as client:
-        answer = client.score(
-            query,
-            texts,
-            labels=label or None,
-            label_token_ids=label_id or None,
-            apply_softmax=softmax,
-            item_first=item_first,
+        ask = partial(
+            client.score, query, labels=label or None, label_token_ids=label_id or None, item_first=item_first
         )
-    if as_json:
-        sys.stdout.write(answer.model_dump_json(exclude_none=True) + "\n")
-    else:
-        Console().print(_table(texts, label or [str(i) for i in label_id or []], answer))
+        answer = ask(texts, apply_softmax=softmax)
+        if as_json:
+            sys.stdout.write(answer.model_dump_json(exclude_none=True) + "\n")
+        else:
+            Console().print(_table(texts, label or [str(i) for i in label_id or []], answer))
+        _warn_of_low_mass(ask, texts[:LOOKED_AT])
 
 
 def models(url: Url = "http://127.0.0.1:8000", as_json: Json = False) -> None:
@@ -141,6 +144,24 @@ def _items(arguments: list[str] | None, file: typer.FileText | None) -> list[str
         return [line.removesuffix("\n") for line in lines]
     except UnicodeDecodeError as error:
         raise typer.BadParameter(f"the items are not UTF-8: {error}") from error
+
+
+def _warn_of_low_mass(ask: Callable[..., ScoreResponse], items: list[str]) -> None:
+    """A line on standard error where the labels together are so unlikely that comparing them means little."""
+    try:
+        masses = ask(items, return_label_mass=True).label_mass or []
+    except ScoringError:  # a classifier, which has no other words; or the service has gone, and the answer is there
+        return
+    low = [mass for mass in masses if mass is not None and mass < LOW_MASS]
+    if low:
+        Console(stderr=True, highlight=False).print(
+            f"warning: the labels together hold only {100 * min(low):.2g}% of the probability ({len(low)} of the first "
+            f"{len(masses)} items are under {LOW_MASS:.0%}): the model would go on with something else, and these "
+            "scores compare unlikely words. Try a query that asks for the labels and ends where they begin, the "
+            "model's own chat template around it, other labels, or labels with or without a space before them.",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _table(items: list[str], labels: list[str], answer: ScoreResponse) -> Table:

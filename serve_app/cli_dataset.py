@@ -172,7 +172,7 @@ def dataset(
     from serve_app.job_files import JobError
     from serve_app.model_source import ModelSourceError, resolve
 
-    launcher.interrupt_on_sigterm()
+    launcher.interrupt_on_signals()
     job = batch_job.Job(
         inputs=tuple(inputs),
         output=output.absolute(),

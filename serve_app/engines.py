@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,10 @@ logger = logging.getLogger("ray.serve")
 
 ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")
 """Device files of TPUs and GPUs."""
+
+
+TELL_S = 3.0
+"""Between two lines on how far a start is."""
 
 
 class _ModelEngine:
@@ -69,9 +74,27 @@ def load_engine(settings: ModelSettings) -> Engine:
     else:
         engine = _load_model(settings)
     started = time.monotonic()
-    engine.warmup(lambda done, total, what: logger.info("warming up, %d of %d: %s", done, total, what))
-    logger.info("warmed up in %.1f s", time.monotonic() - started)
+    engine.warmup(told(logger.info))
+    logger.info("the model's programs are ready, after %.1f s", time.monotonic() - started)
     return engine
+
+
+def told(say: Callable[[str], None], now: Callable[[], float] = time.monotonic) -> Progress:
+    """Progress as a line every ``TELL_S`` seconds, with what is left by the time taken so far."""
+    started = last = now()
+
+    def progress(done: int, total: int, _what: str) -> None:
+        nonlocal last
+        if done < total and now() - last >= TELL_S:
+            last = now()
+            left = (last - started) / done * (total - done)
+            about = f"{left / 60:.0f} min" if left >= 120 else f"{max(5, 5 * round(left / 5))} s"
+            say(
+                f"preparing the model's programs: {done} of {total}, about {about} left "
+                "(the first start compiles them, later ones reuse them)"
+            )
+
+    return progress
 
 
 def load_part(settings: ModelSettings, place: Place) -> Engine:

@@ -100,6 +100,12 @@ class OverloadedError(ScoringError):
     type = "ServiceUnavailableError"
 
 
+class SelfTestError(OverloadedError):
+    """A model failed its self-test, see ``readiness``; waiting will not mend it."""
+
+    type = "SelfTestError"
+
+
 class DeadlineExceededError(ScoringError):
     """The request's time is over; its queued work was dropped."""
 

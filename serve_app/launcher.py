@@ -20,9 +20,13 @@ from types import FrameType
 from typing import Any
 
 import httpx
+from pydantic import ValidationError
 from rich.console import Console
 
-from serve_app import auth, model_source, tokenizer_files
+from serve_app import auth, ending, model_source, process_limits, tokenizer_files
+from serve_app.ending import Ending
+from serve_app.errors import SelfTestError
+from serve_app.schemas import ErrorResponse
 from serve_app.settings import Settings
 from serve_app.template_choice import choose
 
@@ -60,6 +64,9 @@ CALLS = {
 """How Serve's processes call each other on a single host. Not on several: of a host that is lost without a word Ray
 tells actor calls, and these find out after minutes. What is set already stays as it is."""
 
+STOPPING = (signal.SIGTERM, signal.SIGHUP)
+"""They stop the service as Ctrl-C does."""
+
 STATISTICS_PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
 
 _SCORER_LOG = re.compile(r"_Scorer-(.+)_[^_]+\.log$")
@@ -73,7 +80,7 @@ class LaunchError(Exception):
 
 
 def run(settings: Settings, *, host: str, port: int, fast_front: bool = False) -> None:
-    """Serve until SIGINT or SIGTERM, then stop every process that was started.
+    """Serve until SIGINT, SIGTERM or SIGHUP, then stop every process that was started.
 
     Args:
         fast_front: HAProxy in front of the service in place of Serve's own proxy. It costs a request some milliseconds
@@ -82,11 +89,12 @@ def run(settings: Settings, *, host: str, port: int, fast_front: bool = False) -
 
     Raises:
         LaunchError: the port is taken, the disk is full, or a replica cannot start.
+        LimitError: the system lets this user start too few processes.
         ApiKeyError: the API keys are unusable.
         ModelSourceError: the model cannot be had, or has no usable tokenizer.
     """
     console = Console(stderr=True, highlight=False)
-    interrupt_on_sigterm()
+    interrupt_on_signals()
     with console.status("starting") as status:
 
         def say(line: str) -> None:
@@ -109,6 +117,8 @@ def run(settings: Settings, *, host: str, port: int, fast_front: bool = False) -
                 soft_wrap=True,
             )
         check_disk(Path(tempfile.gettempdir()))
+        scorers = sum(each.most_replicas for each in settings.each_model)
+        process_limits.check(settings.ingress_replicas + scorers, _cpus(settings))
         for each in settings.each_model:
             folder = model_source.resolve(each.model, each.revision, say=say)
             tokenizer_files.load(folder)
@@ -117,16 +127,19 @@ def run(settings: Settings, *, host: str, port: int, fast_front: bool = False) -
             if choice.doubt:
                 console.print(f"warning: {each.name}: {choice.doubt}", soft_wrap=True, markup=False)
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        with _service(settings, host, port, say) as logs:
+        with ending.watched() as end, _service(settings, host, port, say, end) as logs:
+            end.at_end.append(status.stop)
             wait_until_ready(url, logs, say)
             status.stop()
             names = ", ".join(each.name for each in settings.each_model)
             console.print(f"ready: {names} at {url} (Ctrl-C stops it); try:\n")
             console.out(example(url, needs_key=bool(keys)))
+            end.patient, end.code = True, 0
             try:
                 signal.pause()
             except KeyboardInterrupt:
-                say("stopping, after the requests in flight; Ctrl-C again drops them")
+                with suppress(OSError):  # the terminal may be gone
+                    say("stopping, after the requests in flight; Ctrl-C again drops them")
                 drain()
 
 
@@ -226,9 +239,10 @@ def wait_until_ready(url: str, logs: Path, say: Say) -> None:
 
 
 def drain() -> None:
-    """Stop the application when its requests are answered, or at the next SIGINT or SIGTERM."""
+    """Stop the application when its requests are answered, or at the next signal."""
     from ray import serve
 
+    logging.disable()  # where Ray's processes had the signal, too, its calls fail
     with suppress(KeyboardInterrupt):
         serve.delete(APP_NAME)
 
@@ -271,15 +285,27 @@ def example(url: str, *, needs_key: bool = False) -> str:
     return f"curl {url}/v1/score -H 'Content-Type: application/json'{key} -d '{json.dumps(request)}'\n"
 
 
+def _cpus(settings: Settings) -> int:
+    """That Ray is told of: a laptop with fewer cores than the replicas ask for runs them all the same."""
+    asked = settings.ingress_replicas * settings.ingress_cpus
+    asked += sum(each.most_replicas * each.scorer_cpus for each in settings.each_model)
+    return max(os.cpu_count() or 1, math.ceil(asked))
+
+
 def _is_ready(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/ready", timeout=60, trust_env=False).status_code == 200
+        response = httpx.get(f"{url}/ready", timeout=60, trust_env=False)
     except httpx.TransportError:
         return False
+    with suppress(ValidationError):
+        error = ErrorResponse.model_validate_json(response.content)
+        if error.type == SelfTestError.type:
+            raise LaunchError(f"the service did not start: {error.message}")
+    return response.status_code == 200
 
 
 @contextmanager
-def _service(settings: Settings, host: str, port: int, say: Say) -> Generator[Path]:
+def _service(settings: Settings, host: str, port: int, say: Say, end: Ending) -> Generator[Path]:
     """Ray, Serve and the application; yields the folder of the replicas' logs."""
     # Ray takes a second to import: --help and user errors come before it.
     import ray
@@ -288,16 +314,15 @@ def _service(settings: Settings, host: str, port: int, say: Say) -> Generator[Pa
     from serve_app.app import build
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    needed = settings.ingress_replicas * settings.ingress_cpus
-    needed += sum(each.most_replicas * each.scorer_cpus for each in settings.each_model)
     say("starting Ray")
     with tempfile.TemporaryDirectory(prefix="score-serve-", ignore_cleanup_errors=True) as logs:
+        end.at_end.append(lambda: shutil.rmtree(logs, ignore_errors=True))
         try:
-            # A laptop with fewer cores than the replicas ask for runs them all the same.
-            start_ray(max(os.cpu_count() or 1, math.ceil(needed)))
+            start_ray(_cpus(settings))
+            end.watch_ray()
             check_chips(settings, ray.nodes())
             quiet = {"log_level": "WARNING", "enable_access_log": False}
-            interrupt_on_sigterm()  # ray.init has put its own handler in place, which ends the process at once
+            interrupt_on_signals()  # ray.init has put its own handler in place, which ends the process at once
             http = {"host": host, "port": port}
             serve.start(http_options=http, logging_config=quiet)  # pyright: ignore[reportUnknownMemberType]
             say("starting the service")
@@ -315,15 +340,19 @@ def _service(settings: Settings, host: str, port: int, say: Say) -> Generator[Pa
             yield Path(logs)
         finally:
             # One more Ctrl-C must not leave processes behind.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            for each in (signal.SIGINT, *STOPPING):
+                signal.signal(each, signal.SIG_IGN)
+            logging.disable()
+            end.stopping()
             ray.shutdown()  # pyright: ignore[reportUnknownMemberType]
 
 
-def interrupt_on_sigterm() -> None:
-    """Make SIGTERM do what Ctrl-C does."""
+def interrupt_on_signals() -> None:
+    """Make SIGTERM and SIGHUP do what Ctrl-C does; where nohup has SIGHUP ignored, it stays so."""
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for each in STOPPING:
+        if signal.getsignal(each) != signal.SIG_IGN:
+            signal.signal(each, interrupt)

@@ -14,9 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
-import numpy as np
-
-from serve_app import fanout, timing
+from serve_app import fanout, readiness, timing
 from serve_app.admission import Admission
 from serve_app.batches import shared_prefix, shared_with_previous
 from serve_app.completions import Completer, CompletionRequest, CompletionResponse
@@ -27,6 +25,7 @@ from serve_app.errors import (
     InvalidRequestError,
     OverloadedError,
     ScoringError,
+    SelfTestError,
 )
 from serve_app.generative import (
     GenerativeScoringRequest,
@@ -36,7 +35,7 @@ from serve_app.generative import (
 )
 from serve_app.prompts import Prompts
 from serve_app.rerank import Reranker, RerankRequest, RerankResponse
-from serve_app.rows import ScoreQuestion, label_scores, usage
+from serve_app.rows import ScoreQuestion, usage
 from serve_app.schemas import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -65,12 +64,6 @@ INLINE_VALUES = 2_000
 
 STUCK_RETRY_AFTER_S = 2
 """Serve drops a front end after three health checks; ``ScoreClient``'s five tries, this far apart, outlast that."""
-
-_PROBE_TOLERANCE = 0.02
-"""Of a probability, between the same prompt in two batches: bfloat16 stays below it, a wrong answer does not."""
-
-DEMO_PROBE = ([504, 3575, 282, 4649, 314], [7042, 4528], [0.7725, 0.0125])
-"""Of the demo model: "The capital of France is", " Paris" and " London", and their probabilities by transformers."""
 
 T = TypeVar("T")
 A = TypeVar("A", covariant=True)
@@ -355,12 +348,10 @@ class ScoringService:
         return await self._replicas.metrics()
 
     async def ready(self) -> None:
-        """Return once a known answer came back right; it is asked for until it did, then never again.
-
-        The same prompt is scored alone and behind a longer one. Both answers must be probabilities, and agree. The demo
-        model is also asked what transformers was asked, and must answer the same.
+        """Return once the model passed its self-test (``readiness``); it is tested until it did, then never again.
 
         Raises:
+            SelfTestError: it failed.
             OverloadedError: not able to score, with the reason.
         """
         async with self._probing:
@@ -369,9 +360,8 @@ class ScoringService:
             try:
                 await self._in_time(self._probe())
             except ScoringError as error:
-                raise OverloadedError(
-                    f"{self._settings.name} is not ready: {error.message}", retry_after_s=1
-                ) from error
+                kind = SelfTestError if isinstance(error, SelfTestError) else OverloadedError
+                raise kind(f"{self._settings.name} is not ready: {error.message}", retry_after_s=1) from error
             self._probe_passed = True
 
     def close(self) -> None:
@@ -468,26 +458,12 @@ class ScoringService:
         return await self._run(self._work(batch, prefix_tokens, request_id, deadline))
 
     async def _probe(self) -> None:
-        last = self._model.vocab_size - 1
-        prompt, other = [last // 2, last // 3, last // 5], [last // 7, last // 2, last // 11, 0, last]
-        labels = [*range(self._model.classes)] or [0, last]
-        alone, together = [
-            await self._compute(_probe_batch(prompts, labels), 0, "ready", time.time() + self._settings.timeout_s)
-            for prompts in ([prompt], [other, prompt])
-        ]
-        first = label_scores(alone.values.tolist(), 0, softmax=True)
-        second = label_scores(together.values[len(labels) :].tolist(), 1, softmax=True)
-        gap = max(abs(a - b) for a, b in zip(first, second, strict=True))
-        if gap > _PROBE_TOLERANCE or not math.isclose(sum(first), 1.0, abs_tol=1e-9):
-            raise InternalError(f"a prompt scored {first} alone and {second} in a batch")
+        async def score(batch: TokenBatch) -> BatchResult:
+            return await self._compute(batch, 0, "ready", time.time() + self._settings.timeout_s)
+
+        await readiness.check(score, self._model)
         if self._settings.model == "demo" and self._settings.engine == "jax":
-            prompt, labels, known = DEMO_PROBE
-            answer = await self._compute(
-                _probe_batch([prompt], labels), 0, "ready", time.time() + self._settings.timeout_s
-            )
-            scores = label_scores(answer.values.tolist(), 0, softmax=False)
-            if max(abs(a - b) for a, b in zip(scores, known, strict=True)) > _PROBE_TOLERANCE:
-                raise InternalError(f"a known prompt scored {scores}; right is {known}")
+            await readiness.check_demo(score)
 
     @contextmanager
     def _counted(self) -> Generator[None]:
@@ -569,15 +545,3 @@ def _outcome(error: BaseException) -> str:
         return "expired"
     invalid = isinstance(error, ScoringError) and error.status < InternalError.status
     return "invalid" if invalid else "failed"
-
-
-def _probe_batch(prompts: list[list[int]], labels: list[int]) -> TokenBatch:
-    lengths = [len(prompt) for prompt in prompts]
-    return TokenBatch(
-        tokens=np.array([token for prompt in prompts for token in prompt], np.int32),
-        offsets=np.cumsum([0, *lengths], dtype=np.int64),
-        read_sequences=np.arange(len(prompts), dtype=np.int32),
-        read_positions=np.array(lengths, np.int32) - np.int32(1),
-        targets=np.array(labels * len(prompts), np.int32),
-        target_offsets=np.arange(len(prompts) + 1, dtype=np.int64) * len(labels),
-    )

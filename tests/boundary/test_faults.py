@@ -296,9 +296,10 @@ class TestReady:
                 assert response.headers["retry-after"] == "1"
             assert (await http.client.get("/health")).status_code == 200
         async with serving(tokenizer, replicas) as http:
-            for _ in range(2):
-                assert (await http.client.get("/ready")).status_code == 200
-            assert len(replicas.jobs) == 2
+            assert (await http.client.get("/ready")).status_code == 200
+            asked = len(replicas.jobs)
+            assert (await http.client.get("/ready")).status_code == 200
+            assert len(replicas.jobs) == asked > 0
 
     async def test_not_with_an_answer_that_depends_on_the_batch(self, tokenizer: TextTokenizer):
         async with serving(tokenizer, DirectReplicas(Mixing(VOCAB_SIZE, CONTEXT))) as http:

@@ -127,6 +127,36 @@ def test_the_label_mass_is_over_the_whole_vocabulary(open_page: Open, served: Se
         assert float(text.split()[2].removesuffix("%")) == pytest.approx(100 * sum(row), rel=0.1, abs=0.06)
 
 
+def test_labels_that_are_all_unlikely_are_told(open_page: Open, served: Served):
+    """Of which the bars, that compare the labels with each other, show nothing."""
+    words = ["yes", "no", "text", "fox", "dog", "quick", "the", "lazy", "over", "brown"]
+    body = {"query": "q: ", "items": ITEMS, "labels": [f" {word}" for word in words]}
+    rows = httpx.post(f"{served.url}/v1/score", json=body).json()["scores"]
+    masses = dict(zip(words, zip(*rows, strict=True), strict=True))
+    low = next(word for word in words if max(masses[word]) < 0.01)
+    page = open_page(served.url)
+    ask(page, labels=low)
+    least, most = (f"{100 * share:.1g}%" for share in (min(masses[low]), max(masses[low])))
+    said = page.inner_text("#weak")
+    assert f"The labels together hold only {least} to {most} of the probability" in said
+    for advice in ("query", "chat template", "other labels", "labels without a space before them"):
+        assert advice in said
+    assert page.locator(".weak").count() == len(ITEMS)
+    some = next(word for word in words if min(masses[word]) < 0.01 < max(masses[word]))
+    ask(page, labels=some)
+    few = sum(mass < 0.01 for mass in masses[some])
+    assert page.inner_text("#weak").startswith(f"For {few} of {len(ITEMS)} items the labels together hold only")
+    assert page.locator(".weak").count() == few
+    ask(page, labels=", ".join(words))
+    assert min(map(sum, rows)) > 0.01
+    assert page.locator("#weak").is_hidden()
+    assert page.locator(".weak").count() == 0
+    page.uncheck("#spaced")
+    ask(page, labels=low)
+    ask(page, labels="yes, yes")  # an error, which is about no scores
+    assert page.locator("#weak").is_hidden()
+
+
 def test_rows_can_be_sorted_by_a_label(open_page: Open, served: Served):
     page = open_page(served.url)
     items = [f"{word} {number}" for number in range(6) for word in ("fox", "dog")]

@@ -47,7 +47,7 @@ def test_after_a_kill_the_same_command_does_what_is_left_and_no_row_is_lost_or_d
     assert 5 <= len([*out.glob("done/*.json")]) < ROWS // 4
     assert not (out / "summary.json").exists()
 
-    monkeypatch.setattr(launcher, "interrupt_on_sigterm", lambda: None)
+    monkeypatch.setattr(launcher, "interrupt_on_signals", lambda: None)
     runner = CliRunner(env={"COLUMNS": "200"})
     another = runner.invoke(cli.app, [*command, "--label-mass"])
     assert another.exit_code == 1

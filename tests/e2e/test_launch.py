@@ -9,8 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -52,7 +54,7 @@ def test_it_serves_until_ctrl_c_and_leaves_no_process(model_folder: Path, monkey
     monkeypatch.setenv(auth.VARIABLE, "a-key")  # reaches the front end through Ray
     with launched("--model", str(model_folder), "--port", str(port)) as process:
         said = read_until(process, "curl")
-        assert any("warming up" in line for line in said)
+        assert any("programs are ready" in line for line in said)
         words = shlex.split(said[-1])
         body = json.loads(words[words.index("-d") + 1])
         assert httpx.post(words[1], json=body).status_code == 401
@@ -119,6 +121,71 @@ def test_it_can_be_terminated_while_it_starts(model_folder: Path):
         assert process.returncode == 130, rest
         assert "Traceback" not in rest
     _, alive = psutil.wait_procs(started, timeout=10)
+    assert alive == []
+
+
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+"""Of systemd and ``timeout``, Ctrl-C, and a terminal that closes. All of the group gets them, Ray's processes, too."""
+SOON = 30
+"""Seconds, on a machine however busy; Ray's own patience with a Ray that is gone is 60."""
+
+
+def ended_by(process: subprocess.Popen[str], number: int) -> str:
+    """What it says after the whole group got a signal, which leaves no process."""
+    started = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, number)
+    _, rest = process.communicate(timeout=SOON)
+    _, alive = psutil.wait_procs(started, timeout=0)
+    assert alive == []
+    assert not any(word in rest for word in ("Traceback", "Error", "GCS", ".cc:", ".h:")), rest
+    return rest
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("when", ["starting Ray", "starting the service"])
+def test_a_signal_to_the_whole_group_ends_the_start(when: str, number: int, model_folder: Path):
+    with launched("--model", str(model_folder), "--port", str(free_port())) as process:
+        read_until(process, when)
+        ended_by(process, number)
+        assert process.returncode == 130
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_to_the_whole_group_ends_a_service_with_requests_in_flight(number: int, model_folder: Path):
+    port = free_port()
+    body = {"query": [1], "items": [[*range(300)]] * 50, "label_token_ids": [4, 5]}
+    answers: list[int] = []
+
+    def ask_on() -> None:
+        with suppress(httpx.TransportError), httpx.Client(timeout=SOON) as client:
+            while True:
+                answers.append(client.post(f"http://127.0.0.1:{port}/v1/score", json=body).status_code)
+
+    with launched("--model", str(model_folder), "--port", str(port)) as process, ThreadPoolExecutor() as threads:
+        read_until(process, "curl")
+        callers = [threads.submit(ask_on) for _ in range(4)]
+        while len(answers) < 20:
+            time.sleep(0.05)
+        assert {*answers} == {200}
+        rest = ended_by(process, number)
+        assert process.returncode == 0
+        assert rest.startswith("stopping")
+        assert ("the signal reached Ray, too" in rest) == (number != signal.SIGINT)  # which Ray's processes ignore
+        for caller in callers:
+            caller.result()
+
+
+def test_ray_that_dies_by_itself_ends_it_with_the_reason(model_folder: Path):
+    with launched("--model", str(model_folder), "--port", str(free_port())) as process:
+        read_until(process, "curl")
+        started = psutil.Process(process.pid).children(recursive=True)
+        (raylet,) = [child for child in started if child.name() == "raylet"]
+        raylet.kill()
+        _, rest = process.communicate(timeout=SOON)
+        assert process.returncode == 1
+        assert rest.splitlines()[-1].startswith("error: Ray's own processes have ended")
+        assert "Traceback" not in rest
+    _, alive = psutil.wait_procs(started, timeout=0)
     assert alive == []
 
 

@@ -79,7 +79,7 @@ async def test_a_logit_that_is_not_finite_is_an_error(tokenizer: TextTokenizer, 
     class Broken(FakeEngine):
         def score(self, batch: TokenBatch) -> BatchResult:
             result = super().score(batch)
-            if not batch.vocab_logprobs:
+            if batch.num_sequences == 2:  # the self-test has other numbers
                 result = dataclasses.replace(
                     result, values=np.where(np.arange(6) == 4, np.float32(value), result.values)
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,31 @@ def test_the_table_shows_items_labels_and_scores(served: Served):
     assert "prompt tokens" in result.stdout
     several = run(served, "score", "q ", "a dog", "-l", " by no means")
     assert (several.exit_code, "by no means" in several.stdout) == (0, True)
+
+
+def labels_with(served: Served, wanted: Callable[[float], bool]) -> list[str]:
+    """Arguments for a label whose probability after "q the fox" is as wanted."""
+    ask = {"query": "q ", "items": ["the fox"], "label_token_ids": [*range(300)]}
+    (row,) = httpx.post(f"{served.url}/v1/score", json=ask).json()["scores"]
+    return ["--label-id", str(next(label for label, value in enumerate(row) if wanted(value)))]
+
+
+@pytest.mark.parametrize("softmax", [[], ["--softmax"]])
+def test_labels_that_are_all_unlikely_are_warned_of_beside_the_answer(served: Served, softmax: list[str]):
+    low = labels_with(served, lambda value: value < 0.005)
+    result = run(served, "score", "q ", "the fox", *low, *softmax, "--json")
+    assert result.exit_code == 0
+    ids = [int(low[1])]
+    body = {"query": "q ", "items": ["the fox"], "label_token_ids": ids, "apply_softmax": bool(softmax)}
+    answer = httpx.post(f"{served.url}/v1/score", json=body).json()
+    assert json.loads(result.stdout) == answer  # as without the warning
+    assert result.stderr.startswith("warning: the labels together hold only 0.")
+    assert "(1 of the first 1 items are under 1%)" in result.stderr
+    for advice in ("query", "chat template", "other labels", "space"):
+        assert advice in result.stderr
+    assert run(served, "score", "q ", "the fox", *low).stderr == result.stderr
+    high = labels_with(served, lambda value: value > 0.011)
+    assert run(served, "score", "q ", "the fox", *high, *softmax).stderr == ""
 
 
 @pytest.mark.parametrize("how", ["stdin", "dash", "file"])

@@ -73,7 +73,7 @@ def test_a_wrong_command_is_usage_and_code_2(arguments: list[str]):
 def test_a_job_that_cannot_be_done_says_why(
     options: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("serve_app.launcher.interrupt_on_sigterm", lambda: None)
+    monkeypatch.setattr("serve_app.launcher.interrupt_on_signals", lambda: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.csv").write_text("a\n1\n")

@@ -16,6 +16,7 @@ from ray.serve.schema import ApplicationStatus
 from typer.testing import CliRunner
 
 from serve_app import auth, cli, launcher, model_source
+from serve_app.errors import SelfTestError
 from serve_app.launcher import LaunchError
 from serve_app.schemas import ScoreRequest, parse
 from serve_app.settings import Settings
@@ -117,6 +118,14 @@ def test_waiting_ends_with_the_reason_when_the_service_cannot_start(
         launcher.wait_until_ready("http://service", tmp_path, print)
 
 
+def test_waiting_ends_with_the_reason_when_a_model_fails_its_self_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(serve, "status", application(ApplicationStatus.RUNNING))
+    error = SelfTestError("judge is not ready: 5 different prompts all scored [0]")
+    monkeypatch.setattr(httpx, "get", lambda *_, **__: httpx.Response(error.status, json=error.body()))
+    with pytest.raises(LaunchError, match="did not start: judge is not ready: 5 different prompts"):
+        launcher.wait_until_ready("http://service", tmp_path, print)
+
+
 def test_the_example_is_a_request():
     command = launcher.example("http://127.0.0.1:8000")
     assert command.startswith("curl http://127.0.0.1:8000/v1/score ")
@@ -150,7 +159,7 @@ def test_a_service_open_to_the_network_without_a_key_is_warned_of(
     monkeypatch.setenv(auth.VARIABLE, key)
     monkeypatch.setattr(launcher, "check_port", lambda *_: None)
     monkeypatch.setattr(launcher, "check_disk", stop)
-    monkeypatch.setattr(launcher, "interrupt_on_sigterm", lambda: None)
+    monkeypatch.setattr(launcher, "interrupt_on_signals", lambda: None)
     with pytest.raises(LaunchError, match="far enough"):
         launcher.run(Settings(), host=host, port=8000)
     assert ("there is no API key" in capfd.readouterr().err) is warned
@@ -164,14 +173,19 @@ def test_unusable_api_keys_stop_the_start(tmp_path: Path, capfd: pytest.CaptureF
     assert "Traceback" not in output
 
 
-def test_sigterm_interrupts_as_ctrl_c_does():
-    before = signal.getsignal(signal.SIGTERM)
+def test_sigterm_and_sighup_interrupt_as_ctrl_c_does():
+    before = [signal.getsignal(each) for each in launcher.STOPPING]
     try:
-        launcher.interrupt_on_sigterm()
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
+        launcher.interrupt_on_signals()
+        for each in launcher.STOPPING:
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(each)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
+        launcher.interrupt_on_signals()
+        signal.raise_signal(signal.SIGHUP)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in zip(launcher.STOPPING, before, strict=True):
+            signal.signal(each, handler)
 
 
 def run(*arguments: str) -> Any:
