@@ -61,6 +61,8 @@ class Batch(Protocol):
     def vocab_logprobs(self) -> bool: ...
     @property
     def argmax(self) -> bool: ...
+    @property
+    def keep(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,10 +199,16 @@ class Engine:
             reads[sequence].append(position)
         read_sequences = [number for number, positions in enumerate(reads) if positions]
         groups = self._layout.groups([sequences[i] for i in read_sequences], [reads[i] for i in read_sequences])
-        work = _Work(sequences, reads, read_sequences, first_read, np.zeros(len(sequences), np.int32))
+        unread = [number for number, positions in enumerate(reads) if batch.keep and not positions]
+        numbering = [*read_sequences, *unread]
+        work = _Work(sequences, reads, numbering, first_read, np.zeros(len(sequences), np.int32))
+        kept = [
+            plan.Group(place, len(sequences[number]) - len(sequences[number]) % PAGE_TOKENS, ())
+            for place, number in enumerate(unread, len(read_sequences))
+        ]
         with self._launching:
             try:
-                pending = self._launch(self._with_recurring(groups, work), work)
+                pending = self._launch([*self._with_recurring(groups, work), *kept], work)
             except Exception:  # the next thread would find pages that were never written
                 self._forget_prefixes()
                 raise
@@ -303,6 +311,8 @@ class Engine:
 
     def _rows(self, held: Sequence[Held], work: "_Work") -> list[tuple[jax.Array, list[list[int]]]]:
         """Start the calls of groups whose prefixes are in their pages; see ``_launch``."""
+        if not (held := [each for each in held if each.group.rows]):
+            return []
         prefixes = self._prefixes([each.path for each in held], [len(each.prefix) for each in held])
         launched: list[tuple[jax.Array, list[list[int]]]] = []
         for calls in plan.together(self._layout.calls([each.group for each in held]), self._programs.at_once):
@@ -373,7 +383,8 @@ class _Work:
 
     Attributes:
         reads: of each sequence, ascending positions.
-        numbering: the planner's sequence number -> the batch's; the planner sees only sequences with reads.
+        numbering: the planner's sequence number -> the batch's; the planner sees sequences with reads, and behind
+            them come those that are only kept.
         first_read: of each sequence, its first read's number in the batch.
         computed: of each sequence, tokens computed so far.
     """

@@ -40,6 +40,8 @@ class TokenBatch:
             logits, that is log-probabilities up to one constant per read, which a softmax over the targets
             removes; the vocabulary matmul is then not needed.
         argmax: also find each read's likeliest token, which takes the vocabulary matmul.
+        keep: compute the whole pages of sequences that have no reads, too, for batches to come; else such sequences
+            cost nothing.
     """
 
     tokens: Int32
@@ -50,6 +52,7 @@ class TokenBatch:
     target_offsets: Int64
     vocab_logprobs: bool = True
     argmax: bool = False
+    keep: bool = False
 
     @property
     def num_sequences(self) -> int:

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +32,11 @@ PIECE_S = 1.0
 """Of device time in one batch, by the measured speed: as long a small job waits for what began before it came."""
 SMALLEST_PIECE = 64
 """Tokens in a batch, however slow the device is."""
+
+AHEAD_TOKENS = 1_024
+"""A sequence that takes much longer than a piece is prefilled piece by piece, which end at multiples of this: where a
+CPU's engine cuts it anyway, so that its scores have the same bits. The pages are kept, and what comes meanwhile goes
+between."""
 
 IN_ENGINE = 2
 """Device batches in the engine at once: the host plans the second and unpacks the first while the device works.
@@ -90,9 +95,11 @@ class _Pending:
         self.costs: list[int] = (job.batch.lengths - shared_with_previous(job.batch)).tolist()
         self.tokens = self.waiting_tokens = sum(self.costs)
         self.taken = 0
+        self.ahead = 0
+        """Tokens of the next sequence that were prefilled."""
         self.missing = job.batch.num_sequences
         self.values = np.empty(len(job.batch.targets), np.float32)
-        self.computed_tokens = np.empty(job.batch.num_sequences, np.int32)
+        self.computed_tokens = np.zeros(job.batch.num_sequences, np.int32)
         reads = len(job.batch.read_positions) if job.batch.argmax else 0
         self.argmax, self.argmax_values = np.empty(reads, np.int32), np.empty(reads, np.float32)
         self.arrived = time.monotonic()
@@ -114,9 +121,23 @@ class _Pending:
 
     def hand_out_first(self) -> int:
         """Take the next sequence as a batch's first of this job, with no neighbour to share a prefix: its length."""
-        self.waiting_tokens -= self.costs[self.taken]
-        self.taken += 1
+        self.waiting_tokens -= self.costs[self.taken] - self.ahead
+        self.taken, self.ahead = self.taken + 1, 0
         return self.lengths[self.taken - 1]
+
+    def hand_out_ahead(self, room: int) -> _Part | None:
+        """Take tokens of the next sequence, about ``room``, if it has many more before its first read."""
+        known = max(self.ahead, self.lengths[self.taken] - self.costs[self.taken])
+        known -= known % AHEAD_TOKENS
+        upto = known + max(room - room % AHEAD_TOKENS, AHEAD_TOKENS)
+        batch = self.job.batch
+        first_read = int(batch.read_positions[reads_of(batch, self.taken, self.taken + 1)][:1].min(initial=2**31 - 1))
+        if upto + AHEAD_TOKENS // 2 > min(first_read, self.lengths[self.taken]):
+            return None
+        taken = min(upto - self.ahead, self.costs[self.taken] - self.ahead)
+        self.ahead += taken
+        self.waiting_tokens -= taken
+        return _Part(self, self.taken, self.taken, ahead=upto)
 
     def hand_out_more(self, room: int) -> int:
         """Take the sequences that follow while they fit into ``room`` tokens: what they cost."""
@@ -129,8 +150,11 @@ class _Pending:
 
     def keep(self, part: _Part, result: BatchResult) -> None:
         """Put the values of ``part`` in their place; with the last of them comes the answer."""
+        if part.ahead:
+            self.computed_tokens[part.start] += result.computed_tokens[0]
+            return
         self.values[part.targets()] = result.values
-        self.computed_tokens[part.start : part.stop] = result.computed_tokens
+        self.computed_tokens[part.start : part.stop] += result.computed_tokens
         if self.job.batch.argmax:
             self.argmax[part.reads()], self.argmax_values[part.reads()] = result.argmax, result.argmax_values
         self.missing -= part.stop - part.start
@@ -163,18 +187,35 @@ class _InEngine:
 
 
 class _Part(NamedTuple):
-    """Sequences ``start`` to ``stop`` of a job, in one device batch."""
+    """Sequences ``start`` to ``stop`` of a job, in one device batch; or the first ``ahead`` tokens of the one at
+    ``start``, to be kept."""
 
     pending: _Pending
     start: int
     stop: int
+    ahead: int = 0
 
     def batch(self) -> TokenBatch:
+        if self.ahead:
+            one = cut(self.pending.job.batch, self.start, self.start + 1)
+            nothing = slice(0, 0)
+            return replace(
+                one,
+                tokens=one.tokens[: self.ahead],
+                offsets=np.array([0, self.ahead], np.int64),
+                read_sequences=one.read_sequences[nothing],
+                read_positions=one.read_positions[nothing],
+                targets=one.targets[nothing],
+                target_offsets=one.target_offsets[:1],
+                keep=True,
+            )
         return cut(self.pending.job.batch, self.start, self.stop)
 
     @property
     def tokens(self) -> int:
         """To compute, prefixes shared within the part counted once."""
+        if self.ahead:
+            return self.ahead
         return self.pending.lengths[self.start] + sum(self.pending.costs[self.start + 1 : self.stop])
 
     def reads(self) -> slice:
@@ -377,6 +418,10 @@ class DeviceQueue:
         room = self._room()
         if not room or not (order := self._order(room)):
             return []
+        if part := order[0].hand_out_ahead(room):
+            self._new = deque(pending for pending in self._new if pending is not part.pending)
+            self._ring = deque([*(pending for pending in self._ring if pending is not part.pending), part.pending])
+            return [part]
         kind = order[0].kind
         if any(pending.kind != kind for pending in order):
             room //= 2  # the others come next, and wait no longer for two batches
@@ -455,19 +500,20 @@ class DeviceQueue:
 
     def _count(self, parts: list[_Part], result: BatchResult, seconds: float) -> None:
         self._batches += 1
-        self._sequences += sum(stop - start for _, start, stop in parts)
+        self._sequences += sum(part.stop - part.start for part in parts)
         computed = int(result.computed_tokens.sum())
         self._speed.measured(computed, seconds, self._piece() // 2)
         if self._observe:
             self._observe(computed / self._max_batch_tokens)
         self._computed_tokens += computed
-        self._cached_tokens += sum(sum(part.pending.lengths[part.start : part.stop]) for part in parts) - computed
+        lengths = sum(sum(part.pending.lengths[part.start : part.stop]) for part in parts)
+        self._cached_tokens += lengths - computed
         self._device_seconds += seconds
 
     def _scatter(self, parts: list[_Part], result: BatchResult, begun: float, seconds: float) -> None:
         sequence = read = target = 0
         for part in parts:
-            sequences = slice(sequence, sequence + part.stop - part.start)
+            sequences = slice(sequence, sequence + (1 if part.ahead else part.stop - part.start))
             own, own_reads = part.targets(), part.reads()
             targets = slice(target, target + own.stop - own.start)
             reads = slice(read, read + own_reads.stop - own_reads.start)

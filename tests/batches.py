@@ -31,7 +31,7 @@ def reads_batch(
         offsets=np.cumsum([0, *map(len, sequences)]).astype(np.int64),
         read_sequences=np.array([number for number, _, _ in flat], np.int32),
         read_positions=np.array([position for _, position, _ in flat], np.int32),
-        targets=np.concatenate([np.asarray(ids, np.int32) for _, _, ids in flat]),
+        targets=np.concatenate([np.zeros(0, np.int32), *(np.asarray(ids, np.int32) for _, _, ids in flat)]),
         target_offsets=np.cumsum([0, *(len(ids) for _, _, ids in flat)]).astype(np.int64),
         vocab_logprobs=vocab_logprobs,
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -354,3 +355,28 @@ def test_no_decode_exists() -> None:
     sources = "".join(path.read_text() for path in Path(engine.__file__).parent.glob("*.py"))
     for word in ("generate(", "random", "multinomial", "categorical"):
         assert word not in sources
+
+
+def test_a_prompt_prefilled_in_pieces_scores_as_at_once(folder: Path) -> None:
+    """The pieces are kept by whole pages, and no prefix is computed again; the longest row is of 512 tokens."""
+    scorer, other = engine.load(folder), engine.load(folder)
+    [whole] = np.random.default_rng(3).integers(0, VOCAB, (1, 900)).tolist()
+    computed: list[int] = []
+    for length in (256, 300, 512):
+        ahead = replace(reads_batch([whole[:length]], [[]]), keep=True)
+        result = scorer.score(ahead)
+        assert len(result.values) == 0
+        computed += result.computed_tokens.tolist()
+    assert computed == [256, 0, 256]
+    batch = label_batch([whole], [LABELS])
+    pieces = scorer.score(batch)
+    assert pieces.computed_tokens.tolist() == [512]
+    at_once = other.score(batch)
+    assert at_once.computed_tokens.tolist() == [900]
+    np.testing.assert_allclose(pieces.values, at_once.values, rtol=0, atol=TOLERANCE)
+
+
+def test_sequences_without_reads_cost_nothing_unless_they_are_to_be_kept(scorer: Engine) -> None:
+    before = scorer.stats.computed_tokens
+    assert scorer.score(reads_batch([[1] * 300], [[]])).computed_tokens.tolist() == [0]
+    assert scorer.stats.computed_tokens == before

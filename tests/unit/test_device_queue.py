@@ -18,6 +18,7 @@ from serve_app.contract import BatchResult, JobResult, ScoreJob, TokenBatch
 from serve_app.device_queue import TURNS_PER_BATCH, DeviceQueue, _Part
 from serve_app.errors import DeadlineExceededError, InternalError, OverloadedError
 from serve_app.fake_engine import FakeEngine
+from serve_app.speed import Speed
 
 POISON = 666
 
@@ -249,6 +250,44 @@ async def test_the_second_batch_is_formed_late_so_that_it_holds_what_comes_meanw
     assert [7] in sequences_of(engine.batches[1])
     engine.gate.set()
     await asyncio.gather(large, small)
+    await queue.close()
+
+
+async def test_a_long_sequence_is_prefilled_in_pieces_and_small_jobs_go_between(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Speed, "measured", lambda *_: None)
+    engine = WatchedEngine()
+    queue = WatchedQueue(engine, max_batch_tokens=8_192, max_queued_tokens=100_000, tokens_per_s=1_100)
+    engine.gate.clear()
+    long = batch_of([[i % 500 for i in range(8_000)]])
+    answer = ask(queue, long)
+    assert await asyncio.to_thread(engine.entered.wait, 30)
+    small = ask(queue, batch_of([[7]]))
+    engine.gate.set()
+    await small
+    assert not answer.done()
+    result = (await answer).result
+    await queue.close()
+    np.testing.assert_array_equal(result.values, FakeEngine().score(long).values)
+    ahead = [batch for batch in engine.batches if batch.keep]
+    assert [len(batch.tokens) for batch in ahead] == [1_024 * (i + 1) for i in range(7)]
+    assert all(len(batch.read_positions) == 0 for batch in ahead)
+    [last] = [batch for batch in engine.batches if not batch.keep and len(batch.tokens) > 1]
+    np.testing.assert_array_equal(last.tokens, long.tokens)
+    order = [len(batch.tokens) for batch in engine.batches]
+    assert order.index(1) <= 2
+
+
+async def test_what_is_read_early_or_shared_is_not_prefilled_ahead(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Speed, "measured", lambda *_: None)
+    engine = WatchedEngine()
+    queue = WatchedQueue(engine, max_batch_tokens=8_192, max_queued_tokens=100_000, tokens_per_s=1_100)
+    tokens = [i % 500 for i in range(6_000)]
+    early = replace(batch_of([tokens]), read_positions=np.array([3], np.int32))
+    await ask(queue, early)
+    assert not any(batch.keep for batch in engine.batches)
+    engine.batches.clear()
+    await ask(queue, batch_of([[*tokens, i] for i in range(3)]))
+    assert [len(batch.tokens) for batch in engine.batches if batch.keep] == [1_024 * (i + 1) for i in range(5)]
     await queue.close()
 
 
