@@ -164,7 +164,14 @@ class Reranker:
             check_total(total, self._model.limits.max_request_tokens, "documents", index, counted)
         return RerankQuestion(
             # Without the vocabulary matmul: the answers' logits alone.
-            packed(prompts, (), joined.query_tokens, vocab_logprobs=False, classes=self._model.classes > 0),
+            packed(
+                prompts,
+                (),
+                joined.query_tokens,
+                vocab_logprobs=False,
+                classes=self._model.classes > 0,
+                pad=self._model.pad_token_id,
+            ),
             answers=len(layout.targets),
             model=self._model.name,
             request_id=request_id,

@@ -12,8 +12,8 @@ from model import engine
 from model.config import ModelConfig, Rope
 from model.layers import rope_angles, rope_frequencies
 from model.registry import from_hf
-from tests.parity.cases import HAVE_TORCH, LABELS
 from tests.batches import label_batch
+from tests.parity.cases import HAVE_TORCH, LABELS
 from tests.tiny import LINEAR_SCALING, make_llama
 from tests.tiny_families import config_of
 
