@@ -47,11 +47,11 @@ def test_a_stored_head_is_used_where_it_differs(
     np.testing.assert_allclose(found, np.array(reference(folder)), rtol=0, atol=1e-4)
 
 
+@pytest.mark.skipif(not HAVE_TORCH, reason="torch is not installed, and these answers are not stored")
 def test_on_a_mesh_and_in_int8_as_well(tmp_path: Path) -> None:
     folder = with_head(tmp_path, "qwen2", 1.0)
-    one = logprobs(engine.load(folder, **SIZES))
     spread = logprobs(engine.load(folder, mesh=sharding.mesh(1, 2, jax.devices()[:2]), **SIZES))
-    np.testing.assert_allclose(spread, one, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(spread, np.array(reference(folder)), rtol=0, atol=1e-4)
     tied = with_head(tmp_path / "tied", "qwen2", 0.0)
     moved = logprobs(engine.load(folder, quantization="int8", **SIZES)) - logprobs(
         engine.load(tied, quantization="int8", **SIZES)
