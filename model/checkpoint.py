@@ -4,6 +4,7 @@ Strict both ways; one parameter in memory at a time, and of that the parts alone
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,6 +24,8 @@ Transform = Literal["same", "transpose"]
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = ("F32", "BF16", "F16")
+_COMPARED = 2**22
+"""Numbers of each of two tensors that are compared at a time."""
 
 
 class CheckpointError(ValueError):
@@ -178,6 +181,25 @@ def load(
             if progress is not None:
                 progress(done, len(targets), name)
     return loaded
+
+
+def differ(folder: Path, one: str, other: str) -> bool:
+    """Whether two tensors are stored that are not the same numbers; some rows of them in memory at a time."""
+    found = _survey(folder, _files(folder))
+    if one not in found or other not in found:
+        return False
+    first, second = found[one][0], found[other][0]
+    if first.shape != second.shape or not {first.dtype, second.dtype}.issubset(DTYPES):
+        return True  # and ``load`` refuses them
+    rows, *rest = first.shape
+    step = max(1, _COMPARED // max(1, math.prod(rest)))
+    with _open(first.file) as a, _open(second.file) as b:
+        pair = a.get_slice(one), b.get_slice(other)
+        for start in range(0, rows, step):
+            x, y = (tensor[start : min(start + step, rows)].astype(np.float32) for tensor in pair)
+            if not np.array_equal(x, y):
+                return True
+    return False
 
 
 def _pieces(file: Path, name: str, target: Entry) -> Iterator[_Piece]:

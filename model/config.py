@@ -79,6 +79,7 @@ class ModelConfig:
         experts_per_token: that a token goes through.
         norm_expert_weights: the weights of a token's experts are made to sum to 1.
         classes: of a sequence-classification head; 0: the model is causal.
+        pad_token_id: classes are read at a prompt's last token that is another; None: at its last.
         shards: devices that every layer is split over; heads, key/value heads and F are one device's.
         int8: the kernels of attention and MLP are stored so, see ``layers.quantized``.
         native: matmuls are those of ``linear_cpu``, with kernels stored packed.
@@ -114,6 +115,7 @@ class ModelConfig:
     experts_per_token: int = 0
     norm_expert_weights: bool = False
     classes: int = 0
+    pad_token_id: int | None = None
     shards: int = 1
     int8: bool = False
     native: bool = False
@@ -191,11 +193,16 @@ def with_window(config: ModelConfig, fields: Fields, window: int | None, sliding
     return replace(config, window=window if window < config.context_length else 0, sliding=sliding)
 
 
-def with_classes(config: ModelConfig, fields: Fields) -> ModelConfig:
-    """``config`` of the same layers with a classification head, which is never tied, and whose logits have no cap."""
+def with_classes(config: ModelConfig, fields: Fields, pad_token_id: int | None) -> ModelConfig:
+    """``config`` of the same layers with a classification head, which is never tied, and whose logits have no cap.
+
+    Args:
+        pad_token_id: what the family's class in transformers takes where the key is absent.
+    """
     default = fields.integer("num_labels", 2)
     classes = fields.size("id2label") if "id2label" in fields else default
-    return replace(config, classes=classes, tied_head=False, logit_softcap=None)
+    pad = fields.id_or_none("pad_token_id", absent=pad_token_id)
+    return replace(config, classes=classes, tied_head=False, logit_softcap=None, pad_token_id=pad)
 
 
 def _head_width(fields: Fields, width: int, heads: int, absent: int | None) -> int:

@@ -296,6 +296,7 @@ def table(config: ModelConfig, linears: Linears, norms: Mapping[str, str]) -> di
 
 
 def ignored(config: ModelConfig) -> tuple[str, ...]:
-    """Tensors that some checkpoints carry though nothing reads them: old rope tables, and a copy of a tied head."""
+    """Tensors that some checkpoints carry though nothing reads them: old rope tables, a copy of a tied head, and the
+    output head that a classifier was made from."""
     inv_freq = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
-    return (inv_freq, r"lm_head\.weight") if config.tied_head else (inv_freq,)
+    return (inv_freq, r"lm_head\.weight") if config.tied_head or config.classes else (inv_freq,)

@@ -7,6 +7,7 @@ the head turns those into logits and, where asked, log-probabilities. What is co
 
 import concurrent.futures
 import itertools
+import logging
 import os
 import threading
 from collections import deque
@@ -36,6 +37,8 @@ from model.prefill import Held
 from model.programs import Inputs, LayerPrograms, ModelPrograms, Prefixes, Programs, stack_of
 from model.sharding import MODEL, by_device, divided, stacked
 from model.sizes import BY_PLATFORM, Layout, Sizes, layout
+
+logger = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16"]
 Quantization = Literal["int8"]
@@ -88,6 +91,7 @@ class Info:
     buckets: tuple[str, ...]
     classes: int
     quantization: str | None
+    pad_token_id: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +141,7 @@ class Engine:
             buckets=tuple(map(str, self._layout.ladder)),
             classes=self._config.classes,
             quantization="int8" if self._config.int8 else None,
+            pad_token_id=self._config.pad_token_id,
         )
 
     @property
@@ -448,7 +453,7 @@ def load(
         CheckpointError: a tensor missing, unexpected or mis-shaped, or a broken file.
         RuntimeError: "native" attention is asked where its kernel cannot be built.
     """
-    parsed = registry.from_hf(read_config(folder))
+    parsed = _with_stored_head(registry.from_hf(read_config(folder)), folder)
     if quantization and parsed.experts:
         raise ConfigError(f"{parsed.architecture}: mixtures of experts are not quantised; leave out {quantization}")
     platform, target = jax.default_backend(), jnp.dtype(dtype)
@@ -509,6 +514,20 @@ def load(
         layers = [state(block, "blocks", layer) for layer in range(parsed.layers)]
         return Engine(part, laid, LayerPrograms(*common, layers=layers), target)
     return Engine(part, laid, ModelPrograms(*common, layers=state(block, "blocks")), target)
+
+
+def _with_stored_head(config: ModelConfig, folder: Path) -> ModelConfig:
+    """``config`` untied where the checkpoint has a head of its own beside the embedding: transformers keeps that."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if not config.tied_head or not checkpoint.differ(folder, head, embedding):
+        return config
+    logger.warning(
+        "config.json ties the output head to the embedding, and %s is stored with other numbers than %s: it is used, "
+        "as by transformers; write tie_word_embeddings: false into config.json",
+        head,
+        embedding,
+    )
+    return replace(config, tied_head=False)
 
 
 def _implementation(asked: str | None, platform: str, folder: Path | None) -> tuple[str, Kernels | None]:

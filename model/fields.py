@@ -85,6 +85,16 @@ class Fields:
             return None
         return self.integer(key, absent)
 
+    def id_or_none(self, key: str, *, absent: int | None) -> int | None:
+        """The same for a token's number, of which some configs have -1 for none."""
+        if key in self._nulls or (absent is None and key not in self):
+            self._read.add(key)
+            return None
+        value = self._get(key, absent)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{self._where}: {key} is {value!r}; it must be a token's number, or null")
+        return value if value >= 0 else None
+
     def number_or_none(self, key: str, *, absent: float | None) -> float | None:
         """The same for a number."""
         if key in self._nulls or (absent is None and key not in self):

@@ -128,9 +128,14 @@ def tokenizer_of(fields: dict[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
             config[f"{name}_token"] = tokens[id]
     if "tokenizer.chat_template" in fields:
         config["chat_template"] = fields["tokenizer.chat_template"]
-    if fields.get("tokenizer.ggml.add_bos_token", add_bos):
-        bos = ggml("bos_token_id")
+    # As llama.cpp: an end is added only where the file says so.
+    bos = [ggml("bos_token_id")] if fields.get("tokenizer.ggml.add_bos_token", add_bos) else []
+    eos = [ggml("eos_token_id")] if fields.get("tokenizer.ggml.add_eos_token", False) else []
+    if bos or eos:
+        single = [*(tokens[id] for id in bos), "$A", *(tokens[id] for id in eos)]
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{tokens[bos]} $A", pair=f"{tokens[bos]} $A {tokens[bos]} $B", special_tokens=[(tokens[bos], bos)]
+            single=single,
+            pair=[*single, *("$B" if part == "$A" else part for part in single)],
+            special_tokens=[(tokens[id], id) for id in {*bos, *eos}],
         )
     return tokenizer, config

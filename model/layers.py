@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -153,8 +155,12 @@ class GatedMLP(nnx.Module):
         return self.down(activate(gate(x), self.activation) * up(x))
 
 
-def rope_frequencies(rope: Rope, width: int, *, long: bool = False) -> Float[Array, " half"]:
+def rope_frequencies(rope: Rope, width: int, *, long: bool = False) -> npt.NDArray[np.float32]:
     """Angle per position, in radians, of each pair of channels: float32 [width / 2].
+
+    Computed by the host, step by step in float32, with the reference's bits: a power that is one bit off turns the
+    angle at position 8,000 by up to 5e-4. The exact power, rounded, equals torch's for all but one channel in a
+    hundred; JAX's ``pow`` errs no more, but in a third of the channels.
 
     Args:
         width: channels that are rotated.
@@ -163,26 +169,28 @@ def rope_frequencies(rope: Rope, width: int, *, long: bool = False) -> Float[Arr
     Source: RoFormer (arXiv 2104.09864); scalings as in transformers' ``modeling_rope_utils``, which the parity tests
     check against.
     """
-    exponents = jnp.arange(0, width, 2, dtype=jnp.float32) / width
-    frequencies = 1.0 / (rope.theta**exponents)
+    exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+    powers = np.power(np.float64(np.float32(rope.theta)), exponents.astype(np.float64)).astype(np.float32)
+    frequencies = np.float32(1) / powers
     match rope.kind:
         case "default":
             return frequencies
         case "linear":
-            return frequencies / rope.factor
+            return frequencies / np.float32(rope.factor)
         case "longrope":
-            factors = jnp.array(rope.long_factors if long else rope.short_factors, jnp.float32)
-            return 1.0 / (factors * rope.theta**exponents)
+            factors = np.array(rope.long_factors if long else rope.short_factors, np.float32)
+            return np.float32(1) / (factors * powers)
         case "llama3":
-            wavelengths = 2 * jnp.pi / frequencies
-            low = rope.original_context_length / rope.low_freq_factor
-            high = rope.original_context_length / rope.high_freq_factor
-            smooth = (rope.original_context_length / wavelengths - rope.low_freq_factor) / (
+            factor, original = np.float32(rope.factor), np.float32(rope.original_context_length)
+            wavelengths = np.float32(2 * np.pi) / frequencies
+            low = np.float32(rope.original_context_length / rope.low_freq_factor)
+            high = np.float32(rope.original_context_length / rope.high_freq_factor)
+            smooth = (original / wavelengths - np.float32(rope.low_freq_factor)) / np.float32(
                 rope.high_freq_factor - rope.low_freq_factor
             )
-            blended = (1 - smooth) * frequencies / rope.factor + smooth * frequencies
-            scaled = jnp.where(wavelengths > low, frequencies / rope.factor, blended)
-            return jnp.where(wavelengths < high, frequencies, scaled)
+            blended = (1 - smooth) * frequencies / factor + smooth * frequencies
+            scaled = np.where(wavelengths > low, frequencies / factor, blended)
+            return np.where(wavelengths < high, frequencies, scaled)
 
 
 Angles = tuple[Float[Array, "M half"], Float[Array, "M half"]]

@@ -18,28 +18,32 @@ class Family:
     """One architecture; the first and last steps of all are ``decoder.Ends``.
 
     Attributes:
+        model_type: of its ``config.json``, by which transformers chooses the class.
         parse: what it reads of ``config.json`` is handled, the rest it ignores by name or refuses.
         block: builds one layer with zero weights, see ``decoder.Block``.
         weights: checkpoint tensor names -> places: of ``decoder.Ends``, or ("blocks", layer, ...) of that layer.
-        classifies: its head is ``score.weight``, read at a prompt's last token.
+        pad_token_id: that its config has where the key is absent.
+        classifies: its head is ``score.weight``, read at a prompt's last token that is not ``pad_token_id``.
     """
 
+    model_type: str
     parse: Callable[[Fields], ModelConfig]
     block: Callable[..., decoder.Block]
     weights: Callable[[ModelConfig], Targets]
+    pad_token_id: int | None = None
     classifies: bool = False
 
 
 GENERATIVE: dict[str, Family] = {
-    "Gemma2ForCausalLM": Family(gemma2.parse, gemma2.Block, gemma2.weights),
-    "Gemma3ForCausalLM": Family(gemma3.parse, gemma3.Block, gemma3.weights),
-    "LlamaForCausalLM": Family(llama.parse, llama.Block, llama.weights),
-    "MistralForCausalLM": Family(mistral.parse, mistral.Block, mistral.weights),
-    "Olmo2ForCausalLM": Family(olmo2.parse, olmo2.Block, olmo2.weights),
-    "Phi3ForCausalLM": Family(phi3.parse, phi3.Block, phi3.weights),
-    "Qwen2ForCausalLM": Family(qwen2.parse, qwen2.Block, qwen2.weights),
-    "Qwen3ForCausalLM": Family(qwen3.parse, qwen3.Block, qwen3.weights),
-    "Qwen3MoeForCausalLM": Family(qwen3_moe.parse, qwen3_moe.Block, qwen3_moe.weights),
+    "Gemma2ForCausalLM": Family("gemma2", gemma2.parse, gemma2.Block, gemma2.weights, pad_token_id=0),
+    "Gemma3ForCausalLM": Family("gemma3_text", gemma3.parse, gemma3.Block, gemma3.weights, pad_token_id=0),
+    "LlamaForCausalLM": Family("llama", llama.parse, llama.Block, llama.weights),
+    "MistralForCausalLM": Family("mistral", mistral.parse, mistral.Block, mistral.weights),
+    "Olmo2ForCausalLM": Family("olmo2", olmo2.parse, olmo2.Block, olmo2.weights),
+    "Phi3ForCausalLM": Family("phi3", phi3.parse, phi3.Block, phi3.weights),
+    "Qwen2ForCausalLM": Family("qwen2", qwen2.parse, qwen2.Block, qwen2.weights),
+    "Qwen3ForCausalLM": Family("qwen3", qwen3.parse, qwen3.Block, qwen3.weights),
+    "Qwen3MoeForCausalLM": Family("qwen3_moe", qwen3_moe.parse, qwen3_moe.Block, qwen3_moe.weights),
 }
 CLASSIFIERS = {
     "Gemma2ForSequenceClassification": "Gemma2ForCausalLM",
@@ -78,9 +82,15 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     names = config.get("architectures")
     for architecture, family in FAMILIES.items():
         if names == [architecture]:
+            if (config.get("model_type") or family.model_type) != family.model_type:
+                raise ConfigError(
+                    f"architectures is [{architecture!r}] and model_type {config['model_type']!r}, by which "
+                    f"transformers chooses the model: they contradict each other. Write {family.model_type!r}, or the "
+                    "architecture of the other, whichever the weights are of"
+                )
             fields = Fields(config)
             parsed = replace(family.parse(fields), architecture=architecture)
-            return with_classes(parsed, fields) if family.classifies else parsed
+            return with_classes(parsed, fields, family.pad_token_id) if family.classifies else parsed
     raise ConfigError(f"architectures is {names!r}; implemented: {', '.join(FAMILIES)} (exactly one)")
 
 

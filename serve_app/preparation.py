@@ -177,7 +177,14 @@ class Preparation:
             or request.return_label_mass
             or any(prompt.layout.depth for prompt in prompts)
         )
-        return packed(prompts, errors, self._query_tokens(), vocab_logprobs=vocab_logprobs, classes=classes)
+        return packed(
+            prompts,
+            errors,
+            self._query_tokens(),
+            vocab_logprobs=vocab_logprobs,
+            classes=classes,
+            pad=self._model.pad_token_id,
+        )
 
     def _query_tokens(self) -> int:
         if self._text:
@@ -382,8 +389,13 @@ def packed(
     *,
     vocab_logprobs: bool,
     classes: bool,
+    pad: int | None,
 ) -> Prepared:
-    """See ``Prepared`` and ``TokenBatch``."""
+    """See ``Prepared`` and ``TokenBatch``.
+
+    Args:
+        pad: of a model with classes, see ``ModelInfo.pad_token_id``.
+    """
     layouts = [prompt.layout for prompt in prompts]
     sequences = [
         np.concatenate([prompt.ids, np.asarray(more, np.int32)]) if more else prompt.ids
@@ -393,7 +405,7 @@ def packed(
     reads = [len(layout.read_depths) for layout in layouts]
     first_sequences = _offsets([len(layout.continuations) for layout in layouts])[:-1]
     first_targets = _offsets([len(layout.targets) for layout in layouts])[:-1]
-    last_positions = np.array([len(prompt.ids) - 1 for prompt in prompts], np.int64)
+    last_positions = np.array([_read_at(prompt.ids, pad) for prompt in prompts], np.int64)
     batch = TokenBatch(
         tokens=_joined(sequences, np.int32),
         offsets=_offsets([len(sequence) for sequence in sequences]),
@@ -410,6 +422,11 @@ def packed(
     parts = _joined([layout.parts for layout in layouts], np.int64)
     parts += np.repeat(first_targets, [len(layout.parts) for layout in layouts])
     return Prepared(batch, prompts, errors, parts, query_tokens, classes)
+
+
+def _read_at(ids: Int32, pad: int | None) -> int:
+    """The last token that is no padding; of padding alone the first one, as transformers has it."""
+    return len(ids) - 1 if pad is None else int(np.flatnonzero(ids != pad)[-1:].sum())
 
 
 def _joined(arrays: Sequence[npt.NDArray[Any]], dtype: type[np.integer[Any]]) -> npt.NDArray[Any]:

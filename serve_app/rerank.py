@@ -181,7 +181,12 @@ class Reranker:
         return RerankQuestion(
             # Without the vocabulary matmul: the answers' logits alone.
             packed(
-                prompts, (), len(opening) + joined.query_tokens, vocab_logprobs=False, classes=self._model.classes > 0
+                prompts,
+                (),
+                len(opening) + joined.query_tokens,
+                vocab_logprobs=False,
+                classes=self._model.classes > 0,
+                pad=self._model.pad_token_id,
             ),
             answers=len(layout.targets),
             model=self._model.name,

@@ -250,6 +250,7 @@ class InfoResponse(ResponseBody):
     context_length: int
     vocab_size: int
     classes: int
+    pad_token_id: int | None = None
     dtype: str
     quantization: str | None = None
     platform: str

@@ -42,6 +42,11 @@ class ServedModel:
         return self.info.classes
 
     @property
+    def pad_token_id(self) -> int | None:
+        """See ``ModelInfo``."""
+        return self.info.pad_token_id
+
+    @property
     def max_prompt_tokens(self) -> int:
         """That the model reads, and a request may use."""
         most = self.info.max_prompt_tokens

@@ -325,6 +325,7 @@ class ScoringService:
             context_length=info.context_length,
             vocab_size=info.vocab_size,
             classes=info.classes,
+            pad_token_id=info.pad_token_id,
             dtype=info.dtype,
             quantization=info.quantization,
             platform=info.platform,

@@ -1,6 +1,7 @@
 """Sequence-classification heads: class logits against transformers, and a reranker in both of its forms."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from model import engine
+from model import engine, registry
 from model.engine import Engine
+from model.fields import read_config
+from serve_app import labels
+from serve_app.contract import TokenBatch
+from serve_app.preparation import Prompt, packed
 from tests.batches import label_batch
 from tests.parity.cases import HAVE_TORCH, sequences
+from tests.tiny import write_json
 from tests.tiny_families import CLASSIFIERS, config_of, make_family
 
 
@@ -28,17 +34,29 @@ def test_class_logits_equal_transformers(family: str, tmp_path: Path) -> None:
 
     folder = make_family(tmp_path, family, classes=3)
     scorer = load(folder)
-    assert (scorer.info.classes, scorer.info.vocab_size) == (3, 307)
-    prompts = sequences()
-    got = scorer.score(label_batch(prompts, [range(3)] * len(prompts), vocab_logprobs=False)).values.reshape(-1, 3)
-
+    assert (scorer.info.classes, scorer.info.vocab_size, scorer.info.pad_token_id) == (3, 307, 0)
+    own = [5, 0, 17, 208]  # with a pad in the middle
+    prompts = [*sequences(), *([*own, *[0] * pads] for pads in (0, 1, 40)), [0, 0, 9], [9, 0, 0], [0], [0] * 40]
     auto: Any = AutoModelForSequenceClassification
-    model = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    model.config.pad_token_id = None  # it would look for the last token that is not a pad, which may be a token here
-    with torch.no_grad():
-        wanted = np.stack([model(torch.tensor([tokens])).logits[0].numpy() for tokens in prompts])
-    assert wanted.std() > 1
-    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4)
+    for pad in ({"pad_token_id": 0}, {"pad_token_id": 208}, {"pad_token_id": None}, {"pad_token_id": -1}, {}):
+        config = config_of(family) | {
+            "architectures": [CLASSIFIERS[family]],
+            "id2label": {"0": "a", "1": "b", "2": "c"},
+        }
+        write_json(folder / "config.json", {key: value for key, value in config.items() if key != "pad_token_id"} | pad)
+        model = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        with torch.no_grad():
+            wanted = np.stack([model(torch.tensor([tokens])).logits[0].numpy() for tokens in prompts])
+        assert wanted.std() > 1
+        got = scorer.score(class_batch(prompts, registry.from_hf(read_config(folder)).pad_token_id)).values
+        np.testing.assert_allclose(got.reshape(-1, 3), wanted, rtol=0, atol=1e-4, err_msg=str(pad))
+
+
+def class_batch(prompts: Sequence[Sequence[int]], pad: int | None) -> TokenBatch:
+    """As the front end makes it of a model with three classes."""
+    layout = labels.of_tokens(range(3))
+    made = [Prompt(index, np.array(tokens, np.int32), layout) for index, tokens in enumerate(prompts)]
+    return packed(made, (), 0, vocab_logprobs=False, classes=True, pad=pad).batch
 
 
 def test_a_reranker_ranks_the_same_as_causal_model_and_as_classifier(tmp_path: Path) -> None:

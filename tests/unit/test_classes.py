@@ -46,6 +46,20 @@ async def test_logits_as_they_are_and_their_softmax(tokenizer: TextTokenizer):
         assert probabilities == pytest.approx([weight / sum(weights) for weight in weights], abs=1e-6)
 
 
+async def test_classes_are_read_before_the_pads(tokenizer: TextTokenizer):
+    engine = FakeEngine(VOCAB_SIZE, CONTEXT, classes=3, pad_token_id=7)
+    service = ScoringService(SETTINGS, tokenizer, engine.info, DirectReplicas(engine))
+    items = [[5, 7, 9], [5, 7, 9, 7, 7], [7], [7, 7]]
+    try:
+        answer = await service.score(ScoreRequest(query=[3], items=items), request_id="r")
+        assert service.info(["fake-judge"]).pad_token_id == 7
+    finally:
+        service.close()
+    plain, padded, *pads = answer.scores
+    assert padded == plain
+    assert pads[0] == pads[1] != plain
+
+
 @pytest.mark.parametrize("labels", [[5], [[1, 2], [3]], [VOCAB_SIZE + 7]])
 async def test_labels_are_ignored(tokenizer: TextTokenizer, labels: Any):
     engine = FakeEngine(VOCAB_SIZE, CONTEXT, classes=2)

@@ -100,6 +100,19 @@ def test_longrope() -> None:
     assert rope.magnitude == pytest.approx(1.10212, abs=1e-5)  # sqrt(1 + ln(512 / 170) / ln(170))
 
 
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_an_architecture_that_is_not_of_the_model_type(architecture: str) -> None:
+    """transformers' classes go by the model type: a Mistral called llama would lose its window, or gain one."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSES
+
+    own = FAMILIES[architecture].model_type
+    assert architecture in (CAUSAL[own], CLASSES[own])
+    other = "mistral" if own == "llama" else "llama"
+    with pytest.raises(ConfigError, match=f"{architecture}.*model_type '{other}'"):
+        from_hf({**config_of("llama"), "architectures": [architecture], "model_type": other})
+
+
 @pytest.mark.parametrize("family", CLASSIFIERS)
 def test_classes(family: str) -> None:
     names = {"architectures": [CLASSIFIERS[family]]}

@@ -141,6 +141,18 @@ def test_bos_is_added_as_the_file_says(tmp_path: Path, pre: str, says: bool | No
     assert tokenizer.encode("the").ids == ([1, *plain] if adds else plain)
 
 
+@pytest.mark.parametrize("bos", [True, False])
+def test_an_end_is_added_where_the_file_says_so(tmp_path: Path, bos: bool) -> None:
+    def edit(keys: dict[str, Any], _: dict[str, np.ndarray]) -> None:
+        keys["tokenizer.ggml.add_bos_token"] = bos
+        keys["tokenizer.ggml.add_eos_token"] = True
+
+    made = converted(tmp_path, write_gguf(tiny(tmp_path), tmp_path / "x.gguf", edit=edit))
+    tokenizer = Tokenizer.from_file(str(made / "tokenizer.json"))
+    plain = tokenizer.encode("the", add_special_tokens=False).ids
+    assert tokenizer.encode("the").ids == [*([1] if bos else []), *plain, 2]
+
+
 @pytest.mark.parametrize(
     ("pre", "text", "pieces"),
     [

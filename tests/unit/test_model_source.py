@@ -87,6 +87,17 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     assert "save_pretrained" in message
 
 
+@pytest.mark.parametrize("weights", [True, False])
+def test_an_adapter_is_refused(tmp_path: Path, weights: bool) -> None:
+    if weights:
+        make_llama(tmp_path, layers=1)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    message = refusal(str(tmp_path))
+    assert ("beside the model's weights" if weights else "no model of its own") in message
+    assert "merge_and_unload" in message
+
+
 @pytest.mark.parametrize("name", ["./absent", "../absent", "/absent/model", "~/absent-model"])
 def test_a_path_that_does_not_exist_is_not_taken_for_a_hub_id(name: str) -> None:
     assert f"{name} is not a folder" in refusal(name)
