@@ -240,7 +240,7 @@ class DeviceQueue:
         max_batch_tokens: in one device batch, shared prefixes counted once. A batch's first sequence may be longer, and
             its job gets a turn all the same: it would else compute its prefix for every sequence.
         max_queued_tokens: waiting for the device; past it jobs are refused.
-        observe: called for each device batch with the tokens that it computed, as a share of ``max_batch_tokens``.
+        observe: called for each device batch with the tokens that it computed, as a share of those that it might have.
         tokens_per_s: of the engine, as measured; 0.0: the first batches tell.
     """
 
@@ -502,9 +502,10 @@ class DeviceQueue:
         self._batches += 1
         self._sequences += sum(part.stop - part.start for part in parts)
         computed = int(result.computed_tokens.sum())
-        self._speed.measured(computed, seconds, self._piece() // 2)
+        piece = self._piece()
+        self._speed.measured(computed, seconds, piece // 2)
         if self._observe:
-            self._observe(computed / self._max_batch_tokens)
+            self._observe(computed / piece)
         self._computed_tokens += computed
         lengths = sum(sum(part.pending.lengths[part.start : part.stop]) for part in parts)
         self._cached_tokens += lengths - computed

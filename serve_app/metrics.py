@@ -75,7 +75,9 @@ class ScorerMetrics:
         self._queue_seconds = histogram("score_queue_seconds", "A job's wait for the device.", _SECONDS)
         self._device_seconds = histogram("score_device_seconds", "A job's time on the device.", _SECONDS)
         self._batch_fill = histogram(
-            "score_batch_fill", "Tokens that a device batch computed, as a share of max_batch_tokens.", _SHARES
+            "score_batch_fill",
+            "Tokens that a device batch computed, as a share of the most that it might have.",
+            _SHARES,
         )
 
     def batch(self, fill: float) -> None:

@@ -44,8 +44,8 @@ def sequences_of(batch: TokenBatch) -> list[list[int]]:
 class WatchedEngine(FakeEngine):
     """Raises on ``POISON``; waits for ``gate`` in every batch."""
 
-    def __init__(self) -> None:
-        super().__init__(nan_token=667)
+    def __init__(self, seconds_per_token: float = 0.0) -> None:
+        super().__init__(nan_token=667, seconds_per_token=seconds_per_token)
         self.batches: list[TokenBatch] = []
         """In the order in which the queue formed them: two threads may call the engine in another."""
         self.gate = threading.Event()
@@ -224,13 +224,10 @@ async def test_a_job_of_another_kind_waits_for_one_more_batch_that_is_half_as_la
 
 
 async def test_a_batch_is_about_a_second_at_the_measured_speed():
-    engine = FakeEngine(seconds_per_token=1e-3)
-    fills: list[float] = []
-    queue = DeviceQueue(
-        engine, max_batch_tokens=8_192, max_queued_tokens=100_000, observe=fills.append, tokens_per_s=200
-    )
+    engine = WatchedEngine(seconds_per_token=1e-3)
+    queue = WatchedQueue(engine, max_batch_tokens=8_192, max_queued_tokens=100_000, tokens_per_s=200)
     await ask(queue, batch_of([[i, 1] for i in range(1_500)]))
-    tokens = [fill * 8_192 for fill in fills]
+    tokens = [len(batch.tokens) for batch in engine.batches]
     assert tokens[0] <= 200
     # The engine does 1,000 a second: that is learnt, and not exceeded by much.
     assert 500 < max(tokens) < 1_500
