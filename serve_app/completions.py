@@ -170,10 +170,11 @@ class Completer:
         """Of each prompt the text, where it came as text, and the ids."""
         if not prompt and not isinstance(prompt, str):
             raise InvalidRequestError("prompt is an empty list; send at least one prompt", param="prompt")
+        where = "prompt[{}]"
         if isinstance(prompt, str):
             prompt = [prompt]
         elif isinstance(prompt[0], int):
-            prompt = [cast(list[int], prompt)]
+            where, prompt = "prompt", [cast(list[int], prompt)]
         check_count(prompt, self._model.limits.max_items, "prompt")
         if isinstance(prompt[0], str):
             texts = cast(list[str], prompt)
@@ -186,7 +187,7 @@ class Completer:
         for index, ids in enumerate(found):
             yield
             sequences.append(ids)
-            check_ids(ids, self._model.vocab_size, "prompt", index)
+            check_ids(ids, self._model.vocab_size, where.format(index), index, of_text=isinstance(prompt[0], str))
             total += len(ids)
             if not 0 < len(ids) <= self._model.max_prompt_tokens:
                 raise InvalidRequestError(

@@ -192,7 +192,8 @@ class Words:
             InvalidRequestError: the word changes the prompt's tokens, or adds none.
         """
         if own := added_tokens(prompt, labelled):
-            check_ids(own, self._vocab_size, "labels", index)  # the tokenizer may have more tokens than the model
+            # The tokenizer may have more tokens than the model.
+            check_ids(own, self._vocab_size, "labels", index, of_text=True)
             return own
         same = next((at for at, (a, b) in enumerate(zip(prompt, labelled, strict=False)) if a != b), len(labelled))
         alone, together = (" ".join(self._pieces(ids[same : same + _PIECES])) for ids in (prompt, labelled))
@@ -225,7 +226,7 @@ def check(labels: Sequence[int | str], where: str, index: int | None, *, most: i
             index=index,
         )
     if isinstance(labels[0], int):
-        check_ids(cast(list[int], labels), vocab_size, param, index)
+        check_ids(cast(list[int], labels), vocab_size, where, index)
     if len(set(labels)) < len(labels):
         twice = next(label for position, label in enumerate(labels) if label in labels[:position])
         shown = twice if isinstance(twice, int) else quoted(twice)

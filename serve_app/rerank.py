@@ -157,9 +157,8 @@ class Reranker:
         total = 0
         for index, ids in enumerate(joined.each(documents)):
             yield
-            check_ids(
-                ids, self._model.vocab_size, "documents", index
-            )  # the tokenizer may have more tokens than the model
+            # The tokenizer may have more tokens than the model.
+            check_ids(ids, self._model.vocab_size, f"documents[{index}]", index, of_text=True)
             kept = np.asarray(ids[:longest], np.int32)
             if request.max_tokens_per_doc:
                 # The front's last token, such as a space, may have become a part of the document's first one.
@@ -205,7 +204,7 @@ class Reranker:
                     f"the answer {word!r} is not one token of this model behind {behind[-20:]!r} "
                     f"(it ends in {pieces}); serve it with a rerank_template that has other words"
                 )
-        check_ids(found, self._model.vocab_size, "model")
+        check_ids(found, self._model.vocab_size, "model", of_text=True)
         return end, labels.of_tokens(found)
 
 

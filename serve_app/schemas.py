@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from collections.abc import Set
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -299,28 +300,40 @@ def invalid(error: ValidationError, model: type[RequestBody]) -> InvalidRequestE
             return InvalidRequestError(f"the body is not valid JSON: {found[0]['msg'].removeprefix('Invalid JSON: ')}")
         return InvalidRequestError(f"the body must be a JSON object, not {_shown(found[0]['input'])}")
     field = str(found[0]["loc"][0])
-    if found[0]["type"] == "missing":
-        return InvalidRequestError(f"{field} is required", param=field)
     # A union reports each of its kinds; the one that got furthest is the one that was meant.
     mine = [finding for finding in found if finding["loc"][0] == field]
-    index = max(_index(finding) for finding in mine)
-    furthest = [finding for finding in mine if _index(finding) == index]
+    inner = {name for each in model.model_fields.values() for name in _inner_fields(each.annotation)}
+    places = [_place(finding, inner) for finding in mine]
+    place = max(places, key=lambda place: [(isinstance(part, str), part) for part in place])
+    furthest = [finding for finding, own in zip(mine, places, strict=True) if own == place]
+    where = field + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
+    index = place[0] if place and isinstance(place[0], int) and field == "items" else None
+    if furthest[0]["type"] == "missing":
+        return InvalidRequestError(f"{where} is required", param=field, index=index)
     expected = " or ".join(dict.fromkeys(_expected(finding) for finding in furthest))
-    where = field + "".join(f"[{i}]" for i in index)
     return InvalidRequestError(
-        f"{where} must be {expected}, not {_shown(furthest[0]['input'])}",
-        param=field,
-        index=index[0] if index and field == "items" else None,
+        f"{where} must be {expected}, not {_shown(furthest[0]['input'])}", param=field, index=index
     )
 
 
 def _expected(finding: ErrorDetails) -> str:
-    return finding["msg"].removeprefix("Input should be ").replace("array", "list")
+    if finding["type"] == "model_type":
+        return "an object"
+    expected = finding["msg"].removeprefix("Input should be ").replace("array", "list")
+    return expected.lower() if expected in ("True", "False") else expected
 
 
-def _index(finding: ErrorDetails) -> tuple[int, ...]:
+def _place(finding: ErrorDetails, inner: Set[str]) -> tuple[int | str, ...]:
     """Where in its field, without the names of the union's kinds."""
-    return tuple(part for part in finding["loc"][1:] if isinstance(part, int))
+    return tuple(part for part in finding["loc"][1:] if isinstance(part, int) or part in inner)
+
+
+def _inner_fields(annotation: Any) -> Set[str]:
+    """The fields of the objects that a field may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        own = annotation.model_fields
+        return own.keys() | {name for each in own.values() for name in _inner_fields(each.annotation)}
+    return {name for part in get_args(annotation) for name in _inner_fields(part)}
 
 
 def _unknown(name: str, model: type[RequestBody]) -> InvalidRequestError:
