@@ -344,7 +344,7 @@ class Preparation:
         labelled: list[tuple[int, ...]] = []
         for word, with_word in zip(words, ending.followed_by(words), strict=True):
             yield
-            labelled.append(self._in_context.added(index, ids, word, with_word))
+            labelled.append(self._in_context.added(index, ids, word, with_word, ending))
             if fits:
                 self._check_length(index, len(ids), len(labelled[-1]) - 1)
         return self._in_context.layout(index, words, tuple(labelled))

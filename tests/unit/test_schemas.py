@@ -89,8 +89,8 @@ def test_a_field_given_twice_in_escapes():
 
 WRONG: list[Any] = [
     None, True, 5, -1, 1.5, 1e300, "x", [], {}, [None], [True], [1], [1.5], ["a"], [[]], [{}], [[1]], [["a"]], [[{}]],
-    [[[1]]], ["a", 1], ["a", {}], [1, "a"], [1, 1.5], [[1], "a"], [[1], [None]], [["a"], [1]], [{"text": 5}], [{"text": None}],
-    [{"title": "a"}], ["a", {"text": ["a"]}], {"text": "a"},
+    [[[1]]], ["a", 1], ["a", {}], [1, "a"], [1, 1.5], [[1], "a"], [[1], [None]], [["a"], [1]], [{"text": 5}],
+    [{"text": None}], [{"title": "a"}], ["a", {"text": ["a"]}], {"text": "a"},
 ]  # fmt: skip
 GOOD: dict[str, Any] = {
     "query": "q", "items": ["a"], "label_token_ids": [1], "documents": ["a"], "prompt": "a", "max_tokens": 1,
