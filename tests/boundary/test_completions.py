@@ -122,8 +122,12 @@ async def test_parts_of_characters(http: Http):
     ids = await http.ids("狐狸 🦊")
     [choice] = (await complete(http, prompt=[ids], max_tokens=0, echo=True, logprobs=1))["choices"]
     assert choice["text"] == "狐狸 🦊"
-    assert len(choice["logprobs"]["tokens"]) == len(ids)
-    assert all(choice["logprobs"]["tokens"])
+    names, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+    assert len(names) == len(offsets) == len(ids)
+    assert "\ufffd" not in "".join(names)
+    assert offsets[0] == 0
+    assert offsets == sorted(offsets)
+    assert offsets[-1] < len(choice["text"])
     assert all(math.isfinite(nats) for nats in choice["logprobs"]["token_logprobs"][1:])
 
 
