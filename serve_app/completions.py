@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
+from serve_app import compat
 from serve_app.checks import check_causal, check_count, check_ids, check_total
 from serve_app.contract import BatchResult, TokenBatch
 from serve_app.errors import InvalidRequestError
@@ -57,25 +58,36 @@ class CompletionRequest(RequestBody):
 
     Attributes:
         prompt: one or several, as text or token ids.
-        max_tokens: 0, or 1 for the likeliest next token.
+        max_tokens: 0, or 1 for the likeliest next token. None: 0 where ``echo`` and ``logprobs`` ask about the prompt,
+            else an error, since OpenAI's default is 16.
         echo: begin the answer's text, and its logprobs, with the prompt.
         logprobs: 0: of the answer's tokens; 1: also of the likeliest token in each place. None: no logprobs.
         temperature: 0, which is also the default.
-        n, stream: only these values.
-        seed, top_p, user: without effect, since nothing is sampled.
     """
+
+    foreign = compat.COMPLETIONS
 
     model: Text = "default"
     prompt: Annotated[Text | Texts | Ids | IdLists, Field(union_mode="left_to_right")]
-    max_tokens: Annotated[int, AfterValidator(_one_at_most), Field(json_schema_extra=_ZERO_OR_ONE)]
+    max_tokens: Annotated[int, AfterValidator(_one_at_most), Field(json_schema_extra=_ZERO_OR_ONE)] | None = None
     echo: bool = False
     logprobs: Annotated[int, AfterValidator(_likeliest_only), Field(json_schema_extra=_ZERO_OR_ONE)] | None = None
     temperature: Annotated[float, AfterValidator(_greedy), Field(json_schema_extra={"const": 0})] | None = None
-    n: Literal[1] | None = None
-    stream: Literal[False] | None = None
-    seed: int | None = None
-    top_p: float | None = None
-    user: Text | None = None
+
+    @property
+    def new_tokens(self) -> int:
+        """How many come after each prompt.
+
+        Raises:
+            InvalidRequestError: as OpenAI's API has it, more than one.
+        """
+        if self.max_tokens is None and not (self.echo and self.logprobs is not None):
+            raise InvalidRequestError(
+                "max_tokens is left out, which in OpenAI's API means 16; this service prefills prompts and never "
+                "generates text: send max_tokens: 0, or 1 for the likeliest next token",
+                param="max_tokens",
+            )
+        return self.max_tokens or 0
 
 
 class CompletionLogprobs(ResponseBody):
@@ -144,13 +156,14 @@ class Completer:
             TooLargeError: more prompts or tokens than the limits allow.
         """
         check_causal(self._model.classes)
+        new_tokens = request.new_tokens
         texts, sequences = yield from self._prompts(request.prompt)
         rated = request.echo and request.logprobs is not None
         arrays = [np.asarray(ids, np.int32) for ids in sequences]
         # Each position has the next token for a target; the last has none, and is read for its likeliest.
         firsts = [0 if rated else len(ids) - 1 for ids in arrays]
         reads = [
-            np.arange(first, len(ids) - 1 + request.max_tokens, dtype=np.int32)
+            np.arange(first, len(ids) - 1 + new_tokens, dtype=np.int32)
             for first, ids in zip(firsts, arrays, strict=True)
         ]
         targets = [ids[first + 1 :] for first, ids in zip(firsts, arrays, strict=True)]
@@ -164,7 +177,7 @@ class Completer:
             target_offsets=np.concatenate(
                 [np.zeros(1, np.int64), np.cumsum(np.concatenate(target_counts), dtype=np.int64)]
             ),
-            argmax=request.max_tokens == 1 or (rated and request.logprobs == 1),
+            argmax=new_tokens == 1 or (rated and request.logprobs == 1),
         )
         tokenizer = self._model.tokenizer
         return CompletionQuestion(batch, request, texts, tokenizer, self._reader, self._model.name, request_id)
@@ -246,7 +259,7 @@ class CompletionQuestion:
             if not all(value < math.inf for value in (*prompt.logprobs, *prompt.argmax_logprobs)):  # NaN is not, either
                 raise not_finite(index, "prompt")
             choices.append(self._choice(index, prompt))
-        prompt_tokens, generated = len(batch.tokens), len(prompts) * self.request.max_tokens
+        prompt_tokens, generated = len(batch.tokens), len(prompts) * self.request.new_tokens
         return CompletionResponse(
             id=f"cmpl-{self.request_id}",
             created=int(time.time()),
@@ -257,7 +270,7 @@ class CompletionQuestion:
 
     def _choice(self, index: int, prompt: _Read) -> CompletionChoice:
         request = self.request
-        generated = prompt.argmax[-request.max_tokens :] if request.max_tokens else []
+        generated = prompt.argmax[-request.new_tokens :] if request.new_tokens else []
         told = self._told(index, prompt.ids, generated)
         if not request.echo:
             own = len(prompt.ids)

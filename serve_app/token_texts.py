@@ -2,7 +2,7 @@
 
 A token may be a part of a character: the bytes of "狐" are two or three tokens in most vocabularies. Such a token has
 no text, and decoders make U+FFFD of it. It is named by its bytes, ``bytes:\\xe7\\x8b``, as OpenAI's API does, and
-begins where its character does. A token that adds nothing to a text is named ``token_id:7``.
+begins where its character does.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -27,7 +27,7 @@ class TokenTexts:
 
     Attributes:
         starts: characters before each token.
-        names: of each token; those that are neither ``bytes:`` nor ``token_id:`` stand in the text at its start.
+        names: of each token; but for ``bytes:`` they stand in the text at its start. Empty where a token adds nothing.
     """
 
     text: str
@@ -42,14 +42,6 @@ class TokenTexts:
             for name, start in zip(self.names, self.starts, strict=True)
         ]
         return TokenTexts(self.text[length:], [max(0, start - length) for start in self.starts], names)
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """What one token adds to a text. ``content``: bytes, of which a character may be made with those of others."""
-
-    token: int
-    content: str | bytes
 
 
 class TokenReader:
@@ -79,20 +71,18 @@ class TokenReader:
         parts = [*map(self._part, ids, self._added(before, ids))]
         return [self._name(part) for part in parts]
 
-    def _parts(self, ids: Sequence[int]) -> list[_Part]:
+    def _parts(self, ids: Sequence[int]) -> list[str | bytes]:
+        """What each token adds to the text: bytes, of which characters may be made with those of others, or text."""
         known = [token for token in ids if self._backend.id_to_token(token) is not None]
         if not known:
-            return [_Part(token, "") for token in ids]
+            return [""] * len(ids)
         first = self._backend.decode(known[:1], skip_special_tokens=False)
         added = iter([first, *self._added(known, known[1:])])
-        return [
-            _Part(token, "") if self._backend.id_to_token(token) is None else self._part(token, next(added))
-            for token in ids
-        ]
+        return ["" if self._backend.id_to_token(token) is None else self._part(token, next(added)) for token in ids]
 
-    def _part(self, token: int, added: str) -> _Part:
+    def _part(self, token: int, added: str) -> str | bytes:
         own = self._bytes(self._backend.id_to_token(token) or "")
-        return _Part(token, added if own is None else own)
+        return added if own is None else own
 
     def _bytes(self, spelling: str) -> bytes | None:
         if self._byte_level:
@@ -116,42 +106,40 @@ class TokenReader:
             for front, own, whole in zip(left, alone, both, strict=False)
         ]
 
-    def _valid(self, parts: Sequence[_Part]) -> Iterator[_Part]:
+    def _valid(self, parts: Sequence[str | bytes]) -> Iterator[str | bytes]:
         """Byte fallback decodes a run of bytes whole: if it is not UTF-8, each byte is U+FFFD."""
-        for is_bytes, run in groupby(parts, key=lambda part: isinstance(part.content, bytes)):
+        for is_bytes, run in groupby(parts, key=lambda part: isinstance(part, bytes)):
             own = list(run)
             if self._byte_fallback and is_bytes:
-                whole = b"".join(part.content for part in own if isinstance(part.content, bytes))
-                own = own if _text(whole) is not None else [replace(part, content="\ufffd") for part in own]
+                whole = b"".join(part for part in own if isinstance(part, bytes))
+                own = own if _text(whole) is not None else ["\ufffd"] * len(own)
             yield from own
 
-    def _name(self, part: _Part, text: str | None = None, start: int = 0) -> str:
+    def _name(self, part: str | bytes, text: str | None = None, start: int = 0) -> str:
         """The name of a token that begins at ``start`` of a text, or in any text."""
-        content = part.content
-        own = content if isinstance(content, str) else _text(content)
-        ambiguous = self._byte_fallback and isinstance(content, bytes) and own and self._is_spelt(own)
+        own = part if isinstance(part, str) else _text(part)
+        ambiguous = self._byte_fallback and isinstance(part, bytes) and own and self._is_spelt(own)
         if own and not ambiguous and (text is None or text.startswith(own, start)):
             return own
-        if isinstance(content, bytes) and content:
-            return f"bytes:{repr(content)[2:-1]}"
-        return f"token_id:{part.token}"
+        if isinstance(part, bytes) and part:
+            return f"bytes:{repr(part)[2:-1]}"
+        return ""
 
     def _is_spelt(self, text: str) -> bool:
         """Whether the vocabulary has another token for the text of a byte."""
         return self._backend.token_to_id(text.replace(" ", "▁")) is not None
 
 
-def _starts(parts: Iterator[_Part]) -> Iterator[int]:
+def _starts(parts: Iterator[str | bytes]) -> Iterator[int]:
     """Characters before each part. Bytes that are no UTF-8 are U+FFFD, as decoders have it."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     total = 0
     for part in parts:
-        content = part.content
-        if content and not (isinstance(content, bytes) and content[0] & 0xC0 == 0x80):
+        if part and not (isinstance(part, bytes) and part[0] & 0xC0 == 0x80):
             # A character begins here, even if the one before was not whole.
             total += len(decoder.decode(b"", final=True))
         yield total
-        total += len(decoder.decode(content) if isinstance(content, bytes) else content)
+        total += len(decoder.decode(part) if isinstance(part, bytes) else part)
 
 
 def _text(content: bytes) -> str | None:

@@ -60,15 +60,29 @@ class Ending:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class TokenizerFacts:
+    """What a tokenizer's configuration says beside how text becomes tokens, in its words; None: nothing."""
+
+    tokenizer_class: str | None = None
+    bos_token: str | None = None
+    eos_token: str | None = None
+    pad_token: str | None = None
+    unk_token: str | None = None
+    chat_template: str | None = None
+
+
 class TextTokenizer:
     """A Hugging Face fast tokenizer. Encoding releases the GIL; safe to share between threads.
 
     Args:
         backend: the Rust tokenizer; truncation and padding are switched off.
         bos_id: id of the begin-of-sequence token, if there is one.
+        facts: for clients that ask; nothing here depends on them.
     """
 
-    def __init__(self, backend: Tokenizer, bos_id: int | None) -> None:
+    def __init__(self, backend: Tokenizer, bos_id: int | None, facts: TokenizerFacts | None = None) -> None:
+        self.facts = facts or TokenizerFacts()
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
@@ -96,7 +110,7 @@ class TextTokenizer:
         backend: object = getattr(loaded, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise ValueError(f"{folder} has no fast tokenizer: save one there as tokenizer.json")
-        return cls(backend, loaded.bos_token_id)
+        return cls(backend, loaded.bos_token_id, _facts(loaded))
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """Ids of each text. BOS stands at most once at the front, even if the text begins with it too."""
@@ -227,6 +241,20 @@ class Joined:
         first, ends = self._tokenizer.encode_with_ends(texts[0], add_special_tokens=self._special)
         self.query_tokens = bisect_right(ends, len(self._query))
         return [first, *self._tokenizer.encode(texts[1:], add_special_tokens=self._special)]
+
+
+def _facts(loaded: Any) -> TokenizerFacts:
+    template = loaded.chat_template
+    if isinstance(template, dict):  # one for chats, others for tools and documents
+        template = template.get("default")
+    return TokenizerFacts(
+        tokenizer_class=type(loaded).__name__,
+        bos_token=loaded.bos_token,
+        eos_token=loaded.eos_token,
+        pad_token=loaded.pad_token,
+        unk_token=loaded.unk_token,
+        chat_template=template,
+    )
 
 
 def _added_around(backend: Tokenizer) -> tuple[list[int], list[int]] | None:

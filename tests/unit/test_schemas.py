@@ -94,7 +94,7 @@ WRONG: list[Any] = [
 ]  # fmt: skip
 GOOD: dict[str, Any] = {
     "query": "q", "items": ["a"], "label_token_ids": [1], "documents": ["a"], "prompt": "a", "max_tokens": 1,
-    "tokens": [1],
+    "tokens": [1], "texts": ["a"],
 }  # fmt: skip
 """A right value of every field that a request must have."""
 KINDS = {
