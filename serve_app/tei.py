@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from serve_app import compat
 from serve_app.rerank import RerankRequest, RerankResponse
 from serve_app.schemas import RequestBody, ResponseBody, Text, Texts
@@ -35,8 +37,8 @@ class TeiRank(ResponseBody):
 
 
 def is_meant(body: bytes) -> bool:
-    """Whether a body has this shape: within JSON's strings, quotation marks are escaped."""
-    return b'"texts"' in body and b'"documents"' not in body
+    """Whether a body has this shape. Within JSON's strings, quotation marks are escaped."""
+    return bool(re.search(rb'"texts"\s*:', body)) and not re.search(rb'"documents"\s*:', body)
 
 
 def as_rerank_request(request: TeiRerankRequest) -> RerankRequest:

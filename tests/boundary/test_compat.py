@@ -98,6 +98,7 @@ class TestRerank:
         both = await http.refused("/rerank", **plain, documents=["a"])
         assert both["param"] == "texts"
         # These words as texts are no fields.
+        assert len(await post(http, "/rerank", {"query": '"documents":', "texts": ["documents", "texts"]})) == 2
         assert len((await post(http, "/rerank", {"query": 'the "texts":', "documents": ["texts"]}))["results"]) == 1
 
     @pytest.mark.parametrize("fields", [{"documents": DOCUMENTS}, {"texts": DOCUMENTS}])
