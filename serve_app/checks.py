@@ -7,20 +7,27 @@ from collections.abc import Sequence
 from serve_app.errors import InvalidRequestError, TooLargeError
 
 
-def check_ids(ids: Sequence[int], vocab_size: int, param: str, index: int | None = None) -> None:
+def check_ids(
+    ids: Sequence[int], vocab_size: int, where: str, index: int | None = None, *, of_text: bool = False
+) -> None:
     """Token ids that the model has.
 
     Args:
         ids: Python's integers, before numpy: 10**30 must be an answer too, not an overflow.
-        param: the field that they came in, and ``index`` which of its entries, for the error.
+        where: the field, and the place in it, that they came from, such as ``items[417]``.
+        index: of the item concerned.
+        of_text: they are a text's tokens, whose places mean nothing to the caller.
 
     Raises:
-        InvalidRequestError: an id is out of the vocabulary.
+        InvalidRequestError: an id is out of the vocabulary; the message says where it stands.
     """
     if ids and (min(ids) < 0 or max(ids) >= vocab_size):
-        wrong = next(i for i in ids if not 0 <= i < vocab_size)
+        at, wrong = next((at, i) for at, i in enumerate(ids) if not 0 <= i < vocab_size)
+        place = where if of_text else f"{where}[{at}]"
         raise InvalidRequestError(
-            f"Token ID {_short(wrong)} is out of vocabulary (vocab size: {vocab_size})", param=param, index=index
+            f"{place}: Token ID {_short(wrong)} is out of vocabulary (vocab size: {vocab_size})",
+            param=where.partition("[")[0],
+            index=index,
         )
 
 

@@ -11,13 +11,14 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
+from serve_app import compat
 from serve_app.checks import check_causal, check_count, check_ids, check_total
 from serve_app.contract import BatchResult, TokenBatch
 from serve_app.errors import InvalidRequestError
@@ -25,6 +26,7 @@ from serve_app.rows import not_finite, usage
 from serve_app.schemas import LOWEST, IdLists, Ids, RequestBody, ResponseBody, Text, Texts, Usage
 from serve_app.served_model import ServedModel
 from serve_app.steps import Steps
+from serve_app.token_texts import TokenReader, TokenTexts
 from serve_app.tokenizer import TextTokenizer
 
 
@@ -56,35 +58,46 @@ class CompletionRequest(RequestBody):
 
     Attributes:
         prompt: one or several, as text or token ids.
-        max_tokens: 0, or 1 for the likeliest next token.
+        max_tokens: 0, or 1 for the likeliest next token. None: 0 where ``echo`` and ``logprobs`` ask about the prompt,
+            else an error, since OpenAI's default is 16.
         echo: begin the answer's text, and its logprobs, with the prompt.
         logprobs: 0: of the answer's tokens; 1: also of the likeliest token in each place. None: no logprobs.
         temperature: 0, which is also the default.
-        n, stream: only these values.
-        seed, top_p, user: without effect, since nothing is sampled.
     """
+
+    foreign = compat.COMPLETIONS
 
     model: Text = "default"
     prompt: Annotated[Text | Texts | Ids | IdLists, Field(union_mode="left_to_right")]
-    max_tokens: Annotated[int, AfterValidator(_one_at_most), Field(json_schema_extra=_ZERO_OR_ONE)]
+    max_tokens: Annotated[int, AfterValidator(_one_at_most), Field(json_schema_extra=_ZERO_OR_ONE)] | None = None
     echo: bool = False
     logprobs: Annotated[int, AfterValidator(_likeliest_only), Field(json_schema_extra=_ZERO_OR_ONE)] | None = None
     temperature: Annotated[float, AfterValidator(_greedy), Field(json_schema_extra={"const": 0})] | None = None
-    n: Literal[1] | None = None
-    stream: Literal[False] | None = None
-    seed: int | None = None
-    top_p: float | None = None
-    user: Text | None = None
+
+    @property
+    def new_tokens(self) -> int:
+        """How many come after each prompt.
+
+        Raises:
+            InvalidRequestError: as OpenAI's API has it, more than one.
+        """
+        if self.max_tokens is None and not (self.echo and self.logprobs is not None):
+            raise InvalidRequestError(
+                "max_tokens is left out, which in OpenAI's API means 16; this service prefills prompts and never "
+                "generates text: send max_tokens: 0, or 1 for the likeliest next token",
+                param="max_tokens",
+            )
+        return self.max_tokens or 0
 
 
 class CompletionLogprobs(ResponseBody):
     """Of each token of the answer, in nats over the whole vocabulary.
 
     Attributes:
-        tokens: their text.
+        tokens: their names: the text, or of a part of a character its bytes, as ``bytes:\\xe7\\x8b``.
         token_logprobs: None for a prompt's first token, which nothing comes before.
         top_logprobs: with ``logprobs: 1``, for each place the token that stands there and the likeliest one.
-        text_offset: characters before each token, in the concatenation of ``tokens``.
+        text_offset: characters before each token in the answer's ``text``; parts of a character begin where it does.
     """
 
     tokens: list[str]
@@ -133,6 +146,7 @@ class Completer:
 
     def __init__(self, model: ServedModel) -> None:
         self._model = model
+        self._reader = TokenReader(model.tokenizer.backend)
 
     def prepare(self, request: CompletionRequest, request_id: str) -> Steps[CompletionQuestion]:
         """One sequence a prompt. Read at every position whose next token is asked about.
@@ -142,13 +156,14 @@ class Completer:
             TooLargeError: more prompts or tokens than the limits allow.
         """
         check_causal(self._model.classes)
+        new_tokens = request.new_tokens
         texts, sequences = yield from self._prompts(request.prompt)
         rated = request.echo and request.logprobs is not None
         arrays = [np.asarray(ids, np.int32) for ids in sequences]
         # Each position has the next token for a target; the last has none, and is read for its likeliest.
         firsts = [0 if rated else len(ids) - 1 for ids in arrays]
         reads = [
-            np.arange(first, len(ids) - 1 + request.max_tokens, dtype=np.int32)
+            np.arange(first, len(ids) - 1 + new_tokens, dtype=np.int32)
             for first, ids in zip(firsts, arrays, strict=True)
         ]
         targets = [ids[first + 1 :] for first, ids in zip(firsts, arrays, strict=True)]
@@ -162,18 +177,20 @@ class Completer:
             target_offsets=np.concatenate(
                 [np.zeros(1, np.int64), np.cumsum(np.concatenate(target_counts), dtype=np.int64)]
             ),
-            argmax=request.max_tokens == 1 or (rated and request.logprobs == 1),
+            argmax=new_tokens == 1 or (rated and request.logprobs == 1),
         )
-        return CompletionQuestion(batch, request, texts, self._model.tokenizer, self._model.name, request_id)
+        tokenizer = self._model.tokenizer
+        return CompletionQuestion(batch, request, texts, tokenizer, self._reader, self._model.name, request_id)
 
     def _prompts(self, prompt: Prompt) -> Steps[tuple[list[str | None], list[list[int]]]]:
         """Of each prompt the text, where it came as text, and the ids."""
         if not prompt and not isinstance(prompt, str):
             raise InvalidRequestError("prompt is an empty list; send at least one prompt", param="prompt")
+        where = "prompt[{}]"
         if isinstance(prompt, str):
             prompt = [prompt]
         elif isinstance(prompt[0], int):
-            prompt = [cast(list[int], prompt)]
+            where, prompt = "prompt", [cast(list[int], prompt)]
         check_count(prompt, self._model.limits.max_items, "prompt")
         if isinstance(prompt[0], str):
             texts = cast(list[str], prompt)
@@ -186,7 +203,7 @@ class Completer:
         for index, ids in enumerate(found):
             yield
             sequences.append(ids)
-            check_ids(ids, self._model.vocab_size, "prompt", index)
+            check_ids(ids, self._model.vocab_size, where.format(index), index, of_text=isinstance(prompt[0], str))
             total += len(ids)
             if not 0 < len(ids) <= self._model.max_prompt_tokens:
                 raise InvalidRequestError(
@@ -206,6 +223,7 @@ class CompletionQuestion:
     request: CompletionRequest
     texts: Sequence[str | None]
     tokenizer: TextTokenizer
+    reader: TokenReader
     model: str
     request_id: str
     query_tokens: int = 0
@@ -241,7 +259,7 @@ class CompletionQuestion:
             if not all(value < math.inf for value in (*prompt.logprobs, *prompt.argmax_logprobs)):  # NaN is not, either
                 raise not_finite(index, "prompt")
             choices.append(self._choice(index, prompt))
-        prompt_tokens, generated = len(batch.tokens), len(prompts) * self.request.max_tokens
+        prompt_tokens, generated = len(batch.tokens), len(prompts) * self.request.new_tokens
         return CompletionResponse(
             id=f"cmpl-{self.request_id}",
             created=int(time.time()),
@@ -252,47 +270,47 @@ class CompletionQuestion:
 
     def _choice(self, index: int, prompt: _Read) -> CompletionChoice:
         request = self.request
-        generated = prompt.argmax[-request.max_tokens :] if request.max_tokens else []
-        text = ""
-        if request.echo:
-            given = self.texts[index]
-            text = self.tokenizer.decode(prompt.ids) if given is None else given
-        text += "".join(self._added(prompt.ids[-1:][: len(generated)], generated))
+        generated = prompt.argmax[-request.new_tokens :] if request.new_tokens else []
+        told = self._told(index, prompt.ids, generated)
+        if not request.echo:
+            own = len(prompt.ids)
+            front = told.starts[own] if generated else len(told.text)
+            told = TokenTexts(told.text[front:], [0] * len(generated), told.names[own:])
         if request.logprobs is None:
-            return CompletionChoice(text=text, index=index, logprobs=None)
+            return CompletionChoice(text=told.text, index=index, logprobs=None)
         nats = [*prompt.logprobs, *prompt.argmax_logprobs[len(prompt.argmax) - len(generated) :]]
         shown = [*prompt.ids[1:], *generated] if request.echo else generated
-        before = [*prompt.ids, *generated][-len(shown) - 1 : -1] if shown else []
-        tokens = self._added(before, shown)
         top: list[dict[str, float] | None] | None = None
         if request.logprobs:
-            likeliest = self._added(before, prompt.argmax)
-            rows = zip(shown, tokens, nats, prompt.argmax, likeliest, prompt.argmax_logprobs, strict=True)
+            before = [*prompt.ids, *generated][-len(shown) - 1 : -1] if shown else []
+            likeliest = self.reader.names(before, prompt.argmax)
+            names = told.names[request.echo :]
+            rows = zip(shown, names, nats, prompt.argmax, likeliest, prompt.argmax_logprobs, strict=True)
             top = [_top(*row) for row in rows]
         known: list[float | None] = [max(value, LOWEST) for value in nats]
         if request.echo:
-            tokens, known = [self.tokenizer.decode(prompt.ids[:1]), *tokens], [None, *known]
+            known = [None, *known]
             top = None if top is None else [None, *top]
-        lengths = [len(token) for token in tokens]
         logprobs = CompletionLogprobs(
-            tokens=tokens,
-            token_logprobs=known,
-            top_logprobs=top,
-            text_offset=[0, *accumulate(lengths)][: len(lengths)],
+            tokens=told.names, token_logprobs=known, top_logprobs=top, text_offset=told.starts
         )
-        return CompletionChoice(text=text, index=index, logprobs=logprobs)
+        return CompletionChoice(text=told.text, index=index, logprobs=logprobs)
 
-    def _added(self, before: Sequence[int], ids: Sequence[int]) -> list[str]:
-        """The text that each id adds behind the one before it: some decoders strip a space from a text's beginning."""
-        decode = self.tokenizer.backend.decode_batch
-        left = decode([[i] for i in before], skip_special_tokens=False)
-        alone = decode([[i] for i in ids], skip_special_tokens=False)
-        both = decode([list(pair) for pair in zip(before, ids, strict=True)], skip_special_tokens=False)
-        return [
-            # A part of a character has no text of its own, and changes that of the part before it.
-            (whole[len(front) :] or own) if whole.startswith(front) else own
-            for front, own, whole in zip(left, alone, both, strict=True)
-        ]
+    def _told(self, index: int, ids: list[int], generated: list[int]) -> TokenTexts:
+        """The prompt's text and what comes after it, with its tokens."""
+        told = self.reader.read([*ids, *generated])
+        if (given := self.texts[index]) is None:
+            return told
+        end = told.starts[len(ids)] if generated else len(told.text)
+        if told.text[:end].endswith(given):
+            return told.without_front(end - len(given))
+        # The tokenizer changed the text before it cut it.
+        _, ends = self.tokenizer.encode_with_ends(given)
+        starts = [0]
+        for last, this in pairwise([0, *ends]):
+            starts.append(last if this > last else starts[-1])
+        starts = [min(start, len(given)) for start in starts[1:]] + [len(given)] * len(generated)
+        return TokenTexts(given + told.text[end:], starts, told.names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,11 +324,12 @@ class _Read:
 
 
 def _top(
-    token: int, text: str, logprob: float, likeliest: int, likeliest_text: str, highest: float
+    token: int, name: str, logprob: float, likeliest: int, likeliest_name: str, highest: float
 ) -> dict[str, float]:
     """The token in a place, and the likeliest one there: the same if the token's logprob is the highest of the two."""
     logprob = max(logprob, LOWEST)
     if token == likeliest:
-        return {text: logprob}
-    # Different ids may have the same text, and the highest must not be lost.
-    return {text: logprob} | {likeliest_text: max(highest, logprob)}
+        return {name: logprob}
+    if likeliest_name == name:  # some vocabularies have two tokens of one text
+        likeliest_name = f"token_id:{likeliest}"
+    return {name: logprob} | {likeliest_name: max(highest, logprob)}

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from serve_app import compat
 from serve_app.checks import check_causal
 from serve_app.errors import InvalidRequestError
 from serve_app.schemas import IdLists, Ids, RequestBody, ResponseBody, ScoreRequest, ScoreResponse, Text, Texts, Usage
@@ -26,9 +27,10 @@ class GenerativeScoringRequest(RequestBody):
         apply_softmax: against the other labels; False: over the whole vocabulary.
         item_first: the prompt is item + query instead of query + item.
         add_special_tokens: to text, such as a begin-of-sequence token.
-        priority: only 0, all requests have the same.
         request_id: becomes a part of the answer's ``id``; None: the request's own.
     """
+
+    foreign = compat.GENERATIVE
 
     model: Text | None = None
     query: Annotated[Text | Ids, Field(union_mode="left_to_right")]
@@ -37,7 +39,6 @@ class GenerativeScoringRequest(RequestBody):
     apply_softmax: bool = True
     item_first: bool = False
     add_special_tokens: bool = True
-    priority: Literal[0] = 0
     request_id: Text | None = None
 
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 
 import ray
 from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute
 from grpc import StatusCode
 from grpc.aio import AioRpcError
 from pydantic import BaseModel
@@ -30,7 +31,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app import auth, site, timing
+from serve_app import auth, compat, site, tei, timing
 from serve_app.completions import CompletionRequest, CompletionResponse, OpenAIErrorResponse
 from serve_app.contract import JobResult, ModelInfo, ScoreJob
 from serve_app.errors import (
@@ -53,12 +54,14 @@ from serve_app.schemas import (
     DetokenizeResponse,
     ErrorResponse,
     InfoResponse,
+    ModelCard,
     ModelsResponse,
     ScoreRequest,
     ScoreResponse,
     StatusResponse,
     TokenizeRequest,
     TokenizeResponse,
+    TokenizerInfo,
     parse,
 )
 from serve_app.service import ScoringService
@@ -84,6 +87,8 @@ CLIENT_GONE = 499
 
 COMPLETIONS = "/v1/completions"
 """The route whose errors are nested."""
+_SHOWN_PATH = 200
+"""Characters of a path that an error repeats."""
 
 T = TypeVar("T")
 
@@ -149,14 +154,20 @@ def create_app(
     @app.post("/v2/rerank", **_documented(RerankResponse, RerankRequest, 503, 504))
     @app.post("/rerank", **_documented(RerankResponse, RerankRequest, 503, 504))
     async def rerank(request: Request) -> Response:
-        """The documents by their relevance to the query, best first."""
-        asked = parse(RerankRequest, await body(request))
+        """The documents by their relevance to the query, best first.
+
+        With ``texts`` in place of ``documents`` the answer is a list, as text-embeddings-inference gives it.
+        """
+        sent = await body(request)
+        is_tei = tei.is_meant(sent)
+        asked = tei.as_rerank_request(parse(tei.TeiRerankRequest, sent)) if is_tei else parse(RerankRequest, sent)
         work = (
             get_services()
             .of(asked.model)
             .rerank(asked, request_id=request.state.request_id, timeout_s=_timeout_s(request))
         )
-        return await _json(await _unless_gone(request, work))
+        answer = await _unless_gone(request, work)
+        return await _json(tei.as_ranks(answer) if is_tei else answer)
 
     @app.post(COMPLETIONS, **_documented(CompletionResponse, CompletionRequest, 503, 504, error=OpenAIErrorResponse))
     async def completions(request: Request) -> Response:
@@ -194,6 +205,19 @@ def create_app(
         """The names under which the models answer."""
         return await _json(get_services().models())
 
+    @app.get("/v1/models/{name:path}", **_documented(ModelCard, None, 404))
+    async def model_card(name: str) -> Response:
+        """One of the names under which the models answer."""
+        if not name:
+            raise HTTPException(NotFoundError.status)
+        return await _json(get_services().model(name))
+
+    @app.get("/tokenizer_info", **_documented(TokenizerInfo, None, 404))
+    async def tokenizer_info(model: str = DEFAULT_NAME) -> Response:
+        """The tokenizer's special tokens and chat template, as vLLM tells them: null is none."""
+        told = get_services().of(model).tokenizer_info()
+        return Response(told.model_dump_json(), media_type="application/json")
+
     @app.get("/v1/info", **_documented(InfoResponse, None, 404))
     async def info(model: str = DEFAULT_NAME) -> Response:
         """What is served, and the limits of a request."""
@@ -216,7 +240,8 @@ def create_app(
         return await _json(StatusResponse())
 
     # FastAPI keeps the handlers; the names are only read by it.
-    del score, rerank, completions, generative_scoring, tokenize, detokenize, models, info, metrics, health, ready
+    del score, rerank, completions, generative_scoring, tokenize, detokenize, models, model_card, tokenizer_info, info
+    del metrics, health, ready
     return app
 
 
@@ -526,7 +551,7 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _json(answer: BaseModel) -> Response:
+async def _json(answer: BaseModel | list[Any]) -> Response:
     """In pieces: a huge answer takes seconds, and the event loop must go on."""
     content = bytearray()
     for piece in json_pieces(answer):
@@ -542,7 +567,8 @@ def _error_response(error: ScoringError, path: str, headers: dict[str, str] | No
         headers["retry-after"] = str(error.retry_after_s or RETRY_AFTER_S)
     if error.status == AuthenticationError.status:
         headers["www-authenticate"] = "Bearer"
-    content = error.nested_body() if path == COMPLETIONS else error.body()
+    # Also where the path is nearly right: who asks is a client of OpenAI's.
+    content = error.nested_body() if path.strip("/").endswith("completions") else error.body()
     return Response(json.dumps(content), error.status, headers, media_type="application/json")
 
 
@@ -554,15 +580,17 @@ async def _on_scoring_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
-    """Starlette's own 404 and 405, flat."""
+    """Starlette's own 404 and 405, flat, with the right route."""
     assert isinstance(error, HTTPException)
     path = request.url.path
+    shown = path[:_SHOWN_PATH]
     if error.status_code == MethodNotAllowedError.status:
-        flat: ScoringError = MethodNotAllowedError(
-            f"{path[:200]} does not take {request.method}; see /docs for the routes"
-        )
+        allowed = (error.headers or {}).get("Allow", "")
+        flat: ScoringError = MethodNotAllowedError(f"{shown} does not take {request.method}; send {allowed}")
     elif error.status_code == NotFoundError.status:
-        flat = NotFoundError(f"there is no route {path[:200]}; see /docs for the routes")
+        routes = {each.path: each.methods or () for each in request.app.routes if isinstance(each, APIRoute)}
+        routes = {path: methods for path, methods in routes.items() if "{" not in path}
+        flat = NotFoundError(f"there is no route {shown}; {compat.instead_of(shown, routes)}")
     else:
         flat = BY_STATUS.get(error.status_code, InternalError)(str(error.detail))
     return _error_response(flat, path, dict(error.headers or {}))

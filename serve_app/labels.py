@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -12,6 +14,7 @@ import numpy as np
 from serve_app.checks import check_ids
 from serve_app.contract import Int32, Int64
 from serve_app.errors import InvalidRequestError
+from serve_app.tokenizer import Ending
 
 _SHOWN = 60
 """Characters of a label that an error message repeats."""
@@ -181,25 +184,28 @@ class Words:
         self._known[added] = of_words(added), [self._pieces(tokens) for tokens in added]
         return self._known[added]
 
-    def added(self, index: int, prompt: list[int], word: str, labelled: list[int]) -> tuple[int, ...]:
+    def added(
+        self, index: int, prompt: list[int], word: str, labelled: list[int], ending: Ending | None = None
+    ) -> tuple[int, ...]:
         """The tokens of a word behind the prompt.
 
         Args:
             index: of the item, for errors.
             labelled: the tokens of the prompt with the word behind it.
+            ending: the prompt's end, by which the error can say what would work.
 
         Raises:
             InvalidRequestError: the word changes the prompt's tokens, or adds none.
         """
         if own := added_tokens(prompt, labelled):
-            check_ids(own, self._vocab_size, "labels", index)  # the tokenizer may have more tokens than the model
+            # The tokenizer may have more tokens than the model.
+            check_ids(own, self._vocab_size, "labels", index, of_text=True)
             return own
         same = next((at for at, (a, b) in enumerate(zip(prompt, labelled, strict=False)) if a != b), len(labelled))
         alone, together = (" ".join(self._pieces(ids[same : same + _PIECES])) for ids in (prompt, labelled))
         raise InvalidRequestError(
             f"labels: {quoted(word)} changes the last tokens of the prompt of items[{index}]: alone it ends in "
-            f"{quoted(alone)}, with the label in {quoted(together)}; let the prompt end where a token ends: a space "
-            'between them belongs to the label, as in " yes"',
+            f"{quoted(alone)}, with the label in {quoted(together)}; {_remedy(prompt, word, ending)}",
             param="labels",
             index=index,
         )
@@ -225,7 +231,7 @@ def check(labels: Sequence[int | str], where: str, index: int | None, *, most: i
             index=index,
         )
     if isinstance(labels[0], int):
-        check_ids(cast(list[int], labels), vocab_size, param, index)
+        check_ids(cast(list[int], labels), vocab_size, where, index)
     if len(set(labels)) < len(labels):
         twice = next(label for position, label in enumerate(labels) if label in labels[:position])
         shown = twice if isinstance(twice, int) else quoted(twice)
@@ -235,5 +241,35 @@ def check(labels: Sequence[int | str], where: str, index: int | None, *, most: i
 
 
 def quoted(text: str) -> str:
-    """A label for a message."""
-    return '"' + (text if len(text) <= _SHOWN else text[:_SHOWN] + "...") + '"'
+    """A label for a message, spelt as in JSON: a newline can be seen."""
+    return json.dumps(text if len(text) <= _SHOWN else text[:_SHOWN] + "...", ensure_ascii=False)
+
+
+def _remedy(prompt: list[int], word: str, ending: Ending | None) -> str:
+    """Labels that would work: the same text, of which some of the prompt's end is the label's, or another word."""
+    found: list[str] = []
+    if ending is not None:
+        if (cut := ending.last_cut(word)) is not None:
+            moved = ending.text[cut:]
+            found.append(f"take {quoted(moved)} from it, and send the label {quoted(moved + word)}")
+        apart = " " + word
+        if ending.text[-1:].isalnum() and word[0].isalnum() and added_tokens(prompt, next(ending.followed_by([apart]))):
+            found.append(f"send {quoted(apart)} if the label is a word of its own")
+        if found:
+            return f"the prompt ends in {_end(ending.text)}: {', or '.join(found)}"
+    return "let the prompt end where a token ends, and begin the label there"
+
+
+_SPACES = {" ": "space", "\n": "newline", "\t": "tab"}
+
+
+def _end(text: str) -> str:
+    """What a text ends in, in words."""
+    if white := text[len(text.rstrip()) :]:
+        name = _SPACES.get(white[0]) if len(set(white)) == 1 else None
+        if name is None:
+            return f"white space, {quoted(white)}"
+        return f"a {name}" if len(white) == 1 else f"{len(white)} {name}s"
+    last = re.search(r"\w+$|.$", text)
+    assert last
+    return f"the word {quoted(last[0])}" if last[0].isalnum() else quoted(last[0])

@@ -265,7 +265,7 @@ class Preparation:
         check_ids(query or [], self._model.vocab_size, "query")
         for index, item in enumerate(cast(list[list[int]], items)):
             with self._tolerating(index):
-                check_ids(item, self._model.vocab_size, "items", index)
+                check_ids(item, self._model.vocab_size, f"items[{index}]", index)
         return False
 
     def _check_characters(self) -> None:
@@ -308,8 +308,8 @@ class Preparation:
 
     def _prompt(self, index: int, ids: list[int]) -> Steps[Prompt]:
         """One item's, if nothing is wrong with it."""
-        if self._text:
-            check_ids(ids, self._model.vocab_size, "items", index)  # the tokenizer may have more tokens than the model
+        if self._text:  # the tokenizer may have more tokens than the model
+            check_ids(ids, self._model.vocab_size, f"items[{index}]", index, of_text=True)
         if not ids:
             raise InvalidRequestError(
                 f"items[{index}] and the query are both empty: a prompt needs at least one token",
@@ -351,7 +351,7 @@ class Preparation:
         labelled: list[tuple[int, ...]] = []
         for word, with_word in zip(words, ending.followed_by(words), strict=True):
             yield
-            labelled.append(self._in_context.added(index, ids, word, with_word))
+            labelled.append(self._in_context.added(index, ids, word, with_word, ending))
             if fits:
                 self._check_length(index, len(ids), len(labelled[-1]) - 1)
         return self._in_context.layout(index, words, tuple(labelled))

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import ConfigDict, Field
+from pydantic import AliasChoices, ConfigDict, Field
 
-from serve_app import labels
+from serve_app import compat, labels
 from serve_app.batches import common_prefix
 from serve_app.checks import check_characters, check_count, check_ids, check_total, check_work
 from serve_app.contract import BatchResult
@@ -24,7 +24,7 @@ from serve_app.errors import InvalidRequestError
 from serve_app.labels import Layout
 from serve_app.preparation import PreparedQuestion, Prompt, packed
 from serve_app.rows import class_logits, label_scores, usage
-from serve_app.schemas import RequestBody, ResponseBody, Text, Usage
+from serve_app.schemas import LOWEST, RequestBody, ResponseBody, Text, Usage
 from serve_app.served_model import ServedModel
 from serve_app.settings import ModelSettings
 from serve_app.steps import Steps
@@ -53,17 +53,26 @@ class RerankRequest(RequestBody):
         documents: texts, or objects with a ``text``.
         top_n: so many of the best only.
         return_documents: put each document's text into its result.
-        instruct: the task in words, for templates that have a place for it; None: the template's own.
+        instruct: the task in words, for templates that have a place for it; None: the template's own. vLLM's name for
+            it is ``instruction``.
         max_tokens_per_doc: longer documents are cut, as are those that do not fit the model's context.
+        truncate_prompt_tokens: documents are cut so that no prompt is longer. -1 or None: as long as the model reads.
+        truncate: False: a document that would be cut is an error.
+        raw_scores: the score before the logistic function: of a causal model ``log(p_yes / p_no)``.
     """
+
+    foreign = compat.RERANK
 
     model: Text = "default"
     query: Text
     documents: Annotated[list[Text | RerankDocument], Field(fail_fast=True)]
     top_n: Annotated[int, Field(ge=1)] | None = None
     return_documents: bool | None = None
-    instruct: Text | None = None
+    instruct: Annotated[Text | None, Field(validation_alias=AliasChoices("instruct", "instruction"))] = None
     max_tokens_per_doc: Annotated[int, Field(ge=1)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    truncate: bool | None = None
+    raw_scores: bool = False
 
 
 class RankedDocument(ResponseBody):
@@ -73,7 +82,7 @@ class RankedDocument(ResponseBody):
 
 
 class RerankResult(ResponseBody):
-    """One document: ``index`` is its place in the request, ``relevance_score`` 0 to 1."""
+    """One document: ``index`` is its place in the request, ``relevance_score`` 0 to 1 unless ``raw_scores``."""
 
     index: int
     relevance_score: float
@@ -151,28 +160,36 @@ class Reranker:
         opening = self._each_apart(apart)
         (front,) = self._model.tokenizer.encode([before], add_special_tokens=whole)
         front = opening + front
-        room = self._model.max_prompt_tokens - len(front) - len(end)
-        if room < 1:
+        most, limited = self._model.max_prompt_tokens, "this model reads"
+        if request.truncate_prompt_tokens is not None and 0 <= request.truncate_prompt_tokens < most:
+            most, limited = request.truncate_prompt_tokens, "truncate_prompt_tokens allows"
+        if most - len(front) - len(end) < 1:
             raise InvalidRequestError(
-                f"the query takes {len(front) + len(end)} tokens with the instruction and the template; this model "
-                f"reads at most {self._model.max_prompt_tokens}, a document included; shorten it",
+                f"the query takes {len(front) + len(end)} tokens with the instruction and the template; {limited} "
+                f"at most {most}, a document included; shorten it",
                 param="query",
             )
-        longest = self._model.max_prompt_tokens - len(end)
+        longest = most - len(end)
         joined = Joined(self._model.tokenizer, before, add_special_tokens=whole, many=len(documents) > 1)
         prompts: list[Prompt] = []
         total = 0
         for index, own in enumerate(joined.each(documents)):
             yield
             ids = opening + own
-            check_ids(
-                ids, self._model.vocab_size, "documents", index
-            )  # the tokenizer may have more tokens than the model
+            # The tokenizer may have more tokens than the model.
+            check_ids(ids, self._model.vocab_size, f"documents[{index}]", index, of_text=True)
             kept = np.asarray(ids[:longest], np.int32)
             if request.max_tokens_per_doc:
                 # The front's last token, such as a space, may have become a part of the document's first one.
                 start = common_prefix(kept, np.asarray(front, np.int32))
                 kept = kept[: start + request.max_tokens_per_doc]
+            if request.truncate is False and len(kept) < len(ids):
+                raise InvalidRequestError(
+                    f"documents[{index}] makes a prompt of {len(ids) + len(end)} tokens and would lose "
+                    f"{len(ids) - len(kept)} of them; shorten it, or leave out truncate: false",
+                    param="documents",
+                    index=index,
+                )
             prompt = Prompt(index, np.append(kept, np.asarray(end, np.int32)), layout, dropped=len(ids) - len(kept))
             prompts.append(prompt)
             total += len(prompt.ids)
@@ -193,6 +210,7 @@ class Reranker:
             request_id=request_id,
             documents=documents if request.return_documents else None,
             top_n=request.top_n,
+            raw=request.raw_scores,
         )
 
     def _each_apart(self, texts: Sequence[str]) -> list[int]:
@@ -223,7 +241,7 @@ class Reranker:
                     f"the answer {word!r} is not one token of this model behind {last[-20:]!r} "
                     f"(it ends in {pieces}); serve it with a rerank_template that has other words"
                 )
-        check_ids(found, self._model.vocab_size, "model")
+        check_ids(found, self._model.vocab_size, "model", of_text=True)
         return self._each_apart(behind[:-1]) + end, labels.of_tokens(found)
 
 
@@ -234,6 +252,7 @@ class RerankQuestion(PreparedQuestion):
     Attributes:
         answers: values that a document has.
         documents: the texts, if they are to be returned.
+        raw: the scores are wanted before the logistic function.
     """
 
     answers: int
@@ -241,6 +260,7 @@ class RerankQuestion(PreparedQuestion):
     request_id: str
     documents: Sequence[str] | None
     top_n: int | None
+    raw: bool
 
     def answer(self, result: BatchResult) -> RerankResponse:
         """The ranking by the engine's values.
@@ -249,7 +269,8 @@ class RerankQuestion(PreparedQuestion):
             InternalError: the model's output for a document is not finite.
         """
         values = result.values[self.prepared.parts].reshape(-1, self.answers).tolist()
-        scores = [relevance(own, index, classes=self.prepared.classes) for index, own in enumerate(values)]
+        classes, raw = self.prepared.classes, self.raw
+        scores = [relevance(own, index, classes=classes, raw=raw) for index, own in enumerate(values)]
         ranking = sorted(range(len(scores)), key=lambda index: -scores[index])  # stable: ties keep their order
         texts = self.documents
         used = usage(self.prepared.prompt_tokens, int(result.computed_tokens.sum()))
@@ -277,7 +298,7 @@ class RerankQuestion(PreparedQuestion):
         return [f"too long, so that only the beginning was read: {shown}{more}"]
 
 
-def relevance(values: Sequence[float], index: int, *, classes: bool) -> float:
+def relevance(values: Sequence[float], index: int, *, classes: bool, raw: bool = False) -> float:
     """A document's score from its read, 0 to 1.
 
     Of a causal model ``p_yes / (p_yes + p_no)``. Of a model with two classes the probability of the last one; of a
@@ -286,11 +307,15 @@ def relevance(values: Sequence[float], index: int, *, classes: bool) -> float:
     Args:
         values: of yes and no, in nats up to a constant of both, or the class logits.
         index: the document, for the error.
+        raw: before the logistic function: any number, in nats.
 
     Raises:
         InternalError: they are not finite.
     """
-    if not classes:
-        return label_scores(values, index, softmax=True, field="documents")[0]
-    *other, own = class_logits(values, index, field="documents")
-    return label_scores([*(other or [0.0]), own], index, softmax=True)[1]
+    if classes:
+        *other, yes = class_logits(values, index, field="documents")
+        no = other[0] if other else 0.0
+    else:
+        yes, no = values
+    (score, _) = label_scores([yes, no], index, softmax=True, field="documents")
+    return min(max(yes - no, LOWEST), -LOWEST) if raw else score

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import difflib
 import json
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from collections.abc import Mapping, Set
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from serve_app import compat
+from serve_app.compat import Foreign
 from serve_app.errors import InvalidRequestError
 
 
@@ -44,15 +47,12 @@ class RequestBody(BaseModel):
     # ignored in silence.
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-    elsewhere: ClassVar[dict[str, str]] = {}
-    """Fields that belong to another route, and what to say to who sends them here."""
+    foreign: ClassVar[Mapping[str, Foreign]] = compat.EVERYWHERE
+    """Fields of other services, which ``parse`` takes where they ask for nothing."""
 
 
 class ResponseBody(BaseModel):
     model_config = ConfigDict(allow_inf_nan=False)
-
-
-_PAIRS = "this is the label-scoring API (query, items, labels); to score pairs of texts use /v1/rerank"
 
 
 class ScoreRequest(RequestBody):
@@ -81,7 +81,7 @@ class ScoreRequest(RequestBody):
         timeout_s: after which the request gets 504 and its work is dropped. None: the service's own limit, the most.
     """
 
-    elsewhere: ClassVar[dict[str, str]] = dict.fromkeys(("text_1", "text_2", "queries", "data_1", "documents"), _PAIRS)
+    foreign = compat.SCORE
 
     query: Annotated[Text | Ids | None, Field(union_mode="left_to_right")] = None
     items: Annotated[Texts | IdLists | Text, Field(union_mode="left_to_right")]
@@ -180,6 +180,8 @@ class ScoreResponse(ResponseBody):
 class TokenizeRequest(RequestBody):
     """Text to tokens: ``POST /tokenize``."""
 
+    foreign = compat.TOKENIZE
+
     model: Text = "default"
     prompt: Annotated[Text | Texts, Field(union_mode="left_to_right")]
     add_special_tokens: bool = True
@@ -197,6 +199,8 @@ class TokenizeResponse(ResponseBody):
 class DetokenizeRequest(RequestBody):
     """Tokens to text: ``POST /detokenize``."""
 
+    foreign = compat.DETOKENIZE
+
     model: Text = "default"
     tokens: Ids
 
@@ -205,6 +209,18 @@ class DetokenizeResponse(ResponseBody):
     """The text, special tokens included."""
 
     prompt: str
+
+
+class TokenizerInfo(ResponseBody):
+    """What ``tokenizer_config.json`` tells of a tokenizer, in its words: ``GET /tokenizer_info``."""
+
+    tokenizer_class: str | None = None
+    bos_token: str | None = None
+    eos_token: str | None = None
+    pad_token: str | None = None
+    unk_token: str | None = None
+    chat_template: str | None = None
+    model_max_length: int
 
 
 class ModelCard(ResponseBody):
@@ -288,54 +304,87 @@ def parse(model: type[R], body: bytes) -> R:
     if not body.strip():
         raise InvalidRequestError("the body is empty; send a JSON object")
     try:
-        request = model.model_validate_json(body)
-    except ValidationError as error:
-        raise invalid(error, model) from None
+        request = model.model_validate_json(body, extra="allow")
+    except ValidationError:
+        request = _explained(model, body)
+    foreign = request.model_extra or {}
+    for name, value in foreign.items():
+        if refused := _refused(name, value, model):
+            raise refused
+    foreign.clear()
     _refuse_duplicates(model, body)
     return request
+
+
+def _explained(model: type[R], body: bytes) -> R:
+    """Say what is wrong with a body, the fields that are unknown included."""
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise invalid(error, model) from None
 
 
 def invalid(error: ValidationError, model: type[RequestBody]) -> InvalidRequestError:
     """Pydantic's findings as the one that helps most: an unknown field before all, else the first field's."""
     found = error.errors(include_url=False)
     for finding in found:
-        if finding["type"] == "extra_forbidden":
-            return _unknown(str(finding["loc"][-1]), model)
+        if finding["type"] == "extra_forbidden" and (
+            refused := _refused(str(finding["loc"][-1]), finding["input"], model)
+        ):
+            return refused
+    found = [finding for finding in found if finding["type"] != "extra_forbidden"] or found
     if not found[0]["loc"]:
         if found[0]["type"] == "json_invalid":
             return InvalidRequestError(f"the body is not valid JSON: {found[0]['msg'].removeprefix('Invalid JSON: ')}")
         return InvalidRequestError(f"the body must be a JSON object, not {_shown(found[0]['input'])}")
     field = str(found[0]["loc"][0])
-    if found[0]["type"] == "missing":
-        return InvalidRequestError(f"{field} is required", param=field)
     # A union reports each of its kinds; the one that got furthest is the one that was meant.
     mine = [finding for finding in found if finding["loc"][0] == field]
-    index = max(_index(finding) for finding in mine)
-    furthest = [finding for finding in mine if _index(finding) == index]
+    inner = {name for each in model.model_fields.values() for name in _inner_fields(each.annotation)}
+    places = [_place(finding, inner) for finding in mine]
+    place = max(places, key=lambda place: [(isinstance(part, str), part) for part in place])
+    furthest = [finding for finding, own in zip(mine, places, strict=True) if own == place]
+    where = field + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
+    index = place[0] if place and isinstance(place[0], int) and field == "items" else None
+    if furthest[0]["type"] == "missing":
+        return InvalidRequestError(f"{where} is required", param=field, index=index)
     expected = " or ".join(dict.fromkeys(_expected(finding) for finding in furthest))
-    where = field + "".join(f"[{i}]" for i in index)
     return InvalidRequestError(
-        f"{where} must be {expected}, not {_shown(furthest[0]['input'])}",
-        param=field,
-        index=index[0] if index and field == "items" else None,
+        f"{where} must be {expected}, not {_shown(furthest[0]['input'])}", param=field, index=index
     )
 
 
 def _expected(finding: ErrorDetails) -> str:
-    return finding["msg"].removeprefix("Input should be ").replace("array", "list")
+    if finding["type"] == "model_type":
+        return "an object"
+    expected = finding["msg"].removeprefix("Input should be ").replace("array", "list")
+    return expected.lower() if expected in ("True", "False") else expected
 
 
-def _index(finding: ErrorDetails) -> tuple[int, ...]:
+def _place(finding: ErrorDetails, inner: Set[str]) -> tuple[int | str, ...]:
     """Where in its field, without the names of the union's kinds."""
-    return tuple(part for part in finding["loc"][1:] if isinstance(part, int))
+    return tuple(part for part in finding["loc"][1:] if isinstance(part, int) or part in inner)
 
 
-def _unknown(name: str, model: type[RequestBody]) -> InvalidRequestError:
+def _inner_fields(annotation: Any) -> Set[str]:
+    """The fields of the objects that a field may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        own = annotation.model_fields
+        return own.keys() | {name for each in own.values() for name in _inner_fields(each.annotation)}
+    return {name for part in get_args(annotation) for name in _inner_fields(part)}
+
+
+def _refused(name: str, value: Any, model: type[RequestBody]) -> InvalidRequestError | None:
+    """What is wrong with a field that the request does not have."""
+    if name in model.foreign:
+        field = model.foreign[name]
+        if field.allows(value):
+            return None
+        allowed = "".join(f"{json.dumps(own)} or " for own in field.neutral or ())
+        return InvalidRequestError(f"{name} must be {allowed}left out, not {_shown(value)}: {field.advice}", param=name)
     name = name if len(name) <= _SHOWN else name[:_SHOWN] + "..."
     fields = list(model.model_fields)
-    if name in model.elsewhere:
-        advice = model.elsewhere[name]
-    elif close := difflib.get_close_matches(name, fields, n=1):
+    if close := difflib.get_close_matches(name, fields, n=1):
         advice = f"did you mean {close[0]!r}?"
     else:
         advice = f"the fields are {', '.join(fields)}"

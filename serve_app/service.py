@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from contextlib import aclosing, contextmanager
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from itertools import count
@@ -47,6 +48,7 @@ from serve_app.schemas import (
     ScoreRow,
     TokenizeRequest,
     TokenizeResponse,
+    TokenizerInfo,
 )
 from serve_app.served_model import ServedModel
 from serve_app.settings import ModelSettings
@@ -310,6 +312,10 @@ class ScoringService:
         """The text of ids."""
         call = partial(self._prompts.detokenize, request.tokens)
         return DetokenizeResponse(prompt=await self._in_time(self._in_thread(call)))
+
+    def tokenizer_info(self) -> TokenizerInfo:
+        """The tokenizer's special tokens and chat template."""
+        return TokenizerInfo(**asdict(self._model.tokenizer.facts), model_max_length=self._model.max_prompt_tokens)
 
     def info(self, names: Sequence[str]) -> InfoResponse:
         """What is served, and the limits.

@@ -74,12 +74,16 @@ class Services:
 
     def models(self) -> ModelsResponse:
         """The names that requests may use, ``default`` aside."""
-        cards = [
-            ModelCard(id=name, created=self._started, owned_by="score-serve", max_model_len=service.max_prompt_tokens)
-            for name, service in self._by_name.items()
-            if name != DEFAULT_NAME
-        ]
-        return ModelsResponse(data=cards)
+        return ModelsResponse(data=[self.model(name) for name in self._by_name if name != DEFAULT_NAME])
+
+    def model(self, name: str) -> ModelCard:
+        """One name that requests may use.
+
+        Raises:
+            NotFoundError: they may not.
+        """
+        most = self.of(name).max_prompt_tokens
+        return ModelCard(id=name, created=self._started, owned_by="score-serve", max_model_len=most)
 
     def info(self, name: str) -> InfoResponse:
         """What is served under this name, and the limits.

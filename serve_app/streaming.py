@@ -125,8 +125,11 @@ def _json_lines(values: Sequence[BaseModel]) -> Iterator[bytes]:
         yield bytes(lines)
 
 
-def json_pieces(answer: BaseModel) -> Iterator[bytes]:
+def json_pieces(answer: BaseModel | list[Any]) -> Iterator[bytes]:
     """The JSON of ``answer``, without what is None, in pieces of about ``PIECE_VALUES``."""
+    if isinstance(answer, list):
+        yield from _list_pieces(answer)
+        return
     opening = b"{"
     for name, value in answer:
         if value is None:

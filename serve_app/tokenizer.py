@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from serve_app import joining, tokenizer_files
 from serve_app.batches import common_prefix
+from serve_app.tokenizer_files import TokenizerFacts
 
 _CHUNK_CHARACTERS = 2**16
 """Joined and tokenised at a time, some 20 ms of work: others wait for it, and the query is repeated in every prompt,
@@ -43,6 +44,21 @@ class Ending:
             for ids in self.tokenizer.encode(texts, add_special_tokens=self.special):
                 yield [*self.before, *ids, *self.behind]
 
+    def last_cut(self, word: str) -> int | None:
+        """The last place in ``text`` where it can be cut so that what is cut off, with the word, only adds tokens.
+
+        In characters. None: no such place was found in a few tries.
+        """
+        if len(self.text) > _CHUNK_CHARACTERS:
+            return None  # each try would take long
+        ids, ends = self.tokenizer.encode_with_ends(self.text + word, add_special_tokens=self.special)
+        cuts = [(kept, end) for kept, end in enumerate([0, *ends]) if end < len(self.text) and kept + len(self.before)]
+        for kept, end in cuts[: -joining.TRIES - 1 : -1]:
+            (own,) = self.tokenizer.encode([self.text[:end]], add_special_tokens=self.special)
+            if own == ids[:kept]:
+                return end
+        return None
+
 
 class TextTokenizer:
     """A Hugging Face fast tokenizer. Encoding releases the GIL; safe to share between threads.
@@ -50,9 +66,11 @@ class TextTokenizer:
     Args:
         backend: the Rust tokenizer; truncation and padding are switched off.
         bos_id: id of the begin-of-sequence token, if there is one.
+        facts: for clients that ask; nothing here depends on them.
     """
 
-    def __init__(self, backend: Tokenizer, bos_id: int | None) -> None:
+    def __init__(self, backend: Tokenizer, bos_id: int | None, facts: TokenizerFacts | None = None) -> None:
+        self.facts = facts or TokenizerFacts()
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,11 +29,24 @@ LEAST_SHARE = 0.5
 _SAMPLE = "a b yes no 1, 2."
 
 
+@dataclass(frozen=True, slots=True)
+class TokenizerFacts:
+    """What a tokenizer's files say beside how text becomes tokens, in their words; None: nothing."""
+
+    tokenizer_class: str | None = None
+    bos_token: str | None = None
+    eos_token: str | None = None
+    pad_token: str | None = None
+    unk_token: str | None = None
+    chat_template: str | None = None
+
+
 class LoadedTokenizer(NamedTuple):
-    """A folder's tokenizer, and the id of its begin-of-sequence token if it has one."""
+    """A folder's tokenizer, the id of its begin-of-sequence token if it has one, and what else its files say."""
 
     backend: Tokenizer
     bos_id: int | None
+    facts: TokenizerFacts = TokenizerFacts()
 
 
 def load(folder: Path) -> LoadedTokenizer:
@@ -43,7 +57,25 @@ def load(folder: Path) -> LoadedTokenizer:
     """
     loaded = _from_file(folder) if (folder / "tokenizer.json").is_file() else _from_parts(folder)
     _check(folder, loaded.backend)
-    return loaded
+    return loaded._replace(facts=_facts(folder))
+
+
+def _facts(folder: Path) -> TokenizerFacts:
+    declared = _object(folder, "special_tokens_map.json") | _object(folder, "tokenizer_config.json")
+    template, beside = declared.get("chat_template"), folder / "chat_template.jinja"
+    if beside.is_file():
+        template = beside.read_text(encoding="utf-8")
+    elif isinstance(template, list):  # one for chats, others for tools and documents
+        named: list[Any] = [each for each in template if isinstance(each, dict)]
+        template = next((each.get("template") for each in named if each.get("name") == "default"), None)
+    return TokenizerFacts(
+        tokenizer_class=_content(declared.get("tokenizer_class")),
+        bos_token=_content(declared.get("bos_token")),
+        eos_token=_content(declared.get("eos_token")),
+        pad_token=_content(declared.get("pad_token")),
+        unk_token=_content(declared.get("unk_token")),
+        chat_template=_content(template),
+    )
 
 
 def _from_file(folder: Path) -> LoadedTokenizer:

@@ -22,6 +22,10 @@ from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas, save_tokenizer
 
 QUERY = "who is lazy?"
 DOCUMENTS = ["the fox", "the dog", "yes", "a cat"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +40,9 @@ def _connections() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     engine = FakeEngine(VOCAB_SIZE, CONTEXT)
-    tokenizer = TextTokenizer.load(save_tokenizer(tmp_path_factory.mktemp("tokenizer"), adds_bos=False))
+    folder = save_tokenizer(tmp_path_factory.mktemp("tokenizer"), adds_bos=False)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    tokenizer = TextTokenizer.load(folder)
     settings = Settings(model="fake-judge", aliases=("rerank-v3.5",), engine="fake")
     service = ScoringService(settings, tokenizer, engine.info, DirectReplicas(engine))
     server = uvicorn.Server(uvicorn.Config(create_app(lambda: Services(service)), port=0, log_level="warning"))
@@ -117,6 +123,9 @@ class TestOpenAI:
             assert "".join(choice.logprobs.tokens) == choice.text
         assert answer.usage.completion_tokens == 2
         assert [model.id for model in client.models.list()] == ["fake-judge", "rerank-v3.5"]
+        assert client.models.retrieve("rerank-v3.5").id == "rerank-v3.5"
+        with pytest.raises(openai.NotFoundError, match="the names are fake-judge"):
+            client.models.retrieve("org/none")
 
     def test_its_errors(self, url: str):
         openai = pytest.importorskip("openai")
@@ -126,3 +135,36 @@ class TestOpenAI:
         assert (caught.value.param, caught.value.type) == ("max_tokens", "BadRequestError")
         with pytest.raises(openai.NotFoundError, match="fake-judge"):
             client.completions.create(model="gpt-3.5-turbo-instruct", prompt="a", max_tokens=1)
+
+
+class TestLmEval:
+    def test_its_remote_tokenizer(self, url: str):
+        utils = pytest.importorskip("lm_eval.utils")
+        assert utils.check_remote_tokenizer_support(f"{url}/v1/completions")
+        remote = utils.RemoteTokenizer(f"{url}/v1/completions")
+        assert (remote.bos_token, remote.eos_token, remote.pad_token) == ("<s>", "</s>", None)
+        assert (remote.bos_token_id, remote.eos_token_id) == (0, 1)
+        for text in ("the quick fox", "狐狸 🦊", "<s>the</s>"):
+            assert remote.decode(remote.encode(text)) == text
+        assert remote("the fox")["input_ids"] == remote.encode("the fox")
+        chat = [{"role": "user", "content": "a fox"}]
+        assert remote.apply_chat_template(chat) == "user: a fox\nassistant:"
+
+    @pytest.mark.parametrize("tokenized", [True, False])
+    def test_its_completions_with_the_services_tokenizer(self, url: str, tokenized: bool):
+        """Which it finds by itself."""
+        api = pytest.importorskip("lm_eval.models.openai_completions")
+        from lm_eval.api.instance import Instance
+
+        model = api.LocalCompletionsAPI(
+            model="default", base_url=f"{url}/v1/completions", tokenized_requests=tokenized, num_concurrent=1
+        )
+        assert model.tokenizer_backend == "remote"
+        asked = [("the quick", " fox"), ("is it", " 狐狸 🦊"), ("", "yes")]
+        found = model.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in asked])
+        for (context, continuation), (logprob, greedy) in zip(asked, found, strict=True):
+            prompt = context or "</s>"
+            body = {"query": prompt, "items": [""], "labels": [continuation], "return_token_logprobs": True}
+            score = httpx.post(f"{url}/v1/score", json=body).json()
+            assert logprob == pytest.approx(score["token_logprobs"][0][0], abs=1e-4)
+            assert greedy in (False, True)

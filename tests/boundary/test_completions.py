@@ -122,8 +122,12 @@ async def test_parts_of_characters(http: Http):
     ids = await http.ids("狐狸 🦊")
     [choice] = (await complete(http, prompt=[ids], max_tokens=0, echo=True, logprobs=1))["choices"]
     assert choice["text"] == "狐狸 🦊"
-    assert len(choice["logprobs"]["tokens"]) == len(ids)
-    assert all(choice["logprobs"]["tokens"])
+    names, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+    assert len(names) == len(offsets) == len(ids)
+    assert "\ufffd" not in "".join(names)
+    assert offsets[0] == 0
+    assert offsets == sorted(offsets)
+    assert offsets[-1] < len(choice["text"])
     assert all(math.isfinite(nats) for nats in choice["logprobs"]["token_logprobs"][1:])
 
 
@@ -136,14 +140,14 @@ async def test_parts_of_characters(http: Http):
         ({"logprobs": 5}, "logprobs", "must be 0 or 1"),
         ({"temperature": 0.7}, "temperature", "must be 0 or left out"),
         ({"n": 2}, "n", "must be 1"),
-        ({"stream": True}, "stream", "must be False"),
-        ({"stop": ["a"]}, "stop", "unknown field 'stop'"),
+        ({"stream": True}, "stream", "must be false"),
+        ({"stop": ["a"]}, "stop", 'stop must be [] or "" or left out'),
         ({"prompt": []}, "prompt", "empty list"),
         ({"prompt": ""}, "prompt", "prompt[0] has 0 tokens"),
         ({"prompt": [[1], []]}, "prompt", "prompt[1] has 0 tokens"),
         ({"prompt": [1, "a"]}, "prompt", "prompt[1]"),
-        ({"prompt": [[1], [-1]]}, "prompt", "Token ID -1 is out of vocabulary"),
-        ({"prompt": [10**30]}, "prompt", "out of vocabulary"),
+        ({"prompt": [[1], [-1]]}, "prompt", "prompt[1][0]: Token ID -1 is out of vocabulary"),
+        ({"prompt": [1, 10**30]}, "prompt", f"prompt[1]: Token ID {10**30} is out of vocabulary"),
         ({"prompt": None}, "prompt", "not null"),
     ],
 )
@@ -155,7 +159,7 @@ async def test_what_is_wrong_is_named(http: Http, body: dict[str, Any], param: s
 
 
 async def test_other_errors_are_nested_too(http: Http):
-    assert (await refused(http, prompt="a"))["message"] == "max_tokens is required"
+    assert (await refused(http, max_tokens=1))["message"] == "prompt is required"
     error = await refused(http, status=404, prompt="a", max_tokens=1, model="gpt-3.5-turbo-instruct")
     assert (error["type"], error["param"]) == ("NotFoundError", "model")
     limit = http.info["limits"]["max_items"]

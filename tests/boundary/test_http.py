@@ -188,7 +188,8 @@ class TestRoutes:
 
     async def test_detokenize_checks_ids(self, http: Http):
         error = await http.refused("/detokenize", tokens=[1, http.vocab_size])
-        assert error["message"] == f"Token ID {http.vocab_size} is out of vocabulary (vocab size: {http.vocab_size})"
+        size = http.vocab_size
+        assert error["message"] == f"tokens[1]: Token ID {size} is out of vocabulary (vocab size: {size})"
         assert error["param"] == "tokens"
         assert (await http.refused("/detokenize", tokens=[True]))["param"] == "tokens"
         assert (await http.client.post("/detokenize", json={"tokens": []})).json() == {"prompt": ""}

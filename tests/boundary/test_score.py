@@ -265,7 +265,8 @@ class TestIds:
             await http.score(**self.ask(field, good))
         for bad in (-1, size, 10**12, 10**30, -(10**30)):
             error = await http.refused(**self.ask(field, bad))
-            assert error["message"] == f"Token ID {bad} is out of vocabulary (vocab size: {size})"
+            place = "items[0][1]" if field == "items" else f"{field}[1]"
+            assert error["message"] == f"{place}: Token ID {bad} is out of vocabulary (vocab size: {size})"
             assert error["param"] == field
 
     @pytest.mark.parametrize("field", ["label_token_ids", "items", "query"])

@@ -61,5 +61,5 @@ async def test_an_impossible_token_has_the_lowest_logprob(tokenizer: TextTokeniz
 def test_the_highest_logprob_is_never_lost():
     assert _top(5, "a", -1.0, 5, "a", -0.9999999) == {"a": -1.0}  # read twice, rounded twice
     assert _top(5, "a", -1.0, 7, "b", -0.5) == {"a": -1.0, "b": -0.5}
-    assert _top(5, "\ufffd", -1.0, 7, "\ufffd", -0.5) == {"\ufffd": -0.5}
+    assert _top(5, "\ufffd", -1.0, 7, "\ufffd", -0.5) == {"\ufffd": -1.0, "token_id:7": -0.5}
     assert _top(5, "a", -math.inf, 7, "b", -0.5) == {"a": LOWEST, "b": -0.5}

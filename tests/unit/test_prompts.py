@@ -282,20 +282,22 @@ class TestQueryTokens:
 
 class TestRefused:
     @pytest.mark.parametrize(
-        ("fields", "param", "index"),
+        ("fields", "place", "index"),
         [
-            ({"items": [[1], [2, VOCAB_SIZE]]}, "items", 1),
-            ({"query": [-1], "items": [[1]]}, "query", None),
-            ({"items": [[1]], "label_token_ids": [10**30]}, "label_token_ids", None),
-            ({"items": [[1], [2]], "label_token_ids": [[3], [-(10**12)]]}, "label_token_ids", 1),
+            ({"items": [[1], [2, VOCAB_SIZE]]}, "items[1][1]", 1),
+            ({"items": [*[[1]] * 417, [1, 2, -1], *[[1]] * 82]}, "items[417][2]", 417),
+            ({"query": [-1], "items": [[1]]}, "query[0]", None),
+            ({"items": [[1]], "label_token_ids": [1, 10**30]}, "label_token_ids[1]", None),
+            ({"items": [[1], [2]], "label_token_ids": [[3], [-(10**12)]]}, "label_token_ids[1][0]", 1),
         ],
     )
     def test_ids_out_of_the_vocabulary(
-        self, tokenizer: TextTokenizer, fields: dict[str, Any], param: str, index: int | None
+        self, tokenizer: TextTokenizer, fields: dict[str, Any], place: str, index: int | None
     ):
         with pytest.raises(InvalidRequestError, match=rf"is out of vocabulary \(vocab size: {VOCAB_SIZE}\)$") as caught:
             prepare(tokenizer, **fields)
-        assert (caught.value.param, caught.value.index) == (param, index)
+        assert caught.value.message.startswith(f"{place}: Token ID ")
+        assert (caught.value.param, caught.value.index) == (place.partition("[")[0], index)
 
     def test_an_id_of_a_thousand_digits_is_shortened(self, tokenizer: TextTokenizer):
         with pytest.raises(InvalidRequestError, match=r"Token ID 1{20}\.\.\. \(1000 digits\)"):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from serve_app.errors import InvalidRequestError
-from serve_app.schemas import ScoreRequest, TokenizeRequest, invalid, parse
+from serve_app.rerank import RerankRequest
+from serve_app.schemas import RequestBody, ScoreRequest, TokenizeRequest, _shown, invalid, parse
 
 
 def test_requests_are_built_in_python_as_over_http():
@@ -83,3 +85,82 @@ def test_what_only_looks_like_a_field_given_twice(body: bytes):
 def test_a_field_given_twice_in_escapes():
     with pytest.raises(InvalidRequestError, match="prompt is given twice"):
         parse(TokenizeRequest, b'{"prompt": "a", "\\u0070rompt": "b"}')
+
+
+WRONG: list[Any] = [
+    None, True, 5, -1, 1.5, 1e300, "x", [], {}, [None], [True], [1], [1.5], ["a"], [[]], [{}], [[1]], [["a"]], [[{}]],
+    [[[1]]], ["a", 1], ["a", {}], [1, "a"], [1, 1.5], [[1], "a"], [[1], [None]], [["a"], [1]], [{"text": 5}],
+    [{"text": None}], [{"title": "a"}], ["a", {"text": ["a"]}], {"text": "a"},
+]  # fmt: skip
+GOOD: dict[str, Any] = {
+    "query": "q", "items": ["a"], "label_token_ids": [1], "documents": ["a"], "prompt": "a", "max_tokens": 1,
+    "tokens": [1], "texts": ["a"],
+}  # fmt: skip
+"""A right value of every field that a request must have."""
+KINDS = {
+    "a valid string": (str,),
+    "a valid integer": (int,),
+    "a valid number": (int, float),
+    "a finite number": (int, float),
+    "a valid boolean": (bool,),
+    "a valid list": (list,),
+    "an object": (dict,),
+}
+OTHER = r"'\w+'( or '\w+')?|greater than( or equal to)? \d+|(0|1|false|true)( or [^,]+)?(, since .+)?"
+"""What is expected of values of the right kind."""
+
+
+def requests() -> list[type[RequestBody]]:
+    return [each for each in RequestBody.__subclasses__() if each.__name__.endswith("Request")]
+
+
+@pytest.mark.parametrize("schema", requests(), ids=lambda schema: schema.__name__)
+def test_every_field_of_every_request_says_what_is_wrong_where(schema: type[RequestBody]):
+    """The message names a place that has the value that it shows, and kinds that this value is not of."""
+    good = {name: GOOD[name] for name, field in schema.model_fields.items() if field.is_required()}
+    parse(schema, json.dumps(good).encode())
+    for field in schema.model_fields:
+        refused = 0
+        for value in WRONG:
+            try:
+                parse(schema, json.dumps({**good, field: value}).encode())
+                continue
+            except InvalidRequestError as caught:
+                error = caught
+            refused += 1
+            assert error.param == field
+            place, said = re.fullmatch(rf"({field}(?:\[\d+\]|\.\w+)*) (.+)", error.message).groups()
+            *way, last = [
+                int(number) if number else name for number, name in re.findall(r"\[(\d+)\]|\.(\w+)", "[0]" + place)
+            ]
+            there: Any = [value]
+            for step in way:
+                there = there[step]
+            if said == "is required":
+                assert last not in there
+                continue
+            there = there[last]
+            expected, shown = re.fullmatch("must be (.+), not (.+)", said).groups()
+            assert shown == _shown(there)
+            kinds = [kind for kind in KINDS if kind in expected]
+            if not kinds:
+                assert re.fullmatch(OTHER, expected), error.message
+            else:
+                assert expected == " or ".join(sorted(kinds, key=expected.index)), error.message
+                assert not any(type(there) in KINDS[kind] for kind in kinds), error.message
+        assert refused > len(WRONG) / 3
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        (3, "documents[1] must be a valid string or an object, not 3"),
+        ({}, "documents[1].text is required"),
+        ({"title": "a"}, "documents[1].text is required"),
+        ({"text": 3}, "documents[1].text must be a valid string, not 3"),
+    ],
+)
+def test_what_is_wrong_with_a_document(document: Any, message: str):
+    with pytest.raises(InvalidRequestError) as caught:
+        parse(RerankRequest, json.dumps({"query": "q", "documents": ["a", document]}).encode())
+    assert (caught.value.message, caught.value.param) == (message, "documents")

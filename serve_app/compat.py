@@ -1,0 +1,149 @@
+"""What clients of other services send: fields and routes that are not this service's, and what is said of them.
+
+A field of another service is taken where its value asks for nothing, as null does, and refused by name where it asks
+for what cannot be done. Fields that can be honoured are in the schemas.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """A field of other services.
+
+    Attributes:
+        advice: for who sends a value that asks for something.
+        neutral: values that ask for nothing besides null; None: every value, since the field has no effect on scores.
+    """
+
+    advice: str
+    neutral: tuple[Any, ...] | None = ()
+
+    def allows(self, value: Any) -> bool:
+        """Whether a value asks for nothing. As in JSON, true is not 1."""
+        if value is None or self.neutral is None:
+            return True
+        return any(value == own and isinstance(value, bool) == isinstance(own, bool) for own in self.neutral)
+
+
+_NO_EFFECT = Foreign("it has no effect", None)
+_NOT_SAMPLED = Foreign("the one token is the likeliest, and never sampled", None)
+_ONE = "at most one token comes after a prompt"
+_LIKELIEST = "the one token is the likeliest by the model's own logprobs"
+_LABELS = "to score given answers, send them to /v1/score as labels"
+_PAIRS = "this is the label-scoring API (query, items, labels); to score pairs of texts use /v1/rerank"
+
+EVERYWHERE: Mapping[str, Foreign] = {
+    "user": _NO_EFFECT,
+    "metadata": _NO_EFFECT,
+    "request_id": _NO_EFFECT,  # vLLM; the header x-request-id names a request
+    "rid": _NO_EFFECT,  # sglang
+    "cache_salt": _NO_EFFECT,
+    "priority": Foreign("requests have no priorities here", (0,)),
+    "mm_processor_kwargs": Foreign("the models read text only", ({},)),
+}
+
+SCORE: Mapping[str, Foreign] = {
+    **EVERYWHERE,
+    **dict.fromkeys(("text_1", "text_2", "queries", "data_1", "documents", "texts"), Foreign(_PAIRS)),
+    "truncate_prompt_tokens": Foreign('to have long items cut, send truncate: "item"'),
+    "return_pooled_hidden_states": Foreign("only scores are returned", (False,)),
+    "embed_override_token_id": Foreign("embeddings cannot be replaced"),
+    "embed_overrides": Foreign("embeddings cannot be replaced"),
+}
+
+COMPLETIONS: Mapping[str, Foreign] = {
+    **EVERYWHERE,
+    "n": Foreign(_LIKELIEST, (1,)),
+    "best_of": Foreign(_LIKELIEST, (1,)),
+    "use_beam_search": Foreign(_LIKELIEST, (False,)),
+    "stream": Foreign("the answer comes whole", (False,)),
+    "stream_options": Foreign("the answer comes whole"),
+    "stop": Foreign(_ONE, ([], "")),
+    "stop_token_ids": Foreign(_ONE, ([],)),
+    "ignore_eos": Foreign(_ONE, None),
+    "min_tokens": Foreign(_ONE, (0,)),
+    "suffix": Foreign("the model reads the prompt alone", ("",)),
+    "seed": _NOT_SAMPLED,
+    "top_p": _NOT_SAMPLED,
+    "top_k": _NOT_SAMPLED,
+    "min_p": _NOT_SAMPLED,
+    "frequency_penalty": Foreign(_LIKELIEST, (0,)),
+    "presence_penalty": Foreign(_LIKELIEST, (0,)),
+    "repetition_penalty": Foreign(_LIKELIEST, (1,)),
+    "length_penalty": Foreign(_ONE, (1,)),
+    "logit_bias": Foreign(_LABELS, ({},)),
+    "allowed_token_ids": Foreign(_LABELS),
+    "guided_choice": Foreign(_LABELS),
+    "structured_outputs": Foreign(_LABELS),
+    "response_format": Foreign("the answer is text", ({"type": "text"},)),
+    "prompt_logprobs": Foreign("send echo: true and logprobs: 0 or 1, which tell those of the prompt"),
+    "add_special_tokens": Foreign("to choose the prompt's tokens, send their ids", (True,)),
+    "truncate_prompt_tokens": Foreign("a prompt that is too long is an error; shorten it"),
+    "return_tokens_as_token_ids": Foreign("POST /tokenize tells the ids", (False,)),
+    "return_token_ids": Foreign("POST /tokenize tells the ids", (False,)),
+}
+
+RERANK: Mapping[str, Foreign] = {
+    **EVERYWHERE,
+    "texts": Foreign("send documents or texts, not both"),
+    "instruct": Foreign("send instruct or instruction, not both"),
+    "instruction": Foreign("send instruct or instruction, not both"),
+    "rank_fields": Foreign("of a document that is an object, its text is read; put what matters there", (["text"],)),
+    "max_chunks_per_doc": Foreign(
+        "one chunk of each document is read; max_tokens_per_doc sets how long it may be", (1,)
+    ),
+    "truncation": Foreign("send truncate: false, and a document that is too long is an error", (True,)),
+    "truncation_direction": Foreign("a document that is too long loses its end", ("Right", "right")),
+    "use_activation": Foreign("for scores that are not probabilities send raw_scores: true", (True,)),
+    "activation": Foreign("for scores that are not probabilities send raw_scores: true", (True,)),
+    "return_embeddings": Foreign("only scores are returned", (False,)),
+}
+
+GENERATIVE: Mapping[str, Foreign] = {**EVERYWHERE, "truncate_prompt_tokens": Foreign("shorten the items")}
+
+TOKENIZE: Mapping[str, Foreign] = {
+    **EVERYWHERE,
+    "return_token_strs": Foreign("they always come", None),
+    "truncate_prompt_tokens": Foreign("all tokens come"),
+    "messages": Foreign("no chat template is applied; send the text with its markup as prompt"),
+}
+
+DETOKENIZE: Mapping[str, Foreign] = {
+    **EVERYWHERE,
+    "skip_special_tokens": Foreign("special tokens come as text", (False,)),
+}
+
+_GENERATES = "this service scores and generates no text; the likelihood of answers is POST /v1/score, of texts POST "
+ROUTES: Mapping[str, str] = {
+    "/score": "labels are scored by POST /v1/score, pairs of texts by POST /v1/rerank",
+    "/chat/completions": f"{_GENERATES}/v1/completions",
+    "/completions/chat": f"{_GENERATES}/v1/completions",
+    "/messages": f"{_GENERATES}/v1/completions",
+    "/responses": f"{_GENERATES}/v1/completions",
+    "/embeddings": "this service makes no embeddings; texts are ranked by POST /v1/rerank",
+    "/embed": "this service makes no embeddings; texts are ranked by POST /v1/rerank",
+}
+"""Routes of other services, without ``/v1``, and where to go instead."""
+
+
+def instead_of(path: str, routes: Mapping[str, Collection[str]]) -> str:
+    """What to ask in place of a route that does not exist.
+
+    Args:
+        routes: those that exist, with their methods.
+    """
+    parts = [part for part in path.lower().split("/") if part]
+    clean = "/" + "/".join(parts)
+    bare = "/" + "/".join(parts[1:] if parts[:1] in (["v1"], ["v2"]) else parts)
+    if clean not in routes and bare in ROUTES:
+        return ROUTES[bare]
+    found = next((each for each in (clean, bare, "/v1" + bare) if each in routes), None)
+    for near in [found] if found else difflib.get_close_matches(clean, routes, n=1, cutoff=0.75):
+        return f"did you mean {' or '.join(f'{method} {near}' for method in sorted(routes[near]))}?"
+    return "see /docs for the routes"
