@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ class TextTokenizer:
         backend: object = getattr(loaded, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise ValueError(f"{folder} has no fast tokenizer: save one there as tokenizer.json")
-        return cls(backend, loaded.bos_token_id, _facts(loaded))
+        return cls(backend, loaded.bos_token_id, _facts(folder))
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """Ids of each text. BOS stands at most once at the front, even if the text begins with it too."""
@@ -243,16 +244,28 @@ class Joined:
         return [first, *self._tokenizer.encode(texts[1:], add_special_tokens=self._special)]
 
 
-def _facts(loaded: Any) -> TokenizerFacts:
-    template = loaded.chat_template
-    if isinstance(template, dict):  # one for chats, others for tools and documents
-        template = template.get("default")
+def _facts(folder: Path) -> TokenizerFacts:
+    """By the files beside ``tokenizer.json``."""
+    said: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            said |= json.loads((folder / name).read_text("utf-8"))
+    template: Any = said.get("chat_template")
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text("utf-8")
+    if isinstance(template, list):  # one for chats, others for tools and documents
+        template = next((each["template"] for each in template if each["name"] == "default"), None)
+
+    def text(name: str) -> str | None:
+        token = said.get(name)
+        return token["content"] if isinstance(token, dict) else token
+
     return TokenizerFacts(
-        tokenizer_class=type(loaded).__name__,
-        bos_token=loaded.bos_token,
-        eos_token=loaded.eos_token,
-        pad_token=loaded.pad_token,
-        unk_token=loaded.unk_token,
+        tokenizer_class=said.get("tokenizer_class"),
+        bos_token=text("bos_token"),
+        eos_token=text("eos_token"),
+        pad_token=text("pad_token"),
+        unk_token=text("unk_token"),
         chat_template=template,
     )
 
