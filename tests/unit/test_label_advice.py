@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from serve_app import model_source
@@ -79,6 +79,8 @@ class TestAdvice:
         prompt=st.lists(st.sampled_from(PIECES), min_size=1, max_size=8).map("".join),
         word=st.lists(st.sampled_from(PIECES), min_size=1, max_size=3).map("".join),
     )
+    @example(prompt="is it \na", word="a")  # the prompt before "a" has other tokens alone than before "aa"
+    @example(prompt="is it \n'", word="s")
     def test_works(self, demo: TextTokenizer, prompt: str, word: str):
         if (message := refusal(demo, prompt, word)) is None:
             return
