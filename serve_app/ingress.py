@@ -45,6 +45,7 @@ from serve_app.errors import (
 )
 from serve_app.generative import GenerativeScoringRequest, GenerativeScoringResponse
 from serve_app.metrics import REPORT_S, FrontMetrics, scrape
+from serve_app.pieces import parse_large
 from serve_app.rerank import RerankRequest, RerankResponse
 from serve_app.router import running_replicas
 from serve_app.schemas import (
@@ -58,7 +59,6 @@ from serve_app.schemas import (
     StatusResponse,
     TokenizeRequest,
     TokenizeResponse,
-    parse,
 )
 from serve_app.service import ScoringService
 from serve_app.services import Services
@@ -138,7 +138,7 @@ def create_app(
 
         The header ``x-request-timeout-seconds`` shortens the service's own time limit for this request.
         """
-        asked = parse(ScoreRequest, await body(request))
+        asked = await parse_large(ScoreRequest, await body(request))
         service = get_services().of(asked.model)
         request_id: str = request.state.request_id
         limit = _timeout_s(request)
@@ -153,7 +153,7 @@ def create_app(
     @app.post("/rerank", **_documented(RerankResponse, RerankRequest, 503, 504))
     async def rerank(request: Request) -> Response:
         """The documents by their relevance to the query, best first."""
-        asked = parse(RerankRequest, await body(request))
+        asked = await parse_large(RerankRequest, await body(request))
         work = (
             get_services()
             .of(asked.model)
@@ -164,7 +164,7 @@ def create_app(
     @app.post(COMPLETIONS, **_documented(CompletionResponse, CompletionRequest, 503, 504, error=OpenAIErrorResponse))
     async def completions(request: Request) -> Response:
         """Logprobs of the prompts' own tokens, and the likeliest next ones."""
-        asked = parse(CompletionRequest, await body(request))
+        asked = await parse_large(CompletionRequest, await body(request))
         work = (
             get_services()
             .of(asked.model)
@@ -175,7 +175,7 @@ def create_app(
     @app.post("/generative_scoring", **_documented(GenerativeScoringResponse, GenerativeScoringRequest, 503, 504))
     async def generative_scoring(request: Request) -> Response:
         """The first label's probability for every item, in vLLM's shape."""
-        asked = parse(GenerativeScoringRequest, await body(request))
+        asked = await parse_large(GenerativeScoringRequest, await body(request))
         service = get_services().of(asked.model or DEFAULT_NAME)
         work = service.generative_scoring(asked, request_id=request.state.request_id, timeout_s=_timeout_s(request))
         return await _json(await _unless_gone(request, work))
@@ -183,13 +183,13 @@ def create_app(
     @app.post("/tokenize", **_documented(TokenizeResponse, TokenizeRequest, 504))
     async def tokenize(request: Request) -> Response:
         """Ids and pieces of text, as the model would see it."""
-        asked = parse(TokenizeRequest, await body(request))
+        asked = await parse_large(TokenizeRequest, await body(request))
         return await _json(await _unless_gone(request, get_services().of(asked.model).tokenize(asked)))
 
     @app.post("/detokenize", **_documented(DetokenizeResponse, DetokenizeRequest, 504))
     async def detokenize(request: Request) -> Response:
         """The text of ids."""
-        asked = parse(DetokenizeRequest, await body(request))
+        asked = await parse_large(DetokenizeRequest, await body(request))
         return await _json(await _unless_gone(request, get_services().of(asked.model).detokenize(asked)))
 
     @app.get("/v1/models", **_documented(ModelsResponse))
