@@ -142,6 +142,16 @@ async def test_what_else_is_wrong_is_told_beside_a_lone_surrogate(http: Http):
     )
 
 
+async def test_a_large_body_is_answered_as_a_small_one_is(http: Http):
+    items = [[index % 100, 1, 2, 3] for index in range(9_000)]
+    answer = await http.score(items=items, label_token_ids=[5, 7])
+    small = await http.score(items=items[-2:], label_token_ids=[5, 7])
+    assert len(answer["scores"]) == len(items)
+    assert answer["scores"][-2:] == small["scores"]
+    error = await http.refused(items=[*items[:-1], [1, "2"]], label_token_ids=[5, 7])
+    assert error["message"] == 'items[8999][1] must be a valid integer, not "2"'
+
+
 async def test_a_pair_of_surrogates_is_a_character(http: Http):
     assert '"\\ud83e\\udd8a"' in json.dumps({"prompt": "🦊"})
     assert (await http.post(json.dumps({"prompt": "🦊"}), "/tokenize")).status_code == 200

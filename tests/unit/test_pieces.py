@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from serve_app.completions import CompletionRequest
 from serve_app.errors import InvalidRequestError
-from serve_app.pieces import parse_in_pieces
+from serve_app.pieces import parse_in_pieces, parse_large
 from serve_app.rerank import RerankRequest
 from serve_app.schemas import DetokenizeRequest, RequestBody, ScoreRequest, parse
 
@@ -66,6 +67,17 @@ def test_it_makes_no_difference_in_what_is_no_json(text: str, model: type[Reques
 def test_lists_that_are_cut(items: str):
     body = f'{{"items": {items}, "query": null, "label_token_ids": [1, 2, 3]}}'.encode()
     assert outcome(parse_in_pieces, ScoreRequest, body, 1) == outcome(parse, ScoreRequest, body)
+
+
+async def test_the_event_loop_goes_on_while_a_large_body_is_parsed():
+    body = json.dumps({"items": [[*range(100)]] * 10_000, "label_token_ids": [1]}).encode()
+    parsing = asyncio.create_task(parse_large(ScoreRequest, body))
+    turns = 0
+    while not parsing.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns > 20
+    assert (await parsing).items == [[*range(100)]] * 10_000
 
 
 def test_no_more_than_a_piece_is_parsed_at_once(monkeypatch: pytest.MonkeyPatch):
