@@ -109,10 +109,16 @@ def check_the_wire(url: str) -> None:
 
 def test_serves_own_proxy_serves_who_wants_to_upgrade_or_sends_no_more_and_its_timeouts_are_ours(model_folder: Path):
     port = free_port()
-    with launched("--model", str(model_folder), "--port", str(port)) as process:
+    page = ("--cors-origin", "https://page.example")
+    with launched("--model", str(model_folder), "--port", str(port), *page) as process:
         read_until(process, "curl")
         url = f"http://127.0.0.1:{port}"
         check_the_wire(url)
+        head = httpx.head(url + "/health", headers={"origin": "https://page.example"})
+        assert (head.status_code, head.content, head.headers["content-length"]) == (200, b"", "15")
+        assert head.headers["access-control-allow-origin"] == "https://page.example"
+        wish = {"origin": "https://page.example", "access-control-request-method": "POST"}
+        assert httpx.options(url + "/v1/score", headers=wish).status_code == 200
         with connected(url) as wire:
             wire.send(b"".join(post()))
             wire.socket.shutdown(socket.SHUT_WR)
