@@ -54,6 +54,18 @@ def check_total(tokens: int, most: int, param: str, index: int, counted: str = "
         )
 
 
+def check_text(text: str, param: str, index: int) -> None:
+    """Raise InvalidRequestError when a text has a lone surrogate, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(
+            f"{param}[{index}] must be text without lone surrogates; it has one at character {error.start + 1}",
+            param=param,
+            index=index,
+        ) from None
+
+
 def check_characters(characters: int, most: int, param: str, index: int | None = None) -> None:
     """Raise InvalidRequestError when a text is so long that tokenising it alone would keep others waiting.
 

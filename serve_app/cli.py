@@ -60,6 +60,13 @@ def serve(
             "in the environment names more, with commas between. Without either, no key is needed.",
         ),
     ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An origin, such as https://example.org, whose pages may ask the service from a browser; '*' for all. "
+            "Repeatable. [default: none]"
+        ),
+    ] = None,
     replicas: Annotated[int, typer.Option(min=1, help="Scorers, each with the whole model.")] = 1,
     max_batch_tokens: Annotated[int, typer.Option(min=64, help="Tokens in one device batch.")] = 8_192,
     tpu: Annotated[
@@ -89,6 +96,7 @@ def serve(
             quantization="int8" if int8 else None,
             engine=engine.value,
             api_keys_file=None if api_keys_file is None else str(api_keys_file),
+            cors_origins=tuple(cors_origin or ()),
             scorer_replicas=replicas,
             max_batch_tokens=max_batch_tokens,
             tpu=None if tpu is None else _tpu(tpu),

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+COMPLETIONS = "/v1/completions"
+"""The route whose errors are nested."""
+
 
 class ScoringError(Exception):
     """Base of all errors that a caller may see. ``message`` names the value, the limit and the remedy.
@@ -31,6 +34,10 @@ class ScoringError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.message, self.param, self.index, self.retry_after_s)
+
+    def body_on(self, path: str) -> dict[str, Any]:
+        """The error object of the route: also where a path is nearly right, who asks is a client of OpenAI's."""
+        return self.nested_body() if path.strip("/").endswith("completions") else self.body()
 
     def nested_body(self) -> dict[str, Any]:
         """The error object of the routes that OpenAI's clients ask."""
@@ -89,6 +96,13 @@ class TooLargeError(ScoringError):
     type = "RequestTooLargeError"
 
 
+class UnsupportedEncodingError(ScoringError):
+    """The body's Content-Encoding is none that this service decodes."""
+
+    status = 415
+    type = "UnsupportedEncodingError"
+
+
 class InternalError(ScoringError):
     """A fault of ours."""
 
@@ -119,6 +133,7 @@ ERRORS: tuple[type[ScoringError], ...] = (
     NotFoundError,
     MethodNotAllowedError,
     TooLargeError,
+    UnsupportedEncodingError,
     InternalError,
     OverloadedError,
     DeadlineExceededError,

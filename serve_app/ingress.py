@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import uuid
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -31,11 +31,12 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app import auth, compat, site, tei, timing
+from serve_app import auth, bodies, browsers, compat, site, tei, timing
 from serve_app.completions import CompletionRequest, CompletionResponse, OpenAIErrorResponse
 from serve_app.contract import JobResult, ModelInfo, ScoreJob
 from serve_app.errors import (
     BY_STATUS,
+    COMPLETIONS,
     AuthenticationError,
     InternalError,
     InvalidRequestError,
@@ -43,10 +44,10 @@ from serve_app.errors import (
     NotFoundError,
     OverloadedError,
     ScoringError,
-    TooLargeError,
 )
 from serve_app.generative import GenerativeScoringRequest, GenerativeScoringResponse
 from serve_app.metrics import REPORT_S, FrontMetrics, scrape
+from serve_app.pieces import parse_large
 from serve_app.rerank import RerankRequest, RerankResponse
 from serve_app.router import running_replicas
 from serve_app.schemas import (
@@ -62,7 +63,6 @@ from serve_app.schemas import (
     TokenizeRequest,
     TokenizeResponse,
     TokenizerInfo,
-    parse,
 )
 from serve_app.service import ScoringService
 from serve_app.services import Services
@@ -85,8 +85,6 @@ AHEAD_OF_PROXY_S = 0.25
 CLIENT_GONE = 499
 """Nobody reads it but the access log."""
 
-COMPLETIONS = "/v1/completions"
-"""The route whose errors are nested."""
 _SHOWN_PATH = 200
 """Characters of a path that an error repeats."""
 
@@ -112,27 +110,35 @@ _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:@/+=-]")
 
 
 def create_app(
-    get_services: Callable[[], Services], *, keys: auth.ApiKeys | None = None, echo_request_id: bool = True
+    get_services: Callable[[], Services],
+    *,
+    keys: auth.ApiKeys | None = None,
+    cors_origins: Sequence[str] = (),
+    echo_request_id: bool = True,
 ) -> FastAPI:
     """The HTTP side of the service, free of Serve.
 
     Args:
         get_services: called in every request.
         keys: of which a request must have one, if there are any.
+        cors_origins: whose pages may ask from a browser.
         echo_request_id: put ``x-request-id`` into responses. False behind Serve's proxy, which does it itself and
             would put it there twice.
     """
     app = FastAPI(title="score-serve", redirect_slashes=False, docs_url=None, redoc_url=None)
     site.add_pages(app)
+    app.add_middleware(browsers.HeadAsGet)
     if keys:
         app.add_middleware(auth.RequireKey, keys=keys)
         auth.document(app)
     app.add_middleware(_RequestContext, echo=echo_request_id)
+    if cors_origins:
+        browsers.allow(app, cors_origins)
     app.add_exception_handler(ScoringError, _on_scoring_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
 
     async def body(request: Request) -> bytes:
-        return await _read_body(request, get_services().max_body_bytes)
+        return await bodies.read(request, get_services().max_body_bytes)
 
     @app.post("/v1/score", **_documented(ScoreResponse, ScoreRequest, 503, 504, lines=_LINES))
     async def score(request: Request) -> Response:
@@ -140,7 +146,7 @@ def create_app(
 
         The header ``x-request-timeout-seconds`` shortens the service's own time limit for this request.
         """
-        asked = parse(ScoreRequest, await body(request))
+        asked = await parse_large(ScoreRequest, await body(request))
         service = get_services().of(asked.model)
         request_id: str = request.state.request_id
         limit = _timeout_s(request)
@@ -160,7 +166,10 @@ def create_app(
         """
         sent = await body(request)
         is_tei = tei.is_meant(sent)
-        asked = tei.as_rerank_request(parse(tei.TeiRerankRequest, sent)) if is_tei else parse(RerankRequest, sent)
+        if is_tei:
+            asked = tei.as_rerank_request(await parse_large(tei.TeiRerankRequest, sent))
+        else:
+            asked = await parse_large(RerankRequest, sent)
         work = (
             get_services()
             .of(asked.model)
@@ -172,7 +181,7 @@ def create_app(
     @app.post(COMPLETIONS, **_documented(CompletionResponse, CompletionRequest, 503, 504, error=OpenAIErrorResponse))
     async def completions(request: Request) -> Response:
         """Logprobs of the prompts' own tokens, and the likeliest next ones."""
-        asked = parse(CompletionRequest, await body(request))
+        asked = await parse_large(CompletionRequest, await body(request))
         work = (
             get_services()
             .of(asked.model)
@@ -183,7 +192,7 @@ def create_app(
     @app.post("/generative_scoring", **_documented(GenerativeScoringResponse, GenerativeScoringRequest, 503, 504))
     async def generative_scoring(request: Request) -> Response:
         """The first label's probability for every item, in vLLM's shape."""
-        asked = parse(GenerativeScoringRequest, await body(request))
+        asked = await parse_large(GenerativeScoringRequest, await body(request))
         service = get_services().of(asked.model or DEFAULT_NAME)
         work = service.generative_scoring(asked, request_id=request.state.request_id, timeout_s=_timeout_s(request))
         return await _json(await _unless_gone(request, work))
@@ -191,13 +200,13 @@ def create_app(
     @app.post("/tokenize", **_documented(TokenizeResponse, TokenizeRequest, 504))
     async def tokenize(request: Request) -> Response:
         """Ids and pieces of text, as the model would see it."""
-        asked = parse(TokenizeRequest, await body(request))
+        asked = await parse_large(TokenizeRequest, await body(request))
         return await _json(await _unless_gone(request, get_services().of(asked.model).tokenize(asked)))
 
     @app.post("/detokenize", **_documented(DetokenizeResponse, DetokenizeRequest, 504))
     async def detokenize(request: Request) -> Response:
         """The text of ids."""
-        asked = parse(DetokenizeRequest, await body(request))
+        asked = await parse_large(DetokenizeRequest, await body(request))
         return await _json(await _unless_gone(request, get_services().of(asked.model).detokenize(asked)))
 
     @app.get("/v1/models", **_documented(ModelsResponse))
@@ -260,6 +269,7 @@ class Ingress:
 
     async def __init__(self, settings: Settings, *scorers: DeploymentHandle[Any]) -> None:
         self._settings = settings.each_model
+        self._cors_origins = settings.cors_origins
         self._keys = auth.ApiKeys(settings.api_keys_file)
         if not self._keys:
             logger.warning("there is no API key: everyone who reaches this service may use it")
@@ -290,7 +300,9 @@ class Ingress:
         self._reporting = asyncio.create_task(self._report())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(lambda: self._services, keys=self._keys, echo_request_id=False)
+        return create_app(
+            lambda: self._services, keys=self._keys, cors_origins=self._cors_origins, echo_request_id=False
+        )
 
     async def score(self, request: ScoreRequest) -> ScoreResponse:
         """As ``POST /v1/score``, for callers inside the Ray cluster. The answer comes whole, whatever ``stream`` says.
@@ -512,25 +524,6 @@ def _timeout_s(request: Request) -> float:
     return seconds - min(AHEAD_OF_PROXY_S, seconds / 4)
 
 
-async def _read_body(request: Request, limit: int) -> bytes:
-    """The body, refused as soon as it is known to be longer than ``limit`` bytes."""
-    content_type = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
-    if content_type != "application/json":
-        raise InvalidRequestError(f"Content-Type is {content_type[:60]!r}; send JSON as 'application/json'")
-    too_large = TooLargeError(f"the body is larger than {limit} bytes, the most that this service takes; split it")
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared[:20]) > limit:
-        raise too_large
-    chunks: list[bytes] = []
-    size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise too_large
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """The result of ``work``; a client that leaves before cancels it."""
     task = asyncio.create_task(work)
@@ -567,9 +560,7 @@ def _error_response(error: ScoringError, path: str, headers: dict[str, str] | No
         headers["retry-after"] = str(error.retry_after_s or RETRY_AFTER_S)
     if error.status == AuthenticationError.status:
         headers["www-authenticate"] = "Bearer"
-    # Also where the path is nearly right: who asks is a client of OpenAI's.
-    content = error.nested_body() if path.strip("/").endswith("completions") else error.body()
-    return Response(json.dumps(content), error.status, headers, media_type="application/json")
+    return Response(json.dumps(error.body_on(path)), error.status, headers, media_type="application/json")
 
 
 async def _on_scoring_error(request: Request, error: Exception) -> Response:
@@ -613,7 +604,7 @@ def _documented(
         error: the shape of its errors.
         lines: of a route that also streams, what is on them.
     """
-    codes = ([400, 404, 413] if asked else []) + [500, *statuses]
+    codes = ([400, 404, 413, 415] if asked else []) + [500, *statuses]
     options: dict[str, Any] = {"response_model": answer, "responses": _errors(*codes, error=error)}
     if lines:
         content = {"application/x-ndjson": {"schema": {"type": "string", "description": lines}}}

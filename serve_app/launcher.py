@@ -50,6 +50,8 @@ PROCESSES = {
     "MALLOC_ARENA_MAX": "2",
     # Ray makes its workers nicer than its own daemons, which then interrupt the scorers at every wake-up.
     "RAY_worker_niceness": "0",
+    # Clients that ask for an upgrade are not understood, else.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.http_server.install",
 }
 """For all of Ray's processes; docs/operations.md has what each is worth. What is set already stays as it is."""
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serve_app import labels
-from serve_app.checks import check_characters, check_count, check_ids, check_total, check_work
+from serve_app.checks import check_characters, check_count, check_ids, check_text, check_total, check_work
 from serve_app.contract import Int32, Int64, TokenBatch
 from serve_app.errors import InvalidRequestError, ScoringError
 from serve_app.labels import Layout, Words
@@ -278,6 +278,7 @@ class Preparation:
             words = self._words[index] if self._words else ()
             longest = max(map(len, words), default=0)
             with self._tolerating(index):
+                check_text(cast(str, item), "items", index)
                 check_characters(query + len(item) + longest, most, "items", index)
                 total += query + len(item) + sum(map(len, words))
         check_work(total, self._model.max_request_characters, "items")

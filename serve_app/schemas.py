@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Set
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_args
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -20,7 +21,7 @@ from serve_app.errors import InvalidRequestError
 
 
 def _encodable(text: str) -> str:
-    """JSON's parser refuses lone surrogates; strings that are made in Python may hold them."""
+    """``parse`` looks for lone surrogates itself; strings that are made in Python may hold them, too."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -38,6 +39,7 @@ IdLists = Annotated[list[Ids], Field(fail_fast=True)]
 LOWEST = float(np.finfo(np.float32).min)
 """Stands for a logprob of -inf where JSON must carry it; its exponential is 0.0 too."""
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SHOWN = 60
 """Characters of an offending value that an error message repeats."""
 
@@ -305,13 +307,12 @@ def parse(model: type[R], body: bytes) -> R:
         raise InvalidRequestError("the body is empty; send a JSON object")
     try:
         request = model.model_validate_json(body, extra="allow")
-    except ValidationError:
-        request = _explained(model, body)
-    foreign = request.model_extra or {}
-    for name, value in foreign.items():
-        if refused := _refused(name, value, model):
-            raise refused
-    foreign.clear()
+    except ValidationError as error:
+        if b"\\u" not in body or not _is_about_surrogates(error):
+            request = _explained(model, body)
+        else:
+            request = _parse_with_surrogates(model, body, error)
+    _drop_foreign(request)
     _refuse_duplicates(model, body)
     return request
 
@@ -322,6 +323,63 @@ def _explained(model: type[R], body: bytes) -> R:
         return model.model_validate_json(body)
     except ValidationError as error:
         raise invalid(error, model) from None
+
+
+def _drop_foreign(request: RequestBody) -> None:
+    """Take out the fields of other services.
+
+    Raises:
+        InvalidRequestError: one asks for something, or no service has it.
+    """
+    foreign = request.model_extra or {}
+    for name, value in foreign.items():
+        if refused := _refused(name, value, type(request)):
+            raise refused
+    foreign.clear()
+
+
+def _is_about_surrogates(error: ValidationError) -> bool:
+    (found, *_) = error.errors(include_url=False, include_input=False)
+    return found["type"] == "json_invalid" and "hex escape" in found["msg"]
+
+
+def _parse_with_surrogates(model: type[R], body: bytes, error: ValidationError) -> R:
+    """The request in a body with lone surrogates, which are an item's own fault where the request wants it so.
+
+    Raises:
+        InvalidRequestError: what else is wrong with the body, or else where the first surrogate is.
+    """
+    lone: dict[tuple[str | int, ...], str] = {}
+
+    def mended(value: Any, path: tuple[str | int, ...]) -> Any:
+        if isinstance(value, list):
+            return [mended(entry, (*path, i)) for i, entry in enumerate(cast(list[Any], value))]
+        if isinstance(value, dict):
+            return {mended(name, path): mended(own, (*path, name)) for name, own in cast(dict[str, Any], value).items()}
+        if isinstance(value, str) and _SURROGATE.search(value):
+            lone[path] = value
+            return _SURROGATE.sub("\ufffd", value)
+        return value
+
+    try:
+        request = model.model_validate_json(json.dumps(mended(json.loads(body), ())), extra="allow")
+    except ValidationError as another:
+        raise invalid(another, model) from None
+    except (ValueError, RecursionError):
+        raise invalid(error, model) from None
+    _drop_foreign(request)
+    for (field, *inside), text in lone.items():
+        index = inside[0] if field == "items" and inside else None
+        if isinstance(request, ScoreRequest) and request.on_error == "item" and isinstance(index, int):
+            cast(list[str], request.items)[index] = text
+            continue
+        where = str(field) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in inside)
+        raise InvalidRequestError(
+            f"{where} must be text without lone surrogates, not {_shown(text)}",
+            param=str(field),
+            index=index if isinstance(index, int) else None,
+        )
+    return request
 
 
 def invalid(error: ValidationError, model: type[RequestBody]) -> InvalidRequestError:

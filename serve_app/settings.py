@@ -5,6 +5,7 @@ Serve hands ``args:`` of a YAML file, or ``key=value`` words of ``serve run``, t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -12,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from serve_app.templates import TEMPLATES, RerankTemplate
 from serve_app.tpu import Tpu
+
+ANY_ORIGIN = "*"
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s*]+")
 
 DEFAULT_NAME = "default"
 """Always a name of the first model."""
@@ -193,6 +197,16 @@ class Settings(ModelSettings):
     ingress_cpus: Annotated[float, Field(ge=0)] = 0.5
     api_keys_file: str | None = None
     """One key a line; read again when it changes. None: only the environment's keys, if there are any (``auth.py``)."""
+    cors_origins: tuple[str, ...] = ()
+    """Whose pages may ask the service from a browser, such as ``https://example.org``; ``*``: those of all."""
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _as_browsers_send_them(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} is no origin; write scheme://host or scheme://host:port, or * for all")
+        return origins
 
     @model_validator(mode="after")
     def _can_be_honoured(self) -> Settings:

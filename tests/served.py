@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import uvicorn
 from fastapi import FastAPI
 
+from serve_app.http_server import HttpProtocol
+
 KEY = "a-key"
 """Of the service that wants one."""
 
@@ -26,7 +28,7 @@ class Served:
 def serving(app: FastAPI) -> Iterator[Served]:
     """``app`` on a free port of this machine, in a thread."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none", lifespan="off"))
+        server = uvicorn.Server(uvicorn.Config(app, http=HttpProtocol, log_config=None, ws="none", lifespan="off"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -178,5 +178,5 @@ async def test_the_context_is_the_limit(http: Http):
 async def test_openapi_describes_the_nested_errors(http: Http):
     api = (await http.client.get("/openapi.json")).json()
     responses = api["paths"]["/v1/completions"]["post"]["responses"]
-    assert {code for code in responses if code != "200"} == {"400", "404", "413", "500", "503", "504"}
+    assert {code for code in responses if code != "200"} == {"400", "404", "413", "415", "500", "503", "504"}
     assert "OpenAIErrorResponse" in json.dumps(responses["400"])

@@ -26,7 +26,6 @@ GOOD = '{"items": ["a"], "label_token_ids": [1]}'
         (b"[" * 100_000, "not valid JSON"),
         (b'{"items":' * 5_000, "not valid JSON"),
         (b'{"items": "\xff\xfe"}', "not valid JSON"),
-        (b'{"items": "\\ud800"}', "not valid JSON"),
         (b'{"items": [[' + b"9" * 100_000 + b"]]}", "not valid JSON"),
         (b"\x00\x01\x02", "not valid JSON"),
         (b"[]", "must be a JSON object, not a list"),

@@ -21,6 +21,7 @@ import pytest
 
 from serve_app import auth
 from serve_app.launcher import CALLS, free_port
+from tests.wire import SPLITS, connected, post, upgrade_is_ignored
 
 pytestmark = pytest.mark.ray
 
@@ -93,6 +94,42 @@ def test_calls_by_grpc_take_large_jobs_and_outlive_a_replica(model_folder: Path,
         process.communicate(timeout=60)
 
 
+def check_the_wire(url: str) -> None:
+    """What HTTP libraries send besides plain requests, to the port itself."""
+    for split in SPLITS.values():
+        upgrade_is_ignored(url, "h2c", split)
+        upgrade_is_ignored(url, "websocket", split)
+    late = httpx.post(
+        url + "/v1/score", json={"items": [[1]], "label_token_ids": [2]}, headers={"x-request-timeout-seconds": "1e-6"}
+    )
+    assert (late.status_code, late.json()["type"]) == (504, "TimeoutError")
+    late = httpx.post(
+        url + "/v1/completions", json={"prompt": [1], "max_tokens": 1}, headers={"x-request-timeout-seconds": "1e-6"}
+    )
+    assert (late.status_code, late.json()["error"]["type"]) == (504, "TimeoutError")
+
+
+def test_serves_own_proxy_serves_who_wants_to_upgrade_or_sends_no_more_and_its_timeouts_are_ours(model_folder: Path):
+    port = free_port()
+    page = ("--cors-origin", "https://page.example")
+    with launched("--model", str(model_folder), "--port", str(port), *page) as process:
+        read_until(process, "curl")
+        url = f"http://127.0.0.1:{port}"
+        check_the_wire(url)
+        head = httpx.head(url + "/health", headers={"origin": "https://page.example"})
+        assert (head.status_code, head.content, head.headers["content-length"]) == (200, b"", "15")
+        assert head.headers["access-control-allow-origin"] == "https://page.example"
+        wish = {"origin": "https://page.example", "access-control-request-method": "POST"}
+        assert httpx.options(url + "/v1/score", headers=wish).status_code == 200
+        with connected(url) as wire:
+            wire.send(b"".join(post()))
+            wire.socket.shutdown(socket.SHUT_WR)
+            assert wire.answer()[0] == 200
+            assert wire.ends()
+        process.terminate()
+        process.communicate(timeout=60)
+
+
 @pytest.mark.slow
 def test_haproxy_in_front_answers_the_same_and_listens_only_where_it_was_told(model_folder: Path):
     port = free_port()
@@ -105,6 +142,7 @@ def test_haproxy_in_front_answers_the_same_and_listens_only_where_it_was_told(mo
         assert right.headers.get_list("x-request-id") == ["mine"]
         wrong = httpx.post(url + "/v1/score", json=body | {"temperature": -1})
         assert (wrong.status_code, wrong.json()["param"]) == (400, "temperature")
+        check_the_wire(url)
         haproxy = [child for child in psutil.Process(process.pid).children(recursive=True) if child.name() == "haproxy"]
         sockets = {connection.laddr for child in haproxy for connection in child.net_connections("tcp")}
         assert {address.ip for address in sockets if address.port == port} == {"127.0.0.1"}

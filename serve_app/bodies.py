@@ -1,0 +1,151 @@
+"""From the bytes of a request's body to JSON in UTF-8, within a bound whatever the bytes are."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+
+from backports import zstd
+from starlette.requests import Request
+
+from serve_app.errors import InvalidRequestError, TooLargeError, UnsupportedEncodingError
+
+STEP_BYTES = 2**18
+"""That are decoded at once, at most."""
+
+_ZSTD_WINDOW = 2**23
+"""Bytes, the most that the encoding of that name may ask for (RFC 9659)."""
+
+
+async def read(request: Request, limit: int) -> bytes:
+    """The body as UTF-8, refused as soon as it is known to be longer than ``limit`` bytes, decoded or not.
+
+    Raises:
+        InvalidRequestError: it is no JSON by its headers, not in UTF-8, or not what its Content-Encoding says.
+        TooLargeError: it is longer.
+        UnsupportedEncodingError: its Content-Encoding is none of ``ENCODINGS``.
+    """
+    content_type = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise InvalidRequestError(f"Content-Type is {content_type[:60]!r}; send JSON as 'application/json'")
+    encoding = _encoding(request)
+    body = await _received(request, limit)
+    if encoding and body:
+        body = await asyncio.to_thread(decoded, body, encoding, limit)
+    return utf8(body)
+
+
+def decoded(body: bytes, encoding: str, limit: int) -> bytes:
+    """What ``body`` becomes, decoded piece by piece.
+
+    Raises:
+        InvalidRequestError: it is not whole, not of that encoding, or something follows it.
+        TooLargeError: it becomes more than ``limit`` bytes.
+    """
+    whole = bytearray()
+    try:
+        for piece in ENCODINGS[encoding](body):
+            whole += piece
+            if len(whole) > limit:
+                raise _too_large(limit, ", decoded,")
+    except (zlib.error, zstd.ZstdError, EOFError) as error:
+        raise InvalidRequestError(
+            f"the body is no {encoding}, which its Content-Encoding says: {error}; send it whole, encoded once"
+        ) from None
+    return bytes(whole)
+
+
+def utf8(body: bytes) -> bytes:
+    """A JSON text without its byte-order mark.
+
+    Raises:
+        InvalidRequestError: it is in UTF-16 or UTF-32.
+    """
+    found = json.detect_encoding(body)
+    if found == "utf-8-sig":
+        return body[3:]
+    if found != "utf-8":
+        name = found.upper().removesuffix("-BE").removesuffix("-LE")
+        raise InvalidRequestError(f"the body is not valid JSON: it seems to be {name}; send UTF-8")
+    return body
+
+
+def _encoding(request: Request) -> str | None:
+    given = ",".join(request.headers.getlist("content-encoding")).lower()
+    named = [name.strip().removeprefix("x-") for name in given.split(",")]
+    named = [name for name in named if name not in ("", "identity")]
+    if not named:
+        return None
+    if len(named) > 1 or named[0] not in ENCODINGS:
+        raise UnsupportedEncodingError(
+            f"Content-Encoding is {given[:60]!r}; send one of {', '.join(ENCODINGS)}, or the body as it is"
+        )
+    return named[0]
+
+
+async def _received(request: Request, limit: int) -> bytes:
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > limit:
+        raise _too_large(limit)
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            raise _too_large(limit)
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _too_large(limit: int, how: str = "") -> TooLargeError:
+    return TooLargeError(f"the body is{how} larger than {limit} bytes, the most that this service takes; split it")
+
+
+def _gzip(body: bytes) -> Iterator[bytes]:
+    return _inflated(body, 16 + zlib.MAX_WBITS)
+
+
+def _deflate(body: bytes) -> Iterator[bytes]:
+    """With zlib's header, as HTTP has it, or without, as some clients send it."""
+    headed = len(body) > 1 and body[0] & 15 == zlib.DEFLATED and int.from_bytes(body[:2], "big") % 31 == 0
+    return _inflated(body, zlib.MAX_WBITS if headed else -zlib.MAX_WBITS)
+
+
+def _inflated(body: bytes, wbits: int) -> Iterator[bytes]:
+    inflater = zlib.decompressobj(wbits)
+    fed = memoryview(body)
+    for start in range(0, len(body), STEP_BYTES):
+        waiting: bytes | memoryview = fed[start : start + STEP_BYTES]
+        while waiting:
+            _check_end(inflater.eof)
+            yield inflater.decompress(waiting, STEP_BYTES)
+            waiting = inflater.unused_data or inflater.unconsumed_tail
+    # What it kept back fits one piece: there is no more input.
+    yield inflater.decompress(b"", STEP_BYTES)
+    _check_whole(inflater.eof)
+
+
+def _zstd(body: bytes) -> Iterator[bytes]:
+    options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW.bit_length() - 1}
+    decompressor = zstd.ZstdDecompressor(options=options)
+    yield decompressor.decompress(body, STEP_BYTES)
+    while not decompressor.eof and not decompressor.needs_input:
+        yield decompressor.decompress(b"", STEP_BYTES)
+    _check_whole(decompressor.eof)
+    _check_end(bool(decompressor.unused_data))
+
+
+def _check_whole(ended: bool) -> None:
+    if not ended:
+        raise EOFError("its end is missing")
+
+
+def _check_end(more: bool) -> None:
+    if more:
+        raise EOFError("something follows its end")
+
+
+ENCODINGS: Mapping[str, Callable[[bytes], Iterator[bytes]]] = {"gzip": _gzip, "deflate": _deflate, "zstd": _zstd}
+"""Of bodies: what each becomes, in pieces of ``STEP_BYTES`` at most."""
