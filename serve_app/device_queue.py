@@ -95,8 +95,8 @@ class _Pending:
         self.costs: list[int] = (job.batch.lengths - shared_with_previous(job.batch)).tolist()
         self.tokens = self.waiting_tokens = sum(self.costs)
         self.taken = 0
-        self.ahead = 0
-        """Tokens of the next sequence that were prefilled."""
+        self.ahead = self.ahead_cost = 0
+        """Tokens of the next sequence that were prefilled, and what of its cost that was."""
         self.missing = job.batch.num_sequences
         self.values = np.empty(len(job.batch.targets), np.float32)
         self.computed_tokens = np.zeros(job.batch.num_sequences, np.int32)
@@ -121,22 +121,20 @@ class _Pending:
 
     def hand_out_first(self) -> int:
         """Take the next sequence as a batch's first of this job, with no neighbour to share a prefix: its length."""
-        self.waiting_tokens -= self.costs[self.taken] - self.ahead
-        self.taken, self.ahead = self.taken + 1, 0
+        self.waiting_tokens -= self.costs[self.taken] - self.ahead_cost
+        self.taken, self.ahead, self.ahead_cost = self.taken + 1, 0, 0
         return self.lengths[self.taken - 1]
 
     def hand_out_ahead(self, room: int) -> _Part | None:
         """Take tokens of the next sequence, about ``room``, if it has many more before its first read."""
         known = max(self.ahead, self.lengths[self.taken] - self.costs[self.taken])
-        known -= known % AHEAD_TOKENS
-        upto = known + max(room - room % AHEAD_TOKENS, AHEAD_TOKENS)
+        upto = known - known % AHEAD_TOKENS + max(room - room % AHEAD_TOKENS, AHEAD_TOKENS)
         batch = self.job.batch
         first_read = int(batch.read_positions[reads_of(batch, self.taken, self.taken + 1)][:1].min(initial=2**31 - 1))
         if upto + AHEAD_TOKENS // 2 > min(first_read, self.lengths[self.taken]):
             return None
-        taken = min(upto - self.ahead, self.costs[self.taken] - self.ahead)
-        self.ahead += taken
-        self.waiting_tokens -= taken
+        self.ahead, self.ahead_cost = upto, self.ahead_cost + upto - known
+        self.waiting_tokens -= upto - known
         return _Part(self, self.taken, self.taken, ahead=upto)
 
     def hand_out_more(self, room: int) -> int:

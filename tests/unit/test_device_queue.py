@@ -285,6 +285,13 @@ async def test_what_is_read_early_or_shared_is_not_prefilled_ahead(monkeypatch: 
     engine.batches.clear()
     await ask(queue, batch_of([[*tokens, i] for i in range(3)]))
     assert [len(batch.tokens) for batch in engine.batches if batch.keep] == [1_024 * (i + 1) for i in range(5)]
+    engine.batches.clear()
+    await ask(queue, batch_of([[*tokens[:3_000], *[i] * 3_000] for i in (1, 2)]))
+    ahead = [(batch.tokens[-1], len(batch.tokens)) for batch in engine.batches if batch.keep]
+    assert [length for _, length in ahead if length <= 3_000] == [1_024, 2_048]  # once for both
+    assert [length for token, length in ahead if token == 1 and length > 3_000] == [3_072, 4_096, 5_120]
+    assert [length for token, length in ahead if token == 2 and length > 3_000] == [3_072, 4_096, 5_120]
+    assert queue.queued_tokens == 0
     await queue.close()
 
 
