@@ -25,8 +25,8 @@ from serve_app.speed import Speed
 logger = logging.getLogger("ray.serve")
 
 TURNS_PER_BATCH = 4
-"""A job's turn ends ``max_batch_tokens / TURNS_PER_BATCH`` tokens after its first sequence. Shorter turns would be
-fairer, but every turn computes the prefix that the job's sequences share once more."""
+"""A job's turn ends a batch's tokens over ``TURNS_PER_BATCH`` after its first sequence. Shorter turns would be fairer,
+but what the job's sequences share beyond whole pages is computed once more in every turn."""
 
 PIECE_S = 1.0
 """Of device time in one batch, by the measured speed: as long a small job waits for what began before it came."""
@@ -119,11 +119,17 @@ class _Pending:
     def expired(self) -> bool:
         return self.job.deadline is not None and time.time() > self.job.deadline
 
+    @property
+    def next_cost(self) -> int:
+        """Tokens to compute for the next sequence: what it shares with the one before it, or was prefilled, is kept."""
+        return self.costs[self.taken] - self.ahead_cost
+
     def hand_out_first(self) -> int:
-        """Take the next sequence as a batch's first of this job, with no neighbour to share a prefix: its length."""
-        self.waiting_tokens -= self.costs[self.taken] - self.ahead_cost
+        """Take the next sequence: what it costs."""
+        cost = self.next_cost
+        self.waiting_tokens -= cost
         self.taken, self.ahead, self.ahead_cost = self.taken + 1, 0, 0
-        return self.lengths[self.taken - 1]
+        return cost
 
     def hand_out_ahead(self, room: int) -> _Part | None:
         """Take tokens of the next sequence, about ``room``, if it has many more before its first read."""
@@ -135,7 +141,7 @@ class _Pending:
             return None
         self.ahead, self.ahead_cost = upto, self.ahead_cost + upto - known
         self.waiting_tokens -= upto - known
-        return _Part(self, self.taken, self.taken, ahead=upto)
+        return _Part(self, self.taken, self.taken, upto, upto - known)
 
     def hand_out_more(self, room: int) -> int:
         """Take the sequences that follow while they fit into ``room`` tokens: what they cost."""
@@ -192,6 +198,8 @@ class _Part(NamedTuple):
     start: int
     stop: int
     ahead: int = 0
+    cost: int = 0
+    """Tokens to compute."""
 
     def batch(self) -> TokenBatch:
         if self.ahead:
@@ -208,13 +216,6 @@ class _Part(NamedTuple):
                 keep=True,
             )
         return cut(self.pending.job.batch, self.start, self.stop)
-
-    @property
-    def tokens(self) -> int:
-        """To compute, prefixes shared within the part counted once."""
-        if self.ahead:
-            return self.ahead
-        return self.pending.lengths[self.start] + sum(self.pending.costs[self.start + 1 : self.stop])
 
     def reads(self) -> slice:
         """Which of the job's."""
@@ -364,7 +365,7 @@ class DeviceQueue:
                 await self._changed.wait()
                 self._changed.clear()
                 while parts := self._next_parts():
-                    expected = self._speed.seconds(sum(part.tokens for part in parts))
+                    expected = self._speed.seconds(sum(part.cost for part in parts))
                     batch = _InEngine(None if self._in_engine else time.monotonic(), expected)
                     self._in_engine.append(batch)
                     batches.create_task(self._serve(parts, batch))
@@ -424,32 +425,33 @@ class DeviceQueue:
         if any(pending.kind != kind for pending in order):
             room //= 2  # the others come next, and wait no longer for two batches
         turn, for_new = room // TURNS_PER_BATCH, room // 2 if self._ring else room
-        served: list[tuple[_Pending, int]] = []
+        parts: list[_Part] = []
         for pending in order:
             start, new = pending.taken, not pending.taken
-            fits = pending.lengths[start] <= (min(room, for_new) if new else room) or not served
-            if not fits or pending.kind != kind:
+            own = min(room, for_new) if new else room
+            if pending.kind != kind or (pending.next_cost > own and parts):
                 continue
             spent = pending.hand_out_first()
-            most = min(turn, (min(room, for_new) if new else room) - spent) if served else turn
-            spent += pending.hand_out_more(most)
+            spent += pending.hand_out_more(min(turn, own - spent) if parts else turn)
             room -= spent
             for_new -= spent if new else 0
-            served.append((pending, start))
-        for pending, _ in served:
-            room -= pending.hand_out_more(room)
-        had = {id(pending) for pending, _ in served}
+            parts.append(_Part(pending, start, pending.taken, cost=spent))
+        for number, part in enumerate(parts):
+            more = part.pending.hand_out_more(room)
+            room -= more
+            parts[number] = part._replace(stop=part.pending.taken, cost=part.cost + more)
+        had = {id(part.pending) for part in parts}
         others = [pending for pending in self._new if pending.kind != kind and id(pending) not in had]
         self._ring = deque(
             [
                 *others,  # of the other kind: they open the next batch
                 *(pending for pending in self._ring if id(pending) not in had),
-                *(pending for pending, _ in served if not pending.exhausted),
+                *(part.pending for part in parts if not part.pending.exhausted),
             ]
         )
         had |= {id(pending) for pending in others}
         self._new = deque(pending for pending in self._new if id(pending) not in had)
-        return [_Part(pending, start, pending.taken) for pending, start in served]
+        return parts
 
     def _order(self, room: int) -> list[_Pending]:
         """Who goes next: the job that has waited longest for its turn, those that have just come, then the others.
@@ -459,7 +461,7 @@ class DeviceQueue:
         if not self._ring:
             return list(self._new)
         first, *others = self._ring
-        fills = first.lengths[first.taken] > room // 2
+        fills = first.next_cost > room // 2
         self._new_went_first = bool(self._new) and fills and not self._new_went_first
         return [*self._new, first, *others] if self._new_went_first else [first, *self._new, *others]
 
