@@ -318,6 +318,11 @@ class DeviceQueue:
         self._changed.set()
 
     @property
+    def tokens_per_s(self) -> float:
+        """That the engine computes, as its batches tell; 0.0: not known yet."""
+        return self._speed.tokens_per_s
+
+    @property
     def queued_tokens(self) -> int:
         """Tokens that wait for the device, shared prefixes counted once."""
         return sum(pending.waiting_tokens for pending in (*self._new, *self._ring))

@@ -134,8 +134,13 @@ class Scorer:
             return
         self._live = settings
         self._engine.limit(settings.stall_s)
+        self._resize()
+
+    def _resize(self) -> None:
+        """Bound the queue by the settings that hold, and by the speed as the batches so far tell."""
+        speed_now = max(self._queue.tokens_per_s, self._tokens_per_s)
         self._queue.resize(
-            max_batch_tokens=settings.max_batch_tokens, max_queued_tokens=settings.queued_tokens(self._tokens_per_s)
+            max_batch_tokens=self._live.max_batch_tokens, max_queued_tokens=self._live.queued_tokens(speed_now)
         )
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
@@ -145,6 +150,7 @@ class Scorer:
     async def _report(self) -> None:
         while True:
             self._metrics.update(self._queue.stats(), self._engine.stats)
+            self._resize()
             await asyncio.sleep(REPORT_S)
 
     async def check_health(self) -> None:

@@ -152,6 +152,7 @@ class ScoringService:
         self._folder = folder
         self._tokenizer, self._info, self._replicas = tokenizer, info, replicas
         self._front_ends = front_ends
+        self._tokens_per_s = info.tokens_per_s
         self._admission = Admission(0)
         self.reconfigure(settings)
         self.outcomes: Counter[str] = Counter()
@@ -173,8 +174,7 @@ class ScoringService:
         self._model = ServedModel(settings.name, self._tokenizer, self._info, settings.limits)
         self._prompts = Prompts(self._model)
         self._reranker, self._completer = Reranker(self._model, settings, self._folder), Completer(self._model)
-        self._queued_tokens = settings.queued_tokens(self._info.tokens_per_s)
-        self._admission.tokens_per_replica = self._queued_tokens / self._front_ends
+        self._bound_queue()
 
     @property
     def settings(self) -> ModelSettings:
@@ -458,7 +458,18 @@ class ScoringService:
         return fanout.merge([job.result for job in answered])
 
     async def _run_one(self, job: ScoreJob) -> JobResult:
-        return await self._replicas.score(job)
+        answer = await self._replicas.score(job)
+        # The first measurement was of a small batch on a replica that had just started.
+        if answer.device_seconds:
+            found = float(answer.result.computed_tokens.sum()) / answer.device_seconds
+            if found > self._tokens_per_s > 0:
+                self._tokens_per_s = found
+                self._bound_queue()
+        return answer
+
+    def _bound_queue(self) -> None:
+        self._queued_tokens = self._settings.queued_tokens(self._tokens_per_s)
+        self._admission.tokens_per_replica = self._queued_tokens / self._front_ends
 
     async def _compute(self, batch: TokenBatch, prefix_tokens: int, request_id: str, deadline: float) -> BatchResult:
         """On as many replicas as it is worth."""

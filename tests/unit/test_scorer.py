@@ -358,6 +358,14 @@ async def test_the_measured_speed_bounds_the_queue_and_is_told():
         assert replica._queue._max_queued_tokens == 20_000 * 60 / 2
 
 
+async def test_the_queues_bound_follows_the_speed_that_batches_tell(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(scorer, "REPORT_S", 0.01)
+    async with started(FakeEngine(seconds_per_token=1e-6), Settings(engine="fake", timeout_s=60)) as replica:
+        await replica.score(job([1] * 5_000))
+        assert replica._queue.tokens_per_s > SPEED
+        await until(lambda: replica._queue._max_queued_tokens > SPEED * 60 / 2)
+
+
 def test_the_speed_is_measured_by_a_batch():
     assert speed.measure(FakeEngine(seconds_per_token=1e-3)) == pytest.approx(1_000, rel=0.3)
     assert speed.measure(FakeEngine(context_length=16)) > 0

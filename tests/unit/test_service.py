@@ -6,6 +6,7 @@ import asyncio
 import math
 import pickle
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -344,6 +345,20 @@ class TestFanOut:
 
         with pytest.raises(TimeoutError, match="a socket"):
             await service_on(Timing(), tokenizer).score(ASK, request_id="r")
+
+
+async def test_the_bound_of_what_is_let_in_follows_the_speed_that_answers_tell(tokenizer: TextTokenizer):
+    class Timed(DirectReplicas):
+        async def score(self, job: ScoreJob) -> JobResult:
+            answer = await super().score(job)
+            return replace(answer, device_seconds=float(answer.result.computed_tokens.sum()) / 5_000)
+
+    info = replace(ENGINE.info, tokens_per_s=100.0)
+    service = ScoringService(SETTINGS, tokenizer, info, Timed(ENGINE))
+    assert service.info([]).limits.max_queued_tokens == 100 * SETTINGS.timeout_s / 2
+    await service.score(ASK, request_id="r")
+    assert service.info([]).limits.max_queued_tokens == 5_000 * SETTINGS.timeout_s / 2
+    service.close()
 
 
 class Scorer:
