@@ -14,7 +14,7 @@
 #include <memory>
 #include <mutex>
 
-#if defined(__AVX512BF16__)
+#if defined(__FMA__)
 #include <immintrin.h>
 #endif
 
@@ -42,6 +42,20 @@ using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
 Floats All(float x) { return x - Floats{}; }
 Floats Load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
 void Store(float* to, Floats x) { *reinterpret_cast<Floats*>(to) = x; }
+
+// a * b + sum, rounded once where the processor can, whatever the compiler would make of it: GCC fuses the two for some
+// numbers of rows and not for others, by what is faster, and a row's bits would depend on what is beside it.
+Floats Fused(Floats a, Floats b, Floats sum) {
+#if defined(__AVX512F__)
+  return std::bit_cast<Floats>(
+      _mm512_fmadd_ps(std::bit_cast<__m512>(a), std::bit_cast<__m512>(b), std::bit_cast<__m512>(sum)));
+#elif defined(__FMA__)
+  return std::bit_cast<Floats>(
+      _mm256_fmadd_ps(std::bit_cast<__m256>(a), std::bit_cast<__m256>(b), std::bit_cast<__m256>(sum)));
+#else
+  return a * b + sum;
+#endif
+}
 
 float Widened(uint16_t x) { return std::bit_cast<float>(uint32_t{x} << 16); }
 
@@ -81,7 +95,7 @@ struct Float32 {
   static float Wide(Stored x) { return x; }
   static Stored Narrow(float x) { return x; }
   static Unit Pack(const Stored* x) { return *x; }
-  static Floats Add(Floats sum, const Unit* a, const Unit* b) { return sum + *a * Load(b); }
+  static Floats Add(Floats sum, const Unit* a, const Unit* b) { return Fused(All(*a), Load(b), sum); }
   // Stores weights as operands, and gives them as they were stored.
   static Floats Round(float* to, Floats x) {
     Store(to, x);

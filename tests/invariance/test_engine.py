@@ -82,6 +82,9 @@ def test_batch_sizes_agree(scorer: Engine, count: int) -> None:
 def test_any_buckets_and_chunks_agree(
     scorer: Engine, folder: Path, implementation: str, widest: int, call: int
 ) -> None:
+    """Within an implementation of attention. Two of them sum in other orders, by which 1.05e-5 was seen here."""
+    if implementation == "paged":
+        scorer = engine.load(folder, implementation=implementation, max_row_tokens=64, call_tokens=128)
     other = engine.load(folder, implementation=implementation, max_row_tokens=widest, call_tokens=call)
     sequences = [*prompts(12, seed=4, query=70), *prompts(2, seed=5, query=300, longest=300)]
     np.testing.assert_allclose(values(other, sequences), values(scorer, sequences), rtol=0, atol=TOLERANCE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,9 @@ os.setuid({NOBODY}) if os.geteuid() == 0 else None
 process_limits.check(2, 2)
 print(resource.getrlimit(resource.RLIMIT_NPROC))
 """
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    # Without coverage, whose file the other user cannot write.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
 
 
 def test_too_few_processes_are_named_with_the_need_and_the_remedy():

@@ -234,7 +234,7 @@ class TestTold:
 
         folder = make_llama(tmp_path / "my-reranker", layers=1, vocab=271, tokenizer=True)
         monkeypatch.setattr(launcher, "_service", stop)
-        monkeypatch.setattr(launcher, "interrupt_on_sigterm", lambda: None)
+        monkeypatch.setattr(launcher, "interrupt_on_signals", lambda: None)
         with pytest.raises(LaunchError, match="far enough"):
             launcher.run(Settings(model=str(folder)), host="127.0.0.1", port=launcher.free_port())
         said = capfd.readouterr().err
