@@ -32,7 +32,7 @@ from model.config import ModelConfig
 from model.fields import ConfigError, read_config
 from model.kernels_cpu import Kernels
 from model.layers import quantized
-from model.pages import PAGE_TOKENS, CacheStats, Node, OutOfPagesError, PrefixCache, Recurring
+from model.pages import PAGE_TOKENS, CacheStats, Node, OutOfPagesError, PrefixCache, Recurring, RecurringTails
 from model.prefill import Held
 from model.programs import Inputs, LayerPrograms, ModelPrograms, Prefixes, Programs, stack_of
 from model.sharding import MODEL, by_device, divided, stacked
@@ -203,7 +203,6 @@ class Engine:
                 raise ValueError(f"the reads of sequence {sequence} are not at ascending positions: {position}")
             reads[sequence].append(position)
         read_sequences = [number for number, positions in enumerate(reads) if positions]
-        groups = self._layout.groups([sequences[i] for i in read_sequences], [reads[i] for i in read_sequences])
         unread = [number for number, positions in enumerate(reads) if batch.keep and not positions]
         numbering = [*read_sequences, *unread]
         work = _Work(sequences, reads, numbering, first_read, np.zeros(len(sequences), np.int32))
@@ -212,6 +211,10 @@ class Engine:
             for place, number in enumerate(unread, len(read_sequences))
         ]
         with self._launching:
+            # Within, since what recurs depends on the order of batches, which all hosts of a slice have in common.
+            groups = self._layout.groups(
+                [sequences[i] for i in read_sequences], [reads[i] for i in read_sequences], self._tails.common
+            )
             try:
                 pending = self._launch([*self._with_recurring(groups, work), *kept], work)
             except Exception:  # the next thread would find pages that were never written
@@ -245,6 +248,7 @@ class Engine:
         self._pool = self._programs.empty_pool()
         self._cache = PrefixCache(self._layout.pool.shape[0])
         self._recurring = Recurring()
+        self._tails = RecurringTails()
 
     def _with_recurring(self, groups: Sequence[plan.Group], work: "_Work") -> list[plan.Group]:
         """Groups in which a row that begins like an earlier batch's row takes that beginning as its prefix.

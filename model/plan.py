@@ -8,11 +8,13 @@ each row by itself there are no bins: rows follow each other in calls of a few s
 
 import bisect
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from model.pages import common_prefix
 
 Tokens = npt.NDArray[np.int32]
 
@@ -204,9 +206,9 @@ def share(sequences: Sequence[Tokens], limits: Sequence[int], *, min_saving: int
     # As bytes, sequences with a common beginning sort together, and comparing them is a memcmp.
     keys = [head.tobytes() for head in heads]
     order = sorted(range(len(sequences)), key=keys.__getitem__)
-    shared = _common_prefix(heads[order[0]], heads[order[-1]])  # by all, often a long query: not compared again
+    shared = common_prefix(heads[order[0]], heads[order[-1]])  # by all, often a long query: not compared again
     tails = [heads[i][shared:] for i in order]
-    common = shared + np.array([_common_prefix(a, b) for a, b in itertools.pairwise(tails)], np.int64)
+    common = shared + np.array([common_prefix(a, b) for a, b in itertools.pairwise(tails)], np.int64)
     longest = max(map(len, heads))
     groups: list[tuple[int, int, list[int]]] = [(order[0], 0, [])]
     pending = [(0, len(order), 0)]  # an interval of `order`, and the group that its sequences belong to so far
@@ -224,13 +226,6 @@ def share(sequences: Sequence[Tokens], limits: Sequence[int], *, min_saving: int
     return [group for group in groups if group[2]]
 
 
-def _common_prefix(a: Tokens, b: Tokens) -> int:
-    """Leading tokens that two sequences share."""
-    n = min(len(a), len(b))
-    differing = np.flatnonzero(a[:n] != b[:n])
-    return int(differing[0]) if differing.size else n
-
-
 def groups(
     sequences: Sequence[Tokens],
     reads: Sequence[Sequence[int]],
@@ -240,6 +235,7 @@ def groups(
     min_saving: int,
     page: int,
     begun: Sequence[int] = (),
+    recurring: Callable[[Tokens], int] = lambda _: 0,
 ) -> list[Group]:
     """Shared prefixes and rows for sequences with reads at the given ascending positions.
 
@@ -250,12 +246,14 @@ def groups(
         page: a prefix is stored and attended to in pages of so many tokens.
         begun: how many tokens of a page are looked at where a prefix ends within it, ascending, the last ``page``;
             empty: always the whole page.
+        recurring: how many tokens behind the whole pages of a shared prefix an earlier batch shared, too.
     """
     result: list[Group] = []
     shared = share(sequences, [positions[0] for positions in reads], min_saving=min_saving)
     for prefix_of, depth, members in shared:
         own_tokens = sum(reads[sequence][-1] + 1 - depth for sequence in members)
-        prefix_length = _whole_pages(depth, len(members), own_tokens, page, begun or (page,))
+        again = recurring(sequences[prefix_of][:depth]) if depth else 0
+        prefix_length = _worthwhile(depth, again, len(members), own_tokens, page, begun or (page,))
         rows: list[Row] = []
         for sequence in members:
             pieces = _pieces(sequence, prefix_length, reads[sequence], max_width, max_reads)
@@ -269,16 +267,24 @@ def groups(
     return result
 
 
-def _whole_pages(prefix_length: int, members: int, own_tokens: int, page: int, begun: Sequence[int]) -> int:
-    """The prefix without the tokens that only begin a page, where that page would cost more than they save.
+def _worthwhile(
+    prefix_length: int, recurring: int, members: int, own_tokens: int, page: int, begun: Sequence[int]
+) -> int:
+    """The prefix with as many of the tokens that only begin a page as save more than that page costs: all of them,
+    those that recur, or none.
 
     Items of one request often begin with the same word: a page for that word is computed and looked at by all.
     """
     rest = prefix_length % page
-    seen = bucket(rest, begun)
-    if (members - 1) * rest < max(seen, SMALLEST_CALL) + CALL_COST + own_tokens * seen * ATTENTION_COST:
-        return prefix_length - rest
-    return prefix_length
+    best, most = 0, 0.0
+    # What recurred is expected once more.
+    for tokens, uses in ((recurring, 2 * members), (rest, members)):
+        seen = bucket(tokens, begun)
+        cost = max(seen, SMALLEST_CALL) + CALL_COST + own_tokens * seen * ATTENTION_COST
+        saving = (uses - 1) * tokens - cost
+        if tokens and saving >= most:
+            best, most = tokens, saving
+    return prefix_length - rest + best
 
 
 def _pieces(sequence: int, start: int, reads: Sequence[int], max_width: int, max_reads: int) -> Iterable[Row]:

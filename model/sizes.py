@@ -1,7 +1,7 @@
 """How large calls, the page pool and the head's programs are: by platform, and what follows from it for one model."""
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -97,7 +97,12 @@ class Layout:
     def page_bytes(self) -> int:
         return int(np.prod(self.pool.shape[1:])) * self.pool.dtype.itemsize
 
-    def groups(self, sequences: list[plan.Tokens], reads: list[list[int]]) -> list[plan.Group]:
+    def groups(
+        self,
+        sequences: list[plan.Tokens],
+        reads: list[list[int]],
+        recurring: Callable[[plan.Tokens], int] = lambda _: 0,
+    ) -> list[plan.Group]:
         """See ``plan.groups``."""
         # Attention with a prefix for every token reads no more of a page than there is.
         begun = TAILS if self.prefixes == 1 else range(1, PAGE_TOKENS + 1)
@@ -109,6 +114,7 @@ class Layout:
             min_saving=PAGE_TOKENS,
             page=PAGE_TOKENS,
             begun=begun,
+            recurring=recurring,
         )
 
     def calls(self, groups: Sequence[plan.Group]) -> list[plan.Call]:

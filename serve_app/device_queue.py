@@ -41,8 +41,8 @@ between."""
 IN_ENGINE = 2
 """Device batches in the engine at once: the host plans the second and unpacks the first while the device works.
 
-The second is formed only when half a piece waits, and takes no more. A batch that is formed early cannot hold what
-comes later, which costs little if it is full anyway."""
+The second is formed only when half a piece waits: a batch that is formed early cannot hold what comes later, which
+costs little if it is full anyway."""
 LEAD_S = 0.05
 """The second is formed so long before the first should end: more than planning takes. What is formed early is computed
 even if its callers leave, and holds nothing of what comes meanwhile."""
@@ -395,12 +395,12 @@ class DeviceQueue:
         """Tokens for the next device batch; 0 while none is due."""
         if not self._in_engine:
             return self._piece()
-        half = self._piece() // 2
-        if len(self._in_engine) == IN_ENGINE or self.queued_tokens < half:
+        piece = self._piece()
+        if len(self._in_engine) == IN_ENGINE or self.queued_tokens < piece // 2:
             return 0
         early = self._in_engine[0].left(time.monotonic()) - LEAD_S
         if early <= 0:
-            return half
+            return piece
         if self._timer is not None:
             self._timer.cancel()
         self._timer = asyncio.get_running_loop().call_later(early, self._changed.set)

@@ -119,6 +119,18 @@ def test_a_prompt_that_comes_alone_is_kept_the_second_time(folder: Path) -> None
     np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE)
 
 
+def test_what_the_items_of_several_batches_begin_with_is_computed_once(folder: Path) -> None:
+    """As of one long request: two pages, then four tokens that 20 items alone are not worth a page for."""
+    scorer = engine.load(folder)
+    sequences = prompts(60, seed=77, query=2 * PAGE_TOKENS + 4, longest=12)
+    parts = [sequences[at : at + 20] for at in (0, 20, 40)]
+    computed = [int(scorer.score(label_batch(part, [LABELS] * 20)).computed_tokens.sum()) for part in parts]
+    own = [sum(len(sequence) - 2 * PAGE_TOKENS - 4 for sequence in part) for part in parts]
+    assert computed == [2 * PAGE_TOKENS + 20 * 4 + own[0], 4 + own[1], own[2]]
+    wanted = values(engine.load(folder), parts[2])
+    np.testing.assert_allclose(values(scorer, parts[2]), wanted, rtol=0, atol=TOLERANCE)
+
+
 def test_two_threads_get_what_one_gets(folder: Path) -> None:
     """Small cache: both evict what the other reads."""
     shared = engine.load(folder, max_row_tokens=64, call_tokens=64, prefix_cache_bytes=0)

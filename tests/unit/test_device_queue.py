@@ -532,7 +532,7 @@ async def test_a_second_batch_is_formed_behind_the_first_when_half_a_batch_waits
         assert queue.queued_tokens == 31
         more = ask(queue, batch_of([[i] for i in range(100, 200)]))
         await formed(engine, 1)
-        assert sum(map(len, sequences_of(engine.batches[0]))) == 32
+        assert sum(map(len, sequences_of(engine.batches[0]))) == 64
         for _ in range(10):
             await asyncio.sleep(0)
         assert queue.queued_tokens == 31 + 100 - 32

@@ -132,6 +132,32 @@ def test_a_page_that_holds_little_is_not_begun(query: int, kept: int) -> None:
     assert [(g.prefix_length, len(g.rows)) for g in groups] == [(kept, 100)]
 
 
+@pytest.mark.parametrize(
+    ("items", "recurring", "kept"), [(25, 0, 512), (25, 4, 516), (25, 3, 515), (8, 4, 512), (60, 0, 516)]
+)
+def test_a_tail_that_recurs_is_worth_its_page_to_fewer_items(items: int, recurring: int, kept: int) -> None:
+    """What recurs counts for as many items again; four tokens are worth a page to sixty items, or twice to 25."""
+    head = list(range(516))
+    sequences = [np.array([*head, 1000 + i, *range(11)], np.int32) for i in range(items)]
+    asked: list[int] = []
+
+    def recurs(prefix: plan.Tokens) -> int:
+        asked.append(len(prefix))
+        return recurring
+
+    (group,) = plan.groups(
+        sequences,
+        [[527]] * items,
+        max_width=128,
+        max_reads=4,
+        min_saving=128,
+        page=128,
+        begun=range(1, 129),
+        recurring=recurs,
+    )
+    assert (group.prefix_length, asked) == (kept, [516])
+
+
 def test_a_long_prompt_leaves_its_last_tokens_as_the_row() -> None:
     (group,) = plan.groups(
         [np.arange(1000, dtype=np.int32)], [[999]], max_width=128, max_reads=4, min_saving=64, page=1
