@@ -7,7 +7,7 @@ call share one prefix, but for ``native``, where each may have another.
 Four implementations with one signature: ``reference`` gathers the prefix and takes one softmax over everything;
 ``paged`` walks the prefix page by page, all rows in one matmul per key/value head, and merges by the running
 log-sum-exp, so one compiled program serves every prefix length and no [tokens, prefix] array exists; ``native`` and
-``fused`` do the same in one kernel, for CPU (``model.attention_cpu``) and for TPU (``model.attention_tpu``), and
+``fused`` do the same in one kernel, for CPU (``model.cpu.attention``) and for TPU (``model.attention_tpu``), and
 ``fused-interpreted`` runs the latter elsewhere.
 
 Source: the merge is that of FlashAttention (arXiv 2205.14135), section 3.1.
@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from model.attention_cpu import attend_native
 from model.attention_tpu import fused, stored_width
+from model.cpu.attention import attend_native
 from model.logprobs import softcapped
 from model.pages import PAGE_TOKENS
 

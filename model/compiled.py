@@ -118,7 +118,9 @@ def _key(name: str, arguments: tuple[Any, ...], donated: tuple[int, ...]) -> str
 @cache
 def _built_by() -> tuple[str, ...]:
     """What decides the program besides its function: this package's code, the compilers, their flags, the devices."""
-    sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+    package = Path(__file__).parent
+    files = sorted(path for kind in ("*.py", "*.cc", "*.h") for path in package.rglob(kind))
+    sources = hashlib.sha256(b"".join(path.read_bytes() for path in files))
     devices = [f"{device.device_kind} {device.id}" for device in jax.devices()]
     versions = [version(package) for package in ("jax", "jaxlib", "flax")]
     return (sources.hexdigest(), *versions, os.environ.get("XLA_FLAGS", ""), jax.default_backend(), *devices)

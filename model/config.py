@@ -1,6 +1,6 @@
 """What a decoder is built from: ``ModelConfig``, and how the keys that the families share become one.
 
-A family's own keys are read in its own file; ``model.registry`` says which file that is.
+A family's own keys are read in its own file; ``model.families.registry`` says which file that is.
 """
 
 from collections.abc import Sequence
@@ -82,7 +82,7 @@ class ModelConfig:
         pad_token_id: classes are read at a prompt's last token that is another; None: at its last.
         shards: devices that every layer is split over; heads, key/value heads and F are one device's.
         int8: the kernels of attention and MLP are stored so, see ``layers.quantized``.
-        native: matmuls are those of ``linear_cpu``, with kernels stored packed.
+        native: matmuls are those of ``cpu.linear``, with kernels stored packed.
     """
 
     architecture: str

@@ -25,12 +25,14 @@ import numpy.typing as npt
 from flax import nnx
 from jax.sharding import Mesh
 
-from model import checkpoint, decoder, kernels_cpu, linear_cpu, plan, prefill, registry, sharding
+from model import checkpoint, decoder, plan, prefill, sharding
 from model.attention import NATIVE
 from model.checkpoint import Tensor
 from model.config import ModelConfig
+from model.cpu import build, linear
+from model.cpu.build import Kernels
+from model.families import registry
 from model.fields import ConfigError, read_config
-from model.kernels_cpu import Kernels
 from model.layers import quantized
 from model.pages import PAGE_TOKENS, CacheStats, Node, OutOfPagesError, PrefixCache, Recurring, RecurringTails
 from model.prefill import Held
@@ -480,7 +482,7 @@ def load(
         if mesh is None:
             whole = np.asarray(tensor)
             if leaf.get_metadata().get("packed"):
-                return jnp.asarray(linear_cpu.pack(whole.astype(target, copy=False)))
+                return jnp.asarray(linear.pack(whole.astype(target, copy=False)))
             return jnp.asarray(whole, target)
         return sharding.place(tensor, leaf.axes, leaf.shape, target, mesh)
 
@@ -544,7 +546,7 @@ def _implementation(asked: str | None, platform: str, folder: Path | None) -> tu
         return "fused", None
     if of_jax := jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         folder = Path(of_jax)  # then nothing else keeps anything, see ``model.compiled``
-    if platform == "cpu" and (kernels := kernels_cpu.load(folder)):
+    if platform == "cpu" and (kernels := build.load(folder)):
         return NATIVE, kernels
     if asked == NATIVE:
         raise RuntimeError(f"attention {asked!r} cannot be had here; the log says why, and 'paged' runs everywhere")

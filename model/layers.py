@@ -14,8 +14,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from model import linear_cpu
 from model.config import Activation, Rope
+from model.cpu import linear
 from model.sharding import RULES
 
 
@@ -27,7 +27,7 @@ class Linear(nnx.Module):
         axes: names of the kernel's axes, see ``sharding.Rules``.
         shards: devices that these are split over; where that is the first, the devices' products are summed.
         int8: the kernel is stored so, see ``quantized``.
-        packed: the kernel is stored so, see ``linear_cpu``; not one that is int8.
+        packed: the kernel is stored so, see ``cpu.linear``; not one that is int8.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Linear(nnx.Module):
         self.dtype = dtype
         self.features_out = features_out
         self.packed = packed
-        shape = linear_cpu.packed_shape(features_in, features_out, dtype) if packed else (features_in, features_out)
+        shape = linear.packed_shape(features_in, features_out, dtype) if packed else (features_in, features_out)
         self.kernel = nnx.Param(jnp.zeros(shape, jnp.int8 if int8 else dtype), axes=axes, packed=packed)
         self.scales = nnx.Param(jnp.zeros((1, features_out), jnp.float32), axes=axes) if int8 else None
         self.bias = nnx.Param(jnp.zeros((features_out,), dtype), axes=axes[1:]) if bias else None
@@ -70,7 +70,7 @@ def each(linears: Sequence[Linear], x: Float[Array, "M features_in"]) -> Sequenc
     if not all(linear.packed for linear in linears):
         return [linear(x) for linear in linears]
     kernels, widths = [linear.kernel[...] for linear in linears], [linear.features_out for linear in linears]
-    products = linear_cpu.products(x.astype(linears[0].dtype), kernels, widths)
+    products = linear.products(x.astype(linears[0].dtype), kernels, widths)
     return [linear.biased(y) for linear, y in zip(linears, products, strict=True)]
 
 
@@ -151,7 +151,7 @@ class GatedMLP(nnx.Module):
         gate, up = self.gate, self.up
         if gate.packed and gate.bias is None:
             kernels = gate.kernel[...], up.kernel[...]
-            return self.down(linear_cpu.gated(x.astype(gate.dtype), *kernels, gate.features_out, self.activation))
+            return self.down(linear.gated(x.astype(gate.dtype), *kernels, gate.features_out, self.activation))
         return self.down(activate(gate(x), self.activation) * up(x))
 
 

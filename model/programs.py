@@ -21,13 +21,14 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from model import compiled, decoder, linear_cpu
+from model import compiled, decoder
 from model.attention import Context, to_pool
 from model.config import ModelConfig
+from model.cpu import linear
+from model.families.registry import Abstract
 from model.logprobs import argmax, log_normalizer, target_logits
 from model.pages import PAGE_TOKENS
 from model.plan import Shape, reads_of
-from model.registry import Abstract
 from model.sharding import DATA, RULES, abstract, put
 
 Size = Shape | int
@@ -269,7 +270,7 @@ class Programs:
             merged = nnx.merge(ends_graph, ends)
             if self._config.native:
                 head = merged.head_weights()
-                return linear_cpu.log_normalizer(hidden.astype(head.dtype), head, softcap)
+                return linear.log_normalizer(hidden.astype(head.dtype), head, softcap)
             return log_normalizer(hidden, merged.head_weights(), softcap, merged.head_split())
 
         def highest(ends: Any, hidden: Any) -> tuple[jax.Array, jax.Array, jax.Array]:

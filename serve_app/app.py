@@ -9,10 +9,10 @@ from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig, RequestRouterConfig
 
-from serve_app import ingress
-from serve_app.autoscaling import PendingTokensPolicy
-from serve_app.router import PrefixRouter
-from serve_app.scorer import MAX_ONGOING, Scorer
+from serve_app.frontend import ingress
+from serve_app.frontend.router import PrefixRouter
+from serve_app.scorer.autoscaling import PendingTokensPolicy
+from serve_app.scorer.deployment import MAX_ONGOING, Scorer
 from serve_app.settings import Settings
 from serve_app.tpu import CHIP_LABEL, RESOURCE
 

@@ -143,6 +143,39 @@ class EngineStats:
     prefix_page_bytes: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class QueueStats:
+    """Counters since the start, but for the first three, which tell the present state.
+
+    Attributes:
+        queued_jobs: not yet answered, those on the device included.
+        queued_tokens: waiting for the device, shared prefixes counted once.
+        pending_tokens: the same, and all of the jobs that the device has begun and not finished.
+        batches: computed by the device.
+        sequences: computed by the device.
+        computed_tokens: computed by the device, shared prefixes counted once.
+        cached_tokens: the others of those sequences.
+        device_seconds: while the engine had at least one batch that did not fail.
+        refused: jobs turned away because the queue was full.
+        cancelled: jobs whose caller left before the answer.
+        expired: jobs dropped because their deadline passed before the device was free.
+        failed: jobs on which the engine raised.
+    """
+
+    queued_jobs: int = 0
+    queued_tokens: int = 0
+    pending_tokens: int = 0
+    batches: int = 0
+    sequences: int = 0
+    computed_tokens: int = 0
+    cached_tokens: int = 0
+    device_seconds: float = 0.0
+    refused: int = 0
+    cancelled: int = 0
+    expired: int = 0
+    failed: int = 0
+
+
 class Engine(Protocol):
     """A loaded model that scores batches. ``score`` is called from two threads at once."""
 

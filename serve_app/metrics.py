@@ -14,8 +14,7 @@ import httpx
 import ray
 from ray.serve.metrics import Counter, Gauge, Histogram
 
-from serve_app.contract import EngineStats, JobResult
-from serve_app.device_queue import QueueStats
+from serve_app.contract import EngineStats, JobResult, QueueStats
 from serve_app.errors import OverloadedError
 from serve_app.timing import TOKENISE, Timings
 

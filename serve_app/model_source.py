@@ -195,7 +195,7 @@ def _gguf(source: Path, say: Say) -> Path:
 
 def _convert(source: Path, folder: Path, say: Say) -> None:
     """In a process of its own: this one stays free of the model package, and of what the conversion allocates."""
-    command = [sys.executable, "-m", "model.gguf", str(source), str(folder)]
+    command = [sys.executable, "-m", "model.gguf.convert", str(source), str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None

@@ -14,17 +14,17 @@ import httpx
 import hypothesis
 import pytest
 
-from scripts.cluster_sim import start_cluster
+from scripts.simulation.cluster import start_cluster
 from serve_app import model_source
-from serve_app.auth import ApiKeys
-from serve_app.fake_engine import FakeEngine
-from serve_app.ingress import create_app
-from serve_app.launcher import APP_NAME, free_port
-from serve_app.local_replicas import LocalReplicas
-from serve_app.service import ScoringService
-from serve_app.services import Services
+from serve_app.frontend.auth import ApiKeys
+from serve_app.frontend.ingress import create_app
+from serve_app.frontend.models import Services
+from serve_app.frontend.service import ScoringService
+from serve_app.jobs.local_replicas import LocalReplicas
+from serve_app.local_ray import APP_NAME, free_port
+from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import Settings
-from serve_app.tokenizer import TextTokenizer
+from serve_app.tasks.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas, save_tokenizer
 from tests.served import KEY, Served, serving
 from tests.tiny import make_llama

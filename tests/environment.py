@@ -2,8 +2,8 @@
 
 import os
 
-from serve_app.engines import compiled_folder
-from serve_app.launcher import set_environment
+from serve_app.local_ray import set_environment
+from serve_app.scorer.engines import compiled_folder
 
 # Most tests' Ray plays a cluster of several hosts, and calls as one does; ``test_launch`` has gRPC.
 os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "0")

@@ -17,9 +17,9 @@ import numpy as np
 
 from model import engine, sharding
 from model.cost import program_cost
-from model.registry import from_hf
+from model.families.registry import from_hf
 from model.sizes import BY_PLATFORM
-from scripts.tpu_estimate import devices
+from scripts.planning.estimate import devices
 from tests.batches import label_batch
 from tests.invariance.rows import prompts, values
 from tests.parity import cases

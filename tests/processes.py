@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import psutil
 
-from serve_app.launcher import APP_NAME
+from serve_app.local_ray import APP_NAME
 
 
 def replica_processes(deployment: str) -> list[psutil.Process]:

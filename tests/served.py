@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import uvicorn
 from fastapi import FastAPI
 
-from serve_app.http_server import HttpProtocol
+from serve_app.frontend.http_server import HttpProtocol
 
 KEY = "a-key"
 """Of the service that wants one."""

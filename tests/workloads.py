@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from scripts.bench_work import load
+from scripts.benchmarks.work import load
 from serve_app.contract import TokenBatch
 from tests.batches import label_batch
 

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from serve_app.ingress import create_app
-from serve_app.service import ScoringService
-from serve_app.services import Services
+from serve_app.frontend.ingress import create_app
+from serve_app.frontend.models import Services
+from serve_app.frontend.service import ScoringService
 from tests.boundary.asking import Http
 
 

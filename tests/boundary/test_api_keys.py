@@ -9,10 +9,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serve_app.auth import ApiKeys
-from serve_app.ingress import create_app
-from serve_app.service import ScoringService
-from serve_app.services import Services
+from serve_app.frontend.auth import ApiKeys
+from serve_app.frontend.ingress import create_app
+from serve_app.frontend.models import Services
+from serve_app.frontend.service import ScoringService
 from tests.boundary.asking import Http
 
 KEY = {"authorization": "Bearer a-key"}

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from backports import zstd
 
-from serve_app import bodies
 from serve_app.errors import InvalidRequestError, TooLargeError
+from serve_app.frontend import bodies
 from tests.boundary.asking import Http
 
 ASK: dict[str, Any] = {"query": "the ", "items": ["fox", "dog"], "label_token_ids": [5, 7]}

@@ -9,10 +9,10 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
-from serve_app.auth import ApiKeys
-from serve_app.ingress import create_app
-from serve_app.service import ScoringService
-from serve_app.services import Services
+from serve_app.frontend.auth import ApiKeys
+from serve_app.frontend.ingress import create_app
+from serve_app.frontend.models import Services
+from serve_app.frontend.service import ScoringService
 from serve_app.settings import Settings
 from tests.boundary.asking import Http
 from tests.served import KEY

@@ -16,12 +16,12 @@ import pytest
 
 from serve_app.contract import BatchResult, JobResult, ModelInfo, ScoreJob, TokenBatch
 from serve_app.errors import OverloadedError
-from serve_app.fake_engine import FakeEngine
-from serve_app.ingress import create_app
-from serve_app.service import Replicas, ScoringService
-from serve_app.services import Services
+from serve_app.frontend.ingress import create_app
+from serve_app.frontend.models import Services
+from serve_app.frontend.service import Replicas, ScoringService
+from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import Limits, Settings
-from serve_app.tokenizer import TextTokenizer
+from serve_app.tasks.tokenizer import TextTokenizer
 from tests.boundary.asking import Http
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
 

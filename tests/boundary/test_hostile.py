@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis.checks import CHECKS
 
-from serve_app.fake_engine import FakeEngine
-from serve_app.ingress import create_app
-from serve_app.service import ScoringService
-from serve_app.services import Services
+from serve_app.frontend.ingress import create_app
+from serve_app.frontend.models import Services
+from serve_app.frontend.service import ScoringService
+from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import Settings
-from serve_app.tokenizer import TextTokenizer
+from serve_app.tasks.tokenizer import TextTokenizer
 from tests.boundary.asking import Http
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas, save_tokenizer
 

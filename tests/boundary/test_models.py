@@ -12,13 +12,13 @@ import pytest
 
 from serve_app.client import ScoreClient
 from serve_app.errors import NotFoundError
-from serve_app.fake_engine import FakeEngine
-from serve_app.ingress import create_app
+from serve_app.frontend.ingress import create_app
+from serve_app.frontend.models import NO_MODEL, Services
+from serve_app.frontend.service import ScoringService
 from serve_app.schemas import ScoreRequest
-from serve_app.service import ScoringService
-from serve_app.services import NO_MODEL, Services
+from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import Limits, Settings
-from serve_app.tokenizer import TextTokenizer
+from serve_app.tasks.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
 from tests.served import serving
 

@@ -11,14 +11,14 @@ import pytest
 
 from serve_app.contract import JobResult, ScoreJob
 from serve_app.errors import OverloadedError
-from serve_app.fake_engine import FakeEngine
-from serve_app.ingress import create_app
-from serve_app.local_replicas import LocalReplicas
+from serve_app.frontend.ingress import create_app
+from serve_app.frontend.models import Services
+from serve_app.frontend.service import PIECES_AT_ONCE, Replicas, ScoringService
+from serve_app.jobs.local_replicas import LocalReplicas
 from serve_app.schemas import ScoreEnd, ScoreRequest, ScoreRow
-from serve_app.service import PIECES_AT_ONCE, Replicas, ScoringService
-from serve_app.services import Services
+from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import Settings
-from serve_app.tokenizer import TextTokenizer
+from serve_app.tasks.tokenizer import TextTokenizer
 from tests.boundary.asking import Http
 from tests.boundary.test_faults import Hanging, scope, serving
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas

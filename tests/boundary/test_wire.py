@@ -10,12 +10,12 @@ from collections.abc import Iterator
 import pytest
 
 from serve_app.contract import JobResult, ScoreJob
-from serve_app.fake_engine import FakeEngine
-from serve_app.ingress import create_app
-from serve_app.service import ScoringService
-from serve_app.services import Services
+from serve_app.frontend.ingress import create_app
+from serve_app.frontend.models import Services
+from serve_app.frontend.service import ScoringService
+from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import Settings
-from serve_app.tokenizer import TextTokenizer
+from serve_app.tasks.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
 from tests.served import Served, serving
 from tests.wire import SPLITS, UPGRADES, connected, post, upgrade_is_ignored

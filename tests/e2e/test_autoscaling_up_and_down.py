@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serve_app.launcher import APP_NAME
+from serve_app.local_ray import APP_NAME
 from serve_app.settings import Autoscaling, Settings
 from tests.faults.conftest import application, wait_for
 

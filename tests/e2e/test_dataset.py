@@ -15,7 +15,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from serve_app import cli, launcher
+from serve_app.cli import launcher, main
 from tests.served import Served
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def test_after_a_kill_the_same_command_does_what_is_left_and_no_row_is_lost_or_d
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in source))
     out = tmp_path / "out"
     command = ["dataset", str(tmp_path / "in.jsonl"), "-o", str(out), *OPTIONS, "--url", served.url]
-    start = [sys.executable, "-c", "from serve_app.cli import main; main()"]
+    start = [sys.executable, "-c", "from serve_app.cli.main import main; main()"]
     with subprocess.Popen([*start, *command], stderr=subprocess.PIPE) as process:
         while process.poll() is None and len([*out.glob("done/*.json")]) < 5:
             time.sleep(0.005)
@@ -49,11 +49,11 @@ def test_after_a_kill_the_same_command_does_what_is_left_and_no_row_is_lost_or_d
 
     monkeypatch.setattr(launcher, "interrupt_on_signals", lambda: None)
     runner = CliRunner(env={"COLUMNS": "200"})
-    another = runner.invoke(cli.app, [*command, "--label-mass"])
+    another = runner.invoke(main.app, [*command, "--label-mass"])
     assert another.exit_code == 1
     assert "was begun with another request.return_label_mass: false, and now it is true" in another.stderr
 
-    again = runner.invoke(cli.app, command)
+    again = runner.invoke(main.app, command)
     assert again.exit_code == 0, again.stderr
     assert "going on: " in again.stderr
     assert f"{ROWS - 1} scored, 1 set aside" in again.stdout
@@ -84,7 +84,9 @@ def test_100_000_rows_are_scored_in_bounded_memory(tmp_path: Path):
     out = tmp_path / "out"
     command = ["dataset", str(tmp_path / "in.jsonl"), "-o", str(out), "--model", "demo", "--engine", "fake"]
     options = ["--query", "{film}: ", "--item", "{text}", "-l", " yes", "-l", " no", "--softmax", "--workers", "2"]
-    code = f"import sys; sys.argv = {['score-serve', *command, *options]!r}; from serve_app.cli import main; main()"
+    code = (
+        f"import sys; sys.argv = {['score-serve', *command, *options]!r}; from serve_app.cli.main import main; main()"
+    )
     most: dict[bool, int] = {False: 0, True: 0}  # of all processes together, in the first and in the second half
     with subprocess.Popen([sys.executable, "-c", code]) as process:
         while process.poll() is None:

@@ -196,7 +196,7 @@ def test_labels_in_words_have_the_log_likelihoods_of_transformers(client: httpx.
 )
 def test_lm_eval_has_the_log_likelihoods_of_its_own_huggingface_backend(client: httpx.Client) -> None:
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "scripts.lm_eval_compare", "--url", str(client.base_url), "--json"]
+    command = [sys.executable, "-m", "scripts.benchmarks.lm_eval_compare", "--url", str(client.base_url), "--json"]
     run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     by_ids, by_text, by_hf = json.loads(run.stdout)["backends"].values()

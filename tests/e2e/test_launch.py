@@ -19,8 +19,8 @@ import httpx
 import psutil
 import pytest
 
-from serve_app import auth
-from serve_app.launcher import CALLS, free_port
+from serve_app.frontend import auth
+from serve_app.local_ray import CALLS, free_port
 from tests.wire import SPLITS, connected, post, upgrade_is_ignored
 
 pytestmark = pytest.mark.ray
@@ -29,7 +29,15 @@ pytestmark = pytest.mark.ray
 @contextmanager
 def launched(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     """The command, in a process group of its own, as a terminal would start it."""
-    command = [sys.executable, "-c", "from serve_app.cli import main; main()", "serve", "--engine", "fake", *arguments]
+    command = [
+        sys.executable,
+        "-c",
+        "from serve_app.cli.main import main; main()",
+        "serve",
+        "--engine",
+        "fake",
+        *arguments,
+    ]
     environment = {name: value for name, value in os.environ.items() if name not in CALLS}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0, env=environment

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from serve_app.app import build
-from serve_app.launcher import APP_NAME
+from serve_app.local_ray import APP_NAME
 from serve_app.settings import Settings
 
 pytestmark = pytest.mark.ray

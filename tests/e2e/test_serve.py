@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from serve_app.app import build
-from serve_app.batch_job import Job, run
-from serve_app.fake_engine import FakeEngine
-from serve_app.job_files import JobError
-from serve_app.job_targets import App, Engines
-from serve_app.launcher import APP_NAME
+from serve_app.jobs.batch_job import Job, run
+from serve_app.jobs.files import JobError
+from serve_app.jobs.targets import App, Engines
+from serve_app.local_ray import APP_NAME
 from serve_app.schemas import ScoreRequest, ScoreResponse
+from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import ModelSettings, Settings
 from tests.batches import label_batch
 from tests.local import save_tokenizer

@@ -13,13 +13,12 @@ import httpx
 import numpy as np
 import pytest
 
-from serve_app.contract import Engine
-from serve_app.device_queue import QueueStats
-from serve_app.fake_engine import FakeEngine
-from serve_app.ingress import CANCELLED_BY_S, Ingress
-from serve_app.launcher import APP_NAME
-from serve_app.router import PrefixRouter
-from serve_app.scorer import MAX_ONGOING, Scorer
+from serve_app.contract import Engine, QueueStats
+from serve_app.frontend.ingress import CANCELLED_BY_S, Ingress
+from serve_app.frontend.router import PrefixRouter
+from serve_app.local_ray import APP_NAME
+from serve_app.scorer.deployment import MAX_ONGOING, Scorer
+from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import Limits, Settings
 from tests.processes import replica_process, replica_processes
 

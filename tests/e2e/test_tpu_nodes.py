@@ -13,8 +13,8 @@ import pytest
 
 from serve_app.app import build
 from serve_app.contract import Engine
-from serve_app.fake_engine import FakeEngine
-from serve_app.launcher import APP_NAME
+from serve_app.local_ray import APP_NAME
+from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import Settings
 from serve_app.tpu import Tpu
 

@@ -16,8 +16,8 @@ import pytest
 
 from serve_app.app import build
 from serve_app.contract import Engine
-from serve_app.fake_engine import FakeEngine
-from serve_app.launcher import APP_NAME
+from serve_app.local_ray import APP_NAME
+from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import Settings
 
 ITEMS = [[i, i + 1] for i in range(100, 160)]  # 0.12 s of a device: no scorer is idle under load

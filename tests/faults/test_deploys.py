@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from serve_app.app import build
-from serve_app.launcher import APP_NAME
+from serve_app.local_ray import APP_NAME
 from serve_app.settings import Settings
 from tests.faults.conftest import ITEMS, actors, application, under_load, wait_for
 from tests.processes import replica_processes

@@ -13,9 +13,9 @@ import httpx
 import numpy as np
 import pytest
 
-from scripts.soak import Ask, alone, closed_loop, requests
+from scripts.benchmarks.soak import Ask, alone, closed_loop, requests
 from serve_app.app import build
-from serve_app.fake_engine import FakeEngine
+from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import Settings
 from tests.batches import label_batch
 

@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from serve_app.device_queue import QueueStats
-from serve_app.launcher import APP_NAME
+from serve_app.contract import QueueStats
+from serve_app.local_ray import APP_NAME
 from serve_app.settings import Limits, Settings
 from tests.faults.conftest import ITEMS, actors, application, inside, wait_for
 from tests.processes import replica_processes

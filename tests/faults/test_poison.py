@@ -11,13 +11,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from serve_app.contract import Engine
-from serve_app.engines import _ModelEngine
 from serve_app.errors import ScoringError
-from serve_app.local_replicas import LocalReplicas
+from serve_app.frontend.service import ScoringService
+from serve_app.jobs.local_replicas import LocalReplicas
 from serve_app.schemas import ScoreRequest
-from serve_app.service import ScoringService
+from serve_app.scorer.engines import _ModelEngine
 from serve_app.settings import Settings
-from serve_app.tokenizer import TextTokenizer
+from serve_app.tasks.tokenizer import TextTokenizer
 from tests.tiny import make_llama
 
 torch = pytest.importorskip("torch")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from model import kernels_cpu
-from model.kernels_cpu import Kernels
+from model.cpu import build
+from model.cpu.build import Kernels
 
 PROCESSORS = ["native", "x86-64-v3", "x86-64-v2"] if platform.machine() == "x86_64" else ["native"]
 """v3 has AVX2, v2 SSE, neither has bfloat16."""
@@ -26,7 +26,7 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         pytest.skip(f"this processor has not the instructions of {request.param}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CXXFLAGS", f"-march={request.param}")
-        patch.setattr(kernels_cpu, "PREFIX", f"for_{request.param}_{request.module.__name__}")
-        built = kernels_cpu.register(tmp_path_factory.mktemp("kernels"))
+        patch.setattr(build, "PREFIX", f"for_{request.param}_{request.module.__name__}")
+        built = build.register(tmp_path_factory.mktemp("kernels"))
         assert built is not None
         yield built

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from model import engine, registry
+from model import engine
 from model.engine import Engine
+from model.families import registry
 from model.fields import read_config
-from serve_app import labels
 from serve_app.contract import TokenBatch
-from serve_app.preparation import Prompt, packed
+from serve_app.tasks import labels
+from serve_app.tasks.preparation import Prompt, packed
 from tests.batches import label_batch
 from tests.parity.cases import HAVE_TORCH, sequences
 from tests.tiny import write_json

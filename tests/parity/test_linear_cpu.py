@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import linear_cpu
 from model.config import Activation
-from model.kernels_cpu import Kernels
+from model.cpu import linear
+from model.cpu.build import Kernels
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler is installed")
 
@@ -33,13 +33,13 @@ def normal(dtype: str, *shape: int, seed: int = 0) -> np.ndarray:
 
 def products(x: np.ndarray, *kernels: np.ndarray) -> list[np.ndarray]:
     widths = [kernel.shape[1] for kernel in kernels]
-    packed = [jnp.asarray(linear_cpu.pack(kernel)) for kernel in kernels]
-    return [np.asarray(y) for y in jax.jit(lambda x, kernels: linear_cpu.products(x, kernels, widths))(x, packed)]
+    packed = [jnp.asarray(linear.pack(kernel)) for kernel in kernels]
+    return [np.asarray(y) for y in jax.jit(lambda x, kernels: linear.products(x, kernels, widths))(x, packed)]
 
 
 def gated(x: np.ndarray, gate: np.ndarray, up: np.ndarray, activation: Activation = "silu") -> np.ndarray:
-    width, packed = gate.shape[1], [jnp.asarray(linear_cpu.pack(kernel)) for kernel in (gate, up)]
-    return np.asarray(jax.jit(lambda x, kernels: linear_cpu.gated(x, *kernels, width, activation))(x, packed))
+    width, packed = gate.shape[1], [jnp.asarray(linear.pack(kernel)) for kernel in (gate, up)]
+    return np.asarray(jax.jit(lambda x, kernels: linear.gated(x, *kernels, width, activation))(x, packed))
 
 
 @pytest.mark.parametrize("rows", [*range(1, 14), 80, 1000])
@@ -113,7 +113,7 @@ def test_rows_of_zeros_give_zeros(dtype: str) -> None:
 
 
 def normalizers(x: np.ndarray, head: np.ndarray, softcap: float | None = None) -> np.ndarray:
-    return np.asarray(jax.jit(lambda x, head: linear_cpu.log_normalizer(x, head, softcap))(x, head))
+    return np.asarray(jax.jit(lambda x, head: linear.log_normalizer(x, head, softcap))(x, head))
 
 
 @pytest.mark.parametrize("softcap", [None, 8.0])

@@ -11,10 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from model import engine
 from serve_app.contract import ModelInfo
-from serve_app.rerank import RerankRequest
-from serve_app.service import ScoringService
+from serve_app.frontend.service import ScoringService
 from serve_app.settings import Settings
-from serve_app.tokenizer import TextTokenizer
+from serve_app.tasks.rerank import RerankRequest
+from serve_app.tasks.tokenizer import TextTokenizer
 from tests import mxbai
 from tests.local import DirectReplicas
 from tests.parity.cases import HAVE_TORCH

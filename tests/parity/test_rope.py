@@ -10,8 +10,8 @@ import pytest
 
 from model import engine
 from model.config import ModelConfig, Rope
+from model.families.registry import from_hf
 from model.layers import rope_angles, rope_frequencies
-from model.registry import from_hf
 from tests.batches import label_batch
 from tests.parity.cases import HAVE_TORCH, LABELS
 from tests.tiny import LINEAR_SCALING, make_llama

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from model import checkpoint, engine, sharding
 from model.engine import Engine
+from model.families.registry import from_hf
 from model.fields import ConfigError, read_config
-from model.registry import from_hf
 from tests.batches import label_batch, reads_batch
 from tests.invariance.rows import LABELS, TOLERANCE, VOCAB, prompts, values
 from tests.sharding.one_of_two import SIZES

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from model import engine
-from serve_app.launcher import free_port
+from serve_app.local_ray import free_port
 from tests.invariance.rows import TOLERANCE, values
 from tests.sharding.one_of_two import SIZES, sequences
 from tests.tiny import make_llama

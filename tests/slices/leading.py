@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from scripts.cluster_sim import start_slice
+from scripts.simulation.cluster import start_slice
 from serve_app.contract import Engine
+from serve_app.scorer.slice_worker import LoadPart, Place
 from serve_app.settings import Settings
-from serve_app.slice_worker import LoadPart, Place
 from serve_app.tpu import Tpu
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def on_cpu(data: int = 1, **sizes: Any) -> LoadPart:
 
         from model import engine, sharding
         from serve_app import model_source
-        from serve_app.engines import _ModelEngine, compiled_folder
+        from serve_app.scorer.engines import _ModelEngine, compiled_folder
 
         engine.join(place.coordinator, place.hosts, place.number)
         by_host = np.array(jax.devices()).reshape(place.hosts, -1)
@@ -68,7 +68,7 @@ def leader_of(settings: Settings, load: LoadPart) -> Iterator[Any]:
         def __init__(self) -> None:
             from concurrent.futures import ThreadPoolExecutor
 
-            from serve_app.slice_group import SliceGroup
+            from serve_app.scorer.slice_group import SliceGroup
 
             self.engine = SliceGroup(settings, load)
             self.threads = ThreadPoolExecutor(2)  # as the queue's

@@ -11,12 +11,12 @@ import numpy as np
 import psutil
 import pytest
 
-from scripts.cluster_sim import start_slice
+from scripts.simulation.cluster import start_slice
 from serve_app.contract import BatchResult, Engine, TokenBatch
-from serve_app.engines import load_part
-from serve_app.fake_engine import FakeEngine
+from serve_app.scorer.engines import load_part
+from serve_app.scorer.fake_engine import FakeEngine
+from serve_app.scorer.slice_worker import Place
 from serve_app.settings import Settings
-from serve_app.slice_worker import Place
 from tests.batches import label_batch
 from tests.faults.conftest import wait_for
 from tests.slices.leading import TWO_HOSTS, leader_of, slice_of, worker_of

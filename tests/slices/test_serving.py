@@ -12,13 +12,13 @@ import httpx
 import numpy as np
 import pytest
 
-from scripts.cluster_sim import start_slice
+from scripts.simulation.cluster import start_slice
 from serve_app.app import build
 from serve_app.contract import Engine
-from serve_app.fake_engine import FakeEngine
-from serve_app.launcher import APP_NAME
+from serve_app.local_ray import APP_NAME
+from serve_app.scorer.fake_engine import FakeEngine
+from serve_app.scorer.slice_worker import LoadPart, Place
 from serve_app.settings import ModelSettings, Settings
-from serve_app.slice_worker import LoadPart, Place
 from tests.e2e.test_autoscaling_up_and_down import BOUNDS, states
 from tests.faults.conftest import loading_with, under_load, wait_for
 from tests.invariance.rows import TOLERANCE
@@ -50,7 +50,7 @@ def application(settings: Settings, part: LoadPart) -> Any:
     """As ``build`` makes it, with other parts on the hosts."""
 
     def load(settings: ModelSettings) -> Engine:
-        from serve_app.slice_group import SliceGroup
+        from serve_app.scorer.slice_group import SliceGroup
 
         group = SliceGroup(settings, part)
         group.warmup()

@@ -20,13 +20,13 @@ from model.attention_tpu import work
 from model.config import ModelConfig
 from model.cost import Cost, program_cost
 from model.engine import without_weights
+from model.families.registry import from_hf
 from model.plan import Shape
 from model.programs import Programs
-from model.registry import from_hf
 from model.sharding import divided, mesh
 from model.sizes import BY_PLATFORM, Layout
-from scripts.tpu_estimate import CHIPS, Workload, devices, estimate, launches
-from scripts.tpu_plan import app
+from scripts.planning.estimate import CHIPS, Workload, devices, estimate, launches
+from scripts.planning.plan import app
 from tests.tiny_families import config_of
 
 pytestmark = pytest.mark.skipif(

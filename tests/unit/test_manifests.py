@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from pydantic import BaseModel, ConfigDict, Field
 from ray.serve.schema import ServeDeploySchema
 
-from serve_app.launcher import PROCESSES
+from serve_app.local_ray import PROCESSES
 from serve_app.settings import Settings
 from serve_app.tpu import CHIPS_OF_A_SLICES_HOST, HOSTS
 

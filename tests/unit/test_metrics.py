@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import ray
 
-from serve_app.contract import EngineStats, JobResult
-from serve_app.device_queue import QueueStats
+from serve_app.contract import EngineStats, JobResult, QueueStats
 from serve_app.errors import OverloadedError
 from serve_app.metrics import FrontMetrics, ScorerMetrics, merged, scrape
 from serve_app.timing import Timings

@@ -19,11 +19,11 @@ import pytest
 from filelock import FileLock
 from huggingface_hub import constants, errors
 
+from model.families.registry import from_hf
 from model.fields import read_config
-from model.registry import from_hf
 from serve_app import model_source
 from serve_app.model_source import ModelSourceError, resolve
-from serve_app.tokenizer import TextTokenizer
+from serve_app.tasks.tokenizer import TextTokenizer
 from tests.tiny import make_llama
 from tests.tiny_gguf import write_gguf
 

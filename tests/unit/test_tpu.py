@@ -11,10 +11,10 @@ from pydantic import ValidationError
 from ray._private.accelerators import tpu as rays
 from ray.util.tpu import get_tpu_version_from_type
 
-from serve_app import cli, launcher
 from serve_app.app import build
-from serve_app.engines import load_engine
-from serve_app.launcher import LaunchError
+from serve_app.cli import launcher, main
+from serve_app.cli.launcher import LaunchError
+from serve_app.scorer.engines import load_engine
 from serve_app.settings import Settings
 from serve_app.tpu import (
     CHIP_LABEL,
@@ -190,11 +190,11 @@ def test_the_command_line_names_chips_and_topology(monkeypatch: pytest.MonkeyPat
 
     got: list[Settings] = []
     monkeypatch.setattr(launcher, "run", lambda settings, **_: got.append(settings))
-    assert CliRunner().invoke(cli.app, ["serve", "--tpu", "v6e:2x4"]).exit_code == 0
+    assert CliRunner().invoke(main.app, ["serve", "--tpu", "v6e:2x4"]).exit_code == 0
     assert got[0].tpu == Tpu(chip="v6e", topology="2x4", chips=1)
-    assert CliRunner().invoke(cli.app, ["serve", "--tpu", "v6e:4x4"]).exit_code == 0
+    assert CliRunner().invoke(main.app, ["serve", "--tpu", "v6e:4x4"]).exit_code == 0
     assert got[1].tpu == Tpu(chip="v6e", topology="4x4", chips=16)
     for wrong in ("v6e", "v6e:9x9", "v6e:4x4:4"):
-        refused = CliRunner().invoke(cli.app, ["serve", "--tpu", wrong])
+        refused = CliRunner().invoke(main.app, ["serve", "--tpu", wrong])
         assert refused.exit_code == 1
         assert "topology" in refused.stderr

@@ -1,0 +1,366 @@
+// Matmuls with kernels that were packed once, at the start, on a CPU: what model/cpu/linear.py describes. A tile of
+// sums stays in registers while it walks the inner axis, so a row's arithmetic does not depend on what else is in the
+// call; what is done with the sums is done before they leave the first cache. Rows of zeros, as padding's are, give
+// zeros and take no time.
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <string_view>
+#include <vector>
+
+#include "kernels.h"
+
+namespace {
+
+constexpr int kPanel = 64;           // columns of a kernel that lie beside each other
+constexpr int64_t kBlock = 96;       // rows that a thread takes at once
+constexpr int64_t kHeadBlock = 384;  // the same of the head's
+constexpr int64_t kLine = 64;        // bytes that the memory hands out together
+constexpr int64_t kSteps = 192;      // of one sum: sums of such sums are more exact, and cost 1%
+
+static_assert(kPanel % (kVectors * kLanes) == 0);
+
+// One kernel [panels, steps, kPanel] and what comes of it.
+struct Linear {
+  const void* kernel;
+  void* out;        // [rows, columns]
+  int64_t columns;  // the last panel may have more: zeros
+
+  int64_t panels() const { return (columns + kPanel - 1) / kPanel; }
+};
+
+struct Input {
+  const void* rows;  // [count, steps]
+  int64_t count, steps;
+};
+
+// What a walk over the steps asks for on its way: `each` units a step, from `from` on.
+template <typename Unit>
+struct Ahead {
+  const Unit* from;
+  int64_t each;
+};
+
+// sums = a * b, of `rows` rows and `vectors` vectors of a panel's columns.
+template <typename D, int rows, int vectors>
+void Multiply(const typename D::Unit* a, int64_t steps, const typename D::Unit* b, float* sums,
+              Ahead<typename D::Unit> ahead) {
+  for (int64_t first = 0; first < steps; first += kSteps) {
+    Floats tile[rows][vectors] = {};
+    for (int64_t step = first; step < std::min(first + kSteps, steps); ++step, b += kPanel) {
+      __builtin_prefetch(ahead.from + step * ahead.each, 0, 2);
+      for (int i = 0; i < rows; ++i) {
+        for (int j = 0; j < vectors; ++j) tile[i][j] = D::Add(tile[i][j], a + i * steps + step, b + j * kLanes);
+      }
+    }
+    for (int i = 0; i < rows; ++i) {
+      for (int j = 0; j < vectors; ++j) {
+        float* sum = sums + i * kPanel + j * kLanes;
+        Store(sum, first == 0 ? tile[i][j] : Load(sum) + tile[i][j]);
+      }
+    }
+  }
+}
+
+// The same of the panel's first `columns`, and perhaps some more.
+template <typename D, int rows>
+void Multiply(const typename D::Unit* a, int64_t steps, const typename D::Unit* b, float* sums, int64_t columns,
+              Ahead<typename D::Unit> ahead) {
+  int64_t column = 0;
+  for (; column + kLanes < columns; column += kVectors * kLanes) {
+    Multiply<D, rows, kVectors>(a, steps, b + column, sums + column, ahead);
+  }
+  if (column < columns) Multiply<D, rows, 1>(a, steps, b + column, sums + column, ahead);
+}
+
+template <typename D>
+void Multiply(int64_t rows, const typename D::Unit* a, int64_t steps, const typename D::Unit* b, float* sums,
+              int64_t columns, Ahead<typename D::Unit> ahead) {
+  static_assert(kRows == 6);
+  switch (rows) {
+    case 1: return Multiply<D, 1>(a, steps, b, sums, columns, ahead);
+    case 2: return Multiply<D, 2>(a, steps, b, sums, columns, ahead);
+    case 3: return Multiply<D, 3>(a, steps, b, sums, columns, ahead);
+    case 4: return Multiply<D, 4>(a, steps, b, sums, columns, ahead);
+    case 5: return Multiply<D, 5>(a, steps, b, sums, columns, ahead);
+    default: return Multiply<D, 6>(a, steps, b, sums, columns, ahead);
+  }
+}
+
+// Asks for the memory that rows of `count` numbers will go to, or writing them waits for it.
+template <typename T>
+void PrefetchToWrite(const T* out, int64_t rows, int64_t count, int64_t stride) {
+  for (int64_t row = 0; row < rows; ++row, out += stride) {
+    for (int64_t at = 0; at < count; at += kLine / sizeof(T)) __builtin_prefetch(out + at, 1);
+  }
+}
+
+// Whether all of these are 0, of either sign. Of rows that are not, a look at the first few mostly tells.
+template <typename D>
+bool Zeros(const typename D::Unit* units, int64_t count) {
+  constexpr uint32_t kMagnitude = D::kPacked == 2 ? 0x7fff7fff : 0x7fffffff;
+  for (int64_t first = 0; first < count; first += 16) {
+    uint32_t any = 0;
+    for (int64_t i = first; i < std::min(first + 16, count); ++i) any |= std::bit_cast<uint32_t>(units[i]);
+    if (any & kMagnitude) return false;
+  }
+  return true;
+}
+
+// A piece of a product: rows row:row+rows and one panel, the tile-th of `tiles` of a block of rows. The panel that this
+// thread takes next is probably `stride` further.
+struct Tile {
+  int64_t panel, row, rows, tile, tiles, stride;
+
+  // The tile's share of that panel, so that it is in the second cache when its turn comes.
+  template <typename Unit>
+  Ahead<Unit> Next(const Unit* kernel, int64_t steps) const {
+    const int64_t each = (kPanel + tiles - 1) / tiles;
+    return {kernel + (stride * kPanel + tile * each) * steps, each};
+  }
+};
+
+// Calls with every tile, on all threads. A block of rows goes through all panels while it stays in the second cache.
+template <typename Work>
+void EachTile(ffi::ThreadPool& pool, int64_t panels, int64_t rows, Work work) {
+  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t fair = rows * panels / (8 * threads) / kRows * kRows;
+  const int64_t most = std::clamp<int64_t>(fair, 2 * kRows, kBlock), blocks = (rows + most - 1) / most;
+  Share(pool, blocks * panels, [=] {
+    return [=](int64_t unit) {
+      const int64_t panel = unit % panels, first = unit / panels * most, last = std::min(rows, first + most);
+      const int64_t tiles = (last - first + kRows - 1) / kRows;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t row = first + tile * kRows;
+        work(Tile{panel, row, std::min<int64_t>(kRows, last - row), tile, tiles, threads});
+      }
+    };
+  });
+}
+
+template <typename D>
+void Products(ffi::ThreadPool& pool, const Input& x, const std::vector<Linear>& linears) {
+  int64_t panels = 0;
+  for (const Linear& linear : linears) panels += linear.panels();
+  EachTile(pool, panels, x.count, [x, linears](const Tile& tile) {
+    const int64_t row = tile.row, rows = tile.rows;
+    int64_t panel = tile.panel;
+    size_t number = 0;
+    for (; panel >= linears[number].panels(); ++number) panel -= linears[number].panels();
+    const Linear& linear = linears[number];
+    alignas(64) float sums[kRows][kPanel] = {};
+    const auto* from = static_cast<const typename D::Unit*>(x.rows) + row * x.steps;
+    const auto* kernel = static_cast<const typename D::Unit*>(linear.kernel) + panel * x.steps * kPanel;
+    const int64_t count = std::min<int64_t>(kPanel, linear.columns - panel * kPanel);
+    float* out = static_cast<float*>(linear.out) + row * linear.columns + panel * kPanel;
+    PrefetchToWrite(out, rows, count, linear.columns);
+    if (!Zeros<D>(from, rows * x.steps)) {
+      Multiply<D>(rows, from, x.steps, kernel, sums[0], count, tile.Next(kernel, x.steps));
+    }
+    for (int64_t i = 0; i < rows; ++i) std::memcpy(out + i * linear.columns, sums[i], count * sizeof(float));
+  });
+}
+
+// x / (1 + exp(-x))
+Floats Silu(Floats x) {
+  const Floats e = Exponential(x < 0.0f ? x : -x);
+  return x * (x < 0.0f ? e : All(1.0f)) / (1.0f + e);
+}
+
+// By its usual approximation with a hyperbolic tangent.
+Floats Gelu(Floats x) {
+  return 0.5f * x * (1.0f + HyperbolicTangent(0.7978845608f * (x + 0.044715f * x * x * x)));
+}
+
+// activation(x * gate) * (x * up), narrowed.
+template <typename D, Floats (*activation)(Floats)>
+void Gated(ffi::ThreadPool& pool, const Input& x, const void* gate, const Linear& up) {
+  using Unit = typename D::Unit;
+  EachTile(pool, up.panels(), x.count, [x, gate, up](const Tile& tile) {
+    const int64_t panel = tile.panel, row = tile.row, rows = tile.rows;
+    alignas(64) float gates[kRows][kPanel] = {}, ups[kRows][kPanel] = {};
+    alignas(64) Unit narrowed[kPanel / D::kPacked];
+    const Unit* from = static_cast<const Unit*>(x.rows) + row * x.steps;
+    const int64_t at = panel * x.steps * kPanel, count = std::min<int64_t>(kPanel, up.columns - panel * kPanel);
+    auto* out = static_cast<typename D::Stored*>(up.out) + row * up.columns + panel * kPanel;
+    PrefetchToWrite(out, rows, count, up.columns);
+    if (!Zeros<D>(from, rows * x.steps)) {
+      const auto multiply = [&](const void* kernel, float* sums) {
+        const Unit* here = static_cast<const Unit*>(kernel) + at;
+        Multiply<D>(rows, from, x.steps, here, sums, count, tile.Next(here, x.steps));
+      };
+      multiply(gate, gates[0]);
+      multiply(up.kernel, ups[0]);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int column = 0; column < kPanel; column += kLanes) {
+        D::Round(&narrowed[column / D::kPacked], activation(Load(&gates[i][column])) * Load(&ups[i][column]));
+      }
+      std::memcpy(out + i * up.columns, narrowed, count * sizeof(*out));
+    }
+  });
+}
+
+// Rows packed as a panel's columns.
+template <typename D>
+std::vector<typename D::Unit> Packed(const Input& x) {
+  const int64_t panels = (x.count + kPanel - 1) / kPanel;
+  std::vector<typename D::Unit> packed(panels * x.steps * kPanel);
+  for (int64_t row = 0; row < x.count; ++row) {
+    const auto* from = static_cast<const typename D::Unit*>(x.rows) + row * x.steps;
+    auto* to = packed.data() + row / kPanel * x.steps * kPanel + row % kPanel;
+    for (int64_t step = 0; step < x.steps; ++step) to[step * kPanel] = from[step];
+  }
+  return packed;
+}
+
+// Of a panel's columns the highest logit so far, and the sum of exponentials of the distances from it.
+struct Sums {
+  float highest[kPanel], total[kPanel];
+
+  void Fold(float (*logits)[kPanel], int64_t rows, int64_t columns, float softcap) {
+    for (int64_t at = 0; at < columns; at += kLanes) {
+      const Floats before = Load(&highest[at]);
+      Floats now = before;
+      for (int64_t i = 0; i < rows; ++i) {
+        Floats logit = Load(&logits[i][at]);
+        if (softcap > 0) Store(&logits[i][at], logit = softcap * HyperbolicTangent(logit / softcap));
+        now = logit > now ? logit : now;
+      }
+      Floats sum = Load(&total[at]) * Exponential(before - now);
+      for (int64_t i = 0; i < rows; ++i) sum += Exponential(Load(&logits[i][at]) - now);
+      Store(&highest[at], now);
+      Store(&total[at], sum);
+    }
+  }
+};
+
+// log(sum(exp(logits))) of each row of x, where the logits are x times the head's [vocabulary, steps] rows. These are
+// the rows of the products here, and x's become a panel's columns, so that the head is read as it lies.
+template <typename D>
+void Normalizers(ffi::ThreadPool& pool, const Input& x, const Input& head, float softcap, float* out) {
+  using Unit = typename D::Unit;
+  const int64_t panels = (x.count + kPanel - 1) / kPanel, blocks = (head.count + kHeadBlock - 1) / kHeadBlock;
+  const auto packed = std::make_shared<const std::vector<Unit>>(Packed<D>(x));
+  Sums none{};
+  std::fill_n(none.highest, kPanel, -std::numeric_limits<float>::infinity());
+  const auto parts = std::make_shared<std::vector<Sums>>(blocks * panels, none);
+  Share(pool, blocks, [=] {
+    return [=](int64_t block) {
+      const int64_t last = std::min(head.count, (block + 1) * kHeadBlock);
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        const Unit* states = packed->data() + panel * x.steps * kPanel;
+        const int64_t columns = std::min<int64_t>(kPanel, x.count - panel * kPanel);
+        for (int64_t row = block * kHeadBlock; row < last; row += kRows) {
+          alignas(64) float logits[kRows][kPanel];
+          const int64_t rows = std::min<int64_t>(kRows, last - row);
+          const Unit* from = static_cast<const Unit*>(head.rows) + row * x.steps;
+          const Ahead<Unit> ahead{from + 2 * kRows * x.steps, kRows};
+          Multiply<D>(rows, from, x.steps, states, logits[0], columns, ahead);
+          (*parts)[block * panels + panel].Fold(logits, rows, columns, softcap);
+        }
+      }
+    };
+  });
+  for (int64_t row = 0; row < x.count; ++row) {
+    const int64_t panel = row / kPanel, column = row % kPanel;
+    float highest = none.highest[0], total = 0;
+    const auto part = [&](int64_t block) -> const Sums& { return (*parts)[block * panels + panel]; };
+    for (int64_t block = 0; block < blocks; ++block) highest = std::max(highest, part(block).highest[column]);
+    for (int64_t block = 0; block < blocks; ++block) {
+      total += part(block).total[column] * std::exp(part(block).highest[column] - highest);
+    }
+    out[row] = highest + std::log(total);
+  }
+}
+
+template <typename D>
+Input Of(ffi::AnyBuffer x) {
+  return {x.untyped_data(), x.dimensions()[0], x.dimensions()[1] / D::kPacked};
+}
+
+// What comes of `work` for the operands' dtype. Without bfloat16 instructions model/cpu/linear.py packs no bfloat16.
+template <typename Work>
+ffi::Error ByDtype(ffi::AnyBuffer x, Work work) {
+  if (x.element_type() == ffi::F32) return work(Float32());
+#if defined(__AVX512BF16__)
+  if (x.element_type() == ffi::BF16) return work(BFloat16());
+#endif
+  return ffi::Error::InvalidArgument("packed kernels of this dtype are not multiplied on this processor");
+}
+
+ffi::Error HandleProducts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs kernels, ffi::RemainingRets outs) {
+  std::vector<Linear> linears;
+  for (size_t i = 0; i < kernels.size(); ++i) {
+    const auto kernel = kernels.get<ffi::AnyBuffer>(i);
+    auto out = outs.get<ffi::AnyBuffer>(i);
+    if (!kernel || !out) return ffi::Error::InvalidArgument("as many kernels as results are needed");
+    linears.push_back({kernel->untyped_data(), (*out)->untyped_data(), (*out)->dimensions()[1]});
+  }
+  return ByDtype(x, [&]<typename D>(D) {
+    Products<D>(pool, Of<D>(x), linears);
+    return ffi::Error::Success();
+  });
+}
+
+ffi::Error HandleGated(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer gate, ffi::AnyBuffer up,
+                       std::string_view activation, ffi::Result<ffi::AnyBuffer> out) {
+  const Linear linear{up.untyped_data(), out->untyped_data(), out->dimensions()[1]};
+  return ByDtype(x, [&]<typename D>(D) {
+    if (activation == "silu") {
+      Gated<D, Silu>(pool, Of<D>(x), gate.untyped_data(), linear);
+    } else if (activation == "gelu_tanh") {
+      Gated<D, Gelu>(pool, Of<D>(x), gate.untyped_data(), linear);
+    } else {
+      return ffi::Error::InvalidArgument("no such activation");
+    }
+    return ffi::Error::Success();
+  });
+}
+
+ffi::Error HandleNormalizers(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer head, float softcap,
+                             ffi::ResultBuffer<ffi::F32> out) {
+  return ByDtype(x, [&]<typename D>(D) {
+    Normalizers<D>(pool, Of<D>(x), Of<D>(head), softcap, out->typed_data());
+    return ffi::Error::Success();
+  });
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ScoreProducts, HandleProducts,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ScoreGated, HandleGated,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Attr<std::string_view>("activation")
+                                  .Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ScoreNormalizers, HandleNormalizers,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Attr<float>("softcap")
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+// Whether the processor multiplies bfloat16 faster than float32.
+extern "C" int ScoreHasBFloat16() {
+#if defined(__AVX512BF16__)
+  return 1;
+#else
+  return 0;
+#endif
+}

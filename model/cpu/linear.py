@@ -1,0 +1,76 @@
+"""Matmuls on a CPU with kernels packed once, as they are read: ``linear.cc``, called by XLA (its FFI).
+
+XLA packs a kernel anew for every call, which for few rows takes a good part of it. A row has the same bits whatever is
+beside it, and rows of zeros take no time.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from jaxtyping import Array, Float
+
+from model.config import Activation
+from model.cpu import build
+
+PANEL = 64
+"""Columns of a kernel that lie beside each other."""
+
+
+def packed_shape(features_in: int, features_out: int, dtype: jnp.dtype) -> tuple[int, int, int]:
+    """Of a kernel as ``pack`` stores it: panels, steps of the inner axis, and what a step takes of each column."""
+    together = _together(dtype)
+    return -(-features_out // PANEL), features_in // together, PANEL * together
+
+
+def _together(dtype: jnp.dtype) -> int:
+    """Numbers of the inner axis that one instruction multiplies: they lie beside each other."""
+    return 4 // jnp.dtype(dtype).itemsize
+
+
+def pack(kernel: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A kernel [in, out], of the dtype that it is multiplied in, as ``products`` takes it.
+
+    The last panel is filled up with zeros. In bfloat16 an even number of features in is needed.
+    """
+    features_in, features_out = kernel.shape
+    panels, steps, _ = shape = packed_shape(features_in, features_out, kernel.dtype)
+    filled = np.zeros((panels * PANEL, features_in), kernel.dtype)
+    filled[:features_out] = kernel.T
+    # What one instruction multiplies moves as one number.
+    units = filled.view(np.uint32).reshape(panels, PANEL, steps)
+    return np.ascontiguousarray(units.transpose(0, 2, 1)).view(kernel.dtype).reshape(shape)
+
+
+def products(
+    x: Float[Array, "M features_in"], kernels: Sequence[Float[Array, "_ steps packed"]], widths: Sequence[int]
+) -> Sequence[Float[Array, "M _"]]:
+    """x times each kernel, float32, in one call.
+
+    Args:
+        kernels: as ``pack`` stores them, in x's dtype; ``build.load`` comes before.
+        widths: features out of each.
+    """
+    results = [jax.ShapeDtypeStruct((x.shape[0], width), jnp.float32) for width in widths]
+    return jax.ffi.ffi_call(build.target("products"), results)(x, *kernels)
+
+
+def gated(
+    x: Float[Array, "M features_in"],
+    gate: Float[Array, "panels steps packed"],
+    up: Float[Array, "panels steps packed"],
+    width: int,
+    activation: Activation,
+) -> Float[Array, "M features_out"]:
+    """``activation(x @ gate) * (x @ up)``, in x's dtype; see ``products``."""
+    kernel = jax.ffi.ffi_call(build.target("gated"), jax.ShapeDtypeStruct((x.shape[0], width), x.dtype))
+    return kernel(x, gate, up, activation=activation)
+
+
+def log_normalizer(x: Float[Array, "R D"], head: Float[Array, "V D"], softcap: float | None) -> Float[Array, " R"]:
+    """As ``logprobs.log_normalizer``, with x in the head's dtype, which is not packed; see ``products``."""
+    kernel = jax.ffi.ffi_call(build.target("normalizers"), jax.ShapeDtypeStruct(x.shape[:1], jnp.float32))
+    return kernel(x, head, softcap=np.float32(softcap or 0))

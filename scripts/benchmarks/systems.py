@@ -1,0 +1,281 @@
+"""The systems that the benchmark compares. Each runs in a process of its own and answers one variant at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any, Self
+
+import httpx
+import numpy as np
+import psutil
+
+from scripts.benchmarks.server import Server, body, peak_mib, reset_peak, service, vllm
+from scripts.benchmarks.work import Request, Variant
+from serve_app import model_source
+from serve_app.batches import join
+from serve_app.contract import TokenBatch
+
+if TYPE_CHECKING:
+    from model.engine import Engine
+
+NAIVE_ITEMS = 24
+"""The padded batch of whole prompts is timed on this many items at most, and scaled: it would take minutes."""
+
+Answer = list[list[list[float]]]
+"""Log-probabilities, [request][item][label]."""
+Run = Callable[[Variant], tuple[float, Answer]]
+"""(seconds for the whole variant, its answer)."""
+
+
+class System:
+    """One system in its process.
+
+    Raises:
+        RuntimeError: from any method, when the process has ended; what it printed says why.
+    """
+
+    def __init__(self, name: str, dtype: str) -> None:
+        context = get_context("spawn")
+        self.name = name
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(name, dtype, theirs))
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._pipe.send(None)
+        self._process.join(60)
+        self._process.terminate()
+
+    def wait(self) -> None:
+        """Until it has loaded the model."""
+        self._receive()
+
+    def run(self, variant: Variant) -> tuple[float, Answer, int]:
+        """Seconds for the whole variant, its answer, and the peak memory in MiB while it was computed."""
+        self._pipe.send(variant)
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            raise RuntimeError(f"{self.name} has ended, see above") from None
+
+
+def _serve(system: str, dtype: str, pipe: Connection) -> None:
+    """The process's life: load, say so, then answer variants until told None."""
+    # A pipe that ends early is the parent's end: there is nobody to tell.
+    with contextlib.suppress(EOFError, BrokenPipeError), SYSTEMS[system](dtype) as (run, processes):
+        pipe.send("ready")
+        while (variant := pipe.recv()) is not None:
+            for process in processes:
+                reset_peak(process)
+            seconds, answer = run(variant)
+            pipe.send((seconds, answer, sum(map(peak_mib, processes))))
+
+
+def load_engine(dtype: str) -> Engine:
+    """This project's engine with the demo model in this process, warmed up."""
+    from model.engine import load
+    from serve_app.scorer.engines import compiled_folder
+
+    target = "bfloat16" if dtype == "bfloat16" else "float32"
+    engine = load(model_source.resolve("demo"), dtype=target, compiled_folder=compiled_folder())
+    engine.warmup()
+    return engine
+
+
+def token_batch(request: Request) -> TokenBatch:
+    """A request as the engine takes it: one read an item, at its last token."""
+    prompts, labels, count = request.prompts, request.label_ids, len(request.items_ids)
+    return TokenBatch(
+        tokens=np.concatenate([np.asarray(prompt, np.int32) for prompt in prompts]),
+        offsets=np.cumsum([0, *map(len, prompts)]).astype(np.int64),
+        read_sequences=np.arange(count, dtype=np.int32),
+        read_positions=np.array([len(prompt) - 1 for prompt in prompts], np.int32),
+        targets=np.tile(np.asarray(labels, np.int32), count),
+        target_offsets=np.arange(count + 1, dtype=np.int64) * len(labels),
+    )
+
+
+@contextlib.contextmanager
+def _engine(dtype: str) -> Generator[tuple[Run, Sequence[int]]]:
+    """This project's engine, in process."""
+    engine = load_engine(dtype)
+
+    def run(variant: Variant) -> tuple[float, Answer]:
+        started = time.perf_counter()
+        values = engine.score(join([token_batch(request) for request in variant.requests])).values
+        seconds = time.perf_counter() - started
+        answer: Answer = []
+        for request in variant.requests:
+            count = len(request.items_ids) * len(request.label_ids)
+            answer.append(values[:count].reshape(len(request.items_ids), -1).tolist())
+            values = values[count:]
+        return seconds, answer
+
+    yield run, [os.getpid()]
+
+
+@contextlib.contextmanager
+def _over_http(server: Server, ask: Callable[[httpx.Client, Request], list[list[float]]]) -> Generator[Run]:
+    """A variant's requests, sent at once."""
+    with httpx.Client(base_url=server.url, timeout=3600) as client, ThreadPoolExecutor(32) as pool:
+
+        def run(variant: Variant) -> tuple[float, Answer]:
+            started = time.perf_counter()
+            answer = list(pool.map(lambda request: ask(client, request), variant.requests))
+            return time.perf_counter() - started, answer
+
+        yield run
+
+
+@contextlib.contextmanager
+def _http(dtype: str, *options: str) -> Generator[tuple[Run, Sequence[int]]]:
+    """This project's service, asked with text.
+
+    Args:
+        options: of ``score-serve serve``.
+    """
+
+    def ask(client: httpx.Client, request: Request) -> list[list[float]]:
+        return client.post("/v1/score", json=body(request)).raise_for_status().json()["token_logprobs"]
+
+    with service(dtype, *options) as server, _over_http(server, ask) as run:
+        yield run, server.processes
+
+
+@contextlib.contextmanager
+def _vllm(dtype: str) -> Generator[tuple[Run, Sequence[int]]]:
+    """vLLM with its prefix cache, asked with text by its own scoring route, which answers for the first label alone.
+
+    While others are measured its processes are stopped: when they have nothing to do, they still take processor time.
+    """
+
+    def ask(client: httpx.Client, request: Request) -> list[list[float]]:
+        asked = body(request) | {"apply_softmax": False}
+        del asked["return_token_logprobs"]
+        answer = client.post("/generative_scoring", json=asked).raise_for_status().json()
+        return [[math.log(item["score"])] for item in answer["data"]]
+
+    with vllm(dtype) as server, _over_http(server, ask) as run:
+        processes = [psutil.Process(process) for process in server.processes]
+
+        def each(do: Callable[[psutil.Process], None]) -> None:
+            for process in processes:
+                do(process)
+
+        def awake(variant: Variant) -> tuple[float, Answer]:
+            each(psutil.Process.resume)
+            try:
+                return run(variant)
+            finally:
+                each(psutil.Process.suspend)
+
+        each(psutil.Process.suspend)
+        try:
+            yield awake, server.processes
+        finally:
+            each(psutil.Process.resume)  # or they could not end
+
+
+def _torch_model(dtype: str) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_grad_enabled(False)
+    folder = model_source.resolve("demo")
+    return torch, AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+
+
+def _padded(torch: Any, rows: list[list[int]]) -> tuple[Any, Any, Any]:
+    """Right-padded ids, their mask, and each row's last position."""
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, (torch.arange(width)[None] < lengths[:, None]).long(), lengths - 1
+
+
+def _read(torch: Any, model: Any, hidden: Any, last: Any, labels: list[int]) -> list[list[float]]:
+    """Label log-probabilities at each row's last position."""
+    logits = model.lm_head(hidden[torch.arange(len(hidden)), last]).float()
+    return torch.log_softmax(logits, -1)[:, labels].tolist()
+
+
+@contextlib.contextmanager
+def _hf_naive(dtype: str) -> Generator[tuple[Run, Sequence[int]]]:
+    """transformers: whole prompts in padded batches of 8; the query is computed for every item."""
+    torch, model = _torch_model(dtype)
+
+    def run(variant: Variant) -> tuple[float, Answer]:
+        seconds, answer = 0.0, []
+        for request in variant.requests:
+            prompts = request.prompts[:NAIVE_ITEMS]
+            rows: list[list[float]] = []
+            started = time.perf_counter()
+            for at in range(0, len(prompts), 8):
+                ids, mask, last = _padded(torch, prompts[at : at + 8])
+                hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+                rows += _read(torch, model, hidden, last, request.label_ids)
+            seconds += (time.perf_counter() - started) * len(request.items_ids) / len(prompts)
+            answer.append(rows)
+        return seconds, answer
+
+    yield run, [os.getpid()]
+
+
+@contextlib.contextmanager
+def _hf_prefix(dtype: str) -> Generator[tuple[Run, Sequence[int]]]:
+    """transformers: the query's keys and values once, expanded over batches of 50 items; the head at last positions.
+
+    Items are batched by length: in W6's own order the padding would be three quarters of the work.
+    """
+    torch, model = _torch_model(dtype)
+    from transformers import DynamicCache
+
+    def run(variant: Variant) -> tuple[float, Answer]:
+        answer: Answer = []
+        started = time.perf_counter()
+        for request in variant.requests:
+            query = torch.tensor([request.query_ids])
+            cached = model.model(input_ids=query, use_cache=True).cache
+            order = sorted(range(len(request.items_ids)), key=lambda i: len(request.items_ids[i]))
+            rows: dict[int, list[float]] = {}
+            for at in range(0, len(order), 50):
+                batch = order[at : at + 50]
+                ids, mask, last = _padded(torch, [request.items_ids[i] for i in batch])
+                expanded = DynamicCache(
+                    [
+                        (layer.keys.expand(len(ids), -1, -1, -1), layer.values.expand(len(ids), -1, -1, -1))
+                        for layer in cached.layers
+                    ]
+                )
+                full = torch.cat([torch.ones(len(ids), query.shape[1], dtype=mask.dtype), mask], dim=1)
+                hidden = model.model(input_ids=ids, attention_mask=full, cache=expanded).last_hidden_state
+                rows |= zip(batch, _read(torch, model, hidden, last, request.label_ids), strict=True)
+            answer.append([rows[i] for i in range(len(order))])
+        return time.perf_counter() - started, answer
+
+    yield run, [os.getpid()]
+
+
+SYSTEMS: dict[str, Callable[[str], contextlib.AbstractContextManager[tuple[Run, Sequence[int]]]]] = {
+    "engine": _engine,
+    "http": _http,
+    "http-fast-front": lambda dtype: _http(dtype, "--fast-front"),
+    "vllm": _vllm,
+    "hf-naive": _hf_naive,
+    "hf-prefix": _hf_prefix,
+}

@@ -1,0 +1,265 @@
+"""What a workload would cost on a TPU, from programs compiled for it here: bytes of memory, FLOPs, bytes moved.
+
+Estimates from compilation. They say what the chip must at least do: not what it waits for between launches, nor how
+close to its peaks its matrix, vector and copy units run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from model import attention_tpu, decoder, plan
+from model.config import ModelConfig
+from model.cost import Cost, program_cost
+from model.engine import without_weights
+from model.pages import PrefixCache
+from model.programs import Programs
+from model.sharding import mesh
+from model.sizes import BY_PLATFORM, Layout
+from scripts.benchmarks.work import Request, Sizes, Variant, floor_flops
+
+
+@dataclass(frozen=True, slots=True)
+class Chip:
+    """Peaks of one chip.
+
+    Attributes:
+        flops: bfloat16 operations a second.
+        hbm_bytes: memory.
+        bandwidth: of the memory, bytes a second.
+        link: one link to another chip, one direction, bytes a second.
+        smallest: the smallest topology that can be compiled for; its first chip stands for a single one.
+    """
+
+    flops: float
+    hbm_bytes: float
+    bandwidth: float
+    link: float
+    smallest: str
+
+
+CHIPS = {
+    "v5e": Chip(197e12, 16e9, 819e9, 50e9, "2x2"),
+    "v5p": Chip(459e12, 95e9, 2765e9, 100e9, "2x2x1"),
+    "v6e": Chip(918e12, 32e9, 1638e9, 100e9, "2x2"),
+}
+"""Source: https://docs.cloud.google.com/tpu/docs/v5e, .../v5p and .../v6e, read in November 2026. They give the links'
+rate of a whole chip in both directions, 400, 1,200 and 800 GB/s: of four links, of six, of four."""
+RINGS = 2
+"""The compiler makes a sum over all chips of a slice two rings in opposite directions, so that each chip sends over two
+links. The smallest slices have no more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One request: a query that no cache holds and its items. Read are the full-vocabulary log-probabilities of two
+    labels, or a classifier's logits."""
+
+    query_tokens: int
+    items: int
+    item_tokens: int
+
+    def request(self) -> Request:
+        """Token ids at random: only their lengths, and what they share, matter."""
+        rng = np.random.default_rng(0)
+        query = rng.integers(0, 2**31 - 1, self.query_tokens).tolist()
+        items = rng.integers(0, 2**31 - 1, (self.items, self.item_tokens)).tolist()
+        return Request(query, items, "", [], [])
+
+
+class Launch(NamedTuple):
+    """One run of a program."""
+
+    kind: str
+    size: Any
+    prefix_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Of one request on one topology; all figures are one chip's where nothing else is said.
+
+    Attributes:
+        missing_bytes: how much memory is lacking; 0 if it fits. Where weights and prefix cache alone do not fit,
+            nothing is compiled, and what follows is None.
+        roofline_seconds: of each launch the larger of FLOPs / peak and bytes / bandwidth, and what its collectives
+            take, which what follows has to wait for; summed.
+        collective_seconds: what the collectives alone take.
+    """
+
+    chips: int
+    bytes_per_chip: dict[str, int]
+    missing_bytes: int
+    floor_seconds: float
+    launches: dict[str, int]
+    cost: Cost | None = None
+    roofline_seconds: float | None = None
+    collective_seconds: float | None = None
+    items_per_s: float | None = None
+
+
+def libtpu_version() -> str | None:
+    """None: not installed."""
+    try:
+        return version("libtpu")
+    except PackageNotFoundError:
+        return None
+
+
+@cache
+def devices(chip: str, topology: str) -> tuple[Any, ...]:
+    """The chips of a slice, to compile for. ``1x1`` is a single one.
+
+    Raises:
+        ValueError: libtpu is not installed, or does not know the topology.
+    """
+    if libtpu_version() is None:
+        raise ValueError("libtpu is not installed; install this project with its extra tpu-compile")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is opened
+    single = topology in ("1x1", "1x1x1")
+    name = f"{chip}:{CHIPS[chip].smallest if single else topology}"
+    try:
+        described = topologies.get_topology_desc(name, platform="tpu").devices
+    except Exception as error:
+        raise ValueError(f"libtpu knows no topology {name}: {error}") from error
+    return tuple(described[:1] if single else described)
+
+
+def launches(config: ModelConfig, laid: Layout, request: Request) -> Counter[Launch]:
+    """What the engine would launch for a request, by its own planner."""
+    sequences = [np.array(prompt, np.int32) for prompt in request.prompts]
+    reads = [[len(prompt) - 1] for prompt in sequences]
+    pages, found = PrefixCache(laid.pool.shape[0]), Counter[Launch]()
+    for group in laid.groups(sequences, reads):
+        prefix = sequences[group.prefix_of][: group.prefix_length]
+        with pages.hold(prefix) as (_, cached):
+            pass
+        for size in plan.chunks(len(prefix) - cached, laid.sizes.chunks):
+            found[Launch("prefill", size, cached)] += 1
+            found[Launch("write", size, 0)] += 1
+            cached += size
+        for call in plan.pack(group.rows, laid.ladder):
+            found[Launch("rows", call.shape, group.prefix_length)] += 1
+    reads_of_head = [("targets", len(sequences) * (config.classes or 2), laid.sizes.target_rows)]
+    if not config.classes:
+        reads_of_head.append(("normalizer", len(sequences), laid.sizes.head_rows))
+    for kind, count, sizes in reads_of_head:
+        for _, size, _ in plan.blocks(count, sizes):
+            found[Launch(kind, size, 0)] += 1
+    return found
+
+
+def floor_sizes(config: ModelConfig) -> Sizes:
+    """What the floor is computed from."""
+    return Sizes(
+        width=config.width,
+        layers=config.layers,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        head_width=config.head_width,
+        ff_width=config.ff_width,
+        vocab=config.classes or config.vocab_size,
+        windows=decoder.windows(config) or (),
+    )
+
+
+def launch_cost(programs: Programs, config: ModelConfig, laid: Layout, launch: Launch) -> tuple[Cost, int]:
+    """Of one launch, and the memory beyond its arguments that it takes, in bytes."""
+    cost, runs, memory = _compiled(programs, launch.kind, launch.size, config.layers - 1)
+    if runs:
+        heads = config.heads // programs.shards
+        tokens, width = (
+            (launch.size, launch.size) if launch.kind == "prefill" else (launch.size.tokens, launch.size.width)
+        )
+        for window in (decoder.windows(config) or (None,) * config.layers)[:runs]:
+            cost += Cost(*attention_tpu.work(tokens, width, heads, laid.pool, launch.prefix_length, window))
+    return cost, memory
+
+
+@cache
+def _compiled(programs: Programs, kind: str, size: Any, trips: int) -> tuple[Cost, int, int]:
+    """(cost without the attention kernel, runs of it, memory beyond arguments)."""
+    traced = programs.trace(kind, size)
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:  # such as one that needs more memory than there is, with figures
+        raise ValueError(f"{kind} {size} does not compile for this chip: {error}") from error
+    cost, runs = program_cost(traced, compiled, trips=trips)
+    memory: Any = compiled.memory_analysis()
+    return cost, runs, memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+
+
+def estimate(
+    config: ModelConfig,
+    chip: str,
+    topology: str,
+    workload: Workload,
+    *,
+    prefix_cache_bytes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Estimate:
+    """Compile what the workload needs for a topology, several programs at a time, and sum it up.
+
+    Args:
+        progress: told how many programs are compiled, and of how many.
+        prefix_cache_bytes: None: the engine's default.
+
+    Raises:
+        ValueError: see ``devices``; prompts longer than the model's context; a mixture of experts, which is not
+            supported; more chips than the model can be divided among; a program that the chip's compiler refuses.
+    """
+    longest = workload.query_tokens + workload.item_tokens
+    if longest > config.context_length:
+        raise ValueError(f"the prompts have {longest:,} tokens; this model reads at most {config.context_length:,}")
+    if config.experts:
+        raise ValueError(
+            f"{config.architecture}: plans of mixtures of experts are not supported; the work of such a model depends "
+            "on which experts its tokens choose, and the compiled program does not tell"
+        )
+    peaks, here = CHIPS[chip], devices(chip, topology)
+    sizes = BY_PLATFORM["tpu"]
+    if prefix_cache_bytes is not None:
+        sizes = dataclasses.replace(sizes, prefix_cache_bytes=prefix_cache_bytes)
+    slice_ = mesh(data=1, model=len(here), devices=here)
+    programs, laid = without_weights(config, slice_, sizes, max_prompt_tokens=longest)
+    request = workload.request()
+    needed = launches(config, laid, request)
+    floor = floor_flops(Variant([request], None), floor_sizes(config)) / peaks.flops / len(here)
+    counts = Counter[str]()
+    for launch, count in needed.items():
+        counts[f"{launch.kind} {launch.size}"] += count
+    memory = {"weights": programs.weight_bytes, "prefix_cache": laid.pool.shape[0] * laid.page_bytes}
+    if (missing := sum(memory.values()) - peaks.hbm_bytes) > 0:
+        return Estimate(len(here), memory, int(missing), floor, dict(counts))
+    total, seconds, collective, extra = Cost(), 0.0, 0.0, 0
+    kinds = {(launch.kind, launch.size) for launch in needed}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiling = [pool.submit(_compiled, programs, kind, size, config.layers - 1) for kind, size in kinds]
+        for done, future in enumerate(as_completed(compiling), 1):
+            future.result()
+            if progress is not None:
+                progress(done, len(compiling))
+    for launch in needed:
+        cost, beyond = launch_cost(programs, config, laid, launch)
+        extra = max(extra, beyond)
+        total += cost * needed[launch]
+        exchange = cost.collective_bytes / (RINGS * peaks.link)
+        seconds += needed[launch] * (max(cost.flops / peaks.flops, cost.bytes / peaks.bandwidth) + exchange)
+        collective += needed[launch] * exchange
+    memory["temporaries"] = extra
+    missing = max(0, int(sum(memory.values()) - peaks.hbm_bytes))
+    return Estimate(
+        len(here), memory, missing, floor, dict(counts), total, seconds, collective, workload.items / seconds
+    )

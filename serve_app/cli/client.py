@@ -1,0 +1,181 @@
+"""The commands that ask a running service: ``score-serve score`` and ``score-serve models``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from functools import partial
+from typing import Annotated
+
+import httpx
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from serve_app.client import ScoreClient
+from serve_app.errors import DeadlineExceededError, OverloadedError, ScoringError
+from serve_app.frontend import auth
+from serve_app.schemas import ScoreResponse
+
+REFUSED = 1
+"""Exit code: the request is wrong, or the service failed on it."""
+LOW_MASS = 0.01
+"""Probability of all labels together, below which a user is warned; the page has the same."""
+LOOKED_AT = 3
+"""Items that are asked for it, after the answer: a softmax over the labels alone does without the vocabulary."""
+TRY_AGAIN = 3
+"""Exit code: the service is not there, full or too slow. 2 is a wrong command line's."""
+
+
+def checked_url(value: str) -> str:
+    """The address, or a wrong command."""
+    try:
+        url = httpx.URL(value)
+    except httpx.InvalidURL as error:
+        raise typer.BadParameter(f"{value!r}: {error}") from error
+    if url.scheme not in ("http", "https") or not url.host:
+        raise typer.BadParameter(f"{value!r} is no address such as http://127.0.0.1:8000")
+    return value
+
+
+Url = Annotated[str, typer.Option(callback=checked_url, help="Address of the service.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the service's answer as JSON.")]
+
+
+def score(
+    query: Annotated[str, typer.Argument(help="The text that all items share.")],
+    items: Annotated[
+        list[str] | None, typer.Argument(help="Texts to score; without any, the lines of standard input.")
+    ] = None,
+    items_file: Annotated[
+        typer.FileText | None,
+        typer.Option("--items", encoding="utf-8", help="File with one item a line, in place of arguments."),
+    ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--label", "-l", help="A label, and the space before it if there is one: ' yes' is not 'yes'. Repeatable."
+        ),
+    ] = None,
+    label_id: Annotated[
+        list[int] | None, typer.Option(help="A label as a token id, in place of --label. Repeatable.")
+    ] = None,
+    softmax: Annotated[bool, typer.Option("--softmax", help="Compare the labels with each other only.")] = False,
+    item_first: Annotated[bool, typer.Option("--item-first", help="Item + query instead of query + item.")] = False,
+    model: Annotated[str, typer.Option(help="A served name.")] = "default",
+    url: Url = "http://127.0.0.1:8000",
+    as_json: Json = False,
+) -> None:
+    """Score items by a running service: how likely is each label to come next?
+
+    For example:
+    score-serve score 'Review: ' 'I loved it. It was' 'A bore. It was' -l ' good' -l ' bad'
+
+    Where all labels together are unlikely, a warning on standard error says so.
+    An API key is taken from SCORE_SERVE_API_KEY.
+    Exit codes: 0 scored; 1 the service refused or failed; 2 the command is wrong;
+    3 the service is not there, full or too slow: a later try may do.
+    """
+    if bool(label) == bool(label_id):
+        raise typer.BadParameter("name labels either by --label or by --label-id")
+    texts = _items(items, items_file)
+    with _asking(url, model) as client:
+        ask = partial(
+            client.score, query, labels=label or None, label_token_ids=label_id or None, item_first=item_first
+        )
+        answer = ask(texts, apply_softmax=softmax)
+        if as_json:
+            sys.stdout.write(answer.model_dump_json(exclude_none=True) + "\n")
+        else:
+            Console().print(_table(texts, label or [str(i) for i in label_id or []], answer))
+        _warn_of_low_mass(ask, texts[:LOOKED_AT])
+
+
+def models(url: Url = "http://127.0.0.1:8000", as_json: Json = False) -> None:
+    """List the models that a running service answers for.
+
+    Exit codes are those of "score".
+    """
+    with _asking(url, "default") as client:
+        listed = client.models()
+    if as_json:
+        sys.stdout.write(listed.model_dump_json(exclude_none=True) + "\n")
+        return
+    table = Table("model", "longest prompt, tokens")
+    for card in listed.data:
+        table.add_row(_printable(card.id), f"{card.max_model_len:,}")
+    Console().print(table)
+
+
+def complain(message: str) -> None:
+    """One line on standard error."""
+    Console(stderr=True, highlight=False).print(f"error: {message}", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _asking(url: str, model: str) -> Generator[ScoreClient]:
+    """A client whose errors are a line and an exit code. It asks once: who sits at a shell can ask again."""
+    key = os.environ.get(auth.VARIABLE, "").split(",")[0].strip()
+    try:
+        with ScoreClient(url, model=model, api_key=key or None, attempts=1) as client:
+            yield client
+    except ScoringError as error:
+        complain(error.message)
+        again = isinstance(error, OverloadedError | DeadlineExceededError)
+        raise typer.Exit(TRY_AGAIN if again else REFUSED) from None
+    except ValidationError:
+        complain(f"{url} answers, but not as this service does")
+        raise typer.Exit(REFUSED) from None
+
+
+def _items(arguments: list[str] | None, file: typer.FileText | None) -> list[str]:
+    if arguments and file:
+        raise typer.BadParameter("give items as arguments or by --items, not both")
+    if arguments:
+        return arguments
+    if file is None and sys.stdin.isatty():
+        raise typer.BadParameter("there is no item; name some, or a file by --items, or pipe them in, one a line")
+    lines: Iterable[str] = file or sys.stdin
+    try:
+        return [line.removesuffix("\n") for line in lines]
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"the items are not UTF-8: {error}") from error
+
+
+def _warn_of_low_mass(ask: Callable[..., ScoreResponse], items: list[str]) -> None:
+    """A line on standard error where the labels together are so unlikely that comparing them means little."""
+    try:
+        masses = ask(items, return_label_mass=True).label_mass or []
+    except ScoringError:  # a classifier, which has no other words; or the service has gone, and the answer is there
+        return
+    low = [mass for mass in masses if mass is not None and mass < LOW_MASS]
+    if low:
+        Console(stderr=True, highlight=False).print(
+            f"warning: the labels together hold only {100 * min(low):.2g}% of the probability ({len(low)} of the first "
+            f"{len(masses)} items are under {LOW_MASS:.0%}): the model would go on with something else, and these "
+            "scores compare unlikely words. Try a query that asks for the labels and ends where they begin, the "
+            "model's own chat template around it, other labels, or labels with or without a space before them.",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _table(items: list[str], labels: list[str], answer: ScoreResponse) -> Table:
+    usage = answer.usage
+    cached = usage.prompt_tokens_details.cached_tokens
+    table = Table(caption=f"{usage.prompt_tokens:,} prompt tokens, {cached:,} cached")
+    table.add_column("item", overflow="ellipsis", no_wrap=True, ratio=1)
+    for label in labels:
+        table.add_column(_printable(label.strip() or repr(label)), justify="right", no_wrap=True)
+    for item, row in zip(items, answer.scores, strict=True):
+        table.add_row(_printable(item), *(f"{value:.4g}" for value in row or ()))
+    return table
+
+
+def _printable(text: str) -> Text:
+    """One line, without the control characters that a terminal would obey."""
+    return Text("".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text))

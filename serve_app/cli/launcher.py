@@ -1,0 +1,291 @@
+"""Ray, Serve and the service in one foreground process, for a laptop or a single host."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import httpx
+from pydantic import ValidationError
+from rich.console import Console
+
+from serve_app import model_source
+from serve_app.cli import ending, process_limits
+from serve_app.cli.ending import Ending
+from serve_app.errors import SelfTestError
+from serve_app.frontend import auth
+from serve_app.local_ray import APP_NAME, free_port, reason, set_environment, start_ray
+from serve_app.schemas import ErrorResponse
+from serve_app.settings import Settings
+from serve_app.tasks import tokenizer_files
+from serve_app.tasks.template_choice import choose
+
+MIN_FREE_BYTES = 2 * 2**30
+"""On the disk of Ray's temporary files, which Ray fills with logs and, if memory is short, with requests."""
+
+STOPPING = (signal.SIGTERM, signal.SIGHUP)
+"""They stop the service as Ctrl-C does."""
+
+STATISTICS_PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
+
+_SCORER_LOG = re.compile(r"_Scorer-(.+)_[^_]+\.log$")
+"""Of one of several models (``app.build`` names them so)."""
+
+Say = Callable[[str], None]
+
+
+class LaunchError(Exception):
+    """The service cannot start. The message says why and what to do."""
+
+
+def run(settings: Settings, *, host: str, port: int, fast_front: bool = False) -> None:
+    """Serve until SIGINT, SIGTERM or SIGHUP, then stop every process that was started.
+
+    Args:
+        fast_front: HAProxy in front of the service in place of Serve's own proxy. It costs a request some milliseconds
+            less. Its statistics listen on all interfaces whatever ``host`` says, and while the only front end is being
+            replaced it answers 500 at once where the proxy lets requests wait.
+
+    Raises:
+        LaunchError: the port is taken, the disk is full, or a replica cannot start.
+        LimitError: the system lets this user start too few processes.
+        ApiKeyError: the API keys are unusable.
+        ModelSourceError: the model cannot be had, or has no usable tokenizer.
+    """
+    console = Console(stderr=True, highlight=False)
+    interrupt_on_signals()
+    with console.status("starting") as status:
+
+        def say(line: str) -> None:
+            """A moving last line on a terminal, plain lines elsewhere."""
+            status.update(line)
+            if not console.is_terminal:
+                console.print(line)
+
+        set_environment(fast_front=fast_front)
+        if fast_front:
+            # Ray's own choice are two fixed ports, which a second service on this machine would share.
+            statistics = [os.environ.setdefault(name, str(free_port())) for name in STATISTICS_PORTS]
+            say(f"HAProxy in front; its statistics are on ports {' and '.join(statistics)} of all interfaces")
+        keys = auth.read_keys(settings.api_keys_file)
+        check_port(host, port)
+        if not keys and not is_loopback(host):
+            console.print(
+                f"warning: {host} is open to the network and there is no API key: whoever reaches port {port} may use "
+                f"the service; name a file of keys with --api-keys-file, or set {auth.VARIABLE}",
+                soft_wrap=True,
+            )
+        check_disk(Path(tempfile.gettempdir()))
+        scorers = sum(each.most_replicas for each in settings.each_model)
+        process_limits.check(settings.ingress_replicas + scorers, _cpus(settings))
+        for each in settings.each_model:
+            folder = model_source.resolve(each.model, each.revision, say=say)
+            tokenizer_files.load(folder)
+            choice = choose(each, folder)
+            say(f"{each.name}: {choice}")
+            if choice.doubt:
+                console.print(f"warning: {each.name}: {choice.doubt}", soft_wrap=True, markup=False)
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        with ending.watched() as end, _service(settings, host, port, say, end) as logs:
+            end.at_end.append(status.stop)
+            wait_until_ready(url, logs, say)
+            status.stop()
+            names = ", ".join(each.name for each in settings.each_model)
+            console.print(f"ready: {names} at {url} (Ctrl-C stops it); try:\n")
+            console.out(example(url, needs_key=bool(keys)))
+            end.patient, end.code = True, 0
+            try:
+                signal.pause()
+            except KeyboardInterrupt:
+                with suppress(OSError):  # the terminal may be gone
+                    say("stopping, after the requests in flight; Ctrl-C again drops them")
+                drain()
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise LaunchError unless a server can listen there."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise LaunchError(
+                f"cannot listen on {host}:{port} ({error.strerror}); stop what uses it, or name another with --port"
+            ) from error
+
+
+def is_loopback(host: str) -> bool:
+    """Only this machine reaches a server that listens on ``host``."""
+    addresses = {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
+    return all(ipaddress.ip_address(address).is_loopback for address in addresses)
+
+
+def check_disk(folder: Path) -> None:
+    """Raise LaunchError when ``folder`` has too little room for Ray's files."""
+    free = shutil.disk_usage(folder).free
+    if free < MIN_FREE_BYTES:
+        raise LaunchError(
+            f"{folder} has {free / 2**30:.1f} GiB free and Ray needs {MIN_FREE_BYTES / 2**30:.0f}; "
+            "free some space, or set TMPDIR to a folder on another disk"
+        )
+
+
+def check_chips(settings: Settings, nodes: list[Any]) -> None:
+    """Raise LaunchError when this host lacks the TPU chips: no other will join it."""
+    for tpu, replicas in settings.replicas_on_chips(most=True).items():
+        if lacking := tpu.lacking(replicas, nodes):
+            raise LaunchError(f"{lacking}; ask for what there is, or for fewer replicas")
+
+
+def wait_until_ready(url: str, logs: Path, say: Say) -> None:
+    """Return when the service can score, telling what it is doing until then.
+
+    Raises:
+        LaunchError: it never will.
+    """
+    from ray import serve
+    from ray.serve.schema import ApplicationStatus
+
+    news = log_lines(logs)
+    while True:
+        for line in news:
+            if line is None:
+                break
+            say(line)
+        application = serve.status().applications[APP_NAME]
+        messages = [deployment.message for deployment in application.deployments.values() if deployment.message]
+        if failed := [message for message in messages if "Error" in message]:
+            raise LaunchError(f"the service did not start: {reason(failed[0])}")
+        if application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+            raise LaunchError(f"the service did not start: {reason(application.message)}")
+        if application.status == ApplicationStatus.RUNNING and _is_ready(url):
+            return
+        time.sleep(0.2)
+
+
+def drain() -> None:
+    """Stop the application when its requests are answered, or at the next signal."""
+    from ray import serve
+
+    logging.disable()  # where Ray's processes had the signal, too, its calls fail
+    with suppress(KeyboardInterrupt):
+        serve.delete(APP_NAME)
+
+
+def log_lines(folder: Path) -> Iterator[str | None]:
+    """What the scorers' logs say, line by line, for ever; None where there is nothing new.
+
+    Of several models each line begins with the model's name.
+    """
+    read: dict[Path, int] = {}
+    while True:
+        for path in sorted(folder.glob("replica_*Scorer*.log")):
+            model = _SCORER_LOG.search(path.name)
+            whose = f"{model[1]}: " if model else ""
+            with path.open() as file:
+                file.seek(read.get(path, 0))
+                while (line := file.readline()).endswith("\n"):
+                    read[path] = file.tell()
+                    if " -- " in line:
+                        yield whose + line.split(" -- ", 1)[1].strip()
+        yield None
+
+
+def example(url: str, *, needs_key: bool = False) -> str:
+    """A request that works, as a shell command: is a film review positive or negative?"""
+    request: dict[str, Any] = {
+        "query": "\nSentiment:",
+        "items": ["Review: I loved every minute of it.", "Review: A waste of two hours."],
+        "item_first": True,
+        "labels": [" positive", " negative"],
+        "apply_softmax": True,
+    }
+    key = f' -H "Authorization: Bearer ${auth.VARIABLE}"' if needs_key else ""
+    return f"curl {url}/v1/score -H 'Content-Type: application/json'{key} -d '{json.dumps(request)}'\n"
+
+
+def _cpus(settings: Settings) -> int:
+    """That Ray is told of: a laptop with fewer cores than the replicas ask for runs them all the same."""
+    asked = settings.ingress_replicas * settings.ingress_cpus
+    asked += sum(each.most_replicas * each.scorer_cpus for each in settings.each_model)
+    return max(os.cpu_count() or 1, math.ceil(asked))
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        response = httpx.get(f"{url}/ready", timeout=60, trust_env=False)
+    except httpx.TransportError:
+        return False
+    with suppress(ValidationError):
+        error = ErrorResponse.model_validate_json(response.content)
+        if error.type == SelfTestError.type:
+            raise LaunchError(f"the service did not start: {error.message}")
+    return response.status_code == 200
+
+
+@contextmanager
+def _service(settings: Settings, host: str, port: int, say: Say, end: Ending) -> Generator[Path]:
+    """Ray, Serve and the application; yields the folder of the replicas' logs."""
+    # Ray takes a second to import: --help and user errors come before it.
+    import ray
+    from ray import serve
+
+    from serve_app.app import build
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    say("starting Ray")
+    with tempfile.TemporaryDirectory(prefix="score-serve-", ignore_cleanup_errors=True) as logs:
+        end.at_end.append(lambda: shutil.rmtree(logs, ignore_errors=True))
+        try:
+            start_ray(_cpus(settings))
+            end.watch_ray()
+            check_chips(settings, ray.nodes())
+            quiet = {"log_level": "WARNING", "enable_access_log": False}
+            interrupt_on_signals()  # ray.init has put its own handler in place, which ends the process at once
+            http = {"host": host, "port": port}
+            serve.start(http_options=http, logging_config=quiet)  # pyright: ignore[reportUnknownMemberType]
+            say("starting the service")
+            serve.run_many(  # pyright: ignore[reportUnknownMemberType]
+                [
+                    serve.RunTarget(
+                        build(settings),
+                        name=APP_NAME,
+                        logging_config={"logs_dir": logs, "enable_access_log": False},
+                    )
+                ],
+                wait_for_ingress_deployment_creation=False,
+                wait_for_applications_running=False,
+            )
+            yield Path(logs)
+        finally:
+            # One more Ctrl-C must not leave processes behind.
+            for each in (signal.SIGINT, *STOPPING):
+                signal.signal(each, signal.SIG_IGN)
+            logging.disable()
+            end.stopping()
+            ray.shutdown()  # pyright: ignore[reportUnknownMemberType]
+
+
+def interrupt_on_signals() -> None:
+    """Make SIGTERM and SIGHUP do what Ctrl-C does; where nohup has SIGHUP ignored, it stays so."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    for each in STOPPING:
+        if signal.getsignal(each) != signal.SIG_IGN:
+            signal.signal(each, interrupt)

@@ -1,0 +1,138 @@
+"""The command line, ``score-serve``: ``serve``; ``score``, ``models`` and ``dataset``; ``bench`` and ``plan``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from serve_app.cli import client, dataset, launcher, tools
+from serve_app.cli.dataset import Dtype, Engine
+from serve_app.cli.process_limits import LimitError
+from serve_app.frontend import auth
+from serve_app.model_source import ModelSourceError
+from serve_app.settings import Settings
+from serve_app.tpu import Tpu
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _about() -> None:  # pyright: ignore[reportUnusedFunction]
+    """A language model as a judge: label probabilities for many items. No token is ever generated."""
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        list[str],
+        typer.Option(
+            help="'demo', a folder in Hugging Face layout, a hub id, or a .gguf file. Repeatable: requests name one, "
+            "and the first is 'default', too. NAME=MODEL gives the name, which else is the model's own. All other "
+            "options hold for each model; where they differ, use a Serve config file (configs/two-models.yaml)."
+        ),
+    ] = ["demo"],  # noqa: B006 - typer's way
+    revision: Annotated[str | None, typer.Option(help="Of a hub id: branch, tag or commit.")] = None,
+    served_name: Annotated[str | None, typer.Option(help="The name that requests use. [default: from --model]")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.float32,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Keep the layers' weights as int8: less memory, less exact.")
+    ] = False,
+    engine: Annotated[Engine, typer.Option(help="'fake': scores from hashed tokens, for tests.")] = Engine.jax,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 opens the service to the network.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    fast_front: Annotated[
+        bool,
+        typer.Option(
+            "--fast-front",
+            help="HAProxy in place of Ray Serve's own proxy: some milliseconds less a request. Its statistics listen "
+            "on all interfaces, and while the only front end is being replaced it answers 500.",
+        ),
+    ] = False,
+    api_keys_file: Annotated[
+        Path | None,
+        typer.Option(
+            resolve_path=True,
+            help=f"API keys, one a line, of which requests must have one; read again when it changes. {auth.VARIABLE} "
+            "in the environment names more, with commas between. Without either, no key is needed.",
+        ),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An origin, such as https://example.org, whose pages may ask the service from a browser; '*' for all. "
+            "Repeatable. [default: none]"
+        ),
+    ] = None,
+    replicas: Annotated[int, typer.Option(min=1, help="Scorers, each with the whole model.")] = 1,
+    max_batch_tokens: Annotated[int, typer.Option(min=64, help="Tokens in one device batch.")] = 8_192,
+    tpu: Annotated[
+        str | None,
+        typer.Option(
+            help="This host's chips and topology, such as 'v6e:2x2'; each scorer gets one chip, or with 'v6e:2x2:4' "
+            "four, for a model that one cannot hold. Slices of several hosts: configs/tpu-slice.yaml."
+        ),
+    ] = None,
+) -> None:
+    """Serve one model or several on this machine until Ctrl-C. The demo model is fetched once (93 MB).
+
+    For example:
+    score-serve serve --model judge=./checkpoint --model demo
+    """
+    models = [_named(each) for each in model]
+    one: dict[str, Any] = {"revision": revision, "served_name": served_name}
+    if len(models) > 1 and any(one.values()):
+        raise typer.BadParameter("--revision and --served-name are for one --model; name several by NAME=MODEL")
+    if served_name and "served_name" in models[0]:
+        raise typer.BadParameter(f"--model {model[0]!r} has a name already; leave out --served-name")
+    which: dict[str, Any] = {**one, **models[0]} if len(models) == 1 else {"models": models}
+    try:
+        settings = Settings(
+            **which,
+            dtype=dtype.value,
+            quantization="int8" if int8 else None,
+            engine=engine.value,
+            api_keys_file=None if api_keys_file is None else str(api_keys_file),
+            cors_origins=tuple(cors_origin or ()),
+            scorer_replicas=replicas,
+            max_batch_tokens=max_batch_tokens,
+            tpu=None if tpu is None else _tpu(tpu),
+        )
+        launcher.run(settings, host=host, port=port, fast_front=fast_front)
+    except ValidationError as error:
+        faults = [
+            (".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")) for each in error.errors()
+        ]
+        client.complain("; ".join(f"{where}: {what}" if where else what for where, what in faults))
+        raise typer.Exit(1) from None
+    except (launcher.LaunchError, auth.ApiKeyError, LimitError, ModelSourceError) as error:
+        client.complain(str(error))
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+app.command()(client.score)
+app.command()(client.models)
+app.command()(dataset.dataset)
+app.command(context_settings=tools.PASSED_ON, add_help_option=False)(tools.bench)
+app.command(context_settings=tools.PASSED_ON, add_help_option=False)(tools.plan)
+
+
+def _named(words: str) -> dict[str, Any]:
+    """``NAME=MODEL``, or a model alone, whose path may have such a sign further behind."""
+    name, sign, model = words.partition("=")
+    return {"served_name": name, "model": model} if sign and "/" not in name else {"model": words}
+
+
+def _tpu(words: str) -> Tpu:
+    return Tpu.model_validate(dict(zip(("chip", "topology", "chips"), words.split(":"), strict=False)))
+
+
+def main() -> None:
+    """Entry point of ``score-serve``."""
+    app()

@@ -1,0 +1,112 @@
+"""The self-test of a served model: a few short prompts, whose scores must hold together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Sequence
+
+import numpy as np
+
+from serve_app.contract import BatchResult, TokenBatch
+from serve_app.errors import SelfTestError
+from serve_app.tasks.model_facts import ServedModel
+from serve_app.tasks.scores import label_scores
+
+Score = Callable[[TokenBatch], Awaitable[BatchResult]]
+
+DEMO_PROBE = ([504, 3575, 282, 4649, 314], [7042, 4528], [0.7725, 0.0125])
+"""Of the demo model: "The capital of France is", " Paris" and " London", and their probabilities by transformers."""
+
+_TOLERANCE = 0.02
+"""Of a probability, between the same prompt in two batches: bfloat16 stays far below it, a wrong answer does not."""
+
+_DIVISORS = (2, 3, 5, 7, 11, 13, 17, 19, 23)
+"""Of the largest id: they give ids of the vocabulary's lower half, where real ones have trained tokens, no padding."""
+_LAST_ALIKE = ((0, 1, 2, 3, 4), (5, 6, 7, 8, 4), (3, 5, 0, 1, 4))
+_LAST_OTHER = ((1, 6, 3, 0, 5), (2, 8, 7, 1, 0))
+"""Prompts, as places in those ids. All have one length, and are scored alone: where the model's output does not depend
+on their ids, the device computes the same numbers, and the scores are equal to the last bit."""
+
+_REMEDY = (
+    "its weights are damaged, or part of them is zero: compare the checkpoint's files with their source, fetch them "
+    "again, or serve another checkpoint"
+)
+
+
+async def check(score: Score, model: ServedModel) -> None:
+    """Return when the model scores as a model does.
+
+    Its scores are finite and depend on the prompt, on all of the prompt and on the label, and each prompt has
+    the same scores alone and in a batch. Raw log-probabilities or class logits are compared, which differ even where a
+    softmax over the labels saturates.
+
+    Raises:
+        SelfTestError: they do not; the message has what was seen, and what to do.
+        ScoringError: no answer came.
+    """
+    last = model.vocab_size - 1
+    ids = [last // divisor for divisor in _DIVISORS]
+    labels = [*range(model.classes)] or sorted({0, last // 3, last // 2, last})
+    alike, other = ([[ids[place] for place in prompt] for prompt in prompts] for prompts in (_LAST_ALIKE, _LAST_OTHER))
+    causal = not model.classes
+    alone = [(await score(_batch([prompt], labels, causal))).values.tolist() for prompt in (*alike, *other)]
+    for row in alone:
+        if any(math.isnan(value) for value in row) or math.inf in row or max(row) == -math.inf:
+            raise SelfTestError(f"the model's output is not finite: a prompt's scores are {_shown(row)}; {_REMEDY}")
+    if _equal(alone):
+        raise SelfTestError(
+            f"{len(alone)} different prompts all scored {_shown(alone[0])}, so the output does not depend on the "
+            f"prompt; {_REMEDY}"
+        )
+    if _equal(alone[: len(alike)]):
+        raise SelfTestError(
+            f"{len(alike)} prompts that differ in all but their last token scored {_shown(alone[0])}, so the output "
+            f"depends on the last token alone; {_REMEDY}"
+        )
+    if len(labels) > 1 and all(len(set(row)) == 1 for row in alone):
+        raise SelfTestError(
+            f"{len(labels)} labels have equal scores after each of {len(alone)} prompts, such as {_shown(alone[0])}, "
+            f"so the output does not depend on the label; {_REMEDY}"
+        )
+    together = (await score(_batch([[*ids, 0, last], *alike, *other], labels, causal))).values.reshape(-1, len(labels))
+    for row, behind in zip(alone, together[1:].tolist(), strict=True):
+        first, second = (label_scores(values, 0, softmax=True) for values in (row, behind))
+        if max(abs(a - b) for a, b in zip(first, second, strict=True)) > _TOLERANCE:
+            raise SelfTestError(
+                f"a prompt scored {first} alone and {second} in a batch: this is a fault of ours; report it"
+            )
+
+
+async def check_demo(score: Score) -> None:
+    """Return when the demo model answers as transformers does.
+
+    Raises:
+        SelfTestError: it answers something else.
+        ScoringError: no answer came.
+    """
+    prompt, labels, known = DEMO_PROBE
+    scores = label_scores((await score(_batch([prompt], labels))).values.tolist(), 0, softmax=False)
+    if max(abs(a - b) for a, b in zip(scores, known, strict=True)) > _TOLERANCE:
+        raise SelfTestError(f"a known prompt scored {scores}; right is {known}")
+
+
+def _equal(rows: Sequence[Sequence[float]]) -> bool:
+    return all(row == rows[0] for row in rows)
+
+
+def _shown(row: Sequence[float]) -> str:
+    """The first scores of a row."""
+    return f"[{', '.join(f'{value:.5g}' for value in row[:4])}{', ...' if len(row) > 4 else ''}]"
+
+
+def _batch(prompts: Sequence[Sequence[int]], labels: Sequence[int], vocab_logprobs: bool = True) -> TokenBatch:
+    lengths = [len(prompt) for prompt in prompts]
+    return TokenBatch(
+        tokens=np.array([token for prompt in prompts for token in prompt], np.int32),
+        offsets=np.cumsum([0, *lengths], dtype=np.int64),
+        read_sequences=np.arange(len(prompts), dtype=np.int32),
+        read_positions=np.array(lengths, np.int32) - np.int32(1),
+        targets=np.array([*labels] * len(prompts), np.int32),
+        target_offsets=np.arange(len(prompts) + 1, dtype=np.int64) * len(labels),
+        vocab_logprobs=vocab_logprobs,
+    )

@@ -1,0 +1,566 @@
+"""The whole life of a request to one model, without HTTP and without Serve."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple, Protocol, TypeVar
+
+from serve_app import timing
+from serve_app.batches import shared_prefix, shared_with_previous
+from serve_app.contract import BatchResult, JobResult, ModelInfo, ScoreJob, TokenBatch
+from serve_app.errors import (
+    DeadlineExceededError,
+    InternalError,
+    InvalidRequestError,
+    OverloadedError,
+    ScoringError,
+    SelfTestError,
+)
+from serve_app.frontend import fanout, readiness
+from serve_app.frontend.admission import Admission
+from serve_app.frontend.streaming import as_finished
+from serve_app.frontend.watched_threads import WatchedThreads
+from serve_app.schemas import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    InfoResponse,
+    LimitsInfo,
+    ScoreEnd,
+    ScoreRequest,
+    ScoreResponse,
+    ScoreRow,
+    TokenizeRequest,
+    TokenizeResponse,
+    TokenizerInfo,
+)
+from serve_app.settings import ModelSettings
+from serve_app.tasks.completions import Completer, CompletionRequest, CompletionResponse
+from serve_app.tasks.generative import (
+    GenerativeScoringRequest,
+    GenerativeScoringResponse,
+    as_response,
+    as_score_request,
+)
+from serve_app.tasks.model_facts import ServedModel
+from serve_app.tasks.prompts import Prompts
+from serve_app.tasks.rerank import Reranker, RerankRequest, RerankResponse
+from serve_app.tasks.scores import ScoreQuestion, usage
+from serve_app.tasks.steps import Steps, advance
+from serve_app.tasks.tokenizer import TextTokenizer
+from serve_app.timing import Timings
+
+PIECES_AT_ONCE = 4
+"""Of a streamed request, for each replica: two halves of a device batch in the engine, and what comes next."""
+
+INLINE_VALUES = 2_000
+"""A response with more values, which take milliseconds, is made in a thread: the event loop must go on."""
+
+STUCK_RETRY_AFTER_S = 2
+"""Serve drops a front end after three health checks; ``ScoreClient``'s five tries, this far apart, outlast that."""
+
+T = TypeVar("T")
+A = TypeVar("A", covariant=True)
+
+
+class Question(Protocol[A]):
+    """A request once its prompts are built: what an engine is to compute, and how its result becomes an answer."""
+
+    @property
+    def batch(self) -> TokenBatch: ...
+
+    @property
+    def query_tokens(self) -> int:
+        """At the front of every prompt, how many may come again in another request; 0: what they share."""
+        ...
+
+    @property
+    def items(self) -> int:
+        """How many items, documents or prompts are scored."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """About how many values the answer has."""
+        ...
+
+    def answer(self, result: BatchResult) -> A:
+        """Runs in a thread where the answer is large.
+
+        Raises:
+            InternalError: the model's output is not finite.
+        """
+        ...
+
+
+class Replicas(Protocol):
+    """The engines behind the service."""
+
+    @property
+    def count(self) -> int:
+        """How many parts of a request can be computed at once."""
+        ...
+
+    async def score(self, job: ScoreJob) -> JobResult:
+        """Compute one job on one replica.
+
+        Raises:
+            ScoringError: no room, no healthy replica, or the engine failed.
+        """
+        ...
+
+    async def metrics(self) -> str:
+        """The counters of all replicas, as Prometheus reads them.
+
+        Raises:
+            OverloadedError: they cannot be had at the moment.
+        """
+        ...
+
+
+class ScoringService:
+    """Scores requests on ``replicas``. One instance serves any number of concurrent calls on one event loop.
+
+    Args:
+        settings: names, limits and times.
+        tokenizer: of the model that the replicas hold.
+        info: what the replicas say of that model.
+        replicas: the engines.
+        front_ends: that share the replicas.
+        observe: called with the timings of each request that was answered.
+        folder: of the model's files, which tell the template of ``/v1/rerank``; None: its name alone does.
+    """
+
+    def __init__(
+        self,
+        settings: ModelSettings,
+        tokenizer: TextTokenizer,
+        info: ModelInfo,
+        replicas: Replicas,
+        front_ends: int = 1,
+        observe: Callable[[Timings], None] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self._folder = folder
+        self._tokenizer, self._info, self._replicas = tokenizer, info, replicas
+        self._front_ends = front_ends
+        self._tokens_per_s = info.tokens_per_s
+        self._admission = Admission(0)
+        self.reconfigure(settings)
+        self.outcomes: Counter[str] = Counter()
+        """Requests for scores so far, by how they ended."""
+        self.items = 0
+        """Items, documents and prompts scored so far."""
+        self._observe = observe
+        self._threads = WatchedThreads(settings.tokenizer_threads, "tokenizer")
+        self._probe_passed = False
+        self._probing = asyncio.Lock()
+
+    def reconfigure(self, settings: ModelSettings) -> None:
+        """Serve the requests that come from now on by these.
+
+        Args:
+            settings: the same but for what ``settings.LIVE`` names.
+        """
+        self._settings = settings
+        self._model = ServedModel(settings.name, self._tokenizer, self._info, settings.limits)
+        self._prompts = Prompts(self._model)
+        self._reranker, self._completer = Reranker(self._model, settings, self._folder), Completer(self._model)
+        self._bound_queue()
+
+    @property
+    def settings(self) -> ModelSettings:
+        """Of this model."""
+        return self._settings
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """That the model reads, and a request may use."""
+        return self._model.max_prompt_tokens
+
+    async def score(self, request: ScoreRequest, *, request_id: str, timeout_s: float = math.inf) -> ScoreResponse:
+        """The labels' scores for every item, in order.
+
+        Args:
+            request_id: goes with the work to the replicas, for logs.
+            timeout_s: the caller's own limit, if it is shorter than ``settings.timeout_s``.
+
+        Raises:
+            InvalidRequestError: the request is wrong.
+            TooLargeError: it asks for more than the limits allow.
+            OverloadedError: no room, or no healthy replica.
+            DeadlineExceededError: ``timeout_s`` is over; the queued work is dropped.
+            InternalError: the model's output for an item is not finite, or a fault of ours.
+        """
+        prepare = partial(self._scores, request)
+        return await self._ask(prepare, request_id, timeout_s, request.timeout_s)
+
+    async def stream(
+        self, request: ScoreRequest, *, request_id: str, timeout_s: float = math.inf
+    ) -> AsyncGenerator[Sequence[ScoreRow] | Sequence[ScoreEnd]]:
+        """The items' rows as they finish, in no order, some at a time, and at last one end with the usage.
+
+        The items are prepared and computed piece by piece. Little more is done than was asked for: the pieces that the
+        replicas need at once to be busy.
+
+        Raises:
+            ScoringError: as ``score``, and also after rows have come.
+        """
+        with self._counted():
+            limit = self._time_limit(request.timeout_s, timeout_s)
+            async with aclosing(self._stream(request, request_id, limit)) as answered:
+                async for some in answered:
+                    yield some
+
+    async def _stream(
+        self, request: ScoreRequest, request_id: str, limit: float
+    ) -> AsyncGenerator[Sequence[ScoreRow] | Sequence[ScoreEnd]]:
+        deadline = time.time() + limit
+        with timing.tokenising():
+            preparation = await self._in_time(self._in_thread(partial(self._prompts.open, request)), limit)
+        turn = asyncio.Lock()
+        numbers = count()
+        prompt_tokens = computed_tokens = 0
+
+        def prepare() -> Steps[tuple[ScoreQuestion, _Work]]:
+            prepared = yield from preparation.some(self._settings.max_batch_tokens // 2)
+            work = self._work(prepared.batch, prepared.query_tokens, request_id, deadline, next(numbers))
+            return ScoreQuestion(prepared, request, self._settings.name), work
+
+        async def piece() -> tuple[list[ScoreRow], int, int]:
+            async with turn:
+                with timing.tokenising():
+                    question, work = await self._in_steps(prepare())
+            result = await self._run(work)
+            answered = await self._off_loop(partial(question.rows, result), question.size)
+            self.items += question.items
+            return answered, question.prepared.prompt_tokens, int(result.computed_tokens.sum())
+
+        pieces = as_finished(
+            piece,
+            lambda: preparation.left > 0,
+            window=PIECES_AT_ONCE * max(self._replicas.count, 1),
+            deadline=deadline,
+            late=self._too_late(limit),
+        )
+        async with aclosing(pieces):
+            async for answered, prompts, computed in pieces:
+                prompt_tokens += prompts
+                computed_tokens += computed
+                yield answered
+        yield [ScoreEnd(model=self._settings.name, usage=usage(prompt_tokens, computed_tokens))]
+
+    async def rerank(self, request: RerankRequest, *, request_id: str, timeout_s: float = math.inf) -> RerankResponse:
+        """The documents, best first.
+
+        Raises:
+            ScoringError: as ``score``.
+        """
+        prepare = partial(self._reranker.prepare, request, request_id)
+        return await self._ask(prepare, request_id, timeout_s)
+
+    async def complete(
+        self, request: CompletionRequest, *, request_id: str, timeout_s: float = math.inf
+    ) -> CompletionResponse:
+        """Logprobs of prompts, and their likeliest next tokens.
+
+        Raises:
+            ScoringError: as ``score``.
+        """
+        prepare = partial(self._completer.prepare, request, request_id)
+        return await self._ask(prepare, request_id, timeout_s)
+
+    async def generative_scoring(
+        self, request: GenerativeScoringRequest, *, request_id: str, timeout_s: float = math.inf
+    ) -> GenerativeScoringResponse:
+        """As ``score``, in vLLM's shape.
+
+        Raises:
+            ScoringError: as ``score``.
+        """
+
+        def prepare() -> Steps[ScoreQuestion]:
+            return (yield from self._scores(as_score_request(request, self._model.classes)))
+
+        answer = await self._ask(prepare, request_id, timeout_s)
+        return as_response(answer, request.request_id or request_id)
+
+    async def tokenize(self, request: TokenizeRequest) -> TokenizeResponse:
+        """Ids and pieces of text, as ``score`` would see them."""
+        texts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
+        encoded = await self._in_time(self._in_steps(self._prompts.tokenize(texts, request.add_special_tokens)))
+        limit = self._model.max_prompt_tokens
+        if isinstance(request.prompt, str):
+            ids, pieces = encoded[0]
+            return TokenizeResponse(tokens=ids, count=len(ids), max_model_len=limit, token_strs=pieces)
+        return TokenizeResponse(
+            tokens=[ids for ids, _ in encoded],
+            count=[len(ids) for ids, _ in encoded],
+            max_model_len=limit,
+            token_strs=[pieces for _, pieces in encoded],
+        )
+
+    async def detokenize(self, request: DetokenizeRequest) -> DetokenizeResponse:
+        """The text of ids."""
+        call = partial(self._prompts.detokenize, request.tokens)
+        return DetokenizeResponse(prompt=await self._in_time(self._in_thread(call)))
+
+    def tokenizer_info(self) -> TokenizerInfo:
+        """The tokenizer's special tokens and chat template."""
+        return TokenizerInfo(**asdict(self._model.tokenizer.facts), model_max_length=self._model.max_prompt_tokens)
+
+    def info(self, names: Sequence[str]) -> InfoResponse:
+        """What is served, and the limits.
+
+        Args:
+            names: all under which the model answers.
+        """
+        info, limits = self._model.info, self._settings.limits
+        return InfoResponse(
+            model=self._settings.name,
+            names=list(names),
+            architecture=info.architecture,
+            context_length=info.context_length,
+            vocab_size=info.vocab_size,
+            classes=info.classes,
+            pad_token_id=info.pad_token_id,
+            dtype=info.dtype,
+            quantization=info.quantization,
+            platform=info.platform,
+            buckets=list(info.buckets),
+            rerank_template=self._reranker.template_name,
+            limits=LimitsInfo(
+                max_items=limits.max_items,
+                max_labels=limits.max_labels,
+                max_body_bytes=limits.max_body_bytes,
+                max_prompt_tokens=self._model.max_prompt_tokens,
+                max_text_characters=self._model.max_text_characters,
+                max_request_tokens=limits.max_request_tokens,
+                max_queued_tokens=self._queued_tokens,
+                timeout_s=self._settings.timeout_s,
+            ),
+            version=version("score-serve"),
+        )
+
+    async def metrics(self) -> str:
+        """See ``Replicas.metrics``."""
+        return await self._replicas.metrics()
+
+    async def ready(self) -> None:
+        """Return once the model passed its self-test (``readiness``); it is tested until it did, then never again.
+
+        Raises:
+            SelfTestError: it failed.
+            OverloadedError: not able to score, with the reason.
+        """
+        async with self._probing:
+            if self._probe_passed:
+                return
+            try:
+                await self._in_time(self._probe())
+            except ScoringError as error:
+                kind = SelfTestError if isinstance(error, SelfTestError) else OverloadedError
+                raise kind(f"{self._settings.name} is not ready: {error.message}", retry_after_s=1) from error
+            self._probe_passed = True
+
+    def close(self) -> None:
+        """Stop the tokenizer's threads."""
+        self._threads.close()
+
+    def check_health(self) -> None:
+        """Raise RuntimeError when prompts cannot be built any more: the tokenizer's threads are stuck, or gone.
+
+        Requests whose prompts wait to be built are then answered by OverloadedError, and new ones, since some come
+        after the last check that Serve makes. Those that are being scored go on.
+        """
+        try:
+            self._threads.check(self._settings.stall_s)
+        except RuntimeError:
+            stuck = "this front end is stuck and will be replaced; try again"
+            self._threads.abandon(OverloadedError(stuck, retry_after_s=STUCK_RETRY_AFTER_S))
+            raise
+
+    async def _ask(
+        self,
+        prepare: Callable[[], Steps[Question[A]]],
+        request_id: str,
+        timeout_s: float,
+        asked_s: float | None = None,
+    ) -> A:
+        """The answer to what ``prepare`` asks; it runs in a thread.
+
+        Args:
+            timeout_s: the caller's time limit, and ``asked_s`` the request's own.
+        """
+        with self._counted():
+            limit = self._time_limit(asked_s, timeout_s)
+            return await self._in_time(self._answer(prepare, request_id, time.time() + limit), limit)
+
+    async def _answer(self, prepare: Callable[[], Steps[Question[A]]], request_id: str, deadline: float) -> A:
+        def work() -> Steps[tuple[Question[A], _Work]]:
+            question = yield from prepare()
+            return question, self._work(question.batch, question.query_tokens, request_id, deadline)
+
+        self._admission.check(1, self._replicas.count)  # tokenising what will be refused would delay the others
+        with timing.tokenising():
+            question, wanted = await self._in_steps(work())
+        result = await self._run(wanted)
+        answer = await self._off_loop(partial(question.answer, result), question.size)
+        self.items += question.items
+        return answer
+
+    def _scores(self, request: ScoreRequest) -> Steps[ScoreQuestion]:
+        prepared = yield from self._prompts.open(request).rest()
+        return ScoreQuestion(prepared, request, self._settings.name)
+
+    def _work(self, batch: TokenBatch, prefix_tokens: int, request_id: str, deadline: float, first: int = 0) -> _Work:
+        """The batch in as many parts as it is worth.
+
+        Args:
+            prefix_tokens: at the front of every sequence that may come again in another request; 0: what they share.
+            first: parts of the request that came before these.
+        """
+        replicas = self._replicas.count
+        if not len(batch.read_positions):
+            return _Work([], 0, first > 0)
+        tokens = int((batch.lengths - shared_with_previous(batch)).sum())
+        if replicas <= 1:
+            return _Work([ScoreJob(request_id, batch, deadline)], tokens, first > 0)
+        shared = shared_prefix(batch) if batch.num_sequences > 1 else 0
+        # A part that fills a device batch by itself loses nothing by the split but the prefix.
+        parts = fanout.split(batch, replicas, self._settings.max_batch_tokens, shared)
+        affinities = fanout.affinities(parts, prefix_tokens or shared, first)
+        jobs = [ScoreJob(request_id, part, deadline, to) for part, to in zip(parts, affinities, strict=True)]
+        return _Work(jobs, tokens, first > 0)
+
+    async def _run(self, work: _Work) -> BatchResult:
+        """The jobs' results as one. When one fails the others are cancelled."""
+        if not work.admitted:
+            self._admission.check(work.tokens, self._replicas.count)
+        try:
+            with self._admission.inside(work.tokens):
+                async with asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(self._run_one(job)) for job in work.jobs]
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        answered = [task.result() for task in tasks]
+        # They ran side by side: the longest is what the request waited for.
+        timing.current().add(timing.QUEUE, max((job.queue_seconds for job in answered), default=0.0))
+        timing.current().add(timing.DEVICE, max((job.device_seconds for job in answered), default=0.0))
+        return fanout.merge([job.result for job in answered])
+
+    async def _run_one(self, job: ScoreJob) -> JobResult:
+        answer = await self._replicas.score(job)
+        # The first measurement was of a small batch on a replica that had just started.
+        if answer.device_seconds:
+            found = float(answer.result.computed_tokens.sum()) / answer.device_seconds
+            if found > self._tokens_per_s > 0:
+                self._tokens_per_s = found
+                self._bound_queue()
+        return answer
+
+    def _bound_queue(self) -> None:
+        self._queued_tokens = self._settings.queued_tokens(self._tokens_per_s)
+        self._admission.tokens_per_replica = self._queued_tokens / self._front_ends
+
+    async def _compute(self, batch: TokenBatch, prefix_tokens: int, request_id: str, deadline: float) -> BatchResult:
+        """On as many replicas as it is worth."""
+        return await self._run(self._work(batch, prefix_tokens, request_id, deadline))
+
+    async def _probe(self) -> None:
+        async def score(batch: TokenBatch) -> BatchResult:
+            return await self._compute(batch, 0, "ready", time.time() + self._settings.timeout_s)
+
+        await readiness.check(score, self._model)
+        if self._settings.model == "demo" and self._settings.engine == "jax":
+            await readiness.check_demo(score)
+
+    @contextmanager
+    def _counted(self) -> Generator[None]:
+        """Count how the request ends, and time those that are answered."""
+        try:
+            yield
+        except BaseException as error:
+            self.outcomes[_outcome(error)] += 1
+            raise
+        self.outcomes["answered"] += 1
+        if self._observe:
+            self._observe(timing.current())
+
+    async def _in_time(self, work: Awaitable[T], limit_s: float | None = None) -> T:
+        """The result of ``work``, or 504 and the work cancelled. ``limit_s``: None is the service's own."""
+        limit_s = limit_s or self._settings.timeout_s
+        limit = asyncio.timeout(limit_s)
+        try:
+            async with limit:
+                return await work
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise self._too_late(limit_s) from error
+
+    def _too_late(self, limit_s: float) -> DeadlineExceededError:
+        longer = f", raise timeout_s (to {self._settings.timeout_s:g} at most)"
+        return DeadlineExceededError(
+            f"the request was not done after {limit_s:g} s; send fewer items"
+            f"{longer if limit_s < self._settings.timeout_s else ''} or try again later"
+        )
+
+    def _time_limit(self, asked_s: float | None, timeout_s: float) -> float:
+        """Seconds that a request has: what it asks for, or the service gives, and no more than its caller."""
+        most = self._settings.timeout_s
+        if asked_s is not None and asked_s > most:
+            raise InvalidRequestError(
+                f"timeout_s is {asked_s:g}; this service gives a request at most {most:g} s; ask for no more",
+                param="timeout_s",
+            )
+        return min(asked_s or most, timeout_s)
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        """Tokenising takes up to seconds, and the event loop must go on."""
+        return await self._threads.run(call)
+
+    async def _in_steps(self, steps: Steps[T]) -> T:
+        """As ``_in_thread``, a short step at a time: other requests' steps come between, and a caller that is gone or
+        late ends it."""
+        while not (done := await self._in_thread(partial(advance, steps))):
+            pass
+        return done.result
+
+    async def _off_loop(self, call: Callable[[], T], size: int) -> T:
+        """What is made of an engine's answer, in a thread if it is much."""
+        return call() if size <= INLINE_VALUES else await self._in_thread(call)
+
+
+class _Work(NamedTuple):
+    """A batch for the replicas.
+
+    Attributes:
+        tokens: to compute, what sequences share counted once.
+        admitted: it is part of a request of which other parts were let in before.
+    """
+
+    jobs: Sequence[ScoreJob]
+    tokens: int
+    admitted: bool
+
+
+def _outcome(error: BaseException) -> str:
+    """In the words of the scorers' own counter."""
+    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        return "cancelled"
+    if isinstance(error, OverloadedError):
+        return "overloaded"
+    if isinstance(error, DeadlineExceededError):
+        return "expired"
+    invalid = isinstance(error, ScoringError) and error.status < InternalError.status
+    return "invalid" if invalid else "failed"

@@ -1,0 +1,278 @@
+"""Scores a data set's rows on Ray Data, one block of them after the other, and goes on where it was stopped.
+
+The blocks are the job's own, always the same for the same input, and what Ray Data distributes are their places: a
+worker reads a block's rows, scores them and writes them, so that no more than a block is in its memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from serve_app.errors import ScoringError
+from serve_app.jobs.files import (
+    Block,
+    Format,
+    JobError,
+    Reader,
+    Results,
+    Rows,
+    Source,
+    inferred,
+    plan,
+    write,
+    write_lines,
+)
+from serve_app.jobs.folder import Done, JobFolder, appearing
+from serve_app.jobs.progress import Progress
+from serve_app.jobs.row_template import RowTemplate
+from serve_app.jobs.scoring import result_names, score
+from serve_app.jobs.targets import App, Target
+from serve_app.local_ray import reason, start_ray
+from serve_app.schemas import ScoreRequest
+
+_CAUSED = "\n\nThe above exception"
+"""Before it stands the error, and behind it what Ray Data says of it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done.
+
+    Attributes:
+        inputs: files or folders of one format.
+        output: the folder of the parts.
+        query, item: templates of each row's texts.
+        request: all else that is asked of each row; its query and items are not used.
+        output_format: None: the input's.
+        block_rows: rows that are read, scored and written together.
+    """
+
+    inputs: tuple[Path, ...]
+    output: Path
+    item: str
+    request: ScoreRequest
+    query: str = ""
+    output_format: Format | None = None
+    block_rows: int = 1_000
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A job's figures.
+
+    Attributes:
+        total: of all its runs.
+        blocks: of all its runs.
+        here: of this run alone, as are the seconds and the blocks ``blocks_here``.
+    """
+
+    total: Done
+    blocks: int
+    here: Done
+    blocks_here: int
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``summary.json``: rates are this run's."""
+        seconds = max(self.seconds, 1e-9)
+        return {
+            **asdict(self.total),
+            "blocks": self.blocks,
+            "seconds": round(self.seconds, 3),
+            "rows_per_s": round((self.here.rows + self.here.bad) / seconds, 1),
+            "tokens_per_s": round(self.here.prompt_tokens / seconds, 1),
+        }
+
+
+def run(job: Job, target: Target, *, workers: int = 2, progress: Progress | None = None) -> Summary:
+    """Do what is left of the job. Uses the Ray that this process is connected to, else one that it starts, or, for a
+    Serve application, the one of this machine.
+
+    Raises:
+        JobError: the input, the templates or the output cannot be used, or the service refuses the request as such.
+        ScoringError: the service cannot be asked.
+    """
+    for path in job.inputs:
+        if job.output.resolve().is_relative_to(path.resolve()):
+            raise JobError(f"the output {job.output} is in the input {path}, and would be read; name another folder")
+    source = plan(job.inputs, job.block_rows)
+    queries, items = _templates(job)
+    format_ = job.output_format or source.format
+    _check_columns(source.columns, source.format, (queries, items))
+    schema = inferred(source) if format_ == "parquet" != source.format else None
+    progress = progress or Progress()
+    folder = JobFolder(job.output)
+    with ExitStack() as stack:
+        if isinstance(target, App):
+            stack.enter_context(_ray(target, workers))
+        done = stack.enter_context(folder.opened(_manifest(job, source, target)))
+        left = [block for block in source.blocks if block.index not in done]
+        before = sum(done.values(), Done())
+        here, started = Done(), time.monotonic()
+        if left:
+            stack.enter_context(_ray(target, workers))
+            reader = Reader(source.format, source.columns, fixed=format_ in ("csv", "parquet"), schema=schema)
+            with progress.of(sum(block.rows for block in source.blocks), before.rows + before.bad):
+                for one in _computed(left, (job, target, reader, format_), workers):
+                    here += one
+                    progress.advance(one.rows + one.bad)
+        seconds = time.monotonic() - started
+        summary = Summary(before + here, len(source.blocks), here, len(left), seconds)
+        folder.finish(summary.as_json())
+    return summary
+
+
+def _computed(left: list[Block], worker: tuple[Job, Target, Reader, Format], workers: int) -> Generator[Done]:
+    """Each block's figures, as the blocks are finished."""
+    import ray.data
+    from ray.exceptions import RayError
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is told by the exception
+    places = ray.data.from_items([asdict(block) for block in left], override_num_blocks=len(left))
+    pool = ray.data.ActorPoolStrategy(size=min(workers, len(left)))
+    scored = places.map(cast(Any, Worker), fn_constructor_args=worker, compute=pool, **worker[1].resources)
+    try:
+        for row in scored.iter_rows():
+            if stop := row.pop("stop"):
+                raise JobError(stop)
+            yield Done(**row)
+    except RayError as error:
+        raise JobError(f"a worker failed: {reason(str(error).split(_CAUSED)[0])}") from error
+
+
+class Worker:
+    """Does one block after the other, in an actor of Ray Data's.
+
+    Args:
+        format_: of the output.
+    """
+
+    def __init__(self, job: Job, target: Target, reader: Reader, format_: Format) -> None:
+        self._job = job
+        self._queries, self._items = _templates(job)
+        self._reader = reader
+        self._format: Format = format_
+        self._folder = JobFolder(job.output)
+        self._ask = target.connect()
+
+    def __call__(self, place: dict[str, Any]) -> dict[str, Any]:
+        """Read, score and write a block; ``stop`` is why the whole job must end."""
+        block = Block(**place)
+        try:
+            return {**asdict(self._do(block)), "stop": ""}
+        except (ScoringError, OSError) as error:
+            return {**asdict(Done()), "stop": str(error)}
+
+    def _do(self, block: Block) -> Done:
+        rows = self._reader.read(block)
+        asked: list[tuple[int, str, str]] = []
+        for at, values in enumerate(rows.values):
+            if at not in rows.problems:
+                try:
+                    asked.append((at, self._queries.fill(values), self._items.fill(values)))
+                except ValueError as error:
+                    rows.problems[at] = str(error)
+        found, cost = score(self._job.request, asked, self._ask)
+        rows.problems |= {at: one for at, one in found.items() if isinstance(one, str)}
+        kept = [at for at in range(len(rows.values)) if at not in rows.problems]
+        self._write(block, rows, kept, [cast(dict[str, Any], found[at]) for at in kept])
+        done = Done(len(kept), len(rows.problems), cost.prompt_tokens, cost.cached_tokens)
+        self._folder.finish_block(block.index, done)
+        return done
+
+    def _write(self, block: Block, rows: Rows, kept: list[int], answers: list[dict[str, Any]]) -> None:
+        bad = [
+            {
+                "file": block.path,
+                "row": rows.numbers[at],
+                "reason": reason,
+                **({"text": rows.texts[at]} if at in rows.texts else {"values": rows.values[at]}),
+            }
+            for at, reason in sorted(rows.problems.items())
+        ]
+        if bad:
+            with appearing(self._folder.bad(block.index)) as path:
+                write_lines(path, bad)
+        else:
+            self._folder.bad(block.index).unlink(missing_ok=True)
+        results: Results = {name: [answer[name] for answer in answers] for name in result_names(self._job.request)}
+        with appearing(self._folder.part(block.index, self._format)) as path:
+            write(path, self._format, rows, kept, results, _label_names(self._job.request, results))
+
+
+def _label_names(request: ScoreRequest, results: Results) -> list[str]:
+    """Of a model with classes their numbers."""
+    given = request.labels or request.label_token_ids
+    width = max((len(row) for row in results["scores"]), default=0)
+    return [str(label) for label in given or range(width)]
+
+
+def _templates(job: Job) -> tuple[RowTemplate, RowTemplate]:
+    try:
+        return RowTemplate(job.query), RowTemplate(job.item)
+    except ValueError as error:
+        raise JobError(str(error)) from None
+
+
+def _check_columns(columns: Sequence[str], source: Format, templates: Sequence[RowTemplate]) -> None:
+    for template in templates:
+        for name in template.columns:
+            if name not in columns:
+                among = " (of the first rows)" if source == "jsonl" else ""
+                raise JobError(
+                    f"{template.text!r} names {name!r}, which is no column; the columns{among} are {', '.join(columns)}"
+                )
+    if not any(template.columns for template in templates):
+        raise JobError("neither template names a column, so that all rows would be the same; write {column}")
+    for name in ("scores", "token_logprobs", "label_mass", "truncated"):
+        if name in columns:
+            raise JobError(f"the input has a column {name!r}, which the output needs for itself; rename it")
+
+
+def _manifest(job: Job, source: Source, target: Target) -> dict[str, Any]:
+    """All that the output depends on."""
+    request = job.request.model_dump(exclude={"query", "items", "stream", "on_error", "timeout_s"}, exclude_none=True)
+    return {
+        "files": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in source.files],
+        "query": job.query,
+        "item": job.item,
+        "request": request,
+        "output_format": job.output_format,
+        "block_rows": job.block_rows,
+        "model": target.identity(job.request.model),
+    }
+
+
+@contextmanager
+def _ray(target: Target, workers: int) -> Generator[None]:
+    """Ray, while the block runs."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    if isinstance(target, App):
+        try:
+            ray.init("auto", log_to_driver=False, logging_level=logging.ERROR)  # pyright: ignore[reportUnknownMemberType]
+        except ConnectionError as error:
+            raise JobError(
+                f"no Ray cluster can be joined: {error}; set RAY_ADDRESS, or ask the service by --url (the Ray of "
+                "'score-serve serve' lets nobody in)"
+            ) from error
+    else:
+        needed = workers * target.resources.get("num_cpus", 1)
+        start_ray(max(os.cpu_count() or 1, math.ceil(needed)))
+    try:
+        yield
+    finally:
+        ray.shutdown()  # pyright: ignore[reportUnknownMemberType]

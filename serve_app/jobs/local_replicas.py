@@ -1,0 +1,35 @@
+"""An engine in the caller's own process in place of replicas."""
+
+from __future__ import annotations
+
+import asyncio
+
+from serve_app.contract import Engine, JobResult, ScoreJob
+from serve_app.scorer.queue import DeviceQueue
+from serve_app.settings import ModelSettings
+
+
+class LocalReplicas:
+    """``service.Replicas`` without Ray: a device queue around one engine.
+
+    Args:
+        count: replicas that it says there are.
+    """
+
+    def __init__(self, engine: Engine, settings: ModelSettings, count: int = 1) -> None:
+        self.count = count
+        self.queue = DeviceQueue(
+            engine,
+            max_batch_tokens=settings.max_batch_tokens,
+            max_queued_tokens=settings.queued_tokens(engine.info.tokens_per_s),
+        )
+
+    async def score(self, job: ScoreJob) -> JobResult:
+        """As ``Replicas.score``."""
+        answer: asyncio.Future[JobResult] = asyncio.get_running_loop().create_future()
+        self.queue.submit(job, answer)
+        return await answer
+
+    async def metrics(self) -> str:
+        """None: Ray has them."""
+        return "# no Ray, no metrics\n"

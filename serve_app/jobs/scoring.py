@@ -1,0 +1,119 @@
+"""Rows' texts as requests, and the answers as rows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from serve_app.errors import DeadlineExceededError, InternalError, TooLargeError
+from serve_app.jobs.targets import Ask
+from serve_app.schemas import ScoreRequest, ScoreResponse
+
+_ITEM = re.compile(r"items\[\d+\]")
+"""A row's place in a request, which tells nobody anything."""
+
+MOST_ITEMS = 1_000
+MOST_CHARACTERS = 4_000_000
+"""Of one request; in JSON less than a front end's usual 32 MiB."""
+
+_SPLIT = (TooLargeError, DeadlineExceededError, InternalError)
+"""After these a request is halved: what is wrong, or too much, may be one row."""
+
+
+@dataclass
+class Cost:
+    """Tokens of answered requests."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+
+
+def score(
+    request: ScoreRequest, asked: Sequence[tuple[int, str, str]], ask: Ask
+) -> tuple[dict[int, dict[str, Any] | str], Cost]:
+    """The results of rows, by position, or why a row has none.
+
+    Args:
+        asked: position, query and item of each row.
+        ask: is given requests of about ``MOST_ITEMS`` prompts.
+
+    Raises:
+        ScoringError: no row can be scored so: the labels are wrong, the model is unknown, nobody answers.
+    """
+    found: dict[int, dict[str, Any] | str] = {}
+    cost = Cost()
+    for query, rows in _grouped(request, asked):
+        for some in _cut(query, rows):
+            _score(request, query, some, ask, found, cost)
+    return found, cost
+
+
+def _grouped(
+    request: ScoreRequest, asked: Iterable[tuple[int, str, str]]
+) -> Iterable[tuple[str, list[tuple[int, str]]]]:
+    """Rows with the same query. What is alone with its query goes with others, as whole prompts: the service would join
+    the texts in the same way. Not where the item must be known, to be cut."""
+    groups: dict[str, list[tuple[int, str]]] = {}
+    for at, query, item in asked:
+        groups.setdefault(query, []).append((at, item))
+    if request.truncate == "item":
+        return list(groups.items())
+    alone = {query: rows[0] for query, rows in groups.items() if len(rows) == 1}
+    whole = [(at, item + query if request.item_first else query + item) for query, (at, item) in alone.items()]
+    several = [(query, rows) for query, rows in groups.items() if query not in alone]
+    return [*several, ("", whole)] if whole else several
+
+
+def _cut(query: str, rows: list[tuple[int, str]]) -> Generator[list[tuple[int, str]]]:
+    some: list[tuple[int, str]] = []
+    characters = len(query)
+    for row in rows:
+        if some and (len(some) == MOST_ITEMS or characters + len(row[1]) > MOST_CHARACTERS):
+            yield some
+            some, characters = [], len(query)
+        some.append(row)
+        characters += len(row[1])
+    yield some
+
+
+def _score(
+    request: ScoreRequest,
+    query: str,
+    rows: list[tuple[int, str]],
+    ask: Ask,
+    found: dict[int, dict[str, Any] | str],
+    cost: Cost,
+) -> None:
+    items = [item for _, item in rows]
+    try:
+        answer = ask(request.model_copy(update={"query": query, "items": items, "on_error": "item"}))
+    except _SPLIT as error:
+        if len(rows) == 1:
+            found[rows[0][0]] = _ITEM.sub("the item", error.message)
+            return
+        half = len(rows) // 2
+        _score(request, query, rows[:half], ask, found, cost)
+        _score(request, query, rows[half:], ask, found, cost)
+        return
+    cost.prompt_tokens += answer.usage.prompt_tokens
+    cost.cached_tokens += answer.usage.prompt_tokens_details.cached_tokens
+    errors = {error.index: _ITEM.sub("the item", error.message) for error in answer.errors or []}
+    for index, (at, _) in enumerate(rows):
+        found[at] = errors[index] if index in errors else _result(answer, index, result_names(request))
+
+
+def result_names(request: ScoreRequest) -> list[str]:
+    """The columns that the output has besides the input's."""
+    wanted = {
+        "scores": True,
+        "token_logprobs": request.return_token_logprobs,
+        "label_mass": request.return_label_mass,
+        "truncated": request.truncate == "item",
+    }
+    return [name for name, there in wanted.items() if there]
+
+
+def _result(answer: ScoreResponse, index: int, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(answer, name)[index] for name in names}

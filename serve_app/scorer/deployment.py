@@ -1,0 +1,184 @@
+"""The scorer: one replica holds one engine, in its own process or on the hosts of a slice."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ray import serve
+
+from serve_app import timing
+from serve_app.contract import Engine, JobResult, ModelInfo, QueueStats, ScoreJob
+from serve_app.errors import OverloadedError
+from serve_app.metrics import REPORT_S, ScorerMetrics
+from serve_app.scorer import speed
+from serve_app.scorer.autoscaling import PENDING_TOKENS
+from serve_app.scorer.engines import load_engine
+from serve_app.scorer.queue import DeviceQueue
+from serve_app.settings import ModelSettings
+
+logger = logging.getLogger("ray.serve")
+
+INTAKE_BATCH = 32
+INTAKE_CONCURRENCY = 32
+MAX_ONGOING = INTAKE_BATCH * INTAKE_CONCURRENCY
+"""Calls that a replica accepts at once. They are waiting for the device, which costs nothing; the bound that matters
+is ``limits.max_queued_tokens``."""
+INTAKE_WAIT_S = 0.001
+INTAKE_LIMIT_S = 15.0
+"""The intake never waits for the device, so a call that is not through after this long never will be."""
+
+BROKEN_AFTER = 5
+"""Batches in a row on which the engine raised: what one bad job does is undone by the next good one."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    job: ScoreJob
+    answer: asyncio.Future[JobResult]
+
+
+class Scorer:
+    """The class of the deployment: answers ``ScoreJob``s. Ready, for Serve, when the engine is warm.
+
+    Args:
+        load: makes the engine; runs in a thread, so that the replica answers Serve's questions meanwhile.
+        measure: tells how many tokens a second it computes; likewise.
+    """
+
+    async def __init__(
+        self,
+        settings: ModelSettings,
+        load: Callable[[ModelSettings], Engine] = load_engine,
+        measure: Callable[[Engine], float] = speed.measure,
+    ) -> None:
+        self._engine = await asyncio.to_thread(load, settings)
+        self._tokens_per_s = await asyncio.to_thread(measure, self._engine)
+        logger.info("this replica computes about %d tokens a second", self._tokens_per_s)
+        self._metrics = ScorerMetrics(settings.name)
+        self._queue = DeviceQueue(
+            self._engine,
+            max_batch_tokens=settings.max_batch_tokens,
+            max_queued_tokens=settings.queued_tokens(self._tokens_per_s),
+            observe=self._metrics.batch,
+            tokens_per_s=self._tokens_per_s,
+        )
+        self._settings = self._live = settings
+        self._intake_works = True
+        self._reporting = asyncio.create_task(self._report())
+
+    async def score(self, job: ScoreJob) -> JobResult:
+        """The values of all targets of ``job``. A caller that is cancelled takes its queued work with it.
+
+        Raises:
+            OverloadedError: the queue is full; another replica may have room.
+            DeadlineExceededError: ``job.deadline`` passed while the job was queued.
+            InternalError: the engine failed on this job.
+        """
+        answer: asyncio.Future[JobResult] = asyncio.get_running_loop().create_future()
+        arrived = time.time()
+        try:
+            try:
+                async with asyncio.timeout(INTAKE_LIMIT_S):
+                    await self._intake(_Call(job, answer))
+            except TimeoutError:
+                self._intake_works = False
+                raise OverloadedError("this replica is stuck; try again", retry_after_s=1) from None
+            result = await answer
+            self._metrics.answered(result)
+            timing.record_job(
+                job.request_id, arrived, result.queue_seconds, result.device_seconds, job.batch.num_sequences
+            )
+            return result
+        except OverloadedError:
+            self._end_if_lost()
+            raise
+        finally:
+            answer.cancel()
+
+    @serve.batch(  # pyright: ignore[reportUnknownMemberType]
+        max_batch_size=INTAKE_BATCH, batch_wait_timeout_s=INTAKE_WAIT_S, max_concurrent_batches=INTAKE_CONCURRENCY
+    )
+    async def _intake(self, calls: list[_Call]) -> list[None]:
+        """Queue the calls that came together. It neither waits for answers nor raises: either would touch all calls."""
+        self._intake_works = True
+        for call in calls:
+            try:
+                self._queue.submit(call.job, call.answer)
+            except BaseException as error:
+                call.answer.set_exception(error)
+        return [None] * len(calls)
+
+    async def info(self) -> ModelInfo:
+        """Facts about the loaded model."""
+        return replace(self._engine.info, tokens_per_s=self._tokens_per_s)
+
+    async def stats(self) -> QueueStats:
+        """The queue's counters."""
+        return self._queue.stats()
+
+    async def reconfigure(self, user_config: Mapping[str, Any] | None, rank: object) -> None:  # noqa: ARG002
+        """Take other values for what ``settings.LIVE`` names; what is not named is as at the start.
+
+        Serve calls it with ``user_config``, and with None when that is gone, but only if ``rank`` is asked for. What is
+        wrong is logged and changes nothing: Serve would kill the replica if this raised.
+        """
+        try:
+            settings = self._settings.live(user_config or {})
+        except ValueError as error:
+            logger.error("user_config is refused, and nothing changes: %s", error)
+            return
+        self._live = settings
+        self._engine.limit(settings.stall_s)
+        self._resize()
+
+    def _resize(self) -> None:
+        """Bound the queue by the settings that hold, and by the speed as the batches so far tell."""
+        speed_now = max(self._queue.tokens_per_s, self._tokens_per_s)
+        self._queue.resize(
+            max_batch_tokens=self._live.max_batch_tokens, max_queued_tokens=self._live.queued_tokens(speed_now)
+        )
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What ``autoscaling.PendingTokensPolicy`` goes by; Serve asks for it under this name."""
+        return {PENDING_TOKENS: self._queue.stats().pending_tokens}
+
+    async def _report(self) -> None:
+        while True:
+            self._metrics.update(self._queue.stats(), self._engine.stats)
+            self._resize()
+            await asyncio.sleep(REPORT_S)
+
+    async def check_health(self) -> None:
+        """Raise while every batch fails, or the engine says what is wrong; Serve replaces the replica if it goes on."""
+        self._end_if_lost()
+        if self._queue.failures_in_a_row >= BROKEN_AFTER:
+            raise RuntimeError(f"the engine failed on the last {self._queue.failures_in_a_row} batches")
+        self._engine.check()
+
+    def _end_if_lost(self) -> None:
+        """End the process when no answer can come from it any more, which sends its jobs to other replicas at once.
+
+        A health check that failed would be asked twice more, and the jobs waited for as long as a healthy replica's.
+        Meanwhile new ones would come, more than to others, since it fails faster than they answer.
+        """
+        if fault := self._fault():
+            logger.critical("this replica ends itself: %s", fault)
+            logging.shutdown()
+            os._exit(1)
+
+    def _fault(self) -> str | None:
+        """Why no job will be answered, if that is so."""
+        if not self._intake_works:
+            return f"a call was not taken in within {INTAKE_LIMIT_S:.0f} s"
+        if not self._queue.running:
+            return "the device queue has stopped"
+        stalled = self._queue.stalled_seconds()
+        if stalled > self._live.longest_batch_s:
+            return f"the device has not finished a batch for {stalled:.0f} s; stall_s is {self._live.stall_s}"
+        return None

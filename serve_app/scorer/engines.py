@@ -1,0 +1,137 @@
+"""From settings to an engine: in this process, or on the hosts of a slice.
+
+The only module of the service that loads the model package, and jax: in the process that computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import hashlib
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from serve_app import model_source
+from serve_app.contract import BatchResult, Engine, EngineStats, ModelInfo, Progress, TokenBatch
+from serve_app.scorer.fake_engine import FakeEngine
+from serve_app.scorer.slice_group import SliceGroup
+from serve_app.scorer.slice_worker import Place
+from serve_app.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from model.engine import Engine as ModelEngine
+
+logger = logging.getLogger("ray.serve")
+
+ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")
+"""Device files of TPUs and GPUs."""
+
+
+TELL_S = 3.0
+"""Between two lines on how far a start is."""
+
+
+class _ModelEngine:
+    """The model's engine with answers in the contract's classes: unpickling its own would load jax in the ingress."""
+
+    def __init__(self, engine: ModelEngine) -> None:
+        self._engine = engine
+
+    @property
+    def info(self) -> ModelInfo:
+        return ModelInfo(**dataclasses.asdict(self._engine.info))
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(**dataclasses.asdict(self._engine.stats))
+
+    def warmup(self, progress: Progress | None = None) -> None:
+        self._engine.warmup(progress)
+
+    def score(self, batch: TokenBatch) -> BatchResult:
+        result = self._engine.score(batch)
+        return BatchResult(result.values, result.computed_tokens, result.argmax, result.argmax_values)
+
+    def limit(self, stall_s: float) -> None:
+        """A batch ends by itself, or with the process."""
+
+    def check(self) -> None:
+        """It fails with the process."""
+
+
+def load_engine(settings: ModelSettings) -> Engine:
+    """The engine that ``settings`` name, warmed up. Takes seconds to minutes; the log tells how far it is."""
+    if settings.tpu and settings.tpu.hosts > 1:
+        engine: Engine = SliceGroup(settings, load_part)
+    elif settings.engine == "fake":
+        engine = FakeEngine()
+    else:
+        engine = _load_model(settings)
+    started = time.monotonic()
+    engine.warmup(told(logger.info))
+    logger.info("the model's programs are ready, after %.1f s", time.monotonic() - started)
+    return engine
+
+
+def told(say: Callable[[str], None], now: Callable[[], float] = time.monotonic) -> Progress:
+    """Progress as a line every ``TELL_S`` seconds, with what is left by the time taken so far."""
+    started = last = now()
+
+    def progress(done: int, total: int, _what: str) -> None:
+        nonlocal last
+        if done < total and now() - last >= TELL_S:
+            last = now()
+            left = (last - started) / done * (total - done)
+            about = f"{left / 60:.0f} min" if left >= 120 else f"{max(5, 5 * round(left / 5))} s"
+            say(
+                f"preparing the model's programs: {done} of {total}, about {about} left "
+                "(the first start compiles them, later ones reuse them)"
+            )
+
+    return progress
+
+
+def load_part(settings: ModelSettings, place: Place) -> Engine:
+    """The part of an engine that one host of a slice holds, see ``slice_worker.LoadPart``."""
+    if settings.engine == "fake":
+        return FakeEngine()
+    from model.engine import join
+
+    join(place.coordinator, place.hosts, place.number)
+    return _load_model(settings)
+
+
+def _load_model(settings: ModelSettings) -> Engine:
+    if not any(map(glob.glob, ACCELERATORS)):
+        # With libtpu installed, as the tests have it, jax would look for a TPU and fill the log with its absence.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from model.engine import load, tpu_mesh
+
+    mesh = tpu_mesh(settings.tpu.chips) if settings.tpu else None
+    folder = model_source.resolve(settings.model, settings.revision, say=logger.info)
+    logger.info("loading %s", folder)
+    return _ModelEngine(
+        load(
+            folder,
+            dtype=settings.dtype,
+            quantization=settings.quantization,
+            max_prompt_tokens=settings.limits.max_prompt_tokens,
+            compiled_folder=compiled_folder(),
+            mesh=mesh,
+        )
+    )
+
+
+def compiled_folder() -> Path:
+    """Of programs compiled for this kind of processor: a home directory may be shared by hosts of several kinds."""
+    processor = platform.processor() + platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor += next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return model_source.cache_folder() / "compiled" / hashlib.sha256(processor.encode()).hexdigest()[:12]

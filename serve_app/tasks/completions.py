@@ -1,0 +1,335 @@
+"""Log-likelihoods in OpenAI's shape: ``/v1/completions``, prefill only.
+
+``echo`` with ``logprobs`` tells what the model thinks of each token of a prompt, which is what evaluation harnesses ask
+for. The distribution after every position is read on the engine, one target each; no [positions, vocabulary] array
+exists anywhere. At most one token comes after a prompt: the likeliest, which its prefill has found anyway.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Annotated, Any, Literal, cast
+
+import numpy as np
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
+
+from serve_app import compat
+from serve_app.contract import BatchResult, TokenBatch
+from serve_app.errors import InvalidRequestError
+from serve_app.schemas import LOWEST, IdLists, Ids, RequestBody, ResponseBody, Text, Texts, Usage
+from serve_app.tasks.model_facts import ServedModel
+from serve_app.tasks.scores import not_finite, usage
+from serve_app.tasks.steps import Steps
+from serve_app.tasks.token_texts import TokenReader, TokenTexts
+from serve_app.tasks.tokenizer import TextTokenizer
+from serve_app.tasks.validation import check_causal, check_count, check_ids, check_total
+
+
+def _one_at_most(count: int) -> int:
+    if not 0 <= count <= 1:
+        raise PydanticCustomError("one_token", "0 or 1, since this service prefills prompts and never generates text")
+    return count
+
+
+def _likeliest_only(count: int) -> int:
+    if not 0 <= count <= 1:
+        raise PydanticCustomError("one_logprob", "0 or 1: at most the likeliest token is told beside the prompt's own")
+    return count
+
+
+def _greedy(temperature: float) -> float:
+    if temperature:
+        raise PydanticCustomError("greedy", "0 or left out, since the one token is the likeliest and never sampled")
+    return temperature
+
+
+Prompt = str | list[str] | list[int] | list[list[int]]
+
+_ZERO_OR_ONE: dict[str, Any] = {"minimum": 0, "maximum": 1}
+
+
+class CompletionRequest(RequestBody):
+    """Logprobs of prompts, and their likeliest next tokens: ``POST /v1/completions``.
+
+    Attributes:
+        prompt: one or several, as text or token ids.
+        max_tokens: 0, or 1 for the likeliest next token. None: 0 where ``echo`` and ``logprobs`` ask about the prompt,
+            else an error, since OpenAI's default is 16.
+        echo: begin the answer's text, and its logprobs, with the prompt.
+        logprobs: 0: of the answer's tokens; 1: also of the likeliest token in each place. None: no logprobs.
+        temperature: 0, which is also the default.
+    """
+
+    foreign = compat.COMPLETIONS
+
+    model: Text = "default"
+    prompt: Annotated[Text | Texts | Ids | IdLists, Field(union_mode="left_to_right")]
+    max_tokens: Annotated[int, AfterValidator(_one_at_most), Field(json_schema_extra=_ZERO_OR_ONE)] | None = None
+    echo: bool = False
+    logprobs: Annotated[int, AfterValidator(_likeliest_only), Field(json_schema_extra=_ZERO_OR_ONE)] | None = None
+    temperature: Annotated[float, AfterValidator(_greedy), Field(json_schema_extra={"const": 0})] | None = None
+
+    @property
+    def new_tokens(self) -> int:
+        """How many come after each prompt.
+
+        Raises:
+            InvalidRequestError: as OpenAI's API has it, more than one.
+        """
+        if self.max_tokens is None and not (self.echo and self.logprobs is not None):
+            raise InvalidRequestError(
+                "max_tokens is left out, which in OpenAI's API means 16; this service prefills prompts and never "
+                "generates text: send max_tokens: 0, or 1 for the likeliest next token",
+                param="max_tokens",
+            )
+        return self.max_tokens or 0
+
+
+class CompletionLogprobs(ResponseBody):
+    """Of each token of the answer, in nats over the whole vocabulary.
+
+    Attributes:
+        tokens: their names: the text, or of a part of a character its bytes, as ``bytes:\\xe7\\x8b``.
+        token_logprobs: None for a prompt's first token, which nothing comes before.
+        top_logprobs: with ``logprobs: 1``, for each place the token that stands there and the likeliest one.
+        text_offset: characters before each token in the answer's ``text``; parts of a character begin where it does.
+    """
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    text_offset: list[int]
+    top_logprobs: list[dict[str, float] | None] | None = None
+
+
+class CompletionChoice(ResponseBody):
+    """The answer to one prompt."""
+
+    text: str
+    index: int
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: Literal["length"] = "length"
+
+
+class CompletionResponse(ResponseBody):
+    """One choice a prompt, in order."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class OpenAIError(ResponseBody):
+    """What ``OpenAIErrorResponse`` holds."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class OpenAIErrorResponse(ResponseBody):
+    """The shape of errors on this route, which OpenAI's clients expect."""
+
+    error: OpenAIError
+
+
+class Completer:
+    """Builds the prompts of completion requests."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
+        self._reader = TokenReader(model.tokenizer.backend)
+
+    def prepare(self, request: CompletionRequest, request_id: str) -> Steps[CompletionQuestion]:
+        """One sequence a prompt. Read at every position whose next token is asked about.
+
+        Raises:
+            InvalidRequestError: ids or lengths are wrong, or the model is no causal one.
+            TooLargeError: more prompts or tokens than the limits allow.
+        """
+        check_causal(self._model.classes)
+        new_tokens = request.new_tokens
+        texts, sequences = yield from self._prompts(request.prompt)
+        rated = request.echo and request.logprobs is not None
+        arrays = [np.asarray(ids, np.int32) for ids in sequences]
+        # Each position has the next token for a target; the last has none, and is read for its likeliest.
+        firsts = [0 if rated else len(ids) - 1 for ids in arrays]
+        reads = [
+            np.arange(first, len(ids) - 1 + new_tokens, dtype=np.int32)
+            for first, ids in zip(firsts, arrays, strict=True)
+        ]
+        targets = [ids[first + 1 :] for first, ids in zip(firsts, arrays, strict=True)]
+        target_counts = [np.arange(len(at)) < len(own) for at, own in zip(reads, targets, strict=True)]
+        batch = TokenBatch(
+            tokens=np.concatenate(arrays),
+            offsets=np.cumsum([0, *map(len, arrays)], dtype=np.int64),
+            read_sequences=np.repeat(np.arange(len(arrays), dtype=np.int32), [len(at) for at in reads]),
+            read_positions=np.concatenate(reads),
+            targets=np.concatenate(targets),
+            target_offsets=np.concatenate(
+                [np.zeros(1, np.int64), np.cumsum(np.concatenate(target_counts), dtype=np.int64)]
+            ),
+            argmax=new_tokens == 1 or (rated and request.logprobs == 1),
+        )
+        tokenizer = self._model.tokenizer
+        return CompletionQuestion(batch, request, texts, tokenizer, self._reader, self._model.name, request_id)
+
+    def _prompts(self, prompt: Prompt) -> Steps[tuple[list[str | None], list[list[int]]]]:
+        """Of each prompt the text, where it came as text, and the ids."""
+        if not prompt and not isinstance(prompt, str):
+            raise InvalidRequestError("prompt is an empty list; send at least one prompt", param="prompt")
+        where = "prompt[{}]"
+        if isinstance(prompt, str):
+            prompt = [prompt]
+        elif isinstance(prompt[0], int):
+            where, prompt = "prompt", [cast(list[int], prompt)]
+        check_count(prompt, self._model.limits.max_items, "prompt")
+        if isinstance(prompt[0], str):
+            texts = cast(list[str], prompt)
+            found = self._model.encoded(texts, "prompt")
+        else:
+            texts = [None] * len(prompt)
+            found = iter(cast(list[list[int]], prompt))
+        total = 0
+        sequences: list[list[int]] = []
+        for index, ids in enumerate(found):
+            yield
+            sequences.append(ids)
+            check_ids(ids, self._model.vocab_size, where.format(index), index, of_text=isinstance(prompt[0], str))
+            total += len(ids)
+            if not 0 < len(ids) <= self._model.max_prompt_tokens:
+                raise InvalidRequestError(
+                    f"prompt[{index}] has {len(ids)} tokens; this model reads 1 to {self._model.max_prompt_tokens}",
+                    param="prompt",
+                    index=index,
+                )
+            check_total(total, self._model.limits.max_request_tokens, "prompt", index)
+        return list(texts), sequences
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionQuestion:
+    """A completion request once its prompts are built; ``texts`` are those of prompts that came as text."""
+
+    batch: TokenBatch
+    request: CompletionRequest
+    texts: Sequence[str | None]
+    tokenizer: TextTokenizer
+    reader: TokenReader
+    model: str
+    request_id: str
+    query_tokens: int = 0
+
+    @property
+    def items(self) -> int:
+        """Its prompts."""
+        return self.batch.num_sequences
+
+    @property
+    def size(self) -> int:
+        """About how many values the answer has."""
+        return len(self.batch.tokens)
+
+    def answer(self, result: BatchResult) -> CompletionResponse:
+        """The engine's values as OpenAI shows them.
+
+        Raises:
+            InternalError: the model's output for a prompt is not finite.
+        """
+        batch = self.batch
+        prompts = range(batch.num_sequences)
+        read_bounds = np.searchsorted(batch.read_sequences, np.arange(len(prompts) + 1)).tolist()
+        offsets, target_offsets = batch.offsets.tolist(), batch.target_offsets.tolist()
+        choices: list[CompletionChoice] = []
+        for index, (start, stop), (first, last) in zip(prompts, pairwise(offsets), pairwise(read_bounds), strict=True):
+            prompt = _Read(
+                ids=batch.tokens[start:stop].tolist(),
+                logprobs=result.values[target_offsets[first] : target_offsets[last]].tolist(),
+                argmax=result.argmax[first:last].tolist(),
+                argmax_logprobs=result.argmax_values[first:last].tolist(),
+            )
+            if not all(value < math.inf for value in (*prompt.logprobs, *prompt.argmax_logprobs)):  # NaN is not, either
+                raise not_finite(index, "prompt")
+            choices.append(self._choice(index, prompt))
+        prompt_tokens, generated = len(batch.tokens), len(prompts) * self.request.new_tokens
+        return CompletionResponse(
+            id=f"cmpl-{self.request_id}",
+            created=int(time.time()),
+            model=self.model,
+            choices=choices,
+            usage=usage(prompt_tokens, int(result.computed_tokens.sum()), generated),
+        )
+
+    def _choice(self, index: int, prompt: _Read) -> CompletionChoice:
+        request = self.request
+        generated = prompt.argmax[-request.new_tokens :] if request.new_tokens else []
+        told = self._told(index, prompt.ids, generated)
+        if not request.echo:
+            own = len(prompt.ids)
+            front = told.starts[own] if generated else len(told.text)
+            told = TokenTexts(told.text[front:], [0] * len(generated), told.names[own:])
+        if request.logprobs is None:
+            return CompletionChoice(text=told.text, index=index, logprobs=None)
+        nats = [*prompt.logprobs, *prompt.argmax_logprobs[len(prompt.argmax) - len(generated) :]]
+        shown = [*prompt.ids[1:], *generated] if request.echo else generated
+        top: list[dict[str, float] | None] | None = None
+        if request.logprobs:
+            before = [*prompt.ids, *generated][-len(shown) - 1 : -1] if shown else []
+            likeliest = self.reader.names(before, prompt.argmax)
+            names = told.names[request.echo :]
+            rows = zip(shown, names, nats, prompt.argmax, likeliest, prompt.argmax_logprobs, strict=True)
+            top = [_top(*row) for row in rows]
+        known: list[float | None] = [max(value, LOWEST) for value in nats]
+        if request.echo:
+            known = [None, *known]
+            top = None if top is None else [None, *top]
+        logprobs = CompletionLogprobs(
+            tokens=told.names, token_logprobs=known, top_logprobs=top, text_offset=told.starts
+        )
+        return CompletionChoice(text=told.text, index=index, logprobs=logprobs)
+
+    def _told(self, index: int, ids: list[int], generated: list[int]) -> TokenTexts:
+        """The prompt's text and what comes after it, with its tokens."""
+        told = self.reader.read([*ids, *generated])
+        if (given := self.texts[index]) is None:
+            return told
+        end = told.starts[len(ids)] if generated else len(told.text)
+        if told.text[:end].endswith(given):
+            return told.without_front(end - len(given))
+        # The tokenizer changed the text before it cut it.
+        _, ends = self.tokenizer.encode_with_ends(given)
+        starts = [0]
+        for last, this in pairwise([0, *ends]):
+            starts.append(last if this > last else starts[-1])
+        starts = [min(start, len(given)) for start in starts[1:]] + [len(given)] * len(generated)
+        return TokenTexts(given + told.text[end:], starts, told.names)
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What the engine told of one prompt: logprobs of its own tokens but the first, and each read's likeliest token."""
+
+    ids: list[int]
+    logprobs: list[float]
+    argmax: list[int]
+    argmax_logprobs: list[float]
+
+
+def _top(
+    token: int, name: str, logprob: float, likeliest: int, likeliest_name: str, highest: float
+) -> dict[str, float]:
+    """The token in a place, and the likeliest one there: the same if the token's logprob is the highest of the two."""
+    logprob = max(logprob, LOWEST)
+    if token == likeliest:
+        return {name: logprob}
+    if likeliest_name == name:  # some vocabularies have two tokens of one text
+        likeliest_name = f"token_id:{likeliest}"
+    return {name: logprob} | {likeliest_name: max(highest, logprob)}

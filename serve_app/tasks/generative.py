@@ -1,0 +1,93 @@
+"""``POST /generative_scoring``: vLLM's request shape and envelope around ``ScoringService.score``.
+
+Each item's score is that of the first label. Text is joined before it is tokenised, as on ``/v1/score``; vLLM tokenises
+query and items apart, which gives other tokens where they meet.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from serve_app import compat
+from serve_app.errors import InvalidRequestError
+from serve_app.schemas import IdLists, Ids, RequestBody, ResponseBody, ScoreRequest, ScoreResponse, Text, Texts, Usage
+from serve_app.tasks.validation import check_causal
+
+
+class GenerativeScoringRequest(RequestBody):
+    """How likely a model continues each prompt with the first label: ``POST /generative_scoring``.
+
+    Attributes:
+        query: text or token ids, the same kind as ``items``.
+        items: one prompt each.
+        label_token_ids: the first is scored.
+        apply_softmax: against the other labels; False: over the whole vocabulary.
+        item_first: the prompt is item + query instead of query + item.
+        add_special_tokens: to text, such as a begin-of-sequence token.
+        request_id: becomes a part of the answer's ``id``; None: the request's own.
+    """
+
+    foreign = compat.GENERATIVE
+
+    model: Text | None = None
+    query: Annotated[Text | Ids, Field(union_mode="left_to_right")]
+    items: Annotated[Texts | IdLists, Field(union_mode="left_to_right")]
+    label_token_ids: Ids
+    apply_softmax: bool = True
+    item_first: bool = False
+    add_special_tokens: bool = True
+    request_id: Text | None = None
+
+
+class ItemScore(ResponseBody):
+    """The first label's probability for the item at ``index``."""
+
+    index: int
+    object: Literal["score"] = "score"
+    score: float
+
+
+class GenerativeScoringResponse(ResponseBody):
+    """One score an item, in order."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[ItemScore]
+    usage: Usage
+
+
+def as_score_request(request: GenerativeScoringRequest, classes: int) -> ScoreRequest:
+    """The same question to ``/v1/score``.
+
+    Raises:
+        InvalidRequestError: the model has ``classes``; or there are no items, which vLLM refuses, too.
+    """
+    check_causal(classes)
+    if not request.items:
+        raise InvalidRequestError("items is empty; send at least one item", param="items")
+    # Checked already: once is enough for a million ids.
+    return ScoreRequest.model_construct(
+        query=request.query,
+        items=request.items,
+        label_token_ids=request.label_token_ids,
+        apply_softmax=request.apply_softmax,
+        item_first=request.item_first,
+        model=request.model or "default",
+        add_special_tokens=request.add_special_tokens,
+    )
+
+
+def as_response(answer: ScoreResponse, request_id: str) -> GenerativeScoringResponse:
+    """The answer in vLLM's envelope."""
+    return GenerativeScoringResponse(
+        id=f"generative-scoring-{request_id}",
+        created=int(time.time()),
+        model=answer.model,
+        data=[ItemScore(index=index, score=row[0]) for index, row in enumerate(answer.scores) if row],
+        usage=answer.usage,
+    )

@@ -1,0 +1,79 @@
+"""What a front end knows of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from serve_app.contract import ModelInfo
+from serve_app.settings import Limits
+from serve_app.tasks.tokenizer import Joined, TextTokenizer
+from serve_app.tasks.validation import check_characters, check_work
+
+TEXT_CHARACTERS = 2**19
+"""Of one text may be tokenised whatever the model reads: 0.3 s of one thread (two cores, a byte-level BPE)."""
+CHARACTERS_PER_TOKEN = 64
+"""More than a text has, on average, in any language."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """All that a request becomes prompts by.
+
+    Attributes:
+        name: in answers.
+        info: what the engine says of it.
+        limits: of a request.
+    """
+
+    name: str
+    tokenizer: TextTokenizer
+    info: ModelInfo
+    limits: Limits
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids below it are the model's."""
+        return self.info.vocab_size
+
+    @property
+    def classes(self) -> int:
+        """Of a model with a classification head, which are then the labels; or 0."""
+        return self.info.classes
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """See ``ModelInfo``."""
+        return self.info.pad_token_id
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """That the model reads, and a request may use."""
+        most = self.info.max_prompt_tokens
+        return min(most, self.limits.max_prompt_tokens or most)
+
+    @property
+    def max_text_characters(self) -> int:
+        """Of one text, with all that is tokenised with it: a longer one has more tokens than the model reads, for all
+        that real texts are made of."""
+        return max(TEXT_CHARACTERS, CHARACTERS_PER_TOKEN * self.max_prompt_tokens)
+
+    @property
+    def max_request_characters(self) -> int:
+        """That may be tokenised for one request."""
+        return CHARACTERS_PER_TOKEN * self.limits.max_request_tokens
+
+    def encoded(self, texts: Sequence[str], param: str, *, add_special_tokens: bool = True) -> Iterator[list[int]]:
+        """The tokens of each text, made as they are wanted.
+
+        Args:
+            param: the field that they came in.
+
+        Raises:
+            InvalidRequestError: before anything is made: a text is too long.
+            TooLargeError: likewise: they are too much together.
+        """
+        for index, text in enumerate(texts):
+            check_characters(len(text), self.max_text_characters, param, index)
+        check_work(sum(map(len, texts)), self.max_request_characters, param)
+        return Joined(self.tokenizer, "", add_special_tokens=add_special_tokens, many=False).each(texts)

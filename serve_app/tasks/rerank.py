@@ -1,0 +1,322 @@
+"""Documents by their relevance to a query: ``/v1/rerank``, in Cohere's and Jina's shape.
+
+A causal model is asked a question by a template (``templates.py``), and the score is ``p_yes / (p_yes + p_no)``. A
+model with a classification head reads the same prompt and has a score of its own, see ``relevance``. The prompt up to
+the document's end is joined, then tokenised, unless the template has it in parts; the template's end is tokenised by
+itself, as in the model card of Qwen3-Reranker, so that a long document can be cut before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import AliasChoices, ConfigDict, Field
+
+from serve_app import compat
+from serve_app.batches import common_prefix
+from serve_app.contract import BatchResult
+from serve_app.errors import InvalidRequestError
+from serve_app.schemas import LOWEST, RequestBody, ResponseBody, Text, Usage
+from serve_app.settings import ModelSettings
+from serve_app.tasks import labels
+from serve_app.tasks.labels import Layout
+from serve_app.tasks.model_facts import ServedModel
+from serve_app.tasks.preparation import PreparedQuestion, Prompt, packed
+from serve_app.tasks.scores import class_logits, label_scores, usage
+from serve_app.tasks.steps import Steps
+from serve_app.tasks.template_choice import choose
+from serve_app.tasks.tokenizer import Joined
+from serve_app.tasks.validation import check_characters, check_count, check_ids, check_total, check_work
+
+_SHOWN = 10
+"""Documents that a warning names."""
+_MOST_CLASSES = 2
+"""Of a model that can rerank: of more no single one means relevance."""
+
+
+class RerankDocument(RequestBody):
+    """A document with metadata, of which only the text is read."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    text: Text
+
+
+class RerankRequest(RequestBody):
+    """Which documents answer a query best: ``POST /v1/rerank``.
+
+    Attributes:
+        query: what the documents are judged by.
+        documents: texts, or objects with a ``text``.
+        top_n: so many of the best only.
+        return_documents: put each document's text into its result.
+        instruct: the task in words, for templates that have a place for it; None: the template's own. vLLM's name for
+            it is ``instruction``.
+        max_tokens_per_doc: longer documents are cut, as are those that do not fit the model's context.
+        truncate_prompt_tokens: documents are cut so that no prompt is longer. -1 or None: as long as the model reads.
+        truncate: False: a document that would be cut is an error.
+        raw_scores: the score before the logistic function: of a causal model ``log(p_yes / p_no)``.
+    """
+
+    foreign = compat.RERANK
+
+    model: Text = "default"
+    query: Text
+    documents: Annotated[list[Text | RerankDocument], Field(fail_fast=True)]
+    top_n: Annotated[int, Field(ge=1)] | None = None
+    return_documents: bool | None = None
+    instruct: Annotated[Text | None, Field(validation_alias=AliasChoices("instruct", "instruction"))] = None
+    max_tokens_per_doc: Annotated[int, Field(ge=1)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    truncate: bool | None = None
+    raw_scores: bool = False
+
+
+class RankedDocument(ResponseBody):
+    """A document's text, as it came."""
+
+    text: str
+
+
+class RerankResult(ResponseBody):
+    """One document: ``index`` is its place in the request, ``relevance_score`` 0 to 1 unless ``raw_scores``."""
+
+    index: int
+    relevance_score: float
+    document: RankedDocument | None = None
+
+
+class RerankTokens(ResponseBody):
+    """As Cohere counts. Nothing is ever generated."""
+
+    input_tokens: int
+    output_tokens: int = 0
+
+
+class RerankMeta(ResponseBody):
+    """``warnings`` tell which documents were cut."""
+
+    tokens: RerankTokens
+    warnings: list[str] | None = None
+
+
+class RerankResponse(ResponseBody):
+    """Results, best first; equal scores in the order of the request."""
+
+    id: str
+    object: Literal["list"] = "list"
+    model: str
+    results: list[RerankResult]
+    meta: RerankMeta
+    usage: Usage
+
+
+class Reranker:
+    """Builds the prompts of rerank requests.
+
+    Args:
+        settings: name the template, or leave the choice to the model's files.
+        folder: the model's; None: its name alone tells.
+
+    Raises:
+        ValueError: the model is causal, and the template that the settings name has answers that are not one token
+            each.
+    """
+
+    def __init__(self, model: ServedModel, settings: ModelSettings, folder: Path | None = None) -> None:
+        self._model = model
+        choice = choose(settings, folder)
+        self._template = choice.template
+        self.template_name = choice.name if model.classes <= _MOST_CLASSES else None
+        """None: this model cannot rerank."""
+        if settings.rerank_template is not None and not model.classes:
+            try:
+                self._answers(self._template.around("", None).behind)
+            except InvalidRequestError as error:
+                raise ValueError(f"rerank_template: {error.message}") from error
+
+    def prepare(self, request: RerankRequest, request_id: str) -> Steps[RerankQuestion]:
+        """One prompt a document, read at its last token for the two answers, or the classes.
+
+        Raises:
+            InvalidRequestError: the query leaves no room for a document, the model's tokenizer cuts the answers, or the
+                model has more than two classes.
+            TooLargeError: more documents or tokens than the limits allow.
+        """
+        documents = [document if isinstance(document, str) else document.text for document in request.documents]
+        check_count(documents, self._model.limits.max_items, "documents")
+        apart, before, behind = self._template.around(request.query, request.instruct)
+        most = self._model.max_text_characters
+        check_characters(sum(map(len, (*apart, before, *behind))), most, "query")
+        for index, document in enumerate(documents):
+            check_characters(len(before) + len(document), most, "documents", index)
+        characters = len(documents) * len(before) + sum(map(len, documents))
+        check_work(characters, self._model.max_request_characters, "documents")
+        end, layout = self._answers(behind)
+        whole = isinstance(self._template.prompt, str)
+        opening = self._each_apart(apart)
+        (front,) = self._model.tokenizer.encode([before], add_special_tokens=whole)
+        front = opening + front
+        most, limited = self._model.max_prompt_tokens, "this model reads"
+        if request.truncate_prompt_tokens is not None and 0 <= request.truncate_prompt_tokens < most:
+            most, limited = request.truncate_prompt_tokens, "truncate_prompt_tokens allows"
+        if most - len(front) - len(end) < 1:
+            raise InvalidRequestError(
+                f"the query takes {len(front) + len(end)} tokens with the instruction and the template; {limited} "
+                f"at most {most}, a document included; shorten it",
+                param="query",
+            )
+        longest = most - len(end)
+        joined = Joined(self._model.tokenizer, before, add_special_tokens=whole, many=len(documents) > 1)
+        prompts: list[Prompt] = []
+        total = 0
+        for index, own in enumerate(joined.each(documents)):
+            yield
+            ids = opening + own
+            # The tokenizer may have more tokens than the model.
+            check_ids(ids, self._model.vocab_size, f"documents[{index}]", index, of_text=True)
+            kept = np.asarray(ids[:longest], np.int32)
+            if request.max_tokens_per_doc:
+                # The front's last token, such as a space, may have become a part of the document's first one.
+                start = common_prefix(kept, np.asarray(front, np.int32))
+                kept = kept[: start + request.max_tokens_per_doc]
+            if request.truncate is False and len(kept) < len(ids):
+                raise InvalidRequestError(
+                    f"documents[{index}] makes a prompt of {len(ids) + len(end)} tokens and would lose "
+                    f"{len(ids) - len(kept)} of them; shorten it, or leave out truncate: false",
+                    param="documents",
+                    index=index,
+                )
+            prompt = Prompt(index, np.append(kept, np.asarray(end, np.int32)), layout, dropped=len(ids) - len(kept))
+            prompts.append(prompt)
+            total += len(prompt.ids)
+            counted = ", the query counted once a document"
+            check_total(total, self._model.limits.max_request_tokens, "documents", index, counted)
+        return RerankQuestion(
+            # Without the vocabulary matmul: the answers' logits alone.
+            packed(
+                prompts,
+                (),
+                len(opening) + joined.query_tokens,
+                vocab_logprobs=False,
+                classes=self._model.classes > 0,
+                pad=self._model.pad_token_id,
+            ),
+            answers=len(layout.targets),
+            model=self._model.name,
+            request_id=request_id,
+            documents=documents if request.return_documents else None,
+            top_n=request.top_n,
+            raw=request.raw_scores,
+        )
+
+    def _each_apart(self, texts: Sequence[str]) -> list[int]:
+        """Ids of the texts, each tokenised by itself, one after the other."""
+        return [id for ids in self._model.tokenizer.encode(texts, add_special_tokens=False) for id in ids]
+
+    def _answers(self, behind: Sequence[str]) -> tuple[list[int], Layout]:
+        """Ids of the prompt's end, and how it is read: for the words for yes and no behind it, or for the classes."""
+        if self._model.classes:
+            if self._model.classes > _MOST_CLASSES:
+                raise InvalidRequestError(
+                    f"this model sorts text into {self._model.classes} classes, none of which means relevance; "
+                    "use /v1/score",
+                    param="model",
+                )
+            return self._each_apart(behind), labels.of_tokens(range(self._model.classes))
+        words, last = (self._template.yes, self._template.no), behind[-1]
+        end, *answered = self._model.tokenizer.encode(
+            [last, *(last + word for word in words)], add_special_tokens=False
+        )
+        found: list[int] = []
+        for word, ids in zip(words, answered, strict=True):
+            added = labels.added_tokens(end, ids)
+            found += added
+            if len(added) != 1:
+                pieces = self._model.tokenizer.pieces(ids[-4:])
+                raise InvalidRequestError(
+                    f"the answer {word!r} is not one token of this model behind {last[-20:]!r} "
+                    f"(it ends in {pieces}); serve it with a rerank_template that has other words"
+                )
+        check_ids(found, self._model.vocab_size, "model", of_text=True)
+        return self._each_apart(behind[:-1]) + end, labels.of_tokens(found)
+
+
+@dataclass(frozen=True, slots=True)
+class RerankQuestion(PreparedQuestion):
+    """A rerank request once its prompts are built.
+
+    Attributes:
+        answers: values that a document has.
+        documents: the texts, if they are to be returned.
+        raw: the scores are wanted before the logistic function.
+    """
+
+    answers: int
+    model: str
+    request_id: str
+    documents: Sequence[str] | None
+    top_n: int | None
+    raw: bool
+
+    def answer(self, result: BatchResult) -> RerankResponse:
+        """The ranking by the engine's values.
+
+        Raises:
+            InternalError: the model's output for a document is not finite.
+        """
+        values = result.values[self.prepared.parts].reshape(-1, self.answers).tolist()
+        classes, raw = self.prepared.classes, self.raw
+        scores = [relevance(own, index, classes=classes, raw=raw) for index, own in enumerate(values)]
+        ranking = sorted(range(len(scores)), key=lambda index: -scores[index])  # stable: ties keep their order
+        texts = self.documents
+        used = usage(self.prepared.prompt_tokens, int(result.computed_tokens.sum()))
+        return RerankResponse(
+            id=self.request_id,
+            model=self.model,
+            results=[
+                RerankResult(
+                    index=index,
+                    relevance_score=scores[index],
+                    document=None if texts is None else RankedDocument(text=texts[index]),
+                )
+                for index in ranking[: self.top_n]
+            ],
+            meta=RerankMeta(tokens=RerankTokens(input_tokens=used.prompt_tokens), warnings=self._warnings()),
+            usage=used,
+        )
+
+    def _warnings(self) -> list[str] | None:
+        cut = [prompt.index for prompt in self.prepared.prompts if prompt.dropped]
+        if not cut:
+            return None
+        shown = ", ".join(f"documents[{index}]" for index in cut[:_SHOWN])
+        more = f" and {len(cut) - _SHOWN} more" if len(cut) > _SHOWN else ""
+        return [f"too long, so that only the beginning was read: {shown}{more}"]
+
+
+def relevance(values: Sequence[float], index: int, *, classes: bool, raw: bool = False) -> float:
+    """A document's score from its read, 0 to 1.
+
+    Of a causal model ``p_yes / (p_yes + p_no)``. Of a model with two classes the probability of the last one; of a
+    model with one the logistic function of its logit, as CrossEncoder of sentence-transformers has it.
+
+    Args:
+        values: of yes and no, in nats up to a constant of both, or the class logits.
+        index: the document, for the error.
+        raw: before the logistic function: any number, in nats.
+
+    Raises:
+        InternalError: they are not finite.
+    """
+    if classes:
+        *other, yes = class_logits(values, index, field="documents")
+        no = other[0] if other else 0.0
+    else:
+        yes, no = values
+    (score, _) = label_scores([yes, no], index, softmax=True, field="documents")
+    return min(max(yes - no, LOWEST), -LOWEST) if raw else score

@@ -1,0 +1,63 @@
+"""``POST /rerank`` as Hugging Face's text-embeddings-inference has it: ``texts``, and a bare list for an answer."""
+
+from __future__ import annotations
+
+import re
+
+from serve_app import compat
+from serve_app.schemas import RequestBody, ResponseBody, Text, Texts
+from serve_app.tasks.rerank import RerankRequest, RerankResponse
+
+
+class TeiRerankRequest(RequestBody):
+    """Which texts answer a query best.
+
+    Attributes:
+        raw_scores: as in ``RerankRequest``.
+        return_text: put each text into its result.
+        truncate: as in ``RerankRequest``.
+    """
+
+    foreign = compat.RERANK
+
+    model: Text = "default"
+    query: Text
+    texts: Texts
+    raw_scores: bool = False
+    return_text: bool = False
+    truncate: bool | None = None
+
+
+class TeiRank(ResponseBody):
+    """One text: ``index`` is its place in the request."""
+
+    index: int
+    score: float
+    text: str | None = None
+
+
+def is_meant(body: bytes) -> bool:
+    """Whether a body has this shape. Within JSON's strings, quotation marks are escaped."""
+    return bool(re.search(rb'"texts"\s*:', body)) and not re.search(rb'"documents"\s*:', body)
+
+
+def as_rerank_request(request: TeiRerankRequest) -> RerankRequest:
+    """The same question to ``/v1/rerank``."""
+    return RerankRequest.model_construct(
+        model=request.model,
+        query=request.query,
+        documents=request.texts,
+        raw_scores=request.raw_scores,
+        return_documents=request.return_text,
+        truncate=request.truncate,
+    )
+
+
+def as_ranks(answer: RerankResponse) -> list[TeiRank]:
+    """The answer as TEI gives it, best first."""
+    return [
+        TeiRank(
+            index=result.index, score=result.relevance_score, text=result.document.text if result.document else None
+        )
+        for result in answer.results
+    ]

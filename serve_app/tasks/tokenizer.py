@@ -1,0 +1,229 @@
+"""Text to tokens and back, with a Hugging Face fast tokenizer."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from serve_app.batches import common_prefix
+from serve_app.tasks import shared_query, tokenizer_files
+from serve_app.tasks.tokenizer_files import TokenizerFacts
+
+_CHUNK_CHARACTERS = 2**16
+"""Joined and tokenised at a time, some 20 ms of work: others wait for it, and the query is repeated in every prompt,
+which must not cost memory without end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """The end of a text, to be tokenised with something behind it in place of the whole.
+
+    Attributes:
+        before: tokens of the text that nothing behind it can change.
+        text: what comes after them.
+        behind: what is added behind every text.
+        special: special tokens are added around ``text``: it is the whole one.
+    """
+
+    tokenizer: TextTokenizer
+    before: list[int]
+    text: str
+    behind: list[int]
+    special: bool = False
+
+    def followed_by(self, words: Sequence[str]) -> Iterator[list[int]]:
+        """The tokens of the whole text with each word behind it, made as they are wanted."""
+        at_once = max(1, _CHUNK_CHARACTERS // (len(self.text) + max(map(len, words), default=0) + 1))
+        for start in range(0, len(words), at_once):
+            texts = [self.text + word for word in words[start : start + at_once]]
+            for ids in self.tokenizer.encode(texts, add_special_tokens=self.special):
+                yield [*self.before, *ids, *self.behind]
+
+    def last_cut(self, word: str) -> int | None:
+        """The last place in ``text`` where it can be cut so that what is cut off, with the word, only adds tokens.
+
+        In characters. None: no such place was found in a few tries.
+        """
+        if len(self.text) > _CHUNK_CHARACTERS:
+            return None  # each try would take long
+        ids, ends = self.tokenizer.encode_with_ends(self.text + word, add_special_tokens=self.special)
+        cuts = [(kept, end) for kept, end in enumerate([0, *ends]) if end < len(self.text) and kept + len(self.before)]
+        for kept, end in cuts[: -shared_query.TRIES - 1 : -1]:
+            (own,) = self.tokenizer.encode([self.text[:end]], add_special_tokens=self.special)
+            if own == ids[:kept]:
+                return end
+        return None
+
+
+class TextTokenizer:
+    """A Hugging Face fast tokenizer. Encoding releases the GIL; safe to share between threads.
+
+    Args:
+        backend: the Rust tokenizer; truncation and padding are switched off.
+        bos_id: id of the begin-of-sequence token, if there is one.
+        facts: for clients that ask; nothing here depends on them.
+    """
+
+    def __init__(self, backend: Tokenizer, bos_id: int | None, facts: TokenizerFacts | None = None) -> None:
+        self.facts = facts or TokenizerFacts()
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self._local = shared_query.is_local(backend)
+        # Only a BOS that the tokenizer adds by itself can come to stand before one in the text.
+        self._added_bos = bos_id if backend.encode("").ids[:1] == [bos_id] else None
+        self._reach = shared_query.reach(backend)
+        self._around = _added_around(backend)
+
+    @classmethod
+    def load(cls, folder: Path) -> TextTokenizer:
+        """The tokenizer of a local folder in Hugging Face layout.
+
+        Raises:
+            ModelSourceError: at start-up: the folder holds no fast tokenizer, or not the model's.
+        """
+        return cls(*tokenizer_files.load(folder))
+
+    def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """Ids of each text. BOS stands at most once at the front, even if the text begins with it too."""
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return self._with_one_bos([encoding.ids for encoding in encodings], add_special_tokens)
+
+    def encode_with_ends(self, text: str, *, add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
+        """Ids as ``encode`` gives them, and for each where it ends in the text, in characters, not descending.
+
+        What is added in front ends at 0, what is added behind past the text's end.
+        """
+        encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        ends = [end for _, end in encoding.offsets]
+        behind = len(ends)
+        while behind and encoding.special_tokens_mask[behind - 1]:
+            behind -= 1
+            ends[behind] = len(text) + 1
+        (ids,) = self._with_one_bos([encoding.ids], add_special_tokens)
+        return ids, ends[len(ends) - len(ids) :]
+
+    def encode_joined(self, query: str, items: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """Ids of ``query + item`` for each item: those of ``encode``, but a long query is read about once."""
+        return Joined(self, query, add_special_tokens=add_special_tokens, many=len(items) > 1).encode(items)
+
+    def local_front(self, query: str, add_special_tokens: bool) -> tuple[list[int], int, list[int]] | None:
+        """What joining a long query with many items needs; None where they are to be tokenised whole.
+
+        Returns:
+            The query's tokens, how many characters of it never depend on what follows, and what is added behind a text.
+        """
+        if not self._local or self._around is None:
+            return None
+        whole = shared_query.ids(self.backend, query)
+        if whole[:1] == [self._added_bos]:
+            return None
+        cut = shared_query.safe_cut(self.backend, query, whole)
+        before, behind = self._around if add_special_tokens else ([], [])
+        return (before + whole, cut, behind) if cut else None
+
+    def ending(self, text: str, ids: Sequence[int], *, add_special_tokens: bool) -> Ending | None:
+        """The end of ``text``, whose tokens are ``ids``; None where it is not much shorter than the whole."""
+        if not self._local or len(text) < shared_query.WORTHWHILE or self._around is None:
+            return None
+        behind = self._around[1] if add_special_tokens else []
+        own = list(ids[: len(ids) - len(behind)])
+        if own + behind != list(ids) or (found := shared_query.safe_end(self.backend, text, own, self._reach)) is None:
+            return None
+        tokens, cut = found
+        return Ending(self, own[:-tokens], text[cut:], behind)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text, special tokens included; an id that the vocabulary has no token for gives nothing."""
+        return self.backend.decode(ids, skip_special_tokens=False)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The vocabulary's own spelling of each id."""
+        return [self.backend.id_to_token(i) or "" for i in ids]
+
+    def _with_one_bos(self, sequences: list[list[int]], added: bool) -> list[list[int]]:
+        if added and self._added_bos is not None:
+            for ids in sequences:
+                while ids[1:2] == [self._added_bos]:
+                    del ids[0]
+        return sequences
+
+
+class Joined:
+    """Tokenises one query joined with items, a few at a time, to the tokens of the joined strings.
+
+    Args:
+        many: more than one item will come, so that finding the part of a long query that never changes is worth it.
+
+    Attributes:
+        query_tokens: at the front of the first prompt, how many are the query's alone; 0 before it was made.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, query: str, *, add_special_tokens: bool, many: bool) -> None:
+        self._tokenizer = tokenizer
+        self._query = query
+        self._special = add_special_tokens
+        worthwhile = many and len(query) >= shared_query.WORTHWHILE
+        self._front = tokenizer.local_front(query, add_special_tokens) if worthwhile else None
+        self.query_tokens = 0
+
+    def encode(self, items: Sequence[str]) -> list[list[int]]:
+        """Ids of ``query + item`` for each item."""
+        if not items:
+            return []
+        if self._front is None:
+            return self._encode_whole(items)
+        front, cut, behind = self._front
+        rest, *rests = self._tokenizer.encode(
+            [self._query[cut:] + item for item in ("", *items)], add_special_tokens=False
+        )
+        before = front[: len(front) - len(rest)]
+        prompts = [before + rest + behind for rest in rests]
+        if not self.query_tokens:
+            self.query_tokens = common_prefix(np.asarray(front, np.int32), np.asarray(prompts[0], np.int32))
+        return prompts
+
+    def each(self, items: Iterable[str]) -> Iterator[list[int]]:
+        """Ids of ``query + item`` for each item, made as they are wanted."""
+        chunk: list[str] = []
+        characters = 0
+        for item in items:
+            chunk.append(item)
+            characters += len(self._query) + len(item)
+            if characters >= _CHUNK_CHARACTERS:
+                yield from self.encode(chunk)
+                chunk, characters = [], 0
+        yield from self.encode(chunk)
+
+    def ending(self, item: str, ids: Sequence[int]) -> Ending:
+        """The end of ``query + item``, whose tokens are ``ids``, see ``Ending``."""
+        if found := self._tokenizer.ending(self._query + item, ids, add_special_tokens=self._special):
+            return found
+        if self._front is None:
+            return Ending(self._tokenizer, [], self._query + item, [], self._special)
+        front, cut, behind = self._front
+        (rest,) = self._tokenizer.encode([self._query[cut:]], add_special_tokens=False)
+        return Ending(self._tokenizer, front[: len(front) - len(rest)], self._query[cut:] + item, behind)
+
+    def _encode_whole(self, items: Sequence[str]) -> list[list[int]]:
+        texts = [self._query + item for item in items]
+        if self.query_tokens or not self._query:
+            return self._tokenizer.encode(texts, add_special_tokens=self._special)
+        # One is tokenised with offsets, which tell where the query ends without reading it once more.
+        first, ends = self._tokenizer.encode_with_ends(texts[0], add_special_tokens=self._special)
+        self.query_tokens = bisect_right(ends, len(self._query))
+        return [first, *self._tokenizer.encode(texts[1:], add_special_tokens=self._special)]
+
+
+def _added_around(backend: Tokenizer) -> tuple[list[int], list[int]] | None:
+    """The special tokens before and behind a text's own; None if that cannot be told."""
+    bare, whole = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+    fronts = [at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare]
+    if not bare or len(fronts) != 1:
+        return None
+    return whole[: fronts[0]], whole[fronts[0] + len(bare) :]

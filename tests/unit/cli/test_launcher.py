@@ -1,0 +1,287 @@
+"""The launcher's parts that need no Ray, and what the command line says of user errors."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from ray import serve
+from ray.serve.schema import ApplicationStatus
+from typer.testing import CliRunner
+
+from serve_app import local_ray, model_source
+from serve_app.cli import launcher, main
+from serve_app.cli.launcher import LaunchError
+from serve_app.errors import SelfTestError
+from serve_app.frontend import auth
+from serve_app.schemas import ScoreRequest, parse
+from serve_app.settings import Settings
+from tests.tiny import make_llama
+
+SERVE_MESSAGE = """The deployment failed to start 1 times in a row. Error:
+\x1b[36mray::ServeReplica:score:Scorer.initialize()\x1b[39m (pid=1)
+  File "replica.py", line 1, in initialize
+    raise ValueError("inner")
+ValueError: inner
+
+The above exception was the direct cause of the following exception:
+
+Traceback (most recent call last):
+  File "checkpoint.py", line 9, in load
+model.checkpoint.CheckpointError: 2 tensors do not fit the model:
+  missing: lm_head.weight
+  unexpected: extra.weight"""
+
+
+def test_the_reason_is_the_last_error_whole_and_without_a_traceback():
+    assert local_ray.reason(SERVE_MESSAGE) == (
+        "CheckpointError: 2 tensors do not fit the model:\n  missing: lm_head.weight\n  unexpected: extra.weight"
+    )
+    assert local_ray.reason("no error is named here ") == "no error is named here"
+
+
+def test_a_taken_port_is_named_with_the_remedy():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(LaunchError, match=rf"127\.0\.0\.1:{port} .*--port"):
+            launcher.check_port("127.0.0.1", port)
+    launcher.check_port("127.0.0.1", port)
+
+
+def test_a_full_disk_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    launcher.check_disk(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**29))
+    with pytest.raises(LaunchError, match=r"0\.5 GiB free and Ray needs 2.*TMPDIR"):
+        launcher.check_disk(tmp_path)
+
+
+def test_log_lines_follow_several_scorers_and_wait_for_whole_lines(tmp_path: Path):
+    first, second = tmp_path / "replica_score_Scorer_a.log", tmp_path / "replica_score_Scorer_b.log"
+    (tmp_path / "replica_score_Ingress_c.log").write_text("INFO -- not this one\n")
+    lines = launcher.log_lines(tmp_path)
+    assert next(lines) is None
+    first.write_text("INFO 2026 score -- warming up, 1 of 2: 4x256\na traceback's line\nINFO 2026 score -- half a")
+    second.write_text("INFO 2026 score -- loading\n")
+    assert [next(lines), next(lines), next(lines)] == ["warming up, 1 of 2: 4x256", "loading", None]
+    with first.open("a") as file:
+        file.write(" line\n")
+    assert [next(lines), next(lines)] == ["half a line", None]
+
+
+def test_log_lines_of_several_models_name_theirs(tmp_path: Path):
+    (tmp_path / "replica_score_Scorer-my_judge.v1_x7f3k2.log").write_text("INFO 2026 score -- loading\n")
+    assert next(launcher.log_lines(tmp_path)) == "my_judge.v1: loading"
+
+
+def application(status: ApplicationStatus, message: str = "", deployment: str = "") -> Any:
+    deployments = {"Scorer": SimpleNamespace(message=deployment)}
+    app = SimpleNamespace(status=status, message=message, deployments=deployments)
+    return lambda: SimpleNamespace(applications={local_ray.APP_NAME: app})
+
+
+def test_waiting_ends_when_the_service_can_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "replica_score_Scorer_a.log").write_text("INFO -- loading\n")
+    monkeypatch.setattr(serve, "status", application(ApplicationStatus.RUNNING))
+    answers = [httpx.ConnectError("not yet"), httpx.Response(503), httpx.Response(200)]
+
+    def get(_url: str, **_: Any) -> httpx.Response:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(httpx, "get", get)
+    said: list[str] = []
+    launcher.wait_until_ready("http://service", tmp_path, said.append)
+    assert (said, answers) == (["loading"], [])
+
+
+@pytest.mark.parametrize(
+    ("state", "why"),
+    [
+        (application(ApplicationStatus.DEPLOYING, deployment=SERVE_MESSAGE), "CheckpointError: 2 tensors"),
+        (application(ApplicationStatus.DEPLOY_FAILED, message="no room"), "no room"),
+        (application(ApplicationStatus.UNHEALTHY, message="it died"), "it died"),
+    ],
+)
+def test_waiting_ends_with_the_reason_when_the_service_cannot_start(
+    state: Any, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(serve, "status", state)
+    with pytest.raises(LaunchError, match=f"did not start: {why}"):
+        launcher.wait_until_ready("http://service", tmp_path, print)
+
+
+def test_waiting_ends_with_the_reason_when_a_model_fails_its_self_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(serve, "status", application(ApplicationStatus.RUNNING))
+    error = SelfTestError("judge is not ready: 5 different prompts all scored [0]")
+    monkeypatch.setattr(httpx, "get", lambda *_, **__: httpx.Response(error.status, json=error.body()))
+    with pytest.raises(LaunchError, match="did not start: judge is not ready: 5 different prompts"):
+        launcher.wait_until_ready("http://service", tmp_path, print)
+
+
+def test_the_example_is_a_request():
+    command = launcher.example("http://127.0.0.1:8000")
+    assert command.startswith("curl http://127.0.0.1:8000/v1/score ")
+    body = command.split("-d '")[1].rstrip().rstrip("'")
+    assert parse(ScoreRequest, body.encode()).labels == [" positive", " negative"]
+
+
+def test_the_example_takes_the_key_from_the_shell_where_one_is_needed():
+    header = '-H "Authorization: Bearer $SCORE_SERVE_API_KEY"'
+    assert header in launcher.example("http://127.0.0.1:8000", needs_key=True)
+    assert header not in launcher.example("http://127.0.0.1:8000")
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [("127.0.0.1", True), ("127.3.2.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("::", False)],
+)
+def test_loopback(host: str, loopback: bool):
+    assert launcher.is_loopback(host) is loopback
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "warned"), [("0.0.0.0", "", True), ("0.0.0.0", "a-key", False), ("127.0.0.1", "", False)]
+)
+def test_a_service_open_to_the_network_without_a_key_is_warned_of(
+    host: str, key: str, warned: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    def stop(_: Path) -> None:
+        raise LaunchError("far enough")
+
+    monkeypatch.setenv(auth.VARIABLE, key)
+    monkeypatch.setattr(launcher, "check_port", lambda *_: None)
+    monkeypatch.setattr(launcher, "check_disk", stop)
+    monkeypatch.setattr(launcher, "interrupt_on_signals", lambda: None)
+    with pytest.raises(LaunchError, match="far enough"):
+        launcher.run(Settings(), host=host, port=8000)
+    assert ("there is no API key" in capfd.readouterr().err) is warned
+
+
+def test_unusable_api_keys_stop_the_start(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    result = run("--api-keys-file", str(tmp_path / "nothing"))
+    assert result.exit_code == 1
+    output = result.stderr + capfd.readouterr().err
+    assert "the file of API keys" in output
+    assert "Traceback" not in output
+
+
+def test_sigterm_and_sighup_interrupt_as_ctrl_c_does():
+    before = [signal.getsignal(each) for each in launcher.STOPPING]
+    try:
+        launcher.interrupt_on_signals()
+        for each in launcher.STOPPING:
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(each)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
+        launcher.interrupt_on_signals()
+        signal.raise_signal(signal.SIGHUP)
+    finally:
+        for each, handler in zip(launcher.STOPPING, before, strict=True):
+            signal.signal(each, handler)
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(main.app, ["serve", *arguments])
+
+
+def test_options_become_settings(monkeypatch: pytest.MonkeyPatch):
+    got: list[Any] = []
+    monkeypatch.setattr(launcher, "run", lambda settings, **address: got.append((settings, address)))
+    arguments = ["--model", "org/name", "--revision", "abc", "--served-name", "judge", "--dtype", "bfloat16"]
+    arguments += ["--engine", "fake", "--port", "9000", "--replicas", "2", "--api-keys-file", "/a", "--fast-front"]
+    assert run(*arguments).exit_code == 0
+    settings = Settings(
+        model="org/name",
+        revision="abc",
+        served_name="judge",
+        dtype="bfloat16",
+        engine="fake",
+        scorer_replicas=2,
+        api_keys_file="/a",
+    )
+    assert got == [(settings, {"host": "127.0.0.1", "port": 9000, "fast_front": True})]
+
+
+def test_without_options_the_settings_are_the_defaults(monkeypatch: pytest.MonkeyPatch):
+    got: list[Settings] = []
+    monkeypatch.setattr(launcher, "run", lambda settings, **_: got.append(settings))
+    assert run().exit_code == 0
+    assert got == [Settings()]
+
+
+def test_several_models_share_the_options_and_have_names(monkeypatch: pytest.MonkeyPatch):
+    got: list[Settings] = []
+    monkeypatch.setattr(launcher, "run", lambda settings, **_: got.append(settings))
+    arguments = ["--model", "org/name", "--model", "judge=/a/b=c", "--model", "/d=e/f", "--replicas", "2"]
+    assert run(*arguments).exit_code == 0
+    assert [(each.name, each.model, each.scorer_replicas) for each in got[0].each_model] == [
+        ("name", "org/name", 2),
+        ("judge", "/a/b=c", 2),
+        ("f", "/d=e/f", 2),
+    ]
+    assert run("--model", "judge=demo").exit_code == 0
+    assert (got[1].name, got[1].model, got[1].models) == ("judge", "demo", ())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--model", "a", "--model", "b", "--served-name", "c"], 2, "NAME=MODEL"),
+        (["--model", "a", "--model", "b", "--revision", "c"], 2, "NAME=MODEL"),
+        (["--model", "a=b", "--served-name", "c"], 2, "has a name already"),
+        (["--model", "a/x", "--model", "b/x"], 1, "'a/x' and 'b/x' are both named 'x'"),
+    ],
+)
+def test_models_that_cannot_be_told_apart_are_refused(arguments: list[str], code: int, said: str):
+    result = CliRunner(env={"COLUMNS": "300"}).invoke(main.app, ["serve", *arguments])
+    assert result.exit_code == code, result.output
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("kind", ["none", "pointer", "small"])
+def test_a_model_without_a_usable_tokenizer_is_a_line_before_anything_starts(
+    kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    folder = make_llama(tmp_path / "m", layers=1, vocab=600 if kind == "small" else 271, tokenizer=True)
+    if kind == "none":
+        (folder / "tokenizer.json").unlink()
+    if kind == "pointer":
+        (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    result = run("--model", str(folder), "--port", str(local_ray.free_port()))
+    assert result.exit_code == 1
+    output = result.stderr + capfd.readouterr().err
+    said = {"none": "it has no tokenizer.json", "pointer": "git lfs pull", "small": "271 tokens"}
+    assert said[kind] in output
+    assert str(folder) in output
+    assert "Traceback" not in output
+    assert "starting Ray" not in output
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(LaunchError("why [it] failed"), 1), (model_source.ModelSourceError("no model"), 1), (KeyboardInterrupt(), 130)],
+)
+def test_user_errors_are_a_line_and_an_exit_code(
+    error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(launcher, "run", fail)
+    result = run()
+    assert result.exit_code == code
+    output = result.stderr + capfd.readouterr().err
+    assert "Traceback" not in output
+    if code == 1:
+        assert f"error: {error}" in output

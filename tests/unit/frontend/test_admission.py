@@ -1,0 +1,101 @@
+"""The front end's door, on a clock that the test moves."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+
+import pytest
+
+from serve_app.errors import OverloadedError
+from serve_app.frontend.admission import LONGEST_RETRY_S, Admission
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(time, "monotonic", clock)
+    return clock
+
+
+def enter(door: Admission, tokens: int, replicas: int) -> AbstractContextManager[None]:
+    door.check(tokens, replicas)
+    return door.inside(tokens)
+
+
+def test_what_fits_comes_in_and_the_rest_is_refused_with_the_numbers():
+    door = Admission(1_000)
+    with enter(door, 600, 1):
+        with pytest.raises(OverloadedError, match=r"600 tokens .* adds 500; the limit is 1,000"), enter(door, 500, 1):
+            raise AssertionError
+        with enter(door, 400, 1), pytest.raises(OverloadedError):
+            door.check(1, 1)
+        door.check(400, 1)
+    door.check(1_000, 1)
+
+
+def test_there_is_room_for_each_replica_that_runs_and_without_any_for_one():
+    door = Admission(1_000)
+    with enter(door, 900, 3):
+        door.check(2_100, 3)
+        for replicas in (0, 1):
+            door.check(100, replicas)
+            with pytest.raises(OverloadedError):
+                door.check(101, replicas)
+
+
+def test_a_request_that_is_larger_than_the_limit_comes_in_alone():
+    door = Admission(1_000)
+    with enter(door, 5_000, 1), pytest.raises(OverloadedError):
+        door.check(1, 1)
+
+
+def test_a_request_that_fails_makes_room_too():
+    door = Admission(1_000)
+    with pytest.raises(ValueError, match="bad"), enter(door, 1_000, 1):
+        raise ValueError("bad")
+    door.check(1_000, 1)
+
+
+def refused_for(door: Admission, tokens: int) -> int | None:
+    """Retry-After while ``tokens`` are inside; they are not answered."""
+    with pytest.raises(OverloadedError) as caught, enter(door, tokens, 1):
+        door.check(1_000, 1)
+    return caught.value.retry_after_s
+
+
+def test_retry_after_is_when_the_work_will_be_done(clock: Clock):
+    door = Admission(1_000)
+    assert refused_for(door, 900) == 1  # nothing is known yet
+    door = Admission(1_000)
+    clock.now += 1_000  # idle time is not time of work
+    with enter(door, 400, 1):
+        clock.now += 2  # 200 tokens/s
+    clock.now += 1_000
+    assert refused_for(door, 900) == 5
+    assert refused_for(door, 10) == 1
+
+
+def test_retry_after_has_an_end_and_failures_are_no_speed(clock: Clock):
+    door = Admission(1_000)
+    with enter(door, 1, 1):
+        clock.now += 20
+    assert refused_for(door, 900) == LONGEST_RETRY_S
+    with pytest.raises(ValueError, match="bad"), enter(door, 900, 1):
+        raise ValueError("bad")
+    assert refused_for(door, 900) == LONGEST_RETRY_S
+
+
+def test_old_work_is_forgotten(clock: Clock):
+    door = Admission(1_000)
+    for tokens in (*[1] * 10, *[100] * 5):  # from 0.1 to 10 tokens/s
+        with enter(door, tokens, 1):
+            clock.now += 10
+    assert 10 <= (refused_for(door, 100) or 0) <= 12  # on the average of all it would be 30

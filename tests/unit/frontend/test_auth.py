@@ -1,0 +1,131 @@
+"""API keys: their sources, the comparison, and a file that changes while the service runs."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from pathlib import Path
+
+import pytest
+
+from serve_app.errors import AuthenticationError
+from serve_app.frontend import auth
+from serve_app.frontend.auth import ApiKeyError, ApiKeys, read_keys
+
+
+@pytest.fixture(autouse=True)
+def no_keys_in_the_environment(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(auth.VARIABLE, raising=False)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "keys"
+    path.write_text("# of the team\n\nfirst-key\n  second/key=  \r\n")
+    return path
+
+
+def opens(keys: ApiKeys, key: str) -> bool:
+    try:
+        keys.check(f"Bearer {key}")
+    except AuthenticationError:
+        return False
+    return True
+
+
+def test_there_may_be_no_key():
+    assert read_keys(None) == []
+    assert not ApiKeys(None)
+
+
+def test_keys_come_from_the_environment_and_a_file(file: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(auth.VARIABLE, "one, two,")
+    assert read_keys(str(file)) == ["one", "two", "first-key", "second/key="]
+    keys = ApiKeys(str(file))
+    assert len(keys) == 4
+    assert all(opens(keys, key) for key in read_keys(str(file)))
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["", "Bearer", "Bearer ", "first-key", "Basic first-key", "Bearer first-ke", "Bearer first-key2", "Bearer #",
+     "Bearer FIRST-KEY", "Bearer first-key second/key=", "Bearer \u00e9\u00ff", "Bearer " + "x" * 100_000],
+)  # fmt: skip
+def test_what_is_no_key_is_refused(file: Path, header: str):
+    with pytest.raises(AuthenticationError) as caught:
+        ApiKeys(str(file)).check(header)
+    assert "first-key" not in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("header", ["Bearer first-key", "bearer first-key", "BEARER   second/key= "])
+def test_the_schemes_case_and_spaces_do_not_matter(file: Path, header: str):
+    ApiKeys(str(file)).check(header)
+
+
+def test_all_keys_are_compared_in_constant_time(file: Path, monkeypatch: pytest.MonkeyPatch):
+    compared: list[tuple[int, int]] = []
+
+    def compare(a: bytes, b: bytes) -> bool:
+        compared.append((len(a), len(b)))
+        return a == b
+
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    for key in ("first-key", "second/key=", "x", "x" * 1000):
+        opens(ApiKeys(str(file)), key)
+    assert compared == [(32, 32)] * 8
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "holds no key; write one a line"),
+        (b"# all gone\n\n", "holds no key"),
+        (b"good\ntwo words\n", "API key 2 of .* has a space"),
+        ("schl\u00fcssel\n".encode(), "API key 1 of .* outside ASCII"),
+        (b"\xff\xfe\n", "cannot be read"),
+    ],
+)
+def test_an_unusable_file_is_refused_at_the_start_by_name(tmp_path: Path, content: bytes, said: str):
+    path = tmp_path / "keys"
+    path.write_bytes(content)
+    with pytest.raises(ApiKeyError, match=said) as caught:
+        ApiKeys(str(path))
+    assert str(path) in str(caught.value)
+    assert "words" not in str(caught.value)
+
+
+def test_a_missing_file_is_refused_at_the_start(tmp_path: Path):
+    with pytest.raises(ApiKeyError, match=r"nothing cannot be read: .*No such file"):
+        ApiKeys(str(tmp_path / "nothing"))
+
+
+def test_a_changed_file_is_read_again(file: Path):
+    keys = ApiKeys(str(file))
+    file.write_text("third-key\n")
+    assert [opens(keys, key) for key in ("first-key", "third-key")] == [False, True]
+    other = file.with_name("new")
+    other.write_text("fourthkey\n")
+    other.replace(file)  # as editors and Kubernetes do
+    assert [opens(keys, key) for key in ("third-key", "fourthkey")] == [False, True]
+
+
+@pytest.mark.parametrize("content", [None, "", "two words\n"])
+def test_a_file_that_goes_bad_is_logged_once_and_its_keys_stay(
+    file: Path, content: str | None, caplog: pytest.LogCaptureFixture
+):
+    keys = ApiKeys(str(file))
+    caplog.set_level(logging.ERROR, "ray.serve")
+    caplog.handler.setLevel(logging.ERROR)
+    auth.logger.addHandler(caplog.handler)  # Ray's logger does not propagate
+    try:
+        if content is None:
+            file.unlink()
+        else:
+            file.write_text(content)
+        assert [opens(keys, key) for key in ("first-key", "other", "second/key=")] == [True, False, True]
+        assert len([record for record in caplog.records if "stay valid" in record.getMessage()]) == 1
+        file.write_text("fresh\n")
+        assert [opens(keys, key) for key in ("first-key", "fresh")] == [False, True]
+    finally:
+        auth.logger.removeHandler(caplog.handler)

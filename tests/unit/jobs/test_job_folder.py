@@ -1,0 +1,77 @@
+"""A job's folder: what is done stays done, and nobody else's files are touched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve_app.jobs.files import JobError
+from serve_app.jobs.folder import Done, JobFolder, appearing
+
+JOB: dict[str, Any] = {"files": [["/a", 1]], "item": "{text}", "request": {"apply_softmax": True, "labels": [" yes"]}}
+
+
+def test_what_was_done_is_found_again(tmp_path: Path):
+    folder = JobFolder(tmp_path / "new" / "out")
+    with folder.opened(JOB) as done:
+        assert done == {}
+        folder.finish_block(3, Done(5, 1, 70, 30))
+    with folder.opened(JOB) as done:
+        assert done == {3: Done(5, 1, 70, 30)}
+    assert sum([Done(5, 1, 70, 30), Done(1, 1, 1, 1)], Done()) == Done(6, 2, 71, 31)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"item": "{body}"}, r'another item: "\{text\}", and now it is "\{body\}"; repeat the command'),
+        ({"request": {"apply_softmax": False, "labels": [" yes"]}}, "another request.apply_softmax: true, .* is false"),
+        ({"request": {"labels": [" yes"]}}, "another request.apply_softmax: true, and now it is null"),
+        ({"files": [["/a", 2]]}, "another files"),
+        ({"more": "x" * 1_000}, 'another more: null, and now it is "x+\\.\\.\\.'),
+    ],
+)
+def test_another_job_is_refused_by_what_differs(tmp_path: Path, changed: dict[str, Any], said: str):
+    with JobFolder(tmp_path).opened(JOB):
+        pass
+    with pytest.raises(JobError, match=said), JobFolder(tmp_path).opened(JOB | changed):
+        pass
+    with JobFolder(tmp_path).opened(JOB):
+        pass
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path):
+    def write(*, stopped: bool) -> None:
+        with appearing(tmp_path / "part") as path:
+            path.write_text("half")
+            assert not (tmp_path / "part").exists()
+            if stopped:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(stopped=True)
+    assert not (tmp_path / "part").exists()
+    write(stopped=False)
+    assert (tmp_path / "part").read_text() == "half"
+    assert [each.name for each in tmp_path.iterdir()] == ["part"]
+    with JobFolder(tmp_path / "out").opened(JOB):
+        pass
+    left = tmp_path / "out" / "bad" / "part-000001.jsonl.77.tmp"
+    left.touch()
+    with JobFolder(tmp_path / "out").opened(JOB):
+        assert not left.exists()
+
+
+def test_a_folder_that_is_not_the_jobs_is_refused(tmp_path: Path):
+    folder, other = JobFolder(tmp_path / "out"), JobFolder(tmp_path / "out")
+    with folder.opened(JOB), pytest.raises(JobError, match="another process writes to"), other.opened(JOB):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(JobError, match=r"see that .* is a folder"), JobFolder(tmp_path / "file").opened(JOB):
+        pass
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    with pytest.raises(JobError, match=r"other files \(thesis.tex\)"), JobFolder(tmp_path / "full").opened(JOB):
+        pass

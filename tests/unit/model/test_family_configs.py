@@ -1,0 +1,164 @@
+"""``config.json`` of the model families: what each reads beside Llama's keys, and what it refuses by name."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.config import ModelConfig, Rope
+from model.families.registry import FAMILIES, from_hf
+from model.fields import ConfigError
+from tests.tiny_families import CLASSIFIERS, CONFIGS, config_of
+
+
+def with_(family: str, without: tuple[str, ...] = (), **changes: Any) -> ModelConfig:
+    config = {key: value for key, value in config_of(family).items() if key not in without}
+    return from_hf(config | changes)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_what_transformers_itself_writes_means_the_same(family: str, tmp_path: Path) -> None:
+    """Every key of the family's config class, defaults included, is known."""
+    from transformers import AutoConfig
+
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config_of(family)))
+    config = AutoConfig.from_pretrained(tmp_path)
+    for use_diff in (True, False):
+        config.to_json_file(path, use_diff=use_diff)
+        assert from_hf(json.loads(path.read_text())) == with_(family)
+
+
+QWEN = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "window", "sliding"),
+    [
+        ("qwen2", QWEN, 9, (False, False, True)),
+        ("qwen2", QWEN | {"max_window_layers": 0}, 9, (True, True, True)),
+        ("qwen2", QWEN | {"use_sliding_window": False}, 0, ()),
+        ("qwen2", QWEN | {"max_window_layers": 28}, 0, ()),
+        ("qwen3", QWEN | {"layer_types": ["sliding_attention", *["full_attention"] * 2]}, 9, (True, False, False)),
+        ("qwen3", {}, 0, ()),
+        ("qwen3_moe", QWEN, 9, (True, True, True)),
+        ("qwen3_moe", {}, 0, ()),
+        ("mistral", {"sliding_window": 9}, 9, (True, True, True)),
+        ("mistral", {"sliding_window": None}, 0, ()),
+        ("mistral", {"sliding_window": 512}, 0, (True, True, True)),
+        ("phi3", {"sliding_window": None}, 0, ()),
+        ("gemma2", {"sliding_window": 9}, 9, (True, False, True)),
+        ("gemma3", {"sliding_window": 9, "sliding_window_pattern": 3}, 9, (True, True, False)),
+    ],
+)  # fmt: skip
+def test_windows(family: str, changes: dict[str, Any], window: int, sliding: tuple[bool, ...]) -> None:
+    config = with_(family, **changes)
+    assert (config.window, config.sliding) == (window, sliding)
+
+
+def test_an_absent_window_is_that_of_the_class_in_transformers() -> None:
+    assert with_("mistral", without=("sliding_window",), max_position_embeddings=9000).window == 4096
+    assert with_("gemma2", without=("sliding_window",), max_position_embeddings=9000).window == 4096
+    assert with_("phi3", without=("sliding_window",), max_position_embeddings=9000).window == 0
+
+
+def test_gemma_constants() -> None:
+    two, three = with_("gemma2"), with_("gemma3")
+    assert (two.attention_softcap, two.logit_softcap, two.attention_scale) == (2.5, 4.5, 17**-0.5)
+    assert (three.attention_softcap, three.logit_softcap, three.attention_scale) == (None, None, 23**-0.5)
+    assert (two.norm_offset, two.embedding_scale, two.activation, two.tied_head) == (1.0, 48**0.5, "gelu_tanh", True)
+    bare = with_("gemma2", without=("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"))
+    assert (bare.attention_softcap, bare.logit_softcap, bare.attention_scale) == (50.0, 30.0, 1 / 16)
+    nulls = with_("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None)
+    assert (nulls.attention_softcap, nulls.logit_softcap) == (None, None)
+
+
+def test_gemma_3_has_two_ropes_in_v4_and_v5() -> None:
+    v4 = with_("gemma3")
+    assert (v4.rope, v4.local_rope) == (Rope(5678.0, "linear", 2.5), Rope(77.0))
+    old = ("rope_theta", "rope_scaling", "rope_local_base_freq")
+    groups = {
+        "full_attention": {"rope_type": "linear", "factor": 2.5, "rope_theta": 5678.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 77.0},
+    }
+    assert with_("gemma3", old, rope_parameters=groups) == v4
+    bare = with_("gemma3", old)
+    assert (bare.rope, bare.local_rope) == (Rope(1e6), Rope(1e4))
+    assert with_("gemma3", layer_types=["full_attention"] * 3).local_rope is None
+
+
+def test_longrope() -> None:
+    rope = with_("phi3-longrope").rope
+    assert (rope.kind, rope.original_context_length, len(rope.short_factors), rope.long_factors[5]) == (
+        "longrope",
+        170,
+        6,
+        9.0,
+    )
+    assert rope.magnitude == pytest.approx(1.10212, abs=1e-5)  # sqrt(1 + ln(512 / 170) / ln(170))
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_an_architecture_that_is_not_of_the_model_type(architecture: str) -> None:
+    """transformers' classes go by the model type: a Mistral called llama would lose its window, or gain one."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSES
+
+    own = FAMILIES[architecture].model_type
+    assert architecture in (CAUSAL[own], CLASSES[own])
+    other = "mistral" if own == "llama" else "llama"
+    with pytest.raises(ConfigError, match=f"{architecture}.*model_type '{other}'"):
+        from_hf({**config_of("llama"), "architectures": [architecture], "model_type": other})
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_classes(family: str) -> None:
+    names = {"architectures": [CLASSIFIERS[family]]}
+    for count, keys in ((2, {}), (1, {"num_labels": 1}), (3, {"id2label": {"0": "a", "1": "b", "2": "c"}})):
+        config = with_(family, **names, **keys, tie_word_embeddings=True)
+        assert (config.classes, config.tied_head, config.logit_softcap) == (count, False, None)
+        assert config.architecture == CLASSIFIERS[family]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "named"),
+    [
+        ("qwen2", {"sliding_window": 0}, ["sliding_window is 0"]),
+        ("qwen2", {"layer_types": ["full_attention"]}, ["layer_types", "3 layers"]),
+        ("qwen2", {"layer_types": ["chunked_attention"] * 3}, ["chunked_attention", "full_attention or sliding"]),
+        ("qwen2", {"layer_types": "full_attention"}, ["layer_types", "list of strings"]),
+        ("qwen2", {"use_sliding_window": False, "layer_types": ["sliding_attention"] * 3}, ["window of None"]),
+        ("qwen2", {"use_mrope": True}, ["use_mrope=True"]),
+        ("qwen2", {"dual_chunk_attention_config": {"chunk_size": 9}}, ["dual_chunk_attention_config"]),
+        ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["'yarn'"]),
+        ("mistral", {"hidden_act": "relu"}, ["hidden_act is 'relu'", "silu, gelu_pytorch_tanh"]),
+        ("gemma2", {"use_bidirectional_attention": True}, ["use_bidirectional_attention=True"]),
+        ("gemma2", {"attn_logit_softcapping": 0.0}, ["attn_logit_softcapping is 0.0"]),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping=50.0"]),
+        ("gemma3", {"rope_parameters": {"full_attention": {}}}, ["both", "keep rope_parameters"]),
+        ("olmo2", {"clip_qkv": 8.0}, ["clip_qkv=8.0"]),
+        ("phi3", {"partial_rotary_factor": 0.3}, ["0.3 of head_dim 12", "3 channels"]),
+        ("phi3", {"mlp_bias": True}, ["mlp_bias=True"]),
+        ("phi3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, ["'linear'", "default, longrope"]),
+        ("phi3-longrope", {"partial_rotary_factor": 0.5}, ["6 channels", "6 and 6"]),
+        ("phi3-longrope", {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 6}}, ["lacks long_factor"]),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, ["mlp_only_layers=[1]"]),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, ["decoder_sparse_step=2", "only 1"]),
+        ("qwen3_moe", {"num_experts_per_tok": 6}, ["num_experts_per_tok 6", "num_experts 5"]),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 9}, ["shared_expert_intermediate_size=9"]),
+    ],
+)  # fmt: skip
+def test_refused_with_the_names_in_the_message(family: str, changes: Mapping[str, Any], named: list[str]) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        with_(family, **changes)
+    for word in named:
+        assert word in str(refusal.value)
+
+
+def test_an_unknown_architecture_is_answered_with_all_that_are_known() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        with_("llama", architectures=["Gemma3ForConditionalGeneration"])
+    for name in FAMILIES:
+        assert name in str(refusal.value)

@@ -1,0 +1,59 @@
+"""How the CPU's kernels are built, kept and found again."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from model import compiled
+from model.cpu import build
+
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler is installed")
+
+
+def test_built_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(build, "PREFIX", "kept_attention")
+    assert build.register(tmp_path)
+    (kept,) = tmp_path.iterdir()
+    monkeypatch.setattr(compiled, "keep", None)  # would fail
+    monkeypatch.setattr(build, "PREFIX", "kept_attention_again")
+    assert build.register(tmp_path)
+    assert list(tmp_path.iterdir()) == [kept]
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("spoil", [lambda file: file.write_bytes(b"\x7fELF"), lambda file: file.chmod(0o666)])
+def test_a_file_that_is_broken_or_anybodys_is_not_run(
+    spoil: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(build, "PREFIX", f"spoilt_attention_{id(spoil)}")
+    assert callable(spoil)
+    assert build._library(tmp_path).ScoreAttention  # pyright: ignore[reportPrivateUsage]
+    (kept,) = tmp_path.iterdir()
+    spoil(kept)
+    before = kept.stat().st_ino
+    assert build.register(tmp_path)
+    assert "is made anew" in caplog.text
+    assert kept.stat().st_ino != before
+
+
+def test_a_folder_that_cannot_be_written_costs_only_the_keeping(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(build, "PREFIX", "homeless_attention")
+    (tmp_path / "folder").write_text("a file, not a folder")
+    assert build.register(tmp_path / "folder")
+    assert "cannot be kept" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("no-such-compiler", "no compiler 'no-such-compiler' is installed"), ("false", "false ended")],
+)
+def test_without_a_compiler_it_says_what_to_do(
+    compiler: str, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    assert not build.register(None)
+    assert reason in caplog.text
+    assert "Install a C++20 compiler, g++ for example, or name one in CXX." in caplog.text

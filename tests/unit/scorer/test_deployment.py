@@ -1,0 +1,384 @@
+"""The scorer's class without Ray: Serve's batching needs no more of a replica than its context."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from ray import serve
+
+from serve_app.contract import BatchResult, EngineStats, JobResult, ModelInfo, ScoreJob, TokenBatch
+from serve_app.errors import DeadlineExceededError, InternalError, OverloadedError
+from serve_app.scorer import deployment, speed
+from serve_app.scorer.deployment import MAX_ONGOING, Scorer
+from serve_app.scorer.engines import load_engine
+from serve_app.scorer.fake_engine import FakeEngine
+from serve_app.scorer.queue import DeviceQueue
+from serve_app.settings import Limits, Settings
+from tests.batches import label_batch
+from tests.tiny import make_llama
+
+
+class HeldEngine(FakeEngine):
+    """Computes nothing until ``gate`` opens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.scored: list[int] = []
+
+    def score(self, batch: TokenBatch) -> BatchResult:
+        assert self.gate.wait(30)
+        self.scored.append(batch.num_sequences)
+        return super().score(batch)
+
+
+SPEED = 20_000.0
+"""Tokens a second, as if measured."""
+
+
+@pytest.fixture(autouse=True)
+def replica_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Serve gives a replica: a context, and a process in which nobody has used the batching yet."""
+    batching = Scorer._intake._get_max_batch_size.__self__
+    monkeypatch.setattr(batching, "_queue", None)
+    config = SimpleNamespace(max_ongoing_requests=MAX_ONGOING)
+    monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(_deployment_config=config))
+
+
+@asynccontextmanager
+async def started(engine: FakeEngine, settings: Settings | None = None) -> AsyncIterator[Any]:
+    replica = Scorer.__new__(Scorer)
+    await replica.__init__(settings or Settings(engine="fake"), lambda _: engine, lambda _: SPEED)
+    try:
+        yield replica
+    finally:
+        if isinstance(engine, HeldEngine):
+            engine.gate.set()
+        await replica._queue.close()
+        # Only Serve's batching outlives its replica.
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 - there is no event to wait for
+        await asyncio.sleep(0.001)
+
+
+def job(*rows: list[int], deadline: float | None = None) -> ScoreJob:
+    return ScoreJob("r", label_batch(rows, [[1, 2]] * len(rows)), deadline)
+
+
+async def test_concurrent_calls_each_get_their_own_answer():
+    jobs = [job([i], [i, i]) for i in range(100)]
+    async with started(FakeEngine()) as replica:
+        answers = await asyncio.gather(*map(replica.score, jobs))
+        assert (await replica.stats()).sequences == 200
+    for asked, answer in zip(jobs, answers, strict=True):
+        np.testing.assert_array_equal(answer.result.values, FakeEngine().score(asked.batch).values)
+
+
+async def test_info_is_the_engines():
+    async with started(FakeEngine(vocab_size=77)) as replica:
+        assert (await replica.info()).vocab_size == 77
+
+
+async def test_the_intake_does_not_wait_for_the_device():
+    engine = HeldEngine()
+    async with started(engine) as replica:
+        calls = [asyncio.create_task(replica.score(job([i]))) for i in range(200)]
+        await until(lambda: replica._queue.stats().queued_jobs == 200)
+        await replica.check_health()
+        engine.gate.set()
+        await asyncio.gather(*calls)
+
+
+async def one_leaves(leave: Callable[[Any, asyncio.Task[JobResult]], Awaitable[None]]) -> None:
+    """A call behind another is cancelled by ``leave``: its two sequences are never computed."""
+    engine = HeldEngine()
+    async with started(engine) as replica:
+        first = asyncio.create_task(replica.score(job([1])))
+        await until(lambda: replica._queue.stats().queued_jobs == 1)
+        left = asyncio.create_task(replica.score(ScoreJob("left", job([2], [3]).batch)))
+        await leave(replica, left)
+        with pytest.raises(asyncio.CancelledError):
+            await left
+        engine.gate.set()
+        await first
+        await replica.score(job([4]))
+    assert engine.scored == [1, 1]
+
+
+async def test_a_call_that_is_cancelled_takes_its_queued_work_along():
+    async def leave(replica: Any, left: asyncio.Task[JobResult]) -> None:
+        await until(lambda: replica._queue.stats().queued_jobs == 2)
+        left.cancel()
+
+    await one_leaves(leave)
+
+
+async def test_a_call_that_is_cancelled_before_the_intake_never_reaches_the_queue():
+    engine = HeldEngine()
+    async with started(engine) as replica:
+        left = asyncio.create_task(replica.score(job([2], [3])))
+        await asyncio.sleep(0)
+        left.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await left
+        engine.gate.set()
+        await replica.score(job([4]))
+    assert engine.scored == [1]
+
+
+async def test_a_call_that_is_cancelled_within_the_intake_takes_its_work_along(monkeypatch: pytest.MonkeyPatch):
+    submit = DeviceQueue.submit
+    callers: list[asyncio.Task[JobResult]] = []
+
+    def cancel_the_caller(queue: DeviceQueue, asked: ScoreJob, answer: Any) -> None:
+        submit(queue, asked, answer)
+        if asked.request_id == "left":
+            callers[0].cancel()
+
+    async def leave(_: Any, left: asyncio.Task[JobResult]) -> None:
+        callers.append(left)
+
+    monkeypatch.setattr(DeviceQueue, "submit", cancel_the_caller)
+    await one_leaves(leave)
+
+
+async def test_errors_reach_their_caller_only():
+    engine = HeldEngine()
+    settings = Settings(engine="fake", limits=Limits(max_queued_tokens=10))
+    async with started(engine, settings) as replica:
+        busy = asyncio.create_task(replica.score(job([1])))
+        await until(lambda: replica._queue.stats().queued_jobs == 1)
+        calls = [replica.score(job([1] * 8)), replica.score(job([2] * 8)), replica.score(job([3], deadline=1.0))]
+        waiting = asyncio.gather(*calls, return_exceptions=True)
+        await asyncio.sleep(0.05)
+        engine.gate.set()
+        kept, refused, late = await waiting
+        await busy
+    assert len(kept.result.values) == 2
+    assert isinstance(refused, OverloadedError)
+    assert isinstance(late, DeadlineExceededError)
+
+
+async def test_a_job_that_cannot_be_queued_harms_only_its_caller(monkeypatch: pytest.MonkeyPatch):
+    submit = DeviceQueue.submit
+
+    def picky(queue: DeviceQueue, asked: ScoreJob, answer: Any) -> None:
+        if asked.request_id == "bad":
+            raise ValueError("not a batch")
+        submit(queue, asked, answer)
+
+    monkeypatch.setattr(DeviceQueue, "submit", picky)
+    async with started(FakeEngine()) as replica:
+        bad = ScoreJob("bad", job([1]).batch)
+        good, failed = await asyncio.gather(replica.score(job([1])), replica.score(bad), return_exceptions=True)
+        assert len(good.result.values) == 2
+        assert isinstance(failed, ValueError)
+        await replica.check_health()
+
+
+class EndedError(Exception):
+    """In place of the process's end."""
+
+
+async def ending(call: Awaitable[Any]) -> str:
+    """What the replica says when this call ends the process."""
+    said: list[str] = []
+
+    def end(_status: int) -> None:
+        raise EndedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deployment.os, "_exit", end)
+        patch.setattr(deployment.logging, "shutdown", lambda: None)
+        patch.setattr(deployment.logger, "critical", lambda message, fault: said.append(message % fault))
+        with pytest.raises(EndedError):
+            await call
+    return said[0]
+
+
+async def test_a_replica_whose_intake_is_stuck_ends(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(deployment, "INTAKE_LIMIT_S", 0.02)
+    async with started(FakeEngine()) as replica:
+        await replica.check_health()
+        await replica.score(job([1]))
+        # What a fault in Serve's batching leaves behind: its task is dead, and calls wait for ever.
+        (batching,) = [task for task in asyncio.all_tasks() if "_process_batches" in repr(task)]
+        batching.cancel()
+        assert "taken in" in await ending(replica.score(job([1])))
+        assert "taken in" in await ending(replica.check_health())
+
+
+class LimitedEngine(FakeEngine):
+    """Knows what it was told last."""
+
+    stall_s: float
+
+    def limit(self, stall_s: float) -> None:
+        self.stall_s = stall_s
+
+
+class BrokenEngine(FakeEngine):
+    """Raises until it is mended."""
+
+    broken = True
+
+    def score(self, batch: TokenBatch) -> BatchResult:
+        if self.broken:
+            raise RuntimeError("the device is lost")
+        return super().score(batch)
+
+
+async def test_health_fails_when_every_batch_does_and_recovers_with_the_next_good_one():
+    engine = BrokenEngine()
+    async with started(engine) as replica:
+        for _ in range(deployment.BROKEN_AFTER):
+            await replica.check_health()
+            with pytest.raises(InternalError):
+                await replica.score(job([1]))
+        with pytest.raises(RuntimeError, match="failed on the last 5 batches"):
+            await replica.check_health()
+        engine.broken = False
+        await replica.score(job([1]))
+        await replica.check_health()
+
+
+async def test_a_replica_whose_queue_has_stopped_ends_with_the_jobs_that_waited():
+    engine = HeldEngine()
+    async with started(engine) as replica:
+        computing = asyncio.create_task(replica.score(job([1])))
+        await until(lambda: replica._queue.stats().queued_jobs == 1)
+        waiting = asyncio.create_task(ending(replica.score(job([2]))))
+        await until(lambda: replica._queue.stats().queued_jobs == 2)
+        replica._queue._threads.shutdown(wait=False)
+        engine.gate.set()
+        await computing
+        assert "queue has stopped" in await waiting
+        assert "queue has stopped" in await ending(replica.check_health())
+
+
+async def test_a_replica_whose_device_hangs_ends():
+    engine = HeldEngine()
+    async with started(engine, Settings(engine="fake", stall_s=0.05)) as replica:
+        call = asyncio.create_task(replica.score(job([1])))
+        await asyncio.sleep(0.01)
+        await replica.check_health()
+        await asyncio.sleep(0.1)
+        assert "stall_s is 0.05" in await ending(replica.check_health())
+        engine.gate.set()
+        await call
+        await replica.check_health()
+
+
+async def test_the_event_loop_is_free_while_the_engine_loads():
+    gate = threading.Event()
+
+    def load(_: Settings) -> FakeEngine:
+        assert gate.wait(30)
+        return FakeEngine()
+
+    replica = Scorer.__new__(Scorer)
+    loading = asyncio.create_task(replica.__init__(Settings(engine="fake"), load))
+    await asyncio.sleep(0.01)
+    gate.set()
+    await loading
+    await replica._queue.close()
+
+
+async def test_a_failure_to_load_reaches_serve():
+    def load(_: Settings) -> FakeEngine:
+        raise ValueError("no such model")
+
+    replica = Scorer.__new__(Scorer)
+    with pytest.raises(ValueError, match="no such model"):
+        await replica.__init__(Settings(engine="fake"), load)
+
+
+def test_the_fake_engine_is_loaded_by_name():
+    assert load_engine(Settings(engine="fake")).info.platform == "none"
+
+
+def test_the_models_engine_answers_in_the_contracts_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # The model's own classes would load jax wherever they are unpickled.
+    # Without the warm-up, only what this one batch needs is compiled.
+    warmed: list[object] = []
+    monkeypatch.setattr("model.engine.Engine.warmup", lambda engine, _progress: warmed.append(engine))
+    monkeypatch.setenv("SCORE_SERVE_CACHE", str(tmp_path / "cache"))
+    engine = load_engine(Settings(model=str(make_llama(tmp_path / "model", context=32))))
+    assert len(warmed) == 1
+    assert type(engine.info) is ModelInfo
+    result = engine.score(job([1, 2, 3], [4]).batch)
+    assert type(result) is BatchResult
+    assert type(engine.stats) is EngineStats
+    assert engine.stats.compilations > 0
+    assert engine.stats.computed_tokens == 4
+    assert result.values.shape == (4,)
+    assert (result.values < 0).all()
+
+
+async def test_what_can_change_while_it_runs_does_and_all_else_is_refused(caplog: pytest.LogCaptureFixture):
+    settings = Settings(engine="fake", stall_s=7, max_batch_tokens=512)
+    engine = LimitedEngine()
+    async with started(engine, settings) as replica:
+
+        def now() -> tuple[float, float, int, int]:
+            queue = replica._queue
+            return replica._live.stall_s, engine.stall_s, queue._max_batch_tokens, queue._max_queued_tokens
+
+        await replica.reconfigure({"stall_s": 8, "limits": {"max_queued_tokens": 99}}, rank=0)
+        assert now() == (8, 8, 512, 99)
+        for wrong, named in (
+            ({"stall_s": 9, "dtype": "bfloat16"}, "dtype: not to be changed"),
+            ({"stall_s": 9, "max_batch_tokens": 1}, "max_batch_tokens"),
+            ({"stall_s": 9, "limits": {"max_prompt_tokens": 5}}, "limits.max_prompt_tokens"),
+        ):
+            caplog.clear()
+            await replica.reconfigure(wrong, rank=0)
+            assert named in caplog.text
+            assert now() == (8, 8, 512, 99)
+        await replica.reconfigure(None, rank=0)
+        assert now() == (7, 7, 512, settings.queued_tokens(SPEED))
+
+
+async def test_the_measured_speed_bounds_the_queue_and_is_told():
+    settings = Settings(engine="fake", timeout_s=60)
+    async with started(FakeEngine(), settings) as replica:
+        assert (await replica.info()).tokens_per_s == SPEED
+        assert replica._queue._max_queued_tokens == 20_000 * 60 / 2
+
+
+async def test_the_queues_bound_follows_the_speed_that_batches_tell(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(deployment, "REPORT_S", 0.01)
+    async with started(FakeEngine(seconds_per_token=1e-6), Settings(engine="fake", timeout_s=60)) as replica:
+        await replica.score(job([1] * 5_000))
+        assert replica._queue.tokens_per_s > SPEED
+        await until(lambda: replica._queue._max_queued_tokens > SPEED * 60 / 2)
+
+
+def test_the_speed_is_measured_by_a_batch():
+    assert speed.measure(FakeEngine(seconds_per_token=1e-3)) == pytest.approx(1_000, rel=0.3)
+    assert speed.measure(FakeEngine(context_length=16)) > 0
+
+
+@pytest.mark.parametrize(
+    ("limits", "tokens_per_s", "tokens"),
+    [
+        (Limits(), 1_850, 555_000),  # two cores: five minutes' work, where 4,000,000 tokens are 36
+        (Limits(), 1e6, 4_000_000),
+        (Limits(), 1, 8_192),  # a batch, at least
+        (Limits(max_queued_tokens=7), 1_850, 7),
+    ],
+)
+def test_what_may_wait_is_done_in_half_the_time_that_a_request_has(limits: Limits, tokens_per_s: float, tokens: int):
+    assert Settings(limits=limits).queued_tokens(tokens_per_s) == tokens

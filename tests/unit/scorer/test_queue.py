@@ -1,0 +1,731 @@
+"""The queue before the device, with engines that tests can hold, break and watch."""
+
+import asyncio
+import itertools
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve_app.batches import cut, join, shared_with_previous
+from serve_app.contract import BatchResult, JobResult, ScoreJob, TokenBatch
+from serve_app.errors import DeadlineExceededError, InternalError, OverloadedError
+from serve_app.scorer.fake_engine import FakeEngine
+from serve_app.scorer.queue import TURNS_PER_BATCH, DeviceQueue, _Part
+from serve_app.scorer.speed import Speed
+
+POISON = 666
+
+
+def batch_of(sequences: Sequence[Sequence[int]], *, labels: Sequence[int] = (1, 2), vocab: bool = True) -> TokenBatch:
+    """Label reads at the last position of each sequence."""
+    n = len(sequences)
+    return TokenBatch(
+        tokens=np.array([token for sequence in sequences for token in sequence], np.int32),
+        offsets=np.cumsum([0, *map(len, sequences)]).astype(np.int64),
+        read_sequences=np.arange(n, dtype=np.int32),
+        read_positions=np.array([len(sequence) - 1 for sequence in sequences], np.int32),
+        targets=np.array([*labels] * n, np.int32),
+        target_offsets=(np.arange(n + 1) * len(labels)).astype(np.int64),
+        vocab_logprobs=vocab,
+    )
+
+
+def sequences_of(batch: TokenBatch) -> list[list[int]]:
+    return [batch.tokens[a:b].tolist() for a, b in itertools.pairwise(batch.offsets)]
+
+
+class WatchedEngine(FakeEngine):
+    """Raises on ``POISON``; waits for ``gate`` in every batch."""
+
+    def __init__(self, seconds_per_token: float = 0.0) -> None:
+        super().__init__(nan_token=667, seconds_per_token=seconds_per_token)
+        self.batches: list[TokenBatch] = []
+        """In the order in which the queue formed them: two threads may call the engine in another."""
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+        self.threads: set[str] = set()
+
+    def score(self, batch: TokenBatch) -> BatchResult:
+        self.threads.add(threading.current_thread().name)
+        self.entered.set()
+        assert self.gate.wait(30)
+        if POISON in batch.tokens:
+            raise RuntimeError("device fault")
+        return super().score(batch)
+
+
+class WatchedQueue(DeviceQueue):
+    """Tells the engine's ``batches``."""
+
+    async def _compute(self, parts: list[_Part]) -> None:
+        if isinstance(self._engine, WatchedEngine):
+            self._engine.batches.append(join([part.batch() for part in parts]))
+        await super()._compute(parts)
+
+
+@asynccontextmanager
+async def opened(engine: FakeEngine, *, budget: int = 64, queued: int = 10_000) -> AsyncIterator[DeviceQueue]:
+    queue = WatchedQueue(engine, max_batch_tokens=budget, max_queued_tokens=queued)
+    try:
+        yield queue
+    finally:
+        if isinstance(engine, WatchedEngine):
+            engine.gate.set()
+        await queue.close()
+
+
+async def test_how_full_each_batch_was_is_told():
+    fills: list[float] = []
+    queue = DeviceQueue(FakeEngine(), max_batch_tokens=64, max_queued_tokens=1_000, observe=fills.append)
+    asked = [ask(queue, batch_of([[1, 2, 3], [1, 2, 4]])), ask(queue, batch_of([[5] * 40] * 3))]
+    answers = await asyncio.gather(*asked)
+    await queue.close()
+    computed = sum(answer.result.computed_tokens.sum() for answer in answers)
+    assert sum(fills) == pytest.approx(computed / 64)
+    assert all(0 < fill <= 1 for fill in fills)
+
+
+def ask(
+    queue: DeviceQueue, batch: TokenBatch, *, deadline: float | None = None, request_id: str = "r"
+) -> asyncio.Future[JobResult]:
+    answer: asyncio.Future[JobResult] = asyncio.get_running_loop().create_future()
+    queue.submit(ScoreJob(request_id, batch, deadline), answer)
+    return answer
+
+
+async def hold(engine: WatchedEngine, queue: DeviceQueue) -> asyncio.Future[JobResult]:
+    """Keep the device busy until the gate opens."""
+    engine.gate.clear()
+    engine.entered.clear()
+    busy = ask(queue, batch_of([[9]]))
+    assert await asyncio.to_thread(engine.entered.wait, 30)
+    engine.batches.clear()
+    return busy
+
+
+async def formed(engine: WatchedEngine, batches: int) -> None:
+    """Until so many batches were formed since ``hold``."""
+    while len(engine.batches) < batches:  # noqa: ASYNC110 - a few turns of the loop
+        await asyncio.sleep(0)
+
+
+async def test_a_job_gets_what_the_engine_says_of_it_alone():
+    engine = FakeEngine()
+    big = batch_of([[1, 2, 3, i] for i in range(100)])
+    small = batch_of([[5, 6], [7]], labels=(3,))
+    async with opened(engine) as queue:
+        answers = await asyncio.gather(ask(queue, big), ask(queue, small))
+    for job, answer in zip([big, small], answers, strict=True):
+        np.testing.assert_array_equal(answer.result.values, engine.score(job).values)
+        assert answer.result.values.dtype == np.float32
+        assert len(answer.result.computed_tokens) == job.num_sequences
+    assert answers[0].device_seconds > 0
+    assert answers[0].queue_seconds >= 0
+
+
+async def test_a_batch_holds_several_jobs_and_keeps_their_order_within_the_budget():
+    engine = WatchedEngine()
+    async with opened(engine, budget=64) as queue:
+        busy = await hold(engine, queue)
+        jobs = [batch_of([[100 * j, 1, 2, 3, i] for i in range(30)]) for j in range(3)]
+        answers = [ask(queue, job) for job in jobs]
+        engine.gate.set()
+        await asyncio.gather(busy, *answers)
+    assert len({sequence[0] for sequence in sequences_of(engine.batches[0])}) > 1
+    for batch in engine.batches:
+        assert (batch.lengths - shared_with_previous(batch)).sum() <= 64
+    for j, job in enumerate(jobs):
+        seen = [s for batch in engine.batches for s in sequences_of(batch) if s[0] == 100 * j]
+        assert seen == sequences_of(job)
+    assert engine.threads <= {"device_0", "device_1"}
+
+
+async def test_a_small_job_goes_with_the_next_batch_whatever_came_before():
+    engine = WatchedEngine()
+    async with opened(engine, budget=64, queued=20_000) as queue:
+        busy = await hold(engine, queue)
+        big = ask(queue, batch_of([[i, 1, 2] for i in range(1_000, 6_000)]))
+        await formed(engine, 1)
+        small = ask(queue, batch_of([[7, 7, 7]]))
+        engine.gate.set()
+        await asyncio.gather(busy, small)
+        assert not big.done()
+        assert [7, 7, 7] in sequences_of(engine.batches[1])
+        await big
+
+
+async def test_a_big_job_is_not_starved_by_a_stream_of_small_ones():
+    engine = WatchedEngine()
+    async with opened(engine, budget=64) as queue:
+        big = ask(queue, batch_of([[1_000 + i] * 60 for i in range(10)]))
+        small = 0
+
+        async def client() -> None:
+            nonlocal small
+            while not big.done():
+                await ask(queue, batch_of([[1, 2, 3, 4]]))
+                small += 1
+
+        await asyncio.gather(big, *(client() for _ in range(20)))
+    # What has just come goes before a sequence that fills a batch, and not twice in a row.
+    assert 0 < small <= 2 * 10 * 20 + 20
+
+
+async def test_a_small_job_waits_for_one_batch_however_many_large_ones_wait():
+    engine = WatchedEngine()
+    async with opened(engine, budget=64, queued=20_000) as queue:
+        large = [ask(queue, batch_of([[1_000 * j + i, 1, 2] for i in range(100)])) for j in range(1, 31)]
+        while queue.stats().batches < 31:  # noqa: ASYNC110 - all had a turn
+            await asyncio.sleep(0)
+        busy = await hold(engine, queue)
+        small = [ask(queue, batch_of([[7, 7, j]])) for j in range(3)]
+        before = len(engine.batches)
+        engine.gate.set()
+        await asyncio.gather(busy, *small)
+        assert not all(job.done() for job in large)
+        assert [7, 7, 2] in [s for batch in engine.batches[: before + 2] for s in sequences_of(batch)]
+        await asyncio.gather(*large)
+
+
+async def test_long_sequences_do_not_pass_a_small_job_two_in_a_row():
+    engine = WatchedEngine()
+    async with opened(engine, budget=64) as queue:
+        busy = await hold(engine, queue)
+        long = ask(queue, batch_of([[i] * 500 for i in range(10)]))
+        await formed(engine, 1)
+        small = ask(queue, batch_of([[7]]))
+        engine.gate.set()
+        await asyncio.gather(busy, small, long)
+    lengths = [batch.lengths.tolist() for batch in engine.batches]
+    assert lengths.index([1]) <= 2
+
+
+async def test_a_job_of_another_kind_waits_for_one_more_batch_that_is_half_as_large():
+    engine = WatchedEngine()
+    async with opened(engine, budget=64, queued=20_000) as queue:
+        busy = await hold(engine, queue)
+        plain = [ask(queue, batch_of([[j, i] for i in range(200)])) for j in range(1, 5)]
+        await formed(engine, 1)
+        other = ask(queue, batch_of([[7]], vocab=False))
+        engine.gate.set()
+        await asyncio.gather(busy, other)
+        kinds = [batch.vocab_logprobs for batch in engine.batches]
+        assert kinds.index(False) <= 2
+        assert sum(engine.batches[1].lengths) <= 64
+        await asyncio.gather(*plain)
+
+
+async def test_a_batch_is_about_a_second_at_the_measured_speed():
+    engine = WatchedEngine(seconds_per_token=1e-3)
+    queue = WatchedQueue(engine, max_batch_tokens=8_192, max_queued_tokens=100_000, tokens_per_s=200)
+    await ask(queue, batch_of([[i, 1] for i in range(1_000, 2_500)]))
+    tokens = [len(batch.tokens) for batch in engine.batches]
+    assert tokens[0] <= 200
+    # The engine does 1,000 a second: that is learnt, and not exceeded by much.
+    assert 500 < max(tokens) < 1_500
+    await queue.close()
+
+
+async def test_the_second_batch_is_formed_late_so_that_it_holds_what_comes_meanwhile():
+    engine = WatchedEngine()
+    queue = WatchedQueue(engine, max_batch_tokens=8_192, max_queued_tokens=100_000, tokens_per_s=2_000)
+    engine.gate.clear()
+    large = ask(queue, batch_of([[1_000 + i, 1] for i in range(5_000)]))
+    assert await asyncio.to_thread(engine.entered.wait, 30)
+    await asyncio.sleep(0.2)
+    assert len(engine.batches) == 1
+    small = ask(queue, batch_of([[7]]))
+    await formed_by(engine, 2)
+    assert [7] in sequences_of(engine.batches[1])
+    engine.gate.set()
+    await asyncio.gather(large, small)
+    await queue.close()
+
+
+async def test_a_long_sequence_is_prefilled_in_pieces_and_small_jobs_go_between(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Speed, "measured", lambda *_: None)
+    engine = WatchedEngine()
+    queue = WatchedQueue(engine, max_batch_tokens=8_192, max_queued_tokens=100_000, tokens_per_s=1_100)
+    engine.gate.clear()
+    long = batch_of([[i % 500 for i in range(8_000)]])
+    answer = ask(queue, long)
+    assert await asyncio.to_thread(engine.entered.wait, 30)
+    small = ask(queue, batch_of([[7]]))
+    engine.gate.set()
+    await small
+    assert not answer.done()
+    result = (await answer).result
+    await queue.close()
+    np.testing.assert_array_equal(result.values, FakeEngine().score(long).values)
+    ahead = [batch for batch in engine.batches if batch.keep]
+    assert [len(batch.tokens) for batch in ahead] == [1_024 * (i + 1) for i in range(7)]
+    assert all(len(batch.read_positions) == 0 for batch in ahead)
+    [last] = [batch for batch in engine.batches if not batch.keep and len(batch.tokens) > 1]
+    np.testing.assert_array_equal(last.tokens, long.tokens)
+    order = [len(batch.tokens) for batch in engine.batches]
+    assert order.index(1) <= 2
+
+
+async def test_what_is_read_early_or_shared_is_not_prefilled_ahead(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Speed, "measured", lambda *_: None)
+    engine = WatchedEngine()
+    queue = WatchedQueue(engine, max_batch_tokens=8_192, max_queued_tokens=100_000, tokens_per_s=1_100)
+    tokens = [i % 500 for i in range(6_000)]
+    early = replace(batch_of([tokens]), read_positions=np.array([3], np.int32))
+    await ask(queue, early)
+    assert not any(batch.keep for batch in engine.batches)
+    engine.batches.clear()
+    await ask(queue, batch_of([[*tokens, i] for i in range(3)]))
+    assert [len(batch.tokens) for batch in engine.batches if batch.keep] == [1_024 * (i + 1) for i in range(5)]
+    engine.batches.clear()
+    await ask(queue, batch_of([[*tokens[:3_000], *[i] * 3_000] for i in (1, 2)]))
+    ahead = [(batch.tokens[-1], len(batch.tokens)) for batch in engine.batches if batch.keep]
+    assert [length for _, length in ahead if length <= 3_000] == [1_024, 2_048]  # once for both
+    assert [length for token, length in ahead if token == 1 and length > 3_000] == [3_072, 4_096, 5_120]
+    assert [length for token, length in ahead if token == 2 and length > 3_000] == [3_072, 4_096, 5_120]
+    assert queue.queued_tokens == 0
+    await queue.close()
+
+
+async def formed_by(engine: WatchedEngine, batches: int) -> None:
+    """Until so many batches were formed, which takes its time."""
+    while len(engine.batches) < batches:  # noqa: ASYNC110 - there is no event to wait for
+        await asyncio.sleep(0.01)
+
+
+async def test_what_a_batch_is_expected_to_take_is_no_standstill():
+    engine = WatchedEngine()
+    queue = WatchedQueue(engine, max_batch_tokens=8_192, max_queued_tokens=100_000, tokens_per_s=50)
+    engine.gate.clear()
+    one = ask(queue, batch_of([[1] * 100]))  # two seconds, by that speed
+    assert await asyncio.to_thread(engine.entered.wait, 30)
+    await asyncio.sleep(0.1)
+    assert queue.stalled_seconds() == 0.0
+    engine.gate.set()
+    await one
+    await queue.close()
+
+
+async def test_a_batch_behind_another_stands_still_from_when_the_device_is_its_own():
+    engine = WatchedEngine()
+    async with opened(engine) as queue:
+        busy = await hold(engine, queue)
+        await asyncio.sleep(0.2)
+        behind = ask(queue, batch_of([[1] * 40]))
+        await formed(engine, 1)
+        [first, second] = queue._in_engine
+        assert (first.begun is None, second.begun is None) == (False, True)
+        assert second.overdue(time.monotonic() + 1_000) == 0.0
+        engine.gate.set()
+        await asyncio.gather(busy, behind)
+
+
+async def test_a_job_with_a_long_prefix_gets_a_whole_turn_for_it():
+    # A turn that ended with the prefix would compute the prefix anew for every sequence.
+    # What waits is more than half a batch, so a half is formed while the device is held.
+    engine = WatchedEngine()
+    prefix = [*range(20)]
+    async with opened(engine, budget=100) as queue:
+        busy = await hold(engine, queue)
+        answers = [ask(queue, batch_of([[j, *prefix, i] for i in range(50)])) for j in range(8)]
+        engine.gate.set()
+        await asyncio.gather(busy, *answers)
+    first = sequences_of(engine.batches[0])
+    assert len([sequence for sequence in first if sequence[0] == 0]) >= 50 // TURNS_PER_BATCH
+
+
+async def test_a_job_whose_prefix_fills_the_batch_gets_a_turn_all_the_same():
+    engine = WatchedEngine()
+    async with opened(engine, budget=64) as queue:
+        await ask(queue, batch_of([[*range(64), i] for i in range(100)]))
+    assert len(engine.batches) <= 1 + 100 // (32 // TURNS_PER_BATCH)
+
+
+async def test_an_item_above_the_budget_goes_alone():
+    engine = WatchedEngine()
+    async with opened(engine, budget=64) as queue:
+        busy = await hold(engine, queue)
+        answers = [ask(queue, batch_of([[1]])), ask(queue, batch_of([[2] * 500])), ask(queue, batch_of([[3]]))]
+        engine.gate.set()
+        await asyncio.gather(busy, *answers)
+    assert [500] in [batch.lengths.tolist() for batch in engine.batches]
+
+
+async def test_jobs_that_did_not_fit_open_the_next_batches_in_the_order_in_which_they_came():
+    engine = WatchedEngine()
+    async with opened(engine, budget=64) as queue:
+        busy = await hold(engine, queue)
+        answers = [ask(queue, batch_of([[i] * 40])) for i in range(4)]
+        engine.gate.set()
+        await asyncio.gather(busy, *answers)
+    assert [batch.tokens[0] for batch in engine.batches] == [0, 1, 2, 3]
+
+
+async def test_jobs_of_the_two_kinds_do_not_share_a_batch_and_neither_starves():
+    engine = WatchedEngine()
+    async with opened(engine) as queue:
+        busy = await hold(engine, queue)
+        jobs = [batch_of([[i]], vocab=i % 2 == 0) for i in range(10)]
+        answers = [ask(queue, job) for job in jobs]
+        engine.gate.set()
+        results = await asyncio.gather(busy, *answers)
+    assert [batch.vocab_logprobs for batch in engine.batches] == [True, False]
+    for job, answer in zip(jobs, results[1:], strict=True):
+        np.testing.assert_array_equal(answer.result.values, FakeEngine().score(job).values)
+
+
+async def test_jobs_that_ask_for_the_likeliest_token_get_it_in_their_order():
+    engine = WatchedEngine()
+    async with opened(engine, budget=64) as queue:
+        busy = await hold(engine, queue)
+        jobs = [replace(batch_of([[i, j] for j in range(20)]), argmax=i % 3 > 0) for i in range(6)]
+        answers = [ask(queue, job) for job in jobs]
+        engine.gate.set()
+        results = await asyncio.gather(busy, *answers)
+    for job, answer in zip(jobs, results[1:], strict=True):
+        wanted = FakeEngine().score(job)
+        assert len(wanted.argmax) == (20 if job.argmax else 0)
+        for name in ("values", "argmax", "argmax_values"):
+            np.testing.assert_array_equal(getattr(answer.result, name), getattr(wanted, name))
+
+
+async def test_cancelled_jobs_never_reach_the_device():
+    engine = WatchedEngine()
+    async with opened(engine) as queue:
+        busy = await hold(engine, queue)
+        kept, left = ask(queue, batch_of([[1]])), ask(queue, batch_of([[2]]))
+        left.cancel()
+        await asyncio.sleep(0)
+        assert queue.queued_tokens == 1
+        engine.gate.set()
+        await asyncio.gather(busy, kept)
+        assert queue.stats().cancelled == 1
+    assert [sequences_of(batch) for batch in engine.batches] == [[[1]]]
+
+
+async def test_a_job_whose_caller_left_before_it_came_is_not_queued():
+    async with opened(FakeEngine()) as queue:
+        answer: asyncio.Future[JobResult] = asyncio.get_running_loop().create_future()
+        answer.cancel()
+        queue.submit(ScoreJob("r", batch_of([[1]])), answer)
+        assert queue.stats().queued_jobs == 0
+
+
+async def test_a_job_cancelled_and_expired_in_the_same_tick_does_not_stop_the_queue():
+    engine = FakeEngine()
+    async with opened(engine) as queue:
+        left = ask(queue, batch_of([[2]]), deadline=time.time() - 1)
+        left.cancel()
+        await ask(queue, batch_of([[1]]))
+        assert queue.running
+
+
+async def test_a_job_cancelled_on_the_device_leaves_the_rest_unharmed():
+    engine = WatchedEngine()
+    async with opened(engine) as queue:
+        busy = await hold(engine, queue)
+        busy.cancel()
+        after = ask(queue, batch_of([[1]]))
+        engine.gate.set()
+        await after
+        assert queue.stats().cancelled == 1
+        assert queue.running
+
+
+async def test_a_job_past_its_deadline_is_dropped_before_the_device():
+    engine = WatchedEngine()
+    async with opened(engine) as queue:
+        busy = await hold(engine, queue)
+        late = ask(queue, batch_of([[2]]), deadline=time.time() + 0.01, request_id="late-one")
+        kept = ask(queue, batch_of([[1]]), deadline=time.time() + 100)
+        await asyncio.sleep(0.02)
+        engine.gate.set()
+        await asyncio.gather(busy, kept)
+        with pytest.raises(DeadlineExceededError, match="late-one"):
+            await late
+        assert queue.stats().expired == 1
+    assert [sequences_of(batch) for batch in engine.batches] == [[[1]]]
+
+
+async def test_past_the_limit_jobs_are_refused_and_later_ones_accepted():
+    engine = WatchedEngine()
+    async with opened(engine, queued=100) as queue:
+        busy = await hold(engine, queue)
+        kept = ask(queue, batch_of([[1] * 90]))
+        refused = ask(queue, batch_of([[2] * 20]))
+        with pytest.raises(OverloadedError, match=r"90 tokens are queued and this request adds 20.*100") as caught:
+            await refused
+        assert 1 <= (caught.value.retry_after_s or 0) <= 60
+        assert queue.stats().refused == 1
+        engine.gate.set()
+        await asyncio.gather(busy, kept)
+        await ask(queue, batch_of([[2] * 20]))
+
+
+async def test_a_job_larger_than_the_whole_limit_is_accepted_when_nothing_waits():
+    async with opened(FakeEngine(), queued=10) as queue:
+        await ask(queue, batch_of([[1] * 50]))
+
+
+async def test_retry_after_follows_the_speed_so_far():
+    engine = WatchedEngine()
+    async with opened(engine, queued=2_000) as queue:
+        busy = await hold(engine, queue)
+        await asyncio.sleep(0.05)  # one token took at least this long
+        engine.gate.set()
+        await busy
+        busy = await hold(engine, queue)
+        kept = ask(queue, batch_of([[1] * 1_900]))
+        with pytest.raises(OverloadedError) as caught:
+            await ask(queue, batch_of([[2] * 200]))
+        assert caught.value.retry_after_s == 60
+        engine.gate.set()
+        await asyncio.gather(busy, kept)
+
+
+async def test_a_job_on_which_the_engine_raises_harms_only_itself():
+    engine = WatchedEngine()
+    async with opened(engine) as queue:
+        busy = await hold(engine, queue)
+        good = [batch_of([[i, i]]) for i in range(3)]
+        answers = [ask(queue, good[0]), ask(queue, batch_of([[POISON]]), request_id="bad"), ask(queue, good[1])]
+        engine.gate.set()
+        await asyncio.gather(busy, answers[0], answers[2])
+        with pytest.raises(InternalError, match="bad"):
+            await answers[1]
+        assert queue.stats().failed == 1
+        np.testing.assert_array_equal(answers[2].result().result.values, FakeEngine().score(good[1]).values)
+        await ask(queue, good[2])
+
+
+async def test_a_job_that_fails_in_one_batch_is_not_computed_further():
+    engine = WatchedEngine()
+    async with opened(engine, budget=64) as queue:
+        with pytest.raises(InternalError):
+            await ask(queue, batch_of([[POISON], *[[i] * 30 for i in range(50)]]))
+        await ask(queue, batch_of([[1]]))
+        assert queue.stats().queued_jobs == 0
+    assert len(engine.batches) == 3  # one of its batches was in the engine behind the one that failed
+
+
+async def test_values_that_are_not_finite_stay_with_their_sequence():
+    async with opened(WatchedEngine()) as queue:
+        answer = await ask(queue, batch_of([[1], [667], [2]]))
+    assert np.isnan(answer.result.values).tolist() == [False, False, True, True, False, False]
+
+
+async def test_a_second_batch_is_formed_behind_the_first_when_half_a_batch_waits_and_no_third():
+    engine = WatchedEngine()
+    async with opened(engine, budget=64) as queue:
+        busy = await hold(engine, queue)
+        first = ask(queue, batch_of([[i] for i in range(31)]))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert queue.queued_tokens == 31
+        more = ask(queue, batch_of([[i] for i in range(100, 200)]))
+        await formed(engine, 1)
+        assert sum(map(len, sequences_of(engine.batches[0]))) == 64
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert queue.queued_tokens == 31 + 100 - 64
+        assert queue.stats().pending_tokens == 1 + 31 + 100  # the device has not answered any
+        engine.gate.set()
+        await asyncio.gather(busy, first, more)
+    assert engine.threads == {"device_0", "device_1"}
+
+
+async def test_time_on_the_device_is_not_counted_twice():
+    engine = WatchedEngine()
+    began = time.monotonic()
+    async with opened(engine, budget=64) as queue:
+        busy = await hold(engine, queue)
+        behind = ask(queue, batch_of([[1] * 40]))
+        await formed(engine, 1)
+        await asyncio.sleep(0.1)
+        engine.gate.set()
+        answers = await asyncio.gather(busy, behind)
+        seconds = queue.stats().device_seconds
+        assert 0.1 <= seconds <= time.monotonic() - began
+        assert sum(answer.device_seconds for answer in answers) == pytest.approx(seconds)
+        # What the second waited for the first is waiting, too.
+        assert answers[1].queue_seconds >= 0.1 or answers[0].queue_seconds >= 0.1
+
+
+async def test_a_batch_that_fails_leaves_the_one_behind_it_whole():
+    engine = WatchedEngine()
+    async with opened(engine, budget=64) as queue:
+        busy = await hold(engine, queue)
+        bad = ask(queue, batch_of([[POISON] * 20]))
+        good = [ask(queue, batch_of([[i] * 20])) for i in range(8)]
+        engine.gate.set()
+        await asyncio.gather(busy, *good)
+        with pytest.raises(InternalError):
+            await bad
+        stats = queue.stats()
+        assert (stats.failed, stats.queued_jobs) == (1, 0)
+        assert queue.stalled_seconds() == 0.0
+    for i, answer in enumerate(good):
+        np.testing.assert_array_equal(answer.result().result.values, engine.score(batch_of([[i] * 20])).values)
+
+
+async def test_a_job_without_sequences_is_answered():
+    async with opened(FakeEngine()) as queue:
+        answer = await ask(queue, batch_of([]))
+        assert len(answer.result.values) == 0
+        await asyncio.sleep(0)
+        assert queue.stats().queued_jobs == 0
+
+
+async def test_close_answers_those_who_wait_and_those_who_come():
+    engine = WatchedEngine()
+    async with opened(engine) as queue:
+        busy = await hold(engine, queue)
+        behind = ask(queue, batch_of([[1] * 40]))
+        await formed(engine, 1)
+        waiting = ask(queue, batch_of([[1]]))
+        closing = asyncio.create_task(queue.close())
+        for answer in (busy, behind, waiting):
+            with pytest.raises(OverloadedError, match="shutting down"):
+                await answer
+        with pytest.raises(OverloadedError, match="shutting down"):
+            await ask(queue, batch_of([[1]]))
+        assert not closing.done()
+        engine.gate.set()
+        await closing
+        assert not queue.running
+
+
+async def test_a_fault_of_the_loop_is_seen_and_answers_those_who_wait():
+    class Short(FakeEngine):
+        def score(self, batch: TokenBatch) -> BatchResult:
+            result = super().score(batch)
+            return BatchResult(result.values[:-1], result.computed_tokens)
+
+    async with opened(Short(), budget=1_000) as queue:
+        with pytest.raises(OverloadedError):
+            await ask(queue, batch_of([[1], [2], [3]], labels=(1, 2, 3, 4)))
+        assert not queue.running
+        with pytest.raises(OverloadedError):
+            await ask(queue, batch_of([[1]]))
+
+
+async def test_without_threads_the_queue_stops_and_says_that_another_replica_can_answer():
+    async with opened(FakeEngine(), budget=1_000) as queue:
+        queue._threads.shutdown()
+        with pytest.raises(OverloadedError, match="shutting down"):
+            await ask(queue, batch_of([[1]]))
+        assert not queue.running
+
+
+async def test_an_engine_that_ends_its_thread_harms_only_the_job_at_fault():
+    class Leaving(FakeEngine):
+        def score(self, batch: TokenBatch) -> BatchResult:
+            if 13 in batch.tokens:
+                raise SystemExit
+            return super().score(batch)
+
+    async with opened(Leaving(), budget=1_000) as queue:
+        good, bad = ask(queue, batch_of([[1]])), ask(queue, batch_of([[13]]))
+        assert len((await good).result.values) == 2
+        with pytest.raises(InternalError):
+            await bad
+        assert queue.running
+
+
+async def test_after_resizing_batches_and_the_queue_hold_so_much():
+    engine = WatchedEngine()
+    async with opened(engine, budget=1_000, queued=1_000) as queue:
+        busy = await hold(engine, queue)
+        queue.resize(max_batch_tokens=64, max_queued_tokens=100)
+        first = ask(queue, batch_of([[i] * 40 for i in range(2)]))
+        with pytest.raises(OverloadedError, match="the limit is 100"):
+            await ask(queue, batch_of([[1] * 40]))
+        engine.gate.set()
+        await asyncio.gather(busy, first)
+        assert queue.stats().batches == 3
+
+
+async def test_stalled_seconds_grow_while_a_batch_hangs_even_when_its_callers_have_left():
+    engine = WatchedEngine()
+    async with opened(engine) as queue:
+        assert queue.stalled_seconds() == 0.0
+        busy = await hold(engine, queue)
+        busy.cancel()
+        await asyncio.sleep(0.05)
+        assert queue.stalled_seconds() >= 0.05
+        waiting = ask(queue, batch_of([[1] * 40]))
+        await formed(engine, 1)
+        assert queue.stalled_seconds() >= 0.05
+        engine.gate.set()
+        await waiting
+        while queue.stats().batches < 2:  # noqa: ASYNC110 - either batch may leave the engine first
+            await asyncio.sleep(0)
+        assert queue.stalled_seconds() == 0.0
+
+
+async def test_the_event_loop_stays_free_while_the_device_works():
+    engine = WatchedEngine()
+    async with opened(engine) as queue:
+        busy = await hold(engine, queue)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not busy.done()
+        engine.gate.set()
+        await busy
+
+
+async def test_the_counters():
+    async with opened(FakeEngine()) as queue:
+        await ask(queue, batch_of([[1, 2, 3], [1, 2, 4]]))
+        stats = queue.stats()
+    assert (stats.batches, stats.sequences, stats.computed_tokens) == (1, 2, 4)
+    assert stats.device_seconds > 0
+    assert stats.queued_tokens == stats.pending_tokens == 0
+
+
+sequences = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=8)
+
+
+@given(sequences)
+def test_shared_with_previous_is_the_longest_common_prefix_short_of_the_last_token(rows: list[list[int]]):
+    expected = [0]
+    for before, row in itertools.pairwise(rows):
+        count = 0
+        while count < min(len(before), len(row) - 1) and before[count] == row[count]:
+            count += 1
+        expected.append(count)
+    assert shared_with_previous(batch_of(rows)).tolist() == expected
+
+
+@given(sequences, st.data())
+def test_cut_then_join_gives_the_batch_back(rows: list[list[int]], data: st.DataObject):
+    whole = batch_of(rows, labels=(5, 6, 7))
+    at = data.draw(st.integers(1, len(rows)))
+    parts = [cut(whole, 0, at), *([cut(whole, at, len(rows))] if at < len(rows) else [])]
+    again = join(parts)
+    for field in ("tokens", "offsets", "read_sequences", "read_positions", "targets", "target_offsets"):
+        original, rebuilt = getattr(whole, field), getattr(again, field)
+        np.testing.assert_array_equal(rebuilt, original)
+        assert rebuilt.dtype == original.dtype
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(sequences, st.booleans()), min_size=1, max_size=6), st.integers(1, 20))
+def test_any_mix_of_jobs_gives_each_its_own_values(jobs: list[tuple[list[list[int]], bool]], budget: int):
+    async def run() -> None:
+        engine = FakeEngine()
+        async with opened(engine, budget=budget) as queue:
+            batches = [batch_of(rows, vocab=vocab) for rows, vocab in jobs]
+            answers = await asyncio.gather(*(ask(queue, batch) for batch in batches))
+        for batch, answer in zip(batches, answers, strict=True):
+            np.testing.assert_array_equal(answer.result.values, engine.score(batch).values)
+
+    asyncio.run(run())

@@ -1,0 +1,103 @@
+"""What keeps the hosts of a slice in step, without Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serve_app.batches import Brief
+from serve_app.contract import BatchResult, EngineStats
+from serve_app.scorer.engines import load_part
+from serve_app.scorer.fake_engine import FakeEngine
+from serve_app.scorer.slice_group import GroupLostError, agreed
+from serve_app.scorer.slice_worker import Answer, HostFailedError, OutOfStepError, Place, SliceWorker
+from serve_app.settings import Settings
+from tests.batches import label_batch
+
+BATCH = label_batch([[1, 2, 3], [1, 2, 4]], [[1, 2]] * 2)
+
+
+def worker(number: int) -> SliceWorker:
+    made = SliceWorker(number)
+    made.load(load_part, Settings(engine="fake"), Place("nowhere", 4, number))
+    return made
+
+
+def test_only_the_first_host_sends_its_values():
+    answers = [worker(number).score(0, Brief.of(BATCH)) for number in range(4)]
+    result = agreed(answers).result
+    assert result
+    np.testing.assert_array_equal(result.values, FakeEngine().score(BATCH).values)
+    assert [answer.result for answer in answers[1:]] == [None] * 3
+
+
+def test_a_batch_out_of_turn_is_refused_by_the_host():
+    host = worker(3)
+    host.score(0, Brief.of(BATCH))
+    for sequence in (0, 2):
+        with pytest.raises(OutOfStepError, match=f"host 3 was sent batch {sequence}; its next is 1"):
+            host.score(sequence, Brief.of(BATCH))
+    assert host.score(1, Brief.of(BATCH)).sequence == 1
+
+
+def test_a_batch_that_all_hosts_refuse_leaves_them_in_step():
+    refused = label_batch([[1] * 100_000], [[1]])
+    hosts = [worker(number) for number in range(2)]
+    answer = agreed([host.score(0, Brief.of(refused)) for host in hosts])
+    assert answer.result is None
+    assert "this engine reads 1 to" in (answer.refusal or "")
+    assert agreed([host.score(1, Brief.of(BATCH)) for host in hosts]).result
+
+
+def test_the_leader_is_told_of_a_failure_without_the_exceptions_class():
+    import jax
+
+    class Failing(FakeEngine):
+        def score(self, *_: Any) -> BatchResult:
+            raise jax.errors.JaxRuntimeError("all-reduce failed")
+
+    host = SliceWorker(0)
+    host.load(lambda *_: Failing(), Settings(engine="fake"), Place("nowhere", 1, 0))
+    with pytest.raises(HostFailedError, match="JaxRuntimeError: all-reduce failed") as caught:
+        host.score(0, Brief.of(BATCH))
+    assert b"jax" not in pickle.dumps(caught.value)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [[1]],
+        [[7] * 50, [7] * 50, [7] * 49, [8]],
+        [[*range(300), n] for n in range(9)],
+        [[3, 4], [5], [3, 4, 5, 6], [3, 4]],
+    ],
+    ids=["one", "equal", "query", "mixed"],
+)
+def test_a_brief_batch_becomes_the_whole_one_again(rows: list[list[int]]):
+    batch = label_batch(rows, [[1, 2]] * len(rows))
+    brief = Brief.of(batch)
+    whole = brief.whole()
+    for name in ("tokens", "offsets", "read_sequences", "read_positions", "targets", "target_offsets"):
+        np.testing.assert_array_equal(getattr(whole, name), getattr(batch, name))
+        assert getattr(whole, name).dtype == getattr(batch, name).dtype
+    assert len(brief.batch.tokens) + brief.shared.sum() == len(batch.tokens)
+
+
+def test_a_query_travels_once():
+    batch = label_batch([[*range(300), n] for n in range(100)], [[1]] * 100)
+    assert len(Brief.of(batch).batch.tokens) == 301 + 99
+
+
+@pytest.mark.parametrize(
+    "other", [{"sequence": 1}, {"stats": EngineStats(prefix_hit_tokens=1)}, {"refusal": "too long"}], ids=str
+)
+def test_hosts_that_did_not_do_the_same_are_not_believed(other: dict[str, Any]):
+    first = Answer(0, EngineStats(), FakeEngine().score(BATCH))
+    same = Answer(0, EngineStats())
+    assert agreed([first, same, same]) is first
+    with pytest.raises(GroupLostError, match="host 2 did otherwise than host 0"):
+        agreed([first, same, dataclasses.replace(same, **other)])
