@@ -9,6 +9,7 @@ from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig, RequestRouterConfig
 
+from serve_app.errors import RETRY_AFTER_S
 from serve_app.frontend import ingress
 from serve_app.frontend.router import PrefixRouter
 from serve_app.scorer.autoscaling import PendingTokensPolicy
@@ -48,7 +49,7 @@ def build(args: Settings) -> Application:
         max_surge_percent=FRONT_SURGE_PERCENT,
         max_ongoing_requests=MAX_ONGOING,
         max_queued_requests=4 * MAX_ONGOING,
-        backpressure_config=BackpressureConfig(retry_after_s=ingress.RETRY_AFTER_S),
+        backpressure_config=BackpressureConfig(retry_after_s=RETRY_AFTER_S),
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,

@@ -10,6 +10,9 @@ from typing import Any, ClassVar
 COMPLETIONS = "/v1/completions"
 """The route whose errors are nested."""
 
+RETRY_AFTER_S = 1
+"""What a 503 says when nothing better is known."""
+
 
 class ScoringError(Exception):
     """Base of all errors that a caller may see. ``message`` names the value, the limit and the remedy.

@@ -17,9 +17,9 @@ import pytest
 from scripts.simulation.cluster import start_cluster
 from serve_app import model_source
 from serve_app.frontend.auth import ApiKeys
-from serve_app.frontend.ingress import create_app
-from serve_app.frontend.models import Services
-from serve_app.frontend.service import ScoringService
+from serve_app.frontend.models import Models
+from serve_app.frontend.routes import create_app
+from serve_app.frontend.service import ModelService
 from serve_app.jobs.local_replicas import LocalReplicas
 from serve_app.local_ray import APP_NAME, free_port
 from serve_app.scorer.fake_engine import FakeEngine
@@ -61,41 +61,39 @@ def settings() -> Settings:
 
 
 @pytest.fixture
-async def service(settings: Settings, tokenizer: TextTokenizer) -> AsyncIterator[ScoringService]:
+async def service(settings: Settings, tokenizer: TextTokenizer) -> AsyncIterator[ModelService]:
     """The whole service but for HTTP and Serve."""
     engine = FakeEngine(VOCAB_SIZE, CONTEXT)
     replicas = LocalReplicas(engine, settings)
-    service = ScoringService(settings, tokenizer, engine.info, replicas)
+    service = ModelService(settings, tokenizer, engine.info, replicas)
     yield service
     service.close()
     await replicas.queue.close()
 
 
 @pytest.fixture(scope="session")
-def fake_service(tokenizer: TextTokenizer) -> Iterator[ScoringService]:
+def fake_service(tokenizer: TextTokenizer) -> Iterator[ModelService]:
     """Without a queue: it may be asked from any event loop."""
     engine = FakeEngine(VOCAB_SIZE, CONTEXT)
-    service = ScoringService(
-        Settings(model="fake-judge", engine="fake"), tokenizer, engine.info, DirectReplicas(engine)
-    )
+    service = ModelService(Settings(model="fake-judge", engine="fake"), tokenizer, engine.info, DirectReplicas(engine))
     yield service
     service.close()
 
 
 @pytest.fixture(scope="session")
-def served(fake_service: ScoringService) -> Iterator[Served]:
+def served(fake_service: ModelService) -> Iterator[Served]:
     """The service behind a real HTTP server."""
-    services = Services(fake_service)  # one for all requests, as a front end has it
+    services = Models(fake_service)  # one for all requests, as a front end has it
     with serving(create_app(lambda: services)) as served:
         yield served
 
 
 @pytest.fixture(scope="session")
-def locked(fake_service: ScoringService, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def locked(fake_service: ModelService, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The same, and it wants ``KEY``."""
     file = tmp_path_factory.mktemp("keys") / "keys"
     file.write_text(KEY)
-    services = Services(fake_service)
+    services = Models(fake_service)
     with serving(create_app(lambda: services, keys=ApiKeys(str(file)))) as served:
         yield served
 

@@ -6,10 +6,13 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 from serve_app.errors import NotFoundError
-from serve_app.frontend.service import ScoringService
-from serve_app.schemas import InfoResponse, ModelCard, ModelsResponse
+from serve_app.frontend.info import info
+from serve_app.frontend.readiness import SelfTest
+from serve_app.frontend.service import ModelService
+from serve_app.schemas import InfoResponse, ModelCard, ModelsResponse, TokenizerInfo
 from serve_app.settings import DEFAULT_NAME, ModelSettings
 
 _SHOWN = 60
@@ -19,21 +22,22 @@ NO_MODEL = ""
 """Among the outcomes, of requests that name no served model."""
 
 
-class Services:
-    """One ``ScoringService`` for each served model. The first is ``default``, too.
+class Models:
+    """One ``ModelService`` for each served model. The first is ``default``, too.
 
     Args:
         services: at least one; no two with the same name.
     """
 
-    def __init__(self, *services: ScoringService) -> None:
+    def __init__(self, *services: ModelService) -> None:
         self._services = services
+        self._self_tests = {service: SelfTest(service) for service in services}
         self._by_name = _by_name(services)
         self._started = int(time.time())
         self._unknown: Counter[str] = Counter()
 
     def reconfigure(self, settings: Sequence[ModelSettings]) -> None:
-        """See ``ScoringService.reconfigure``.
+        """See ``ModelService.reconfigure``.
 
         Args:
             settings: of each model, in their order.
@@ -49,15 +53,15 @@ class Services:
 
     @property
     def outcomes(self) -> Mapping[str, Mapping[str, int]]:
-        """By the model's name, its ``ScoringService.outcomes``."""
+        """By the model's name, its ``ModelService.outcomes``."""
         return {service.settings.name: service.outcomes for service in self._services} | {NO_MODEL: self._unknown}
 
     @property
     def items(self) -> Mapping[str, int]:
-        """By the model's name, its ``ScoringService.items``."""
+        """By the model's name, its ``ModelService.items``."""
         return {service.settings.name: service.items for service in self._services}
 
-    def of(self, name: str) -> ScoringService:
+    def of(self, name: str) -> ModelService:
         """The service of the model that a request names.
 
         Raises:
@@ -82,7 +86,7 @@ class Services:
         Raises:
             NotFoundError: they may not.
         """
-        most = self.of(name).max_prompt_tokens
+        most = self.of(name).model.max_prompt_tokens
         return ModelCard(id=name, created=self._started, owned_by="score-serve", max_model_len=most)
 
     def info(self, name: str) -> InfoResponse:
@@ -92,28 +96,34 @@ class Services:
             NotFoundError: nothing is.
         """
         service = self.of(name)
-        return service.info([each for each, own in self._by_name.items() if own is service])
+        return info(service, [each for each, own in self._by_name.items() if own is service])
 
-    def check_health(self) -> None:
-        """See ``ScoringService.check_health``; one that fails is enough."""
-        for service in self._services:
-            service.check_health()
-
-    async def metrics(self) -> str:
-        """See ``Replicas.metrics``, which has those of all models."""
-        return await self._services[0].metrics()
-
-    async def ready(self, name: str | None) -> None:
-        """Return when this model, or all, answered a known prompt rightly. See ``ScoringService.ready``.
+    def tokenizer_info(self, name: str) -> TokenizerInfo:
+        """The special tokens and chat template of a model's tokenizer.
 
         Raises:
             NotFoundError: there is no such model.
+        """
+        model = self.of(name).model
+        return TokenizerInfo(**asdict(model.tokenizer.facts), model_max_length=model.max_prompt_tokens)
+
+    def check_health(self) -> None:
+        """See ``ModelService.check_health``; one that fails is enough."""
+        for service in self._services:
+            service.check_health()
+
+    async def ready(self, name: str | None) -> None:
+        """Return once this model, or every model, has passed its self-test.
+
+        Raises:
+            NotFoundError: there is no such model.
+            SelfTestError: a model failed.
             OverloadedError: a model is not able to score, with the reason.
         """
         services = self._services if name is None else [self.of(name)]
-        await asyncio.gather(*(service.ready() for service in services))
+        await asyncio.gather(*(self._self_tests[service].passed() for service in services))
 
 
-def _by_name(services: Sequence[ScoringService]) -> dict[str, ScoringService]:
+def _by_name(services: Sequence[ModelService]) -> dict[str, ModelService]:
     found = {name: service for service in services for name in service.settings.names}
     return {**found, DEFAULT_NAME: found.get(DEFAULT_NAME, services[0])}

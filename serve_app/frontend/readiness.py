@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 import numpy as np
 
 from serve_app.contract import BatchResult, TokenBatch
-from serve_app.errors import SelfTestError
-from serve_app.tasks.model_facts import ServedModel
+from serve_app.errors import OverloadedError, ScoringError, SelfTestError
+from serve_app.frontend.service import ModelService
+from serve_app.tasks.model_facts import ModelFacts
 from serve_app.tasks.scores import label_scores
 
 Score = Callable[[TokenBatch], Awaitable[BatchResult]]
@@ -33,7 +36,37 @@ _REMEDY = (
 )
 
 
-async def check(score: Score, model: ServedModel) -> None:
+class SelfTest:
+    """Tests a served model until it passes, and never again."""
+
+    def __init__(self, service: ModelService) -> None:
+        self._service = service
+        self._passed = False
+        self._running = asyncio.Lock()
+
+    async def passed(self) -> None:
+        """Return once the model has passed.
+
+        Raises:
+            SelfTestError: it failed.
+            OverloadedError: it is not able to score, with the reason.
+        """
+        async with self._running:
+            if self._passed:
+                return
+            settings = self._service.settings
+            score = partial(self._service.compute, request_id="ready")
+            try:
+                await check(score, self._service.model)
+                if settings.model == "demo" and settings.engine == "jax":
+                    await check_demo(score)
+            except ScoringError as error:
+                kind = SelfTestError if isinstance(error, SelfTestError) else OverloadedError
+                raise kind(f"{settings.name} is not ready: {error.message}", retry_after_s=1) from error
+            self._passed = True
+
+
+async def check(score: Score, model: ModelFacts) -> None:
     """Return when the model scores as a model does.
 
     Its scores are finite and depend on the prompt, on all of the prompt and on the label, and each prompt has

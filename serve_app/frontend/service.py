@@ -8,12 +8,10 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from serve_app import timing
 from serve_app.batches import shared_prefix, shared_with_previous
@@ -24,38 +22,19 @@ from serve_app.errors import (
     InvalidRequestError,
     OverloadedError,
     ScoringError,
-    SelfTestError,
 )
-from serve_app.frontend import fanout, readiness
+from serve_app.frontend import fanout
 from serve_app.frontend.admission import Admission
 from serve_app.frontend.streaming import as_finished
 from serve_app.frontend.watched_threads import WatchedThreads
-from serve_app.schemas import (
-    DetokenizeRequest,
-    DetokenizeResponse,
-    InfoResponse,
-    LimitsInfo,
-    ScoreEnd,
-    ScoreRequest,
-    ScoreResponse,
-    ScoreRow,
-    TokenizeRequest,
-    TokenizeResponse,
-    TokenizerInfo,
-)
+from serve_app.schemas import RequestBody, ScoreEnd, ScoreRequest, ScoreRow
 from serve_app.settings import ModelSettings
-from serve_app.tasks.completions import Completer, CompletionRequest, CompletionResponse
-from serve_app.tasks.generative import (
-    GenerativeScoringRequest,
-    GenerativeScoringResponse,
-    as_response,
-    as_score_request,
-)
-from serve_app.tasks.model_facts import ServedModel
-from serve_app.tasks.prompts import Prompts
-from serve_app.tasks.rerank import Reranker, RerankRequest, RerankResponse
-from serve_app.tasks.scores import ScoreQuestion, usage
+from serve_app.tasks.model_facts import ModelFacts
+from serve_app.tasks.prompts import PromptBuilder
+from serve_app.tasks.scores import PreparedScore, usage
 from serve_app.tasks.steps import Steps, advance
+from serve_app.tasks.table import TASKS
+from serve_app.tasks.task import AnyTask, PreparedRequest, Task
 from serve_app.tasks.tokenizer import TextTokenizer
 from serve_app.timing import Timings
 
@@ -69,37 +48,8 @@ STUCK_RETRY_AFTER_S = 2
 """Serve drops a front end after three health checks; ``ScoreClient``'s five tries, this far apart, outlast that."""
 
 T = TypeVar("T")
-A = TypeVar("A", covariant=True)
-
-
-class Question(Protocol[A]):
-    """A request once its prompts are built: what an engine is to compute, and how its result becomes an answer."""
-
-    @property
-    def batch(self) -> TokenBatch: ...
-
-    @property
-    def query_tokens(self) -> int:
-        """At the front of every prompt, how many may come again in another request; 0: what they share."""
-        ...
-
-    @property
-    def items(self) -> int:
-        """How many items, documents or prompts are scored."""
-        ...
-
-    @property
-    def size(self) -> int:
-        """About how many values the answer has."""
-        ...
-
-    def answer(self, result: BatchResult) -> A:
-        """Runs in a thread where the answer is large.
-
-        Raises:
-            InternalError: the model's output is not finite.
-        """
-        ...
+A = TypeVar("A")
+R = TypeVar("R", bound=RequestBody)
 
 
 class Replicas(Protocol):
@@ -118,16 +68,8 @@ class Replicas(Protocol):
         """
         ...
 
-    async def metrics(self) -> str:
-        """The counters of all replicas, as Prometheus reads them.
 
-        Raises:
-            OverloadedError: they cannot be had at the moment.
-        """
-        ...
-
-
-class ScoringService:
+class ModelService:
     """Scores requests on ``replicas``. One instance serves any number of concurrent calls on one event loop.
 
     Args:
@@ -162,8 +104,6 @@ class ScoringService:
         """Items, documents and prompts scored so far."""
         self._observe = observe
         self._threads = WatchedThreads(settings.tokenizer_threads, "tokenizer")
-        self._probe_passed = False
-        self._probing = asyncio.Lock()
 
     def reconfigure(self, settings: ModelSettings) -> None:
         """Serve the requests that come from now on by these.
@@ -171,10 +111,9 @@ class ScoringService:
         Args:
             settings: the same but for what ``settings.LIVE`` names.
         """
-        self._settings = settings
-        self._model = ServedModel(settings.name, self._tokenizer, self._info, settings.limits)
-        self._prompts = Prompts(self._model)
-        self._reranker, self._completer = Reranker(self._model, settings, self._folder), Completer(self._model)
+        model = ModelFacts.of(settings, self._tokenizer, self._info, self._folder)
+        prepare: dict[AnyTask, Callable[[Any, str], Steps[Any]]] = {task: task.builder(model) for task in TASKS}
+        self._settings, self.model, self._prepare = settings, model, prepare
         self._bound_queue()
 
     @property
@@ -183,14 +122,15 @@ class ScoringService:
         return self._settings
 
     @property
-    def max_prompt_tokens(self) -> int:
-        """That the model reads, and a request may use."""
-        return self._model.max_prompt_tokens
+    def queued_tokens(self) -> int:
+        """How many tokens may wait for one replica."""
+        return self._queued_tokens
 
-    async def score(self, request: ScoreRequest, *, request_id: str, timeout_s: float = math.inf) -> ScoreResponse:
-        """The labels' scores for every item, in order.
+    async def answer(self, task: Task[R, A], request: R, *, request_id: str, timeout_s: float = math.inf) -> A:
+        """Answer a request.
 
         Args:
+            task: what kind of request it is.
             request_id: goes with the work to the replicas, for logs.
             timeout_s: the caller's own limit, if it is shorter than ``settings.timeout_s``.
 
@@ -201,8 +141,21 @@ class ScoringService:
             DeadlineExceededError: ``timeout_s`` is over; the queued work is dropped.
             InternalError: the model's output for an item is not finite, or a fault of ours.
         """
-        prepare = partial(self._scores, request)
-        return await self._ask(prepare, request_id, timeout_s, request.timeout_s)
+        prepare = partial(self._prepare[task], request, request_id)
+        if not task.scores:
+            return (await self._in_time(self._in_steps(prepare()), self._time_limit(None, timeout_s))).value
+        with self._counted():
+            limit = self._time_limit(getattr(request, "timeout_s", None), timeout_s)
+            return await self._in_time(self._score(prepare, request_id, time.time() + limit), limit)
+
+    async def compute(self, batch: TokenBatch, request_id: str) -> BatchResult:
+        """Compute a batch that is not a request, such as a self-test's, within the service's own time limit.
+
+        Raises:
+            ScoringError: as ``answer``.
+        """
+        deadline = time.time() + self._settings.timeout_s
+        return await self._in_time(self._run(self._work(batch, 0, request_id, deadline)))
 
     async def stream(
         self, request: ScoreRequest, *, request_id: str, timeout_s: float = math.inf
@@ -213,7 +166,7 @@ class ScoringService:
         replicas need at once to be busy.
 
         Raises:
-            ScoringError: as ``score``, and also after rows have come.
+            ScoringError: as ``answer``, and also after rows have come.
         """
         with self._counted():
             limit = self._time_limit(request.timeout_s, timeout_s)
@@ -226,28 +179,28 @@ class ScoringService:
     ) -> AsyncGenerator[Sequence[ScoreRow] | Sequence[ScoreEnd]]:
         deadline = time.time() + limit
         with timing.tokenising():
-            preparation = await self._in_time(self._in_thread(partial(self._prompts.open, request)), limit)
+            builder = await self._in_time(self._in_thread(partial(PromptBuilder, request, self.model)), limit)
         turn = asyncio.Lock()
         numbers = count()
         prompt_tokens = computed_tokens = 0
 
-        def prepare() -> Steps[tuple[ScoreQuestion, _Work]]:
-            prepared = yield from preparation.some(self._settings.max_batch_tokens // 2)
+        def prepare() -> Steps[tuple[PreparedScore, _Work]]:
+            prepared = yield from builder.some(self._settings.max_batch_tokens // 2)
             work = self._work(prepared.batch, prepared.query_tokens, request_id, deadline, next(numbers))
-            return ScoreQuestion(prepared, request, self._settings.name), work
+            return PreparedScore(prepared, request, self._settings.name), work
 
         async def piece() -> tuple[list[ScoreRow], int, int]:
             async with turn:
                 with timing.tokenising():
-                    question, work = await self._in_steps(prepare())
+                    prepared, work = await self._in_steps(prepare())
             result = await self._run(work)
-            answered = await self._off_loop(partial(question.rows, result), question.size)
-            self.items += question.items
-            return answered, question.prepared.prompt_tokens, int(result.computed_tokens.sum())
+            answered = await self._off_loop(partial(prepared.rows, result), prepared.size)
+            self.items += prepared.items
+            return answered, prepared.prepared.prompt_tokens, int(result.computed_tokens.sum())
 
         pieces = as_finished(
             piece,
-            lambda: preparation.left > 0,
+            lambda: builder.left > 0,
             window=PIECES_AT_ONCE * max(self._replicas.count, 1),
             deadline=deadline,
             late=self._too_late(limit),
@@ -258,119 +211,6 @@ class ScoringService:
                 computed_tokens += computed
                 yield answered
         yield [ScoreEnd(model=self._settings.name, usage=usage(prompt_tokens, computed_tokens))]
-
-    async def rerank(self, request: RerankRequest, *, request_id: str, timeout_s: float = math.inf) -> RerankResponse:
-        """The documents, best first.
-
-        Raises:
-            ScoringError: as ``score``.
-        """
-        prepare = partial(self._reranker.prepare, request, request_id)
-        return await self._ask(prepare, request_id, timeout_s)
-
-    async def complete(
-        self, request: CompletionRequest, *, request_id: str, timeout_s: float = math.inf
-    ) -> CompletionResponse:
-        """Logprobs of prompts, and their likeliest next tokens.
-
-        Raises:
-            ScoringError: as ``score``.
-        """
-        prepare = partial(self._completer.prepare, request, request_id)
-        return await self._ask(prepare, request_id, timeout_s)
-
-    async def generative_scoring(
-        self, request: GenerativeScoringRequest, *, request_id: str, timeout_s: float = math.inf
-    ) -> GenerativeScoringResponse:
-        """As ``score``, in vLLM's shape.
-
-        Raises:
-            ScoringError: as ``score``.
-        """
-
-        def prepare() -> Steps[ScoreQuestion]:
-            return (yield from self._scores(as_score_request(request, self._model.classes)))
-
-        answer = await self._ask(prepare, request_id, timeout_s)
-        return as_response(answer, request.request_id or request_id)
-
-    async def tokenize(self, request: TokenizeRequest) -> TokenizeResponse:
-        """Ids and pieces of text, as ``score`` would see them."""
-        texts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
-        encoded = await self._in_time(self._in_steps(self._prompts.tokenize(texts, request.add_special_tokens)))
-        limit = self._model.max_prompt_tokens
-        if isinstance(request.prompt, str):
-            ids, pieces = encoded[0]
-            return TokenizeResponse(tokens=ids, count=len(ids), max_model_len=limit, token_strs=pieces)
-        return TokenizeResponse(
-            tokens=[ids for ids, _ in encoded],
-            count=[len(ids) for ids, _ in encoded],
-            max_model_len=limit,
-            token_strs=[pieces for _, pieces in encoded],
-        )
-
-    async def detokenize(self, request: DetokenizeRequest) -> DetokenizeResponse:
-        """The text of ids."""
-        call = partial(self._prompts.detokenize, request.tokens)
-        return DetokenizeResponse(prompt=await self._in_time(self._in_thread(call)))
-
-    def tokenizer_info(self) -> TokenizerInfo:
-        """The tokenizer's special tokens and chat template."""
-        return TokenizerInfo(**asdict(self._model.tokenizer.facts), model_max_length=self._model.max_prompt_tokens)
-
-    def info(self, names: Sequence[str]) -> InfoResponse:
-        """What is served, and the limits.
-
-        Args:
-            names: all under which the model answers.
-        """
-        info, limits = self._model.info, self._settings.limits
-        return InfoResponse(
-            model=self._settings.name,
-            names=list(names),
-            architecture=info.architecture,
-            context_length=info.context_length,
-            vocab_size=info.vocab_size,
-            classes=info.classes,
-            pad_token_id=info.pad_token_id,
-            dtype=info.dtype,
-            quantization=info.quantization,
-            platform=info.platform,
-            buckets=list(info.buckets),
-            rerank_template=self._reranker.template_name,
-            limits=LimitsInfo(
-                max_items=limits.max_items,
-                max_labels=limits.max_labels,
-                max_body_bytes=limits.max_body_bytes,
-                max_prompt_tokens=self._model.max_prompt_tokens,
-                max_text_characters=self._model.max_text_characters,
-                max_request_tokens=limits.max_request_tokens,
-                max_queued_tokens=self._queued_tokens,
-                timeout_s=self._settings.timeout_s,
-            ),
-            version=version("score-serve"),
-        )
-
-    async def metrics(self) -> str:
-        """See ``Replicas.metrics``."""
-        return await self._replicas.metrics()
-
-    async def ready(self) -> None:
-        """Return once the model passed its self-test (``readiness``); it is tested until it did, then never again.
-
-        Raises:
-            SelfTestError: it failed.
-            OverloadedError: not able to score, with the reason.
-        """
-        async with self._probing:
-            if self._probe_passed:
-                return
-            try:
-                await self._in_time(self._probe())
-            except ScoringError as error:
-                kind = SelfTestError if isinstance(error, SelfTestError) else OverloadedError
-                raise kind(f"{self._settings.name} is not ready: {error.message}", retry_after_s=1) from error
-            self._probe_passed = True
 
     def close(self) -> None:
         """Stop the tokenizer's threads."""
@@ -389,38 +229,18 @@ class ScoringService:
             self._threads.abandon(OverloadedError(stuck, retry_after_s=STUCK_RETRY_AFTER_S))
             raise
 
-    async def _ask(
-        self,
-        prepare: Callable[[], Steps[Question[A]]],
-        request_id: str,
-        timeout_s: float,
-        asked_s: float | None = None,
-    ) -> A:
-        """The answer to what ``prepare`` asks; it runs in a thread.
-
-        Args:
-            timeout_s: the caller's time limit, and ``asked_s`` the request's own.
-        """
-        with self._counted():
-            limit = self._time_limit(asked_s, timeout_s)
-            return await self._in_time(self._answer(prepare, request_id, time.time() + limit), limit)
-
-    async def _answer(self, prepare: Callable[[], Steps[Question[A]]], request_id: str, deadline: float) -> A:
-        def work() -> Steps[tuple[Question[A], _Work]]:
-            question = yield from prepare()
-            return question, self._work(question.batch, question.query_tokens, request_id, deadline)
+    async def _score(self, prepare: Callable[[], Steps[PreparedRequest[A]]], request_id: str, deadline: float) -> A:
+        def work() -> Steps[tuple[PreparedRequest[A], _Work]]:
+            prepared = yield from prepare()
+            return prepared, self._work(prepared.batch, prepared.query_tokens, request_id, deadline)
 
         self._admission.check(1, self._replicas.count)  # tokenising what will be refused would delay the others
         with timing.tokenising():
-            question, wanted = await self._in_steps(work())
+            prepared, wanted = await self._in_steps(work())
         result = await self._run(wanted)
-        answer = await self._off_loop(partial(question.answer, result), question.size)
-        self.items += question.items
+        answer = await self._off_loop(partial(prepared.answer, result), prepared.size)
+        self.items += prepared.items
         return answer
-
-    def _scores(self, request: ScoreRequest) -> Steps[ScoreQuestion]:
-        prepared = yield from self._prompts.open(request).rest()
-        return ScoreQuestion(prepared, request, self._settings.name)
 
     def _work(self, batch: TokenBatch, prefix_tokens: int, request_id: str, deadline: float, first: int = 0) -> _Work:
         """The batch in as many parts as it is worth.
@@ -471,18 +291,6 @@ class ScoringService:
     def _bound_queue(self) -> None:
         self._queued_tokens = self._settings.queued_tokens(self._tokens_per_s)
         self._admission.tokens_per_replica = self._queued_tokens / self._front_ends
-
-    async def _compute(self, batch: TokenBatch, prefix_tokens: int, request_id: str, deadline: float) -> BatchResult:
-        """On as many replicas as it is worth."""
-        return await self._run(self._work(batch, prefix_tokens, request_id, deadline))
-
-    async def _probe(self) -> None:
-        async def score(batch: TokenBatch) -> BatchResult:
-            return await self._compute(batch, 0, "ready", time.time() + self._settings.timeout_s)
-
-        await readiness.check(score, self._model)
-        if self._settings.model == "demo" and self._settings.engine == "jax":
-            await readiness.check_demo(score)
 
     @contextmanager
     def _counted(self) -> Generator[None]:

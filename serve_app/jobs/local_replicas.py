@@ -29,7 +29,3 @@ class LocalReplicas:
         answer: asyncio.Future[JobResult] = asyncio.get_running_loop().create_future()
         self.queue.submit(job, answer)
         return await answer
-
-    async def metrics(self) -> str:
-        """None: Ray has them."""
-        return "# no Ray, no metrics\n"

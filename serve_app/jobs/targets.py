@@ -15,12 +15,13 @@ from serve_app import model_source
 from serve_app.app import scorer_resources
 from serve_app.client import ScoreClient, wait
 from serve_app.errors import OverloadedError, ScoringError
-from serve_app.frontend.ingress import NO_ANSWER, cause_of
-from serve_app.frontend.service import ScoringService
+from serve_app.frontend.replicas import NO_ANSWER, cause_of
+from serve_app.frontend.service import ModelService
 from serve_app.jobs.local_replicas import LocalReplicas
 from serve_app.schemas import InfoResponse, ScoreRequest, ScoreResponse
 from serve_app.scorer.engines import load_engine
 from serve_app.settings import Settings
+from serve_app.tasks.score import SCORE
 from serve_app.tasks.tokenizer import TextTokenizer
 
 PATIENCE_S = 600.0
@@ -122,13 +123,13 @@ class Engines:
     def connect(self) -> Ask:
         loop = asyncio.new_event_loop()
         service = loop.run_until_complete(self._service())
-        return lambda request: loop.run_until_complete(service.score(request, request_id="dataset"))
+        return lambda request: loop.run_until_complete(service.answer(SCORE, request, request_id="dataset"))
 
-    async def _service(self) -> ScoringService:
+    async def _service(self) -> ModelService:
         settings = self.settings
         engine = load_engine(settings)
         tokenizer = TextTokenizer.load(model_source.resolve(settings.model, settings.revision))
-        return ScoringService(settings, tokenizer, engine.info, LocalReplicas(engine, settings))
+        return ModelService(settings, tokenizer, engine.info, LocalReplicas(engine, settings))
 
 
 def _identity(info: InfoResponse) -> dict[str, Any]:

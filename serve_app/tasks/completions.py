@@ -20,11 +20,13 @@ from pydantic_core import PydanticCustomError
 
 from serve_app import compat
 from serve_app.contract import BatchResult, TokenBatch
+from serve_app.errors import COMPLETIONS as COMPLETIONS_PATH
 from serve_app.errors import InvalidRequestError
 from serve_app.schemas import LOWEST, IdLists, Ids, RequestBody, ResponseBody, Text, Texts, Usage
-from serve_app.tasks.model_facts import ServedModel
+from serve_app.tasks.model_facts import ModelFacts
 from serve_app.tasks.scores import not_finite, usage
 from serve_app.tasks.steps import Steps
+from serve_app.tasks.task import Task
 from serve_app.tasks.token_texts import TokenReader, TokenTexts
 from serve_app.tasks.tokenizer import TextTokenizer
 from serve_app.tasks.validation import check_causal, check_count, check_ids, check_total
@@ -144,11 +146,11 @@ class OpenAIErrorResponse(ResponseBody):
 class Completer:
     """Builds the prompts of completion requests."""
 
-    def __init__(self, model: ServedModel) -> None:
+    def __init__(self, model: ModelFacts) -> None:
         self._model = model
         self._reader = TokenReader(model.tokenizer.backend)
 
-    def prepare(self, request: CompletionRequest, request_id: str) -> Steps[CompletionQuestion]:
+    def prepare(self, request: CompletionRequest, request_id: str) -> Steps[PreparedCompletion]:
         """One sequence a prompt. Read at every position whose next token is asked about.
 
         Raises:
@@ -180,7 +182,7 @@ class Completer:
             argmax=new_tokens == 1 or (rated and request.logprobs == 1),
         )
         tokenizer = self._model.tokenizer
-        return CompletionQuestion(batch, request, texts, tokenizer, self._reader, self._model.name, request_id)
+        return PreparedCompletion(batch, request, texts, tokenizer, self._reader, self._model.name, request_id)
 
     def _prompts(self, prompt: Prompt) -> Steps[tuple[list[str | None], list[list[int]]]]:
         """Of each prompt the text, where it came as text, and the ids."""
@@ -216,7 +218,7 @@ class Completer:
 
 
 @dataclass(frozen=True, slots=True)
-class CompletionQuestion:
+class PreparedCompletion:
     """A completion request once its prompts are built; ``texts`` are those of prompts that came as text."""
 
     batch: TokenBatch
@@ -333,3 +335,14 @@ def _top(
     if likeliest_name == name:  # some vocabularies have two tokens of one text
         likeliest_name = f"token_id:{likeliest}"
     return {name: logprob} | {likeliest_name: max(highest, logprob)}
+
+
+COMPLETIONS = Task[CompletionRequest, CompletionResponse](
+    name="completions",
+    paths=(COMPLETIONS_PATH,),
+    description="Logprobs of the prompts' own tokens, and the top-1 next ones.",
+    request=CompletionRequest,
+    response=CompletionResponse,
+    builder=lambda model: Completer(model).prepare,
+    error=OpenAIErrorResponse,
+)

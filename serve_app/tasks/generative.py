@@ -1,4 +1,4 @@
-"""``POST /generative_scoring``: vLLM's request shape and envelope around ``ScoringService.score``.
+"""``POST /generative_scoring``: vLLM's request shape and envelope around ``/v1/score``.
 
 Each item's score is that of the first label. Text is joined before it is tokenised, as on ``/v1/score``; vLLM tokenises
 query and items apart, which gives other tokens where they meet.
@@ -14,6 +14,10 @@ from pydantic import Field
 from serve_app import compat
 from serve_app.errors import InvalidRequestError
 from serve_app.schemas import IdLists, Ids, RequestBody, ResponseBody, ScoreRequest, ScoreResponse, Text, Texts, Usage
+from serve_app.tasks import score
+from serve_app.tasks.model_facts import ModelFacts
+from serve_app.tasks.steps import Steps
+from serve_app.tasks.task import Converted, Prepare, Task
 from serve_app.tasks.validation import check_causal
 
 
@@ -91,3 +95,23 @@ def as_response(answer: ScoreResponse, request_id: str) -> GenerativeScoringResp
         data=[ItemScore(index=index, score=row[0]) for index, row in enumerate(answer.scores) if row],
         usage=answer.usage,
     )
+
+
+def _builder(model: ModelFacts) -> Prepare[GenerativeScoringRequest, GenerativeScoringResponse]:
+    def prepare(
+        request: GenerativeScoringRequest, request_id: str
+    ) -> Steps[Converted[ScoreResponse, GenerativeScoringResponse]]:
+        prepared = yield from score.prepare(model, as_score_request(request, model.classes))
+        return Converted(prepared, lambda answer: as_response(answer, request.request_id or request_id))
+
+    return prepare
+
+
+GENERATIVE = Task[GenerativeScoringRequest, GenerativeScoringResponse](
+    name="generative_scoring",
+    paths=("/generative_scoring",),
+    description="The first label's probability for every item, in vLLM's shape.",
+    request=GenerativeScoringRequest,
+    response=GenerativeScoringResponse,
+    builder=_builder,
+)

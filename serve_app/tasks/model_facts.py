@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from serve_app.contract import ModelInfo
-from serve_app.settings import Limits
+from serve_app.settings import Limits, ModelSettings
+from serve_app.tasks.template_choice import UNNAMED, Choice, choose
 from serve_app.tasks.tokenizer import Joined, TextTokenizer
 from serve_app.tasks.validation import check_characters, check_work
 
@@ -16,20 +18,42 @@ CHARACTERS_PER_TOKEN = 64
 """More than a text has, on average, in any language."""
 
 
+MOST_CLASSES = 2
+"""Of a model that can rerank: where there are more, no single one means relevance."""
+
+
 @dataclass(frozen=True, slots=True)
-class ServedModel:
+class ModelFacts:
     """All that a request becomes prompts by.
 
     Attributes:
         name: in answers.
         info: what the engine says of it.
         limits: of a request.
+        rerank: the template of ``/v1/rerank``.
     """
 
     name: str
     tokenizer: TextTokenizer
     info: ModelInfo
     limits: Limits
+    rerank: Choice = UNNAMED
+
+    @classmethod
+    def of(
+        cls, settings: ModelSettings, tokenizer: TextTokenizer, info: ModelInfo, folder: Path | None = None
+    ) -> ModelFacts:
+        """Gather what is known of a served model.
+
+        Args:
+            folder: the model's files, which tell the template; None: its name alone does.
+        """
+        return cls(settings.name, tokenizer, info, settings.limits, choose(settings, folder))
+
+    @property
+    def can_rerank(self) -> bool:
+        """Whether an answer of the model can mean relevance."""
+        return self.classes <= MOST_CLASSES
 
     @property
     def vocab_size(self) -> int:

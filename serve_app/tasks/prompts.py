@@ -1,61 +1,438 @@
-"""From a checked request to packed tokens: every rule that needs the model or the limits."""
+"""One request's items as packed tokens, a few at a time or all at once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
+import numpy as np
+import numpy.typing as npt
+
+from serve_app.contract import Int32, Int64, TokenBatch
+from serve_app.errors import InvalidRequestError, ScoringError
 from serve_app.schemas import ScoreRequest
-from serve_app.tasks.model_facts import ServedModel
-from serve_app.tasks.preparation import Preparation, Prepared
-from serve_app.tasks.steps import Steps, finish
-from serve_app.tasks.validation import check_count, check_ids
+from serve_app.tasks import labels
+from serve_app.tasks.labels import Layout, Words
+from serve_app.tasks.model_facts import ModelFacts
+from serve_app.tasks.steps import Steps
+from serve_app.tasks.tokenizer import Ending, Joined
+from serve_app.tasks.truncation import item_span, shortened
+from serve_app.tasks.validation import check_characters, check_count, check_ids, check_text, check_total, check_work
+
+L = TypeVar("L", int, str)
+Spelling = list[list[str]]
+"""Of labels: the vocabulary's spelling of each token."""
 
 
-class Prompts:
-    """Builds the prompts of requests, or says what is wrong with them."""
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One item's.
 
-    def __init__(self, model: ServedModel) -> None:
+    Attributes:
+        index: of the item.
+        ids: what the model sees before the labels; at least one.
+        layout: how the labels are read.
+        spelling: with ``labels``, their tokens in the vocabulary's spelling.
+        dropped: tokens that the item lost, since the prompt was too long.
+    """
+
+    index: int
+    ids: Int32
+    layout: Layout
+    spelling: Spelling | None = None
+    dropped: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedItems:
+    """Items of a request for the engine, and what leads from its answer back to them.
+
+    Attributes:
+        batch: the prompts in order, each as often as it has continuations.
+        prompts: of the items that are right.
+        errors: of the others; their ``index`` is the item's.
+        parts: for all labels in turn, where the values of their tokens stand among the batch's.
+        query_tokens: at the front of every prompt, how many are the query's and may come again in another request.
+        classes: whether the values are those of a classification head.
+    """
+
+    batch: TokenBatch
+    prompts: Sequence[Prompt]
+    errors: Sequence[ScoringError]
+    parts: Int64
+    query_tokens: int
+    classes: bool
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all prompts, without the labels."""
+        return sum(len(prompt.ids) for prompt in self.prompts)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedFromItems:
+    """What a ``service.Question`` has that is made of ``Prompt``s."""
+
+    prepared: PreparedItems
+
+    @property
+    def batch(self) -> TokenBatch:
+        return self.prepared.batch
+
+    @property
+    def query_tokens(self) -> int:
+        return self.prepared.query_tokens
+
+    @property
+    def items(self) -> int:
+        return len(self.prepared.prompts)
+
+    @property
+    def size(self) -> int:
+        return len(self.prepared.parts)
+
+
+class PromptBuilder:
+    """Makes the prompts of a request. Not for several threads at once.
+
+    Args:
+        model: its classes, if it has any, are the labels, whatever the request says.
+
+    Raises:
+        InvalidRequestError: labels, ids or the combination of fields is wrong.
+        TooLargeError: more items than the limits allow.
+    """
+
+    def __init__(self, request: ScoreRequest, model: ModelFacts) -> None:
+        self._request = request
         self._model = model
+        self._items = [request.items] if isinstance(request.items, str) else request.items
+        self._done = 0
+        self._tokens = 0
+        self._step = 1
+        self._wrong: dict[int, InvalidRequestError] = {}
+        """Items that are known to be wrong before they are tokenised."""
+        self._check_counts()
+        self._words, self._layouts = self._checked_labels()
+        self._in_context = Words(model.tokenizer.pieces, model.vocab_size)
+        self._text = self._checked_kind()
+        self._check_characters()
+        # Text is joined as a string first, then tokenised once: tokens at the join come out as the model was trained.
+        self._query = request.query if isinstance(request.query, str) else ""
+        self._joined = Joined(
+            model.tokenizer,
+            "" if request.item_first else self._query,
+            add_special_tokens=request.add_special_tokens,
+            many=len(self._items) > 1 or bool(self._words),
+        )
 
-    def open(self, request: ScoreRequest) -> Preparation:
-        """The request, ready to be prepared item by item.
+    @property
+    def left(self) -> int:
+        """Items that are not prepared yet."""
+        return len(self._items) - self._done
 
-        Of a model with classes the targets are all classes, and labels are ignored.
+    def rest(self) -> Steps[PreparedItems]:
+        """Prepare all items that are left.
 
         Raises:
-            InvalidRequestError: labels, ids or the combination of fields is wrong.
-            TooLargeError: more items than the limits allow.
+            InvalidRequestError: an item is wrong, and that fails the request.
+            TooLargeError: the request has more tokens than the limits allow.
         """
-        return Preparation(request, self._model)
+        return self._take(self.left)
 
-    def prepare(self, request: ScoreRequest) -> Prepared:
-        """All items of the request.
+    def some(self, tokens: int) -> Steps[PreparedItems]:
+        """Prepare the next items: one at first, then ever more until they have about ``tokens`` besides the query's.
 
         Raises:
-            InvalidRequestError: as ``open``, or what is wrong with an item, if that fails the request.
-            TooLargeError: more items or tokens than the limits allow.
+            As ``rest``.
         """
-        return finish(self.open(request).rest())
-
-    def tokenize(self, texts: Sequence[str], add_special_tokens: bool) -> Steps[list[tuple[list[int], list[str]]]]:
-        """Make ids and pieces of each text.
-
-        Raises:
-            InvalidRequestError: a text is too long to be tokenised at once.
-            TooLargeError: more texts than a request may have items.
-        """
-        check_count(texts, self._model.limits.max_items, "prompt")
-        made: list[tuple[list[int], list[str]]] = []
-        for ids in self._model.encoded(texts, "prompt", add_special_tokens=add_special_tokens):
-            made.append((ids, self._model.tokenizer.pieces(ids)))
-            yield
+        made = yield from self._take(min(self._step, self.left))
+        own = len(made.batch.tokens) - made.batch.num_sequences * made.query_tokens
+        self._step = max(1, min(2 * self._step, self._step * tokens // max(own, 1)))
         return made
 
-    def detokenize(self, ids: list[int]) -> str:
-        """The text of the ids.
+    def _take(self, count: int) -> Steps[PreparedItems]:
+        indices = range(self._done, self._done + count)
+        prompts: list[Prompt] = []
+        errors: list[ScoringError] = [self._wrong[index] for index in indices if index in self._wrong]
+        for index, ids in self._sequences([index for index in indices if index not in self._wrong]):
+            yield
+            try:
+                prompt = yield from self._prompt(index, ids)
+            except InvalidRequestError as error:
+                if self._request.on_error == "fail":
+                    raise
+                errors.append(error)
+            else:
+                self._count(prompt)
+                prompts.append(prompt)
+        self._done = indices.stop
+        request, classes = self._request, self._model.classes > 0
+        # Class logits and a softmax over one-token labels need no vocabulary matmul; a probability or a logprob does.
+        vocab_logprobs = not classes and (
+            not request.apply_softmax
+            or request.return_token_logprobs
+            or request.return_label_mass
+            or any(prompt.layout.depth for prompt in prompts)
+        )
+        return packed(
+            prompts,
+            errors,
+            self._query_tokens(),
+            vocab_logprobs=vocab_logprobs,
+            classes=classes,
+            pad=self._model.pad_token_id,
+        )
 
-        Raises:
-            InvalidRequestError: an id is out of the vocabulary.
+    def _query_tokens(self) -> int:
+        if self._text:
+            return self._joined.query_tokens
+        return 0 if self._request.item_first else len(self._request.query or ())
+
+    def _count(self, prompt: Prompt) -> None:
+        self._tokens += sum(len(prompt.ids) + len(continuation) for continuation in prompt.layout.continuations)
+        again = ", and again for labels of several tokens" if prompt.layout.depth else ""
+        most, counted = self._model.limits.max_request_tokens, f", the query counted once an item{again}"
+        check_total(self._tokens, most, "items", prompt.index, counted)
+
+    def _check_counts(self) -> None:
+        request = self._request
+        check_count(self._items, self._model.limits.max_items, "items")
+        if request.temperature != 1.0 and not request.apply_softmax:
+            raise InvalidRequestError(
+                f"temperature is {request.temperature}, which needs apply_softmax: true", param="temperature"
+            )
+        for name in ("return_token_logprobs", "return_label_mass"):
+            if self._model.classes and getattr(request, name):
+                raise InvalidRequestError(
+                    f"{name} is for causal models; this one has {self._model.classes} classes; leave it out", param=name
+                )
+
+    def _checked_labels(self) -> tuple[Sequence[list[str]], Sequence[Layout]]:
+        """Each item's labels: words, to be laid out behind its prompt, or else layouts."""
+        if self._model.classes:
+            return [], [labels.of_tokens(range(self._model.classes))] * len(self._items)
+        words, ids = self._request.labels, self._request.label_token_ids
+        if words is not None and ids is not None:
+            raise InvalidRequestError(
+                "labels and label_token_ids are both given; send the labels as text or as token ids", param="labels"
+            )
+        if words is not None:
+            return self._each_items("labels", words), ()
+        if ids is None:
+            raise InvalidRequestError(
+                "label_token_ids is required, or labels, which are the same as text", param="label_token_ids"
+            )
+        each = self._each_items("label_token_ids", ids)
+        if isinstance(ids[0], int):
+            return (), [labels.of_tokens(cast(list[int], ids))] * len(each)
+        return (), [labels.of_tokens([] if index in self._wrong else own) for index, own in enumerate(each)]
+
+    def _each_items(self, name: str, given: list[L] | list[list[L]]) -> Sequence[list[L]]:
+        """The labels of each item, checked."""
+        most, vocab_size = self._model.limits.max_labels, self._model.vocab_size
+        if not given or not isinstance(given[0], list):
+            shared = cast(list[L], given)
+            labels.check(shared, name, None, most=most, vocab_size=vocab_size)
+            return [shared] * len(self._items)
+        lists = cast(list[list[L]], given)
+        if len(lists) != len(self._items):
+            raise InvalidRequestError(
+                f"{name} has {len(lists)} lists for {len(self._items)} items; "
+                "send one list for all items or one list an item",
+                param=name,
+            )
+        for index, own in enumerate(lists):
+            with self._tolerating(index):
+                labels.check(own, f"{name}[{index}]", index, most=most, vocab_size=vocab_size)
+        return lists
+
+    def _checked_kind(self) -> bool:
+        """Whether query and items are text. If they are ids, those are checked."""
+        query, items = self._request.query, self._items
+        if not items or (isinstance(items[0], str) and not isinstance(query, list)):
+            return True
+        if isinstance(items[0], str) or isinstance(query, str):
+            raise InvalidRequestError("Invalid combination of query/items types for score_request.", param="query")
+        if self._words:
+            raise InvalidRequestError(
+                "labels are text, whose tokens depend on the text before them, but items are token ids; "
+                "send label_token_ids (POST /tokenize tells them), or items as text",
+                param="labels",
+            )
+        check_ids(query or [], self._model.vocab_size, "query")
+        for index, item in enumerate(cast(list[list[int]], items)):
+            with self._tolerating(index):
+                check_ids(item, self._model.vocab_size, f"items[{index}]", index)
+        return False
+
+    def _check_characters(self) -> None:
+        """Know that tokenising is bounded before it begins."""
+        if not self._text:
+            return
+        most = self._model.max_text_characters
+        query, total = len(self._request.query or ""), 0
+        for index, item in enumerate(self._items):
+            words = self._words[index] if self._words else ()
+            longest = max(map(len, words), default=0)
+            with self._tolerating(index):
+                check_text(cast(str, item), "items", index)
+                check_characters(query + len(item) + longest, most, "items", index)
+                total += query + len(item) + sum(map(len, words))
+        check_work(total, self._model.max_request_characters, "items")
+
+    @contextmanager
+    def _tolerating(self, index: int) -> Generator[None]:
+        """Keep what is wrong with an item for later, if the request allows it."""
+        try:
+            yield
+        except InvalidRequestError as error:
+            if self._request.on_error == "fail":
+                raise
+            self._wrong.setdefault(index, error)
+
+    def _sequences(self, indices: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+        """Each item's number and its prompt's tokens."""
+        if self._text:
+            yield from zip(indices, self._joined.each(map(self._own, indices)), strict=True)
+            return
+        query = cast(list[int], self._request.query or [])
+        for index in indices:
+            item = cast(list[int], self._items[index])
+            yield index, item + query if self._request.item_first else query + item
+
+    def _own(self, index: int) -> str:
+        """An item's text with all that comes after the query's place at the front."""
+        return cast(str, self._items[index]) + (self._query if self._request.item_first else "")
+
+    def _prompt(self, index: int, ids: list[int]) -> Steps[Prompt]:
+        """One item's, if nothing is wrong with it."""
+        if self._text:  # the tokenizer may have more tokens than the model
+            check_ids(ids, self._model.vocab_size, f"items[{index}]", index, of_text=True)
+        if not ids:
+            raise InvalidRequestError(
+                f"items[{index}] and the query are both empty: a prompt needs at least one token",
+                param="items",
+                index=index,
+            )
+        whole = len(ids)
+        shorten = self._request.truncate == "item"
+        if not shorten:
+            self._check_length(index, whole, 0)  # before its labels are looked at
+        if self._words:
+            ending = self._joined.ending(self._own(index), ids)
+            layout, spelling = yield from self._layout(index, ids, ending, fits=not shorten)
+        else:
+            layout, spelling = self._layouts[index], None
+        if whole + layout.depth > self._model.max_prompt_tokens and shorten:
+            ids, layout, spelling = yield from self._truncated(index, ids, layout, spelling)
+        self._check_length(index, len(ids), layout.depth)
+        return Prompt(index, np.asarray(ids, np.int32), layout, spelling, whole - len(ids))
+
+    def _check_length(self, index: int, tokens: int, of_label: int) -> None:
+        if tokens + of_label > self._model.max_prompt_tokens:
+            labels_too = f" and {of_label} of a label before its last" if of_label else ""
+            raise InvalidRequestError(
+                f"items[{index}]: the prompt has {tokens} tokens{labels_too}; this model reads at most "
+                f'{self._model.max_prompt_tokens}; shorten the item or the query, or send truncate: "item"',
+                param="items",
+                index=index,
+            )
+
+    def _layout(self, index: int, ids: list[int], ending: Ending, *, fits: bool) -> Steps[tuple[Layout, Spelling]]:
+        """How the words that are an item's labels are read behind its prompt.
+
+        Args:
+            ending: the prompt's end.
+            fits: whether prompt and labels must fit into what the model reads.
         """
-        check_ids(ids, self._model.vocab_size, "tokens")
-        return self._model.tokenizer.decode(ids)
+        words = self._words[index]
+        labelled: list[tuple[int, ...]] = []
+        for word, with_word in zip(words, ending.followed_by(words), strict=True):
+            yield
+            labelled.append(self._in_context.added(index, ids, word, with_word, ending))
+            if fits:
+                self._check_length(index, len(ids), len(labelled[-1]) - 1)
+        return self._in_context.layout(index, words, tuple(labelled))
+
+    def _truncated(
+        self, index: int, ids: list[int], layout: Layout, spelling: Spelling | None
+    ) -> Steps[tuple[list[int], Layout, Spelling | None]]:
+        """The prompt without the end of its item, and its labels there."""
+        room = self._model.max_prompt_tokens - layout.depth
+        item_first = self._request.item_first
+        if not self._text:
+            own = len(self._items[index])
+            start, stop = (0, own) if item_first else (len(ids) - own, len(ids))
+            return shortened(ids, start, stop, room, index), layout, spelling
+        item = cast(str, self._items[index])
+        text = item + self._query if item_first else self._query + item
+        special = self._request.add_special_tokens
+        tokenizer = self._model.tokenizer
+        _, ends = tokenizer.encode_with_ends(text, add_special_tokens=special)
+        start, stop = item_span(ends, self._query, item, item_first=item_first)
+        kept = shortened(ids, start, stop, room, index)
+        if not self._words or item_first:
+            return kept, layout, spelling
+        # The labels now stand behind other text.
+        text = text[: ends[stop - (len(ids) - len(kept)) - 1]]
+        ending = tokenizer.ending(text, kept, add_special_tokens=special)
+        ending = ending or Ending(tokenizer, [], text, [], special)
+        return kept, *(yield from self._layout(index, kept, ending, fits=True))
+
+
+def packed(
+    prompts: Sequence[Prompt],
+    errors: Sequence[ScoringError],
+    query_tokens: int,
+    *,
+    vocab_logprobs: bool,
+    classes: bool,
+    pad: int | None,
+) -> PreparedItems:
+    """See ``PreparedItems`` and ``TokenBatch``.
+
+    Args:
+        pad: of a model with classes, see ``ModelInfo.pad_token_id``.
+    """
+    layouts = [prompt.layout for prompt in prompts]
+    sequences = [
+        np.concatenate([prompt.ids, np.asarray(more, np.int32)]) if more else prompt.ids
+        for prompt in prompts
+        for more in prompt.layout.continuations
+    ]
+    reads = [len(layout.read_depths) for layout in layouts]
+    first_sequences = _offsets([len(layout.continuations) for layout in layouts])[:-1]
+    first_targets = _offsets([len(layout.targets) for layout in layouts])[:-1]
+    last_positions = np.array([_read_at(prompt.ids, pad) for prompt in prompts], np.int64)
+    batch = TokenBatch(
+        tokens=_joined(sequences, np.int32),
+        offsets=_offsets([len(sequence) for sequence in sequences]),
+        read_sequences=(
+            _joined([layout.read_sequences for layout in layouts], np.int64) + np.repeat(first_sequences, reads)
+        ).astype(np.int32),
+        read_positions=(
+            _joined([layout.read_depths for layout in layouts], np.int64) + np.repeat(last_positions, reads)
+        ).astype(np.int32),
+        targets=_joined([layout.targets for layout in layouts], np.int32),
+        target_offsets=_offsets(_joined([layout.target_counts for layout in layouts], np.int64)),
+        vocab_logprobs=vocab_logprobs,
+    )
+    parts = _joined([layout.parts for layout in layouts], np.int64)
+    parts += np.repeat(first_targets, [len(layout.parts) for layout in layouts])
+    return PreparedItems(batch, prompts, errors, parts, query_tokens, classes)
+
+
+def _read_at(ids: Int32, pad: int | None) -> int:
+    """The last token that is no padding; of padding alone the first one, as transformers has it."""
+    return len(ids) - 1 if pad is None else int(np.flatnonzero(ids != pad)[-1:].sum())
+
+
+def _joined(arrays: Sequence[npt.NDArray[Any]], dtype: type[np.integer[Any]]) -> npt.NDArray[Any]:
+    return np.concatenate([np.zeros(0, dtype), *arrays], dtype=dtype)
+
+
+def _offsets(lengths: Sequence[int] | Int64) -> Int64:
+    return np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))

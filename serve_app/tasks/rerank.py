@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -21,21 +20,18 @@ from serve_app.batches import common_prefix
 from serve_app.contract import BatchResult
 from serve_app.errors import InvalidRequestError
 from serve_app.schemas import LOWEST, RequestBody, ResponseBody, Text, Usage
-from serve_app.settings import ModelSettings
 from serve_app.tasks import labels
 from serve_app.tasks.labels import Layout
-from serve_app.tasks.model_facts import ServedModel
-from serve_app.tasks.preparation import PreparedQuestion, Prompt, packed
+from serve_app.tasks.model_facts import MOST_CLASSES, ModelFacts
+from serve_app.tasks.prompts import PreparedFromItems, Prompt, packed
 from serve_app.tasks.scores import class_logits, label_scores, usage
 from serve_app.tasks.steps import Steps
-from serve_app.tasks.template_choice import choose
+from serve_app.tasks.task import Task
 from serve_app.tasks.tokenizer import Joined
 from serve_app.tasks.validation import check_characters, check_count, check_ids, check_total, check_work
 
 _SHOWN = 10
 """Documents that a warning names."""
-_MOST_CLASSES = 2
-"""Of a model that can rerank: of more no single one means relevance."""
 
 
 class RerankDocument(RequestBody):
@@ -118,28 +114,21 @@ class RerankResponse(ResponseBody):
 class Reranker:
     """Builds the prompts of rerank requests.
 
-    Args:
-        settings: name the template, or leave the choice to the model's files.
-        folder: the model's; None: its name alone tells.
-
     Raises:
         ValueError: the model is causal, and the template that the settings name has answers that are not one token
             each.
     """
 
-    def __init__(self, model: ServedModel, settings: ModelSettings, folder: Path | None = None) -> None:
+    def __init__(self, model: ModelFacts) -> None:
         self._model = model
-        choice = choose(settings, folder)
-        self._template = choice.template
-        self.template_name = choice.name if model.classes <= _MOST_CLASSES else None
-        """None: this model cannot rerank."""
-        if settings.rerank_template is not None and not model.classes:
+        self._template = model.rerank.template
+        if model.rerank.asked and not model.classes:
             try:
                 self._answers(self._template.around("", None).behind)
             except InvalidRequestError as error:
                 raise ValueError(f"rerank_template: {error.message}") from error
 
-    def prepare(self, request: RerankRequest, request_id: str) -> Steps[RerankQuestion]:
+    def prepare(self, request: RerankRequest, request_id: str) -> Steps[PreparedRerank]:
         """One prompt a document, read at its last token for the two answers, or the classes.
 
         Raises:
@@ -196,7 +185,7 @@ class Reranker:
             total += len(prompt.ids)
             counted = ", the query counted once a document"
             check_total(total, self._model.limits.max_request_tokens, "documents", index, counted)
-        return RerankQuestion(
+        return PreparedRerank(
             # Without the vocabulary matmul: the answers' logits alone.
             packed(
                 prompts,
@@ -221,7 +210,7 @@ class Reranker:
     def _answers(self, behind: Sequence[str]) -> tuple[list[int], Layout]:
         """Ids of the prompt's end, and how it is read: for the words for yes and no behind it, or for the classes."""
         if self._model.classes:
-            if self._model.classes > _MOST_CLASSES:
+            if self._model.classes > MOST_CLASSES:
                 raise InvalidRequestError(
                     f"this model sorts text into {self._model.classes} classes, none of which means relevance; "
                     "use /v1/score",
@@ -247,7 +236,7 @@ class Reranker:
 
 
 @dataclass(frozen=True, slots=True)
-class RerankQuestion(PreparedQuestion):
+class PreparedRerank(PreparedFromItems):
     """A rerank request once its prompts are built.
 
     Attributes:
@@ -320,3 +309,15 @@ def relevance(values: Sequence[float], index: int, *, classes: bool, raw: bool =
         yes, no = values
     (score, _) = label_scores([yes, no], index, softmax=True, field="documents")
     return min(max(yes - no, LOWEST), -LOWEST) if raw else score
+
+
+RERANK = Task[RerankRequest, RerankResponse](
+    name="rerank",
+    paths=("/v1/rerank", "/v2/rerank", "/rerank"),
+    description="""The documents by their relevance to the query, best first.
+
+With ``texts`` in place of ``documents`` the answer is a list, as text-embeddings-inference gives it.""",
+    request=RerankRequest,
+    response=RerankResponse,
+    builder=lambda model: Reranker(model).prepare,
+)

@@ -12,12 +12,12 @@ import numpy.typing as npt
 from serve_app.contract import BatchResult
 from serve_app.errors import InternalError, ScoringError
 from serve_app.schemas import LOWEST, ItemError, PromptTokensDetails, ScoreRequest, ScoreResponse, ScoreRow, Usage
-from serve_app.tasks.preparation import Prepared, PreparedQuestion, Prompt
+from serve_app.tasks.prompts import PreparedFromItems, PreparedItems, Prompt
 
 Float64 = npt.NDArray[np.float64]
 
 
-def rows(request: ScoreRequest, prepared: Prepared, result: BatchResult) -> list[ScoreRow]:
+def rows(request: ScoreRequest, prepared: PreparedItems, result: BatchResult) -> list[ScoreRow]:
     """The prepared items' rows, in order.
 
     Raises:
@@ -77,7 +77,7 @@ def usage(prompt_tokens: int, computed_tokens: int, completion_tokens: int = 0) 
 
 
 @dataclass(frozen=True, slots=True)
-class ScoreQuestion(PreparedQuestion):
+class PreparedScore(PreparedFromItems):
     """A score request once its prompts are built; ``model`` is its name in the answer."""
 
     request: ScoreRequest

@@ -6,7 +6,10 @@ import re
 
 from serve_app import compat
 from serve_app.schemas import RequestBody, ResponseBody, Text, Texts
-from serve_app.tasks.rerank import RerankRequest, RerankResponse
+from serve_app.tasks.model_facts import ModelFacts
+from serve_app.tasks.rerank import RERANK, Reranker, RerankRequest, RerankResponse
+from serve_app.tasks.steps import Steps
+from serve_app.tasks.task import Converted, Prepare, Task
 
 
 class TeiRerankRequest(RequestBody):
@@ -61,3 +64,23 @@ def as_ranks(answer: RerankResponse) -> list[TeiRank]:
         )
         for result in answer.results
     ]
+
+
+def _builder(model: ModelFacts) -> Prepare[TeiRerankRequest, list[TeiRank]]:
+    reranker = Reranker(model)
+
+    def prepare(request: TeiRerankRequest, request_id: str) -> Steps[Converted[RerankResponse, list[TeiRank]]]:
+        return Converted((yield from reranker.prepare(as_rerank_request(request), request_id)), as_ranks)
+
+    return prepare
+
+
+TEI_RERANK = Task[TeiRerankRequest, list[TeiRank]](
+    name="rerank_texts",
+    paths=RERANK.paths,
+    description="The texts by their relevance to the query, best first.",
+    request=TeiRerankRequest,
+    response=TeiRank,
+    builder=_builder,
+    matches=is_meant,
+)

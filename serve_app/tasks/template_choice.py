@@ -24,15 +24,20 @@ class Choice:
         name: in ``templates.py``, or ``custom``.
         because: what it was chosen by.
         doubt: why it may be the wrong one, and the remedy.
+        asked: whether the settings name it.
     """
 
     name: str
     template: RerankTemplate
     because: str
     doubt: str | None = None
+    asked: bool = False
 
     def __str__(self) -> str:
         return f"/v1/rerank uses the template {self.name} ({self.because})"
+
+
+UNNAMED = Choice(PLAIN, TEMPLATES[PLAIN], "nothing is known of the model")
 
 
 class _Kind(NamedTuple):
@@ -94,9 +99,9 @@ def choose(settings: ModelSettings, folder: Path | None = None) -> Choice:
     """
     asked = settings.rerank_template
     if isinstance(asked, RerankTemplate):
-        return Choice(CUSTOM, asked, "from the settings")
+        return Choice(CUSTOM, asked, "from the settings", asked=True)
     if asked is not None:
-        return Choice(asked, TEMPLATES[asked], "named in the settings")
+        return Choice(asked, TEMPLATES[asked], "named in the settings", asked=True)
     facts = _Facts(settings.model, folder)
     for kind in _KINDS:
         if facts.model_type in (kind.model_type, None) and (because := _recognised(kind, facts)):

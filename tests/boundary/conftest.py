@@ -7,16 +7,18 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from serve_app.frontend.ingress import create_app
-from serve_app.frontend.models import Services
-from serve_app.frontend.service import ScoringService
+from serve_app.frontend.models import Models
+from serve_app.frontend.routes import create_app
+from serve_app.frontend.service import ModelService
 from tests.boundary.asking import Http
+from tests.local import no_metrics
 
 
 @pytest.fixture
-async def http(request: pytest.FixtureRequest, service: ScoringService) -> AsyncIterator[Http]:
+async def http(request: pytest.FixtureRequest, service: ModelService) -> AsyncIterator[Http]:
     url = request.config.getoption("--service-url")
-    transport = None if url else httpx.ASGITransport(create_app(lambda: Services(service)))
+    models = Models(service)
+    transport = None if url else httpx.ASGITransport(create_app(lambda: models, metrics=no_metrics))
     async with httpx.AsyncClient(base_url=url or "http://fake", transport=transport, timeout=120) as client:
         info = (await client.get("/v1/info")).json()
         yield Http(client, info)

@@ -10,9 +10,9 @@ import httpx
 import pytest
 
 from serve_app.frontend.auth import ApiKeys
-from serve_app.frontend.ingress import create_app
-from serve_app.frontend.models import Services
-from serve_app.frontend.service import ScoringService
+from serve_app.frontend.models import Models
+from serve_app.frontend.routes import create_app
+from serve_app.frontend.service import ModelService
 from tests.boundary.asking import Http
 
 KEY = {"authorization": "Bearer a-key"}
@@ -27,8 +27,9 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-async def closed(service: ScoringService, file: Path) -> AsyncIterator[Http]:
-    transport = httpx.ASGITransport(create_app(lambda: Services(service), keys=ApiKeys(str(file))))
+async def closed(service: ModelService, file: Path) -> AsyncIterator[Http]:
+    models = Models(service)
+    transport = httpx.ASGITransport(create_app(lambda: models, keys=ApiKeys(str(file))))
     async with httpx.AsyncClient(base_url="http://fake", transport=transport) as client:
         yield Http(client, info={})
 

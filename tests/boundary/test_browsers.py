@@ -10,9 +10,9 @@ import pytest
 from pydantic import ValidationError
 
 from serve_app.frontend.auth import ApiKeys
-from serve_app.frontend.ingress import create_app
-from serve_app.frontend.models import Services
-from serve_app.frontend.service import ScoringService
+from serve_app.frontend.models import Models
+from serve_app.frontend.routes import create_app
+from serve_app.frontend.service import ModelService
 from serve_app.settings import Settings
 from tests.boundary.asking import Http
 from tests.served import KEY
@@ -42,11 +42,11 @@ async def test_head_is_get_without_a_body_on_every_route(http: Http):
 
 
 @pytest.fixture
-async def client(service: ScoringService, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+async def client(service: ModelService, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
     """Of a service that wants a key and knows one page."""
     (tmp_path / "keys").write_text(KEY)
     app = create_app(
-        lambda: Services(service), keys=ApiKeys(str(tmp_path / "keys")), cors_origins=("https://other.example", PAGE)
+        lambda: Models(service), keys=ApiKeys(str(tmp_path / "keys")), cors_origins=("https://other.example", PAGE)
     )
     async with httpx.AsyncClient(base_url="http://fake", transport=httpx.ASGITransport(app)) as client:
         yield client

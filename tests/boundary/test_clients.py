@@ -12,9 +12,9 @@ import httpx
 import pytest
 import uvicorn
 
-from serve_app.frontend.ingress import create_app
-from serve_app.frontend.models import Services
-from serve_app.frontend.service import ScoringService
+from serve_app.frontend.models import Models
+from serve_app.frontend.routes import create_app
+from serve_app.frontend.service import ModelService
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import Settings
 from serve_app.tasks.tokenizer import TextTokenizer
@@ -44,8 +44,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     tokenizer = TextTokenizer.load(folder)
     settings = Settings(model="fake-judge", aliases=("rerank-v3.5",), engine="fake")
-    service = ScoringService(settings, tokenizer, engine.info, DirectReplicas(engine))
-    server = uvicorn.Server(uvicorn.Config(create_app(lambda: Services(service)), port=0, log_level="warning"))
+    service = ModelService(settings, tokenizer, engine.info, DirectReplicas(engine))
+    models = Models(service)
+    server = uvicorn.Server(uvicorn.Config(create_app(lambda: models), port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

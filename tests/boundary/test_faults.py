@@ -16,9 +16,9 @@ import pytest
 
 from serve_app.contract import BatchResult, JobResult, ModelInfo, ScoreJob, TokenBatch
 from serve_app.errors import OverloadedError
-from serve_app.frontend.ingress import create_app
-from serve_app.frontend.models import Services
-from serve_app.frontend.service import Replicas, ScoringService
+from serve_app.frontend.models import Models
+from serve_app.frontend.routes import create_app
+from serve_app.frontend.service import ModelService, Replicas
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import Limits, Settings
 from serve_app.tasks.tokenizer import TextTokenizer
@@ -71,10 +71,11 @@ class Mixing(FakeEngine):
 
 @asynccontextmanager
 async def serving(tokenizer: TextTokenizer, replicas: Replicas, settings: Settings = FAKE) -> AsyncIterator[Http]:
-    service = ScoringService(settings, tokenizer, INFO, replicas)
-    transport = httpx.ASGITransport(create_app(lambda: Services(service)))
+    service = ModelService(settings, tokenizer, INFO, replicas)
+    models = Models(service)
+    transport = httpx.ASGITransport(create_app(lambda: models))
     async with httpx.AsyncClient(base_url="http://fake", transport=transport) as client:
-        yield Http(client, Services(service).info("default").model_dump())
+        yield Http(client, Models(service).info("default").model_dump())
     service.close()
 
 
@@ -142,9 +143,9 @@ class TestLimits:
     async def test_a_declared_length_is_refused_before_a_byte_is_read(
         self, tokenizer: TextTokenizer, replicas: DirectReplicas
     ):
-        service = ScoringService(FAKE, tokenizer, INFO, replicas)
+        service = ModelService(FAKE, tokenizer, INFO, replicas)
         sent: list[dict[str, Any]] = []
-        length = b"%d" % (Services(service).max_body_bytes + 1)
+        length = b"%d" % (Models(service).max_body_bytes + 1)
 
         async def receive() -> dict[str, Any]:
             raise AssertionError("nothing is to be read")
@@ -152,7 +153,8 @@ class TestLimits:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        await create_app(lambda: Services(service))(scope("/v1/score", (b"content-length", length)), receive, send)
+        models = Models(service)
+        await create_app(lambda: models)(scope("/v1/score", (b"content-length", length)), receive, send)
         assert sent[0]["status"] == 413
         service.close()
 
@@ -190,16 +192,17 @@ class TestFaults:
         self, tokenizer: TextTokenizer, replicas: DirectReplicas
     ):
         settings = FAKE.model_copy(update={"stall_s": 0.05, "tokenizer_threads": 1})
-        service, gate = ScoringService(settings, tokenizer, INFO, replicas), threading.Event()
-        Services(service).check_health()
+        service, gate = ModelService(settings, tokenizer, INFO, replicas), threading.Event()
+        Models(service).check_health()
         hanging = asyncio.create_task(service._threads.run(gate.wait))
-        transport = httpx.ASGITransport(create_app(lambda: Services(service)))
+        models = Models(service)
+        transport = httpx.ASGITransport(create_app(lambda: models))
         async with httpx.AsyncClient(base_url="http://fake", transport=transport) as client:
             asked = asyncio.create_task(client.post("/v1/score", json=ASK))
             await asyncio.sleep(0.1)
             assert not asked.done()
             with pytest.raises(RuntimeError, match="stall_s"):
-                Services(service).check_health()
+                Models(service).check_health()
             answers = [await asked, await client.post("/v1/score", json=ASK)]
         for answer in answers:
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
@@ -212,8 +215,8 @@ class TestFaults:
     async def test_other_limits_hold_for_what_comes_from_now_on(
         self, tokenizer: TextTokenizer, replicas: DirectReplicas
     ):
-        service = ScoringService(FAKE, tokenizer, INFO, replicas)
-        services = Services(service)
+        service = ModelService(FAKE, tokenizer, INFO, replicas)
+        services = Models(service)
         transport = httpx.ASGITransport(create_app(lambda: services))
         async with httpx.AsyncClient(base_url="http://fake", transport=transport) as client:
             services.reconfigure([FAKE.live({"limits": {"max_items": 1}, "aliases": ["judge"], "timeout_s": 9})])
@@ -250,7 +253,7 @@ class TestFaults:
 
     async def test_a_client_that_leaves_cancels_its_work(self, tokenizer: TextTokenizer):
         replicas = Hanging()
-        service = ScoringService(FAKE, tokenizer, INFO, replicas)
+        service = ModelService(FAKE, tokenizer, INFO, replicas)
         sent: list[dict[str, Any]] = []
         asked = False
 
@@ -265,13 +268,14 @@ class TestFaults:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        await create_app(lambda: Services(service))(scope("/v1/score"), receive, send)
+        models = Models(service)
+        await create_app(lambda: models)(scope("/v1/score"), receive, send)
         assert replicas.cancelled.is_set()
         assert sent[0]["status"] == 499
         service.close()
 
     async def test_a_client_that_leaves_while_sending(self, tokenizer: TextTokenizer, caplog: Any):
-        service = ScoringService(FAKE, tokenizer, INFO, Hanging())
+        service = ModelService(FAKE, tokenizer, INFO, Hanging())
         sent: list[dict[str, Any]] = []
 
         async def receive() -> dict[str, Any]:
@@ -280,7 +284,8 @@ class TestFaults:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        await create_app(lambda: Services(service))(scope("/v1/score"), receive, send)
+        models = Models(service)
+        await create_app(lambda: models)(scope("/v1/score"), receive, send)
         assert sent[0]["status"] == 499
         assert not caplog.records
         service.close()
@@ -324,8 +329,9 @@ class TestRequestId:
             assert response.headers["x-request-id"] == kept
 
     async def test_is_left_to_serves_proxy(self, tokenizer: TextTokenizer, replicas: DirectReplicas):
-        service = ScoringService(FAKE, tokenizer, INFO, replicas)
-        transport = httpx.ASGITransport(create_app(lambda: Services(service), echo_request_id=False))
+        service = ModelService(FAKE, tokenizer, INFO, replicas)
+        models = Models(service)
+        transport = httpx.ASGITransport(create_app(lambda: models, echo_request_id=False))
         async with httpx.AsyncClient(base_url="http://fake", transport=transport) as client:
             assert "x-request-id" not in (await client.get("/health")).headers
         service.close()

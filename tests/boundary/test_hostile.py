@@ -15,14 +15,14 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis.checks import CHECKS
 
-from serve_app.frontend.ingress import create_app
-from serve_app.frontend.models import Services
-from serve_app.frontend.service import ScoringService
+from serve_app.frontend.models import Models
+from serve_app.frontend.routes import create_app
+from serve_app.frontend.service import ModelService
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import Settings
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.boundary.asking import Http
-from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas, save_tokenizer
+from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas, no_metrics, save_tokenizer
 
 GOOD: dict[str, Any] = {"query": "the ", "items": ["fox", "dog"], "label_token_ids": [5, 7]}
 OTHERS: dict[str, dict[str, Any]] = {
@@ -145,15 +145,15 @@ async def test_almost_right_requests_of_other_routes(http: Http, path: str, data
 
 
 @cache
-def service() -> ScoringService:
+def service() -> ModelService:
     """Without a queue: schemathesis gives each request an event loop of its own."""
     engine = FakeEngine(VOCAB_SIZE, CONTEXT)
     with TemporaryDirectory() as folder:
         tokenizer = TextTokenizer.load(save_tokenizer(Path(folder), adds_bos=False))
-    return ScoringService(FAKE, tokenizer, engine.info, DirectReplicas(engine))
+    return ModelService(FAKE, tokenizer, engine.info, DirectReplicas(engine))
 
 
-api = schemathesis.openapi.from_asgi("/openapi.json", create_app(lambda: Services(service())))
+api = schemathesis.openapi.from_asgi("/openapi.json", create_app(lambda: Models(service()), metrics=no_metrics))
 
 
 @api.parametrize()

@@ -12,9 +12,9 @@ import pytest
 
 from serve_app.client import ScoreClient
 from serve_app.errors import NotFoundError
-from serve_app.frontend.ingress import create_app
-from serve_app.frontend.models import NO_MODEL, Services
-from serve_app.frontend.service import ScoringService
+from serve_app.frontend.models import NO_MODEL, Models
+from serve_app.frontend.routes import create_app
+from serve_app.frontend.service import ModelService
 from serve_app.schemas import ScoreRequest
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import Limits, Settings
@@ -36,33 +36,33 @@ ASKED: dict[str, dict[str, Any]] = {
 UNTIMED = {"id", "created"}
 
 
-def small(tokenizer: TextTokenizer) -> ScoringService:
+def small(tokenizer: TextTokenizer) -> ModelService:
     engine = FakeEngine(VOCAB_SIZE, CONTEXT)
     settings = Settings(model="org/small", aliases=("mini",), engine="fake", limits=Limits(max_items=4))
-    return ScoringService(settings, tokenizer, engine.info, DirectReplicas(engine))
+    return ModelService(settings, tokenizer, engine.info, DirectReplicas(engine))
 
 
-def large(tokenizer: TextTokenizer) -> ScoringService:
+def large(tokenizer: TextTokenizer) -> ModelService:
     """With another tokenizer, a larger vocabulary and a shorter context."""
     engine = FakeEngine(VOCAB_SIZE + 88, CONTEXT // 2)
     settings = Settings(model="org/large", served_name="judge", engine="fake", limits=Limits(max_items=2))
-    return ScoringService(settings, tokenizer, engine.info, DirectReplicas(engine))
+    return ModelService(settings, tokenizer, engine.info, DirectReplicas(engine))
 
 
 @asynccontextmanager
-async def asking(services: Services) -> AsyncIterator[httpx.AsyncClient]:
+async def asking(services: Models) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(create_app(lambda: services))
     async with httpx.AsyncClient(base_url="http://fake", transport=transport) as client:
         yield client
 
 
 @pytest.fixture
-def both(tokenizer: TextTokenizer, bos_tokenizer: TextTokenizer) -> Services:
-    return Services(small(tokenizer), large(bos_tokenizer))
+def both(tokenizer: TextTokenizer, bos_tokenizer: TextTokenizer) -> Models:
+    return Models(small(tokenizer), large(bos_tokenizer))
 
 
 @pytest.fixture
-async def client(both: Services) -> AsyncIterator[httpx.AsyncClient]:
+async def client(both: Models) -> AsyncIterator[httpx.AsyncClient]:
     async with asking(both) as client:
         yield client
 
@@ -79,7 +79,7 @@ async def test_every_route_answers_by_the_named_model(
     headers = {"x-request-id": "r"}
     answers: list[dict[str, Any]] = []
     for alone, names in ((small(tokenizer), ["small", "mini", "default"]), (large(bos_tokenizer), ["judge"])):
-        async with asking(Services(alone)) as only:
+        async with asking(Models(alone)) as only:
             wanted = content(await only.post(path, json=ASKED[path], headers=headers))
         for name in names:
             body = {**ASKED[path], "model": name}
@@ -98,7 +98,7 @@ async def test_a_stream_comes_from_the_named_model(client: httpx.AsyncClient):
 
 
 @pytest.mark.parametrize("path", ASKED)
-async def test_an_unknown_model_is_404_with_the_names(client: httpx.AsyncClient, both: Services, path: str):
+async def test_an_unknown_model_is_404_with_the_names(client: httpx.AsyncClient, both: Models, path: str):
     response = await client.post(path, json={**ASKED[path], "model": "org/small"})
     assert response.status_code == 404
     error = response.json()
@@ -147,8 +147,8 @@ async def test_the_service_is_ready_when_all_models_are(tokenizer: TextTokenizer
             return result
 
     engine = Mixing(VOCAB_SIZE, CONTEXT)
-    broken = ScoringService(Settings(model="broken", engine="fake"), tokenizer, engine.info, DirectReplicas(engine))
-    async with asking(Services(small(tokenizer), broken)) as client:
+    broken = ModelService(Settings(model="broken", engine="fake"), tokenizer, engine.info, DirectReplicas(engine))
+    async with asking(Models(small(tokenizer), broken)) as client:
         answer = await client.get("/ready")
         assert (answer.status_code, "broken is not ready" in answer.json()["message"]) == (503, True)
         assert (await client.get("/ready", params={"model": "small"})).status_code == 200
@@ -156,7 +156,7 @@ async def test_the_service_is_ready_when_all_models_are(tokenizer: TextTokenizer
         assert (await client.get("/ready", params={"model": "none"})).status_code == 404
 
 
-async def test_outcomes_are_counted_by_model(both: Services, client: httpx.AsyncClient):
+async def test_outcomes_are_counted_by_model(both: Models, client: httpx.AsyncClient):
     ask = {"items": [[1]], "label_token_ids": [1]}
     for model in ("judge", "default", "mini"):
         await client.post("/v1/score", json={**ask, "model": model})
@@ -170,8 +170,8 @@ async def test_one_model_is_full_while_another_takes_work(tokenizer: TextTokeniz
     limits = Limits(max_queued_tokens=3)
     engine = FakeEngine(VOCAB_SIZE, CONTEXT)
     settings = Settings(model="full", engine="fake", limits=limits)
-    full = ScoringService(settings, tokenizer, engine.info, DirectReplicas(engine))
-    services = Services(full, small(tokenizer))
+    full = ModelService(settings, tokenizer, engine.info, DirectReplicas(engine))
+    services = Models(full, small(tokenizer))
     ask = ScoreRequest(items=[[1, 2]], label_token_ids=[1])
     with full._admission.inside(3):
         async with asking(services) as client:
@@ -180,7 +180,7 @@ async def test_one_model_is_full_while_another_takes_work(tokenizer: TextTokeniz
             assert (await client.post("/v1/score", json={**body, "model": "small"})).status_code == 200
 
 
-def test_the_client_asks_about_its_own_model(both: Services):
+def test_the_client_asks_about_its_own_model(both: Models):
     with serving(create_app(lambda: both)) as served:
         with ScoreClient(served.url, model="judge") as client:
             assert client.info().model == client.score([1], [[2]], label_token_ids=[599]).model == "judge"

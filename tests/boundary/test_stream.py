@@ -11,9 +11,9 @@ import pytest
 
 from serve_app.contract import JobResult, ScoreJob
 from serve_app.errors import OverloadedError
-from serve_app.frontend.ingress import create_app
-from serve_app.frontend.models import Services
-from serve_app.frontend.service import PIECES_AT_ONCE, Replicas, ScoringService
+from serve_app.frontend.models import Models
+from serve_app.frontend.routes import create_app
+from serve_app.frontend.service import PIECES_AT_ONCE, ModelService, Replicas
 from serve_app.jobs.local_replicas import LocalReplicas
 from serve_app.schemas import ScoreEnd, ScoreRequest, ScoreRow
 from serve_app.scorer.fake_engine import FakeEngine
@@ -159,7 +159,7 @@ async def test_faults_and_deadlines_before_the_first_row(tokenizer: TextTokenize
 @pytest.mark.parametrize("good", [0, 2])
 async def test_a_client_that_leaves_stops_the_work(tokenizer: TextTokenizer, good: int):
     replicas = FailsLater(good, None)
-    service = ScoringService(FAKE, tokenizer, replicas.engine.info, replicas)
+    service = ModelService(FAKE, tokenizer, replicas.engine.info, replicas)
     asked = False
 
     async def receive() -> dict[str, Any]:
@@ -174,7 +174,8 @@ async def test_a_client_that_leaves_stops_the_work(tokenizer: TextTokenizer, goo
         pass
 
     before = asyncio.all_tasks()
-    await create_app(lambda: Services(service))(scope("/v1/score"), receive, send)
+    models = Models(service)
+    await create_app(lambda: models)(scope("/v1/score"), receive, send)
     assert replicas.hanging.cancelled.is_set()
     assert asyncio.all_tasks() == before
     service.close()
@@ -183,7 +184,7 @@ async def test_a_client_that_leaves_stops_the_work(tokenizer: TextTokenizer, goo
 def stream(
     tokenizer: TextTokenizer, replicas: Replicas, settings: Settings, request: ScoreRequest
 ) -> AsyncIterator[list[ScoreRow] | list[ScoreEnd]]:
-    service = ScoringService(settings, tokenizer, FakeEngine(VOCAB_SIZE, CONTEXT).info, replicas)
+    service = ModelService(settings, tokenizer, FakeEngine(VOCAB_SIZE, CONTEXT).info, replicas)
     return service.stream(request, request_id="r")  # type: ignore[return-value]
 
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import pytest
 
 from serve_app.contract import JobResult, ScoreJob
-from serve_app.frontend.ingress import create_app
-from serve_app.frontend.models import Services
-from serve_app.frontend.service import ScoringService
+from serve_app.frontend.models import Models
+from serve_app.frontend.routes import create_app
+from serve_app.frontend.service import ModelService
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import Settings
 from serve_app.tasks.tokenizer import TextTokenizer
@@ -22,8 +22,9 @@ from tests.wire import SPLITS, UPGRADES, connected, post, upgrade_is_ignored
 
 
 @pytest.fixture
-def served(fake_service: ScoringService) -> Iterator[Served]:
-    with serving(create_app(lambda: Services(fake_service))) as running:
+def served(fake_service: ModelService) -> Iterator[Served]:
+    models = Models(fake_service)
+    with serving(create_app(lambda: models)) as running:
         yield running
 
 
@@ -89,8 +90,9 @@ class Holding(DirectReplicas):
 @pytest.fixture
 def held(tokenizer: TextTokenizer) -> Iterator[tuple[Holding, Served]]:
     replicas = Holding()
-    service = ScoringService(Settings(engine="fake"), tokenizer, replicas.engine.info, replicas)
-    with serving(create_app(lambda: Services(service))) as running:
+    service = ModelService(Settings(engine="fake"), tokenizer, replicas.engine.info, replicas)
+    models = Models(service)
+    with serving(create_app(lambda: models)) as running:
         yield replicas, running
     service.close()
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from serve_app.contract import Engine, QueueStats
-from serve_app.frontend.ingress import CANCELLED_BY_S, Ingress
+from serve_app.frontend.ingress import Ingress
+from serve_app.frontend.replicas import CANCELLED_BY_S
 from serve_app.frontend.router import PrefixRouter
 from serve_app.local_ray import APP_NAME
 from serve_app.scorer.deployment import MAX_ONGOING, Scorer

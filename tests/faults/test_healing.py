@@ -58,7 +58,7 @@ def device_threads_are_gone(_: Any) -> None:
 
 
 def tokenizer_hangs(_: Any) -> None:
-    service = the("ScoringService")
+    service = the("ModelService")
     for _thread in range(service.settings.tokenizer_threads):
         service._threads._submit(lambda: time.sleep(1_000))
 

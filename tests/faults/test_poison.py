@@ -12,11 +12,12 @@ from safetensors.numpy import load_file, save_file
 
 from serve_app.contract import Engine
 from serve_app.errors import ScoringError
-from serve_app.frontend.service import ScoringService
+from serve_app.frontend.service import ModelService
 from serve_app.jobs.local_replicas import LocalReplicas
 from serve_app.schemas import ScoreRequest
 from serve_app.scorer.engines import _ModelEngine
 from serve_app.settings import Settings
+from serve_app.tasks.score import SCORE
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.tiny import make_llama
 
@@ -66,19 +67,19 @@ def right(folder: Path) -> np.ndarray:
 
 
 @pytest.fixture
-async def poisoned_service(folder: Path, engine: Engine) -> AsyncIterator[ScoringService]:
+async def poisoned_service(folder: Path, engine: Engine) -> AsyncIterator[ModelService]:
     settings = Settings(model=str(folder), max_batch_tokens=8_192, timeout_s=60)
     replicas = LocalReplicas(engine, settings)
-    service = ScoringService(settings, TextTokenizer.load(folder), engine.info, replicas)
+    service = ModelService(settings, TextTokenizer.load(folder), engine.info, replicas)
     yield service
     service.close()
     await replicas.queue.close()
 
 
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
-async def test_in_one_request(poisoned_service: ScoringService, right: np.ndarray, bad: list[int]):
+async def test_in_one_request(poisoned_service: ModelService, right: np.ndarray, bad: list[int]):
     request = ScoreRequest(query=QUERY, items=[*GOOD[:50], bad, *GOOD[50:]], label_token_ids=LABELS, on_error="item")
-    answer = await poisoned_service.score(request, request_id="one")
+    answer = await poisoned_service.answer(SCORE, request, request_id="one")
     assert [error.index for error in answer.errors or []] == [50]
     assert answer.scores[50] is None
     rows = [row for row in answer.scores if row is not None]
@@ -86,10 +87,10 @@ async def test_in_one_request(poisoned_service: ScoringService, right: np.ndarra
 
 
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
-async def test_in_a_hundred_requests_at_once(poisoned_service: ScoringService, right: np.ndarray, bad: list[int]):
+async def test_in_a_hundred_requests_at_once(poisoned_service: ModelService, right: np.ndarray, bad: list[int]):
     async def ask(number: int, item: list[int]) -> list[float]:
         request = ScoreRequest(query=QUERY, items=[item], label_token_ids=LABELS)
-        (row,) = (await poisoned_service.score(request, request_id=str(number))).scores
+        (row,) = (await poisoned_service.answer(SCORE, request, request_id=str(number))).scores
         assert row is not None
         return row
 

@@ -15,7 +15,7 @@ from model.families import registry
 from model.fields import read_config
 from serve_app.contract import TokenBatch
 from serve_app.tasks import labels
-from serve_app.tasks.preparation import Prompt, packed
+from serve_app.tasks.prompts import Prompt, packed
 from tests.batches import label_batch
 from tests.parity.cases import HAVE_TORCH, sequences
 from tests.tiny import write_json

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 from model import engine
 from serve_app.contract import BatchResult, Engine, ModelInfo, TokenBatch
 from serve_app.errors import OverloadedError, SelfTestError
-from serve_app.frontend.service import ScoringService
+from serve_app.frontend.readiness import SelfTest
+from serve_app.frontend.service import ModelService
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import Settings
 from serve_app.tasks.tokenizer import TextTokenizer
@@ -27,11 +28,9 @@ Answer = Callable[[TokenBatch, BatchResult], np.ndarray]
 
 
 async def ready(tokenizer: TextTokenizer, scorer: Engine) -> None:
-    service = ScoringService(
-        Settings(engine="fake"), tokenizer, ModelInfo(**asdict(scorer.info)), DirectReplicas(scorer)
-    )
+    service = ModelService(Settings(engine="fake"), tokenizer, ModelInfo(**asdict(scorer.info)), DirectReplicas(scorer))
     try:
-        await service.ready()
+        await SelfTest(service).passed()
     finally:
         service.close()
 
@@ -161,8 +160,8 @@ async def test_what_passes_by_itself_is_no_failed_test(tokenizer: TextTokenizer)
             raise OverloadedError("no healthy replica")
 
     scorer = FakeEngine(VOCAB_SIZE, CONTEXT)
-    service = ScoringService(Settings(engine="fake"), tokenizer, scorer.info, Away(scorer))
+    service = ModelService(Settings(engine="fake"), tokenizer, scorer.info, Away(scorer))
     with pytest.raises(OverloadedError) as raised:
-        await service.ready()
+        await SelfTest(service).passed()
     assert not isinstance(raised.value, SelfTestError)
     service.close()

@@ -27,15 +27,17 @@ from serve_app.errors import (
     OverloadedError,
     ScoringError,
 )
-from serve_app.frontend import ingress
-from serve_app.frontend.ingress import ScorerReplicas
-from serve_app.frontend.service import INLINE_VALUES, ScoringService
+from serve_app.frontend import replicas as replicas_module
+from serve_app.frontend.info import info as told
+from serve_app.frontend.replicas import ScorerReplicas
+from serve_app.frontend.service import INLINE_VALUES, ModelService
 from serve_app.schemas import LOWEST, ScoreRequest
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import Limits, Settings
-from serve_app.tasks.completions import CompletionRequest
-from serve_app.tasks.generative import GenerativeScoringRequest
-from serve_app.tasks.rerank import RerankRequest
+from serve_app.tasks.completions import COMPLETIONS, CompletionRequest
+from serve_app.tasks.generative import GENERATIVE, GenerativeScoringRequest
+from serve_app.tasks.rerank import RERANK, RerankRequest
+from serve_app.tasks.score import SCORE
 from serve_app.tasks.scores import label_scores
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
@@ -99,13 +101,13 @@ class TestLabelScores:
 
 def service_on(
     replicas: Any, tokenizer: TextTokenizer, settings: Settings = SETTINGS, front_ends: int = 1
-) -> ScoringService:
-    return ScoringService(settings, tokenizer, ENGINE.info, replicas, front_ends)
+) -> ModelService:
+    return ModelService(settings, tokenizer, ENGINE.info, replicas, front_ends)
 
 
 class TestScore:
     async def test_usage_counts_what_was_not_computed_as_cached(self, tokenizer: TextTokenizer):
-        answer = await service_on(DirectReplicas(ENGINE), tokenizer).score(ASK, request_id="r")
+        answer = await service_on(DirectReplicas(ENGINE), tokenizer).answer(SCORE, ASK, request_id="r")
         assert answer.usage.prompt_tokens == answer.usage.total_tokens == 10
         # The query's two tokens are computed once for three items.
         assert answer.usage.prompt_tokens_details.cached_tokens == 4
@@ -118,7 +120,7 @@ class TestScore:
                 return JobResult(BatchResult(values, np.ones(3, np.int32)), 0.0, 0.0)
 
         ask = ASK.model_copy(update={"return_token_logprobs": True})
-        answer = await service_on(Impossible(ENGINE), tokenizer).score(ask, request_id="r")
+        answer = await service_on(Impossible(ENGINE), tokenizer).answer(SCORE, ask, request_id="r")
         assert answer.token_logprobs == [[LOWEST, -1.0]] * 3
         assert [row[0] for row in answer.scores] == [0.0] * 3
         assert math.exp(LOWEST) == 0.0
@@ -127,15 +129,15 @@ class TestScore:
     async def test_a_large_answer_is_that_of_small_ones(self, tokenizer: TextTokenizer):
         service = service_on(DirectReplicas(ENGINE), tokenizer)
         items = [[i % VOCAB_SIZE, i // VOCAB_SIZE] for i in range(INLINE_VALUES // 2 + 1)]
-        large = await service.score(ASK.model_copy(update={"items": items}), request_id="r")
+        large = await service.answer(SCORE, ASK.model_copy(update={"items": items}), request_id="r")
         for i in (0, len(items) - 1):
-            small = await service.score(ASK.model_copy(update={"items": [items[i]]}), request_id="r")
+            small = await service.answer(SCORE, ASK.model_copy(update={"items": [items[i]]}), request_id="r")
             assert large.scores[i] == small.scores[0]
 
     async def test_a_job_carries_request_id_and_deadline(self, tokenizer: TextTokenizer):
         replicas = DirectReplicas(ENGINE)
         before = time.time()
-        await service_on(replicas, tokenizer).score(ASK, request_id="mine")
+        await service_on(replicas, tokenizer).answer(SCORE, ASK, request_id="mine")
         [job] = replicas.jobs
         assert job.request_id == "mine"
         assert before + SETTINGS.timeout_s <= job.deadline <= time.time() + SETTINGS.timeout_s
@@ -156,14 +158,11 @@ class Hanging:
         await asyncio.Event().wait()
         raise AssertionError
 
-    async def metrics(self) -> str:
-        return ""
 
-
-async def hangs(service: ScoringService, replicas: Hanging) -> asyncio.Task[Any]:
+async def hangs(service: ModelService, replicas: Hanging) -> asyncio.Task[Any]:
     """A request that has reached the replicas."""
     before = len(replicas.jobs)
-    task = asyncio.create_task(service.score(ASK, request_id="hangs"))
+    task = asyncio.create_task(service.answer(SCORE, ASK, request_id="hangs"))
     while len(replicas.jobs) == before:  # noqa: ASYNC110 - there is no event to wait for
         await asyncio.sleep(0.001)
     return task
@@ -183,13 +182,13 @@ class TestAdmission:
         service = service_on(replicas, tokenizer, settings, front_ends=2)
         first = await hangs(service, replicas)
         with pytest.raises(OverloadedError, match="6 tokens are being scored and this request adds 6; the limit is 10"):
-            await service.score(ASK, request_id="refused")
+            await service.answer(SCORE, ASK, request_id="refused")
         replicas.count = 3  # another has started
         second = await hangs(service, replicas)
         replicas.count = 2
         await cancelled(first)
         with pytest.raises(OverloadedError):
-            await service.score(ASK, request_id="refused")
+            await service.answer(SCORE, ASK, request_id="refused")
         await cancelled(second)
         await cancelled(await hangs(service, replicas))
         assert service.outcomes == {"overloaded": 2, "cancelled": 3}
@@ -199,44 +198,44 @@ class TestAdmission:
         replicas = Hanging()
         service = service_on(replicas, tokenizer, settings)
         first = await hangs(service, replicas)
-        monkeypatch.setattr(service._prompts, "prepare", None)
+        monkeypatch.setitem(service._prepare, SCORE, lambda *_: pytest.fail("it was tokenised"))
         with pytest.raises(OverloadedError):
-            await service.score(ASK, request_id="refused")
+            await service.answer(SCORE, ASK, request_id="refused")
         await cancelled(first)
 
 
 class TestOutcomes:
     async def test_every_request_is_counted_once_by_how_it_ended(self, tokenizer: TextTokenizer):
         service = service_on(DirectReplicas(ENGINE), tokenizer)
-        await service.score(ASK, request_id="r")
+        await service.answer(SCORE, ASK, request_id="r")
         with pytest.raises(InvalidRequestError):
-            await service.score(ASK.model_copy(update={"label_token_ids": [VOCAB_SIZE]}), request_id="r")
+            await service.answer(SCORE, ASK.model_copy(update={"label_token_ids": [VOCAB_SIZE]}), request_id="r")
         assert service.outcomes == {"answered": 1, "invalid": 1}
         replicas = Hanging()
         service = service_on(replicas, tokenizer)
         with pytest.raises(DeadlineExceededError, match=r"0\.05 s"):
-            await service.score(ASK, request_id="r", timeout_s=0.05)
+            await service.answer(SCORE, ASK, request_id="r", timeout_s=0.05)
         assert replicas.jobs[0].deadline == pytest.approx(time.time(), abs=1)  # the replica drops it, too
         await cancelled(await hangs(service, replicas))
         service._replicas = None  # type: ignore[assignment]
         with pytest.raises(AttributeError):
-            await service.score(ASK, request_id="r")
+            await service.answer(SCORE, ASK, request_id="r")
         assert service.outcomes == {"expired": 1, "cancelled": 1, "failed": 1}
 
     async def test_the_other_routes_count_too(self, tokenizer: TextTokenizer):
         service = service_on(DirectReplicas(ENGINE), tokenizer)
-        await service.rerank(RerankRequest(query="the", documents=["fox"]), request_id="r")
-        await service.complete(CompletionRequest(prompt="the", max_tokens=1), request_id="r")
+        await service.answer(RERANK, RerankRequest(query="the", documents=["fox"]), request_id="r")
+        await service.answer(COMPLETIONS, CompletionRequest(prompt="the", max_tokens=1), request_id="r")
         asked = GenerativeScoringRequest(query="the", items=["fox"], label_token_ids=[1])
-        await service.generative_scoring(asked, request_id="r")
+        await service.answer(GENERATIVE, asked, request_id="r")
         assert service.outcomes == {"answered": 3}
         with pytest.raises(InvalidRequestError):
-            await service.generative_scoring(asked.model_copy(update={"items": []}), request_id="r")
+            await service.answer(GENERATIVE, asked.model_copy(update={"items": []}), request_id="r")
         assert service.outcomes == {"answered": 3, "invalid": 1}
         replicas = Hanging()
         service = service_on(replicas, tokenizer)
         with pytest.raises(DeadlineExceededError, match=r"0\.05 s"):
-            await service.rerank(RerankRequest(query="the", documents=["fox"]), request_id="r", timeout_s=0.05)
+            await service.answer(RERANK, RerankRequest(query="the", documents=["fox"]), request_id="r", timeout_s=0.05)
         assert service.outcomes == {"expired": 1}
 
 
@@ -244,17 +243,17 @@ class TestNumbers:
     async def test_items_documents_and_prompts_are_counted(self, tokenizer: TextTokenizer):
         service = service_on(DirectReplicas(ENGINE), tokenizer)
         labels = ["yes", "no", "the quick brown fox"]  # the last is a sequence more for each item
-        await service.score(ScoreRequest(query="is it ", items=["a", "b"], labels=labels), request_id="r")
+        await service.answer(SCORE, ScoreRequest(query="is it ", items=["a", "b"], labels=labels), request_id="r")
         assert service.items == 2
-        await service.rerank(RerankRequest(query="the", documents=["fox", "dog", "a"]), request_id="r")
+        await service.answer(RERANK, RerankRequest(query="the", documents=["fox", "dog", "a"]), request_id="r")
         assert service.items == 5
-        await service.complete(CompletionRequest(prompt=["the", "fox"], max_tokens=1), request_id="r")
+        await service.answer(COMPLETIONS, CompletionRequest(prompt=["the", "fox"], max_tokens=1), request_id="r")
         assert service.items == 7
         async for _ in service.stream(MANY, request_id="r"):
             pass
         assert service.items == 7 + len(MANY.items)
         with pytest.raises(InvalidRequestError):
-            await service.score(ASK.model_copy(update={"label_token_ids": [VOCAB_SIZE]}), request_id="r")
+            await service.answer(SCORE, ASK.model_copy(update={"label_token_ids": [VOCAB_SIZE]}), request_id="r")
         assert service.items == 7 + len(MANY.items)
 
     async def test_answered_requests_are_timed_with_the_slowest_of_their_parts(self, tokenizer: TextTokenizer):
@@ -265,11 +264,11 @@ class TestNumbers:
 
         seen: list[timing.Timings] = []
         replicas = Slow(ENGINE, count=4)
-        service = ScoringService(SETTINGS, tokenizer, ENGINE.info, replicas, observe=seen.append)
+        service = ModelService(SETTINGS, tokenizer, ENGINE.info, replicas, observe=seen.append)
         timing.begin()
-        await service.score(MANY, request_id="r")
+        await service.answer(SCORE, MANY, request_id="r")
         with pytest.raises(InvalidRequestError):
-            await service.score(ASK.model_copy(update={"label_token_ids": [VOCAB_SIZE]}), request_id="r")
+            await service.answer(SCORE, ASK.model_copy(update={"label_token_ids": [VOCAB_SIZE]}), request_id="r")
         (timings,) = seen
         assert (timings.seconds["queue"], timings.seconds["device"]) == (4, 40)
         assert timings.seconds["tokenise"] > 0
@@ -278,8 +277,8 @@ class TestNumbers:
 class TestFanOut:
     async def test_many_tokens_go_to_all_replicas_and_come_back_in_order(self, tokenizer: TextTokenizer):
         one, four = DirectReplicas(ENGINE), DirectReplicas(ENGINE, count=4)
-        whole = await service_on(one, tokenizer).score(MANY, request_id="r")
-        parts = await service_on(four, tokenizer).score(MANY, request_id="r")
+        whole = await service_on(one, tokenizer).answer(SCORE, MANY, request_id="r")
+        parts = await service_on(four, tokenizer).answer(SCORE, MANY, request_id="r")
         assert len(one.jobs) == 1
         assert [job.batch.num_sequences for job in four.jobs] == [10] * 4
         assert parts.scores == whole.scores
@@ -288,9 +287,9 @@ class TestFanOut:
         replicas = DirectReplicas(ENGINE, count=2)
         service = service_on(replicas, tokenizer)
         many = ScoreRequest(query=[1] * 130, items=[[2 + i] * 20 for i in range(20)], label_token_ids=[7])
-        await service.score(many, request_id="r")
-        await service.score(many.model_copy(update={"items": [[3]]}), request_id="r")
-        await service.score(many.model_copy(update={"item_first": True, "items": [[3]]}), request_id="r")
+        await service.answer(SCORE, many, request_id="r")
+        await service.answer(SCORE, many.model_copy(update={"items": [[3]]}), request_id="r")
+        await service.answer(SCORE, many.model_copy(update={"item_first": True, "items": [[3]]}), request_id="r")
         first, second, again, other = [job.affinity for job in replicas.jobs]
         assert first.key == second.key == again.key
         assert (first.part, second.part, again.part) == (0, 1, 0)
@@ -314,7 +313,7 @@ class TestFanOut:
 
         replicas = OneFails()
         with pytest.raises(OverloadedError, match="full"):
-            await service_on(replicas, tokenizer).score(MANY, request_id="r")
+            await service_on(replicas, tokenizer).answer(SCORE, MANY, request_id="r")
         assert replicas.cancelled == 3
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
@@ -328,9 +327,9 @@ class TestFanOut:
 
         service = service_on(Hanging(), tokenizer, SETTINGS.model_copy(update={"timeout_s": 0.05}))
         with pytest.raises(DeadlineExceededError, match=r"0\.05 s"):
-            await service.score(MANY, request_id="r")
+            await service.answer(SCORE, MANY, request_id="r")
         assert asyncio.all_tasks() == {asyncio.current_task()}
-        task = asyncio.create_task(service_on(Hanging(), tokenizer).score(MANY, request_id="r"))
+        task = asyncio.create_task(service_on(Hanging(), tokenizer).answer(SCORE, MANY, request_id="r"))
         await asyncio.sleep(0.05)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -345,7 +344,7 @@ class TestFanOut:
                 raise TimeoutError("a socket")
 
         with pytest.raises(TimeoutError, match="a socket"):
-            await service_on(Timing(), tokenizer).score(ASK, request_id="r")
+            await service_on(Timing(), tokenizer).answer(SCORE, ASK, request_id="r")
 
 
 async def test_the_bound_of_what_is_let_in_follows_the_speed_that_answers_tell(tokenizer: TextTokenizer):
@@ -355,10 +354,10 @@ async def test_the_bound_of_what_is_let_in_follows_the_speed_that_answers_tell(t
             return replace(answer, device_seconds=float(answer.result.computed_tokens.sum()) / 5_000)
 
     info = replace(ENGINE.info, tokens_per_s=100.0)
-    service = ScoringService(SETTINGS, tokenizer, info, Timed(ENGINE))
-    assert service.info([]).limits.max_queued_tokens == 100 * SETTINGS.timeout_s / 2
-    await service.score(ASK, request_id="r")
-    assert service.info([]).limits.max_queued_tokens == 5_000 * SETTINGS.timeout_s / 2
+    service = ModelService(SETTINGS, tokenizer, info, Timed(ENGINE))
+    assert told(service, []).limits.max_queued_tokens == 100 * SETTINGS.timeout_s / 2
+    await service.answer(SCORE, ASK, request_id="r")
+    assert told(service, []).limits.max_queued_tokens == 5_000 * SETTINGS.timeout_s / 2
     service.close()
 
 
@@ -415,8 +414,8 @@ CANCELLED = (
 class TestScorerReplicas:
     @pytest.mark.parametrize("lost", LOST, ids=lambda error: type(error).__name__)
     async def test_a_job_outlives_two_replicas_and_no_more(self, lost: Exception, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(ingress, "RETRY_PAUSE_S", 0.01)
-        monkeypatch.setattr(ingress, "CANCELLED_BY_S", 0.01)
+        monkeypatch.setattr(replicas_module, "RETRY_PAUSE_S", 0.01)
+        monkeypatch.setattr(replicas_module, "CANCELLED_BY_S", 0.01)
         assert await ScorerReplicas(Scorer(lost, lost, "answer")).score(JOB) == "answer"
         scorer = Scorer(lost, lost, lost, "answer")
         with pytest.raises(OverloadedError, match="no healthy replica") as caught:

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from serve_app.errors import InternalError, InvalidRequestError, TooLargeError
-from serve_app.frontend.service import ScoringService
+from serve_app.frontend.service import ModelService
 from serve_app.jobs import scoring
 from serve_app.jobs.scoring import score
 from serve_app.jobs.targets import Ask
 from serve_app.schemas import ScoreRequest, ScoreResponse
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import Limits, Settings
+from serve_app.tasks.score import SCORE
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
 
@@ -29,12 +30,12 @@ class Asked:
     def __init__(self, tokenizer: TextTokenizer, limits: Limits | None = None) -> None:
         engine = FakeEngine(VOCAB_SIZE, CONTEXT)
         settings = Settings(engine="fake", limits=limits or Limits())
-        self._service = ScoringService(settings, tokenizer, engine.info, DirectReplicas(engine))
+        self._service = ModelService(settings, tokenizer, engine.info, DirectReplicas(engine))
         self.requests: list[ScoreRequest] = []
 
     def __call__(self, request: ScoreRequest) -> ScoreResponse:
         self.requests.append(request)
-        return asyncio.run(self._service.score(request, request_id="r"))
+        return asyncio.run(self._service.answer(SCORE, request, request_id="r"))
 
 
 def rows(rng: random.Random, count: int) -> list[tuple[int, str, str]]:

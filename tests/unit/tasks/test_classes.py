@@ -12,13 +12,16 @@ import pytest
 
 from serve_app.contract import BatchResult, TokenBatch
 from serve_app.errors import InternalError, InvalidRequestError
-from serve_app.frontend.service import ScoringService
+from serve_app.frontend.info import info
+from serve_app.frontend.readiness import SelfTest
+from serve_app.frontend.service import ModelService
 from serve_app.schemas import ScoreRequest, ScoreResponse
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import Settings
-from serve_app.tasks.completions import CompletionRequest
-from serve_app.tasks.generative import GenerativeScoringRequest
-from serve_app.tasks.rerank import RerankRequest
+from serve_app.tasks.completions import COMPLETIONS, CompletionRequest
+from serve_app.tasks.generative import GENERATIVE, GenerativeScoringRequest
+from serve_app.tasks.rerank import RERANK, RerankRequest
+from serve_app.tasks.score import SCORE
 from serve_app.tasks.tokenizer import TextTokenizer
 from serve_app.templates import RerankTemplate
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
@@ -27,10 +30,10 @@ SETTINGS = Settings(model="fake-judge", engine="fake")
 
 
 async def score(tokenizer: TextTokenizer, engine: FakeEngine, **fields: Any) -> ScoreResponse:
-    service = ScoringService(SETTINGS, tokenizer, engine.info, DirectReplicas(engine))
+    service = ModelService(SETTINGS, tokenizer, engine.info, DirectReplicas(engine))
     try:
-        await service.ready()
-        return await service.score(ScoreRequest(query="the ", items=["fox", "dog"], **fields), request_id="r")
+        await SelfTest(service).passed()
+        return await service.answer(SCORE, ScoreRequest(query="the ", items=["fox", "dog"], **fields), request_id="r")
     finally:
         service.close()
 
@@ -48,11 +51,11 @@ async def test_logits_as_they_are_and_their_softmax(tokenizer: TextTokenizer):
 
 async def test_classes_are_read_before_the_pads(tokenizer: TextTokenizer):
     engine = FakeEngine(VOCAB_SIZE, CONTEXT, classes=3, pad_token_id=7)
-    service = ScoringService(SETTINGS, tokenizer, engine.info, DirectReplicas(engine))
+    service = ModelService(SETTINGS, tokenizer, engine.info, DirectReplicas(engine))
     items = [[5, 7, 9], [5, 7, 9, 7, 7], [7], [7, 7]]
     try:
-        answer = await service.score(ScoreRequest(query=[3], items=items), request_id="r")
-        assert service.info(["fake-judge"]).pad_token_id == 7
+        answer = await service.answer(SCORE, ScoreRequest(query=[3], items=items), request_id="r")
+        assert info(service, ["fake-judge"]).pad_token_id == 7
     finally:
         service.close()
     plain, padded, *pads = answer.scores
@@ -108,12 +111,12 @@ async def test_reranks_by_its_own_score(tokenizer: TextTokenizer, classes: int):
     own = RerankTemplate(prompt="{query} {document}.", yes="no such", no="answers")  # which no class needs
     engine = FakeEngine(VOCAB_SIZE, CONTEXT, classes=classes)
     settings = SETTINGS.model_copy(update={"rerank_template": own})
-    service = ScoringService(settings, tokenizer, engine.info, DirectReplicas(engine))
+    service = ModelService(settings, tokenizer, engine.info, DirectReplicas(engine))
     documents = ["fox", "dog", "cat"]
-    ranked = await service.rerank(RerankRequest(query="the", documents=documents), request_id="r")
+    ranked = await service.answer(RERANK, RerankRequest(query="the", documents=documents), request_id="r")
     (end,) = tokenizer.encode(["."])
     prompts = [ids + end for ids in tokenizer.encode([f"the {document}" for document in documents])]
-    plain = await service.score(ScoreRequest(items=prompts), request_id="r")
+    plain = await service.answer(SCORE, ScoreRequest(items=prompts), request_id="r")
     service.close()
     for result in ranked.results:
         logits = plain.scores[result.index]
@@ -128,22 +131,30 @@ async def test_reranks_by_its_own_score(tokenizer: TextTokenizer, classes: int):
 @pytest.mark.parametrize(
     ("classes", "ask", "said"),
     [
-        (3, lambda s: s.rerank(RerankRequest(query="q", documents=["a"]), request_id="r"), "none of which means"),
-        (2, lambda s: s.complete(CompletionRequest(prompt="a", max_tokens=1), request_id="r"), "no next token"),
+        (
+            3,
+            lambda s: s.answer(RERANK, RerankRequest(query="q", documents=["a"]), request_id="r"),
+            "none of which means",
+        ),
+        (
+            2,
+            lambda s: s.answer(COMPLETIONS, CompletionRequest(prompt="a", max_tokens=1), request_id="r"),
+            "no next token",
+        ),
         (
             1,
-            lambda s: s.generative_scoring(
-                GenerativeScoringRequest(query="q", items=["a"], label_token_ids=[1]), request_id="r"
+            lambda s: s.answer(
+                GENERATIVE, GenerativeScoringRequest(query="q", items=["a"], label_token_ids=[1]), request_id="r"
             ),
             "no next token",
         ),
     ],
 )
 async def test_what_a_classifier_cannot_answer(
-    tokenizer: TextTokenizer, classes: int, ask: Callable[[ScoringService], Awaitable[Any]], said: str
+    tokenizer: TextTokenizer, classes: int, ask: Callable[[ModelService], Awaitable[Any]], said: str
 ):
     engine = FakeEngine(VOCAB_SIZE, CONTEXT, classes=classes)
-    service = ScoringService(SETTINGS, tokenizer, engine.info, DirectReplicas(engine))
+    service = ModelService(SETTINGS, tokenizer, engine.info, DirectReplicas(engine))
     with pytest.raises(InvalidRequestError, match=said) as refusal:
         await ask(service)
     service.close()

@@ -10,27 +10,27 @@ import pytest
 
 from serve_app.contract import BatchResult, JobResult, ScoreJob
 from serve_app.errors import InternalError
-from serve_app.frontend.service import ScoringService
+from serve_app.frontend.service import ModelService
 from serve_app.schemas import LOWEST
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import Settings
-from serve_app.tasks.completions import CompletionRequest, _top
-from serve_app.tasks.rerank import RerankRequest
+from serve_app.tasks.completions import COMPLETIONS, CompletionRequest, _top
+from serve_app.tasks.rerank import RERANK, RerankRequest
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
 
 ENGINE = FakeEngine(VOCAB_SIZE, CONTEXT, nan_token=13)
 
 
-def service_on(replicas: Any, tokenizer: TextTokenizer) -> ScoringService:
-    return ScoringService(Settings(model="fake-judge", engine="fake"), tokenizer, ENGINE.info, replicas)
+def service_on(replicas: Any, tokenizer: TextTokenizer) -> ModelService:
+    return ModelService(Settings(model="fake-judge", engine="fake"), tokenizer, ENGINE.info, replicas)
 
 
 @pytest.mark.parametrize("rest", [{"max_tokens": 1}, {"max_tokens": 0, "echo": True, "logprobs": 0}])
 async def test_a_prompt_that_is_not_finite_is_named(tokenizer: TextTokenizer, rest: dict[str, Any]):
     request = CompletionRequest(prompt=[[1, 2], [3, 13, 4]], **rest)
     with pytest.raises(InternalError, match=r"prompt\[1\]") as caught:
-        await service_on(DirectReplicas(ENGINE), tokenizer).complete(request, request_id="r")
+        await service_on(DirectReplicas(ENGINE), tokenizer).answer(COMPLETIONS, request, request_id="r")
     assert (caught.value.param, caught.value.index) == ("prompt", 1)
 
 
@@ -39,7 +39,7 @@ async def test_a_document_that_is_not_finite_is_named(tokenizer: TextTokenizer):
     engine = FakeEngine(VOCAB_SIZE, CONTEXT, nan_token=poison)
     request = RerankRequest(query="q", documents=["a", "b fox"])
     with pytest.raises(InternalError, match=r"documents\[1\]") as caught:
-        await service_on(DirectReplicas(engine), tokenizer).rerank(request, request_id="r")
+        await service_on(DirectReplicas(engine), tokenizer).answer(RERANK, request, request_id="r")
     assert (caught.value.param, caught.value.index) == ("documents", 1)
 
 
@@ -51,7 +51,7 @@ async def test_an_impossible_token_has_the_lowest_logprob(tokenizer: TextTokeniz
             return JobResult(BatchResult(values, result.computed_tokens, result.argmax, result.argmax_values), 0.0, 0.0)
 
     request = CompletionRequest(prompt=[[1, 2]], max_tokens=0, echo=True, logprobs=1)
-    answer = await service_on(Impossible(ENGINE), tokenizer).complete(request, request_id="r")
+    answer = await service_on(Impossible(ENGINE), tokenizer).answer(COMPLETIONS, request, request_id="r")
     told = answer.choices[0].logprobs
     assert told is not None
     assert told.token_logprobs == [None, LOWEST]

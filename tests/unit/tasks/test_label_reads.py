@@ -19,9 +19,9 @@ from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import Limits
 from serve_app.tasks import labels, scores
 from serve_app.tasks.labels import Words
-from serve_app.tasks.model_facts import ServedModel
-from serve_app.tasks.preparation import Prepared
-from serve_app.tasks.prompts import Prompts
+from serve_app.tasks.model_facts import ModelFacts
+from serve_app.tasks.prompts import PreparedItems, PromptBuilder
+from serve_app.tasks.steps import finish
 from serve_app.tasks.tokenizer import TextTokenizer
 from serve_app.tasks.truncation import item_span, shortened
 from tests.batches import label_batch
@@ -80,11 +80,11 @@ def test_a_long_label_takes_memory_in_proportion_to_its_tokens():
     assert peaks[1] < 30 * peaks[0]
 
 
-def prepare(tokenizer: TextTokenizer, **fields: Any) -> Prepared:
-    return Prompts(ServedModel("m", tokenizer, ENGINE.info, Limits())).prepare(ScoreRequest(**fields))
+def prepare(tokenizer: TextTokenizer, **fields: Any) -> PreparedItems:
+    return finish(PromptBuilder(ScoreRequest(**fields), ModelFacts("m", tokenizer, ENGINE.info, Limits())).rest())
 
 
-def sequences(prepared: Prepared) -> list[list[int]]:
+def sequences(prepared: PreparedItems) -> list[list[int]]:
     batch = prepared.batch
     return [batch.tokens[a:b].tolist() for a, b in pairwise(batch.offsets.tolist())]
 
@@ -103,7 +103,7 @@ def test_label_logprobs_are_sums_over_tokens_asked_for_alone(tokenizer: TextToke
     request = ScoreRequest(
         query="the quick", items=items, labels=own, length_normalize=normal, return_token_logprobs=True
     )
-    prepared = Prompts(ServedModel("m", tokenizer, ENGINE.info, Limits())).prepare(request)
+    prepared = finish(PromptBuilder(request, ModelFacts("m", tokenizer, ENGINE.info, Limits())).rest())
     answered = scores.rows(request, prepared, ENGINE.score(prepared.batch))
     for item, chosen, row in zip(items, own, answered, strict=True):
         [prompt, *whole] = tokenizer.encode(["the quick" + item, *("the quick" + item + word for word in chosen)])
@@ -131,7 +131,7 @@ def test_a_label_that_begins_with_another_is_part_of_its_mass(tokenizer: TextTok
         apply_softmax=True,
         return_label_mass=True,
     )
-    prepared = Prompts(ServedModel("m", tokenizer, ENGINE.info, Limits())).prepare(request)
+    prepared = finish(PromptBuilder(request, ModelFacts("m", tokenizer, ENGINE.info, Limits())).rest())
     values = np.full(len(prepared.batch.targets), math.log(0.4), np.float32)
     [row] = scores.rows(request, prepared, BatchResult(values, np.ones(1, np.int32)))
     assert row.label_mass == pytest.approx(0.8, rel=1e-6)  # " yes" and " no"; " yes no" has 0.16 of the former

@@ -18,9 +18,9 @@ from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import Limits
 from serve_app.tasks import labels
 from serve_app.tasks import tokenizer as tokenizer_module
-from serve_app.tasks.model_facts import ServedModel
-from serve_app.tasks.preparation import Prepared
-from serve_app.tasks.prompts import Prompts
+from serve_app.tasks.model_facts import ModelFacts
+from serve_app.tasks.prompts import PreparedItems, PromptBuilder
+from serve_app.tasks.steps import finish
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE
 
@@ -28,9 +28,11 @@ INFO = FakeEngine(VOCAB_SIZE, CONTEXT).info
 BOS = 0
 
 
-def prepared(tokenizer: TextTokenizer, limits: Limits | None = None, **fields: Any) -> Prepared:
+def prepared(tokenizer: TextTokenizer, limits: Limits | None = None, **fields: Any) -> PreparedItems:
     labels = {} if "labels" in fields else {"label_token_ids": [1, 2]}
-    return Prompts(ServedModel("m", tokenizer, INFO, limits or Limits())).prepare(ScoreRequest(**labels | fields))
+    return finish(
+        PromptBuilder(ScoreRequest(**labels | fields), ModelFacts("m", tokenizer, INFO, limits or Limits())).rest()
+    )
 
 
 def prepare(tokenizer: TextTokenizer, limits: Limits | None = None, **fields: Any) -> TokenBatch:
@@ -164,8 +166,8 @@ def counted(tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch) -> list[s
 class TestWork:
     """What is tokenised is bounded before it is, and no more of it than has to be."""
 
-    def model(self, tokenizer: TextTokenizer, context: int = 64 * CONTEXT, **limits: int) -> ServedModel:
-        return ServedModel("m", tokenizer, FakeEngine(VOCAB_SIZE, context).info, Limits(**limits))
+    def model(self, tokenizer: TextTokenizer, context: int = 64 * CONTEXT, **limits: int) -> ModelFacts:
+        return ModelFacts("m", tokenizer, FakeEngine(VOCAB_SIZE, context).info, Limits(**limits))
 
     @pytest.mark.parametrize("item_first", [False, True])
     def test_of_a_prompt_with_labels_its_end_alone_comes_again(
@@ -175,7 +177,7 @@ class TestWork:
         item = "the quick brown fox jumps over the lazy dog. " * 100
         seen = counted(tokenizer, monkeypatch)
         request = ScoreRequest(query="\nAnswer:", items=[item] * 3, labels=words, item_first=item_first)
-        Prompts(self.model(tokenizer)).prepare(request)
+        finish(PromptBuilder(request, self.model(tokenizer)).rest())
         assert sum(map(len, seen)) < 3 * (4 * len(item) + 200 * len(words))
 
     @pytest.mark.parametrize("on_error", ["fail", "item"])
@@ -186,12 +188,12 @@ class TestWork:
         item = "the quick brown fox jumps over the lazy dog. " * 1000
         seen = counted(bos_tokenizer, monkeypatch)
         request = ScoreRequest(items=[item], labels=words, on_error=on_error)  # type: ignore[arg-type]
-        made = Prompts(self.model(bos_tokenizer, CONTEXT))
+        model = self.model(bos_tokenizer, CONTEXT)
         if on_error == "fail":
             with pytest.raises(InvalidRequestError, match=r"items\[0\]: the prompt has"):
-                made.prepare(request)
+                finish(PromptBuilder(request, model).rest())
         else:
-            assert len(made.prepare(request).errors) == 1
+            assert len(finish(PromptBuilder(request, model).rest()).errors) == 1
         assert sum(map(len, seen)) == len(item)
 
     def test_a_label_that_is_too_long_is_refused_before_it_is_laid_out(
@@ -200,7 +202,7 @@ class TestWork:
         monkeypatch.setattr(labels, "of_words", None)
         request = ScoreRequest(items=["a"], labels=[" x" * 9_000, " no"])
         with pytest.raises(InvalidRequestError, match="of a label before its last; this model reads at most 256"):
-            Prompts(self.model(tokenizer, CONTEXT)).prepare(request)
+            finish(PromptBuilder(request, self.model(tokenizer, CONTEXT)).rest())
 
     @pytest.mark.parametrize(
         "fields",
@@ -215,27 +217,27 @@ class TestWork:
     ):
         seen = counted(tokenizer, monkeypatch)
         request = ScoreRequest(**{"labels": [" yes"]} | fields)
-        made = Prompts(self.model(tokenizer, CONTEXT))
+        model = self.model(tokenizer, CONTEXT)
         with pytest.raises(InvalidRequestError, match="characters; this service tokenises at most 524,288") as caught:
-            made.prepare(request)
+            finish(PromptBuilder(request, model).rest())
         assert (caught.value.param, caught.value.index) == ("items", 1)
         assert not seen
-        prepared = made.prepare(request.model_copy(update={"on_error": "item", "query": ""}))
+        prepared = finish(PromptBuilder(request.model_copy(update={"on_error": "item", "query": ""}), model).rest())
         assert [error.index for error in prepared.errors] == [1]
         assert [prompt.index for prompt in prepared.prompts] == [0]
 
     def test_all_texts_together_are_bounded_too(self, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch):
         seen = counted(tokenizer, monkeypatch)
-        made = Prompts(self.model(tokenizer, max_request_tokens=1000))
+        model = self.model(tokenizer, max_request_tokens=1000)
         for fields in ({"query": "x" * 6_400, "items": ["a"] * 10}, {"items": ["a"] * 1000, "labels": ["b" * 64]}):
             with pytest.raises(TooLargeError, match="would have to be tokenised"):
-                made.prepare(ScoreRequest(**{"labels": [" yes"]} | fields))
+                finish(PromptBuilder(ScoreRequest(**{"labels": [" yes"]} | fields), model).rest())
         assert not seen
 
     def test_it_is_done_in_steps(self, tokenizer: TextTokenizer):
         items = ["the quick brown fox. " * 20] * 500
-        preparation = Prompts(self.model(tokenizer)).open(ScoreRequest(items=items, labels=[" yes", " no"]))
-        steps = preparation.rest()
+        builder = PromptBuilder(ScoreRequest(items=items, labels=[" yes", " no"]), self.model(tokenizer))
+        steps = builder.rest()
         count = sum(1 for _ in steps)
         assert count >= 500
 
@@ -273,10 +275,10 @@ class TestQueryTokens:
     def test_no_query_is_tokenised_more_than_once(self, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch):
         seen = counted(tokenizer, monkeypatch)
         query = "the quick brown fox jumps over the lazy dog. " * 50
-        made = Prompts(ServedModel("m", tokenizer, FakeEngine(VOCAB_SIZE, 10 * CONTEXT).info, Limits()))
+        model = ModelFacts("m", tokenizer, FakeEngine(VOCAB_SIZE, 10 * CONTEXT).info, Limits())
         for items in (["a"], ["a", "b", "c"]):
             seen.clear()
-            made.prepare(ScoreRequest(query=query, items=items, label_token_ids=[1]))
+            finish(PromptBuilder(ScoreRequest(query=query, items=items, label_token_ids=[1]), model).rest())
             assert len(query) <= sum(map(len, seen)) < 1.5 * len(query)
 
 
@@ -332,8 +334,8 @@ class TestRefused:
                 prepare(tokenizer, limits, **{"query": [1], "items": [[2]]} | fields)
 
     def test_the_models_own_limit_holds_whatever_the_setting(self, tokenizer: TextTokenizer):
-        assert ServedModel("m", tokenizer, INFO, Limits()).max_prompt_tokens == CONTEXT
-        assert ServedModel("m", tokenizer, INFO, Limits(max_prompt_tokens=10 * CONTEXT)).max_prompt_tokens == CONTEXT
+        assert ModelFacts("m", tokenizer, INFO, Limits()).max_prompt_tokens == CONTEXT
+        assert ModelFacts("m", tokenizer, INFO, Limits(max_prompt_tokens=10 * CONTEXT)).max_prompt_tokens == CONTEXT
 
 
 class TestLoading:

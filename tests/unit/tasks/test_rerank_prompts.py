@@ -16,8 +16,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from serve_app.errors import InternalError, InvalidRequestError, TooLargeError
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import Limits, Settings
-from serve_app.tasks.model_facts import ServedModel
-from serve_app.tasks.rerank import Reranker, RerankQuestion, RerankRequest, relevance
+from serve_app.tasks.model_facts import ModelFacts
+from serve_app.tasks.rerank import PreparedRerank, Reranker, RerankRequest, relevance
 from serve_app.tasks.steps import finish
 from serve_app.tasks.tokenizer import TextTokenizer
 from serve_app.templates import MXBAI_RERANK, PLAIN, PLAIN_V1, QWEN3_RERANKER, TEMPLATES, RerankTemplate
@@ -70,10 +70,10 @@ def qwen(qwen_folder: Path) -> TextTokenizer:
 
 def reranker(tokenizer: TextTokenizer, *, limits: Limits | None = None, longest: int = 512, **fields: Any) -> Reranker:
     limits = (limits or Limits()).model_copy(update={"max_prompt_tokens": longest})
-    return Reranker(ServedModel("m", tokenizer, INFO, limits), Settings(engine="fake", **fields))
+    return Reranker(ModelFacts.of(Settings(engine="fake", limits=limits, **fields), tokenizer, INFO))
 
 
-def sequences(question: RerankQuestion) -> list[list[int]]:
+def sequences(question: PreparedRerank) -> list[list[int]]:
     return [question.batch.tokens[a:b].tolist() for a, b in pairwise(question.batch.offsets.tolist())]
 
 

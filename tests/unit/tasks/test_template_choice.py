@@ -12,8 +12,9 @@ import pytest
 from serve_app import local_ray
 from serve_app.cli import launcher
 from serve_app.cli.launcher import LaunchError
+from serve_app.frontend.info import info as told
 from serve_app.frontend.ingress import load_tokenizers
-from serve_app.frontend.service import ScoringService
+from serve_app.frontend.service import ModelService
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import ModelSettings, Settings
 from serve_app.tasks.template_choice import CUSTOM, Choice, choose
@@ -210,10 +211,10 @@ class TestTold:
         engine = FakeEngine(1_024, 512)
         info = replace(engine.info, classes=classes)
         settings = Settings.model_validate({"model": "mine", "engine": "fake", **fields})
-        service = ScoringService(settings, tokenizer, info, DirectReplicas(engine), folder=tmp_path)
-        assert service.info(["mine"]).rerank_template == name
+        service = ModelService(settings, tokenizer, info, DirectReplicas(engine), folder=tmp_path)
+        assert told(service, ["mine"]).rerank_template == name
         service.reconfigure(settings)
-        assert service.info(["mine"]).rerank_template == name
+        assert told(service, ["mine"]).rerank_template == name
 
     @pytest.mark.parametrize("doubtful", [False, True])
     def test_in_the_front_ends_log(self, doubtful: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture):

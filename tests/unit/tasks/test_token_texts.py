@@ -17,7 +17,7 @@ from serve_app.contract import BatchResult
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import Limits
 from serve_app.tasks.completions import Completer, CompletionChoice, CompletionRequest
-from serve_app.tasks.model_facts import ServedModel
+from serve_app.tasks.model_facts import ModelFacts
 from serve_app.tasks.steps import finish
 from serve_app.tasks.token_texts import TokenReader
 from serve_app.tasks.tokenizer import TextTokenizer
@@ -88,7 +88,7 @@ def choice(
     tokenizer: TextTokenizer, prompt: str | Sequence[int], max_tokens: int, *, echo: bool = True
 ) -> CompletionChoice:
     engine = Alternating(tokenizer.backend.get_vocab_size() + 8, CONTEXT)
-    completer = Completer(ServedModel("m", tokenizer, engine.info, Limits()))
+    completer = Completer(ModelFacts("m", tokenizer, engine.info, Limits()))
     request = CompletionRequest(prompt=prompt, max_tokens=max_tokens, echo=echo, logprobs=1)  # type: ignore[arg-type]
     question = finish(completer.prepare(request, "r"))
     return question.answer(engine.score(question.batch)).choices[0]

@@ -1,0 +1,30 @@
+"""Tells what TPU chips the cluster lacks."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import ray
+
+from serve_app.tpu import Tpu
+
+logger = logging.getLogger("ray.serve")
+
+WATCH_S = 5.0
+"""Between two looks at the cluster's chips."""
+
+
+async def watch_chips(tpu: Tpu, replicas: int) -> None:
+    """Say what the cluster lacks, whenever that changes: Ray waits in silence for nodes that may never come."""
+    said = None
+    while True:
+        try:
+            lacking = tpu.lacking(replicas, await asyncio.to_thread(ray.nodes))
+        except Exception:
+            logger.exception("the cluster's nodes cannot be listed")
+        else:
+            if lacking != said:
+                logger.warning("TPU chips: %s", lacking or "there are enough now")
+            said = lacking
+        await asyncio.sleep(WATCH_S)

@@ -1,0 +1,44 @@
+"""``GET /v1/info``: what is served, and the limits of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from serve_app.frontend.service import ModelService
+from serve_app.schemas import InfoResponse, LimitsInfo
+
+
+def info(service: ModelService, names: Sequence[str]) -> InfoResponse:
+    """Tell what a service serves, and its limits.
+
+    Args:
+        names: all under which the model answers.
+    """
+    settings, model = service.settings, service.model
+    facts, limits = model.info, settings.limits
+    return InfoResponse(
+        model=settings.name,
+        names=list(names),
+        architecture=facts.architecture,
+        context_length=facts.context_length,
+        vocab_size=facts.vocab_size,
+        classes=facts.classes,
+        pad_token_id=facts.pad_token_id,
+        dtype=facts.dtype,
+        quantization=facts.quantization,
+        platform=facts.platform,
+        buckets=list(facts.buckets),
+        rerank_template=model.rerank.name if model.can_rerank else None,
+        limits=LimitsInfo(
+            max_items=limits.max_items,
+            max_labels=limits.max_labels,
+            max_body_bytes=limits.max_body_bytes,
+            max_prompt_tokens=model.max_prompt_tokens,
+            max_text_characters=model.max_text_characters,
+            max_request_tokens=limits.max_request_tokens,
+            max_queued_tokens=service.queued_tokens,
+            timeout_s=settings.timeout_s,
+        ),
+        version=version("score-serve"),
+    )

@@ -1,0 +1,116 @@
+"""Around every route: the request's id and timings, and errors in their flat shape."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import uuid
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from ray.exceptions import TaskCancelledError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app import compat, timing
+from serve_app.errors import (
+    BY_STATUS,
+    RETRY_AFTER_S,
+    AuthenticationError,
+    InternalError,
+    MethodNotAllowedError,
+    NotFoundError,
+    OverloadedError,
+    ScoringError,
+)
+
+logger = logging.getLogger("ray.serve")
+
+CLIENT_GONE = 499
+"""Nobody reads it but the access log."""
+
+_SHOWN_PATH = 200
+"""Characters of a path that an error repeats."""
+
+_MAX_REQUEST_ID = 128
+_NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:@/+=-]")
+
+
+class RequestContext:
+    """Gives every request its id and its timings, and every error that no route caught its flat body. Plain ASGI."""
+
+    def __init__(self, app: ASGIApp, *, echo: bool) -> None:
+        self._app = app
+        self._echo = echo
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+        timings = timing.begin()
+        started = False
+
+        async def tracked(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message["headers"], (b"server-timing", timings.header().encode())]
+                if self._echo:
+                    message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, tracked)
+        except (ClientDisconnect, TaskCancelledError):  # the second from Serve's proxy, of a body that will not come
+            await Response(status_code=CLIENT_GONE)(scope, receive, tracked)
+        except ScoringError as refusal:
+            await _error_response(refusal, scope["path"])(scope, receive, tracked)
+        except Exception:
+            logger.exception("request %s: a fault of ours", request_id)
+            if started:
+                raise
+            fault = InternalError(f"the server failed on this request; its log names it by {request_id}")
+            await _error_response(fault, scope["path"])(scope, receive, tracked)
+
+
+def _request_id(scope: Scope) -> str:
+    """The caller's ``x-request-id``, freed of what could harm a log or a header, or a new one."""
+    given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+    return _NOT_IN_REQUEST_ID.sub("", given.decode("latin-1"))[:_MAX_REQUEST_ID] or uuid.uuid4().hex
+
+
+def _error_response(error: ScoringError, path: str, headers: dict[str, str] | None = None) -> Response:
+    headers = dict(headers or {})
+    if error.status == OverloadedError.status:
+        headers["retry-after"] = str(error.retry_after_s or RETRY_AFTER_S)
+    if error.status == AuthenticationError.status:
+        headers["www-authenticate"] = "Bearer"
+    return Response(json.dumps(error.body_on(path)), error.status, headers, media_type="application/json")
+
+
+async def on_scoring_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ScoringError)
+    if error.status == InternalError.status:
+        logger.error("request %s: %s", request.state.request_id, error.message, exc_info=error)
+    return _error_response(error, request.url.path)
+
+
+async def on_http_exception(request: Request, error: Exception) -> Response:
+    """Starlette's own 404 and 405, flat, with the right route."""
+    assert isinstance(error, HTTPException)
+    path = request.url.path
+    shown = path[:_SHOWN_PATH]
+    if error.status_code == MethodNotAllowedError.status:
+        allowed = (error.headers or {}).get("Allow", "")
+        flat: ScoringError = MethodNotAllowedError(f"{shown} does not take {request.method}; send {allowed}")
+    elif error.status_code == NotFoundError.status:
+        routes = {each.path: each.methods or () for each in request.app.routes if isinstance(each, APIRoute)}
+        routes = {path: methods for path, methods in routes.items() if "{" not in path}
+        flat = NotFoundError(f"there is no route {shown}; {compat.instead_of(shown, routes)}")
+    else:
+        flat = BY_STATUS.get(error.status_code, InternalError)(str(error.detail))
+    return _error_response(flat, path, dict(error.headers or {}))

@@ -1,0 +1,107 @@
+"""The scorer replicas as the front end calls them, over a Serve handle."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any, cast
+
+from grpc import StatusCode
+from grpc.aio import AioRpcError
+from ray.exceptions import RayError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, RayServeException, RequestCancelledError
+from ray.serve.handle import DeploymentHandle
+
+from serve_app.contract import JobResult, ScoreJob
+from serve_app.errors import RETRY_AFTER_S, InternalError, OverloadedError, ScoringError
+from serve_app.frontend.router import running_replicas
+
+logger = logging.getLogger("ray.serve")
+
+TRIES = 3
+"""For a job whose replica is lost. The second may meet another on the same lost host, of which nobody knows yet. Not
+more, since a job may be what kills them."""
+RETRY_PAUSE_S = 0.5
+CANCELLED_BY_S = 0.5
+"""When a client leaves, Serve cancels its calls to the scorers and the request itself, in no order. Only a call whose
+request still stands after this long was cancelled by a replica that is leaving."""
+
+NO_ANSWER = (RayError, RayServeException, AioRpcError)
+"""What a handle's call raises when its other end is lost."""
+
+
+def cause_of(error: Exception) -> object:
+    """What a call's other end raised, or an error of ``NO_ANSWER``. Actor calls wrap the first, gRPC does not."""
+    return cast(Any, error).cause if isinstance(error, RayTaskError) else error
+
+
+class ScorerReplicas:
+    """``service.Replicas`` over a Serve handle: Ray's failures become the service's errors.
+
+    Args:
+        scorer: its ``score`` takes a ``ScoreJob`` and returns a ``JobResult``; its router is a ``PrefixRouter``.
+    """
+
+    def __init__(self, scorer: DeploymentHandle[Any]) -> None:
+        self._scorer: Any = scorer
+
+    @property
+    def count(self) -> int:
+        """Replicas that run now. They come and go with autoscaling, faults and deploys."""
+        return running_replicas(self._scorer)
+
+    async def score(self, job: ScoreJob) -> JobResult:
+        """Compute ``job``, again if its replica was lost: scoring has no effects.
+
+        Raises:
+            ScoringError: what the replica raised; no room; no replica left.
+        """
+        for lost in range(TRIES):
+            if lost > 1:  # the second try comes at once
+                await asyncio.sleep(RETRY_PAUSE_S)
+            try:
+                return await self._score(job)
+            except _ReplicaLostError as error:
+                if error.cancelled:
+                    await asyncio.sleep(CANCELLED_BY_S)
+                logger.warning("request %s: a replica was lost: %s", job.request_id, error)
+        raise OverloadedError("no healthy replica answered; try again shortly", retry_after_s=RETRY_AFTER_S)
+
+    async def _score(self, job: ScoreJob) -> JobResult:
+        response = self._scorer.score.remote(job)
+        try:
+            return await response
+        except asyncio.CancelledError as error:
+            if not cast(asyncio.Task[Any], asyncio.current_task()).cancelling():  # a replica's, which is leaving
+                raise _ReplicaLostError("it cancelled the call", cancelled=True) from error
+            response.cancel()
+            raise
+        except BackPressureError as error:
+            wait = max(1, round(error.retry_after_s or RETRY_AFTER_S))
+            raise OverloadedError(f"all replicas are full; try again in {wait} s", retry_after_s=wait) from error
+        except Exception as error:
+            cause = cause_of(error)
+            if isinstance(cause, ScoringError):
+                raise cause from None
+            if isinstance(cause, NO_ANSWER):
+                raise _ReplicaLostError(str(cause), cancelled=_is_cancellation(cause)) from error
+            raise InternalError("the scorer failed on this request; the server's log has more") from error
+
+
+class _ReplicaLostError(Exception):
+    """The replica died, or left, with the job.
+
+    Args:
+        cancelled: the call was, which may also be since its request is over.
+    """
+
+    def __init__(self, message: str, *, cancelled: bool = False) -> None:
+        super().__init__(message)
+        self.cancelled = cancelled
+
+
+def _is_cancellation(cause: object) -> bool:
+    """Whether a call's other end says that it was cancelled: actor calls by Ray's errors, gRPC by a status."""
+    if isinstance(cause, AioRpcError):
+        return cause.code() is StatusCode.CANCELLED
+    return isinstance(cause, TaskCancelledError | RequestCancelledError)

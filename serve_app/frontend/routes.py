@@ -1,0 +1,188 @@
+"""The HTTP routes over ``Models``, free of Serve.
+
+Neither this module nor anything that it imports loads jax or the model package.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import PlainTextResponse
+
+from serve_app.errors import InvalidRequestError, NotFoundError, ScoringError
+from serve_app.frontend import auth, bodies, browsers, pages
+from serve_app.frontend.middleware import RequestContext, on_http_exception, on_scoring_error
+from serve_app.frontend.models import Models
+from serve_app.frontend.openapi import documented, errors_of
+from serve_app.frontend.parsing import parse_large
+from serve_app.frontend.streaming import PIECE_VALUES, LinesResponse, json_lines, json_pieces
+from serve_app.metrics import scrape
+from serve_app.schemas import InfoResponse, ModelCard, ModelsResponse, StatusResponse, TokenizerInfo
+from serve_app.settings import DEFAULT_NAME
+from serve_app.tasks.table import TASKS
+from serve_app.tasks.task import AnyTask
+
+TIMEOUT_HEADER = "x-request-timeout-seconds"
+"""Serve's proxy knows it, too, and says 408 in words of its own when that time is over."""
+AHEAD_OF_PROXY_S = 0.25
+"""How much earlier the service gives up, at most, so that its own answer comes through."""
+
+T = TypeVar("T")
+
+
+def create_app(
+    get_models: Callable[[], Models],
+    *,
+    keys: auth.ApiKeys | None = None,
+    cors_origins: Sequence[str] = (),
+    echo_request_id: bool = True,
+    metrics: Callable[[], Awaitable[str]] = scrape,
+) -> FastAPI:
+    """Make the HTTP side of the service.
+
+    Args:
+        get_models: called in every request.
+        keys: of which a request must have one, if there are any.
+        cors_origins: web pages of these origins may call from a browser.
+        echo_request_id: put ``x-request-id`` into responses. False behind Serve's proxy, which does it itself and
+            would put it there twice.
+        metrics: the counters of all replicas, as Prometheus reads them; it raises OverloadedError if they cannot be had
+            at the moment.
+    """
+    app = FastAPI(title="score-serve", redirect_slashes=False, docs_url=None, redoc_url=None)
+    pages.add_pages(app)
+    app.add_middleware(browsers.HeadAsGet)
+    if keys:
+        app.add_middleware(auth.RequireKey, keys=keys)
+        auth.document(app)
+    app.add_middleware(RequestContext, echo=echo_request_id)
+    if cors_origins:
+        browsers.allow(app, cors_origins)
+    app.add_exception_handler(ScoringError, on_scoring_error)
+    app.add_exception_handler(HTTPException, on_http_exception)
+    for path in dict.fromkeys(path for task in TASKS for path in task.paths):
+        _add_route(app, path, [task for task in TASKS if path in task.paths], get_models)
+    _add_facts(app, get_models, metrics)
+    return app
+
+
+def _add_route(app: FastAPI, path: str, tasks: Sequence[AnyTask], get_models: Callable[[], Models]) -> None:
+    """Add the route of one task, or of several that are told apart by their bodies; the last is documented."""
+
+    async def handle(request: Request) -> Response:
+        sent = await bodies.read(request, get_models().max_body_bytes)
+        task = next(each for each in tasks if each.matches is None or each.matches(sent))
+        asked = await parse_large(task.request, sent)
+        service = get_models().of(asked.model or DEFAULT_NAME)
+        request_id: str = request.state.request_id
+        limit = _timeout_s(request)
+        if task.lines and asked.stream:
+            lines = json_lines(service.stream(asked, request_id=request_id, timeout_s=limit), request_id)
+            return LinesResponse(await _unless_gone(request, anext(lines)), lines)
+        work = service.answer(task, asked, request_id=request_id, timeout_s=limit)
+        return await _json(await _unless_gone(request, work))
+
+    task = tasks[-1]
+    statuses = (503, 504) if task.scores else (504,)
+    options = documented(task.response, task.request, *statuses, error=task.error, lines=task.lines)
+    app.add_api_route(path, handle, methods=["POST"], name=task.name, description=task.description, **options)
+
+
+def _add_facts(app: FastAPI, get_models: Callable[[], Models], scraped: Callable[[], Awaitable[str]]) -> None:
+    """Add the routes that tell of the service and its models."""
+
+    @app.get("/v1/models", **documented(ModelsResponse))
+    async def models() -> Response:
+        """The names under which the models answer."""
+        return await _json(get_models().models())
+
+    @app.get("/v1/models/{name:path}", **documented(ModelCard, None, 404))
+    async def model_card(name: str) -> Response:
+        """One of the names under which the models answer."""
+        if not name:
+            raise HTTPException(NotFoundError.status)
+        return await _json(get_models().model(name))
+
+    @app.get("/tokenizer_info", **documented(TokenizerInfo, None, 404))
+    async def tokenizer_info(model: str = DEFAULT_NAME) -> Response:
+        """The tokenizer's special tokens and chat template, as vLLM tells them: null is none."""
+        return Response(get_models().tokenizer_info(model).model_dump_json(), media_type="application/json")
+
+    @app.get("/v1/info", **documented(InfoResponse, None, 404))
+    async def info(model: str = DEFAULT_NAME) -> Response:
+        """What is served, and the limits of a request."""
+        return await _json(get_models().info(model))
+
+    @app.get("/metrics", response_class=PlainTextResponse, responses=errors_of(500, 503))
+    async def metrics() -> Response:
+        """The scorers' counters, for Prometheus."""
+        return PlainTextResponse(await scraped(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/health", **documented(StatusResponse))
+    async def health() -> Response:
+        """This front end is alive."""
+        return await _json(StatusResponse())
+
+    @app.get("/ready", **documented(StatusResponse, None, 404, 503))
+    async def ready(model: str | None = None) -> Response:
+        """Ready: this model, or every model, passed a self-test."""
+        await get_models().ready(model)
+        return await _json(StatusResponse())
+
+    # FastAPI keeps the handlers; the names are only read by it.
+    del models, model_card, tokenizer_info, info, metrics, health, ready
+
+
+def _timeout_s(request: Request) -> float:
+    """The time that the caller gives this request, in seconds; infinite if it does not say.
+
+    Raises:
+        InvalidRequestError: the header is no positive number.
+    """
+    given = request.headers.get(TIMEOUT_HEADER)
+    if given is None:
+        return math.inf
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise InvalidRequestError(f"{TIMEOUT_HEADER} is {given[:60]!r}; send a number of seconds above 0")
+    return seconds - min(AHEAD_OF_PROXY_S, seconds / 4)
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``; a client that leaves before cancels it."""
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnect
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.wait((task, gone))
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _json(answer: BaseModel | list[Any]) -> Response:
+    """In pieces: a huge answer takes seconds, and the event loop must go on."""
+    content = bytearray()
+    for piece in json_pieces(answer):
+        content += piece
+        if len(piece) > PIECE_VALUES:
+            await asyncio.sleep(0)
+    return Response(bytes(content), media_type="application/json")

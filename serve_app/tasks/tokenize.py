@@ -1,0 +1,68 @@
+"""``POST /tokenize`` and ``POST /detokenize``: text and token ids as the model sees them."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from serve_app.schemas import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
+from serve_app.tasks.model_facts import ModelFacts
+from serve_app.tasks.steps import Steps
+from serve_app.tasks.task import Answered, Task
+from serve_app.tasks.validation import check_count, check_ids
+
+
+def tokenize(model: ModelFacts, request: TokenizeRequest, request_id: str = "") -> Steps[Answered[TokenizeResponse]]:  # noqa: ARG001
+    """Make ids and pieces of each text.
+
+    Raises:
+        InvalidRequestError: a text is too long to be tokenised at once.
+        TooLargeError: more texts than a request may have items.
+    """
+    texts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
+    check_count(texts, model.limits.max_items, "prompt")
+    tokens: list[list[int]] = []
+    pieces: list[list[str]] = []
+    for ids in model.encoded(texts, "prompt", add_special_tokens=request.add_special_tokens):
+        tokens.append(ids)
+        pieces.append(model.tokenizer.pieces(ids))
+        yield
+    counts, longest = [len(ids) for ids in tokens], model.max_prompt_tokens
+    if isinstance(request.prompt, str):
+        (ids,), (count,), (strings,) = tokens, counts, pieces
+        return Answered(TokenizeResponse(tokens=ids, count=count, max_model_len=longest, token_strs=strings))
+    return Answered(TokenizeResponse(tokens=tokens, count=counts, max_model_len=longest, token_strs=pieces))
+
+
+def detokenize(
+    model: ModelFacts,
+    request: DetokenizeRequest,
+    request_id: str = "",  # noqa: ARG001
+) -> Steps[Answered[DetokenizeResponse]]:
+    """Make the text of ids.
+
+    Raises:
+        InvalidRequestError: an id is out of the vocabulary.
+    """
+    yield
+    check_ids(request.tokens, model.vocab_size, "tokens")
+    return Answered(DetokenizeResponse(prompt=model.tokenizer.decode(request.tokens)))
+
+
+TOKENIZE = Task[TokenizeRequest, TokenizeResponse](
+    name="tokenize",
+    paths=("/tokenize",),
+    description="Ids and pieces of text, as the model would see it.",
+    request=TokenizeRequest,
+    response=TokenizeResponse,
+    builder=lambda model: partial(tokenize, model),
+    scores=False,
+)
+DETOKENIZE = Task[DetokenizeRequest, DetokenizeResponse](
+    name="detokenize",
+    paths=("/detokenize",),
+    description="The text of ids.",
+    request=DetokenizeRequest,
+    response=DetokenizeResponse,
+    builder=lambda model: partial(detokenize, model),
+    scores=False,
+)
