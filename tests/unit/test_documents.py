@@ -45,7 +45,15 @@ def test_there_are_examples_in_every_document():
     assert {example.name.split(":")[0] for example in examples()} == set(FILES)
 
 
-@pytest.mark.parametrize("file", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+]
+
+
+@pytest.mark.parametrize("file", PAGES)
 def test_links_lead_somewhere(file: str):
     text = (ROOT / file).read_text()
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)", text):

@@ -79,7 +79,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "serve_app", "model"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "serve_app", "model"):
         if (ROOT / name).exists():
             subprocess.run(["cp", "-r", ROOT / name, source], check=True)
         else:
