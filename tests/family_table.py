@@ -1,4 +1,4 @@
-"""What each family's tiny checkpoint gives on this machine: the table of docs/families.md.
+"""What each family's tiny checkpoint gives on this machine: the table of docs/measurements.md.
 
 Run as ``python -m tests.family_table``; takes some minutes.
 """
