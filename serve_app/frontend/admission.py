@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from serve_app.errors import OverloadedError
 
 REMEMBERED_S = 30.0
-"""Of work, for the speed that Retry-After is computed from; what is older counts less and less."""
+"""Seconds of work that the speed behind Retry-After is taken from; older work counts less and less."""
 LONGEST_RETRY_S = 60
 
 
 class Admission:
-    """Lets requests in while their tokens fit, and refuses the others at once: a queue that grows helps nobody.
+    """Lets requests in while their tokens fit, and refuses the others at once: a queue that grows helps no caller.
 
     Without locks: it belongs to one event loop.
 

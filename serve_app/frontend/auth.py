@@ -77,7 +77,7 @@ class ApiKeys:
         # All are compared, each in constant time: how long it takes tells nothing of any key.
         equal = [hmac.compare_digest(digest, known) for known in self._digests]
         if not any(equal):
-            raise AuthenticationError("the API key is none of this service's; ask its operator for one")
+            raise AuthenticationError("invalid API key; ask the operator of this service for one")
 
     def _reload(self) -> None:
         stamp = self._stamped()
@@ -163,5 +163,5 @@ def _digests(keys: Iterable[str]) -> list[bytes]:
 
 
 def _digest(key: str) -> bytes:
-    """Of one length, whatever the key's."""
+    """Digest of a key: the same length for every key."""
     return hashlib.sha256(key.encode()).digest()

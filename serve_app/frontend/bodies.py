@@ -13,7 +13,7 @@ from starlette.requests import Request
 from serve_app.errors import InvalidRequestError, TooLargeError, UnsupportedEncodingError
 
 STEP_BYTES = 2**18
-"""That are decoded at once, at most."""
+"""Most bytes that are decoded at once."""
 
 _ZSTD_WINDOW = 2**23
 """Bytes, the most that the encoding of that name may ask for (RFC 9659)."""
@@ -108,7 +108,7 @@ def _gzip(body: bytes) -> Iterator[bytes]:
 
 
 def _deflate(body: bytes) -> Iterator[bytes]:
-    """With zlib's header, as HTTP has it, or without, as some clients send it."""
+    """Deflate with zlib's header, as HTTP defines it, or without, as some clients send it."""
     headed = len(body) > 1 and body[0] & 15 == zlib.DEFLATED and int.from_bytes(body[:2], "big") % 31 == 0
     return _inflated(body, zlib.MAX_WBITS if headed else -zlib.MAX_WBITS)
 
@@ -148,4 +148,4 @@ def _check_end(more: bool) -> None:
 
 
 ENCODINGS: Mapping[str, Callable[[bytes], Iterator[bytes]]] = {"gzip": _gzip, "deflate": _deflate, "zstd": _zstd}
-"""Of bodies: what each becomes, in pieces of ``STEP_BYTES`` at most."""
+"""Content encodings of bodies: what each becomes, in pieces of ``STEP_BYTES`` at most."""

@@ -21,7 +21,7 @@ MOST_JOBS = 4.0
 def split(batch: TokenBatch, parts: int, min_tokens: int, shared: int) -> list[TokenBatch]:
     """At most ``parts`` batches of whole sequences, in order and near equal in tokens.
 
-    Every part computes the ``shared`` tokens at the front of all sequences anew, so only those behind them count: each
+    Every part computes the ``shared`` tokens at the front of all sequences again, so only those after them count: each
     part has at least ``min_tokens`` (1 or more) of them, else there are fewer parts. And at least ``shared`` of them,
     since k parts of n tokens save the request the time of (k - 1) * n, and cost (k - 1) prefixes. A batch that is not
     worth a split comes back as it is.

@@ -136,5 +136,5 @@ def load_tokenizers(settings: Settings) -> list[tuple[Path, TextTokenizer]]:
 
 
 async def _info(scorer: DeploymentHandle[Any]) -> ModelInfo:
-    """Of the loaded model; comes when the first replica is warm."""
+    """Facts of the loaded model; they come when the first replica is warm."""
     return await cast(Any, scorer).info.remote()

@@ -48,7 +48,7 @@ class Models:
 
     @property
     def max_body_bytes(self) -> int:
-        """Of a request to any of them."""
+        """The largest body of a request to any of them."""
         return self._services[0].settings.limits.max_body_bytes
 
     @property

@@ -1,4 +1,4 @@
-"""What OpenAPI says of routes whose handlers read the body and write the response themselves."""
+"""The OpenAPI of routes with handlers that read the body and write the response themselves."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def documented(
     error: type[BaseModel] = ErrorResponse,
     lines: str | None = None,
 ) -> dict[str, Any]:
-    """What OpenAPI says of a route whose handler reads the body and writes the response itself.
+    """The OpenAPI of a route with a handler that reads the body and writes the response itself.
 
     Args:
         error: the shape of its errors.

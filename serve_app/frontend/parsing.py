@@ -1,4 +1,4 @@
-"""Large bodies parsed in pieces: pydantic holds Python's lock as long as it parses, and nobody else is answered."""
+"""Large bodies parsed in pieces: pydantic holds Python's lock while it parses, and no other request is answered."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from serve_app.schemas import RequestBody, parse
 R = TypeVar("R", bound=RequestBody)
 
 LARGE_BYTES = 2**17
-"""Of a body that is parsed in a thread."""
+"""Bytes of a body that is parsed in a thread."""
 PIECE_BYTES = 2**15
-"""Of a list are parsed at once, about: a millisecond or few."""
+"""Approximate number of entries of a list that are parsed at once: a few milliseconds."""
 
 _OUTER = re.compile(rb'["\[\]{}]|[^"\[\]{}]{1,4096}+')
 _INNER = re.compile(rb'"[^"\\]{0,256}+"|\[[^"\[\]{}]{0,4096}+\]|["\[\]{}]|[^"\[\]{}]{1,4096}+')

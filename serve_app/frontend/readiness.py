@@ -1,4 +1,4 @@
-"""The self-test of a served model: a few short prompts, whose scores must hold together."""
+"""The self-test of a served model: the scores of a few short prompts must be consistent."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from serve_app.tasks.scores import label_scores
 Score = Callable[[TokenBatch], Awaitable[BatchResult]]
 
 DEMO_PROBE = ([504, 3575, 282, 4649, 314], [7042, 4528], [0.7725, 0.0125])
-"""Of the demo model: "The capital of France is", " Paris" and " London", and their probabilities by transformers."""
+"""For the demo model: "The capital of France is", " Paris" and " London", and their probabilities by transformers."""
 
 _TOLERANCE = 0.02
-"""Of a probability, between the same prompt in two batches: bfloat16 stays far below it, a wrong answer does not."""
+"""Largest difference of a probability between two batches: bfloat16 stays far below it, a wrong answer does not."""
 
 _DIVISORS = (2, 3, 5, 7, 11, 13, 17, 19, 23)
-"""Of the largest id: they give ids of the vocabulary's lower half, where real ones have trained tokens, no padding."""
+"""Divisors of the largest id. They give ids of the vocabulary's lower half, where real ones have trained tokens."""
 _LAST_ALIKE = ((0, 1, 2, 3, 4), (5, 6, 7, 8, 4), (3, 5, 0, 1, 4))
 _LAST_OTHER = ((1, 6, 3, 0, 5), (2, 8, 7, 1, 0))
 """Prompts, as places in those ids. All have one length, and are scored alone: where the model's output does not depend

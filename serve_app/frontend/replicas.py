@@ -19,8 +19,8 @@ from serve_app.frontend.router import running_replicas
 logger = logging.getLogger("ray.serve")
 
 TRIES = 3
-"""For a job whose replica is lost. The second may meet another on the same lost host, of which nobody knows yet. Not
-more, since a job may be what kills them."""
+"""Tries of a job if its replica is lost. The second may meet another replica on the same lost host before that is
+known. There are no more, since the job itself may be what kills them."""
 RETRY_PAUSE_S = 0.5
 CANCELLED_BY_S = 0.5
 """When a client leaves, Serve cancels its calls to the scorers and the request itself, in no order. Only a call whose

@@ -15,7 +15,7 @@ from serve_app.frontend import replica_counts
 
 
 def running_replicas(handle: DeploymentHandle[Any]) -> int:
-    """Of the handle's deployment, now; 0 before its first call."""
+    """Replicas of the handle's deployment that run now; 0 before its first call."""
     return replica_counts.replicas.get(str(handle.deployment_id), 0)
 
 

@@ -39,7 +39,7 @@ from serve_app.tasks.tokenizer import TextTokenizer
 from serve_app.timing import Timings
 
 PIECES_AT_ONCE = 4
-"""Of a streamed request, for each replica: two halves of a device batch in the engine, and what comes next."""
+"""Pieces of a streamed request kept in flight for each replica: two half batches in the engine and more to follow."""
 
 INLINE_VALUES = 2_000
 """A response with more values, which take milliseconds, is made in a thread: the event loop must go on."""
@@ -118,7 +118,7 @@ class ModelService:
 
     @property
     def settings(self) -> ModelSettings:
-        """Of this model."""
+        """The model's settings, as they hold now."""
         return self._settings
 
     @property

@@ -19,9 +19,9 @@ from serve_app.errors import InternalError, ScoringError
 logger = logging.getLogger("ray.serve")
 
 PIECE_VALUES = 4_000
-"""Of a response are turned into JSON at once: no thread and no other task can run meanwhile, for a millisecond."""
+"""Values of a response that become JSON at once: for a millisecond no thread and no other task can run."""
 PIECE_BYTES = 2**16
-"""Of lines are sent at once."""
+"""Bytes of lines that are sent at once."""
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""Threads for work that must not hold up the event loop, and whose standstill is seen."""
+"""Threads for work that must not hold up the event loop; a standstill of theirs is noticed."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 ``echo`` with ``logprobs`` tells what the model thinks of each token of a prompt, which is what evaluation harnesses ask
 for. The distribution after every position is read on the engine, one target each; no [positions, vocabulary] array
-exists anywhere. At most one token comes after a prompt: the likeliest, which its prefill has found anyway.
+exists anywhere. At most one token follows a prompt: the top-1 token, which its prefill has found anyway.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ def _one_at_most(count: int) -> int:
     return count
 
 
-def _likeliest_only(count: int) -> int:
+def _top_1_only(count: int) -> int:
     if not 0 <= count <= 1:
-        raise PydanticCustomError("one_logprob", "0 or 1: at most the likeliest token is told beside the prompt's own")
+        raise PydanticCustomError("one_logprob", "0 or 1: only the top-1 token is supported")
     return count
 
 
 def _greedy(temperature: float) -> float:
     if temperature:
-        raise PydanticCustomError("greedy", "0 or left out, since the one token is the likeliest and never sampled")
+        raise PydanticCustomError("greedy", "0 or left out: the one token is the top-1 token, never sampled")
     return temperature
 
 
@@ -56,14 +56,14 @@ _ZERO_OR_ONE: dict[str, Any] = {"minimum": 0, "maximum": 1}
 
 
 class CompletionRequest(RequestBody):
-    """Logprobs of prompts, and their likeliest next tokens: ``POST /v1/completions``.
+    """Logprobs of prompts, and their top-1 next tokens: ``POST /v1/completions``.
 
     Attributes:
         prompt: one or several, as text or token ids.
-        max_tokens: 0, or 1 for the likeliest next token. None: 0 where ``echo`` and ``logprobs`` ask about the prompt,
+        max_tokens: 0, or 1 for the top-1 next token. None: 0 where ``echo`` and ``logprobs`` ask about the prompt,
             else an error, since OpenAI's default is 16.
         echo: begin the answer's text, and its logprobs, with the prompt.
-        logprobs: 0: of the answer's tokens; 1: also of the likeliest token in each place. None: no logprobs.
+        logprobs: 0: of the answer's tokens; 1: also of the top-1 token at each position. None: no logprobs.
         temperature: 0, which is also the default.
     """
 
@@ -73,7 +73,7 @@ class CompletionRequest(RequestBody):
     prompt: Annotated[Text | Texts | Ids | IdLists, Field(union_mode="left_to_right")]
     max_tokens: Annotated[int, AfterValidator(_one_at_most), Field(json_schema_extra=_ZERO_OR_ONE)] | None = None
     echo: bool = False
-    logprobs: Annotated[int, AfterValidator(_likeliest_only), Field(json_schema_extra=_ZERO_OR_ONE)] | None = None
+    logprobs: Annotated[int, AfterValidator(_top_1_only), Field(json_schema_extra=_ZERO_OR_ONE)] | None = None
     temperature: Annotated[float, AfterValidator(_greedy), Field(json_schema_extra={"const": 0})] | None = None
 
     @property
@@ -81,24 +81,24 @@ class CompletionRequest(RequestBody):
         """How many come after each prompt.
 
         Raises:
-            InvalidRequestError: as OpenAI's API has it, more than one.
+            InvalidRequestError: it asks for OpenAI's default, which is more than one.
         """
         if self.max_tokens is None and not (self.echo and self.logprobs is not None):
             raise InvalidRequestError(
                 "max_tokens is left out, which in OpenAI's API means 16; this service prefills prompts and never "
-                "generates text: send max_tokens: 0, or 1 for the likeliest next token",
+                "generates text: send max_tokens: 0, or 1 for the top-1 next token",
                 param="max_tokens",
             )
         return self.max_tokens or 0
 
 
 class CompletionLogprobs(ResponseBody):
-    """Of each token of the answer, in nats over the whole vocabulary.
+    """Logprobs of each token of the answer, in nats over the whole vocabulary.
 
     Attributes:
         tokens: their names: the text, or of a part of a character its bytes, as ``bytes:\\xe7\\x8b``.
         token_logprobs: None for a prompt's first token, which nothing comes before.
-        top_logprobs: with ``logprobs: 1``, for each place the token that stands there and the likeliest one.
+        top_logprobs: with ``logprobs: 1``, for each position the token there and the top-1 token.
         text_offset: characters before each token in the answer's ``text``; parts of a character begin where it does.
     """
 
@@ -151,7 +151,7 @@ class Completer:
         self._reader = TokenReader(model.tokenizer.backend)
 
     def prepare(self, request: CompletionRequest, request_id: str) -> Steps[PreparedCompletion]:
-        """One sequence a prompt. Read at every position whose next token is asked about.
+        """Build one sequence for each prompt, read at every position where the next token is asked about.
 
         Raises:
             InvalidRequestError: ids or lengths are wrong, or the model is no causal one.
@@ -162,7 +162,7 @@ class Completer:
         texts, sequences = yield from self._prompts(request.prompt)
         rated = request.echo and request.logprobs is not None
         arrays = [np.asarray(ids, np.int32) for ids in sequences]
-        # Each position has the next token for a target; the last has none, and is read for its likeliest.
+        # Each position has the next token for a target; the last has none, and is read for its top-1 token.
         firsts = [0 if rated else len(ids) - 1 for ids in arrays]
         reads = [
             np.arange(first, len(ids) - 1 + new_tokens, dtype=np.int32)
@@ -185,7 +185,7 @@ class Completer:
         return PreparedCompletion(batch, request, texts, tokenizer, self._reader, self._model.name, request_id)
 
     def _prompts(self, prompt: Prompt) -> Steps[tuple[list[str | None], list[list[int]]]]:
-        """Of each prompt the text, where it came as text, and the ids."""
+        """Each prompt's text, if it came as text, and its ids."""
         if not prompt and not isinstance(prompt, str):
             raise InvalidRequestError("prompt is an empty list; send at least one prompt", param="prompt")
         where = "prompt[{}]"
@@ -285,9 +285,9 @@ class PreparedCompletion:
         top: list[dict[str, float] | None] | None = None
         if request.logprobs:
             before = [*prompt.ids, *generated][-len(shown) - 1 : -1] if shown else []
-            likeliest = self.reader.names(before, prompt.argmax)
+            top_names = self.reader.names(before, prompt.argmax)
             names = told.names[request.echo :]
-            rows = zip(shown, names, nats, prompt.argmax, likeliest, prompt.argmax_logprobs, strict=True)
+            rows = zip(shown, names, nats, prompt.argmax, top_names, prompt.argmax_logprobs, strict=True)
             top = [_top(*row) for row in rows]
         known: list[float | None] = [max(value, LOWEST) for value in nats]
         if request.echo:
@@ -317,7 +317,7 @@ class PreparedCompletion:
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """What the engine told of one prompt: logprobs of its own tokens but the first, and each read's likeliest token."""
+    """What the engine told of one prompt: logprobs of its own tokens but the first, and each read's top-1 token."""
 
     ids: list[int]
     logprobs: list[float]
@@ -325,16 +325,14 @@ class _Read:
     argmax_logprobs: list[float]
 
 
-def _top(
-    token: int, name: str, logprob: float, likeliest: int, likeliest_name: str, highest: float
-) -> dict[str, float]:
-    """The token in a place, and the likeliest one there: the same if the token's logprob is the highest of the two."""
+def _top(token: int, name: str, logprob: float, top: int, top_name: str, highest: float) -> dict[str, float]:
+    """The token in a place, and the top one there: the same if the token's logprob is the highest of the two."""
     logprob = max(logprob, LOWEST)
-    if token == likeliest:
+    if token == top:
         return {name: logprob}
-    if likeliest_name == name:  # some vocabularies have two tokens of one text
-        likeliest_name = f"token_id:{likeliest}"
-    return {name: logprob} | {likeliest_name: max(highest, logprob)}
+    if top_name == name:  # some vocabularies have two tokens of one text
+        top_name = f"token_id:{top}"
+    return {name: logprob} | {top_name: max(highest, logprob)}
 
 
 COMPLETIONS = Task[CompletionRequest, CompletionResponse](

@@ -56,7 +56,7 @@ class Layout:
 
 
 def of_tokens(labels: Sequence[int]) -> Layout:
-    """Of labels that are one token each."""
+    """Layout of labels that are one token each."""
     number = len(labels)
     return Layout(
         continuations=((),),
@@ -88,7 +88,7 @@ class _Node:
 
 
 def of_words(labels: Sequence[tuple[int, ...]]) -> Layout:
-    """Of labels that are one token or more each, no two the same. Takes time linear in their tokens."""
+    """Layout of labels that are one token or more each, no two the same. Takes time linear in their tokens."""
     root = _Node()
     paths: list[list[_Node]] = []
     """For each label the contexts of its tokens."""

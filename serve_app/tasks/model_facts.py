@@ -13,13 +13,13 @@ from serve_app.tasks.tokenizer import Joined, TextTokenizer
 from serve_app.tasks.validation import check_characters, check_work
 
 TEXT_CHARACTERS = 2**19
-"""Of one text may be tokenised whatever the model reads: 0.3 s of one thread (two cores, a byte-level BPE)."""
+"""Characters of one text that may be tokenised whatever the context: 0.3 s of one thread (a byte-level BPE)."""
 CHARACTERS_PER_TOKEN = 64
 """More than a text has, on average, in any language."""
 
 
 MOST_CLASSES = 2
-"""Of a model that can rerank: where there are more, no single one means relevance."""
+"""Most classes of a model that can rerank: with more, no single class means relevance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class ModelFacts:
 
     @property
     def classes(self) -> int:
-        """Of a model with a classification head, which are then the labels; or 0."""
+        """Classes of the classification head, which are then the labels; 0: the model is causal."""
         return self.info.classes
 
     @property
@@ -72,19 +72,19 @@ class ModelFacts:
 
     @property
     def max_prompt_tokens(self) -> int:
-        """That the model reads, and a request may use."""
+        """The longest prompt that the model reads and a request may have."""
         most = self.info.max_prompt_tokens
         return min(most, self.limits.max_prompt_tokens or most)
 
     @property
     def max_text_characters(self) -> int:
-        """Of one text, with all that is tokenised with it: a longer one has more tokens than the model reads, for all
-        that real texts are made of."""
+        """The longest text, with all that is tokenised with it: a longer real text has more tokens than the
+        model reads."""
         return max(TEXT_CHARACTERS, CHARACTERS_PER_TOKEN * self.max_prompt_tokens)
 
     @property
     def max_request_characters(self) -> int:
-        """That may be tokenised for one request."""
+        """Most characters that may be tokenised for one request."""
         return CHARACTERS_PER_TOKEN * self.limits.max_request_tokens
 
     def encoded(self, texts: Sequence[str], param: str, *, add_special_tokens: bool = True) -> Iterator[list[int]]:

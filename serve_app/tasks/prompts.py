@@ -23,7 +23,7 @@ from serve_app.tasks.validation import check_characters, check_count, check_ids,
 
 L = TypeVar("L", int, str)
 Spelling = list[list[str]]
-"""Of labels: the vocabulary's spelling of each token."""
+"""The vocabulary's spelling of each token of each label."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class PreparedItems:
 
     @property
     def prompt_tokens(self) -> int:
-        """Of all prompts, without the labels."""
+        """Tokens of all prompts, without the labels."""
         return sum(len(prompt.ids) for prompt in self.prompts)
 
 
@@ -223,7 +223,8 @@ class PromptBuilder:
             return self._each_items("labels", words), ()
         if ids is None:
             raise InvalidRequestError(
-                "label_token_ids is required, or labels, which are the same as text", param="label_token_ids"
+                "label_token_ids is required, unless labels are given as text",
+                param="label_token_ids",
             )
         each = self._each_items("label_token_ids", ids)
         if isinstance(ids[0], int):
@@ -426,7 +427,7 @@ def packed(
 
 
 def _read_at(ids: Int32, pad: int | None) -> int:
-    """The last token that is no padding; of padding alone the first one, as transformers has it."""
+    """The last token that is no padding; of padding alone the first one, as transformers does it."""
     return len(ids) - 1 if pad is None else int(np.flatnonzero(ids != pad)[-1:].sum())
 
 

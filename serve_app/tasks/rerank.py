@@ -212,7 +212,7 @@ class Reranker:
         if self._model.classes:
             if self._model.classes > MOST_CLASSES:
                 raise InvalidRequestError(
-                    f"this model sorts text into {self._model.classes} classes, none of which means relevance; "
+                    f"this model is a classifier with {self._model.classes} classes, none of which means relevance; "
                     "use /v1/score",
                     param="model",
                 )
@@ -292,7 +292,7 @@ def relevance(values: Sequence[float], index: int, *, classes: bool, raw: bool =
     """A document's score from its read, 0 to 1.
 
     Of a causal model ``p_yes / (p_yes + p_no)``. Of a model with two classes the probability of the last one; of a
-    model with one the logistic function of its logit, as CrossEncoder of sentence-transformers has it.
+    model with one the logistic function of its logit, as sentence-transformers' CrossEncoder computes it.
 
     Args:
         values: of yes and no, in nats up to a constant of both, or the class logits.

@@ -67,7 +67,7 @@ def _failed(error: ScoringError) -> ScoreRow:
 
 
 def usage(prompt_tokens: int, computed_tokens: int, completion_tokens: int = 0) -> Usage:
-    """Of a request whose labels are not counted, though tokens of them may have been computed."""
+    """Usage of a request. Labels are not counted, though some of their tokens may have been computed."""
     return Usage(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,

@@ -58,7 +58,7 @@ def _splits_locally(step: dict[str, Any] | None) -> bool:
 
 
 def safe_cut(backend: Tokenizer, query: str, whole: Sequence[int]) -> int:
-    """Characters of the query whose tokens do not depend on what follows it; 0: none that are worth the trouble.
+    """Characters of the query with tokens that do not depend on what follows it; 0: too few to be worth it.
 
     The tokenizer must be local (``is_local``). ``whole``: the query's tokens, without special ones.
     """

@@ -1,4 +1,4 @@
-"""Long work in short steps, so that others get their turn and nobody works for a caller who has left."""
+"""Long work in short steps, so that others get their turn and no work is done for a caller who has left."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Steps = Generator[None, None, T]
 """Work that may be put aside at each ``yield``, and returns its result."""
 
 STEP_S = 0.02
-"""Of work in a row, about: a request that comes meanwhile waits for so much of each other one."""
+"""Approximate seconds of work in a row: a request that comes meanwhile waits for so much of each other one."""
 
 
 @dataclass(frozen=True, slots=True)

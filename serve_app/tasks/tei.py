@@ -1,4 +1,4 @@
-"""``POST /rerank`` as Hugging Face's text-embeddings-inference has it: ``texts``, and a bare list for an answer."""
+"""``POST /rerank`` in the shape of text-embeddings-inference: ``texts``, and a bare list as the answer."""
 
 from __future__ import annotations
 

@@ -94,10 +94,11 @@ def check_work(characters: int, most: int, param: str) -> None:
 
 
 def check_causal(classes: int) -> None:
-    """Raise InvalidRequestError when the model has a classification head, and so no next token."""
+    """Raise InvalidRequestError when the model has a classification head, and so no next-token probabilities."""
     if classes:
         raise InvalidRequestError(
-            f"this model sorts text into {classes} classes and tells no next token; ask /v1/score or /v1/rerank",
+            f"this model is a classifier with {classes} classes; it has no next-token probabilities; "
+            "use /v1/score or /v1/rerank",
             param="model",
         )
 

@@ -53,7 +53,7 @@ async def test_bad_json(http: Http, body: bytes, said: str):
         ({"items": [["x" * 10_000]]}, "items", "xxx..."),
         ({"label_token_ids": "7"}, "label_token_ids", 'must be a valid list, not "7"'),
         ({"label_token_ids": [[1], 2]}, "label_token_ids", "label_token_ids[1] must be a valid list, not 2"),
-        ({"label_token_ids": None}, "label_token_ids", "label_token_ids is required, or labels"),
+        ({"label_token_ids": None}, "label_token_ids", "label_token_ids is required, unless labels"),
         ({"labels": "yes"}, "labels", 'must be a valid list, not "yes"'),
         ({"labels": [1]}, "labels", "labels[0] must be a valid string or a valid list, not 1"),
         ({"truncate": "query"}, "truncate", "truncate must be 'error' or 'item', not \"query\""),

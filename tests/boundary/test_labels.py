@@ -125,7 +125,7 @@ async def test_a_label_that_changes_the_prompts_last_tokens(http: Http):
         ({"labels": [[" yes"], [" no", " no"]]}, "labels", 'labels[1] names " no" more than once'),
         ({"labels": [" yes"], "label_token_ids": [1]}, "labels", "are both given"),
         ({"labels": [" yes"], "items": [[1], [2]]}, "labels", "send label_token_ids"),
-        ({}, "label_token_ids", "label_token_ids is required, or labels"),
+        ({}, "label_token_ids", "label_token_ids is required, unless labels"),
     ],
 )
 async def test_wrong_labels(http: Http, fields: dict[str, Any], param: str, said: str):

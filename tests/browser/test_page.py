@@ -274,7 +274,7 @@ def test_an_api_key_is_asked_for_where_one_is_needed(open_page: Open, served: Se
     assert "needs an API key" in page.inner_text("#error")
     page.keyboard.type("wrong")
     page.keyboard.press("Enter")
-    expect(page.locator("#error")).to_contain_text("none of this service")
+    expect(page.locator("#error")).to_contain_text("invalid API key")
     page.fill("#key", KEY)
     ask(page)
     assert len(percentages(page)) == 3

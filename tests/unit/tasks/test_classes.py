@@ -139,14 +139,14 @@ async def test_reranks_by_its_own_score(tokenizer: TextTokenizer, classes: int):
         (
             2,
             lambda s: s.answer(COMPLETIONS, CompletionRequest(prompt="a", max_tokens=1), request_id="r"),
-            "no next token",
+            "no next-token probabilities",
         ),
         (
             1,
             lambda s: s.answer(
                 GENERATIVE, GenerativeScoringRequest(query="q", items=["a"], label_token_ids=[1]), request_id="r"
             ),
-            "no next token",
+            "no next-token probabilities",
         ),
     ],
 )
