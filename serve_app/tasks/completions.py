@@ -40,13 +40,13 @@ def _one_at_most(count: int) -> int:
 
 def _top_1_only(count: int) -> int:
     if not 0 <= count <= 1:
-        raise PydanticCustomError("one_logprob", "0 or 1: only the top-1 token is supported")
+        raise PydanticCustomError("one_logprob", "0 or 1, since only the top-1 token is supported")
     return count
 
 
 def _greedy(temperature: float) -> float:
     if temperature:
-        raise PydanticCustomError("greedy", "0 or left out: the one token is the top-1 token, never sampled")
+        raise PydanticCustomError("greedy", "0 or left out, since the one token is the top-1 token, never sampled")
     return temperature
 
 
