@@ -18,8 +18,8 @@ from serve_app.errors import OverloadedError
 from serve_app.metrics import REPORT_S, ScorerMetrics
 from serve_app.scorer import speed
 from serve_app.scorer.autoscaling import PENDING_TOKENS
+from serve_app.scorer.dispatcher import Dispatcher
 from serve_app.scorer.engines import load_engine
-from serve_app.scorer.queue import DeviceQueue
 from serve_app.settings import ModelSettings
 
 logger = logging.getLogger("ray.serve")
@@ -61,7 +61,7 @@ class Scorer:
         self._tokens_per_s = await asyncio.to_thread(measure, self._engine)
         logger.info("this replica computes about %d tokens a second", self._tokens_per_s)
         self._metrics = ScorerMetrics(settings.name)
-        self._queue = DeviceQueue(
+        self._queue = Dispatcher(
             self._engine,
             max_batch_tokens=settings.max_batch_tokens,
             max_queued_tokens=settings.queued_tokens(self._tokens_per_s),
