@@ -112,6 +112,27 @@ def test_long_sequences_do_not_pass_a_small_job_two_in_a_row():
     assert lengths.index([1]) <= 2
 
 
+def test_new_jobs_do_not_pass_a_sequence_that_fills_a_batch_twice_in_a_row():
+    scheduler = scheduler_of(big := job_of([[1_000 + i] * 60 for i in range(6)]))
+    taken: list[int] = []
+    for _ in range(10):
+        for _ in range(20):
+            scheduler.add(job_of([[1, 2, 3, 4]]))
+        scheduler.finish(due(scheduler), 0.0)
+        taken.append(big.taken)
+    assert taken == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+
+
+def test_new_jobs_get_half_a_batch_while_others_wait_and_the_rest_is_filled():
+    scheduler = scheduler_of(large := job_of([[i] for i in range(1_000)]))
+    first = due(scheduler)
+    for i in range(10):
+        scheduler.add(job_of([[i] * 8]))
+    scheduler.finish(first, 0.0)
+    batch = due(scheduler)
+    assert [(part.job is large, part.cost) for part in batch.parts] == [(True, 32), *[(False, 8)] * 4]
+
+
 def test_a_job_of_another_kind_waits_for_one_more_batch_that_is_half_as_large():
     scheduler, busy = held()
     for j in range(1, 5):
@@ -218,6 +239,7 @@ def test_a_job_with_a_long_prefix_gets_a_whole_turn_for_it():
 def test_a_job_whose_prefix_fills_the_batch_gets_a_turn_all_the_same():
     batches = run(scheduler_of(job_of([[*range(64), i] for i in range(100)])))
     assert len(batches) <= 1 + 100 // (32 // TURNS_PER_BATCH)
+    assert len(sequences_of(batches[0])) == 1 + 64 // TURNS_PER_BATCH
 
 
 def test_an_item_above_the_budget_goes_alone():
@@ -259,6 +281,7 @@ def test_every_sequence_is_handed_out_once_in_order_with_jobs_of_its_kind(
         assert [i for part in parts for i in range(part.start, part.stop)] == [*range(len(sequences))]
     for batch in batches:
         assert len({part.job.kind for part in batch.parts}) == 1
-        assert sum(part.cost for part in batch.parts[1:]) <= budget
+        costs = [part.cost for part in batch.parts]
+        assert sum(costs) <= budget or len(costs) == 1
     assert sum(part.cost for batch in batches for part in batch.parts) == waiting
     assert scheduler.queued_tokens == 0
