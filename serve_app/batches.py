@@ -1,14 +1,58 @@
-"""Cutting and joining packed batches: pure functions on numpy arrays."""
+"""Packing, cutting and joining token batches: pure functions on numpy arrays."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from serve_app.contract import Int32, Int64, TokenBatch
+
+Ids = Sequence[int] | Int32
+
+
+class Reads(NamedTuple):
+    """The reads of one sequence.
+
+    Attributes:
+        positions: ascending, counted from the start of the sequence.
+        targets: ids of all its reads, one after the other.
+        counts: targets of each read.
+    """
+
+    positions: Ids
+    targets: Ids
+    counts: Ids
+
+
+def pack(
+    sequences: Sequence[Ids], reads: Sequence[Reads], *, vocab_logprobs: bool = True, argmax: bool = False
+) -> TokenBatch:
+    """One batch of ``sequences``, each with its own ``reads``."""
+    lengths = [len(sequence) for sequence in sequences]
+    return TokenBatch(
+        tokens=_joined(sequences),
+        offsets=np.cumsum([0, *lengths], dtype=np.int64),
+        read_sequences=np.repeat(np.arange(len(reads), dtype=np.int32), [len(own.positions) for own in reads]),
+        read_positions=_joined([own.positions for own in reads]),
+        targets=_joined([own.targets for own in reads]),
+        target_offsets=np.concatenate([[0], np.cumsum(_joined([own.counts for own in reads]), dtype=np.int64)]),
+        vocab_logprobs=vocab_logprobs,
+        argmax=argmax,
+    )
+
+
+def pack_labels(sequences: Sequence[Ids], labels: Sequence[Ids], *, vocab_logprobs: bool = True) -> TokenBatch:
+    """One batch of ``sequences``, each read at its last token for its own ``labels``."""
+    reads = [Reads([len(ids) - 1], own, [len(own)]) for ids, own in zip(sequences, labels, strict=True)]
+    return pack(sequences, reads, vocab_logprobs=vocab_logprobs)
+
+
+def _joined(parts: Sequence[Ids]) -> Int32:
+    return np.concatenate([np.zeros(0, np.int32), *(np.asarray(part, np.int32) for part in parts)])
 
 
 def reads_of(batch: TokenBatch, start: int, stop: int) -> slice:

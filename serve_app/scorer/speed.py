@@ -6,7 +6,8 @@ import time
 
 import numpy as np
 
-from serve_app.contract import Engine, TokenBatch
+from serve_app.batches import pack_labels
+from serve_app.contract import Engine
 
 PROBE_TOKENS = 128
 """Of the batch that is timed at the start; a large model on a CPU takes seconds for it."""
@@ -50,14 +51,7 @@ def measure(engine: Engine) -> float:
     seconds = 0.0
     for number in range(2):
         tokens = (np.arange(length, dtype=np.int32) * 7 + number) % min(engine.info.vocab_size, 1000)
-        batch = TokenBatch(
-            tokens=tokens.astype(np.int32),
-            offsets=np.array([0, length]),
-            read_sequences=np.zeros(1, np.int32),
-            read_positions=np.array([length - 1], np.int32),
-            targets=np.zeros(1, np.int32),
-            target_offsets=np.array([0, 1]),
-        )
+        batch = pack_labels([tokens.astype(np.int32)], [[0]])
         started = time.monotonic()
         engine.score(batch)
         seconds = max(time.monotonic() - started, 1e-6)

@@ -13,28 +13,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app.batches import cut, join, shared_with_previous
+from serve_app.batches import join
 from serve_app.contract import BatchResult, JobResult, ScoreJob, TokenBatch
 from serve_app.errors import DeadlineExceededError, InternalError, OverloadedError
 from serve_app.scorer.dispatcher import Dispatcher, _Part
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.scorer.speed import Speed
+from tests.batches import label_batch
 
 POISON = 666
 
 
 def batch_of(sequences: Sequence[Sequence[int]], *, labels: Sequence[int] = (1, 2), vocab: bool = True) -> TokenBatch:
     """Label reads at the last position of each sequence."""
-    n = len(sequences)
-    return TokenBatch(
-        tokens=np.array([token for sequence in sequences for token in sequence], np.int32),
-        offsets=np.cumsum([0, *map(len, sequences)]).astype(np.int64),
-        read_sequences=np.arange(n, dtype=np.int32),
-        read_positions=np.array([len(sequence) - 1 for sequence in sequences], np.int32),
-        targets=np.array([*labels] * n, np.int32),
-        target_offsets=(np.arange(n + 1) * len(labels)).astype(np.int64),
-        vocab_logprobs=vocab,
-    )
+    return label_batch(sequences, [labels] * len(sequences), vocab_logprobs=vocab)
 
 
 def sequences_of(batch: TokenBatch) -> list[list[int]]:
@@ -528,29 +520,6 @@ async def test_the_counters():
 
 
 sequences = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=8)
-
-
-@given(sequences)
-def test_shared_with_previous_is_the_longest_common_prefix_short_of_the_last_token(rows: list[list[int]]):
-    expected = [0]
-    for before, row in itertools.pairwise(rows):
-        count = 0
-        while count < min(len(before), len(row) - 1) and before[count] == row[count]:
-            count += 1
-        expected.append(count)
-    assert shared_with_previous(batch_of(rows)).tolist() == expected
-
-
-@given(sequences, st.data())
-def test_cut_then_join_gives_the_batch_back(rows: list[list[int]], data: st.DataObject):
-    whole = batch_of(rows, labels=(5, 6, 7))
-    at = data.draw(st.integers(1, len(rows)))
-    parts = [cut(whole, 0, at), *([cut(whole, at, len(rows))] if at < len(rows) else [])]
-    again = join(parts)
-    for field in ("tokens", "offsets", "read_sequences", "read_positions", "targets", "target_offsets"):
-        original, rebuilt = getattr(whole, field), getattr(again, field)
-        np.testing.assert_array_equal(rebuilt, original)
-        assert rebuilt.dtype == original.dtype
 
 
 @settings(max_examples=50)
