@@ -216,8 +216,8 @@ async def test_a_replica_whose_intake_is_stuck_ends(monkeypatch: pytest.MonkeyPa
         # What a fault in Serve's batching leaves behind: its task is dead, and calls wait for ever.
         (batching,) = [task for task in asyncio.all_tasks() if "_process_batches" in repr(task)]
         batching.cancel()
-        assert "taken in" in await ending(replica.score(job([1])))
-        assert "taken in" in await ending(replica.check_health())
+        assert "was not queued" in await ending(replica.score(job([1])))
+        assert "was not queued" in await ending(replica.check_health())
 
 
 class LimitedEngine(FakeEngine):
@@ -264,8 +264,8 @@ async def test_a_replica_whose_queue_has_stopped_ends_with_the_jobs_that_waited(
         replica._queue._threads.shutdown(wait=False)
         engine.gate.set()
         await computing
-        assert "queue has stopped" in await waiting
-        assert "queue has stopped" in await ending(replica.check_health())
+        assert "dispatcher has stopped" in await waiting
+        assert "dispatcher has stopped" in await ending(replica.check_health())
 
 
 async def test_a_replica_whose_device_hangs_ends():
