@@ -10,7 +10,7 @@ from serve_app.settings import ModelSettings
 
 
 class LocalReplicas:
-    """``service.Replicas`` without Ray: a device queue around one engine.
+    """``service.Replicas`` without Ray: a dispatcher around one engine.
 
     Args:
         count: replicas that it says there are.

@@ -284,7 +284,8 @@ class Dispatcher:
         """Drop an answered job, whatever its answer is: a cancelled one's sequences are not computed any more."""
         self._jobs.discard(pending)
         self._cancelled += pending.answer.cancelled()
-        self._scheduler.discard([pending])
+        if not pending.exhausted:
+            self._scheduler.discard([pending])
 
     def _abandon(self) -> None:
         """Answer the jobs that are left when the loop has ended, by ``close`` or a fault."""
