@@ -1,18 +1,62 @@
-"""Cutting and joining packed batches: pure functions on numpy arrays."""
+"""Packing, cutting and joining token batches: pure functions on numpy arrays."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from serve_app.contract import Int32, Int64, TokenBatch
 
+Ids = Sequence[int] | Int32
+
+
+class Reads(NamedTuple):
+    """The reads of one sequence.
+
+    Attributes:
+        positions: ascending, counted from the start of the sequence.
+        targets: ids of all its reads, one after the other.
+        counts: targets of each read.
+    """
+
+    positions: Ids
+    targets: Ids
+    counts: Ids
+
+
+def pack(
+    sequences: Sequence[Ids], reads: Sequence[Reads], *, vocab_logprobs: bool = True, argmax: bool = False
+) -> TokenBatch:
+    """One batch of ``sequences``, each with its own ``reads``."""
+    lengths = [len(sequence) for sequence in sequences]
+    return TokenBatch(
+        tokens=_joined(sequences),
+        offsets=np.cumsum([0, *lengths], dtype=np.int64),
+        read_sequences=np.repeat(np.arange(len(reads), dtype=np.int32), [len(own.positions) for own in reads]),
+        read_positions=_joined([own.positions for own in reads]),
+        targets=_joined([own.targets for own in reads]),
+        target_offsets=np.concatenate([[0], np.cumsum(_joined([own.counts for own in reads]), dtype=np.int64)]),
+        vocab_logprobs=vocab_logprobs,
+        argmax=argmax,
+    )
+
+
+def pack_labels(sequences: Sequence[Ids], labels: Sequence[Ids], *, vocab_logprobs: bool = True) -> TokenBatch:
+    """One batch of ``sequences``, each read at its last token for its own ``labels``."""
+    reads = [Reads([len(ids) - 1], own, [len(own)]) for ids, own in zip(sequences, labels, strict=True)]
+    return pack(sequences, reads, vocab_logprobs=vocab_logprobs)
+
+
+def _joined(parts: Sequence[Ids]) -> Int32:
+    return np.concatenate([np.zeros(0, np.int32), *(np.asarray(part, np.int32) for part in parts)])
+
 
 def reads_of(batch: TokenBatch, start: int, stop: int) -> slice:
-    """Which reads belong to sequences ``start`` to ``stop``."""
+    """Where the reads of sequences ``start`` to ``stop`` stand in the batch."""
     first, last = np.searchsorted(batch.read_sequences, [start, stop])
     return slice(int(first), int(last))
 
@@ -33,19 +77,19 @@ def shared_with_previous(batch: TokenBatch) -> Int64:
 
 
 @dataclass(frozen=True, slots=True)
-class Brief:
-    """A batch without what each sequence repeats of the one before it: a long query is in it once.
+class DeltaBatch:
+    """A batch without the tokens that each sequence repeats of the one before it: a long query is in it once.
 
     Attributes:
-        batch: with the other tokens alone; its ``offsets`` are the whole batch's.
-        shared: how many tokens each sequence repeats.
+        batch: the whole batch, but with the remaining tokens only.
+        shared: the number of tokens that each sequence repeats.
     """
 
     batch: TokenBatch
     shared: Int64
 
     @classmethod
-    def of(cls, batch: TokenBatch) -> Brief:
+    def of(cls, batch: TokenBatch) -> DeltaBatch:
         shared = shared_with_previous(batch)
         ends = batch.offsets[1:].tolist()
         own = zip((batch.offsets[:-1] + shared).tolist(), ends, strict=True)
@@ -53,7 +97,7 @@ class Brief:
         return cls(replace(batch, tokens=tokens), shared)
 
     def whole(self) -> TokenBatch:
-        """The batch that it was made of."""
+        """The batch that it was made from."""
         offsets = self.batch.offsets.tolist()
         tokens = np.empty(offsets[-1], np.int32)
         taken = before = 0
@@ -66,7 +110,7 @@ class Brief:
 
 
 def shared_prefix(batch: TokenBatch) -> int:
-    """Tokens at the front that all sequences have in common."""
+    """The number of leading tokens that all sequences share."""
     first = batch.tokens[: batch.offsets[1]]
     for start, stop in itertools.pairwise(batch.offsets[1:].tolist()):
         first = first[: common_prefix(first, batch.tokens[start:stop])]
@@ -74,7 +118,7 @@ def shared_prefix(batch: TokenBatch) -> int:
 
 
 def common_prefix(one: Int32, other: Int32) -> int:
-    """Tokens at the front that are the same."""
+    """The number of leading tokens that are equal."""
     room = min(len(one), len(other))
     differs = one[:room] != other[:room]
     first = int(differs.argmax()) if room else 0
@@ -82,7 +126,7 @@ def common_prefix(one: Int32, other: Int32) -> int:
 
 
 def cut(batch: TokenBatch, start: int, stop: int) -> TokenBatch:
-    """Sequences ``start`` to ``stop`` of ``batch``, and their reads."""
+    """A batch of sequences ``start`` to ``stop`` of ``batch``, with their reads."""
     reads = reads_of(batch, start, stop)
     first_target, last_target = batch.target_offsets[reads.start], batch.target_offsets[reads.stop]
     return TokenBatch(
@@ -98,7 +142,7 @@ def cut(batch: TokenBatch, start: int, stop: int) -> TokenBatch:
 
 
 def join(batches: Sequence[TokenBatch]) -> TokenBatch:
-    """One batch of all sequences, in order. All must have the same ``vocab_logprobs`` and ``argmax``."""
+    """One batch of all sequences, in order. All batches must have the same ``vocab_logprobs`` and ``argmax``."""
     if len(batches) == 1:
         return batches[0]
     firsts = np.cumsum([0, *(batch.num_sequences for batch in batches)])

@@ -1,7 +1,7 @@
-"""What operators see: the numbers of front ends and scorers as Ray metrics, and the page with those of all nodes.
+"""Metrics for operators: front ends and scorers record into Ray; ``/metrics`` shows those of all nodes.
 
-A replica records into Ray, whose agent on each node answers Prometheus; the service's ``/metrics`` asks all agents, so
-that it and a dashboard on the agents show the same names.
+On each node an agent of Ray's answers Prometheus. The service's ``/metrics`` asks all agents, so it shows the same
+names as a dashboard on the agents.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from serve_app.errors import OverloadedError
 from serve_app.timing import TOKENISE, Timings
 
 MODEL = "model"
-"""The tag that all have: the served name."""
+"""The tag of every metric: the served name of the model."""
 
 PREFIX = "ray_score_"
-"""Ray puts its own before ours, and ``_total`` behind a counter's name."""
+"""The prefix of our metrics on a page: Ray puts ``ray_`` before our names, and ``_total`` after a counter's."""
 
 REPORT_S = 1.0
-"""Between two looks at the counters for Ray's metrics, which Ray itself collects every 10 s."""
+"""Seconds between two updates of Ray's metrics, which Ray itself collects every 10 s."""
 
 SCRAPE_S = 10.0
-"""Prometheus' own limit, by default."""
+"""Timeout of one agent, in seconds: Prometheus' own default."""
 
 M = TypeVar("M", Counter, Gauge, Histogram)
 
@@ -63,19 +63,21 @@ class ScorerMetrics:
         self._refusals = total(
             "score_refusals", "Jobs without an answer: overloaded, expired, cancelled or failed.", "reason"
         )
-        self._busy = total("score_device_busy_seconds", "While the engine had at least one batch.")
+        self._busy = total("score_device_busy_seconds", "Seconds in which the engine had at least one batch.")
         self._compilations = total("score_compilations", "Programs compiled; none after the warm-up.")
         self._prefix_tokens = total("score_prefix_tokens", "Tokens of prefixes looked up: hit or missed.", "result")
         self._evicted = total("score_prefix_evicted_pages", "Pages of the prefix cache given to other prefixes.")
         self._pages = gauge("score_prefix_pages", "Pages that the prefix cache has.")
         self._pages_used = gauge("score_prefix_pages_used", "Pages of the prefix cache that hold a prefix.")
-        self._bytes_used = gauge("score_prefix_bytes_used", "Device memory of those pages.")
-        self._queued_tokens = gauge("score_queued_tokens", "Waiting for the device, shared prefixes counted once.")
+        self._bytes_used = gauge("score_prefix_bytes_used", "Device memory of the pages that hold a prefix, in bytes.")
+        self._queued_tokens = gauge(
+            "score_queued_tokens", "Tokens waiting for the device, shared prefixes counted once."
+        )
         self._queue_seconds = histogram("score_queue_seconds", "A job's wait for the device.", _SECONDS)
         self._device_seconds = histogram("score_device_seconds", "A job's time on the device.", _SECONDS)
         self._batch_fill = histogram(
             "score_batch_fill",
-            "Tokens that a device batch computed, as a share of the most that it might have.",
+            "Tokens that a device batch computed, as a share of the most that it could have.",
             _SHARES,
         )
 
@@ -89,7 +91,7 @@ class ScorerMetrics:
         self._device_seconds.observe(job.device_seconds)
 
     def update(self, queue: QueueStats, engine: EngineStats) -> None:
-        """Record what was counted since the last call."""
+        """Record the counts since the last call."""
         self._batches.reach(queue.batches)
         self._sequences.reach(queue.sequences)
         self._tokens.reach(engine.computed_tokens, kind="computed")
@@ -123,10 +125,10 @@ class FrontMetrics:
         )
         self._items = _Total(_counter("score_items", "Items, documents and prompts scored."))
         self._tokenise_seconds = Histogram(
-            "score_tokenise_seconds", "Of an answered request: building its prompts.", _SECONDS, (MODEL,)
+            "score_tokenise_seconds", "Time to build the prompts of an answered request.", _SECONDS, (MODEL,)
         )
         self._request_seconds = Histogram(
-            "score_request_seconds", "Of an answered request: from its arrival to its last row.", _SECONDS, (MODEL,)
+            "score_request_seconds", "Time from an answered request's arrival to its last row.", _SECONDS, (MODEL,)
         )
 
     def answered(self, model: str, timings: Timings) -> None:
@@ -135,7 +137,7 @@ class FrontMetrics:
         self._request_seconds.observe(timings.total, {MODEL: model})
 
     def update(self, outcomes: Mapping[str, Mapping[str, int]], items: Mapping[str, int]) -> None:
-        """Record what was counted since the last call, by the model's name."""
+        """Record the counts since the last call, by the model's name."""
         for model, own in outcomes.items():
             for outcome, total in own.items():
                 self._requests.reach(total, model=model, outcome=outcome)
@@ -144,14 +146,14 @@ class FrontMetrics:
 
 
 class _Total:
-    """A counter that is told its total. Ray's takes what was added, and no 0: it shows with the first that was."""
+    """A counter that takes totals. Ray's takes increments above 0, so it appears with the first one."""
 
     def __init__(self, counter: Counter) -> None:
         self._counter = counter
         self._reached: dict[tuple[str, ...], float] = {}
 
     def reach(self, total: float, **tags: str) -> None:
-        """Count up to ``total`` of what has these tags."""
+        """Raise the counter with these tags to ``total``."""
         added = total - self._reached.get((*tags.values(),), 0)
         if added > 0:
             self._counter.inc(added, tags)
@@ -164,16 +166,16 @@ def _counter(name: str, description: str, *tags: str) -> Counter:
 
 
 def _of(model: str, metric: M) -> M:
-    """The metric with the model's name on all that it records."""
+    """Put the model's name on all that ``metric`` records. Returns it."""
     metric.set_default_tags({MODEL: model})
     return metric
 
 
 async def scrape() -> str:
-    """The service's metrics from Ray's agents on all nodes, as Prometheus reads them; some seconds old.
+    """The service's metrics from Ray's agents on all nodes, in Prometheus' text format; some seconds old.
 
     Raises:
-        OverloadedError: an agent does not answer. Numbers without its node's would look like a loss.
+        OverloadedError: an agent does not answer. A page without its node's numbers would look as if they had dropped.
     """
     nodes: list[dict[str, Any]] = await asyncio.to_thread(ray.nodes)
     urls = [
@@ -187,11 +189,11 @@ async def scrape() -> str:
         return merged([page.raise_for_status().text for page in pages])
     except httpx.HTTPError as error:
         what = str(error) or type(error).__name__
-        raise OverloadedError(f"Ray's metrics agent of a node does not answer: {what}; try again") from error
+        raise OverloadedError(f"Ray's metrics agent on a node does not answer: {what}; try again") from error
 
 
 def merged(pages: Sequence[str]) -> str:
-    """One page of the families that are ours; each appears once, with the samples of all pages."""
+    """One page of our metric families. Each appears once, with the samples of all pages."""
     families: dict[str, dict[str, None]] = {}
     for page in pages:
         lines: dict[str, None] = {}

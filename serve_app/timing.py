@@ -1,4 +1,4 @@
-"""Where a request's time goes: the ``Server-Timing`` header, and spans inside those of Ray Serve's tracing."""
+"""Timing of requests: the ``Server-Timing`` header, and spans inside those of Ray Serve's tracing."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from opentelemetry import trace
 from opentelemetry.util.types import AttributeValue
 
 TOKENISE, QUEUE, DEVICE = "tokenise", "queue", "device"
-"""The stages of a request: its prompts are built, its jobs wait at the replicas, and the device computes them."""
+"""Stages of a request: its prompts are built, its jobs wait at the replicas, the device computes them."""
 
 _tracer = trace.get_tracer("score-serve")
-"""Without effect in a process in which Serve has not set up tracing."""
+"""It has no effect in a process where Serve has not set up tracing."""
 
 
 class Timings:
-    """The seconds of one request's stages, from now on."""
+    """The seconds spent in one request's stages, counted from its creation."""
 
     def __init__(self) -> None:
         self._begun = time.perf_counter()
         self.seconds: dict[str, float] = {}
 
     def add(self, stage: str, seconds: float) -> None:
-        """Count ``seconds`` more for a stage."""
+        """Add ``seconds`` to a stage."""
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
     @property
     def total(self) -> float:
-        """Seconds since the request came."""
+        """Seconds since the request arrived."""
         return time.perf_counter() - self._begun
 
     def header(self) -> str:
-        """The value of ``Server-Timing``, in milliseconds: the stages that were reached, and the total so far.
+        """The value of ``Server-Timing``, in milliseconds: the stages reached, and the total so far.
 
         Source: https://www.w3.org/TR/server-timing/
         """
@@ -48,20 +48,20 @@ _timings: ContextVar[Timings] = ContextVar("timings")
 
 
 def begin() -> Timings:
-    """Time the request that this task, and those that it starts, work on."""
+    """Start the timings of the request that this task, and the tasks it starts, work on."""
     timings = Timings()
     _timings.set(timings)
     return timings
 
 
 def current() -> Timings:
-    """Those of this task's request, or some that nobody reads."""
+    """The timings of this task's request; outside a request new ones, which are dropped."""
     return _timings.get(None) or Timings()
 
 
 @contextmanager
 def tokenising() -> Generator[None]:
-    """Time the building of prompts, the wait for a thread included."""
+    """Time the building of prompts, including the wait for a thread."""
     started = time.perf_counter()
     with _tracer.start_as_current_span(TOKENISE):
         yield
@@ -69,11 +69,11 @@ def tokenising() -> Generator[None]:
 
 
 def record_job(request_id: str, arrived: float, queue_seconds: float, device_seconds: float, sequences: int) -> None:
-    """Spans of a job that a replica has just answered: its wait for the device, and its time there until now.
+    """Record two spans of a job just answered: its wait for the device, and its time there until now.
 
     Args:
         arrived: Unix time in seconds.
-        device_seconds: in device batches; the span is longer where other jobs' batches came in between.
+        device_seconds: time in device batches; the span is longer if other jobs' batches came in between.
     """
     begun = arrived + queue_seconds
     what = {"request_id": request_id, "sequences": sequences}
@@ -82,5 +82,5 @@ def record_job(request_id: str, arrived: float, queue_seconds: float, device_sec
 
 
 def _record(name: str, start: float, end: float, what: Mapping[str, AttributeValue]) -> None:
-    """A span from and to these Unix times in seconds, inside the current one."""
+    """Record a span between two Unix times in seconds, inside the current span."""
     _tracer.start_span(name, start_time=int(start * 1e9), attributes=what).end(int(end * 1e9))

@@ -1,6 +1,4 @@
-"""TPU chips for a replica, on one host or a slice of several: what can be asked for, what Ray is told, and what a
-cluster lacks.
-"""
+"""TPU chips for a replica, on one host or a slice of several: valid settings, Ray's labels, what a cluster lacks."""
 
 from __future__ import annotations
 
@@ -16,39 +14,39 @@ CHIP_LABEL = "ray.io/accelerator-type"
 TOPOLOGY_LABEL = "ray.io/tpu-topology"
 SLICE_LABEL = "ray.io/tpu-slice-name"
 NUMBER_LABEL = "ray.io/tpu-worker-id"
-"""A host's place in its slice, from 0."""
+"""Label of a host's number in its slice, from 0."""
 
 _RAYS_NAMES = {"v4": "TPU-V4", "v5e": "TPU-V5LITEPOD", "v5p": "TPU-V5P", "v6e": "TPU-V6E"}
 _FLAT = {"1x1": 1, "2x2": 4, "2x4": 8}
 _CUBIC = {"2x2x1": 4}
 HOSTS = {"v4": _CUBIC, "v5e": _FLAT, "v5p": _CUBIC, "v6e": _FLAT}
-"""Chips of a host, by the kind of chip and the topology of a slice that is one host."""
+"""Chips of a host, by the kind of chip and the topology of a one-host slice."""
 
 _FLAT_SLICES = ("4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBIC_SLICES = ("2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 SLICES = {"v4": _CUBIC_SLICES, "v5e": _FLAT_SLICES, "v5p": _CUBIC_SLICES, "v6e": _FLAT_SLICES}
-"""Topologies of slices of several hosts, by the kind of chip.
+"""Topologies of slices with several hosts, by the kind of chip.
 
-Source: Google Cloud's pages on TPU configurations, https://cloud.google.com/tpu/docs/v6e and the other kinds' (of v4
-and v5p those of at most 512 chips); a test compares them with Ray's table.
+Source: Google Cloud's pages on TPU configurations, https://cloud.google.com/tpu/docs/v6e and its neighbours (for v4 and
+v5p the topologies of at most 512 chips). A test compares them with Ray's table.
 """
 CHIPS_OF_A_SLICES_HOST = 4
-"""Of every kind, where a slice has several hosts."""
+"""Chips of each host in a slice with several hosts, for every kind."""
 
 SHARES = (1, 2, 4, 8)
-"""Chips that Ray gives to one process: sets that libtpu can address."""
+"""Numbers of chips that Ray gives to one process: sets that libtpu can address."""
 
 
 class Tpu(BaseModel):
-    """The chips that each scorer replica gets, and sees no others."""
+    """The chips of each scorer replica. It sees no others."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     chip: Literal["v4", "v5e", "v5p", "v6e"]
     topology: str
-    """Of the slice, as in GKE: ``2x2`` and ``2x4`` are one host, ``4x4`` is four."""
+    """Topology of the slice, as in GKE: ``2x2`` and ``2x4`` are one host, ``4x4`` is four."""
     chips: int = 1
-    """Per replica. Of a slice of several hosts always all."""
+    """Chips per replica. In a slice with several hosts always all."""
 
     @model_validator(mode="before")
     @classmethod
@@ -68,7 +66,7 @@ class Tpu(BaseModel):
             if self.chips != (whole := _chips(self.topology)):
                 raise ValueError(
                     f"a replica cannot have {self.chips} chips of a {self.chip} slice of topology {self.topology}, "
-                    f"which has {self.hosts} hosts; it has all {whole}; leave out chips"
+                    f"which has {self.hosts} hosts; it needs all {whole}; leave out chips"
                 )
             return self
         if self.topology not in hosts:
@@ -86,19 +84,19 @@ class Tpu(BaseModel):
 
     @property
     def labels(self) -> dict[str, str]:
-        """Of the nodes that have such chips, as Ray finds them on TPU hosts."""
+        """Labels that Ray puts on nodes with such chips."""
         return {CHIP_LABEL: _RAYS_NAMES[self.chip], TOPOLOGY_LABEL: self.topology}
 
     @property
     def hosts(self) -> int:
-        """That a replica spans."""
+        """Number of hosts that a replica spans."""
         return _chips(self.topology) // CHIPS_OF_A_SLICES_HOST if self.topology in SLICES[self.chip] else 1
 
     def lacking(self, replicas: int, nodes: Sequence[Mapping[str, Any]]) -> str | None:
-        """Why so many replicas cannot all run, in words, or None when there are chips for all of them.
+        """Why ``replicas`` replicas cannot all run; None: there are chips for all of them.
 
         Args:
-            nodes: as ``ray.nodes()`` gives them. Chips that others use count as there.
+            nodes: the result of ``ray.nodes()``. Chips that are in use count as available.
         """
         alive = [node for node in nodes if node["Alive"]]
         fit = [node for node in alive if self.labels.items() <= node["Labels"].items()]
@@ -115,23 +113,24 @@ class Tpu(BaseModel):
             return f"no node has chips of {kind}; the nodes have {', '.join(sorted(others)) or 'no TPU at all'}"
         if self.hosts > 1:
             parts = [
-                f"{name} has {hosts} of {self.hosts} hosts" for name, hosts in slices.items() if hosts < self.hosts
+                f"; slice {name} has {hosts} of {self.hosts} hosts"
+                for name, hosts in sorted(slices.items())
+                if hosts < self.hosts
             ]
-            return f"{replicas} replicas need as many slices of {kind}; there are {room} whole ones" + "".join(
-                f", and {part}" for part in sorted(parts)
-            )
+            found = "1 complete slice" if room == 1 else f"{room} complete slices"
+            return f"{replicas} replicas need as many slices of {kind}; {found} found{''.join(parts)}"
         return (
             f"{replicas} replicas of {self.chips} chips need {replicas * self.chips} chips of {kind}; "
-            f"{len(fit)} such nodes have room for {room} replicas"
+            f"matching nodes: {len(fit)}, with room for {room} replicas"
         )
 
     def _slices(self, nodes: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-        """How many hosts there are of each slice, by its name."""
+        """Number of hosts found of each slice, by its name."""
         numbers: dict[str, set[str]] = {}
         for node in nodes:
             labels = node["Labels"]
             if node["Resources"].get(RESOURCE, 0) >= CHIPS_OF_A_SLICES_HOST and NUMBER_LABEL in labels:
-                numbers.setdefault(labels.get(SLICE_LABEL, "a slice without a name"), set()).add(labels[NUMBER_LABEL])
+                numbers.setdefault(labels.get(SLICE_LABEL, "(unnamed)"), set()).add(labels[NUMBER_LABEL])
         return {name: len(hosts) for name, hosts in numbers.items()}
 
 

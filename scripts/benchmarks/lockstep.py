@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from scripts.simulation.cluster import start_cluster, start_slice
+from serve_app.batches import pack_labels
 from serve_app.contract import BatchResult, Engine, TokenBatch
 from serve_app.scorer.slice_worker import Place
 from serve_app.settings import Settings
@@ -27,15 +28,7 @@ def batch(sequences: int, length: int, shared: int) -> TokenBatch:
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 30_000, (sequences, length), np.int32)
     tokens[:, :shared] = tokens[0, :shared]
-    every = np.arange(sequences, dtype=np.int32)
-    return TokenBatch(
-        tokens=tokens.ravel(),
-        offsets=np.arange(sequences + 1, dtype=np.int64) * length,
-        read_sequences=every,
-        read_positions=np.full(sequences, length - 1, np.int32),
-        targets=np.repeat(every[:1], 2 * sequences),
-        target_offsets=np.arange(sequences + 1, dtype=np.int64) * 2,
-    )
+    return pack_labels([*tokens], [[0, 0]] * sequences)
 
 
 def idle(_settings: Any, _place: Place) -> Engine:

@@ -13,13 +13,12 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Self
 
 import httpx
-import numpy as np
 import psutil
 
 from scripts.benchmarks.server import Server, body, peak_mib, reset_peak, service, vllm
 from scripts.benchmarks.work import Request, Variant
 from serve_app import model_source
-from serve_app.batches import join
+from serve_app.batches import join, pack_labels
 from serve_app.contract import TokenBatch
 
 if TYPE_CHECKING:
@@ -99,15 +98,7 @@ def load_engine(dtype: str) -> Engine:
 
 def token_batch(request: Request) -> TokenBatch:
     """A request as the engine takes it: one read an item, at its last token."""
-    prompts, labels, count = request.prompts, request.label_ids, len(request.items_ids)
-    return TokenBatch(
-        tokens=np.concatenate([np.asarray(prompt, np.int32) for prompt in prompts]),
-        offsets=np.cumsum([0, *map(len, prompts)]).astype(np.int64),
-        read_sequences=np.arange(count, dtype=np.int32),
-        read_positions=np.array([len(prompt) - 1 for prompt in prompts], np.int32),
-        targets=np.tile(np.asarray(labels, np.int32), count),
-        target_offsets=np.arange(count + 1, dtype=np.int64) * len(labels),
-    )
+    return pack_labels(request.prompts, [request.label_ids] * len(request.items_ids))
 
 
 @contextlib.contextmanager

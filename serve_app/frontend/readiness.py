@@ -7,8 +7,7 @@ import math
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
-import numpy as np
-
+from serve_app.batches import pack_labels
 from serve_app.contract import BatchResult, TokenBatch
 from serve_app.errors import OverloadedError, ScoringError, SelfTestError
 from serve_app.frontend.service import ModelService
@@ -133,13 +132,4 @@ def _shown(row: Sequence[float]) -> str:
 
 
 def _batch(prompts: Sequence[Sequence[int]], labels: Sequence[int], vocab_logprobs: bool = True) -> TokenBatch:
-    lengths = [len(prompt) for prompt in prompts]
-    return TokenBatch(
-        tokens=np.array([token for prompt in prompts for token in prompt], np.int32),
-        offsets=np.cumsum([0, *lengths], dtype=np.int64),
-        read_sequences=np.arange(len(prompts), dtype=np.int32),
-        read_positions=np.array(lengths, np.int32) - np.int32(1),
-        targets=np.array([*labels] * len(prompts), np.int32),
-        target_offsets=np.arange(len(prompts) + 1, dtype=np.int64) * len(labels),
-        vocab_logprobs=vocab_logprobs,
-    )
+    return pack_labels(prompts, [labels] * len(prompts), vocab_logprobs=vocab_logprobs)

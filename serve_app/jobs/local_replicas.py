@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 
 from serve_app.contract import Engine, JobResult, ScoreJob
-from serve_app.scorer.queue import DeviceQueue
+from serve_app.scorer.dispatcher import Dispatcher
 from serve_app.settings import ModelSettings
 
 
 class LocalReplicas:
-    """``service.Replicas`` without Ray: a device queue around one engine.
+    """``service.Replicas`` without Ray: a dispatcher around one engine.
 
     Args:
         count: replicas that it says there are.
@@ -18,7 +18,7 @@ class LocalReplicas:
 
     def __init__(self, engine: Engine, settings: ModelSettings, count: int = 1) -> None:
         self.count = count
-        self.queue = DeviceQueue(
+        self.queue = Dispatcher(
             engine,
             max_batch_tokens=settings.max_batch_tokens,
             max_queued_tokens=settings.queued_tokens(engine.info.tokens_per_s),

@@ -1,4 +1,4 @@
-"""How many scorer replicas there should be: as many as have work, by the tokens that wait in them."""
+"""How many scorer replicas there should be, by the tokens that wait in them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 from ray.serve.config import AutoscalingContext
 
 PENDING_TOKENS = "pending_tokens"
-"""What each replica reports: tokens that it has accepted and not answered, shared prefixes counted once."""
+"""The number that each replica reports: tokens accepted and not answered, shared prefixes counted once."""
 
 
 def wanted_replicas(pending: Mapping[str, float], tokens_per_replica: int, *, asked: bool) -> float:
-    """Replicas that would have ``tokens_per_replica`` each; a fraction, which Serve rounds up.
+    """The number of replicas that gives each ``tokens_per_replica``: a fraction, which Serve rounds up.
 
     Args:
         pending: tokens in each replica.
-        asked: a request is somewhere in the system, though it may not have reached a replica, or may soon be.
+        asked: True if a request is in the system or may soon be, even if it has not reached a replica.
     """
     wanted = sum(pending.values()) / tokens_per_replica
     return max(wanted, 1.0) if asked else wanted
@@ -25,7 +25,7 @@ def wanted_replicas(pending: Mapping[str, float], tokens_per_replica: int, *, as
 class PendingTokensPolicy:
     """Serve's hook around ``wanted_replicas``; Serve adds bounds and delays.
 
-    The newest report of each replica counts, without an average: the delays ask for several like it in a row.
+    Only the newest report of each replica counts, without an average: Serve's delays need several alike in a row.
     """
 
     def __init__(self, tokens_per_replica: int) -> None:

@@ -1,4 +1,4 @@
-"""The scorer: one replica holds one engine, in its own process or on the hosts of a slice."""
+"""The scorer: each replica holds one engine, in its own process or on the hosts of a slice."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from serve_app.errors import OverloadedError
 from serve_app.metrics import REPORT_S, ScorerMetrics
 from serve_app.scorer import speed
 from serve_app.scorer.autoscaling import PENDING_TOKENS
+from serve_app.scorer.dispatcher import Dispatcher
 from serve_app.scorer.engines import load_engine
-from serve_app.scorer.queue import DeviceQueue
 from serve_app.settings import ModelSettings
 
 logger = logging.getLogger("ray.serve")
@@ -27,14 +27,14 @@ logger = logging.getLogger("ray.serve")
 INTAKE_BATCH = 32
 INTAKE_CONCURRENCY = 32
 MAX_ONGOING = INTAKE_BATCH * INTAKE_CONCURRENCY
-"""Calls that a replica accepts at once. They are waiting for the device, which costs nothing; the bound that matters
-is ``limits.max_queued_tokens``."""
+"""Calls that a replica accepts at once. Most wait for the device, which costs nothing; ``limits.max_queued_tokens`` is
+the bound that matters."""
 INTAKE_WAIT_S = 0.001
 INTAKE_LIMIT_S = 15.0
-"""The intake never waits for the device, so a call that is not through after this long never will be."""
+"""The intake never waits for the device, so a call that takes longer than this is stuck for good."""
 
 BROKEN_AFTER = 5
-"""Batches in a row on which the engine raised: what one bad job does is undone by the next good one."""
+"""Failed batches in a row after which the replica is unhealthy. After one bad job the next good one resets it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +44,11 @@ class _Call:
 
 
 class Scorer:
-    """The class of the deployment: answers ``ScoreJob``s. Ready, for Serve, when the engine is warm.
+    """The class of the deployment: answers ``ScoreJob``s. Serve counts it as ready when the engine is warm.
 
     Args:
-        load: makes the engine; runs in a thread, so that the replica answers Serve's questions meanwhile.
-        measure: tells how many tokens a second it computes; likewise.
+        load: makes the engine. It runs in a thread, so that the replica answers Serve's questions meanwhile.
+        measure: returns the engine's tokens a second. It runs in a thread, too.
     """
 
     async def __init__(
@@ -59,9 +59,9 @@ class Scorer:
     ) -> None:
         self._engine = await asyncio.to_thread(load, settings)
         self._tokens_per_s = await asyncio.to_thread(measure, self._engine)
-        logger.info("this replica computes about %d tokens a second", self._tokens_per_s)
+        logger.info("this replica computes about %d tokens per second", self._tokens_per_s)
         self._metrics = ScorerMetrics(settings.name)
-        self._queue = DeviceQueue(
+        self._queue = Dispatcher(
             self._engine,
             max_batch_tokens=settings.max_batch_tokens,
             max_queued_tokens=settings.queued_tokens(self._tokens_per_s),
@@ -73,7 +73,7 @@ class Scorer:
         self._reporting = asyncio.create_task(self._report())
 
     async def score(self, job: ScoreJob) -> JobResult:
-        """The values of all targets of ``job``. A caller that is cancelled takes its queued work with it.
+        """Compute the values of all targets of ``job``. Cancelling the call drops what is still queued.
 
         Raises:
             OverloadedError: the queue is full; another replica may have room.
@@ -105,7 +105,7 @@ class Scorer:
         max_batch_size=INTAKE_BATCH, batch_wait_timeout_s=INTAKE_WAIT_S, max_concurrent_batches=INTAKE_CONCURRENCY
     )
     async def _intake(self, calls: list[_Call]) -> list[None]:
-        """Queue the calls that came together. It neither waits for answers nor raises: either would touch all calls."""
+        """Queue the calls that came together. It must not wait or raise: either would affect all of them."""
         self._intake_works = True
         for call in calls:
             try:
@@ -123,10 +123,10 @@ class Scorer:
         return self._queue.stats()
 
     async def reconfigure(self, user_config: Mapping[str, Any] | None, rank: object) -> None:  # noqa: ARG002
-        """Take other values for what ``settings.LIVE`` names; what is not named is as at the start.
+        """Change the settings that ``settings.LIVE`` names. Those not given return to their values at the start.
 
-        Serve calls it with ``user_config``, and with None when that is gone, but only if ``rank`` is asked for. What is
-        wrong is logged and changes nothing: Serve would kill the replica if this raised.
+        Serve calls it with ``user_config``, or with None when that was removed, but only if the method takes ``rank``.
+        A wrong value is logged and changes nothing: Serve would kill the replica if this raised.
         """
         try:
             settings = self._settings.live(user_config or {})
@@ -138,14 +138,14 @@ class Scorer:
         self._resize()
 
     def _resize(self) -> None:
-        """Bound the queue by the settings that hold, and by the speed as the batches so far tell."""
+        """Bound the queue by the current settings, and by the speed measured so far."""
         speed_now = max(self._queue.tokens_per_s, self._tokens_per_s)
         self._queue.resize(
             max_batch_tokens=self._live.max_batch_tokens, max_queued_tokens=self._live.queued_tokens(speed_now)
         )
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What ``autoscaling.PendingTokensPolicy`` goes by; Serve asks for it under this name."""
+        """The input of ``autoscaling.PendingTokensPolicy``. Serve calls the method by this name."""
         return {PENDING_TOKENS: self._queue.stats().pending_tokens}
 
     async def _report(self) -> None:
@@ -155,17 +155,17 @@ class Scorer:
             await asyncio.sleep(REPORT_S)
 
     async def check_health(self) -> None:
-        """Raise while every batch fails, or the engine says what is wrong; Serve replaces the replica if it goes on."""
+        """Raise RuntimeError if the last batches failed or the engine is at fault. Serve then replaces the replica."""
         self._end_if_lost()
         if self._queue.failures_in_a_row >= BROKEN_AFTER:
             raise RuntimeError(f"the engine failed on the last {self._queue.failures_in_a_row} batches")
         self._engine.check()
 
     def _end_if_lost(self) -> None:
-        """End the process when no answer can come from it any more, which sends its jobs to other replicas at once.
+        """End the process when it can no longer answer, which sends its jobs to other replicas at once.
 
-        A health check that failed would be asked twice more, and the jobs waited for as long as a healthy replica's.
-        Meanwhile new ones would come, more than to others, since it fails faster than they answer.
+        Serve would repeat a failed health check twice, and wait for the jobs as for a healthy replica's. Meanwhile the
+        replica would get more new jobs than others, since it fails faster than they answer.
         """
         if fault := self._fault():
             logger.critical("this replica ends itself: %s", fault)
@@ -173,11 +173,11 @@ class Scorer:
             os._exit(1)
 
     def _fault(self) -> str | None:
-        """Why no job will be answered, if that is so."""
+        """Why this replica can answer no job any more; None: it can."""
         if not self._intake_works:
-            return f"a call was not taken in within {INTAKE_LIMIT_S:.0f} s"
+            return f"a call was not queued within {INTAKE_LIMIT_S:.0f} s"
         if not self._queue.running:
-            return "the device queue has stopped"
+            return "the dispatcher has stopped"
         stalled = self._queue.stalled_seconds()
         if stalled > self._live.longest_batch_s:
             return f"the device has not finished a batch for {stalled:.0f} s; stall_s is {self._live.stall_s}"

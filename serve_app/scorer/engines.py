@@ -34,7 +34,7 @@ ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/dxg", "/dev/
 
 
 TELL_S = 3.0
-"""Between two lines on how far a start is."""
+"""Seconds between two log lines on the progress of a start."""
 
 
 class _ModelEngine:
@@ -66,7 +66,7 @@ class _ModelEngine:
 
 
 def load_engine(settings: ModelSettings) -> Engine:
-    """The engine that ``settings`` name, warmed up. Takes seconds to minutes; the log tells how far it is."""
+    """Load and warm up the engine that ``settings`` name. Takes seconds to minutes; the log shows the progress."""
     if settings.tpu and settings.tpu.hosts > 1:
         engine: Engine = SliceGroup(settings, load_part)
     elif settings.engine == "fake":
@@ -75,12 +75,12 @@ def load_engine(settings: ModelSettings) -> Engine:
         engine = _load_model(settings)
     started = time.monotonic()
     engine.warmup(told(logger.info))
-    logger.info("the model's programs are ready, after %.1f s", time.monotonic() - started)
+    logger.info("the model's programs are ready after %.1f s", time.monotonic() - started)
     return engine
 
 
 def told(say: Callable[[str], None], now: Callable[[], float] = time.monotonic) -> Progress:
-    """Progress as a line every ``TELL_S`` seconds, with what is left by the time taken so far."""
+    """A callback that says the progress every ``TELL_S`` seconds, with an estimate of the time left."""
     started = last = now()
 
     def progress(done: int, total: int, _what: str) -> None:
@@ -98,7 +98,7 @@ def told(say: Callable[[str], None], now: Callable[[], float] = time.monotonic) 
 
 
 def load_part(settings: ModelSettings, place: Place) -> Engine:
-    """The part of an engine that one host of a slice holds, see ``slice_worker.LoadPart``."""
+    """Load the part of an engine that one host of a slice holds; see ``slice_worker.LoadPart``."""
     if settings.engine == "fake":
         return FakeEngine()
     from model.engine import join
@@ -129,7 +129,7 @@ def _load_model(settings: ModelSettings) -> Engine:
 
 
 def compiled_folder() -> Path:
-    """Of programs compiled for this kind of processor: a home directory may be shared by hosts of several kinds."""
+    """The folder of programs compiled for this kind of processor: hosts of several kinds may share a home directory."""
     processor = platform.processor() + platform.machine()
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

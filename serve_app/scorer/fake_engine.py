@@ -1,4 +1,4 @@
-"""An engine without a model: a distribution made from a hash of the tokens, to test everything around a model."""
+"""An engine without a model, to test everything around one: its distribution is made from a hash of the tokens."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _STEP = np.uint64(0x9E3779B97F4A7C15)
 _SPREAD = 2_654_435_761
 """A prime above any vocabulary, so ``id * _SPREAD % vocab_size`` is a permutation of the ids."""
 _NATS = 8.0
-"""The least spread of the log-probabilities, from the likeliest id to the unlikeliest; the most is twice that."""
+"""The least spread of the log-probabilities, from the top-1 id to the least probable; the most is twice that."""
 
 
 class FakeEngine:
-    """Scores that depend on a read's tokens only, and whose probabilities over the vocabulary sum to 1.
+    """Scores by a distribution that depends on the tokens up to the read alone. Its probabilities sum to 1.
 
     The ids, in an order that the hash of the prompt shifts, have geometrically falling probabilities:
     ``p(id) = q ** rank * (1 - q) / (1 - q ** V)``.
 
     Args:
         classes: see ``ModelInfo``.
-        pad_token_id: likewise.
-        seconds_per_token: slept for every computed token, to keep a device busy.
-        nan_token: a sequence that holds this id has NaN for values; None: no id does that.
+        pad_token_id: see ``ModelInfo``.
+        seconds_per_token: sleep for each computed token, to keep a device busy.
+        nan_token: an id that makes all values of its sequence NaN; None: no id does.
     """
 
     def __init__(
@@ -90,13 +90,13 @@ class FakeEngine:
         return BatchResult(values, computed, argmax, argmax_values)
 
     def limit(self, stall_s: float) -> None:
-        """It gives up no batch."""
+        """Change nothing: no batch is given up."""
 
     def check(self) -> None:
-        """It is never in the way of its replica's health."""
+        """Never raise."""
 
     def _read(self, batch: TokenBatch) -> tuple[Float32, Int32, Float32]:
-        """The targets' values, and for each read the likeliest token and its value."""
+        """The targets' values, and for each read the top-1 token and its value."""
         vocab_size = self._info.vocab_size
         starts = batch.offsets[:-1]
         seeds = self._hashes(batch)[starts[batch.read_sequences] + batch.read_positions]
@@ -104,7 +104,7 @@ class FakeEngine:
         falling = _NATS * (1 + (seeds >> np.uint64(11)) / 2**53) / vocab_size  # nats from one rank to the next
         read = np.repeat(np.arange(len(seeds)), np.diff(batch.target_offsets))
         rank = (batch.targets.astype(np.int64) * _SPREAD + shift[read]) % vocab_size
-        first = -shift % vocab_size * pow(_SPREAD, -1, vocab_size) % vocab_size  # whose rank is 0
+        first = -shift % vocab_size * pow(_SPREAD, -1, vocab_size) % vocab_size  # the id of rank 0
         highest = np.zeros(len(seeds))
         if batch.vocab_logprobs:
             highest = np.log(-np.expm1(-falling)) - np.log(-np.expm1(-falling * vocab_size))

@@ -1,8 +1,8 @@
-"""A replica that spans hosts: one process on each host of a slice of TPUs, in step, behind one ``Engine``.
+"""A replica that spans hosts: one ``Engine`` that leads one process on each host of a TPU slice, in step.
 
-The process that holds this engine, the leader, is none of them and loads no jax: when a process dies, jax ends the
-others and can join no new one in their place. The leader outlives that, starts all of them anew, and lets them compute
-once more what was on its way.
+The process that holds this engine, the leader, is a separate one and loads no jax. When a process dies, jax ends the
+others, and no new process can join in its place. The leader survives that, restarts all of them, and lets them compute
+again what was under way.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ray.util.tpu import SlicePlacementGroup
 
-from serve_app.batches import Brief
+from serve_app.batches import DeltaBatch
 from serve_app.contract import BatchResult, EngineStats, ModelInfo, Progress, TokenBatch
-from serve_app.scorer.slice_worker import ASIDE, Answer, LoadPart, Place, SliceWorker
+from serve_app.scorer.slice_worker import SIDE_CALLS, Answer, LoadPart, Place, SliceWorker
 from serve_app.settings import ModelSettings
 from serve_app.tpu import CHIP_LABEL, CHIPS_OF_A_SLICES_HOST, NUMBER_LABEL, RESOURCE, Tpu
 
 logger = logging.getLogger("ray.serve")
 
 TRIES = 2
-"""Of a batch. One that ends the processes twice is likely to be the reason."""
+"""Tries for a batch. If it ends the processes twice, it is probably the reason."""
 RESERVE_S = 60.0
-"""The log says so when a slice was waited for this long."""
+"""Seconds between two lines in the log that say that a slice is waited for."""
 POLL_S = 0.5
 PAUSE_S = 1.0
-"""Before a start that failed is tried again."""
+"""Seconds before a failed start is tried again."""
 
 COUNTERS = [field.name for field in dataclasses.fields(EngineStats)][:6]
-"""Those of ``EngineStats`` that only rise."""
+"""The fields of ``EngineStats`` that only rise."""
 
 
 class GroupLostError(Exception):
-    """The processes are not in step any more, and have to be started anew."""
+    """The processes are no longer in step and have to be restarted."""
 
 
 class _Group:
     """The processes of a slice, from their start until one of them is lost.
 
     Args:
-        workers: ``SliceWorker`` actors by their numbers.
-        info: of the model that they have loaded.
+        workers: ``SliceWorker`` actors, in the order of their numbers.
+        info: facts about the model that they have loaded.
     """
 
     def __init__(self, workers: Sequence[Any], info: ModelInfo) -> None:
@@ -77,16 +77,16 @@ class _Group:
                 progress(*state)
 
     def score(self, batch: TokenBatch, timeout_s: float) -> BatchResult:
-        """The batch on all hosts.
+        """Compute the batch on all hosts.
 
         Raises:
             ValueError: the engine refuses the batch.
             GroupLostError: a process died, failed, took too long, or did something else than the others.
         """
-        brief = Brief.of(batch)
+        delta = DeltaBatch.of(batch)
         with self._sending:
             sequence, self._sequence = self._sequence, self._sequence + 1
-            calls = [worker.score.remote(sequence, brief) for worker in self._workers]
+            calls = [worker.score.remote(sequence, delta) for worker in self._workers]
         try:
             answers: list[Answer] = ray.get(calls, timeout=timeout_s)
         except TimeoutError as error:
@@ -108,11 +108,11 @@ class _Group:
 
 
 class SliceGroup:
-    """``contract.Engine`` over the hosts of a slice. The constructor waits for a slice, and loads the model.
+    """A ``contract.Engine`` over the hosts of a slice. The constructor waits for a slice and loads the model.
 
     Args:
-        settings: whose ``tpu`` spans several hosts.
-        load: makes each host's part.
+        settings: the model's; their ``tpu`` spans several hosts.
+        load: makes each host's part of the engine.
     """
 
     def __init__(self, settings: ModelSettings, load: LoadPart) -> None:
@@ -126,14 +126,14 @@ class SliceGroup:
         self._group: _Group | None = self._start()
         self.info = self._group.info
         self._before = EngineStats()
-        """Counted by groups that were lost."""
+        """The counters of groups that were lost, summed."""
         self._lost_at: float | None = None
         self._progress: Progress | None = None
         self._keeper = threading.Thread(target=self._keep, name="slice", daemon=True)
 
     @property
     def stats(self) -> EngineStats:
-        """Host 0's, after the last batch; the counters go on when the processes are started anew."""
+        """Host 0's counters after the last batch. They go on when the processes are restarted."""
         with self._changed:
             now = self._group.stats if self._group else EngineStats()
             return dataclasses.replace(now, **_added(self._before, now))
@@ -146,7 +146,7 @@ class SliceGroup:
         self._keeper.start()
 
     def score(self, batch: TokenBatch) -> BatchResult:
-        """See ``Engine.score``. If processes are lost with the batch, it is computed once more by new ones."""
+        """See ``Engine.score``. If the processes are lost during the batch, new ones compute it again."""
         lost: list[_Group] = []
         for _ in range(TRIES):
             group = self._other_than(lost)
@@ -159,13 +159,13 @@ class SliceGroup:
         raise RuntimeError(f"the slice was lost {TRIES} times with this batch")
 
     def limit(self, stall_s: float) -> None:
-        """See ``Engine.limit``. What computes a batch is ended with it, and started anew."""
+        """See ``Engine.limit``. Processes that take longer for a batch are ended and restarted."""
         self._stall_s = stall_s
 
     def check(self) -> None:
         """See ``Engine.check``."""
         if not self._keeper.is_alive():
-            raise RuntimeError("nobody watches the slice's processes")
+            raise RuntimeError("the thread that watches the slice's processes has ended")
         lost_at = self._lost_at
         if lost_at is not None and (waited := time.monotonic() - lost_at) > self._settings.rebuild_s:
             raise RuntimeError(
@@ -173,7 +173,7 @@ class SliceGroup:
             )
 
     def _other_than(self, lost: Sequence[_Group]) -> _Group:
-        """The group that runs, when one runs that is not lost."""
+        """Wait for a running group that is not one of ``lost``."""
         with self._changed:
             if not self._changed.wait_for(
                 lambda: self._group is not None and self._group not in lost, self._settings.rebuild_s
@@ -183,7 +183,7 @@ class SliceGroup:
             return self._group
 
     def _keep(self) -> None:
-        """Start the processes anew whenever one has died."""
+        """Restart the processes whenever one has died."""
         while True:
             lost = self._group
             assert lost
@@ -191,7 +191,7 @@ class SliceGroup:
             with self._changed:
                 self._lost_at, self._group = time.monotonic(), None
                 self._before = EngineStats(**_added(self._before, lost.stats))
-            logger.warning("a process of the slice has died; all are started anew")
+            logger.warning("a process of the slice has died; all are restarted")
             lost.kill()
             group = self._restarted()
             with self._changed:
@@ -208,12 +208,12 @@ class SliceGroup:
                     group.kill()
                     raise
                 return group
-            except Exception:  # whatever it was, the next try may find another slice; ``check`` knows how long it takes
-                logger.exception("the slice's processes did not start")
+            except Exception:  # the next try may find another slice; ``check`` gives up after ``rebuild_s``
+                logger.exception("the slice's processes did not start; trying again in %.0f s", PAUSE_S)
                 time.sleep(PAUSE_S)
 
     def _start(self) -> _Group:
-        """One process on each host, with the model loaded."""
+        """Start one process on each host, and load the model."""
         if self._slice is not None and not _is_placed(self._slice):
             self._slice.shutdown()
             self._slice = None
@@ -222,7 +222,7 @@ class SliceGroup:
         actor = cast(Any, ray.remote)(
             num_cpus=self._settings.scorer_cpus,
             resources={RESOURCE: CHIPS_OF_A_SLICES_HOST},
-            concurrency_groups={ASIDE: 2},
+            concurrency_groups={SIDE_CALLS: 2},
         )(SliceWorker)
         workers = [
             actor.options(
@@ -247,21 +247,24 @@ class SliceGroup:
             raise
 
     def _all(self, calls: Sequence[Any]) -> list[Any]:
-        """What all calls return, or the first failure. A host that is lost before its process runs fails no call."""
+        """What all calls return, or the first failure.
+
+        A host that is lost before its process runs fails no call, so the slice is watched, too.
+        """
         waiting = list(calls)
         while waiting:
             done, waiting = ray.wait(waiting, num_returns=1, timeout=POLL_S)
             ray.get(done)
             if not done and self._slice and not _is_placed(self._slice):
-                raise GroupLostError("a host of the slice is gone")
+                raise GroupLostError("a host of the slice was lost")
         return ray.get(list(calls))
 
 
 def reserve(tpu: Tpu, cpus: float) -> SlicePlacementGroup:
-    """A whole slice, one bundle for each host, in the order of the hosts' numbers. Waits until there is one.
+    """Reserve a whole slice, one bundle for each host in the order of their numbers. Waits until one is free.
 
     Args:
-        cpus: on each host, besides its chips.
+        cpus: reserved on each host, besides its chips.
     """
     while True:
         try:
@@ -282,11 +285,11 @@ def reserve(tpu: Tpu, cpus: float) -> SlicePlacementGroup:
                 return found
             found.shutdown()
         logger.warning(
-            "no whole slice of %s in topology %s was free for %.0f s: %s",
+            "no complete slice of %s in topology %s has been free for %.0f s: %s",
             tpu.chip,
             tpu.topology,
             RESERVE_S,
-            tpu.lacking(1, ray.nodes()) or "others use those that there are",
+            tpu.lacking(1, ray.nodes()) or "all are in use",
         )
 
 
@@ -294,12 +297,12 @@ def agreed(answers: Sequence[Answer]) -> Answer:
     """Host 0's answer, if all hosts did the same.
 
     Raises:
-        GroupLostError: one did not.
+        GroupLostError: a host did something else.
     """
     first = answers[0]
     for number, other in enumerate(answers):
         if dataclasses.replace(other, result=first.result) != first:
-            raise GroupLostError(f"host {number} did otherwise than host 0: {other}, not {first}")
+            raise GroupLostError(f"host {number} differs from host 0: {other}, not {first}")
     return first
 
 
@@ -308,7 +311,7 @@ def _bundles(found: SlicePlacementGroup) -> PlacementGroup:
 
 
 def _is_placed(found: SlicePlacementGroup) -> bool:
-    """All its hosts are there."""
+    """True while all its hosts are alive."""
     return placement_group_table(_bundles(found))["state"] == "CREATED"
 
 
@@ -318,5 +321,5 @@ def _kill(workers: Sequence[Any]) -> None:
 
 
 def _added(one: EngineStats, other: EngineStats) -> dict[str, int]:
-    """The sums of the counters."""
+    """The counters of both, summed."""
     return {name: getattr(one, name) + getattr(other, name) for name in COUNTERS}

@@ -1,4 +1,4 @@
-"""One host's process of a replica that spans hosts. It loads jax; what it is asked, and answers, does not."""
+"""One host's process of a replica that spans hosts. It loads jax; its calls and answers need none."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import ray.util
 
-from serve_app.batches import Brief
+from serve_app.batches import DeltaBatch
 from serve_app.contract import BatchResult, Engine, EngineStats, ModelInfo
 from serve_app.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
 
-ASIDE = "aside"
-"""Ray's name for the threads that answer while a batch is computed."""
+SIDE_CALLS = "side_calls"
+"""The concurrency group, in Ray's words, of the calls that are answered while a batch is computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +27,8 @@ class Place:
 
     Attributes:
         coordinator: address and port at which host 0 brings the processes together.
-        hosts: of the slice.
-        number: this host's, from 0.
+        hosts: number of hosts in the slice.
+        number: this host's number, from 0.
     """
 
     coordinator: str
@@ -37,18 +37,18 @@ class Place:
 
 
 LoadPart = Callable[[ModelSettings, Place], Engine]
-"""Makes one host's part of an engine; returns when all hosts' parts have found each other. It is run on every host."""
+"""Makes one host's part of an engine. It runs on every host, and returns when all parts have found each other."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a host says of one batch.
+    """A host's answer to one batch.
 
     Attributes:
         sequence: the batch's number.
-        stats: after it. The hosts plan each by itself, so that they are in step if their counters are equal.
-        result: None of all hosts but the first, which have the same; and of a batch that was refused.
-        refusal: what the engine's ValueError said.
+        stats: the engine's counters after it. Each host plans for itself: equal counters show that they are in step.
+        result: host 0's; None from the other hosts, which have the same, and for a batch that was refused.
+        refusal: the message of the engine's ValueError.
     """
 
     sequence: int
@@ -58,11 +58,11 @@ class Answer:
 
 
 class OutOfStepError(Exception):
-    """This host was sent another batch than the one that is next."""
+    """This host was sent a batch that is not its next one."""
 
 
 class HostFailedError(Exception):
-    """What went wrong on a host, in words: to unpickle an exception of jax's, the leader would have to load jax."""
+    """A failure on a host, as text: to unpickle an exception of jax's, the leader would have to load jax."""
 
 
 @contextmanager
@@ -75,10 +75,10 @@ def _in_words() -> Generator[None]:
 
 
 class SliceWorker:
-    """The class of the actor. Its calls run in order, one at a time, but for those aside.
+    """The class of the actor. Its calls run in order, one at a time, except ``SIDE_CALLS``.
 
     Args:
-        number: the host's, from 0.
+        number: the host's number, from 0.
     """
 
     def __init__(self, number: int) -> None:
@@ -88,7 +88,7 @@ class SliceWorker:
         self._progress = (0, 0, "")
 
     def address(self) -> str:
-        """Where the processes can meet, if this is host 0's."""
+        """A free address and port on this host, at which the processes can meet."""
         host = ray.util.get_node_ip_address()
         with socket.socket() as probe:
             probe.bind((host, 0))
@@ -98,7 +98,7 @@ class SliceWorker:
         """Load this host's part of the model.
 
         Raises:
-            HostFailedError: of ``load``.
+            HostFailedError: ``load`` failed.
         """
         with _in_words():
             self._engine = load(settings, place)
@@ -108,7 +108,7 @@ class SliceWorker:
         """Compile everything; see ``progress``.
 
         Raises:
-            HostFailedError: of the engine.
+            HostFailedError: the engine failed.
         """
 
         def keep(done: int, total: int, what: str) -> None:
@@ -118,32 +118,32 @@ class SliceWorker:
             self._engine.warmup(keep)
             return self._engine.stats
 
-    def score(self, sequence: int, brief: Brief) -> Answer:
+    def score(self, sequence: int, delta: DeltaBatch) -> Answer:
         """Compute the next batch.
 
         Raises:
             OutOfStepError: ``sequence`` is not its number; nothing was computed.
-            HostFailedError: of the engine, which refused nothing.
+            HostFailedError: the engine failed; a batch that it refuses is no failure.
         """
         if sequence != self._next:
             raise OutOfStepError(f"host {self._number} was sent batch {sequence}; its next is {self._next}")
         self._next += 1
         with _in_words():
-            return self._answer(sequence, brief)
+            return self._answer(sequence, delta)
 
-    @ray.method(concurrency_group=ASIDE)
+    @ray.method(concurrency_group=SIDE_CALLS)
     def progress(self) -> tuple[int, int, str]:
-        """What ``Engine.warmup`` said last."""
+        """The last report of ``Engine.warmup``."""
         return self._progress
 
-    @ray.method(concurrency_group=ASIDE)
+    @ray.method(concurrency_group=SIDE_CALLS)
     def until_death(self) -> None:
-        """Never returns: that this call failed is how the other end learns of the process's end at once."""
+        """Never return. The call fails when the process ends, so the caller learns of it at once."""
         threading.Event().wait()
 
-    def _answer(self, sequence: int, brief: Brief) -> Answer:
+    def _answer(self, sequence: int, delta: DeltaBatch) -> Answer:
         try:
-            result = self._engine.score(brief.whole())
+            result = self._engine.score(delta.whole())
         except ValueError as error:
             return Answer(sequence, self._engine.stats, refusal=str(error))
         return Answer(sequence, self._engine.stats, result if self._number == 0 else None)

@@ -1,4 +1,4 @@
-"""How many tokens a device computes in a second: measured, since no setting knows it."""
+"""The speed of a device in tokens a second: measured, since no setting knows it."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import time
 
 import numpy as np
 
-from serve_app.contract import Engine, TokenBatch
+from serve_app.batches import pack_labels
+from serve_app.contract import Engine
 
 PROBE_TOKENS = 128
-"""Of the batch that is timed at the start; a large model on a CPU takes seconds for it."""
+"""Tokens of the batch that is timed at the start. A large model on a CPU takes seconds for it."""
 SHARE = 0.3
-"""Of a new measurement in what is known from then on."""
+"""Weight of a new measurement in the moving average."""
 
 
 class Speed:
-    """Tokens a second, as batches tell.
+    """The speed in tokens a second, learnt from batches.
 
-    A small batch takes longer for each of its tokens: one that has less than ``enough`` and seems slow tells nothing.
+    A small batch takes longer for each of its tokens. One of less than ``enough`` tokens that seems slow is ignored.
 
     Args:
-        tokens_per_s: as first measured; 0.0: not yet.
+        tokens_per_s: the first measurement; 0.0: there is none yet.
     """
 
     def __init__(self, tokens_per_s: float = 0.0) -> None:
@@ -37,27 +38,20 @@ class Speed:
             self.tokens_per_s += SHARE * (found - self.tokens_per_s)
 
     def seconds(self, tokens: int) -> float:
-        """What so many tokens take; 0.0 while nothing is known."""
+        """Seconds that ``tokens`` take; 0.0 while no speed is known."""
         return tokens / self.tokens_per_s if self.tokens_per_s else 0.0
 
 
 def measure(engine: Engine) -> float:
-    """Tokens a second of one small batch on a warm engine: less than it can do, and of the right order.
+    """Measure the tokens a second of one small batch on a warm engine: below the full speed, but of the right order.
 
-    The second of two is timed, since the first finds cold caches.
+    The second of two batches is timed, since the first finds cold caches.
     """
     length = min(PROBE_TOKENS, engine.info.max_prompt_tokens)
     seconds = 0.0
     for number in range(2):
         tokens = (np.arange(length, dtype=np.int32) * 7 + number) % min(engine.info.vocab_size, 1000)
-        batch = TokenBatch(
-            tokens=tokens.astype(np.int32),
-            offsets=np.array([0, length]),
-            read_sequences=np.zeros(1, np.int32),
-            read_positions=np.array([length - 1], np.int32),
-            targets=np.zeros(1, np.int32),
-            target_offsets=np.array([0, 1]),
-        )
+        batch = pack_labels([tokens.astype(np.int32)], [[0]])
         started = time.monotonic()
         engine.score(batch)
         seconds = max(time.monotonic() - started, 1e-6)

@@ -19,6 +19,7 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from serve_app import compat
+from serve_app.batches import Reads, pack
 from serve_app.contract import BatchResult, TokenBatch
 from serve_app.errors import COMPLETIONS as COMPLETIONS_PATH
 from serve_app.errors import InvalidRequestError
@@ -169,16 +170,12 @@ class Completer:
             for first, ids in zip(firsts, arrays, strict=True)
         ]
         targets = [ids[first + 1 :] for first, ids in zip(firsts, arrays, strict=True)]
-        target_counts = [np.arange(len(at)) < len(own) for at, own in zip(reads, targets, strict=True)]
-        batch = TokenBatch(
-            tokens=np.concatenate(arrays),
-            offsets=np.cumsum([0, *map(len, arrays)], dtype=np.int64),
-            read_sequences=np.repeat(np.arange(len(arrays), dtype=np.int32), [len(at) for at in reads]),
-            read_positions=np.concatenate(reads),
-            targets=np.concatenate(targets),
-            target_offsets=np.concatenate(
-                [np.zeros(1, np.int64), np.cumsum(np.concatenate(target_counts), dtype=np.int64)]
-            ),
+        target_counts = [
+            (np.arange(len(at)) < len(own)).astype(np.int32) for at, own in zip(reads, targets, strict=True)
+        ]
+        batch = pack(
+            arrays,
+            [Reads(*own) for own in zip(reads, targets, target_counts, strict=True)],
             argmax=new_tokens == 1 or (rated and request.logprobs == 1),
         )
         tokenizer = self._model.tokenizer

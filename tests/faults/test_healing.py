@@ -50,11 +50,11 @@ def batching_dies(_: Any) -> None:
 
 
 def device_hangs(_: Any) -> None:
-    the("DeviceQueue")._on_device = lambda _parts: time.sleep(1_000)
+    the("Dispatcher")._on_device = lambda _parts: time.sleep(1_000)
 
 
 def device_threads_are_gone(_: Any) -> None:
-    the("DeviceQueue")._threads.shutdown(wait=False)
+    the("Dispatcher")._threads.shutdown(wait=False)
 
 
 def tokenizer_hangs(_: Any) -> None:

@@ -118,7 +118,7 @@ def test_a_second_replica_waits_in_words_for_a_slice_of_its_own(
     others: list[Any] = []
     try:
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-        wait_for(lambda: said("2 replicas need as many slices of v5p in topology 2x2x2; there are 1 whole ones"))
+        wait_for(lambda: said("2 replicas need as many slices of v5p in topology 2x2x2; 1 complete slice found"))
         others += start_slice(nodes, TWO_HOSTS, "b-slice")
         wait_for(lambda: len(replica_processes("Scorer")) == 2)
         wait_for(lambda: said("there are enough now"))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.batches import join
+from serve_app.batches import join, pack_labels
 from serve_app.contract import BatchResult, TokenBatch
 from serve_app.frontend import fanout
 from serve_app.scorer.fake_engine import FakeEngine
@@ -18,16 +18,7 @@ from serve_app.scorer.fake_engine import FakeEngine
 def batch_of(sequences: list[list[int]], labels: list[list[int]] | None = None, *, vocab: bool = True) -> TokenBatch:
     """One read a sequence, at its end."""
     labels = labels or [[1, 2]] * len(sequences)
-    lengths = np.array([len(sequence) for sequence in sequences], np.int64)
-    return TokenBatch(
-        tokens=np.array([token for sequence in sequences for token in sequence], np.int32),
-        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
-        read_sequences=np.arange(len(sequences), dtype=np.int32),
-        read_positions=(lengths - 1).astype(np.int32),
-        targets=np.array([label for row in labels for label in row], np.int32),
-        target_offsets=np.cumsum([0, *(len(row) for row in labels)], dtype=np.int64),
-        vocab_logprobs=vocab,
-    )
+    return pack_labels(sequences, labels, vocab_logprobs=vocab)
 
 
 def assert_equal(a: TokenBatch, b: TokenBatch) -> None:

@@ -18,9 +18,9 @@ from serve_app.contract import BatchResult, EngineStats, JobResult, ModelInfo, S
 from serve_app.errors import DeadlineExceededError, InternalError, OverloadedError
 from serve_app.scorer import deployment, speed
 from serve_app.scorer.deployment import MAX_ONGOING, Scorer
+from serve_app.scorer.dispatcher import Dispatcher
 from serve_app.scorer.engines import load_engine
 from serve_app.scorer.fake_engine import FakeEngine
-from serve_app.scorer.queue import DeviceQueue
 from serve_app.settings import Limits, Settings
 from tests.batches import label_batch
 from tests.tiny import make_llama
@@ -139,10 +139,10 @@ async def test_a_call_that_is_cancelled_before_the_intake_never_reaches_the_queu
 
 
 async def test_a_call_that_is_cancelled_within_the_intake_takes_its_work_along(monkeypatch: pytest.MonkeyPatch):
-    submit = DeviceQueue.submit
+    submit = Dispatcher.submit
     callers: list[asyncio.Task[JobResult]] = []
 
-    def cancel_the_caller(queue: DeviceQueue, asked: ScoreJob, answer: Any) -> None:
+    def cancel_the_caller(queue: Dispatcher, asked: ScoreJob, answer: Any) -> None:
         submit(queue, asked, answer)
         if asked.request_id == "left":
             callers[0].cancel()
@@ -150,7 +150,7 @@ async def test_a_call_that_is_cancelled_within_the_intake_takes_its_work_along(m
     async def leave(_: Any, left: asyncio.Task[JobResult]) -> None:
         callers.append(left)
 
-    monkeypatch.setattr(DeviceQueue, "submit", cancel_the_caller)
+    monkeypatch.setattr(Dispatcher, "submit", cancel_the_caller)
     await one_leaves(leave)
 
 
@@ -172,14 +172,14 @@ async def test_errors_reach_their_caller_only():
 
 
 async def test_a_job_that_cannot_be_queued_harms_only_its_caller(monkeypatch: pytest.MonkeyPatch):
-    submit = DeviceQueue.submit
+    submit = Dispatcher.submit
 
-    def picky(queue: DeviceQueue, asked: ScoreJob, answer: Any) -> None:
+    def picky(queue: Dispatcher, asked: ScoreJob, answer: Any) -> None:
         if asked.request_id == "bad":
             raise ValueError("not a batch")
         submit(queue, asked, answer)
 
-    monkeypatch.setattr(DeviceQueue, "submit", picky)
+    monkeypatch.setattr(Dispatcher, "submit", picky)
     async with started(FakeEngine()) as replica:
         bad = ScoreJob("bad", job([1]).batch)
         good, failed = await asyncio.gather(replica.score(job([1])), replica.score(bad), return_exceptions=True)
@@ -216,8 +216,8 @@ async def test_a_replica_whose_intake_is_stuck_ends(monkeypatch: pytest.MonkeyPa
         # What a fault in Serve's batching leaves behind: its task is dead, and calls wait for ever.
         (batching,) = [task for task in asyncio.all_tasks() if "_process_batches" in repr(task)]
         batching.cancel()
-        assert "taken in" in await ending(replica.score(job([1])))
-        assert "taken in" in await ending(replica.check_health())
+        assert "was not queued" in await ending(replica.score(job([1])))
+        assert "was not queued" in await ending(replica.check_health())
 
 
 class LimitedEngine(FakeEngine):
@@ -264,8 +264,8 @@ async def test_a_replica_whose_queue_has_stopped_ends_with_the_jobs_that_waited(
         replica._queue._threads.shutdown(wait=False)
         engine.gate.set()
         await computing
-        assert "queue has stopped" in await waiting
-        assert "queue has stopped" in await ending(replica.check_health())
+        assert "dispatcher has stopped" in await waiting
+        assert "dispatcher has stopped" in await ending(replica.check_health())
 
 
 async def test_a_replica_whose_device_hangs_ends():
@@ -334,7 +334,7 @@ async def test_what_can_change_while_it_runs_does_and_all_else_is_refused(caplog
 
         def now() -> tuple[float, float, int, int]:
             queue = replica._queue
-            return replica._live.stall_s, engine.stall_s, queue._max_batch_tokens, queue._max_queued_tokens
+            return replica._live.stall_s, engine.stall_s, queue._scheduler.max_batch_tokens, queue._max_queued_tokens
 
         await replica.reconfigure({"stall_s": 8, "limits": {"max_queued_tokens": 99}}, rank=0)
         assert now() == (8, 8, 512, 99)

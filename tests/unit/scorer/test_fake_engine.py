@@ -7,6 +7,7 @@ import pytest
 
 from serve_app.contract import TokenBatch
 from serve_app.scorer.fake_engine import FakeEngine
+from tests.batches import reads_batch
 
 V = 1_000
 
@@ -14,16 +15,8 @@ V = 1_000
 def read(
     sequences: list[list[int]], targets: list[int], *, positions: list[int] | None = None, vocab: bool = True
 ) -> TokenBatch:
-    n = len(sequences)
-    return TokenBatch(
-        tokens=np.array([token for sequence in sequences for token in sequence], np.int32),
-        offsets=np.cumsum([0, *map(len, sequences)]).astype(np.int64),
-        read_sequences=np.arange(n, dtype=np.int32),
-        read_positions=np.array(positions or [len(s) - 1 for s in sequences], np.int32),
-        targets=np.array(targets * n, np.int32),
-        target_offsets=(np.arange(n + 1) * len(targets)).astype(np.int64),
-        vocab_logprobs=vocab,
-    )
+    positions = positions or [len(sequence) - 1 for sequence in sequences]
+    return reads_batch(sequences, [[(position, targets)] for position in positions], vocab_logprobs=vocab)
 
 
 @pytest.mark.parametrize("vocab_size", [1, 2, V, 49_152])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serve_app.batches import Brief
+from serve_app.batches import DeltaBatch
 from serve_app.contract import BatchResult, EngineStats
 from serve_app.scorer.engines import load_part
 from serve_app.scorer.fake_engine import FakeEngine
@@ -28,7 +28,7 @@ def worker(number: int) -> SliceWorker:
 
 
 def test_only_the_first_host_sends_its_values():
-    answers = [worker(number).score(0, Brief.of(BATCH)) for number in range(4)]
+    answers = [worker(number).score(0, DeltaBatch.of(BATCH)) for number in range(4)]
     result = agreed(answers).result
     assert result
     np.testing.assert_array_equal(result.values, FakeEngine().score(BATCH).values)
@@ -37,20 +37,20 @@ def test_only_the_first_host_sends_its_values():
 
 def test_a_batch_out_of_turn_is_refused_by_the_host():
     host = worker(3)
-    host.score(0, Brief.of(BATCH))
+    host.score(0, DeltaBatch.of(BATCH))
     for sequence in (0, 2):
         with pytest.raises(OutOfStepError, match=f"host 3 was sent batch {sequence}; its next is 1"):
-            host.score(sequence, Brief.of(BATCH))
-    assert host.score(1, Brief.of(BATCH)).sequence == 1
+            host.score(sequence, DeltaBatch.of(BATCH))
+    assert host.score(1, DeltaBatch.of(BATCH)).sequence == 1
 
 
 def test_a_batch_that_all_hosts_refuse_leaves_them_in_step():
     refused = label_batch([[1] * 100_000], [[1]])
     hosts = [worker(number) for number in range(2)]
-    answer = agreed([host.score(0, Brief.of(refused)) for host in hosts])
+    answer = agreed([host.score(0, DeltaBatch.of(refused)) for host in hosts])
     assert answer.result is None
     assert "this engine reads 1 to" in (answer.refusal or "")
-    assert agreed([host.score(1, Brief.of(BATCH)) for host in hosts]).result
+    assert agreed([host.score(1, DeltaBatch.of(BATCH)) for host in hosts]).result
 
 
 def test_the_leader_is_told_of_a_failure_without_the_exceptions_class():
@@ -63,7 +63,7 @@ def test_the_leader_is_told_of_a_failure_without_the_exceptions_class():
     host = SliceWorker(0)
     host.load(lambda *_: Failing(), Settings(engine="fake"), Place("nowhere", 1, 0))
     with pytest.raises(HostFailedError, match="JaxRuntimeError: all-reduce failed") as caught:
-        host.score(0, Brief.of(BATCH))
+        host.score(0, DeltaBatch.of(BATCH))
     assert b"jax" not in pickle.dumps(caught.value)
 
 
@@ -77,19 +77,19 @@ def test_the_leader_is_told_of_a_failure_without_the_exceptions_class():
     ],
     ids=["one", "equal", "query", "mixed"],
 )
-def test_a_brief_batch_becomes_the_whole_one_again(rows: list[list[int]]):
+def test_a_delta_batch_becomes_the_whole_one_again(rows: list[list[int]]):
     batch = label_batch(rows, [[1, 2]] * len(rows))
-    brief = Brief.of(batch)
-    whole = brief.whole()
+    delta = DeltaBatch.of(batch)
+    whole = delta.whole()
     for name in ("tokens", "offsets", "read_sequences", "read_positions", "targets", "target_offsets"):
         np.testing.assert_array_equal(getattr(whole, name), getattr(batch, name))
         assert getattr(whole, name).dtype == getattr(batch, name).dtype
-    assert len(brief.batch.tokens) + brief.shared.sum() == len(batch.tokens)
+    assert len(delta.batch.tokens) + delta.shared.sum() == len(batch.tokens)
 
 
 def test_a_query_travels_once():
     batch = label_batch([[*range(300), n] for n in range(100)], [[1]] * 100)
-    assert len(Brief.of(batch).batch.tokens) == 301 + 99
+    assert len(DeltaBatch.of(batch).batch.tokens) == 301 + 99
 
 
 @pytest.mark.parametrize(
@@ -99,5 +99,5 @@ def test_hosts_that_did_not_do_the_same_are_not_believed(other: dict[str, Any]):
     first = Answer(0, EngineStats(), FakeEngine().score(BATCH))
     same = Answer(0, EngineStats())
     assert agreed([first, same, same]) is first
-    with pytest.raises(GroupLostError, match="host 2 did otherwise than host 0"):
+    with pytest.raises(GroupLostError, match="host 2 differs from host 0"):
         agreed([first, same, dataclasses.replace(same, **other)])

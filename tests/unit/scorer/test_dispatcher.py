@@ -1,4 +1,4 @@
-"""The queue before the device, with engines that tests can hold, break and watch."""
+"""The dispatcher before the device, with engines that tests can hold, break and watch."""
 
 import asyncio
 import itertools
@@ -13,28 +13,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app.batches import cut, join, shared_with_previous
+from serve_app.batches import join
 from serve_app.contract import BatchResult, JobResult, ScoreJob, TokenBatch
 from serve_app.errors import DeadlineExceededError, InternalError, OverloadedError
+from serve_app.scorer.dispatcher import Dispatcher, _Part
 from serve_app.scorer.fake_engine import FakeEngine
-from serve_app.scorer.queue import TURNS_PER_BATCH, DeviceQueue, _Part
 from serve_app.scorer.speed import Speed
+from tests.batches import label_batch
 
 POISON = 666
 
 
 def batch_of(sequences: Sequence[Sequence[int]], *, labels: Sequence[int] = (1, 2), vocab: bool = True) -> TokenBatch:
     """Label reads at the last position of each sequence."""
-    n = len(sequences)
-    return TokenBatch(
-        tokens=np.array([token for sequence in sequences for token in sequence], np.int32),
-        offsets=np.cumsum([0, *map(len, sequences)]).astype(np.int64),
-        read_sequences=np.arange(n, dtype=np.int32),
-        read_positions=np.array([len(sequence) - 1 for sequence in sequences], np.int32),
-        targets=np.array([*labels] * n, np.int32),
-        target_offsets=(np.arange(n + 1) * len(labels)).astype(np.int64),
-        vocab_logprobs=vocab,
-    )
+    return label_batch(sequences, [labels] * len(sequences), vocab_logprobs=vocab)
 
 
 def sequences_of(batch: TokenBatch) -> list[list[int]]:
@@ -62,17 +54,17 @@ class WatchedEngine(FakeEngine):
         return super().score(batch)
 
 
-class WatchedQueue(DeviceQueue):
+class WatchedQueue(Dispatcher):
     """Tells the engine's ``batches``."""
 
-    async def _compute(self, parts: list[_Part]) -> None:
+    async def _compute(self, parts: Sequence[_Part]) -> None:
         if isinstance(self._engine, WatchedEngine):
             self._engine.batches.append(join([part.batch() for part in parts]))
         await super()._compute(parts)
 
 
 @asynccontextmanager
-async def opened(engine: FakeEngine, *, budget: int = 64, queued: int = 10_000) -> AsyncIterator[DeviceQueue]:
+async def opened(engine: FakeEngine, *, budget: int = 64, queued: int = 10_000) -> AsyncIterator[Dispatcher]:
     queue = WatchedQueue(engine, max_batch_tokens=budget, max_queued_tokens=queued)
     try:
         yield queue
@@ -84,7 +76,7 @@ async def opened(engine: FakeEngine, *, budget: int = 64, queued: int = 10_000) 
 
 async def test_how_full_each_batch_was_is_told():
     fills: list[float] = []
-    queue = DeviceQueue(FakeEngine(), max_batch_tokens=64, max_queued_tokens=1_000, observe=fills.append)
+    queue = Dispatcher(FakeEngine(), max_batch_tokens=64, max_queued_tokens=1_000, observe=fills.append)
     asked = [ask(queue, batch_of([[1, 2, 3], [1, 2, 4]])), ask(queue, batch_of([[5] * 40] * 3))]
     answers = await asyncio.gather(*asked)
     await queue.close()
@@ -94,14 +86,14 @@ async def test_how_full_each_batch_was_is_told():
 
 
 def ask(
-    queue: DeviceQueue, batch: TokenBatch, *, deadline: float | None = None, request_id: str = "r"
+    queue: Dispatcher, batch: TokenBatch, *, deadline: float | None = None, request_id: str = "r"
 ) -> asyncio.Future[JobResult]:
     answer: asyncio.Future[JobResult] = asyncio.get_running_loop().create_future()
     queue.submit(ScoreJob(request_id, batch, deadline), answer)
     return answer
 
 
-async def hold(engine: WatchedEngine, queue: DeviceQueue) -> asyncio.Future[JobResult]:
+async def hold(engine: WatchedEngine, queue: Dispatcher) -> asyncio.Future[JobResult]:
     """Keep the device busy until the gate opens."""
     engine.gate.clear()
     engine.entered.clear()
@@ -131,37 +123,6 @@ async def test_a_job_gets_what_the_engine_says_of_it_alone():
     assert answers[0].queue_seconds >= 0
 
 
-async def test_a_batch_holds_several_jobs_and_keeps_their_order_within_the_budget():
-    engine = WatchedEngine()
-    async with opened(engine, budget=64) as queue:
-        busy = await hold(engine, queue)
-        jobs = [batch_of([[100 * j, 1, 2, 3, i] for i in range(30)]) for j in range(3)]
-        answers = [ask(queue, job) for job in jobs]
-        engine.gate.set()
-        await asyncio.gather(busy, *answers)
-    assert len({sequence[0] for sequence in sequences_of(engine.batches[0])}) > 1
-    for batch in engine.batches:
-        assert (batch.lengths - shared_with_previous(batch)).sum() <= 64
-    for j, job in enumerate(jobs):
-        seen = [s for batch in engine.batches for s in sequences_of(batch) if s[0] == 100 * j]
-        assert seen == sequences_of(job)
-    assert engine.threads <= {"device_0", "device_1"}
-
-
-async def test_a_small_job_goes_with_the_next_batch_whatever_came_before():
-    engine = WatchedEngine()
-    async with opened(engine, budget=64, queued=20_000) as queue:
-        busy = await hold(engine, queue)
-        big = ask(queue, batch_of([[i, 1, 2] for i in range(1_000, 6_000)]))
-        await formed(engine, 1)
-        small = ask(queue, batch_of([[7, 7, 7]]))
-        engine.gate.set()
-        await asyncio.gather(busy, small)
-        assert not big.done()
-        assert [7, 7, 7] in sequences_of(engine.batches[1])
-        await big
-
-
 async def test_a_big_job_is_not_starved_by_a_stream_of_small_ones():
     engine = WatchedEngine()
     async with opened(engine, budget=64) as queue:
@@ -177,50 +138,6 @@ async def test_a_big_job_is_not_starved_by_a_stream_of_small_ones():
         await asyncio.gather(big, *(client() for _ in range(20)))
     # What has just come goes before a sequence that fills a batch, and not twice in a row.
     assert 0 < small <= 2 * 10 * 20 + 20
-
-
-async def test_a_small_job_waits_for_one_batch_however_many_large_ones_wait():
-    engine = WatchedEngine()
-    async with opened(engine, budget=64, queued=20_000) as queue:
-        large = [ask(queue, batch_of([[1_000 * j + i, 1, 2] for i in range(100)])) for j in range(1, 31)]
-        while queue.stats().batches < 31:  # noqa: ASYNC110 - all had a turn
-            await asyncio.sleep(0)
-        busy = await hold(engine, queue)
-        small = [ask(queue, batch_of([[7, 7, j]])) for j in range(3)]
-        before = len(engine.batches)
-        engine.gate.set()
-        await asyncio.gather(busy, *small)
-        assert not all(job.done() for job in large)
-        assert [7, 7, 2] in [s for batch in engine.batches[: before + 2] for s in sequences_of(batch)]
-        await asyncio.gather(*large)
-
-
-async def test_long_sequences_do_not_pass_a_small_job_two_in_a_row():
-    engine = WatchedEngine()
-    async with opened(engine, budget=64) as queue:
-        busy = await hold(engine, queue)
-        long = ask(queue, batch_of([[i] * 500 for i in range(10)]))
-        await formed(engine, 1)
-        small = ask(queue, batch_of([[7]]))
-        engine.gate.set()
-        await asyncio.gather(busy, small, long)
-    lengths = [batch.lengths.tolist() for batch in engine.batches]
-    assert lengths.index([1]) <= 2
-
-
-async def test_a_job_of_another_kind_waits_for_one_more_batch_that_is_half_as_large():
-    engine = WatchedEngine()
-    async with opened(engine, budget=64, queued=20_000) as queue:
-        busy = await hold(engine, queue)
-        plain = [ask(queue, batch_of([[j, i] for i in range(200)])) for j in range(1, 5)]
-        await formed(engine, 1)
-        other = ask(queue, batch_of([[7]], vocab=False))
-        engine.gate.set()
-        await asyncio.gather(busy, other)
-        kinds = [batch.vocab_logprobs for batch in engine.batches]
-        assert kinds.index(False) <= 2
-        assert sum(engine.batches[1].lengths) <= 64
-        await asyncio.gather(*plain)
 
 
 async def test_a_batch_is_about_a_second_at_the_measured_speed():
@@ -274,99 +191,10 @@ async def test_a_long_sequence_is_prefilled_in_pieces_and_small_jobs_go_between(
     assert order.index(1) <= 2
 
 
-async def test_what_is_read_early_or_shared_is_not_prefilled_ahead(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Speed, "measured", lambda *_: None)
-    engine = WatchedEngine()
-    queue = WatchedQueue(engine, max_batch_tokens=8_192, max_queued_tokens=100_000, tokens_per_s=1_100)
-    tokens = [i % 500 for i in range(6_000)]
-    early = replace(batch_of([tokens]), read_positions=np.array([3], np.int32))
-    await ask(queue, early)
-    assert not any(batch.keep for batch in engine.batches)
-    engine.batches.clear()
-    await ask(queue, batch_of([[*tokens, i] for i in range(3)]))
-    assert [len(batch.tokens) for batch in engine.batches if batch.keep] == [1_024 * (i + 1) for i in range(5)]
-    engine.batches.clear()
-    await ask(queue, batch_of([[*tokens[:3_000], *[i] * 3_000] for i in (1, 2)]))
-    ahead = [(batch.tokens[-1], len(batch.tokens)) for batch in engine.batches if batch.keep]
-    assert [length for _, length in ahead if length <= 3_000] == [1_024, 2_048]  # once for both
-    assert [length for token, length in ahead if token == 1 and length > 3_000] == [3_072, 4_096, 5_120]
-    assert [length for token, length in ahead if token == 2 and length > 3_000] == [3_072, 4_096, 5_120]
-    assert queue.queued_tokens == 0
-    await queue.close()
-
-
 async def formed_by(engine: WatchedEngine, batches: int) -> None:
     """Until so many batches were formed, which takes its time."""
     while len(engine.batches) < batches:  # noqa: ASYNC110 - there is no event to wait for
         await asyncio.sleep(0.01)
-
-
-async def test_what_a_batch_is_expected_to_take_is_no_standstill():
-    engine = WatchedEngine()
-    queue = WatchedQueue(engine, max_batch_tokens=8_192, max_queued_tokens=100_000, tokens_per_s=50)
-    engine.gate.clear()
-    one = ask(queue, batch_of([[1] * 100]))  # two seconds, by that speed
-    assert await asyncio.to_thread(engine.entered.wait, 30)
-    await asyncio.sleep(0.1)
-    assert queue.stalled_seconds() == 0.0
-    engine.gate.set()
-    await one
-    await queue.close()
-
-
-async def test_a_batch_behind_another_stands_still_from_when_the_device_is_its_own():
-    engine = WatchedEngine()
-    async with opened(engine) as queue:
-        busy = await hold(engine, queue)
-        await asyncio.sleep(0.2)
-        behind = ask(queue, batch_of([[1] * 40]))
-        await formed(engine, 1)
-        [first, second] = queue._in_engine
-        assert (first.begun is None, second.begun is None) == (False, True)
-        assert second.overdue(time.monotonic() + 1_000) == 0.0
-        engine.gate.set()
-        await asyncio.gather(busy, behind)
-
-
-async def test_a_job_with_a_long_prefix_gets_a_whole_turn_for_it():
-    # A turn that ended with the prefix would compute the prefix anew for every sequence.
-    # What waits is more than half a batch, so a half is formed while the device is held.
-    engine = WatchedEngine()
-    prefix = [*range(20)]
-    async with opened(engine, budget=100) as queue:
-        busy = await hold(engine, queue)
-        answers = [ask(queue, batch_of([[j, *prefix, i] for i in range(50)])) for j in range(8)]
-        engine.gate.set()
-        await asyncio.gather(busy, *answers)
-    first = sequences_of(engine.batches[0])
-    assert len([sequence for sequence in first if sequence[0] == 0]) >= 50 // TURNS_PER_BATCH
-
-
-async def test_a_job_whose_prefix_fills_the_batch_gets_a_turn_all_the_same():
-    engine = WatchedEngine()
-    async with opened(engine, budget=64) as queue:
-        await ask(queue, batch_of([[*range(64), i] for i in range(100)]))
-    assert len(engine.batches) <= 1 + 100 // (32 // TURNS_PER_BATCH)
-
-
-async def test_an_item_above_the_budget_goes_alone():
-    engine = WatchedEngine()
-    async with opened(engine, budget=64) as queue:
-        busy = await hold(engine, queue)
-        answers = [ask(queue, batch_of([[1]])), ask(queue, batch_of([[2] * 500])), ask(queue, batch_of([[3]]))]
-        engine.gate.set()
-        await asyncio.gather(busy, *answers)
-    assert [500] in [batch.lengths.tolist() for batch in engine.batches]
-
-
-async def test_jobs_that_did_not_fit_open_the_next_batches_in_the_order_in_which_they_came():
-    engine = WatchedEngine()
-    async with opened(engine, budget=64) as queue:
-        busy = await hold(engine, queue)
-        answers = [ask(queue, batch_of([[i] * 40])) for i in range(4)]
-        engine.gate.set()
-        await asyncio.gather(busy, *answers)
-    assert [batch.tokens[0] for batch in engine.batches] == [0, 1, 2, 3]
 
 
 async def test_jobs_of_the_two_kinds_do_not_share_a_batch_and_neither_starves():
@@ -692,29 +520,6 @@ async def test_the_counters():
 
 
 sequences = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=8)
-
-
-@given(sequences)
-def test_shared_with_previous_is_the_longest_common_prefix_short_of_the_last_token(rows: list[list[int]]):
-    expected = [0]
-    for before, row in itertools.pairwise(rows):
-        count = 0
-        while count < min(len(before), len(row) - 1) and before[count] == row[count]:
-            count += 1
-        expected.append(count)
-    assert shared_with_previous(batch_of(rows)).tolist() == expected
-
-
-@given(sequences, st.data())
-def test_cut_then_join_gives_the_batch_back(rows: list[list[int]], data: st.DataObject):
-    whole = batch_of(rows, labels=(5, 6, 7))
-    at = data.draw(st.integers(1, len(rows)))
-    parts = [cut(whole, 0, at), *([cut(whole, at, len(rows))] if at < len(rows) else [])]
-    again = join(parts)
-    for field in ("tokens", "offsets", "read_sequences", "read_positions", "targets", "target_offsets"):
-        original, rebuilt = getattr(whole, field), getattr(again, field)
-        np.testing.assert_array_equal(rebuilt, original)
-        assert rebuilt.dtype == original.dtype
 
 
 @settings(max_examples=50)

@@ -1,0 +1,287 @@
+"""Who goes to the device next: the scheduler alone, without an engine or a clock."""
+
+import itertools
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve_app.batches import join, shared_with_previous
+from serve_app.contract import TokenBatch
+from serve_app.scorer.scheduler import LEAD_S, PATIENCE, TURNS_PER_BATCH, DeviceBatch, QueuedJob, Scheduler
+from serve_app.scorer.speed import Speed
+from tests.batches import label_batch
+
+Batch = DeviceBatch[QueuedJob]
+
+
+def job_of(sequences: Sequence[Sequence[int]], *, vocab: bool = True) -> QueuedJob:
+    return QueuedJob(label_batch(sequences, [[1, 2]] * len(sequences), vocab_logprobs=vocab))
+
+
+def scheduler_of(*jobs: QueuedJob, budget: int = 64, tokens_per_s: float = 0.0) -> Scheduler[QueuedJob]:
+    scheduler = Scheduler[QueuedJob](budget, Speed(tokens_per_s))
+    for job in jobs:
+        scheduler.add(job)
+    return scheduler
+
+
+def held(budget: int = 64) -> tuple[Scheduler[QueuedJob], Batch]:
+    """A scheduler with one batch on the device, which is returned, too."""
+    scheduler = scheduler_of(job_of([[9]]), budget=budget)
+    return scheduler, due(scheduler)
+
+
+def due(scheduler: Scheduler[QueuedJob], now: float = 0.0) -> Batch:
+    batch = scheduler.next_batch(now)
+    assert batch
+    return batch
+
+
+def run(scheduler: Scheduler[QueuedJob], *in_engine: Batch, count: int = 10_000) -> list[Batch]:
+    """The batches that are formed, at most ``count``, when each leaves the engine in the order in which it came."""
+    formed: list[Batch] = []
+    running = deque(in_engine)
+    while len(formed) < count:
+        if batch := scheduler.next_batch(0.0):
+            formed.append(batch)
+            running.append(batch)
+        elif running:
+            scheduler.finish(running.popleft(), 0.0)
+        else:
+            break
+    return formed
+
+
+def packed(batch: Batch) -> TokenBatch:
+    return join([part.batch() for part in batch.parts])
+
+
+def sequences_of(batch: Batch) -> list[list[int]]:
+    tokens = packed(batch)
+    return [tokens.tokens[a:b].tolist() for a, b in itertools.pairwise(tokens.offsets)]
+
+
+def lengths_of(batch: Batch) -> list[int]:
+    return packed(batch).lengths.tolist()
+
+
+def test_a_batch_holds_several_jobs_and_keeps_their_order_within_the_budget():
+    jobs = [job_of([[100 * j, 1, 2, 3, i] for i in range(30)]) for j in range(3)]
+    batches = run(scheduler_of(*jobs))
+    assert len({sequence[0] for sequence in sequences_of(batches[0])}) > 1
+    for batch in map(packed, batches):
+        assert (batch.lengths - shared_with_previous(batch)).sum() <= 64
+    for j in range(3):
+        seen = [s for batch in batches for s in sequences_of(batch) if s[0] == 100 * j]
+        assert seen == [[100 * j, 1, 2, 3, i] for i in range(30)]
+
+
+def test_a_small_job_goes_with_the_next_batch_whatever_came_before():
+    scheduler, busy = held()
+    scheduler.add(big := job_of([[i, 1, 2] for i in range(1_000, 6_000)]))
+    due(scheduler)
+    scheduler.add(job_of([[7, 7, 7]]))
+    scheduler.finish(busy, 0.0)
+    assert [7, 7, 7] in sequences_of(due(scheduler))
+    assert not big.exhausted
+
+
+def test_a_small_job_waits_for_one_batch_however_many_large_ones_wait():
+    large = [job_of([[1_000 * j + i, 1, 2] for i in range(100)]) for j in range(1, 31)]
+    scheduler = scheduler_of(*large)
+    batches = run(scheduler, count=31)
+    assert all(job.taken for job in large)
+    for j in range(3):
+        scheduler.add(job_of([[7, 7, j]]))
+    [following] = run(scheduler, *batches[-2:], count=1)
+    assert [7, 7, 2] in sequences_of(following)
+    assert not all(job.exhausted for job in large)
+
+
+def test_long_sequences_do_not_pass_a_small_job_two_in_a_row():
+    scheduler, busy = held()
+    scheduler.add(job_of([[i] * 500 for i in range(10)]))
+    first = due(scheduler)
+    scheduler.add(job_of([[7]]))
+    lengths = [lengths_of(batch) for batch in [first, *run(scheduler, busy, first)]]
+    assert lengths.index([1]) <= 2
+
+
+def test_new_jobs_do_not_pass_a_sequence_that_fills_a_batch_twice_in_a_row():
+    scheduler = scheduler_of(big := job_of([[1_000 + i] * 60 for i in range(6)]))
+    taken: list[int] = []
+    for _ in range(10):
+        for _ in range(20):
+            scheduler.add(job_of([[1, 2, 3, 4]]))
+        scheduler.finish(due(scheduler), 0.0)
+        taken.append(big.taken)
+    assert taken == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+
+
+def test_new_jobs_get_half_a_batch_while_others_wait_and_the_rest_is_filled():
+    scheduler = scheduler_of(large := job_of([[i] for i in range(1_000)]))
+    first = due(scheduler)
+    for i in range(10):
+        scheduler.add(job_of([[i] * 8]))
+    scheduler.finish(first, 0.0)
+    batch = due(scheduler)
+    assert [(part.job is large, part.cost) for part in batch.parts] == [(True, 32), *[(False, 8)] * 4]
+
+
+def test_a_job_of_another_kind_waits_for_one_more_batch_that_is_half_as_large():
+    scheduler, busy = held()
+    for j in range(1, 5):
+        scheduler.add(job_of([[j, i] for i in range(200)]))
+    first = due(scheduler)
+    scheduler.add(job_of([[7]], vocab=False))
+    batches = [first, *run(scheduler, busy, first)]
+    assert [packed(batch).vocab_logprobs for batch in batches].index(False) <= 2
+    assert sum(part.cost for part in batches[0].parts) > 32
+    assert sum(part.cost for part in batches[1].parts) <= 32
+
+
+def test_a_batch_is_about_a_second_at_the_measured_speed_and_at_most_the_budget():
+    assert scheduler_of(budget=8_192).piece == 8_192
+    assert scheduler_of(budget=8_192, tokens_per_s=1e6).piece == 8_192
+    assert scheduler_of(budget=8_192, tokens_per_s=1e-3).piece == 64
+    scheduler = scheduler_of(job_of([[i, 1] for i in range(5_000)]), budget=8_192, tokens_per_s=200)
+    batch = due(scheduler)
+    assert sum(lengths_of(batch)) == 200
+    assert batch.expected == 1.0
+
+
+def test_the_second_batch_is_formed_late_so_that_it_holds_what_comes_meanwhile():
+    scheduler = scheduler_of(job_of([[1_000 + i, 1] for i in range(5_000)]), budget=8_192, tokens_per_s=2_000)
+    due(scheduler, now=10.0)
+    assert scheduler.next_batch(10.2) is None
+    assert scheduler.next_due_in(10.2) == pytest.approx(0.8 - LEAD_S)
+    scheduler.add(job_of([[7]]))
+    assert [7] in sequences_of(due(scheduler, now=11.0 - LEAD_S / 2))
+    assert scheduler.next_due_in(20.0) is None  # two are in the engine
+
+
+def test_the_second_batch_is_formed_only_when_half_a_batch_waits():
+    scheduler, _ = held()
+    scheduler.add(job_of([[i] for i in range(31)]))
+    assert scheduler.next_due_in(0.0) is None
+    assert scheduler.next_batch(0.0) is None
+    scheduler.add(job_of([[i] for i in range(100, 200)]))
+    assert sum(lengths_of(due(scheduler))) == 64
+    assert scheduler.queued_tokens == 31 + 100 - 64
+    assert scheduler.next_batch(0.0) is None
+
+
+def test_what_is_read_early_or_shared_is_not_prefilled_ahead():
+    def ahead(job: QueuedJob) -> list[TokenBatch]:
+        scheduler = scheduler_of(job, budget=8_192, tokens_per_s=1_100)
+        batches = [packed(batch) for batch in run(scheduler)]
+        assert scheduler.queued_tokens == 0
+        return [batch for batch in batches if batch.keep]
+
+    tokens = [i % 500 for i in range(6_000)]
+    early = replace(label_batch([tokens], [[1, 2]]), read_positions=np.array([3], np.int32))
+    assert not ahead(QueuedJob(early))
+    thrice = ahead(job_of([[*tokens, i] for i in range(3)]))
+    assert [len(batch.tokens) for batch in thrice] == [1_024 * (i + 1) for i in range(5)]
+    pieces = [
+        (batch.tokens[-1], len(batch.tokens))
+        for batch in ahead(job_of([[*tokens[:3_000], *[i] * 3_000] for i in (1, 2)]))
+    ]
+    assert [length for _, length in pieces if length <= 3_000] == [1_024, 2_048]  # once for both
+    assert [length for token, length in pieces if token == 1 and length > 3_000] == [3_072, 4_096, 5_120]
+    assert [length for token, length in pieces if token == 2 and length > 3_000] == [3_072, 4_096, 5_120]
+
+
+def test_small_jobs_go_between_the_pieces_of_a_long_sequence():
+    scheduler = scheduler_of(job_of([[i % 500 for i in range(8_000)]]), budget=8_192, tokens_per_s=1_100)
+    first = due(scheduler)
+    scheduler.add(job_of([[7]]))
+    batches = [first, *run(scheduler, first)]
+    assert [sum(lengths_of(batch)) for batch in batches] == [1_024, 1, *(1_024 * i for i in range(2, 8)), 8_000]
+
+
+def test_what_a_batch_is_expected_to_take_is_no_standstill():
+    scheduler = scheduler_of(job_of([[1] * 100]), tokens_per_s=50)  # two seconds, by that speed
+    batch = due(scheduler, now=5.0)
+    assert scheduler.overdue(5.1) == 0.0
+    assert scheduler.overdue(5.0 + 2 * PATIENCE) == 0.0
+    assert scheduler.overdue(5.0 + 2 * PATIENCE + 3) == 3.0
+    scheduler.finish(batch, 30.0)
+    assert scheduler.overdue(100.0) == 0.0
+
+
+def test_a_batch_behind_another_stands_still_from_when_the_device_is_its_own():
+    scheduler, first = held()
+    scheduler.add(job_of([[1] * 40]))
+    second = due(scheduler)
+    assert (first.begun, second.begun) == (0.0, None)
+    assert second.overdue(1_000.0) == 0.0
+    scheduler.finish(first, 5.0)
+    assert second.begun == 5.0
+    assert scheduler.overdue(7.0) == 2.0  # no speed is known: nothing explains a second of it
+
+
+def test_a_job_with_a_long_prefix_gets_a_whole_turn_for_it():
+    # A turn that ended with the prefix would compute the prefix again for every sequence.
+    prefix = [*range(20)]
+    scheduler, _ = held(budget=100)
+    for j in range(8):
+        scheduler.add(job_of([[j, *prefix, i] for i in range(50)]))
+    first = sequences_of(due(scheduler))
+    assert len([sequence for sequence in first if sequence[0] == 0]) >= 50 // TURNS_PER_BATCH
+
+
+def test_a_job_whose_prefix_fills_the_batch_gets_a_turn_all_the_same():
+    batches = run(scheduler_of(job_of([[*range(64), i] for i in range(100)])))
+    assert len(batches) <= 1 + 100 // (32 // TURNS_PER_BATCH)
+    assert len(sequences_of(batches[0])) == 1 + 64 // TURNS_PER_BATCH
+
+
+def test_an_item_above_the_budget_goes_alone():
+    scheduler, busy = held()
+    for sequence in ([1], [2] * 500, [3]):
+        scheduler.add(job_of([sequence]))
+    assert [500] in [lengths_of(batch) for batch in run(scheduler, busy)]
+
+
+def test_jobs_that_did_not_fit_open_the_next_batches_in_the_order_in_which_they_came():
+    scheduler, busy = held()
+    for i in range(4):
+        scheduler.add(job_of([[i] * 40]))
+    assert [sequences_of(batch)[0][0] for batch in run(scheduler, busy)] == [0, 1, 2, 3]
+
+
+def test_nothing_more_is_handed_out_of_a_job_that_was_discarded():
+    jobs = [job_of([[j, i] for i in range(100)]) for j in range(3)]
+    scheduler = scheduler_of(*jobs)
+    batches = run(scheduler, count=2)
+    scheduler.discard(jobs[:2])
+    assert scheduler.queued_tokens == jobs[2].waiting_tokens
+    assert {sequence[0] for batch in run(scheduler, *batches) for sequence in sequences_of(batch)} == {2}
+
+
+rows = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=8)
+
+
+@given(st.lists(st.tuples(rows, st.booleans()), min_size=1, max_size=6), st.integers(1, 20))
+def test_every_sequence_is_handed_out_once_in_order_with_jobs_of_its_kind(
+    jobs: list[tuple[list[list[int]], bool]], budget: int
+):
+    queued = [job_of(sequences, vocab=vocab) for sequences, vocab in jobs]
+    scheduler = scheduler_of(*queued, budget=budget)
+    waiting = scheduler.queued_tokens
+    batches = run(scheduler)
+    for job, (sequences, _) in zip(queued, jobs, strict=True):
+        parts = [part for batch in batches for part in batch.parts if part.job is job]
+        assert [i for part in parts for i in range(part.start, part.stop)] == [*range(len(sequences))]
+    for batch in batches:
+        assert len({part.job.kind for part in batch.parts}) == 1
+        costs = [part.cost for part in batch.parts]
+        assert sum(costs) <= budget or len(costs) == 1
+    assert sum(part.cost for batch in batches for part in batch.parts) == waiting
+    assert scheduler.queued_tokens == 0

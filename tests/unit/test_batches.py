@@ -1,0 +1,75 @@
+"""Packing, cutting and joining token batches."""
+
+import itertools
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve_app.batches import Reads, cut, join, pack, pack_labels, shared_with_previous
+from serve_app.contract import TokenBatch
+from tests.batches import label_batch
+
+sequences = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=8)
+
+
+def assert_equal(batch: TokenBatch, expected: TokenBatch) -> None:
+    for field in ("tokens", "offsets", "read_sequences", "read_positions", "targets", "target_offsets"):
+        actual, wanted = getattr(batch, field), getattr(expected, field)
+        np.testing.assert_array_equal(actual, wanted)
+        assert actual.dtype == wanted.dtype
+    assert (batch.vocab_logprobs, batch.argmax) == (expected.vocab_logprobs, expected.argmax)
+
+
+def test_packed_sequences_have_their_own_reads_and_reads_their_own_targets():
+    batch = pack(
+        [[5, 6, 7], np.array([8], np.int32), [9, 9]],
+        [Reads([0, 2], [1, 2, 3], [1, 2]), Reads([], [], []), Reads([1], [], [0])],
+        vocab_logprobs=False,
+        argmax=True,
+    )
+    expected = TokenBatch(
+        tokens=np.array([5, 6, 7, 8, 9, 9], np.int32),
+        offsets=np.array([0, 3, 4, 6], np.int64),
+        read_sequences=np.array([0, 0, 2], np.int32),
+        read_positions=np.array([0, 2, 1], np.int32),
+        targets=np.array([1, 2, 3], np.int32),
+        target_offsets=np.array([0, 1, 3, 3], np.int64),
+        vocab_logprobs=False,
+        argmax=True,
+    )
+    assert_equal(batch, expected)
+
+
+def test_labels_are_read_at_the_last_token_of_each_sequence():
+    reads = [Reads([2], [1, 2], [2]), Reads([0], [3], [1])]
+    assert_equal(pack_labels([[5, 6, 7], [8]], [[1, 2], [3]]), pack([[5, 6, 7], [8]], reads))
+
+
+def test_nothing_is_packed_to_a_batch_of_no_sequences():
+    empty = pack([], [])
+    assert (empty.num_sequences, len(empty.targets), empty.target_offsets.tolist()) == (0, 0, [0])
+    assert empty.target_offsets.dtype == np.int64
+
+
+@given(sequences)
+def test_shared_with_previous_is_the_longest_common_prefix_short_of_the_last_token(rows: list[list[int]]):
+    expected = [0]
+    for before, row in itertools.pairwise(rows):
+        count = 0
+        while count < min(len(before), len(row) - 1) and before[count] == row[count]:
+            count += 1
+        expected.append(count)
+    assert shared_with_previous(label_batch(rows, [[1]] * len(rows))).tolist() == expected
+
+
+@given(sequences, st.data())
+def test_cut_then_join_gives_the_batch_back(rows: list[list[int]], data: st.DataObject):
+    whole = label_batch(rows, [[5, 6, 7]] * len(rows))
+    at = data.draw(st.integers(1, len(rows)))
+    parts = [cut(whole, 0, at), *([cut(whole, at, len(rows))] if at < len(rows) else [])]
+    again = join(parts)
+    for field in ("tokens", "offsets", "read_sequences", "read_positions", "targets", "target_offsets"):
+        original, rebuilt = getattr(whole, field), getattr(again, field)
+        np.testing.assert_array_equal(rebuilt, original)
+        assert rebuilt.dtype == original.dtype
