@@ -407,7 +407,8 @@ class DeviceQueue:
         return 0
 
     def _next_parts(self) -> list[_Part]:
-        """The next device batch, if one is due: the jobs' turns in order, then what still fits from those that had one.
+        """The next device batch, if one is due: the jobs' turns in order, then, if none that has just come was left out,
+        what still fits from those that had one.
 
         A job that gets nothing, since its next sequence does not fit or its reads are of the other kind, keeps its
         place at the front and opens the next batch.
@@ -429,22 +430,21 @@ class DeviceQueue:
         kind = order[0].kind
         if any(pending.kind != kind for pending in order):
             room //= 2  # the others come next, and wait no longer for two batches
-        turn, for_new = room // TURNS_PER_BATCH, room // 2 if self._ring else room
+        turn = room // TURNS_PER_BATCH
         parts: list[_Part] = []
         for pending in order:
-            start, new = pending.taken, not pending.taken
-            own = min(room, for_new) if new else room
-            if pending.kind != kind or (pending.next_cost > own and parts):
+            start = pending.taken
+            if pending.kind != kind or (pending.next_cost > room and parts):
                 continue
             spent = pending.hand_out_first()
-            spent += pending.hand_out_more(min(turn, own - spent) if parts else turn)
+            spent += pending.hand_out_more(min(turn, room - spent) if parts else turn)
             room -= spent
-            for_new -= spent if new else 0
             parts.append(_Part(pending, start, pending.taken, cost=spent))
-        for number, part in enumerate(parts):
-            more = part.pending.hand_out_more(room)
-            room -= more
-            parts[number] = part._replace(stop=part.pending.taken, cost=part.cost + more)
+        if all(pending.taken for pending in self._new if pending.kind == kind):  # else the next batch comes the sooner
+            for number, part in enumerate(parts):
+                more = part.pending.hand_out_more(room)
+                room -= more
+                parts[number] = part._replace(stop=part.pending.taken, cost=part.cost + more)
         had = {id(part.pending) for part in parts}
         others = [pending for pending in self._new if pending.kind != kind and id(pending) not in had]
         self._ring = deque(
@@ -461,13 +461,13 @@ class DeviceQueue:
     def _order(self, room: int) -> list[_Pending]:
         """Who goes next: the job that has waited longest for its turn, those that have just come, then the others.
 
-        Where its next sequence leaves nothing of the room, those that have just come go before it, every other time.
+        Where its turn leaves no room for the first of these, those that have just come go before it, every other time.
         """
         if not self._ring:
             return list(self._new)
         first, *others = self._ring
-        fills = first.next_cost > room // 2
-        self._new_went_first = bool(self._new) and fills and not self._new_went_first
+        fills = bool(self._new) and first.next_cost + room // TURNS_PER_BATCH + self._new[0].next_cost > room
+        self._new_went_first = fills and not self._new_went_first
         return [*self._new, first, *others] if self._new_went_first else [first, *self._new, *others]
 
     async def _compute(self, parts: list[_Part]) -> None:

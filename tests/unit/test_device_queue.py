@@ -162,6 +162,34 @@ async def test_a_small_job_goes_with_the_next_batch_whatever_came_before():
         await big
 
 
+@pytest.mark.parametrize("length", [30, 40, 60, 64, 200])
+async def test_a_job_that_fills_much_of_a_batch_does_not_wait_for_a_large_one(length: int):
+    engine = WatchedEngine()
+    async with opened(engine, budget=64, queued=20_000) as queue:
+        busy = await hold(engine, queue)
+        big = ask(queue, batch_of([[i, 1, 2] for i in range(1_000, 6_000)]))
+        await formed(engine, 1)
+        small = ask(queue, batch_of([[7] * length]))
+        engine.gate.set()
+        await asyncio.gather(busy, small)
+        assert not big.done()
+        assert any([7] * length in sequences_of(batch) for batch in engine.batches[1:3])
+        await big
+
+
+async def test_a_batch_that_leaves_out_a_small_job_is_the_smaller():
+    engine = WatchedEngine()
+    async with opened(engine, budget=64, queued=20_000) as queue:
+        busy = await hold(engine, queue)
+        big = ask(queue, batch_of([[i] for i in range(1_000, 2_000)]))
+        await formed(engine, 1)
+        small = [ask(queue, batch_of([[7] * 25 + [i]])) for i in range(3)]
+        engine.gate.set()
+        await asyncio.gather(busy, *small, big)
+    # A turn of the large job is one sequence and a quarter of a batch.
+    assert [len(batch.tokens) for batch in engine.batches[1:4]] == [17 + 26, 17 + 26, 64]
+
+
 async def test_a_big_job_is_not_starved_by_a_stream_of_small_ones():
     engine = WatchedEngine()
     async with opened(engine, budget=64) as queue:
@@ -535,7 +563,7 @@ async def test_a_second_batch_is_formed_behind_the_first_when_half_a_batch_waits
         assert sum(map(len, sequences_of(engine.batches[0]))) == 64
         for _ in range(10):
             await asyncio.sleep(0)
-        assert queue.queued_tokens == 31 + 100 - 32
+        assert queue.queued_tokens == 31 + 100 - 64
         assert queue.stats().pending_tokens == 1 + 31 + 100  # the device has not answered any
         engine.gate.set()
         await asyncio.gather(busy, first, more)
