@@ -407,8 +407,8 @@ class DeviceQueue:
         return 0
 
     def _next_parts(self) -> list[_Part]:
-        """The next device batch, if one is due: the jobs' turns in order, then, if none that has just come was left out,
-        what still fits from those that had one.
+        """The next device batch, if one is due: the jobs' turns in order, then what still fits from those that had one,
+        unless one that has just come was left out.
 
         A job that gets nothing, since its next sequence does not fit or its reads are of the other kind, keeps its
         place at the front and opens the next batch.
