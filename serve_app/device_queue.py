@@ -35,8 +35,8 @@ SMALLEST_PIECE = 64
 
 AHEAD_TOKENS = 1_024
 """A sequence that takes much longer than a piece is prefilled piece by piece, which end at multiples of this: where a
-CPU's engine cuts it anyway, so that its scores have the same bits. The pages are kept, and what comes meanwhile goes
-between."""
+CPU's native engine cuts it anyway, so that its scores have the same bits as if it were prefilled at once (elsewhere
+they differ by float32's rounding). The pages are kept, and what comes meanwhile goes between."""
 
 IN_ENGINE = 2
 """Device batches in the engine at once: the host plans the second and unpacks the first while the device works.
