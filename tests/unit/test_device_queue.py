@@ -302,6 +302,19 @@ async def test_a_long_sequence_is_prefilled_in_pieces_and_small_jobs_go_between(
     assert order.index(1) <= 2
 
 
+async def test_two_long_sequences_take_turns_with_their_pieces(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Speed, "measured", lambda *_: None)
+    engine = WatchedEngine()
+    queue = WatchedQueue(engine, max_batch_tokens=8_192, max_queued_tokens=100_000, tokens_per_s=1_100)
+    engine.gate.clear()
+    long = [ask(queue, batch_of([[i] * 5_000])) for i in (1, 2)]
+    assert await asyncio.to_thread(engine.entered.wait, 30)
+    engine.gate.set()
+    await asyncio.gather(*long)
+    await queue.close()
+    assert [int(batch.tokens[0]) for batch in engine.batches if batch.keep] == [1, 2] * 4
+
+
 async def test_what_is_read_early_or_shared_is_not_prefilled_ahead(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Speed, "measured", lambda *_: None)
     engine = WatchedEngine()
@@ -437,6 +450,22 @@ async def test_cancelled_jobs_never_reach_the_device():
         await asyncio.gather(busy, kept)
         assert queue.stats().cancelled == 1
     assert [sequences_of(batch) for batch in engine.batches] == [[[1]]]
+
+
+async def test_what_waits_for_callers_that_left_takes_no_room():
+    engine = WatchedEngine()
+    async with opened(engine, queued=100) as queue:
+        busy = await hold(engine, queue)
+        behind = ask(queue, batch_of([[1] * 40]))
+        await formed(engine, 1)  # no further batch is formed before one of the two is done
+        left = ask(queue, batch_of([[2] * 90]))
+        assert queue.queued_tokens == 90
+        left.cancel()
+        await asyncio.sleep(0)
+        assert queue.queued_tokens == 0
+        kept = ask(queue, batch_of([[3] * 90]))
+        engine.gate.set()
+        await asyncio.gather(busy, behind, kept)
 
 
 async def test_a_job_whose_caller_left_before_it_came_is_not_queued():
