@@ -459,6 +459,8 @@ async def test_what_waits_for_callers_that_left_takes_no_room():
         behind = ask(queue, batch_of([[1] * 40]))
         await formed(engine, 1)  # no further batch is formed before one of the two is done
         left = ask(queue, batch_of([[2] * 90]))
+        for _ in range(10):
+            await asyncio.sleep(0)
         assert queue.queued_tokens == 90
         left.cancel()
         await asyncio.sleep(0)
