@@ -89,6 +89,17 @@ def served(fake_service: ModelService) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="session")
+def judge(tokenizer: TextTokenizer) -> Iterator[Served]:
+    """The same with a model that has three classes."""
+    engine = FakeEngine(VOCAB_SIZE, CONTEXT, classes=3)
+    service = ModelService(Settings(model="fake-judge", engine="fake"), tokenizer, engine.info, DirectReplicas(engine))
+    services = Models(service)
+    with serving(create_app(lambda: services)) as served:
+        yield served
+    service.close()
+
+
+@pytest.fixture(scope="session")
 def locked(fake_service: ModelService, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The same, and it wants ``KEY``."""
     file = tmp_path_factory.mktemp("keys") / "keys"

@@ -28,8 +28,9 @@ SMALLEST_PIECE = 64
 """Tokens of the smallest batch, however slow the device is."""
 
 AHEAD_TOKENS = 1_024
-"""A sequence that takes much longer than a piece is prefilled in pieces that end at multiples of this. A CPU's engine
-cuts it there anyway, so its scores have the same bits. The pages are kept, and other jobs' batches go between."""
+"""A sequence that takes much longer than a piece is prefilled in pieces that end at multiples of this. A CPU's
+native engine cuts it there anyway, so its scores have the same bits as if it were prefilled at once; elsewhere they
+differ by float32's rounding. The pages are kept, and other jobs' batches go between."""
 
 IN_ENGINE = 2
 """Device batches in the engine at once: the host plans the second and unpacks the first while the device works.
@@ -262,13 +263,14 @@ class Scheduler(Generic[J]):
     def _order(self) -> list[J]:
         """The jobs in the order of their turns: the one that has waited longest for it, the new ones, the others.
 
-        If the first one's next sequence fills over half the room, the new ones go before it, every other time.
+        If the first one's turn leaves no room for the first new one, the new ones go before it, every other time.
         """
         if not self._ring:
             return list(self._new)
         first, *others = self._ring
-        fills = first.next_cost > self.piece // 2
-        self._new_went_first = bool(self._new) and fills and not self._new_went_first
+        room = self.piece
+        fills = bool(self._new) and first.next_cost + room // TURNS_PER_BATCH + self._new[0].next_cost > room
+        self._new_went_first = fills and not self._new_went_first
         return [*self._new, first, *others] if self._new_went_first else [first, *self._new, *others]
 
     def _prefill_ahead(self, job: J) -> list[Part[J]]:
@@ -283,32 +285,32 @@ class Scheduler(Generic[J]):
         return [Part(job, start, start, cost, ahead=upto)]
 
     def _take_turns(self, order: Sequence[J]) -> list[Part[J]]:
-        """A turn for each job of the first one's kind, while there is room; then more of those that had one."""
+        """A turn for each job of the first one's kind, while there is room; then more of those that had one, unless a
+        new job was left out."""
         kind = order[0].kind
         same = [job for job in order if job.kind == kind]
         # Jobs of another kind open the next batch. They wait for half a batch more, not for a whole one.
         room = self.piece if len(same) == len(order) else self.piece // 2
         parts, left = self._turns(same, room)
-        parts = _filled(parts, left)
+        if all(job.taken for job in self._new if job.kind == kind):  # else a smaller batch lets the next come sooner
+            parts = _filled(parts, left)
         self._line_up(parts, kind)
         return parts
 
     def _turns(self, jobs: Sequence[J], room: int) -> tuple[list[Part[J]], int]:
         """One turn for each job whose next sequence fits, and the room that is left.
 
-        The first job's turn is whole, whatever its sequences cost. New jobs get half the room if others wait.
+        The first job's turn is whole, whatever its sequences cost.
         """
-        turn, for_new = room // TURNS_PER_BATCH, room // 2 if self._ring else room
+        turn = room // TURNS_PER_BATCH
         parts: list[Part[J]] = []
         for job in jobs:
-            start, new = job.taken, not job.taken
-            fits = min(room, for_new) if new else room
-            if parts and job.next_cost > fits:
+            start = job.taken
+            if parts and job.next_cost > room:
                 continue
             spent = job.take_first()
-            spent += job.take_more(min(turn, fits - spent) if parts else turn)
+            spent += job.take_more(min(turn, room - spent) if parts else turn)
             room -= spent
-            for_new -= spent if new else 0
             parts.append(Part(job, start, job.taken, spent))
         return parts, room
 

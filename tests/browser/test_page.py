@@ -157,6 +157,33 @@ def test_labels_that_are_all_unlikely_are_told(open_page: Open, served: Served):
     assert page.locator("#weak").is_hidden()
 
 
+def test_a_model_with_classes_shows_them_and_is_asked_for_no_labels(open_page: Open, judge: Served):
+    page = open_page(judge.url)
+    expect(page.locator("#labels")).to_be_hidden()
+    page.uncheck("#live")
+    page.fill("#items", "\n".join(ITEMS))
+    page.fill("#query", "q: ")
+    for softmax in (True, False):
+        page.set_checked("#softmax", softmax)
+        answer = press(page)
+        body = {"query": "q: ", "items": ITEMS, "item_first": False, "apply_softmax": softmax}
+        assert (answer.status, sent(answer)) == (200, body)
+        assert page.locator("dt").all_inner_texts() == ["class 0", "class 1", "class 2"] * 3
+        scores = httpx.post(f"{judge.url}/v1/score", json=body).json()["scores"]
+        scale = 100 if softmax else 1  # logits are shown as they are
+        assert percentages(page) == [
+            [pytest.approx(scale * value, abs=scale * 0.0051) for value in row] for row in scores
+        ]
+        assert ("%" in page.inner_text("#rows")) == softmax
+    assert page.locator("#error").is_hidden()
+    assert page.locator("#weak").is_hidden()
+    page.select_option("#sort", label="class 1")
+    order = sorted(range(3), key=lambda item: -scores[item][1])
+    assert page.locator(".item").all_inner_texts() == [ITEMS[item] for item in order]
+    page.locator("summary").first.click()
+    page.wait_for_selector(".tokens span")
+
+
 def test_rows_can_be_sorted_by_a_label(open_page: Open, served: Served):
     page = open_page(served.url)
     items = [f"{word} {number}" for number in range(6) for word in ("fox", "dog")]

@@ -21,6 +21,7 @@ import pytest
 
 from serve_app.frontend import auth
 from serve_app.local_ray import CALLS, free_port
+from tests.tiny import make_llama
 from tests.wire import SPLITS, connected, post, upgrade_is_ignored
 
 pytestmark = pytest.mark.ray
@@ -245,6 +246,35 @@ def test_a_model_without_a_tokenizer_ends_it_with_the_reason(model_folder: Path,
         _, output = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "error: no tokenizer can be loaded" in output
+    assert "Traceback" not in output
+
+
+def test_a_scorer_that_cannot_load_its_weights_ends_the_start_with_the_reason(tmp_path: Path):
+    weights = make_llama(tmp_path / "broken", tokenizer=True) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    with launched("--model", str(weights.parent), "--engine", "jax", "--port", str(free_port())) as process:
+        _, output = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "error: the service did not start: CheckpointError" in output
+    assert "not whole safetensors files: model.safetensors" in output
+    assert "Traceback" not in output
+
+
+def test_a_scorer_that_dies_while_it_starts_ends_the_start(model_folder: Path):
+    """As the system ends a process for which there is no memory."""
+    with launched("--model", str(model_folder), "--port", str(free_port())) as process:
+        read_until(process, "starting the service")
+        launcher = psutil.Process(process.pid)
+        while process.poll() is None:
+            with suppress(psutil.Error):
+                for child in launcher.children(recursive=True):
+                    with suppress(psutil.Error):
+                        if "ServeReplica:score:Scorer" in " ".join(child.cmdline()):
+                            child.kill()
+            time.sleep(0.05)
+        _, output = process.communicate(timeout=SOON)
+    assert process.returncode == 1
+    assert "error: the service did not start: ActorDiedError" in output
     assert "Traceback" not in output
 
 

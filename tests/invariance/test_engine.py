@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from serve_app.device_queue import AHEAD_TOKENS
 
 from model import engine
 from model.engine import Engine
@@ -389,6 +390,21 @@ def test_a_prompt_prefilled_in_pieces_scores_as_at_once(folder: Path) -> None:
     at_once = other.score(batch)
     assert at_once.computed_tokens.tolist() == [900]
     np.testing.assert_allclose(pieces.values, at_once.values, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("step", [AHEAD_TOKENS, 2 * AHEAD_TOKENS])
+def test_pieces_that_end_where_a_cpu_cuts_a_prompt_anyway_leave_its_bits(dtype: Any, step: int, tmp_path: Path) -> None:
+    """At the sizes that are served: a call's longest row divides the queue's pieces."""
+    scorer = engine.load(make_llama(tmp_path, context=4096), dtype=dtype, implementation="native")
+    [whole] = np.random.default_rng(3).integers(0, VOCAB, (1, 3000)).tolist()
+    for upto in range(step, 2500, step):
+        scorer.score(replace(reads_batch([whole[:upto]], [[]]), keep=True))
+    in_pieces = scorer.score(label_batch([whole], [LABELS]))
+    assert in_pieces.computed_tokens.tolist() == [3000 - 2048]
+    at_once = engine.load(tmp_path, dtype=dtype, implementation="native").score(label_batch([whole], [LABELS]))
+    assert at_once.computed_tokens.tolist() == [3000]
+    np.testing.assert_array_equal(in_pieces.values, at_once.values)
 
 
 def test_sequences_without_reads_cost_nothing_unless_they_are_to_be_kept(scorer: Engine) -> None:

@@ -60,6 +60,18 @@ def class_batch(prompts: Sequence[Sequence[int]], pad: int | None) -> TokenBatch
     return packed(made, (), 0, vocab_logprobs=False, classes=True, pad=pad).batch
 
 
+def test_an_output_head_that_is_left_among_the_tensors_changes_nothing(tmp_path: Path) -> None:
+    """Some that make a classifier of a causal model keep its head: transformers reads the file without it."""
+    folder = make_family(tmp_path, "qwen2", classes=3)
+    batch = class_batch(sequences(), None)
+    plain = load(folder).score(batch).values
+    tensors = {name: np.array(tensor) for name, tensor in load_file(folder / "model.safetensors").items()}
+    head = np.random.default_rng(0).normal(size=tensors["model.embed_tokens.weight"].shape).astype(np.float32)
+    (folder / "model.safetensors").unlink()  # which numpy has mapped
+    save_file({**tensors, "lm_head.weight": head}, folder / "model.safetensors", {"format": "pt"})
+    np.testing.assert_array_equal(load(folder).score(batch).values, plain)
+
+
 def test_a_reranker_ranks_the_same_as_causal_model_and_as_classifier(tmp_path: Path) -> None:
     """Qwen3 rerankers are published in both forms: yes and no as tokens, or their two rows of the head as classes."""
     no, yes = 17, 208

@@ -144,12 +144,22 @@ async def test_a_classifier_with_a_dead_head_is_refused(classes: int, tmp_path: 
         (lambda _, result: np.nan_to_num(result.values * np.nan), "5 different prompts all scored [0, 0, 0, 0]"),
         (lambda batch, _: -1.5 - batch.targets / VOCAB_SIZE, "does not depend on the prompt"),
         (lambda batch, _: np.full(len(batch.targets), -np.inf), "not finite"),
+        (lambda batch, result: np.where(batch.targets, result.values, np.inf), "not finite"),
         (lambda batch, result: np.full(len(batch.targets), result.values[0]), "4 labels have equal scores"),
+        (lambda batch, result: result.values / batch.num_sequences, "in a batch: this is a fault of ours"),
     ],
-    ids=["all NaN made 0", "labels alone", "nothing likely", "labels alike"],
+    ids=["all NaN made 0", "labels alone", "nothing likely", "beyond all", "labels alike", "other in a batch"],
 )
 async def test_a_dead_output_is_refused(answer: Answer, said: str, tokenizer: TextTokenizer) -> None:
     assert said in await refused(tokenizer, Answering(answer))
+
+
+async def test_the_demo_is_known_by_its_answer(tokenizer: TextTokenizer) -> None:
+    scorer = FakeEngine(49_152, CONTEXT)
+    service = ModelService(Settings(model="demo", engine="jax"), tokenizer, scorer.info, DirectReplicas(scorer))
+    with pytest.raises(SelfTestError, match=r"a known prompt scored .*; right is \[0.7725, 0.0125\]"):
+        await SelfTest(service).passed()
+    service.close()
 
 
 async def test_what_passes_by_itself_is_no_failed_test(tokenizer: TextTokenizer) -> None:

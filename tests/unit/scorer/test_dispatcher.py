@@ -123,6 +123,34 @@ async def test_a_job_gets_what_the_engine_says_of_it_alone():
     assert answers[0].queue_seconds >= 0
 
 
+@pytest.mark.parametrize("length", [30, 40, 60, 64, 200])
+async def test_a_job_that_fills_much_of_a_batch_does_not_wait_for_a_large_one(length: int):
+    engine = WatchedEngine()
+    async with opened(engine, budget=64, queued=20_000) as queue:
+        busy = await hold(engine, queue)
+        big = ask(queue, batch_of([[i, 1, 2] for i in range(1_000, 6_000)]))
+        await formed(engine, 1)
+        small = ask(queue, batch_of([[7] * length]))
+        engine.gate.set()
+        await asyncio.gather(busy, small)
+        assert not big.done()
+        assert any([7] * length in sequences_of(batch) for batch in engine.batches[1:3])
+        await big
+
+
+async def test_a_batch_that_leaves_out_a_small_job_is_the_smaller():
+    engine = WatchedEngine()
+    async with opened(engine, budget=64, queued=20_000) as queue:
+        busy = await hold(engine, queue)
+        big = ask(queue, batch_of([[i] for i in range(1_000, 2_000)]))
+        await formed(engine, 1)
+        small = [ask(queue, batch_of([[7] * 25 + [i]])) for i in range(3)]
+        engine.gate.set()
+        await asyncio.gather(busy, *small, big)
+    # A turn of the large job is one sequence and a quarter of a batch.
+    assert [len(batch.tokens) for batch in engine.batches[1:4]] == [17 + 26, 17 + 26, 64]
+
+
 async def test_a_big_job_is_not_starved_by_a_stream_of_small_ones():
     engine = WatchedEngine()
     async with opened(engine, budget=64) as queue:
@@ -191,6 +219,19 @@ async def test_a_long_sequence_is_prefilled_in_pieces_and_small_jobs_go_between(
     assert order.index(1) <= 2
 
 
+async def test_two_long_sequences_take_turns_with_their_pieces(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Speed, "measured", lambda *_: None)
+    engine = WatchedEngine()
+    queue = WatchedQueue(engine, max_batch_tokens=8_192, max_queued_tokens=100_000, tokens_per_s=1_100)
+    engine.gate.clear()
+    long = [ask(queue, batch_of([[i] * 5_000])) for i in (1, 2)]
+    assert await asyncio.to_thread(engine.entered.wait, 30)
+    engine.gate.set()
+    await asyncio.gather(*long)
+    await queue.close()
+    assert [int(batch.tokens[0]) for batch in engine.batches if batch.keep] == [1, 2] * 4
+
+
 async def formed_by(engine: WatchedEngine, batches: int) -> None:
     """Until so many batches were formed, which takes its time."""
     while len(engine.batches) < batches:  # noqa: ASYNC110 - there is no event to wait for
@@ -237,6 +278,24 @@ async def test_cancelled_jobs_never_reach_the_device():
         await asyncio.gather(busy, kept)
         assert queue.stats().cancelled == 1
     assert [sequences_of(batch) for batch in engine.batches] == [[[1]]]
+
+
+async def test_what_waits_for_callers_that_left_takes_no_room():
+    engine = WatchedEngine()
+    async with opened(engine, queued=100) as queue:
+        busy = await hold(engine, queue)
+        behind = ask(queue, batch_of([[1] * 40]))
+        await formed(engine, 1)  # no further batch is formed before one of the two is done
+        left = ask(queue, batch_of([[2] * 90]))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert queue.queued_tokens == 90
+        left.cancel()
+        await asyncio.sleep(0)
+        assert queue.queued_tokens == 0
+        kept = ask(queue, batch_of([[3] * 90]))
+        engine.gate.set()
+        await asyncio.gather(busy, behind, kept)
 
 
 async def test_a_job_whose_caller_left_before_it_came_is_not_queued():

@@ -123,14 +123,15 @@ def test_new_jobs_do_not_pass_a_sequence_that_fills_a_batch_twice_in_a_row():
     assert taken == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
 
 
-def test_new_jobs_get_half_a_batch_while_others_wait_and_the_rest_is_filled():
+def test_new_jobs_share_what_a_turn_leaves_and_a_batch_that_leaves_one_out_is_not_filled():
     scheduler = scheduler_of(large := job_of([[i] for i in range(1_000)]))
     first = due(scheduler)
     for i in range(10):
         scheduler.add(job_of([[i] * 8]))
     scheduler.finish(first, 0.0)
     batch = due(scheduler)
-    assert [(part.job is large, part.cost) for part in batch.parts] == [(True, 32), *[(False, 8)] * 4]
+    # A turn of the large job is one sequence and a quarter of the batch.
+    assert [(part.job is large, part.cost) for part in batch.parts] == [(True, 17), *[(False, 8)] * 5]
 
 
 def test_a_job_of_another_kind_waits_for_one_more_batch_that_is_half_as_large():
