@@ -22,9 +22,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from model.attention_tpu import fused, stored_width
+from model.contract import PAGE_TOKENS
 from model.cpu.attention import attend_native
 from model.logprobs import softcapped
-from model.pages import PAGE_TOKENS
 
 
 class Context(NamedTuple):

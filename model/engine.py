@@ -11,12 +11,12 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +29,13 @@ from model import checkpoint, decoder, plan, prefill, sharding
 from model.attention import NATIVE
 from model.checkpoint import Tensor
 from model.config import ModelConfig
+from model.contract import PAGE_TOKENS, BatchResult, EngineStats, ModelInfo, Progress, TokenBatch
 from model.cpu import build, linear
 from model.cpu.build import Kernels
 from model.families import registry
 from model.fields import ConfigError, read_config
 from model.layers import quantized
-from model.pages import PAGE_TOKENS, CacheStats, Node, OutOfPagesError, PrefixCache, Recurring, RecurringTails
+from model.pages import CacheStats, Node, OutOfPagesError, PrefixCache, Recurring, RecurringTails
 from model.prefill import Held
 from model.programs import Inputs, LayerPrograms, ModelPrograms, Prefixes, Programs, stack_of
 from model.sharding import MODEL, by_device, divided, stacked
@@ -44,71 +45,6 @@ logger = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16"]
 Quantization = Literal["int8"]
-Progress = Callable[[int, int, str], None]
-
-
-class Batch(Protocol):
-    """Packed sequences and reads, as ``serve_app.contract.TokenBatch`` defines them."""
-
-    @property
-    def tokens(self) -> npt.NDArray[np.int32]: ...
-    @property
-    def offsets(self) -> npt.NDArray[np.int64]: ...
-    @property
-    def read_sequences(self) -> npt.NDArray[np.int32]: ...
-    @property
-    def read_positions(self) -> npt.NDArray[np.int32]: ...
-    @property
-    def targets(self) -> npt.NDArray[np.int32]: ...
-    @property
-    def target_offsets(self) -> npt.NDArray[np.int64]: ...
-    @property
-    def vocab_logprobs(self) -> bool: ...
-    @property
-    def argmax(self) -> bool: ...
-    @property
-    def keep(self) -> bool: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """See ``serve_app.contract.BatchResult``."""
-
-    values: npt.NDArray[np.float32]
-    computed_tokens: npt.NDArray[np.int32]
-    argmax: npt.NDArray[np.int32]
-    argmax_values: npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class Info:
-    """See ``serve_app.contract.ModelInfo``."""
-
-    vocab_size: int
-    max_prompt_tokens: int
-    context_length: int
-    dtype: str
-    architecture: str
-    platform: str
-    buckets: tuple[str, ...]
-    classes: int
-    quantization: str | None
-    pad_token_id: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """See ``serve_app.contract.EngineStats``."""
-
-    compilations: int
-    computed_tokens: int
-    padded_tokens: int
-    prefix_hit_tokens: int
-    prefix_missed_tokens: int
-    prefix_evicted_pages: int
-    prefix_pages: int
-    prefix_pages_used: int
-    prefix_page_bytes: int
 
 
 class Engine:
@@ -132,8 +68,8 @@ class Engine:
         self._forget_prefixes()
 
     @property
-    def info(self) -> Info:
-        return Info(
+    def info(self) -> ModelInfo:
+        return ModelInfo(
             vocab_size=self._config.vocab_size,
             max_prompt_tokens=self._layout.longest,
             context_length=self._config.context_length,
@@ -183,8 +119,8 @@ class Engine:
                 if progress is not None:
                     progress(done, len(wanted), compiling[future])
 
-    def score(self, batch: Batch) -> Result:
-        """Values of all targets of all reads; see ``serve_app.contract.TokenBatch``.
+    def score(self, batch: TokenBatch) -> BatchResult:
+        """Values of all targets of all reads; see ``model.contract.TokenBatch``.
 
         Raises:
             ValueError: a sequence is empty or longer than the model's context.
@@ -229,11 +165,17 @@ class Engine:
                     hidden[of_call] = part[: len(of_call)]
             computed = np.minimum(work.computed, np.diff(batch.offsets)).astype(np.int32)
             values, argmax, argmax_values = self._read(hidden, batch)
-            return Result(values, computed, argmax, argmax_values)
+            return BatchResult(values, computed, argmax, argmax_values)
         except Exception:  # the pool comes from calls that failed
             with self._launching:
                 self._forget_prefixes()
             raise
+
+    def limit(self, stall_s: float) -> None:
+        """Do nothing: a batch ends by itself, or with the process."""
+
+    def check(self) -> None:
+        """Do nothing: this engine fails with its process."""
 
     def _marked(self, tokens: plan.Tokens) -> plan.Tokens:
         """Ids by which tokens that have other keys differ, for the planner, the cache and the programs.
@@ -356,7 +298,7 @@ class Engine:
         self._padded += positions - real
 
     def _read(
-        self, hidden: npt.NDArray[np.float32], batch: Batch
+        self, hidden: npt.NDArray[np.float32], batch: TokenBatch
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """Target logits, less the log-normaliser where log-probabilities are asked; and where the likeliest tokens are
         asked, those and their values in the same way.

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-PAGE_TOKENS = 128
-"""Tokens in a page: wide enough for one efficient matmul a step, small enough that a short prefix wastes little."""
+from model.contract import PAGE_TOKENS
 
 
 @dataclass(eq=False, slots=True)

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from model import plan
-from model.pages import PAGE_TOKENS, Node
+from model.contract import PAGE_TOKENS
+from model.pages import Node
 from model.programs import Inputs, Span, spans_of
 
 

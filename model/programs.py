@@ -24,10 +24,10 @@ from jax.sharding import PartitionSpec as P
 from model import compiled, decoder
 from model.attention import Context, to_pool
 from model.config import ModelConfig
+from model.contract import PAGE_TOKENS
 from model.cpu import linear
 from model.families.registry import Abstract
 from model.logprobs import argmax, log_normalizer, target_logits
-from model.pages import PAGE_TOKENS
 from model.plan import Shape, reads_of
 from model.sharding import DATA, RULES, abstract, put
 

@@ -12,7 +12,7 @@ import numpy as np
 from model import plan
 from model.attention import NATIVE, TAILS, pool_head_width
 from model.config import ModelConfig
-from model.pages import PAGE_TOKENS
+from model.contract import PAGE_TOKENS
 from model.plan import Shape
 
 NATIVE_PREFIXES = 64

@@ -15,7 +15,6 @@ from serve_app.errors import ScoringError
 from serve_app.frontend.service import ScoringService
 from serve_app.jobs.local_replicas import LocalReplicas
 from serve_app.schemas import ScoreRequest
-from serve_app.scorer.engines import _ModelEngine
 from serve_app.settings import Settings
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.tiny import make_llama
@@ -48,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(folder: Path) -> Engine:
     from model.engine import load
 
-    return _ModelEngine(load(folder, max_row_tokens=64, call_tokens=128))
+    return load(folder, max_row_tokens=64, call_tokens=128)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from model import engine
+from model.contract import PAGE_TOKENS
 from model.engine import Engine
-from model.pages import PAGE_TOKENS
 from tests.batches import label_batch, reads_batch
 from tests.invariance.rows import BFLOAT16_TOLERANCE, LABELS, TOLERANCE, VOCAB, prompts, values
 from tests.tiny import make_llama

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.attention import Context
-from model.pages import PAGE_TOKENS
+from model.contract import PAGE_TOKENS
 
 PAGES, SLOTS, LAYERS = 9, 8, 2
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from model.attention import Context, Rule, attend, to_pool
-from model.pages import PAGE_TOKENS
+from model.contract import PAGE_TOKENS
 from tests.parity.attention_inputs import behind, inputs
 
 pytestmark = [

@@ -9,7 +9,7 @@ import pytest
 
 from model.attention import Context, Rule, attend, to_pool
 from model.attention_tpu import stored_width
-from model.pages import PAGE_TOKENS
+from model.contract import PAGE_TOKENS
 from tests.parity.attention_inputs import behind, inputs
 
 Attend = Callable[..., jax.Array]

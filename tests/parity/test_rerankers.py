@@ -1,7 +1,6 @@
 """Scores of ``/v1/rerank`` by a published reranker's template, against its own library's way to compute them."""
 
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from model import engine
-from serve_app.contract import ModelInfo
 from serve_app.frontend.service import ScoringService
 from serve_app.settings import Settings
 from serve_app.tasks.rerank import RerankRequest
@@ -63,9 +61,7 @@ async def test_mxbai_scores_equal_the_librarys(folder: Path, query: str, instruc
             wanted.append(float(logits[yes] - logits[no]))
     scorer = engine.load(folder, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
     settings = Settings(model="mixedbread-ai/mxbai-rerank-base-v2")
-    service = ScoringService(
-        settings, tokenizer, ModelInfo(**asdict(scorer.info)), DirectReplicas(scorer), folder=folder
-    )
+    service = ScoringService(settings, tokenizer, scorer.info, DirectReplicas(scorer), folder=folder)
     answer = await service.rerank(RerankRequest(query=query, documents=[*DOCUMENTS], instruct=instruct), request_id="r")
     scores = {result.index: result.relevance_score for result in answer.results}
     got = [math.log(scores[index] / (1 - scores[index])) for index in range(len(DOCUMENTS))]

@@ -35,13 +35,13 @@ def on_cpu(data: int = 1, **sizes: Any) -> LoadPart:
 
         from model import engine, sharding
         from serve_app import model_source
-        from serve_app.scorer.engines import _ModelEngine, compiled_folder
+        from serve_app.scorer.engines import compiled_folder
 
         engine.join(place.coordinator, place.hosts, place.number)
         by_host = np.array(jax.devices()).reshape(place.hosts, -1)
         mesh = sharding.mesh(data, by_host.size // data, by_host.T.ravel().tolist())
         folder = model_source.resolve(settings.model)
-        return _ModelEngine(engine.load(folder, mesh=mesh, compiled_folder=compiled_folder(), **sizes))
+        return engine.load(folder, mesh=mesh, compiled_folder=compiled_folder(), **sizes)
 
     return load
 

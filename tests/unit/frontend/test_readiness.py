@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from model import engine
-from serve_app.contract import BatchResult, Engine, ModelInfo, TokenBatch
+from serve_app.contract import BatchResult, Engine, TokenBatch
 from serve_app.errors import OverloadedError, SelfTestError
 from serve_app.frontend.service import ScoringService
 from serve_app.scorer.fake_engine import FakeEngine
@@ -27,9 +27,7 @@ Answer = Callable[[TokenBatch, BatchResult], np.ndarray]
 
 
 async def ready(tokenizer: TextTokenizer, scorer: Engine) -> None:
-    service = ScoringService(
-        Settings(engine="fake"), tokenizer, ModelInfo(**asdict(scorer.info)), DirectReplicas(scorer)
-    )
+    service = ScoringService(Settings(engine="fake"), tokenizer, scorer.info, DirectReplicas(scorer))
     try:
         await service.ready()
     finally:

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.pages import PAGE_TOKENS, Node, OutOfPagesError, PrefixCache, RecurringTails
+from model.contract import PAGE_TOKENS
+from model.pages import Node, OutOfPagesError, PrefixCache, RecurringTails
 
 
 def tokens(*pieces: tuple[int, int]) -> np.ndarray:

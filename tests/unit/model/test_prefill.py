@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import plan, prefill
-from model.pages import PAGE_TOKENS, PrefixCache
+from model.contract import PAGE_TOKENS
+from model.pages import PrefixCache
 from model.prefill import Held
 from model.programs import spans_of
 from model.sizes import CHUNKS_WITH_CHEAP_PADDING
