@@ -7,44 +7,26 @@ the head turns those into logits and, where asked, log-probabilities. What is co
 
 import concurrent.futures
 import itertools
-import logging
 import os
 import threading
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from flax import nnx
-from jax.sharding import Mesh
 
-from model import checkpoint, decoder, plan, prefill, sharding
-from model.attention import NATIVE
-from model.checkpoint import Tensor
+from model import plan, prefill
 from model.config import ModelConfig
 from model.contract import PAGE_TOKENS, BatchResult, EngineStats, ModelInfo, Progress, TokenBatch
-from model.cpu import build, linear
-from model.cpu.build import Kernels
-from model.families import registry
-from model.fields import ConfigError, read_config
-from model.layers import quantized
 from model.pages import CacheStats, Node, OutOfPagesError, PrefixCache, Recurring, RecurringTails
 from model.prefill import Held
-from model.programs import Inputs, LayerPrograms, ModelPrograms, Prefixes, Programs, stack_of
-from model.sharding import MODEL, by_device, divided, stacked
-from model.sizes import BY_PLATFORM, Layout, Sizes, layout
-
-logger = logging.getLogger(__name__)
-
-Dtype = Literal["float32", "bfloat16"]
-Quantization = Literal["int8"]
+from model.programs import Inputs, Prefixes, Programs
+from model.sizes import Layout
 
 
 class Engine:
@@ -368,172 +350,3 @@ class _Work:
                     indices[len(numbers)] = at + position - row.start
                     numbers.append(int(self.first_read[sequence]) + order)
         return Inputs(tokens, positions, prefixes, segments.reshape(shape.bins, shape.width), indices), numbers
-
-
-def load(
-    folder: Path,
-    *,
-    dtype: Dtype = "float32",
-    implementation: str | None = None,
-    by_layer: bool | None = None,
-    progress: Progress | None = None,
-    max_prompt_tokens: int | None = None,
-    compiled_folder: Path | None = None,
-    quantization: Quantization | None = None,
-    mesh: Mesh | None = None,
-    **sizes: Any,
-) -> Engine:
-    """Read a checkpoint in Hugging Face layout onto the device; ``warmup`` comes after.
-
-    Args:
-        folder: has ``config.json`` and safetensors.
-        dtype: of weights and matmul operands.
-        implementation: of attention, see ``model.attention``; None: the platform's kernel, or "paged".
-        by_layer: how the layers run, see ``model.programs``; None: by layer on CPU.
-        max_prompt_tokens: the longest sequence; None: the model's context. A long context costs memory at start-up.
-        compiled_folder: keeps compiled programs for the next start, see ``model.compiled``.
-        quantization: of the kernels of attention and MLP, as they are read.
-        mesh: devices to spread the model over, see ``model.sharding``; None: the first device.
-        sizes: fields of ``Sizes`` that are not to be the platform's.
-
-    Raises:
-        ConfigError: a config key or architecture that is not known, or sizes that the mesh cannot divide.
-        CheckpointError: a tensor missing, unexpected or mis-shaped, or a broken file.
-        RuntimeError: "native" attention is asked where its kernel cannot be built.
-    """
-    parsed = _with_stored_head(registry.from_hf(read_config(folder)), folder)
-    if quantization and parsed.experts:
-        raise ConfigError(f"{parsed.architecture}: mixtures of experts are not quantised; leave out {quantization}")
-    platform, target = jax.default_backend(), jnp.dtype(dtype)
-    implementation, kernels = _implementation(implementation, platform, compiled_folder)
-    native = kernels is not None and mesh is None and not quantization
-    if kernels is not None and dtype == "bfloat16":  # two numbers make one operand
-        native = native and kernels.bfloat16 and parsed.width % 2 == parsed.ff_width % 2 == 0
-    here = replace(BY_PLATFORM.get(platform, BY_PLATFORM["tpu"]), **sizes)
-    part = parsed if mesh is None else divided(parsed, mesh.shape[MODEL])
-    part = replace(part, int8=quantization == "int8", native=native)
-    laid = layout(part, here, dtype=target, implementation=implementation, max_prompt_tokens=max_prompt_tokens)
-    family, abstract = registry.build(part, dtype=target, implementation=implementation)
-    if by_layer is None:
-        by_layer = platform == "cpu"
-    leaves = dict(nnx.to_flat_state(abstract.ends[1])) | dict(nnx.to_flat_state(abstract.block[1]))
-    arrays: dict[tuple[str | int, ...], jax.Array] = {}
-
-    def on_device(path: tuple[str | int, ...], tensor: Tensor) -> jax.Array:
-        leaf: Any = leaves[path]
-        if mesh is None:
-            whole = np.asarray(tensor)
-            if leaf.get_metadata().get("packed"):
-                return jnp.asarray(linear.pack(whole.astype(target, copy=False)))
-            return jnp.asarray(whole, target)
-        return sharding.place(tensor, leaf.axes, leaf.shape, target, mesh)
-
-    @partial(jax.jit, donate_argnums=0)
-    def insert(stack: jax.Array, array: jax.Array, layer: int) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(stack, array, layer, 0)
-
-    def keep(path: tuple[str | int, ...], array: jax.Array) -> None:
-        """A layer's array goes into its place in the stack of all layers, where there is one."""
-        if path[0] != "blocks" or by_layer:
-            arrays[path] = array
-            return
-        _, layer, *rest = path
-        if (stack := ("blocks", *rest)) not in arrays:
-            arrays[stack] = stacked(array, parsed.layers)
-        arrays[stack] = insert(arrays[stack], array, layer)
-
-    def put(path: tuple[str | int, ...], tensor: Tensor) -> None:
-        within = path[2:] if path[0] == "blocks" else path
-        array = on_device(within, tensor)
-        if leaves[within].dtype == jnp.int8:
-            array, scales = by_device(quantized, array)
-            keep((*path[:-1], "scales"), scales)
-        keep(path, array)
-
-    checkpoint.load(folder, family.weights(parsed), ignored=decoder.ignored(parsed), put=put, progress=progress)
-
-    def state(like: nnx.State[Any, Any], *place: str | int) -> nnx.State[Any, Any]:
-        leaves: Any = nnx.to_flat_state(like)
-        return nnx.from_flat_state([(path, leaf.replace(arrays[*place, *path])) for path, leaf in leaves])
-
-    common = (part, abstract, state(abstract.ends[1]), laid.pool, laid.tables, compiled_folder, mesh)
-    block = abstract.block[1]
-    if by_layer:
-        layers = [state(block, "blocks", layer) for layer in range(parsed.layers)]
-        return Engine(part, laid, LayerPrograms(*common, layers=layers), target)
-    return Engine(part, laid, ModelPrograms(*common, layers=state(block, "blocks")), target)
-
-
-def _with_stored_head(config: ModelConfig, folder: Path) -> ModelConfig:
-    """``config`` untied where the checkpoint has a head of its own beside the embedding: transformers keeps that."""
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if not config.tied_head or not checkpoint.differ(folder, head, embedding):
-        return config
-    logger.warning(
-        "config.json ties the output head to the embedding, and %s is stored with other numbers than %s: it is used, "
-        "as by transformers; write tie_word_embeddings: false into config.json",
-        head,
-        embedding,
-    )
-    return replace(config, tied_head=False)
-
-
-def _implementation(asked: str | None, platform: str, folder: Path | None) -> tuple[str, Kernels | None]:
-    """What is asked, ready to run, or the fastest implementation of attention that runs here; and the CPU's kernels, if
-    it is one of them.
-    """
-    if asked not in (None, NATIVE):
-        return asked, None
-    if asked is None and platform == "tpu":
-        return "fused", None
-    if of_jax := jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
-        folder = Path(of_jax)  # then nothing else keeps anything, see ``model.compiled``
-    if platform == "cpu" and (kernels := build.load(folder)):
-        return NATIVE, kernels
-    if asked == NATIVE:
-        raise RuntimeError(f"attention {asked!r} cannot be had here; the log says why, and 'paged' runs everywhere")
-    return "paged", None
-
-
-def join(coordinator: str, hosts: int, number: int) -> None:
-    """Make this process one of several, on as many hosts, that run the same programs at once. Before any other use of
-    jax, once in a process.
-
-    Args:
-        coordinator: address and port of a service that host 0's process starts.
-        number: this host's, from 0.
-    """
-    jax.distributed.initialize(coordinator, hosts, number)
-
-
-def tpu_mesh(chips: int) -> Mesh:
-    """All chips that this process was given, with a model split over them.
-
-    Raises:
-        RuntimeError: jax finds no TPU.
-        ConfigError: it finds more chips, or fewer.
-    """
-    if (found := jax.default_backend()) != "tpu":
-        raise RuntimeError(
-            f"the replica was given TPU chips and jax found only {found}; is score-serve[tpu] installed?"
-        )
-    return sharding.mesh(data=1, model=chips)
-
-
-def without_weights(
-    parsed: ModelConfig, mesh: Mesh, sizes: Sizes, *, max_prompt_tokens: int | None = None
-) -> tuple[Programs, Layout]:
-    """The programs that ``load`` would make on those TPU chips in bfloat16, over shapes alone: to compile, not to run.
-
-    Args:
-        mesh: of devices that are perhaps of ``jax.experimental.topologies``, which needs no TPU.
-
-    Raises:
-        ConfigError: sizes that the mesh cannot divide.
-    """
-    dtype, implementation = jnp.dtype(jnp.bfloat16), "fused"
-    part = divided(parsed, mesh.shape[MODEL])
-    laid = layout(part, sizes, dtype=dtype, implementation=implementation, max_prompt_tokens=max_prompt_tokens)
-    _, abstract = registry.build(part, dtype=dtype, implementation=implementation)
-    common = (part, abstract, abstract.ends[1], laid.pool, laid.tables, None, mesh)
-    return ModelPrograms(*common, layers=stack_of(abstract.block[1], part.layers)), laid

@@ -70,6 +70,31 @@ def mesh(data: int, model: int, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(np.array(found).reshape(data, model), (DATA, MODEL))
 
 
+def tpu_mesh(chips: int) -> Mesh:
+    """All chips that this process was given, with a model split over them.
+
+    Raises:
+        RuntimeError: jax finds no TPU.
+        ConfigError: it finds more or fewer chips.
+    """
+    if (found := jax.default_backend()) != "tpu":
+        raise RuntimeError(
+            f"the replica was given TPU chips and jax found only {found}; is score-serve[tpu] installed?"
+        )
+    return mesh(data=1, model=chips)
+
+
+def init_distributed(coordinator: str, hosts: int, number: int) -> None:
+    """Make this process one of several, one a host, that run the same programs at once. Call it once in a process,
+    before any other use of jax.
+
+    Args:
+        coordinator: address and port of a service that host 0's process starts.
+        number: this host's, from 0.
+    """
+    jax.distributed.initialize(coordinator, hosts, number)
+
+
 def divided(config: ModelConfig, shards: int) -> ModelConfig:
     """What one of ``shards`` devices computes of each layer.
 

@@ -23,7 +23,7 @@ from jax.experimental import topologies
 from model import attention_tpu, decoder, plan
 from model.config import ModelConfig
 from model.cost import Cost, program_cost
-from model.engine import without_weights
+from model.loading import without_weights
 from model.pages import PrefixCache
 from model.programs import Programs
 from model.sharding import mesh

@@ -68,9 +68,9 @@ def load_part(settings: ModelSettings, place: Place) -> Engine:
     """The part of an engine that one host of a slice holds, see ``slice_worker.LoadPart``."""
     if settings.engine == "fake":
         return FakeEngine()
-    from model.engine import join
+    from model.sharding import init_distributed
 
-    join(place.coordinator, place.hosts, place.number)
+    init_distributed(place.coordinator, place.hosts, place.number)
     return _load_model(settings)
 
 
@@ -78,7 +78,8 @@ def _load_model(settings: ModelSettings) -> Engine:
     if not any(map(glob.glob, ACCELERATORS)):
         # With libtpu installed, as the tests have it, jax would look for a TPU and fill the log with its absence.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from model.engine import load, tpu_mesh
+    from model.loading import load
+    from model.sharding import tpu_mesh
 
     mesh = tpu_mesh(settings.tpu.chips) if settings.tpu else None
     folder = model_source.resolve(settings.model, settings.revision, say=logger.info)

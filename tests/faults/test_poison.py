@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(folder: Path) -> Engine:
-    from model.engine import load
+    from model.loading import load
 
     return load(folder, max_row_tokens=64, call_tokens=128)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from model import engine
+from model import loading
 from serve_app.contract import BatchResult, Engine, TokenBatch
 from serve_app.errors import OverloadedError, SelfTestError
 from serve_app.frontend.service import ScoringService
@@ -41,7 +41,7 @@ async def refused(tokenizer: TextTokenizer, scorer: Engine) -> str:
 
 
 def load(folder: Path, **options: Any) -> Any:
-    return engine.load(folder, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21, **options)
+    return loading.load(folder, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21, **options)
 
 
 def change(folder: Path, kept: Callable[[str, np.ndarray], np.ndarray]) -> Path:
