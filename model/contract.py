@@ -44,8 +44,8 @@ class TokenBatch:
         vocab_logprobs: True: values are log-probabilities over the whole vocabulary, in nats. False: values are
             logits, that is log-probabilities up to one constant per read, which a softmax over the targets
             removes; the vocabulary matmul is then not needed.
-        argmax: also find each read's likeliest token, which takes the vocabulary matmul.
-        keep: compute the whole pages of sequences that have no reads, too, for batches to come; else such sequences
+        argmax: also find each read's top-1 token, which takes the vocabulary matmul.
+        keep: also compute the whole pages of sequences that have no reads, for later batches; otherwise such sequences
             cost nothing.
     """
 
@@ -77,8 +77,8 @@ class BatchResult:
         values: float32, aligned with ``TokenBatch.targets``. NaN where the model's arithmetic was not finite:
             only the sequences concerned carry it.
         computed_tokens: for each sequence, how many of its tokens were computed for it; the others came from
-            a prefix shared with another sequence or kept from an earlier batch.
-        argmax: for each read, the likeliest token, the lowest id of equals; empty if ``TokenBatch.argmax`` is False.
+            a prefix shared with another sequence or with an earlier batch.
+        argmax: for each read, the top-1 token, the lowest id of equals; empty if ``TokenBatch.argmax`` is False.
         argmax_values: their values, NaN where an id means nothing.
     """
 
@@ -100,12 +100,12 @@ class ModelInfo:
         architecture: the Hugging Face architecture name, or ``"fake"``.
         platform: ``"cpu"``, ``"tpu"`` or ``"gpu"``; the fake engine says ``"none"``.
         buckets: the shapes compiled at start-up, each as text, ``"4x256"``: rows x positions.
-        classes: of a model with a sequence-classification head, whose targets are ``0 <= class < classes``; 0: the
-            model is causal, and its targets are token ids.
+        classes: size of the sequence-classification head; targets are ``0 <= class < classes``. 0: the model is causal,
+            and its targets are token ids.
         quantization: of the layers' weights: ``"int8"``, or None.
-        pad_token_id: of a model with classes, which are read at a prompt's last token that is another, as transformers
-            does; None: at its last token.
-        tokens_per_s: that a replica computes, as it measured at its start; 0.0: it did not.
+        pad_token_id: in a model with classes, the padding token: classes are read at a prompt's last token that is not
+            padding, as in transformers; None: at its last token.
+        tokens_per_s: tokens that a replica computes a second, measured at its start; 0.0: not measured.
     """
 
     vocab_size: int
@@ -123,18 +123,18 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """An engine's counters since its start, but for the last three, which tell the present state.
+    """An engine's counters since its start; the last three are the present state.
 
     Attributes:
         compilations: programs compiled; none after ``Engine.warmup``.
         computed_tokens: positions computed that hold a token.
         padded_tokens: positions computed that hold none.
-        prefix_hit_tokens: of prefixes looked up, those that were kept from earlier.
-        prefix_missed_tokens: of prefixes looked up, the others.
+        prefix_hit_tokens: tokens of prefixes found in the prefix cache.
+        prefix_missed_tokens: tokens of prefixes that had to be computed.
         prefix_evicted_pages: pages of the prefix cache given to other prefixes.
-        prefix_pages: that the cache has.
-        prefix_pages_used: that hold a prefix.
-        prefix_page_bytes: of one page, on the device.
+        prefix_pages: pages of the cache.
+        prefix_pages_used: pages that hold a prefix.
+        prefix_page_bytes: size of one page on the device.
     """
 
     compilations: int = 0
@@ -170,10 +170,10 @@ class Engine(Protocol):
         ...
 
     def limit(self, stall_s: float) -> None:
-        """From the next batch on, give up one that takes longer, in seconds; without effect where only the end of the
+        """Give up every later batch that takes longer than ``stall_s`` seconds. Has no effect where only the end of the
         process can end a batch."""
         ...
 
     def check(self) -> None:
-        """Raise RuntimeError when it will not score again by itself."""
+        """Raise RuntimeError if the engine will not score again by itself."""
         ...

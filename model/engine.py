@@ -1,7 +1,7 @@
 """A loaded model as a scorer of token batches: one compiled program per shape, nothing compiled late.
 
-Life of a batch: ``plan.groups`` finds shared prefixes and rows; each group's prefix is looked up in, or prefilled into,
-the pages of the prefix cache; the group's rows run in packed calls that return hidden states at the read positions;
+Life of a batch: ``plan.groups`` finds shared prefixes and segments; each group's prefix is looked up in, or prefilled
+into, the pages of the prefix cache; the group's segments run in packed calls that return hidden states at the reads;
 the head turns those into logits and, where asked, log-probabilities. What is compiled is in ``model.programs``.
 """
 
@@ -23,8 +23,8 @@ import numpy.typing as npt
 from model import plan, prefill
 from model.config import ModelConfig
 from model.contract import PAGE_TOKENS, BatchResult, EngineStats, ModelInfo, Progress, TokenBatch
-from model.pages import CacheStats, Node, OutOfPagesError, PrefixCache, Recurring, RecurringTails
-from model.prefill import Held
+from model.pages import CacheStats, Node, OutOfPagesError, PrefixCache, SeenPrefixes, SeenTails
+from model.prefill import PinnedPrefix
 from model.programs import Inputs, Prefixes, Programs
 from model.sizes import Layout
 
@@ -33,9 +33,9 @@ class Engine:
     """Scores token batches. Several threads may call it: one plans or waits for results while another's calls run.
 
     Args:
-        model_config: of one device's part.
-        layout: what the programs were made for.
-        programs: over the weights.
+        model_config: the config of one device's part.
+        layout: the sizes that the programs were made for.
+        programs: the programs over the weights.
         dtype: of keys and values.
     """
 
@@ -102,7 +102,7 @@ class Engine:
                     progress(done, len(wanted), compiling[future])
 
     def score(self, batch: TokenBatch) -> BatchResult:
-        """Values of all targets of all reads; see ``model.contract.TokenBatch``.
+        """Compute the values of all targets of all reads; see ``model.contract.TokenBatch``.
 
         Raises:
             ValueError: a sequence is empty or longer than the model's context.
@@ -131,7 +131,7 @@ class Engine:
             for place, number in enumerate(unread, len(read_sequences))
         ]
         with self._launching:
-            # Within, since what recurs depends on the order of batches, which all hosts of a slice have in common.
+            # Under the lock: what recurs depends on the order of batches, the same on all hosts of a slice.
             groups = self._layout.groups(
                 [sequences[i] for i in read_sequences], [reads[i] for i in read_sequences], self._tails.common
             )
@@ -160,7 +160,7 @@ class Engine:
         """Do nothing: this engine fails with its process."""
 
     def _marked(self, tokens: plan.Tokens) -> plan.Tokens:
-        """Ids by which tokens that have other keys differ, for the planner, the cache and the programs.
+        """Ids that differ where tokens have different keys, for the planner, the cache and the programs.
 
         A prompt beyond a ``longrope``'s original context has other angles at all positions: its ids are V higher.
         """
@@ -173,48 +173,49 @@ class Engine:
         """Start with an empty pool."""
         self._pool = self._programs.empty_pool()
         self._cache = PrefixCache(self._layout.pool.shape[0])
-        self._recurring = Recurring()
-        self._tails = RecurringTails()
+        self._recurring = SeenPrefixes()
+        self._tails = SeenTails()
 
     def _with_recurring(self, groups: Sequence[plan.Group], work: "_Work") -> list[plan.Group]:
-        """Groups in which a row that begins like an earlier batch's row takes that beginning as its prefix.
+        """Groups where a segment that begins like a segment of an earlier batch takes that beginning as its prefix.
 
         A prompt that comes alone shares nothing within its batch. Its beginning is kept when it comes the second time,
         in whole pages, so that prompts that never recur cost no page.
         """
         result: list[plan.Group] = []
         for group in groups:
-            stay: list[plan.Row] = []
-            deeper: dict[bytes, list[plan.Row]] = {}
-            for row in group.rows:
-                number = work.numbering[row.sequence]
-                until = work.reads[number][0] if row.start == group.prefix_length else 0
+            stay: list[plan.Segment] = []
+            deeper: dict[bytes, list[plan.Segment]] = {}
+            for segment in group.segments:
+                number = work.numbering[segment.sequence]
+                until = work.reads[number][0] if segment.start == group.prefix_length else 0
                 if until - group.prefix_length < PAGE_TOKENS:
-                    stay.append(row)
+                    stay.append(segment)
                     continue
                 tokens = work.sequences[number][: until - until % PAGE_TOKENS]
                 pages = max(self._recurring.pages(tokens), len(self._cache.lookup(tokens)))
                 if pages * PAGE_TOKENS - group.prefix_length < PAGE_TOKENS:
-                    stay.append(row)
+                    stay.append(segment)
                 else:
-                    cut = plan.Row(row.sequence, pages * PAGE_TOKENS, row.stop, row.reads)
+                    cut = plan.Segment(segment.sequence, pages * PAGE_TOKENS, segment.stop, segment.reads)
                     deeper.setdefault(tokens[: cut.start].tobytes(), []).append(cut)
             if stay:
                 result.append(plan.Group(group.prefix_of, group.prefix_length, tuple(stay)))
-            result += [plan.Group(rows[0].sequence, rows[0].start, tuple(rows)) for rows in deeper.values()]
+            result += [plan.Group(members[0].sequence, members[0].start, tuple(members)) for members in deeper.values()]
         return result
 
     def _launch(self, groups: Sequence[plan.Group], work: "_Work") -> list[tuple[jax.Array, list[list[int]]]]:
-        """Start all calls: for each launch the hidden states to come, and of each of its calls the numbers of the reads
-        that they are of.
+        """Start all calls. Returns for each launch its hidden states, still being computed, and for each of its calls
+        the numbers of the reads that they belong to.
 
-        First the missing prefixes of as many groups as a call can see and the pool can hold, then these groups' rows.
+        The missing prefixes of as many groups as a call can see and the pool can hold come first, then these groups'
+        segments.
         """
         launched: list[tuple[jax.Array, list[list[int]]]] = []
         waiting = deque(groups)
         while waiting:
             with ExitStack() as pins:
-                held: list[Held] = []
+                held: list[PinnedPrefix] = []
                 while waiting and len(held) < self._layout.prefixes:
                     try:
                         held.append(self._hold(waiting[0], work, pins))
@@ -227,15 +228,15 @@ class Engine:
                 launched += self._rows(held, work)
         return launched
 
-    def _hold(self, group: plan.Group, work: "_Work", pins: ExitStack) -> Held:
+    def _hold(self, group: plan.Group, work: "_Work", pins: ExitStack) -> PinnedPrefix:
         """Pages for a group's prefix, see ``PrefixCache.hold``."""
         owner = work.numbering[group.prefix_of]
         prefix = work.sequences[owner][: group.prefix_length]
         path, cached = pins.enter_context(self._cache.hold(prefix))
         work.computed[owner] += len(prefix) - cached
-        return Held(group, prefix, path, cached)
+        return PinnedPrefix(group, prefix, path, cached)
 
-    def _prefill(self, held: Sequence[Held]) -> None:
+    def _prefill(self, held: Sequence[PinnedPrefix]) -> None:
         """Fill the pages that are empty."""
         for call in prefill.calls(held, self._layout.sizes.chunks, self._layout.prefixes):
             seen = self._prefixes([piece.held.path for piece in call.pieces], [piece.start for piece in call.pieces])
@@ -244,22 +245,22 @@ class Engine:
             self._pool = self._programs.write(self._pool, written, call.size, call.spans)
             self._count(call.tokens, call.size)
 
-    def _rows(self, held: Sequence[Held], work: "_Work") -> list[tuple[jax.Array, list[list[int]]]]:
-        """Start the calls of groups whose prefixes are in their pages; see ``_launch``."""
-        if not (held := [each for each in held if each.group.rows]):
+    def _rows(self, held: Sequence[PinnedPrefix], work: "_Work") -> list[tuple[jax.Array, list[list[int]]]]:
+        """Start the calls of groups after their prefixes are in their pages; see ``_launch``."""
+        if not (held := [each for each in held if each.group.segments]):
             return []
         prefixes = self._prefixes([each.path for each in held], [len(each.prefix) for each in held])
         launched: list[tuple[jax.Array, list[list[int]]]] = []
-        for calls in plan.together(self._layout.calls([each.group for each in held]), self._programs.at_once):
+        for calls in plan.batch_calls(self._layout.calls([each.group for each in held]), self._programs.at_once):
             inputs, numbers = zip(*map(work.inputs, calls), strict=True)
             self._wait_for_last()
             self._launched = self._programs.rows(calls[0].shape, inputs, prefixes)
             launched.append((self._launched, list(numbers)))
             placements = [placement for call in calls for placement in call.placements]
-            real = sum(placement.row.length for placement in placements)
+            real = sum(placement.segment.length for placement in placements)
             self._count(real, calls[0].shape.tokens * self._programs.at_once)
             for placement in placements:
-                work.computed[work.numbering[placement.row.sequence]] += placement.row.length
+                work.computed[work.numbering[placement.segment.sequence]] += placement.segment.length
         return launched
 
     def _prefixes(self, paths: Sequence[Sequence[Node]], lengths: Sequence[int]) -> Prefixes:
@@ -271,7 +272,7 @@ class Engine:
         return Prefixes(self._pool, tables, padded)
 
     def _wait_for_last(self) -> None:
-        """Let the last launched rows end: a CPU would run both calls at once, and each would be in the other's way."""
+        """Wait for the last launched call: a CPU would run both at once, and each would slow the other."""
         if self._launched is not None and jax.default_backend() == "cpu":
             self._launched.block_until_ready()
 
@@ -282,8 +283,8 @@ class Engine:
     def _read(
         self, hidden: npt.NDArray[np.float32], batch: TokenBatch
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        """Target logits, less the log-normaliser where log-probabilities are asked; and where the likeliest tokens are
-        asked, those and their values in the same way.
+        """Read target logits, less the log-normaliser where log-probabilities are asked for; and the top-1 tokens with
+        their values in the same way, where those are asked for.
         """
         repeats = np.diff(batch.target_offsets)
         values = np.empty(len(batch.targets), np.float32)
@@ -293,9 +294,9 @@ class Engine:
             inputs[:count] = hidden[rows[at : at + count]]
             ids[:count] = batch.targets[at : at + count]
             values[at : at + count] = np.asarray(self._programs.targets(inputs, ids))[:count]
-        found = len(hidden) if batch.argmax else 0
+        tops = len(hidden) if batch.argmax else 0
         normalizers = np.zeros(len(hidden), np.float32)
-        argmax, argmax_values = np.empty(found, np.int32), np.empty(found, np.float32)
+        argmax, argmax_values = np.empty(tops, np.int32), np.empty(tops, np.float32)
         if batch.argmax or batch.vocab_logprobs:
             sizes = self._layout.sizes.argmax_rows if batch.argmax else self._layout.sizes.head_rows
             for at, size, count in plan.blocks(len(hidden), sizes):
@@ -308,7 +309,7 @@ class Engine:
                     normalizers[place] = np.asarray(self._programs.normalizer(inputs))[:count]
         if batch.vocab_logprobs:
             values -= np.repeat(normalizers, repeats)
-            argmax_values -= normalizers[:found]
+            argmax_values -= normalizers[:tops]
         return values, argmax, argmax_values
 
 
@@ -317,11 +318,11 @@ class _Work:
     """A batch on its way.
 
     Attributes:
-        reads: of each sequence, ascending positions.
-        numbering: the planner's sequence number -> the batch's; the planner sees sequences with reads, and behind
-            them come those that are only kept.
-        first_read: of each sequence, its first read's number in the batch.
-        computed: of each sequence, tokens computed so far.
+        reads: each sequence's read positions, ascending.
+        numbering: the planner's sequence number -> the batch's; the planner sees sequences with reads, followed by
+            those that are only kept.
+        first_read: for each sequence, the number in the batch of its first read.
+        computed: for each sequence, tokens computed so far.
     """
 
     sequences: Sequence[plan.Tokens]
@@ -331,22 +332,22 @@ class _Work:
     computed: npt.NDArray[np.int32]
 
     def inputs(self, call: plan.Call) -> tuple[Inputs, list[int]]:
-        """A call's arrays, and the batch's numbers of the reads in it."""
+        """A call's arrays, and the numbers in the batch of the call's reads."""
         shape = call.shape
         tokens, segments = np.full((2, shape.tokens), -1, np.int32)
         positions, prefixes = np.zeros((2, shape.tokens), np.int32)
         indices = np.zeros(shape.reads, np.int32)
         numbers: list[int] = []
-        for segment, placement in enumerate(call.placements):
-            row = placement.row
-            sequence = self.numbering[row.sequence]
+        for number, placement in enumerate(call.placements):
+            segment = placement.segment
+            sequence = self.numbering[segment.sequence]
             at = placement.bin * shape.width + placement.offset
-            tokens[at : at + row.length] = self.sequences[sequence][row.start : row.stop]
-            positions[at : at + row.length] = np.arange(row.start, row.stop)
-            prefixes[at : at + row.length] = placement.prefix
-            segments[at : at + row.length] = segment
+            tokens[at : at + segment.length] = self.sequences[sequence][segment.start : segment.stop]
+            positions[at : at + segment.length] = np.arange(segment.start, segment.stop)
+            prefixes[at : at + segment.length] = placement.prefix
+            segments[at : at + segment.length] = number
             for order, position in enumerate(self.reads[sequence]):
-                if row.start <= position < row.stop:
-                    indices[len(numbers)] = at + position - row.start
+                if segment.start <= position < segment.stop:
+                    indices[len(numbers)] = at + position - segment.start
                     numbers.append(int(self.first_read[sequence]) + order)
         return Inputs(tokens, positions, prefixes, segments.reshape(shape.bins, shape.width), indices), numbers

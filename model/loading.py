@@ -68,7 +68,7 @@ class Weights:
     """Parameters on the devices.
 
     Attributes:
-        ends: parameters of ``decoder.Ends``.
+        ends: parameters of ``decoder.EmbeddingAndHead``.
         layers: each layer's parameters; or, in a list of one, all layers' in stacks.
     """
 
@@ -216,7 +216,7 @@ class _Placed:
         self._store(path, array)
 
     def state(self, like: State, *prefix: str | int) -> State:
-        """The parameters of ``like``, whose paths follow ``prefix``."""
+        """The parameters of ``like``, stored under ``prefix``."""
         leaves: Any = nnx.to_flat_state(like)
         return nnx.from_flat_state([(path, leaf.replace(self._arrays[*prefix, *path])) for path, leaf in leaves])
 

@@ -150,7 +150,7 @@ def launches(config: ModelConfig, laid: Layout, request: Request) -> Counter[Lau
             found[Launch("prefill", size, cached)] += 1
             found[Launch("write", size, 0)] += 1
             cached += size
-        for call in plan.pack(group.rows, laid.ladder):
+        for call in plan.pack_bins(group.segments, laid.ladder):
             found[Launch("rows", call.shape, group.prefix_length)] += 1
     reads_of_head = [("targets", len(sequences) * (config.classes or 2), laid.sizes.target_rows)]
     if not config.classes:

@@ -309,7 +309,7 @@ def test_a_page_whose_tail_is_broken_serves_the_prefix_before_it(tmp_path: Path)
 
 def test_without_a_compiler_layers_are_xlas_or_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = values(loading.load(folder, max_row_tokens=64, call_tokens=64), prompts(5))
-    monkeypatch.setattr(engine.build, "load", lambda _: None)
+    monkeypatch.setattr(loading.cpu_build, "load", lambda _: None)
     scorer = loading.load(folder, max_row_tokens=64, call_tokens=64)
     assert "2x32" in scorer.info.buckets  # bins, which the kernel has not
     np.testing.assert_allclose(values(scorer, prompts(5)), wanted, rtol=0, atol=TOLERANCE)
@@ -367,7 +367,7 @@ def test_the_whole_context_fits(scorer: Engine) -> None:
 
 def test_no_decode_exists() -> None:
     """The source has no step that feeds a token back; the likeliest one is told (``/v1/completions``), and no more."""
-    sources = "".join(path.read_text() for path in Path(engine.__file__).parent.rglob("*.py"))
+    sources = "".join(path.read_text() for path in Path(loading.__file__).parent.rglob("*.py"))
     for word in ("generate(", "random", "multinomial", "categorical"):
         assert word not in sources
 

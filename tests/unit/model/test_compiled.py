@@ -79,7 +79,7 @@ def test_a_broken_file_is_made_anew(folder: Path, model: Path, caplog: pytest.Lo
     for file in folder.iterdir():
         file.write_bytes(file.read_bytes()[:1000])
     np.testing.assert_array_equal(score(model, folder), wanted)
-    assert "is made anew" in caplog.text
+    assert "is made again" in caplog.text
     assert all(file.is_file() for file in folder.iterdir())
     assert all(file.stat().st_size > 1000 for file in folder.iterdir())
 
