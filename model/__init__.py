@@ -2,8 +2,8 @@
 
 Dimension letters, used in einsum strings, annotations and sharding names alike:
 
-    B  rows (bins of packed sequences)     K  key/value heads
-    T  positions in a row                  G  query heads per key/value head, N / K
+    B  bins of packed segments             K  key/value heads
+    T  positions in a bin                  G  query heads per key/value head, N / K
     S  key positions                       H  head width
     M  tokens in one program call, B * T   F  feed-forward width
     D  model width                         V  vocabulary (rows of the output head)

@@ -22,20 +22,20 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from model.attention_tpu import fused, stored_width
+from model.contract import PAGE_TOKENS
 from model.cpu.attention import attend_native
 from model.logprobs import softcapped
-from model.pages import PAGE_TOKENS
 
 
-class Context(NamedTuple):
+class AttentionContext(NamedTuple):
     """What the tokens of one program call may attend to.
 
     Attributes:
-        segments: row number of each token within the call; -1 for padding, which sees only itself and its like.
-        positions: each token's place in its sequence; any for padding. A row's first is at its prefix's length.
+        segments: number of each token's segment within the call; -1 for padding, which sees only padding.
+        positions: each token's place in its sequence; any for padding. A segment's first is its prefix's length.
         prefixes: which of the P prefixes each token sees.
         pool: keys (index 0) and values (1) of all pages, for all layers, stored as by ``to_pool``.
-        page_tables: of each prefix its page numbers in order; entries past the prefix are not read.
+        page_tables: each prefix's page numbers in order; entries past the prefix are not read.
         prefix_lengths: tokens in each prefix; 0 for none.
     """
 
@@ -48,17 +48,17 @@ class Context(NamedTuple):
 
     @property
     def page_table(self) -> Int[Array, " slots"]:
-        """Of the only prefix."""
+        """The page numbers of the only prefix."""
         return self.page_tables[0]
 
     @property
     def prefix_length(self) -> Int[Array, ""]:
-        """Of the only prefix."""
+        """The tokens in the only prefix."""
         return self.prefix_lengths[0]
 
 
-class Rule(NamedTuple):
-    """Where a layer's attention differs from plain causal attention.
+class MaskSpec(NamedTuple):
+    """What a layer's attention masks or caps beyond plain causal attention.
 
     Attributes:
         window: a token at position p sees the keys after p - window; None: all before it.
@@ -69,7 +69,7 @@ class Rule(NamedTuple):
     softcap: float | None = None
 
 
-class Partial(NamedTuple):
+class SoftmaxState(NamedTuple):
     """A softmax not yet normalised: running maximum, sum of exponentials, weighted sum of values."""
 
     maximum: Float[Array, "K Q"]
@@ -81,8 +81,8 @@ Layer = int | Int[Array, ""]
 
 
 def to_pool(x: Array) -> Array:
-    """As the pool stores it: bfloat16 as its bits. XLA's CPU backend widens a whole bfloat16 array to float32 before it
-    cuts a slice from it, which for a pool takes longer than the layer; integers it leaves alone."""
+    """Convert to the pool's storage: bfloat16 as its bits. XLA's CPU backend widens a whole bfloat16 array to float32
+    before it cuts a slice from it, which for a pool takes longer than the layer; it leaves integers alone."""
     return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
 
 
@@ -123,7 +123,7 @@ def _finite(v: Float[Array, "M K H"]) -> Float[Array, "M K H"]:
 
 
 def _cuts(width: int) -> list[int]:
-    """Where a bin's queries are cut, so that each part looks only at the keys up to its own end: 0 to ``width``.
+    """Bounds that cut a bin's queries into parts, 0 to ``width``: each part looks only at the keys up to its end.
 
     Two to four parts of about 100 and more spare a quarter to three eighths of a wide bin's scores; more parts are
     more, and smaller, matmuls.
@@ -137,8 +137,8 @@ def _own_bins(
     k: Float[Array, "M K H"],
     v: Float[Array, "M K H"],
     segments: Int[Array, "B T"],
-    rule: Rule,
-) -> Partial:
+    spec: MaskSpec,
+) -> SoftmaxState:
     """Each token over its own row, bin by bin."""
     bins, width = segments.shape
     m, n, h = q.shape
@@ -147,16 +147,16 @@ def _own_bins(
     grouped = q.reshape(bins, width, kv_heads, groups, h).transpose(0, 2, 3, 1, 4)  # B K G T H
 
     def batched(x: Float[Array, "M K H"]) -> Float[Array, "BK T H"]:
-        """By bin and head, in one axis: XLA's CPU backend multiplies bfloat16 with more batch axes as float32."""
+        """Bin and head in one axis: with more batch axes XLA's CPU backend multiplies bfloat16 as float32."""
         return x.reshape(bins, width, kv_heads, h).transpose(0, 2, 1, 3).reshape(bins * kv_heads, width, h)
 
     keys, values = batched(k), batched(_finite(v))
-    mask = _causal_mask(segments, rule.window)
+    visible = _causal_mask(segments, spec.window)
     parts: list[tuple[Array, Array, Array]] = []
     for start, stop in pairwise(_cuts(width)):
         part = grouped[:, :, :, start:stop].reshape(bins * kv_heads, -1, h)
-        scores = _scores(part, keys[:, :stop], rule).reshape(bins, kv_heads, groups, stop - start, stop)
-        scores = jnp.where(mask[:, None, None, start:stop, :stop], scores, -jnp.inf)
+        scores = _scores(part, keys[:, :stop], spec).reshape(bins, kv_heads, groups, stop - start, stop)
+        scores = jnp.where(visible[:, None, None, start:stop, :stop], scores, -jnp.inf)
         maximum = scores.max(axis=-1, keepdims=True)
         weights = _weights(scores, maximum, v.dtype)
         summed = _weighted(weights.reshape(bins * kv_heads, -1, stop), values[:, :stop])
@@ -167,7 +167,7 @@ def _own_bins(
         return x.transpose(1, 2, 0, 3).reshape(kv_heads, groups * m)
 
     summed = summed.transpose(1, 2, 0, 3, 4).reshape(kv_heads, groups * m, h)
-    return Partial(by_head(maximum), by_head(total), summed)
+    return SoftmaxState(by_head(maximum), by_head(total), summed)
 
 
 def _own_reads(
@@ -176,27 +176,27 @@ def _own_reads(
     v: Float[Array, "M K H"],
     segments: Int[Array, "B T"],
     reads: Int[Array, " R"],
-    rule: Rule,
-) -> Partial:
+    spec: MaskSpec,
+) -> SoftmaxState:
     """Only the tokens at flat indices ``reads``, each over its own row."""
     kv_heads = k.shape[1]
     flat = segments.reshape(-1)
     place = jnp.arange(flat.size)[None, :]
     visible = (flat[reads][:, None] == flat[None, :]) & (place <= reads[:, None])  # R M
-    if rule.window is not None:
-        visible &= reads[:, None] - place < rule.window
+    if spec.window is not None:
+        visible &= reads[:, None] - place < spec.window
     queries = _split_heads(q, kv_heads)  # K G*R H
-    scores = _scores(queries, k.transpose(1, 0, 2), rule).reshape(kv_heads, -1, *visible.shape)
+    scores = _scores(queries, k.transpose(1, 0, 2), spec).reshape(kv_heads, -1, *visible.shape)
     scores = jnp.where(visible[None, None], scores, -jnp.inf).reshape(kv_heads, -1, flat.size)
     maximum = scores.max(axis=-1)
     weights = _weights(scores, maximum[..., None], v.dtype)
-    return Partial(maximum, _total(weights), _weighted(weights, _finite(v).transpose(1, 0, 2)))
+    return SoftmaxState(maximum, _total(weights), _weighted(weights, _finite(v).transpose(1, 0, 2)))
 
 
-def _scores(queries: Float[Array, "K Q H"], keys: Float[Array, "K S H"], rule: Rule) -> Float[Array, "K Q S"]:
+def _scores(queries: Float[Array, "K Q H"], keys: Float[Array, "K S H"], spec: MaskSpec) -> Float[Array, "K Q S"]:
     """Float32 products, one matmul per key/value head."""
     products = lax.dot_general(queries, keys, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32)
-    return softcapped(products, rule.softcap)
+    return softcapped(products, spec.softcap)
 
 
 def _weights(
@@ -217,30 +217,30 @@ def _weighted(weights: Float[Array, "K Q S"], values: Float[Array, "K S H"]) -> 
 
 
 class Queries(NamedTuple):
-    """Of one call, by key/value head, with what says which keys they see.
+    """Queries of one call, by key/value head, and what says which keys they see.
 
     Attributes:
         vectors: as by ``_split_heads``.
-        positions: of each in its sequence.
+        positions: each query's position in its sequence.
     """
 
     vectors: Float[Array, "K Q H"]
     positions: Int[Array, " Q"]
-    rule: Rule
+    spec: MaskSpec
 
 
 def _fold(
     queries: Queries,
-    partial: Partial,
+    partial: SoftmaxState,
     keys: Float[Array, "K P H"],
     values: Float[Array, "K P H"],
     first: int | Int[Array, ""],
     valid: Bool[Array, " P"] | None = None,
-) -> Partial:
+) -> SoftmaxState:
     """Add the prefix's keys and values from position ``first`` on, but what is not ``valid``, to a partial softmax."""
-    scores = _scores(queries.vectors, keys, queries.rule)
-    if queries.rule.window is not None:
-        visible = first + jnp.arange(keys.shape[1])[None, :] > queries.positions[:, None] - queries.rule.window
+    scores = _scores(queries.vectors, keys, queries.spec)
+    if queries.spec.window is not None:
+        visible = first + jnp.arange(keys.shape[1])[None, :] > queries.positions[:, None] - queries.spec.window
         scores = jnp.where(visible[None], scores, -jnp.inf)
     if valid is not None:
         scores = jnp.where(valid[None, None, :], scores, -jnp.inf)
@@ -250,15 +250,15 @@ def _fold(
     weights = _weights(scores, maximum[..., None], values.dtype)
     scale = jnp.exp(partial.maximum - maximum)
     total = partial.total * scale + _total(weights)
-    return Partial(maximum, total, partial.values * scale[..., None] + _weighted(weights, values))
+    return SoftmaxState(maximum, total, partial.values * scale[..., None] + _weighted(weights, values))
 
 
-TAILS = (PAGE_TOKENS // 4, PAGE_TOKENS)
-"""How much of a prefix's last, begun page is looked at: the smallest of these that holds the rest."""
+PARTIAL_PAGES = (PAGE_TOKENS // 4, PAGE_TOKENS)
+"""Tokens of a prefix's last, partial page that are looked at: the smallest of these that holds the rest."""
 
 
-def _fold_prefix_paged(queries: Queries, own: Partial, context: Context, layer: Layer) -> Partial:
-    """Add the prefix to a partial softmax: a step for each whole page, and a shorter one for what begins a page."""
+def _fold_prefix_paged(queries: Queries, own: SoftmaxState, context: AttentionContext, layer: Layer) -> SoftmaxState:
+    """Add the prefix to a partial softmax: a step for each whole page, and a shorter one for a partial page."""
     page_shape = (1, 1, *context.pool.shape[2:])
 
     def page(number: Int[Array, ""]) -> Float[Array, "2 K page H"]:
@@ -267,24 +267,26 @@ def _fold_prefix_paged(queries: Queries, own: Partial, context: Context, layer: 
 
     pages, rest = context.prefix_length // PAGE_TOKENS, context.prefix_length % PAGE_TOKENS
 
-    def whole(number: Int[Array, ""], folded: Partial) -> Partial:
+    def whole(number: Int[Array, ""], folded: SoftmaxState) -> SoftmaxState:
         keys, values = page(number)
         return _fold(queries, folded, keys, values, number * PAGE_TOKENS)
 
     first = 0
-    if queries.rule.window is not None:  # no query is before the prefix's end, and none sees further back than that
-        first = jnp.maximum(context.prefix_length + 1 - queries.rule.window, 0) // PAGE_TOKENS
+    if queries.spec.window is not None:  # no query is before the prefix's end, and none sees further back than that
+        first = jnp.maximum(context.prefix_length + 1 - queries.spec.window, 0) // PAGE_TOKENS
     folded = lax.fori_loop(first, pages, whole, own)
 
-    def begun(size: int, folded: Partial) -> Partial:
+    def partial_page(size: int, folded: SoftmaxState) -> SoftmaxState:
         keys, values = page(pages)[:, :, :size]
         return _fold(queries, folded, keys, values, pages * PAGE_TOKENS, jnp.arange(size) < rest)
 
-    branches = [lambda folded: folded, *(partial(begun, size) for size in TAILS)]  # pyright: ignore[reportUnknownLambdaType]
-    return lax.switch((rest > 0).astype(jnp.int32) + (rest > TAILS[0]).astype(jnp.int32), branches, folded)
+    branches = [lambda folded: folded, *(partial(partial_page, size) for size in PARTIAL_PAGES)]  # pyright: ignore[reportUnknownLambdaType]
+    return lax.switch((rest > 0).astype(jnp.int32) + (rest > PARTIAL_PAGES[0]).astype(jnp.int32), branches, folded)
 
 
-def _fold_prefix_reference(queries: Queries, own: Partial, context: Context, layer: Layer) -> Partial:
+def _fold_prefix_reference(
+    queries: Queries, own: SoftmaxState, context: AttentionContext, layer: Layer
+) -> SoftmaxState:
     """Add the whole prefix at once: gathers all page slots and masks those past the prefix."""
     prefix = from_pool(context.pool[context.page_table, layer])  # slots 2 K page H
     kv_heads, _, width = queries.vectors.shape
@@ -307,9 +309,9 @@ def attend(
     q: Float[Array, "Q N H"],
     k: Float[Array, "M K H"],
     v: Float[Array, "M K H"],
-    context: Context,
+    context: AttentionContext,
     layer: Layer,
-    rule: Rule,
+    spec: MaskSpec,
     *,
     implementation: str,
     reads: Int[Array, " Q"] | None = None,
@@ -321,27 +323,27 @@ def attend(
         k: keys of all M tokens, rotated.
         v: values of all M tokens.
         layer: which layer of the pool holds this layer's prefix.
-        rule: of this layer.
+        spec: this layer's mask.
         implementation: ``NATIVE``, one of ``FUSED``, or a key of ``FOLD_PREFIX``.
         reads: flat indices into the M tokens.
     """
     if implementation == NATIVE:
         stored = context.prefixes, context.pool, context.page_tables, context.prefix_lengths
-        return attend_native(q, k, v, context.segments, *stored, layer, *rule, reads)
+        return attend_native(q, k, v, context.segments, *stored, layer, *spec, reads)
     if implementation in FUSED:
-        # The kernel takes whole bins: in the one layer that asks for reads alone, queries that nobody reads are zeros.
+        # The kernel takes whole bins: in the one layer that asks for reads alone, queries that are not read are zeros.
         queries = q if reads is None else jnp.zeros((k.shape[0], *q.shape[1:]), q.dtype).at[reads].set(q)
         interpret = implementation == "fused-interpreted"
         shared = context.pool, context.page_table, context.prefix_length
         attended = fused(
-            queries, k, _finite(v), context.segments, context.positions, *shared, layer, *rule, interpret=interpret
+            queries, k, _finite(v), context.segments, context.positions, *shared, layer, *spec, interpret=interpret
         )
         return attended if reads is None else attended[reads]
     if reads is None:
-        own, positions = _own_bins(q, k, v, context.segments, rule), context.positions
+        own, positions = _own_bins(q, k, v, context.segments, spec), context.positions
     else:
-        own, positions = _own_reads(q, k, v, context.segments, reads, rule), context.positions[reads]
+        own, positions = _own_reads(q, k, v, context.segments, reads, spec), context.positions[reads]
     kv_heads = k.shape[1]
-    queries = Queries(_split_heads(q, kv_heads), jnp.tile(positions, q.shape[1] // kv_heads), rule)
+    queries = Queries(_split_heads(q, kv_heads), jnp.tile(positions, q.shape[1] // kv_heads), spec)
     partial = FOLD_PREFIX[implementation](queries, own, context, layer)
     return _merge_heads(partial.values / partial.total[..., None], q.shape[0])

@@ -26,7 +26,7 @@ LANES = 128
 TILE_TOKENS = 1024
 """Queries of one step: the prefix is read once for each tile. Wider bins must be a multiple of it."""
 FOLD_TOKENS = 256
-"""At most so many of them are folded at once, in a loop: the compiler writes a fold out vector by vector."""
+"""Queries folded at once, at most, in a loop: the compiler writes a fold out vector by vector."""
 STEP_PAGES = 4
 """Pages of the prefix that one step folds in: enough work to hide the next step's copies."""
 MASKED = -1e30
@@ -45,7 +45,7 @@ class Tiling(NamedTuple):
         span: tokens that look at each other: a bin, or a tile of a wider one.
         fold: queries that are folded at once, a divisor of ``span``.
         tile: queries of a step.
-        tiles: of them; the last may be filled in part.
+        tiles: how many there are; the last may be filled in part.
         own_steps: tiles in a bin.
     """
 
@@ -100,7 +100,7 @@ def fused(
 ) -> Float[Array, "M N H"]:
     """Softmax attention of every token, in q's dtype.
 
-    Args are those of ``attention.attend``, the fields of its ``Context`` and of its ``Rule``, and:
+    Args are those of ``attention.attend``, the fields of its ``AttentionContext`` and of its ``MaskSpec``, and:
         interpret: run step by step on any platform, for tests.
 
     Raises:

@@ -1,6 +1,6 @@
 """Safetensors of a Hugging Face folder -> a model's parameters.
 
-Strict both ways; one parameter in memory at a time, and of that the parts alone that are asked for.
+Strict both ways. One parameter is in memory at a time, and of it only the parts that are asked for.
 """
 
 import json
@@ -34,13 +34,13 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a checkpoint's tensor goes.
+    """The parameter that a checkpoint's tensor becomes.
 
     Attributes:
-        path: of the parameter in the model.
-        shape: of the tensor in the checkpoint.
-        transform: from there to the parameter.
-        stack: (number, of how many): the parameter is a stack of such tensors, and this is its member ``number``.
+        path: the parameter's path in the model.
+        shape: the tensor's shape in the checkpoint.
+        transform: what turns the tensor into the parameter.
+        stack: (number, count): the parameter is a stack of ``count`` such tensors, and this is its member ``number``.
     """
 
     path: Place
@@ -51,7 +51,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Fused:
-    """A tensor of the checkpoint that holds several parameters, one behind the other along its first axis."""
+    """A tensor of the checkpoint that holds several parameters, one after the other along its first axis."""
 
     parts: tuple[Target, ...]
 
@@ -111,12 +111,12 @@ class _Reader:
 
 
 def _shape(target: Target) -> tuple[int, ...]:
-    """As the model has it."""
+    """The shape in the model."""
     return target.shape[::-1] if target.transform == "transpose" else target.shape
 
 
 class Tensor:
-    """A parameter whose values are read from the files when they are asked for, by slices or as a whole."""
+    """A parameter that is read from the files on demand, by slices or as a whole."""
 
     def __init__(self, pieces: Sequence[_Piece], reader: _Reader) -> None:
         self._pieces = pieces
@@ -125,7 +125,7 @@ class Tensor:
         self.shape = (*((len(pieces),) if stack else ()), *_shape(pieces[0].target))
 
     def __getitem__(self, index: tuple[slice, ...]) -> npt.NDArray[Any]:
-        """Float32, bfloat16 or float16, perhaps not contiguous."""
+        """Read the values: float32, bfloat16 or float16; they may not be contiguous."""
         if self._pieces[0].target.stack is None:
             return self._reader.part(self._pieces[0], index)
         members, *rest = index
@@ -143,7 +143,7 @@ def load(
     put: Callable[[Place, Tensor], T],
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[Place, T]:
-    """Every target's parameter, as ``put`` made it. Nothing is read before the whole table is known to fit.
+    """Load every target's parameter through ``put``. Nothing is read before the whole table is known to fit.
 
     Args:
         folder: has ``model.safetensors``, or shards and ``model.safetensors.index.json``.
@@ -184,7 +184,7 @@ def load(
 
 
 def differ(folder: Path, one: str, other: str) -> bool:
-    """Whether two tensors are stored that are not the same numbers; some rows of them in memory at a time."""
+    """Return whether both tensors are stored and hold different numbers; some rows are in memory at a time."""
     found = _survey(folder, _files(folder))
     if one not in found or other not in found:
         return False
@@ -203,7 +203,7 @@ def differ(folder: Path, one: str, other: str) -> bool:
 
 
 def _pieces(file: Path, name: str, target: Entry) -> Iterator[_Piece]:
-    """A tensor's parameters."""
+    """The parameters in one tensor."""
     start = 0
     for part in target.parts if isinstance(target, Fused) else (target,):
         yield _Piece(file, name, start, part)
@@ -233,7 +233,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _open(file: Path) -> Any:
-    """The file's handle: the package's own type is not annotated."""
+    """Open a file; the package's own type is not annotated."""
     return safe_open(file, framework="np")
 
 

@@ -55,7 +55,7 @@ def program(
             binary, structure, results, execution_devices=_devices(arguments)
         )
 
-    if (found := kept(file, loaded)) is not None:
+    if (found := load_cached(file, loaded)) is not None:
         return found
     compiled = _compile(function, arguments, donated)
 
@@ -63,26 +63,26 @@ def program(
         binary, _, results = serialize_executable.serialize(compiled)
         return pickle.dumps((binary, results))
 
-    keep(file, content)
+    store(file, content)
     return compiled
 
 
-def kept(file: Path, use: Callable[[bytes], T]) -> T | None:
-    """What ``use`` makes of a file that runs as code; None: there is no file, or, after a warning, none to be used."""
+def load_cached(file: Path, use: Callable[[bytes], T]) -> T | None:
+    """Return what ``use`` makes of a file that runs as code; None if it is absent or, after a warning, unusable."""
     try:
         return use(_read(file))
     except FileNotFoundError:
         return None
-    except Exception:  # a truncated or foreign file can fail in any way; what it holds can be made anew
-        logger.warning("%s cannot be read and is made anew", file, exc_info=True)
+    except Exception:  # a truncated or foreign file can fail in any way; it can be made again
+        logger.warning("%s cannot be read and is made again", file, exc_info=True)
         return None
 
 
-def keep(file: Path, content: Callable[[], bytes]) -> None:
-    """Write a file for ``kept``, or warn."""
+def store(file: Path, content: Callable[[], bytes]) -> None:
+    """Write a file for ``load_cached``, or warn."""
     try:
         _write(file, content())
-    except Exception as error:  # a full disk, a folder of somebody else: the next start makes it again
+    except Exception as error:  # a full disk, another user's folder: the next start makes it again
         logger.warning("%s cannot be kept: %s", file, error)
 
 
@@ -100,7 +100,7 @@ def _compile(function: Callable[..., Any], arguments: tuple[Any, ...], donated: 
 
 
 def _devices(arguments: tuple[Any, ...]) -> list[Any]:
-    """Those that the arguments lie on, in the program's order: a host may have more."""
+    """The devices that hold the arguments, in the program's order: a host may have more."""
     for leaf in jax.tree.leaves(arguments):
         if isinstance(leaf.sharding, NamedSharding):
             return np.asarray(leaf.sharding.mesh.devices).ravel().tolist()
@@ -127,7 +127,7 @@ def _built_by() -> tuple[str, ...]:
 
 
 def _write(file: Path, content: bytes) -> None:
-    """Whole or not at all: several replicas may start at once."""
+    """Write the file whole or not at all: several replicas may start at once."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
         part = Path(scratch) / "part"

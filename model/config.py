@@ -121,7 +121,7 @@ class ModelConfig:
     native: bool = False
 
 
-def common(
+def common_config(
     fields: Fields,
     *,
     rope: Rope | None = None,
@@ -133,15 +133,15 @@ def common(
     activation: str = "silu",
     **constants: Any,
 ) -> ModelConfig:
-    """From the keys that all families have.
+    """Read the keys that all families have.
 
     Args:
         rope: where the family reads its keys itself.
         kv_heads: what the family's class in transformers takes where the key is absent; None: all heads, as for null.
-        head_width: likewise; None: D / N.
-        norm_eps: likewise.
-        tied_head: likewise.
-        activation: likewise, for the key ``activation_key``.
+        head_width: the same; None: D / N.
+        norm_eps: the same.
+        tied_head: the same.
+        activation: the same, for the key ``activation_key``.
         constants: the rest of ``ModelConfig``, which the family knows or has read.
 
     Raises:
@@ -194,7 +194,7 @@ def with_window(config: ModelConfig, fields: Fields, window: int | None, sliding
 
 
 def with_classes(config: ModelConfig, fields: Fields, pad_token_id: int | None) -> ModelConfig:
-    """``config`` of the same layers with a classification head, which is never tied, and whose logits have no cap.
+    """``config`` with a classification head in place of the output head: never tied, and without a cap on its logits.
 
     Args:
         pad_token_id: what the family's class in transformers takes where the key is absent.
@@ -217,7 +217,7 @@ def _head_width(fields: Fields, width: int, heads: int, absent: int | None) -> i
 
 
 def rope_of(fields: Fields, context_length: int) -> Rope:
-    """From v4's ``rope_theta`` and ``rope_scaling``, or v5's ``rope_parameters``; if both are there they must agree."""
+    """Read v4's ``rope_theta`` and ``rope_scaling``, or v5's ``rope_parameters``; if both are there they must agree."""
     theta = fields.number("rope_theta", 10_000.0)
     ropes = [
         rope_group(fields.group(key), theta, context_length)

@@ -19,7 +19,7 @@ KERNEL = "fused_attention"
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one launch on one chip: floating-point operations, bytes to and from HBM, bytes sent to other chips."""
+    """Cost of one launch on one chip: floating-point operations, bytes to and from HBM, bytes sent to other chips."""
 
     flops: float = 0
     bytes: float = 0
@@ -163,7 +163,7 @@ def _op_bytes(op: _Op, ops: dict[str, _Op], computations: dict[str, list[_Op]]) 
 
 
 def _source(name: str, ops: dict[str, _Op]) -> _Op:
-    """The operation behind bitcasts."""
+    """The operation that bitcasts lead back to."""
     op = ops[name]
     return _source(op.operands[0], ops) if op.kind == "bitcast" else op
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from model.attention import Context, Layer, Rule, attend
+from model.attention import AttentionContext, Layer, MaskSpec, attend
 from model.checkpoint import Entry, Target
 from model.config import ModelConfig
 from model.layers import Angles, GatedMLP, Linear, RMSNorm, each, rope_angles, rotate
@@ -19,14 +19,14 @@ from model.sharding import MODEL
 
 KeysValues = Float[Array, "2 M K H"]
 AllAngles = tuple[Float[Array, "*ropes M half"], Float[Array, "*ropes M half"]]
-"""As ``Angles``; where layers differ in their rope, of the common and of the local one."""
+"""``Angles`` of all layers: where layers differ in their rope, those of the common and of the local one, stacked."""
 
 EVERYTHING = 2**30
 """The window of a layer that sees the whole context."""
 
 
 def windows(config: ModelConfig) -> tuple[int, ...] | None:
-    """Of each layer, in tokens; None: no layer has one."""
+    """Each layer's window, in tokens; None: no layer has one."""
     return tuple(config.window if slides else EVERYTHING for slides in config.sliding) if config.window else None
 
 
@@ -92,7 +92,7 @@ class Attention(nnx.Module):
         return self._queries(q, angles), *self._keys_values(k, v, angles)
 
     def queries(self, x: Float[Array, "M D"], angles: Angles) -> Float[Array, "M N H"]:
-        """Rotated and scaled, in the weights' dtype."""
+        """Queries of all tokens, rotated and scaled, in the weights' dtype."""
         return self._queries(self.q(x), angles)
 
     def keys_values(
@@ -124,7 +124,7 @@ def _normed(x: Float[Array, "M heads_times_H"], norm: RMSNorm | None) -> Float[A
 
 
 class Block(nnx.Module):
-    """The frame of one decoder layer. A family's layer says what comes before and after attention.
+    """The frame of one decoder layer. A family adds what comes before and after attention.
 
     What differs between layers beside their weights is looked up by the layer's number, so that one program serves all.
 
@@ -137,43 +137,48 @@ class Block(nnx.Module):
         self.implementation = implementation
         self.attention = Attention(config, dtype)
 
-    def enter(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
-        """What attention's projections see."""
+    def pre_attention(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
+        """The input of attention's projections, from the layer's input."""
         raise NotImplementedError
 
-    def leave(self, x: Float[Array, "Q D"], attended: Float[Array, "Q D"]) -> Float[Array, "Q D"]:
+    def post_attention(self, x: Float[Array, "Q D"], attended: Float[Array, "Q D"]) -> Float[Array, "Q D"]:
         """The layer's output, from its input and attention's output."""
         raise NotImplementedError
 
     def __call__(
-        self, x: Float[Array, "M D"], angles: AllAngles, context: Context, layer: Layer
+        self, x: Float[Array, "M D"], angles: AllAngles, context: AttentionContext, layer: Layer
     ) -> tuple[Float[Array, "M D"], KeysValues]:
         """The layer's output, and its keys and values."""
-        own, entered = self._own_angles(angles, layer), self.enter(x)
-        q, k, v = self.attention(entered, own)
-        attended = attend(q, k, v, context, layer, self._rule(layer), implementation=self.implementation)
-        return self.leave(x, self.attention.output(attended)), jnp.stack([k, v])
+        q, k, v = self.attention(self.pre_attention(x), self._layer_angles(angles, layer))
+        attended = attend(q, k, v, context, layer, self._mask_spec(layer), implementation=self.implementation)
+        return self.post_attention(x, self.attention.output(attended)), jnp.stack([k, v])
 
     def keys_values(self, x: Float[Array, "M D"], angles: AllAngles, layer: Layer) -> KeysValues:
-        """Of a last layer whose output nobody reads."""
-        return jnp.stack(self.attention.keys_values(self.enter(x), self._own_angles(angles, layer)))
+        """The keys and values alone, for a last layer that is not read."""
+        return jnp.stack(self.attention.keys_values(self.pre_attention(x), self._layer_angles(angles, layer)))
 
-    def read(
-        self, x: Float[Array, "M D"], angles: AllAngles, context: Context, layer: Layer, reads: Int[Array, " R"]
+    def forward_reads(
+        self,
+        x: Float[Array, "M D"],
+        angles: AllAngles,
+        context: AttentionContext,
+        layer: Layer,
+        reads: Int[Array, " R"],
     ) -> Float[Array, "R D"]:
-        """The output at the tokens at flat indices ``reads`` alone: past keys and values nothing else is computed."""
-        own, entered = self._own_angles(angles, layer), self.enter(x)
-        k, v = self.attention.keys_values(entered, own)
-        q = self.attention.queries(entered[reads], (own[0][reads], own[1][reads]))
-        attended = attend(q, k, v, context, layer, self._rule(layer), implementation=self.implementation, reads=reads)
-        return self.leave(x[reads], self.attention.output(attended))
+        """The layer's output at the flat indices ``reads`` alone; other tokens get only their keys and values."""
+        (cos, sin), inputs = self._layer_angles(angles, layer), self.pre_attention(x)
+        k, v = self.attention.keys_values(inputs, (cos, sin))
+        q = self.attention.queries(inputs[reads], (cos[reads], sin[reads]))
+        spec = self._mask_spec(layer)
+        attended = attend(q, k, v, context, layer, spec, implementation=self.implementation, reads=reads)
+        return self.post_attention(x[reads], self.attention.output(attended))
 
-    def _rule(self, layer: Layer) -> Rule:
+    def _mask_spec(self, layer: Layer) -> MaskSpec:
         softcap, widths = self.config.attention_softcap, windows(self.config)
-        return Rule(None if widths is None else jnp.array(widths, jnp.int32)[layer], softcap)
+        return MaskSpec(None if widths is None else jnp.array(widths, jnp.int32)[layer], softcap)
 
-    def _own_angles(self, angles: AllAngles, layer: Layer) -> Angles:
-        """Of the layer's own rope."""
+    def _layer_angles(self, angles: AllAngles, layer: Layer) -> Angles:
+        """The angles of this layer's rope."""
         if self.config.local_rope is None:
             return angles
         rope = jnp.array(self.config.sliding, jnp.int32)[layer]
@@ -194,13 +199,13 @@ def all_angles(config: ModelConfig, positions: Int[Array, " M"], long: Bool[Arra
     return jnp.stack([angles[0], local[0]]), jnp.stack([angles[1], local[1]])
 
 
-class Ends(nnx.Module):
-    """What lies before the first layer and behind the last."""
+class EmbeddingAndHead(nnx.Module):
+    """The embedding before the first layer; the norm and the output head after the last."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype) -> None:
         self.config = config
         self.rows = -(-config.vocab_size // config.shards)
-        """Of the vocabulary on one device."""
+        """Vocabulary rows on one device."""
         self.embedding = nnx.Param(jnp.zeros((self.rows, config.width), dtype), axes=("vocab", "embed"))
         self.norm = norm(config, config.width, dtype)
         rows, axis = (config.classes, None) if config.classes else (self.rows, "vocab")
@@ -211,7 +216,7 @@ class Ends(nnx.Module):
         """The first layer's input, float32, and the rope angles of all layers.
 
         Args:
-            tokens: ids; -1 for padding, whose input is zeros; those of a prompt beyond a ``longrope``'s original
+            tokens: ids; -1 for padding, which becomes zeros; those of a prompt beyond a ``longrope``'s original
                 context are V higher.
         """
         config, long = self.config, None
@@ -225,10 +230,10 @@ class Ends(nnx.Module):
     def _embedded(self, tokens: Int[Array, " M"]) -> Float[Array, "M D"]:
         if self.config.shards == 1:
             return jnp.where(tokens[:, None] < 0, 0.0, self.embedding[...][tokens].astype(jnp.float32))
-        here = tokens - lax.axis_index(MODEL) * self.rows
-        mine = (here >= 0) & (here < self.rows)
-        x = self.embedding[...][jnp.where(mine, here, 0)]
-        return lax.psum(jnp.where(mine[:, None], x, jnp.zeros_like(x)), MODEL).astype(jnp.float32)
+        rows = tokens - lax.axis_index(MODEL) * self.rows
+        local = (rows >= 0) & (rows < self.rows)
+        x = self.embedding[...][jnp.where(local, rows, 0)]
+        return lax.psum(jnp.where(local[:, None], x, jnp.zeros_like(x)), MODEL).astype(jnp.float32)
 
     def head_weights(self) -> Float[Array, "V D"]:
         """The output head's rows: tokens, or classes. Of a split vocabulary this device's."""
@@ -262,7 +267,7 @@ def mlp_linears(config: ModelConfig) -> Linears:
 
 
 def kernel(layer: int, path: str, out: int, into: int) -> Target:
-    """Of a linear in a layer's block, stored [out, in] in the checkpoint."""
+    """The target of a linear in a layer's block, which the checkpoint stores as [out, in]."""
     return Target(("blocks", layer, *path.split("."), "kernel"), (out, into), "transpose")
 
 
@@ -290,8 +295,8 @@ def table(config: ModelConfig, linears: Linears, norms: Mapping[str, str]) -> di
         for name, path in norms.items():
             targets[f"{source}.{name}.weight"] = Target((*block, path, "scale"), (width,), "same")
         for name, size in qk_norm_widths(config).items():
-            here = (*block, "attention", f"{name}_norm", "scale")
-            targets[f"{source}.self_attn.{name}_norm.weight"] = Target(here, (size,), "same")
+            place = (*block, "attention", f"{name}_norm", "scale")
+            targets[f"{source}.self_attn.{name}_norm.weight"] = Target(place, (size,), "same")
     return targets
 
 

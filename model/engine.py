@@ -1,123 +1,41 @@
 """A loaded model as a scorer of token batches: one compiled program per shape, nothing compiled late.
 
-Life of a batch: ``plan.groups`` finds shared prefixes and rows; each group's prefix is looked up in, or prefilled into,
-the pages of the prefix cache; the group's rows run in packed calls that return hidden states at the read positions;
+Life of a batch: ``plan.groups`` finds shared prefixes and segments; each group's prefix is looked up in, or prefilled
+into, the pages of the prefix cache; the group's segments run in packed calls that return hidden states at the reads;
 the head turns those into logits and, where asked, log-probabilities. What is compiled is in ``model.programs``.
 """
 
 import concurrent.futures
 import itertools
-import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from flax import nnx
-from jax.sharding import Mesh
 
-from model import checkpoint, decoder, plan, prefill, sharding
-from model.attention import NATIVE
-from model.checkpoint import Tensor
+from model import plan, prefill
 from model.config import ModelConfig
-from model.cpu import build, linear
-from model.cpu.build import Kernels
-from model.families import registry
-from model.fields import ConfigError, read_config
-from model.layers import quantized
-from model.pages import PAGE_TOKENS, CacheStats, Node, OutOfPagesError, PrefixCache, Recurring, RecurringTails
-from model.prefill import Held
-from model.programs import Inputs, LayerPrograms, ModelPrograms, Prefixes, Programs, stack_of
-from model.sharding import MODEL, by_device, divided, stacked
-from model.sizes import BY_PLATFORM, Layout, Sizes, layout
-
-logger = logging.getLogger(__name__)
-
-Dtype = Literal["float32", "bfloat16"]
-Quantization = Literal["int8"]
-Progress = Callable[[int, int, str], None]
-
-
-class Batch(Protocol):
-    """Packed sequences and reads, as ``serve_app.contract.TokenBatch`` defines them."""
-
-    @property
-    def tokens(self) -> npt.NDArray[np.int32]: ...
-    @property
-    def offsets(self) -> npt.NDArray[np.int64]: ...
-    @property
-    def read_sequences(self) -> npt.NDArray[np.int32]: ...
-    @property
-    def read_positions(self) -> npt.NDArray[np.int32]: ...
-    @property
-    def targets(self) -> npt.NDArray[np.int32]: ...
-    @property
-    def target_offsets(self) -> npt.NDArray[np.int64]: ...
-    @property
-    def vocab_logprobs(self) -> bool: ...
-    @property
-    def argmax(self) -> bool: ...
-    @property
-    def keep(self) -> bool: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """See ``serve_app.contract.BatchResult``."""
-
-    values: npt.NDArray[np.float32]
-    computed_tokens: npt.NDArray[np.int32]
-    argmax: npt.NDArray[np.int32]
-    argmax_values: npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class Info:
-    """See ``serve_app.contract.ModelInfo``."""
-
-    vocab_size: int
-    max_prompt_tokens: int
-    context_length: int
-    dtype: str
-    architecture: str
-    platform: str
-    buckets: tuple[str, ...]
-    classes: int
-    quantization: str | None
-    pad_token_id: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """See ``serve_app.contract.EngineStats``."""
-
-    compilations: int
-    computed_tokens: int
-    padded_tokens: int
-    prefix_hit_tokens: int
-    prefix_missed_tokens: int
-    prefix_evicted_pages: int
-    prefix_pages: int
-    prefix_pages_used: int
-    prefix_page_bytes: int
+from model.contract import PAGE_TOKENS, BatchResult, EngineStats, ModelInfo, Progress, TokenBatch
+from model.pages import CacheStats, Node, OutOfPagesError, PrefixCache, SeenPrefixes, SeenTails
+from model.prefill import PinnedPrefix
+from model.programs import Inputs, Prefixes, Programs
+from model.sizes import Layout
 
 
 class Engine:
     """Scores token batches. Several threads may call it: one plans or waits for results while another's calls run.
 
     Args:
-        model_config: of one device's part.
-        layout: what the programs were made for.
-        programs: over the weights.
+        model_config: the config of one device's part.
+        layout: the sizes that the programs were made for.
+        programs: the programs over the weights.
         dtype: of keys and values.
     """
 
@@ -132,8 +50,8 @@ class Engine:
         self._forget_prefixes()
 
     @property
-    def info(self) -> Info:
-        return Info(
+    def info(self) -> ModelInfo:
+        return ModelInfo(
             vocab_size=self._config.vocab_size,
             max_prompt_tokens=self._layout.longest,
             context_length=self._config.context_length,
@@ -183,8 +101,8 @@ class Engine:
                 if progress is not None:
                     progress(done, len(wanted), compiling[future])
 
-    def score(self, batch: Batch) -> Result:
-        """Values of all targets of all reads; see ``serve_app.contract.TokenBatch``.
+    def score(self, batch: TokenBatch) -> BatchResult:
+        """Compute the values of all targets of all reads; see ``model.contract.TokenBatch``.
 
         Raises:
             ValueError: a sequence is empty or longer than the model's context.
@@ -213,7 +131,7 @@ class Engine:
             for place, number in enumerate(unread, len(read_sequences))
         ]
         with self._launching:
-            # Within, since what recurs depends on the order of batches, which all hosts of a slice have in common.
+            # Under the lock: what recurs depends on the order of batches, the same on all hosts of a slice.
             groups = self._layout.groups(
                 [sequences[i] for i in read_sequences], [reads[i] for i in read_sequences], self._tails.common
             )
@@ -229,14 +147,20 @@ class Engine:
                     hidden[of_call] = part[: len(of_call)]
             computed = np.minimum(work.computed, np.diff(batch.offsets)).astype(np.int32)
             values, argmax, argmax_values = self._read(hidden, batch)
-            return Result(values, computed, argmax, argmax_values)
+            return BatchResult(values, computed, argmax, argmax_values)
         except Exception:  # the pool comes from calls that failed
             with self._launching:
                 self._forget_prefixes()
             raise
 
+    def limit(self, stall_s: float) -> None:
+        """Do nothing: a batch ends by itself, or with the process."""
+
+    def check(self) -> None:
+        """Do nothing: this engine fails with its process."""
+
     def _marked(self, tokens: plan.Tokens) -> plan.Tokens:
-        """Ids by which tokens that have other keys differ, for the planner, the cache and the programs.
+        """Ids that differ where tokens have different keys, for the planner, the cache and the programs.
 
         A prompt beyond a ``longrope``'s original context has other angles at all positions: its ids are V higher.
         """
@@ -249,48 +173,49 @@ class Engine:
         """Start with an empty pool."""
         self._pool = self._programs.empty_pool()
         self._cache = PrefixCache(self._layout.pool.shape[0])
-        self._recurring = Recurring()
-        self._tails = RecurringTails()
+        self._recurring = SeenPrefixes()
+        self._tails = SeenTails()
 
     def _with_recurring(self, groups: Sequence[plan.Group], work: "_Work") -> list[plan.Group]:
-        """Groups in which a row that begins like an earlier batch's row takes that beginning as its prefix.
+        """Groups where a segment that begins like a segment of an earlier batch takes that beginning as its prefix.
 
         A prompt that comes alone shares nothing within its batch. Its beginning is kept when it comes the second time,
         in whole pages, so that prompts that never recur cost no page.
         """
         result: list[plan.Group] = []
         for group in groups:
-            stay: list[plan.Row] = []
-            deeper: dict[bytes, list[plan.Row]] = {}
-            for row in group.rows:
-                number = work.numbering[row.sequence]
-                until = work.reads[number][0] if row.start == group.prefix_length else 0
+            stay: list[plan.Segment] = []
+            deeper: dict[bytes, list[plan.Segment]] = {}
+            for segment in group.segments:
+                number = work.numbering[segment.sequence]
+                until = work.reads[number][0] if segment.start == group.prefix_length else 0
                 if until - group.prefix_length < PAGE_TOKENS:
-                    stay.append(row)
+                    stay.append(segment)
                     continue
                 tokens = work.sequences[number][: until - until % PAGE_TOKENS]
                 pages = max(self._recurring.pages(tokens), len(self._cache.lookup(tokens)))
                 if pages * PAGE_TOKENS - group.prefix_length < PAGE_TOKENS:
-                    stay.append(row)
+                    stay.append(segment)
                 else:
-                    cut = plan.Row(row.sequence, pages * PAGE_TOKENS, row.stop, row.reads)
+                    cut = plan.Segment(segment.sequence, pages * PAGE_TOKENS, segment.stop, segment.reads)
                     deeper.setdefault(tokens[: cut.start].tobytes(), []).append(cut)
             if stay:
                 result.append(plan.Group(group.prefix_of, group.prefix_length, tuple(stay)))
-            result += [plan.Group(rows[0].sequence, rows[0].start, tuple(rows)) for rows in deeper.values()]
+            result += [plan.Group(members[0].sequence, members[0].start, tuple(members)) for members in deeper.values()]
         return result
 
     def _launch(self, groups: Sequence[plan.Group], work: "_Work") -> list[tuple[jax.Array, list[list[int]]]]:
-        """Start all calls: for each launch the hidden states to come, and of each of its calls the numbers of the reads
-        that they are of.
+        """Start all calls. Returns for each launch its hidden states, still being computed, and for each of its calls
+        the numbers of the reads that they belong to.
 
-        First the missing prefixes of as many groups as a call can see and the pool can hold, then these groups' rows.
+        The missing prefixes of as many groups as a call can see and the pool can hold come first, then these groups'
+        segments.
         """
         launched: list[tuple[jax.Array, list[list[int]]]] = []
         waiting = deque(groups)
         while waiting:
             with ExitStack() as pins:
-                held: list[Held] = []
+                held: list[PinnedPrefix] = []
                 while waiting and len(held) < self._layout.prefixes:
                     try:
                         held.append(self._hold(waiting[0], work, pins))
@@ -303,15 +228,15 @@ class Engine:
                 launched += self._rows(held, work)
         return launched
 
-    def _hold(self, group: plan.Group, work: "_Work", pins: ExitStack) -> Held:
+    def _hold(self, group: plan.Group, work: "_Work", pins: ExitStack) -> PinnedPrefix:
         """Pages for a group's prefix, see ``PrefixCache.hold``."""
         owner = work.numbering[group.prefix_of]
         prefix = work.sequences[owner][: group.prefix_length]
         path, cached = pins.enter_context(self._cache.hold(prefix))
         work.computed[owner] += len(prefix) - cached
-        return Held(group, prefix, path, cached)
+        return PinnedPrefix(group, prefix, path, cached)
 
-    def _prefill(self, held: Sequence[Held]) -> None:
+    def _prefill(self, held: Sequence[PinnedPrefix]) -> None:
         """Fill the pages that are empty."""
         for call in prefill.calls(held, self._layout.sizes.chunks, self._layout.prefixes):
             seen = self._prefixes([piece.held.path for piece in call.pieces], [piece.start for piece in call.pieces])
@@ -320,22 +245,22 @@ class Engine:
             self._pool = self._programs.write(self._pool, written, call.size, call.spans)
             self._count(call.tokens, call.size)
 
-    def _rows(self, held: Sequence[Held], work: "_Work") -> list[tuple[jax.Array, list[list[int]]]]:
-        """Start the calls of groups whose prefixes are in their pages; see ``_launch``."""
-        if not (held := [each for each in held if each.group.rows]):
+    def _rows(self, held: Sequence[PinnedPrefix], work: "_Work") -> list[tuple[jax.Array, list[list[int]]]]:
+        """Start the calls of groups after their prefixes are in their pages; see ``_launch``."""
+        if not (held := [each for each in held if each.group.segments]):
             return []
         prefixes = self._prefixes([each.path for each in held], [len(each.prefix) for each in held])
         launched: list[tuple[jax.Array, list[list[int]]]] = []
-        for calls in plan.together(self._layout.calls([each.group for each in held]), self._programs.at_once):
+        for calls in plan.batch_calls(self._layout.calls([each.group for each in held]), self._programs.at_once):
             inputs, numbers = zip(*map(work.inputs, calls), strict=True)
             self._wait_for_last()
             self._launched = self._programs.rows(calls[0].shape, inputs, prefixes)
             launched.append((self._launched, list(numbers)))
             placements = [placement for call in calls for placement in call.placements]
-            real = sum(placement.row.length for placement in placements)
+            real = sum(placement.segment.length for placement in placements)
             self._count(real, calls[0].shape.tokens * self._programs.at_once)
             for placement in placements:
-                work.computed[work.numbering[placement.row.sequence]] += placement.row.length
+                work.computed[work.numbering[placement.segment.sequence]] += placement.segment.length
         return launched
 
     def _prefixes(self, paths: Sequence[Sequence[Node]], lengths: Sequence[int]) -> Prefixes:
@@ -347,7 +272,7 @@ class Engine:
         return Prefixes(self._pool, tables, padded)
 
     def _wait_for_last(self) -> None:
-        """Let the last launched rows end: a CPU would run both calls at once, and each would be in the other's way."""
+        """Wait for the last launched call: a CPU would run both at once, and each would slow the other."""
         if self._launched is not None and jax.default_backend() == "cpu":
             self._launched.block_until_ready()
 
@@ -356,10 +281,10 @@ class Engine:
         self._padded += positions - real
 
     def _read(
-        self, hidden: npt.NDArray[np.float32], batch: Batch
+        self, hidden: npt.NDArray[np.float32], batch: TokenBatch
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        """Target logits, less the log-normaliser where log-probabilities are asked; and where the likeliest tokens are
-        asked, those and their values in the same way.
+        """Read target logits, less the log-normaliser where log-probabilities are asked for; and the top-1 tokens with
+        their values in the same way, where those are asked for.
         """
         repeats = np.diff(batch.target_offsets)
         values = np.empty(len(batch.targets), np.float32)
@@ -369,9 +294,9 @@ class Engine:
             inputs[:count] = hidden[rows[at : at + count]]
             ids[:count] = batch.targets[at : at + count]
             values[at : at + count] = np.asarray(self._programs.targets(inputs, ids))[:count]
-        found = len(hidden) if batch.argmax else 0
+        tops = len(hidden) if batch.argmax else 0
         normalizers = np.zeros(len(hidden), np.float32)
-        argmax, argmax_values = np.empty(found, np.int32), np.empty(found, np.float32)
+        argmax, argmax_values = np.empty(tops, np.int32), np.empty(tops, np.float32)
         if batch.argmax or batch.vocab_logprobs:
             sizes = self._layout.sizes.argmax_rows if batch.argmax else self._layout.sizes.head_rows
             for at, size, count in plan.blocks(len(hidden), sizes):
@@ -384,7 +309,7 @@ class Engine:
                     normalizers[place] = np.asarray(self._programs.normalizer(inputs))[:count]
         if batch.vocab_logprobs:
             values -= np.repeat(normalizers, repeats)
-            argmax_values -= normalizers[:found]
+            argmax_values -= normalizers[:tops]
         return values, argmax, argmax_values
 
 
@@ -393,11 +318,11 @@ class _Work:
     """A batch on its way.
 
     Attributes:
-        reads: of each sequence, ascending positions.
-        numbering: the planner's sequence number -> the batch's; the planner sees sequences with reads, and behind
-            them come those that are only kept.
-        first_read: of each sequence, its first read's number in the batch.
-        computed: of each sequence, tokens computed so far.
+        reads: each sequence's read positions, ascending.
+        numbering: the planner's sequence number -> the batch's; the planner sees sequences with reads, followed by
+            those that are only kept.
+        first_read: for each sequence, the number in the batch of its first read.
+        computed: for each sequence, tokens computed so far.
     """
 
     sequences: Sequence[plan.Tokens]
@@ -407,191 +332,22 @@ class _Work:
     computed: npt.NDArray[np.int32]
 
     def inputs(self, call: plan.Call) -> tuple[Inputs, list[int]]:
-        """A call's arrays, and the batch's numbers of the reads in it."""
+        """A call's arrays, and the numbers in the batch of the call's reads."""
         shape = call.shape
         tokens, segments = np.full((2, shape.tokens), -1, np.int32)
         positions, prefixes = np.zeros((2, shape.tokens), np.int32)
         indices = np.zeros(shape.reads, np.int32)
         numbers: list[int] = []
-        for segment, placement in enumerate(call.placements):
-            row = placement.row
-            sequence = self.numbering[row.sequence]
+        for number, placement in enumerate(call.placements):
+            segment = placement.segment
+            sequence = self.numbering[segment.sequence]
             at = placement.bin * shape.width + placement.offset
-            tokens[at : at + row.length] = self.sequences[sequence][row.start : row.stop]
-            positions[at : at + row.length] = np.arange(row.start, row.stop)
-            prefixes[at : at + row.length] = placement.prefix
-            segments[at : at + row.length] = segment
+            tokens[at : at + segment.length] = self.sequences[sequence][segment.start : segment.stop]
+            positions[at : at + segment.length] = np.arange(segment.start, segment.stop)
+            prefixes[at : at + segment.length] = placement.prefix
+            segments[at : at + segment.length] = number
             for order, position in enumerate(self.reads[sequence]):
-                if row.start <= position < row.stop:
-                    indices[len(numbers)] = at + position - row.start
+                if segment.start <= position < segment.stop:
+                    indices[len(numbers)] = at + position - segment.start
                     numbers.append(int(self.first_read[sequence]) + order)
         return Inputs(tokens, positions, prefixes, segments.reshape(shape.bins, shape.width), indices), numbers
-
-
-def load(
-    folder: Path,
-    *,
-    dtype: Dtype = "float32",
-    implementation: str | None = None,
-    by_layer: bool | None = None,
-    progress: Progress | None = None,
-    max_prompt_tokens: int | None = None,
-    compiled_folder: Path | None = None,
-    quantization: Quantization | None = None,
-    mesh: Mesh | None = None,
-    **sizes: Any,
-) -> Engine:
-    """Read a checkpoint in Hugging Face layout onto the device; ``warmup`` comes after.
-
-    Args:
-        folder: has ``config.json`` and safetensors.
-        dtype: of weights and matmul operands.
-        implementation: of attention, see ``model.attention``; None: the platform's kernel, or "paged".
-        by_layer: how the layers run, see ``model.programs``; None: by layer on CPU.
-        max_prompt_tokens: the longest sequence; None: the model's context. A long context costs memory at start-up.
-        compiled_folder: keeps compiled programs for the next start, see ``model.compiled``.
-        quantization: of the kernels of attention and MLP, as they are read.
-        mesh: devices to spread the model over, see ``model.sharding``; None: the first device.
-        sizes: fields of ``Sizes`` that are not to be the platform's.
-
-    Raises:
-        ConfigError: a config key or architecture that is not known, or sizes that the mesh cannot divide.
-        CheckpointError: a tensor missing, unexpected or mis-shaped, or a broken file.
-        RuntimeError: "native" attention is asked where its kernel cannot be built.
-    """
-    parsed = _with_stored_head(registry.from_hf(read_config(folder)), folder)
-    if quantization and parsed.experts:
-        raise ConfigError(f"{parsed.architecture}: mixtures of experts are not quantised; leave out {quantization}")
-    platform, target = jax.default_backend(), jnp.dtype(dtype)
-    implementation, kernels = _implementation(implementation, platform, compiled_folder)
-    native = kernels is not None and mesh is None and not quantization
-    if kernels is not None and dtype == "bfloat16":  # two numbers make one operand
-        native = native and kernels.bfloat16 and parsed.width % 2 == parsed.ff_width % 2 == 0
-    here = replace(BY_PLATFORM.get(platform, BY_PLATFORM["tpu"]), **sizes)
-    part = parsed if mesh is None else divided(parsed, mesh.shape[MODEL])
-    part = replace(part, int8=quantization == "int8", native=native)
-    laid = layout(part, here, dtype=target, implementation=implementation, max_prompt_tokens=max_prompt_tokens)
-    family, abstract = registry.build(part, dtype=target, implementation=implementation)
-    if by_layer is None:
-        by_layer = platform == "cpu"
-    leaves = dict(nnx.to_flat_state(abstract.ends[1])) | dict(nnx.to_flat_state(abstract.block[1]))
-    arrays: dict[tuple[str | int, ...], jax.Array] = {}
-
-    def on_device(path: tuple[str | int, ...], tensor: Tensor) -> jax.Array:
-        leaf: Any = leaves[path]
-        if mesh is None:
-            whole = np.asarray(tensor)
-            if leaf.get_metadata().get("packed"):
-                return jnp.asarray(linear.pack(whole.astype(target, copy=False)))
-            return jnp.asarray(whole, target)
-        return sharding.place(tensor, leaf.axes, leaf.shape, target, mesh)
-
-    @partial(jax.jit, donate_argnums=0)
-    def insert(stack: jax.Array, array: jax.Array, layer: int) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(stack, array, layer, 0)
-
-    def keep(path: tuple[str | int, ...], array: jax.Array) -> None:
-        """A layer's array goes into its place in the stack of all layers, where there is one."""
-        if path[0] != "blocks" or by_layer:
-            arrays[path] = array
-            return
-        _, layer, *rest = path
-        if (stack := ("blocks", *rest)) not in arrays:
-            arrays[stack] = stacked(array, parsed.layers)
-        arrays[stack] = insert(arrays[stack], array, layer)
-
-    def put(path: tuple[str | int, ...], tensor: Tensor) -> None:
-        within = path[2:] if path[0] == "blocks" else path
-        array = on_device(within, tensor)
-        if leaves[within].dtype == jnp.int8:
-            array, scales = by_device(quantized, array)
-            keep((*path[:-1], "scales"), scales)
-        keep(path, array)
-
-    checkpoint.load(folder, family.weights(parsed), ignored=decoder.ignored(parsed), put=put, progress=progress)
-
-    def state(like: nnx.State[Any, Any], *place: str | int) -> nnx.State[Any, Any]:
-        leaves: Any = nnx.to_flat_state(like)
-        return nnx.from_flat_state([(path, leaf.replace(arrays[*place, *path])) for path, leaf in leaves])
-
-    common = (part, abstract, state(abstract.ends[1]), laid.pool, laid.tables, compiled_folder, mesh)
-    block = abstract.block[1]
-    if by_layer:
-        layers = [state(block, "blocks", layer) for layer in range(parsed.layers)]
-        return Engine(part, laid, LayerPrograms(*common, layers=layers), target)
-    return Engine(part, laid, ModelPrograms(*common, layers=state(block, "blocks")), target)
-
-
-def _with_stored_head(config: ModelConfig, folder: Path) -> ModelConfig:
-    """``config`` untied where the checkpoint has a head of its own beside the embedding: transformers keeps that."""
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if not config.tied_head or not checkpoint.differ(folder, head, embedding):
-        return config
-    logger.warning(
-        "config.json ties the output head to the embedding, and %s is stored with other numbers than %s: it is used, "
-        "as by transformers; write tie_word_embeddings: false into config.json",
-        head,
-        embedding,
-    )
-    return replace(config, tied_head=False)
-
-
-def _implementation(asked: str | None, platform: str, folder: Path | None) -> tuple[str, Kernels | None]:
-    """What is asked, ready to run, or the fastest implementation of attention that runs here; and the CPU's kernels, if
-    it is one of them.
-    """
-    if asked not in (None, NATIVE):
-        return asked, None
-    if asked is None and platform == "tpu":
-        return "fused", None
-    if of_jax := jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
-        folder = Path(of_jax)  # then nothing else keeps anything, see ``model.compiled``
-    if platform == "cpu" and (kernels := build.load(folder)):
-        return NATIVE, kernels
-    if asked == NATIVE:
-        raise RuntimeError(f"attention {asked!r} cannot be had here; the log says why, and 'paged' runs everywhere")
-    return "paged", None
-
-
-def join(coordinator: str, hosts: int, number: int) -> None:
-    """Make this process one of several, on as many hosts, that run the same programs at once. Before any other use of
-    jax, once in a process.
-
-    Args:
-        coordinator: address and port of a service that host 0's process starts.
-        number: this host's, from 0.
-    """
-    jax.distributed.initialize(coordinator, hosts, number)
-
-
-def tpu_mesh(chips: int) -> Mesh:
-    """All chips that this process was given, with a model split over them.
-
-    Raises:
-        RuntimeError: jax finds no TPU.
-        ConfigError: it finds more chips, or fewer.
-    """
-    if (found := jax.default_backend()) != "tpu":
-        raise RuntimeError(
-            f"the replica was given TPU chips and jax found only {found}; is score-serve[tpu] installed?"
-        )
-    return sharding.mesh(data=1, model=chips)
-
-
-def without_weights(
-    parsed: ModelConfig, mesh: Mesh, sizes: Sizes, *, max_prompt_tokens: int | None = None
-) -> tuple[Programs, Layout]:
-    """The programs that ``load`` would make on those TPU chips in bfloat16, over shapes alone: to compile, not to run.
-
-    Args:
-        mesh: of devices that are perhaps of ``jax.experimental.topologies``, which needs no TPU.
-
-    Raises:
-        ConfigError: sizes that the mesh cannot divide.
-    """
-    dtype, implementation = jnp.dtype(jnp.bfloat16), "fused"
-    part = divided(parsed, mesh.shape[MODEL])
-    laid = layout(part, sizes, dtype=dtype, implementation=implementation, max_prompt_tokens=max_prompt_tokens)
-    _, abstract = registry.build(part, dtype=dtype, implementation=implementation)
-    common = (part, abstract, abstract.ends[1], laid.pool, laid.tables, None, mesh)
-    return ModelPrograms(*common, layers=stack_of(abstract.block[1], part.layers)), laid

@@ -1,6 +1,6 @@
 """Reading ``config.json`` of a Hugging Face checkpoint by allow-list.
 
-A key that nobody reads would give wrong scores with no error. So each key is read, or ignored on purpose, or stands at
+A key that is not read would give wrong scores with no error. So each key is read, or ignored on purpose, or stands at
 the value that changes nothing; any other is refused by name.
 """
 
@@ -65,28 +65,28 @@ class Fields:
         return key in self._values
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """At least 1."""
+        """An integer of at least 1."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{self._where}: {key} is {value!r}; it must be an integer of at least 1")
         return value
 
     def count(self, key: str, default: int | None = None) -> int:
-        """At least 0."""
+        """An integer of at least 0."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ConfigError(f"{self._where}: {key} is {value!r}; it must be an integer of at least 0")
         return value
 
     def integer_or_none(self, key: str, *, absent: int | None) -> int | None:
-        """For a key whose null is not the default: None for null, ``absent`` where the key is not there."""
+        """An integer, or None for null; ``absent`` where the key is not there."""
         if key in self._nulls or (absent is None and key not in self):
             self._read.add(key)
             return None
         return self.integer(key, absent)
 
     def id_or_none(self, key: str, *, absent: int | None) -> int | None:
-        """The same for a token's number, of which some configs have -1 for none."""
+        """A token's number, or None for null and for -1, which some configs have; ``absent`` without the key."""
         if key in self._nulls or (absent is None and key not in self):
             self._read.add(key)
             return None
@@ -96,14 +96,14 @@ class Fields:
         return value if value >= 0 else None
 
     def number_or_none(self, key: str, *, absent: float | None) -> float | None:
-        """The same for a number."""
+        """A number, or None for null; ``absent`` where the key is not there."""
         if key in self._nulls or (absent is None and key not in self):
             self._read.add(key)
             return None
         return self.number(key, absent)
 
     def number(self, key: str, default: float | None = None) -> float:
-        """Above 0 and finite."""
+        """A finite number above 0."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
             raise ConfigError(f"{self._where}: {key} is {value!r}; it must be a finite number above 0")

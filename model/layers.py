@@ -66,7 +66,7 @@ class Linear(nnx.Module):
 
 
 def each(linears: Sequence[Linear], x: Float[Array, "M features_in"]) -> Sequence[Float[Array, "M features_out"]]:
-    """Every one of x; those with packed kernels in one call."""
+    """Apply every linear to x; those with packed kernels in one call."""
     if not all(linear.packed for linear in linears):
         return [linear(x) for linear in linears]
     kernels, widths = [linear.kernel[...] for linear in linears], [linear.features_out for linear in linears]
@@ -84,7 +84,7 @@ def quantized(
     kernel: Float[Array, "features_in features_out"],
 ) -> tuple[Int[Array, "features_in features_out"], Float[Array, "1 features_out"]]:
     """A kernel as int8, and what each output channel's integers are to be multiplied by: symmetric, the channel's
-    largest value becomes 127. Of a kernel whose input is split over devices each has scales for its own part.
+    largest value becomes 127. Where a kernel's input is split over devices, each has scales for its own part.
     """
     scales = jnp.maximum(jnp.max(jnp.abs(kernel), axis=0, keepdims=True).astype(jnp.float32) / 127, 1e-30)
     return jnp.round(kernel.astype(jnp.float32) / scales).astype(jnp.int8), scales
@@ -198,7 +198,7 @@ Angles = tuple[Float[Array, "M half"], Float[Array, "M half"]]
 
 
 def rope_angles(rope: Rope, width: int, positions: Int[Array, " M"], long: Bool[Array, " M"] | None = None) -> Angles:
-    """Computed once for all layers.
+    """The angles of all positions, computed once for all layers.
 
     Args:
         width: channels that are rotated.

@@ -13,7 +13,7 @@ LOGITS_BUDGET_BYTES = 32 * 2**20
 
 
 class Split(NamedTuple):
-    """The head's rows lie on several devices, as many on each; behind the vocabulary's last is padding.
+    """A head split over several devices, with as many rows on each; padding follows the vocabulary's last row.
 
     Attributes:
         axis: of the mesh, along which they do.
@@ -39,10 +39,10 @@ def target_logits(
     """The logit of one target id per row: float32. Touches R rows of the head, never the vocabulary."""
     if split is None:
         return softcapped(_dots(hidden, head[targets]), softcap)
-    here = targets - _first(head, split)
-    mine = (here >= 0) & (here < head.shape[0])
-    logits = _dots(hidden, head[jnp.where(mine, here, 0)])
-    return softcapped(lax.psum(jnp.where(mine, logits, 0.0), split.axis), softcap)
+    rows = targets - _first(head, split)
+    local = (rows >= 0) & (rows < head.shape[0])
+    logits = _dots(hidden, head[jnp.where(local, rows, 0)])
+    return softcapped(lax.psum(jnp.where(local, logits, 0.0), split.axis), softcap)
 
 
 def _dots(hidden: Float[Array, "R D"], rows: Float[Array, "R D"]) -> Float[Array, " R"]:
@@ -76,9 +76,9 @@ def argmax(
         best_id = jnp.where(highest > best, start + first, best_id)
         best = jnp.maximum(best, highest)
     if split is not None:
-        mine = best
-        best = lax.pmax(mine, split.axis)
-        best_id = jnp.where(mine == best, best_id + _first(head, split), split.vocab_size)
+        local_best = best
+        best = lax.pmax(local_best, split.axis)
+        best_id = jnp.where(local_best == best, best_id + _first(head, split), split.vocab_size)
         best_id = lax.pmin(best_id, split.axis)
     return _total(sums, split), best_id, best
 
@@ -86,7 +86,7 @@ def argmax(
 def _walk(
     hidden: Float[Array, "R D"], head: Float[Array, "rows D"], softcap: float | None, split: Split | None
 ) -> Iterator[tuple[int, Float[Array, "R W"]]]:
-    """Logits block by block, of padding minus infinity: the first row of each, and the block."""
+    """Yield logits block by block: a block's first row, and the block; padding has minus infinity."""
     operand = hidden.astype(head.dtype)
     block = max(1, LOGITS_BUDGET_BYTES // (4 * hidden.shape[0]))
     # The last device's padding; there is none where the devices divide the vocabulary.

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-PAGE_TOKENS = 128
-"""Tokens in a page: wide enough for one efficient matmul a step, small enough that a short prefix wastes little."""
+from model.contract import PAGE_TOKENS
 
 
 @dataclass(eq=False, slots=True)
@@ -48,7 +47,7 @@ class PrefixCache:
     """Least-recently-used cache of prefixes over a fixed number of pages.
 
     Args:
-        pages: how many the pool has. Page 0 is never handed out: unused page-table entries point to it.
+        pages: the pool's number of pages. Page 0 is never handed out: unused page-table entries point to it.
     """
 
     def __init__(self, pages: int) -> None:
@@ -61,7 +60,7 @@ class PrefixCache:
         self._hits = self._misses = self._evicted = 0
 
     def lookup(self, prefix: npt.NDArray[np.int32]) -> list[Node]:
-        """The longest path whose pages all hold the prefix's own tokens, whole pages or its very end.
+        """The longest path of pages that hold the prefix's own tokens, whole pages or its very end.
 
         Every page but the last is full. A last page with more tokens than the prefix has left serves too, since the
         reader stops at the prefix's length.
@@ -85,8 +84,8 @@ class PrefixCache:
         """Pages for a prefix, which stay its own inside of the ``with``; the least recently used are given up for it.
 
         Yields:
-            All its pages, and how many tokens of it are in them: the pages behind those are to be filled, in the order
-            in which prefixes are held.
+            All its pages, and how many of its tokens are in them already: the later pages are to be filled, in the
+            order in which prefixes are held.
 
         Raises:
             OutOfPagesError: too many are held for others. None was given up.
@@ -148,7 +147,7 @@ class PrefixCache:
         self._free.append(node.page)
 
 
-class Recurring:
+class SeenPrefixes:
     """Remembers the beginnings of prompts, in whole pages, to tell those that come again.
 
     By digest, which is the same on all hosts of a slice. A collision may keep a prefix that was not worth it, never
@@ -178,7 +177,7 @@ class Recurring:
         return known
 
 
-class RecurringTails:
+class SeenTails:
     """Remembers what followed the whole pages of shared prefixes, to tell tails that recur.
 
     A long request comes in several batches. In each of them too few prompts may share a tail to pay for its page, and

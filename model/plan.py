@@ -1,9 +1,9 @@
-"""From token sequences to device work: which prefixes are shared, and which rows share a program call.
+"""From token sequences to device work: which prefixes are shared, and which segments share a program call.
 
 Pure numpy. The prompts of a request form a tree of tokens; each token of the tree is computed once where that saves
-more than it costs. What is left of each sequence is a row; rows are packed, whole, into bins of a few fixed widths, and
-bins into calls of a few fixed shapes, so that every call runs a program compiled at start-up. Where attention looks at
-each row by itself there are no bins: rows follow each other in calls of a few sizes.
+more than it costs. What is left of each sequence is a segment; segments are packed, whole, into bins of a few fixed
+widths, and bins into calls of a few fixed shapes, so that every call runs a program compiled at start-up. Where
+attention looks at each segment by itself there are no bins: segments follow each other in calls of a few sizes.
 """
 
 import bisect
@@ -20,8 +20,8 @@ Tokens = npt.NDArray[np.int32]
 
 SMALLEST_CALL = 64
 """Tokens, and reads, of the smallest program. XLA's CPU matmul gives a row the same bits whatever the number of rows,
-from 64 rows on; below, other kernels round otherwise (measured with jax 0.10.2 on an AVX2 machine), and a row's score
-would depend on the size of its batch in the fifth digit."""
+from 64 rows on; below, other kernels round otherwise (measured with jax 0.10.2 on an AVX2 machine), and a segment's
+score would depend on the size of its batch in the fifth digit."""
 
 CALL_COST = 32
 """What a call costs whatever its size, in units of one token's matmuls: it reads all weights once."""
@@ -47,7 +47,7 @@ class Shape:
 
     @property
     def cost(self) -> float:
-        """Of one call, in units of one token's matmuls."""
+        """Cost of one call, in units of one token's matmuls."""
         return self.tokens * (1 + self.width * ATTENTION_COST) + CALL_COST
 
     def __str__(self) -> str:
@@ -60,7 +60,7 @@ def reads_of(tokens: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Segment:
     """Tokens ``start:stop`` of one sequence, computed together over the prefix ``:start``."""
 
     sequence: int
@@ -75,19 +75,19 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Rows over one prefix: the first ``prefix_length`` tokens of sequence ``prefix_of`` (the same in all rows)."""
+    """Segments over one prefix: the first ``prefix_length`` tokens of sequence ``prefix_of``, which all share."""
 
     prefix_of: int
     prefix_length: int
-    rows: tuple[Row, ...]
+    segments: tuple[Segment, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A row's place in a call: its first token goes to position ``offset`` of bin ``bin``, and it sees prefix number
-    ``prefix`` of the call's."""
+    """A segment's place in a call: its first token goes to position ``offset`` of bin ``bin``, and it sees the call's
+    prefix number ``prefix``."""
 
-    row: Row
+    segment: Segment
     bin: int
     offset: int
     prefix: int = 0
@@ -104,8 +104,8 @@ class Call:
 def shapes(max_width: int, call_tokens: int) -> tuple[Shape, ...]:
     """The ladder of compiled shapes: for each width one full call of about ``call_tokens`` tokens, and a smallest one.
 
-    Widths go by steps of 32 up to 160, then of 48: with several rows to a bin, rows of one length in 8 to 512 tokens
-    leave 7% of the work on padding on average (computed), and mixed lengths less.
+    Widths go by steps of 32 up to 160, then of 48: with several segments to a bin, segments of one length in 8 to 512
+    tokens leave 7% of the work on padding on average (computed), and mixed lengths less.
     """
     widths: list[int] = []
     width = 32
@@ -123,16 +123,16 @@ def large_shapes(max_width: int, call_tokens: int) -> tuple[Shape, ...]:
     """The ladder for a device that one small call leaves idle: few widths, each in calls of about ``call_tokens``
     tokens, of half, a quarter and an eighth of that.
 
-    Rows of one length leave 7% (8 to 128 tokens) to 12% (256 to 1,024) of the positions on padding on average, mixed
-    lengths 4% (computed).
+    Segments of one length leave 7% (8 to 128 tokens) to 12% (256 to 1,024) of the positions on padding on average,
+    mixed lengths 4% (computed).
     """
     widths = sorted({min(width, max_width) for width in (128, 160, 256, 384, 512, 768, 1024)} | {max_width})
     return tuple(sorted({Shape(w, -(-call_tokens // (part * w))) for w in widths for part in (1, 2, 4, 8)}))
 
 
 def flat_shapes(call_tokens: int, *, padding_is_cheap: bool) -> tuple[Shape, ...]:
-    """The ladder where attention looks at each row by itself: one bin, up to ``call_tokens``, in steps of a quarter and
-    less; where padding is cheap, of a half and less from 256 tokens on.
+    """The ladder where attention looks at each segment by itself: one bin, up to ``call_tokens``, in steps of a quarter
+    and less; where padding is cheap, of a half and less from 256 tokens on.
     """
     parts = [(4, 6) if padding_is_cheap and octave > 1 else (4, 5, 6, 7) for octave in range(16)]
     steps = [16 * part << octave for octave in range(16) for part in parts[octave]]
@@ -140,46 +140,50 @@ def flat_shapes(call_tokens: int, *, padding_is_cheap: bool) -> tuple[Shape, ...
     return tuple(Shape(width, 1) for width in widths)
 
 
-def fill(groups: Sequence[Group], ladder: Sequence[Shape]) -> list[Call]:
-    """Rows of several groups, one after the other, in few calls of a flat ladder; a row's prefix is its group's number.
+def pack_flat(groups: Sequence[Group], ladder: Sequence[Shape]) -> list[Call]:
+    """Pack segments of several groups one after the other into few calls of a flat ladder.
 
-    Next in a call is the longest row that it has room for, of the first group that has one.
+    A segment's prefix is its group's number.
+
+    Next in a call is the longest segment that it has room for, of the first group that has one.
 
     Raises:
-        ValueError: a row is longer than the largest call, or has more reads.
+        ValueError: a segment is longer than the largest call, or has more reads.
     """
     largest = ladder[-1]
-    waiting = {number: sorted(group.rows, key=_longest_first, reverse=True) for number, group in enumerate(groups)}
+    waiting = {number: sorted(group.segments, key=_longest_first, reverse=True) for number, group in enumerate(groups)}
     calls: list[Call] = []
     while waiting:
         placed: list[Placement] = []
         tokens = reads = 0
-        for number, rows in list(waiting.items()):
-            while (at := _longest_within(rows, largest.width - tokens, largest.reads - reads)) is not None:
-                row = rows.pop(at)
-                placed.append(Placement(row, 0, tokens, number))
-                tokens += row.length
-                reads += row.reads
-            if not rows:
+        for number, segments in list(waiting.items()):
+            while (at := _longest_within(segments, largest.width - tokens, largest.reads - reads)) is not None:
+                segment = segments.pop(at)
+                placed.append(Placement(segment, 0, tokens, number))
+                tokens += segment.length
+                reads += segment.reads
+            if not segments:
                 del waiting[number]
         if not placed:
-            row = next(iter(waiting.values()))[-1]
-            wanted, room = f"{row.length} tokens, {row.reads} of them read", f"{largest.width}, {largest.reads} read"
-            raise ValueError(f"a row of {wanted}, does not fit the largest call of {room}")
+            segment = next(iter(waiting.values()))[-1]
+            wanted = f"{segment.length} tokens, {segment.reads} of them read"
+            raise ValueError(
+                f"a segment of {wanted}, does not fit the largest call of {largest.width}, {largest.reads} read"
+            )
         smallest = next(shape for shape in ladder if shape.width >= tokens and shape.reads >= reads)
         calls.append(Call(smallest, tuple(placed)))
     return calls
 
 
-def _longest_within(rows: Sequence[Row], tokens: int, reads: int) -> int | None:
-    """Of rows in ascending order, the place of the last with at most so many tokens and reads."""
-    short = len(rows)
-    if rows and rows[-1].length > tokens:
-        short = bisect.bisect_right(rows, tokens, key=lambda row: row.length)
-    return next((at for at in reversed(range(short)) if rows[at].reads <= reads), None)
+def _longest_within(segments: Sequence[Segment], tokens: int, reads: int) -> int | None:
+    """The place of the last of ascending segments that has at most so many tokens and reads."""
+    short = len(segments)
+    if segments and segments[-1].length > tokens:
+        short = bisect.bisect_right(segments, tokens, key=lambda segment: segment.length)
+    return next((at for at in reversed(range(short)) if segments[at].reads <= reads), None)
 
 
-def together(calls: Sequence[Call], at_once: int) -> Iterator[list[Call]]:
+def batch_calls(calls: Sequence[Call], at_once: int) -> Iterator[list[Call]]:
     """Calls of one shape, up to ``at_once`` that follow each other."""
     for _, alike in itertools.groupby(calls, lambda call: call.shape):
         same = list(alike)
@@ -193,7 +197,7 @@ def share(sequences: Sequence[Tokens], limits: Sequence[int], *, min_saving: int
     Args:
         sequences: token ids.
         limits: for each sequence, how many leading tokens a prefix may take at most: the first read position, since
-            a read token must be in a row.
+            a read token must be in a segment.
         min_saving: tokens; what one more prefix costs in launches and padding.
 
     Returns:
@@ -234,44 +238,44 @@ def groups(
     max_reads: int,
     min_saving: int,
     page: int,
-    begun: Sequence[int] = (),
+    partial_sizes: Sequence[int] = (),
     recurring: Callable[[Tokens], int] = lambda _: 0,
 ) -> list[Group]:
-    """Shared prefixes and rows for sequences with reads at the given ascending positions.
+    """Shared prefixes and segments for sequences with reads at the given ascending positions.
 
-    Tokens after a sequence's last read are not computed. A row longer than ``max_width``, or with more than
+    Tokens after a sequence's last read are not computed. A segment longer than ``max_width``, or with more than
     ``max_reads`` reads, is cut: its earlier tokens become a prefix of its own.
 
     Args:
         page: a prefix is stored and attended to in pages of so many tokens.
-        begun: how many tokens of a page are looked at where a prefix ends within it, ascending, the last ``page``;
-            empty: always the whole page.
-        recurring: how many tokens behind the whole pages of a shared prefix an earlier batch shared, too.
+        partial_sizes: how many tokens of a partial page are looked at, ascending, the last ``page``; empty: always the
+            whole page.
+        recurring: how many tokens after the whole pages of a shared prefix an earlier batch shared, too.
     """
     result: list[Group] = []
     shared = share(sequences, [positions[0] for positions in reads], min_saving=min_saving)
     for prefix_of, depth, members in shared:
         own_tokens = sum(reads[sequence][-1] + 1 - depth for sequence in members)
         again = recurring(sequences[prefix_of][:depth]) if depth else 0
-        prefix_length = _worthwhile(depth, again, len(members), own_tokens, page, begun or (page,))
-        rows: list[Row] = []
+        prefix_length = _worthwhile(depth, again, len(members), own_tokens, page, partial_sizes or (page,))
+        segments: list[Segment] = []
         for sequence in members:
             pieces = _pieces(sequence, prefix_length, reads[sequence], max_width, max_reads)
             for piece in pieces:
                 if piece.start == prefix_length:
-                    rows.append(piece)
+                    segments.append(piece)
                 else:
                     result.append(Group(sequence, piece.start, (piece,)))
-        if rows:
-            result.append(Group(prefix_of, prefix_length, tuple(rows)))
+        if segments:
+            result.append(Group(prefix_of, prefix_length, tuple(segments)))
     return result
 
 
 def _worthwhile(
-    prefix_length: int, recurring: int, members: int, own_tokens: int, page: int, begun: Sequence[int]
+    prefix_length: int, recurring: int, members: int, own_tokens: int, page: int, partial_sizes: Sequence[int]
 ) -> int:
-    """The prefix with as many of the tokens that only begin a page as save more than that page costs: all of them,
-    those that recur, or none.
+    """The prefix, with as many tokens of its partial page as save more than that page costs: all of them, those that
+    recur, or none.
 
     Items of one request often begin with the same word: a page for that word is computed and looked at by all.
     """
@@ -279,7 +283,7 @@ def _worthwhile(
     best, most = 0, 0.0
     # What recurred is expected once more.
     for tokens, uses in ((recurring, 2 * members), (rest, members)):
-        seen = bucket(tokens, begun)
+        seen = bucket(tokens, partial_sizes)
         cost = max(seen, SMALLEST_CALL) + CALL_COST + own_tokens * seen * ATTENTION_COST
         saving = (uses - 1) * tokens - cost
         if tokens and saving >= most:
@@ -287,47 +291,47 @@ def _worthwhile(
     return prefix_length - rest + best
 
 
-def _pieces(sequence: int, start: int, reads: Sequence[int], max_width: int, max_reads: int) -> Iterable[Row]:
-    """Rows that hold all reads of one sequence; stretches without a read are left to the prefix."""
+def _pieces(sequence: int, start: int, reads: Sequence[int], max_width: int, max_reads: int) -> Iterable[Segment]:
+    """Segments that hold all reads of one sequence; stretches without a read are left to the prefix."""
     if reads[-1] + 1 - start <= max_width and len(reads) <= max_reads:
-        return [Row(sequence, start, reads[-1] + 1, len(reads))]
-    rows: list[Row] = []
+        return [Segment(sequence, start, reads[-1] + 1, len(reads))]
+    segments: list[Segment] = []
     done = 0
     while done < len(reads):
         end = done
         while end < len(reads) and end - done < max_reads and reads[end] - reads[done] < max_width:
             end += 1
         stop = reads[end - 1] + 1
-        first = max(rows[-1].stop if rows else start, stop - max_width)
-        rows.append(Row(sequence, first, stop, end - done))
+        first = max(segments[-1].stop if segments else start, stop - max_width)
+        segments.append(Segment(sequence, first, stop, end - done))
         done = end
-    return rows
+    return segments
 
 
-def pack(rows: Sequence[Row], ladder: Sequence[Shape]) -> list[Call]:
-    """Pack rows of one group into calls, choosing among the ladder's widths what costs least.
+def pack_bins(segments: Sequence[Segment], ladder: Sequence[Shape]) -> list[Call]:
+    """Pack segments of one group into calls, choosing among the ladder's widths what costs least.
 
-    Tried: all rows in bins of one width, and long and short rows apart.
+    Tried: all segments in bins of one width, and long and short segments apart.
 
     Raises:
-        ValueError: a row is longer than the widest bin.
+        ValueError: a segment is longer than the widest bin.
     """
-    ordered = sorted(rows, key=_longest_first)
+    ordered = sorted(segments, key=_longest_first)
     full = {shape.width: shape for shape in ladder}  # the largest of a width comes last
     longest = ordered[0].length
     if longest > max(full):
-        raise ValueError(f"a row of {longest} tokens does not fit the widest bin of {max(full)}")
+        raise ValueError(f"a segment of {longest} tokens does not fit the widest bin of {max(full)}")
     narrowest = min(width for width in full if width >= longest)
-    tokens = [0, *itertools.accumulate(row.length for row in ordered)]
+    tokens = [0, *itertools.accumulate(segment.length for segment in ordered)]
     per_token = {width: shape.cost / shape.tokens for width, shape in full.items()}
 
     def least(cut: int, wide: int, narrow: int) -> float:
-        """What the rows before ``cut`` in wide bins and the others in narrow ones cost if no position is wasted."""
+        """What the segments before ``cut`` in wide bins and the others in narrow ones cost if no position is wasted."""
         return tokens[cut] * per_token[wide] + (tokens[-1] - tokens[cut]) * per_token[narrow]
 
     options = [(len(ordered), width, width) for width in full if width >= longest]
     for width in [width for width in full if ordered[-1].length <= width < longest]:
-        cut = bisect.bisect_left(ordered, -width, key=lambda row: -row.length)
+        cut = bisect.bisect_left(ordered, -width, key=lambda segment: -segment.length)
         options.append((cut, narrowest, width))
     best: list[Call] = []
     best_cost = float("inf")
@@ -341,19 +345,19 @@ def pack(rows: Sequence[Row], ladder: Sequence[Shape]) -> list[Call]:
     return best
 
 
-def _longest_first(row: Row) -> tuple[int, int]:
-    return -row.length, row.reads
+def _longest_first(segment: Segment) -> tuple[int, int]:
+    return -segment.length, segment.reads
 
 
 def _cost(calls: Sequence[Call]) -> float:
     return sum(call.shape.cost for call in calls)
 
 
-def _bins(rows: Sequence[Row], shape: Shape) -> list[list[Row]]:
-    """Best-fit of rows, longest first, into bins of the shape's width; none has more reads than one call may."""
-    bins: list[list[Row]] = []
+def _bins(segments: Sequence[Segment], shape: Shape) -> list[list[Segment]]:
+    """Best-fit of segments, longest first, into bins of the shape's width; none has more reads than one call may."""
+    bins: list[list[Segment]] = []
     room: list[tuple[int, int, int]] = []  # (free tokens, bin, free reads), ascending
-    for (length, reads), run in itertools.groupby(rows, key=lambda row: (row.length, row.reads)):
+    for (length, reads), run in itertools.groupby(segments, key=lambda segment: (segment.length, segment.reads)):
         alike = list(run)
         placed = 0
         while placed < len(alike):
@@ -372,10 +376,10 @@ def _bins(rows: Sequence[Row], shape: Shape) -> list[list[Row]]:
     return bins
 
 
-def _calls(bins: Sequence[list[Row]], full: Shape, ladder: Sequence[Shape]) -> list[Call]:
-    """Bins of one width as full calls; the rows that do not fill the last one go where they cost least."""
+def _calls(bins: Sequence[list[Segment]], full: Shape, ladder: Sequence[Shape]) -> list[Call]:
+    """Bins of one width as full calls; the segments that do not fill the last one go where they cost least."""
     *calls, last = _runs(bins, full)
-    rest = sorted((placement.row for placement in last.placements), key=_longest_first)
+    rest = sorted((placement.segment for placement in last.placements), key=_longest_first)
     options = [[last]]
     for shape in ladder:
         small = shape.bins == -(-SMALLEST_CALL // shape.width) or 2 * shape.tokens <= full.tokens + shape.width
@@ -384,13 +388,13 @@ def _calls(bins: Sequence[list[Row]], full: Shape, ladder: Sequence[Shape]) -> l
     return calls + min(options, key=_cost)
 
 
-def _runs(bins: Sequence[list[Row]], shape: Shape) -> list[Call]:
+def _runs(bins: Sequence[list[Segment]], shape: Shape) -> list[Call]:
     """Bins in order, as many to a call as it has room for, and no more reads."""
     calls: list[Call] = []
-    taken: list[list[Row]] = []
+    taken: list[list[Segment]] = []
     reads = 0
     for members in bins:
-        wanted = sum(row.reads for row in members)
+        wanted = sum(segment.reads for segment in members)
         if len(taken) == shape.bins or reads + wanted > shape.reads:
             calls.append(_call(shape, taken))
             taken, reads = [], 0
@@ -399,13 +403,13 @@ def _runs(bins: Sequence[list[Row]], shape: Shape) -> list[Call]:
     return [*calls, _call(shape, taken)]
 
 
-def _call(shape: Shape, bins: Sequence[Sequence[Row]]) -> Call:
+def _call(shape: Shape, bins: Sequence[Sequence[Segment]]) -> Call:
     placements: list[Placement] = []
-    for number, rows in enumerate(bins):
+    for number, segments in enumerate(bins):
         offset = 0
-        for row in rows:
-            placements.append(Placement(row, number, offset))
-            offset += row.length
+        for segment in segments:
+            placements.append(Placement(segment, number, offset))
+            offset += segment.length
     return Call(shape, tuple(placements))
 
 
@@ -422,7 +426,7 @@ def chunks(length: int, sizes: Sequence[int]) -> list[int]:
 def padding_waste(calls: Sequence[Call]) -> float:
     """Share of computed positions that hold no token, 0 to 1."""
     computed = sum(call.shape.tokens for call in calls)
-    real = sum(placement.row.length for call in calls for placement in call.placements)
+    real = sum(placement.segment.length for call in calls for placement in call.placements)
     return 1 - real / computed if computed else 0.0
 
 

@@ -1,4 +1,4 @@
-"""Which missing pages of which prefixes are computed in one call."""
+"""Calls that fill the missing pages of prefixes."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -6,12 +6,13 @@ from typing import NamedTuple
 import numpy as np
 
 from model import plan
-from model.pages import PAGE_TOKENS, Node
+from model.contract import PAGE_TOKENS
+from model.pages import Node
 from model.programs import Inputs, Span, spans_of
 
 
-class Held(NamedTuple):
-    """A group and the pages of its prefix, of which those behind ``cached`` tokens are to be filled."""
+class PinnedPrefix(NamedTuple):
+    """A group and the pages of its prefix; the pages after ``cached`` tokens are to be filled."""
 
     group: plan.Group
     prefix: plan.Tokens
@@ -19,25 +20,25 @@ class Held(NamedTuple):
     cached: int
 
 
-class Piece(NamedTuple):
+class PrefillChunk(NamedTuple):
     """Tokens ``start`` to ``stop`` of a prefix, computed together."""
 
-    held: Held
+    held: PinnedPrefix
     start: int
     stop: int
 
     def sees(self) -> Iterator[int]:
-        """Pages that it attends to."""
+        """The pages that it attends to."""
         return (node.page for node in self.held.path[: -(-self.start // PAGE_TOKENS)])
 
     def spans(self, at: int) -> list[Span]:
-        """Where its keys and values go, from its first token's place ``at`` in a call."""
-        found: list[Span] = []
+        """The page parts for its keys and values, from its first token's place ``at`` in a call."""
+        spans: list[Span] = []
         for number in range(self.start // PAGE_TOKENS, -(-self.stop // PAGE_TOKENS)):
             page = number * PAGE_TOKENS
             first, last = max(self.start, page), min(self.stop, page + PAGE_TOKENS)
-            found.append(Span(self.held.path[number].page, first - page, at + first - self.start, last - first))
-        return found
+            spans.append(Span(self.held.path[number].page, first - page, at + first - self.start, last - first))
+        return spans
 
 
 class PrefillCall:
@@ -50,16 +51,16 @@ class PrefillCall:
 
     def __init__(self, sizes: Sequence[int], prefixes: int) -> None:
         self._sizes, self._prefixes = sizes, prefixes
-        self.pieces: list[Piece] = []
+        self.pieces: list[PrefillChunk] = []
         self.spans: list[Span] = []
         self.tokens = 0
 
     @property
     def size(self) -> int:
-        """The smallest that has room, in tokens."""
+        """The smallest size that has room, in tokens."""
         return next(size for size in self._sizes if size >= self.tokens and spans_of(size) >= len(self.spans))
 
-    def add(self, piece: Piece) -> bool:
+    def add(self, piece: PrefillChunk) -> bool:
         """Take one more piece, if there is room and the call writes nothing that the piece sees."""
         tokens, spans = self.tokens + piece.stop - piece.start, [*self.spans, *piece.spans(self.tokens)]
         largest = self._sizes[-1]
@@ -85,7 +86,7 @@ class PrefillCall:
         return Inputs(tokens, positions, prefixes, segments[None], np.zeros(0, np.int32))
 
 
-def calls(held: Sequence[Held], sizes: Sequence[int], prefixes: int) -> Iterator[PrefillCall]:
+def calls(held: Sequence[PinnedPrefix], sizes: Sequence[int], prefixes: int) -> Iterator[PrefillCall]:
     """Calls that fill all pages that are empty, in the order in which they must run.
 
     What is missing of a prefix is cut in the same places whatever else is in its calls, so its keys and values have the
@@ -95,7 +96,7 @@ def calls(held: Sequence[Held], sizes: Sequence[int], prefixes: int) -> Iterator
     for each in held:
         start = each.cached
         for size in plan.chunks(len(each.prefix) - start, sizes):
-            piece = Piece(each, start, min(start + size, len(each.prefix)))
+            piece = PrefillChunk(each, start, min(start + size, len(each.prefix)))
             if not call.add(piece):
                 yield call
                 call = PrefillCall(sizes, prefixes)

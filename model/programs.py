@@ -1,4 +1,4 @@
-"""What runs on the device: programs compiled ahead of time, one per kind and size, and how they follow each other.
+"""The programs on the device: compiled ahead of time, one per kind and size, and how they follow each other.
 
 The layers run in one of two ways. ``LayerPrograms``: one launch per layer, each layer's weights an argument of their
 own; launches are cheap on a CPU, and XLA there copies whatever a loop cuts from stacked weights. ``ModelPrograms``: a
@@ -22,12 +22,12 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from model import compiled, decoder
-from model.attention import Context, to_pool
+from model.attention import AttentionContext, to_pool
 from model.config import ModelConfig
+from model.contract import PAGE_TOKENS
 from model.cpu import linear
 from model.families.registry import Abstract
 from model.logprobs import argmax, log_normalizer, target_logits
-from model.pages import PAGE_TOKENS
 from model.plan import Shape, reads_of
 from model.sharding import DATA, RULES, abstract, put
 
@@ -42,8 +42,8 @@ class Inputs(NamedTuple):
         tokens: [M] ids; -1 for padding.
         positions: [M], each token's place in its sequence.
         prefixes: [M], which of the call's prefixes each token sees.
-        segments: [B, T], see ``attention.Context``.
-        reads: [R] flat indices of the tokens whose hidden state is wanted; not used by ``prefill``.
+        segments: [B, T], see ``attention.AttentionContext``.
+        reads: [R] flat indices of the tokens to return the hidden states of; not used by ``prefill``.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -54,12 +54,12 @@ class Inputs(NamedTuple):
 
 
 class Prefixes(NamedTuple):
-    """What the rows of a call attend to besides themselves.
+    """The prefixes that the segments of a call attend to.
 
     Attributes:
-        pool: on the device.
+        pool: the page pool, on the device.
         tables: [P, slots], the pages of each prefix.
-        lengths: [P], in tokens.
+        lengths: [P], each prefix's tokens.
     """
 
     pool: jax.Array
@@ -96,15 +96,15 @@ class Definition(NamedTuple):
 WHOLE, CALLS = RULES.spec(), RULES.spec("calls")
 POOL = RULES.spec(None, None, None, "kv_heads", None, None)
 _CONTEXT: Any = (CALLS, CALLS, CALLS, POOL, WHOLE, WHOLE)
-CONTEXT = Context(*_CONTEXT)
-"""How the fields of a ``Context`` lie on a mesh."""
+CONTEXT = AttentionContext(*_CONTEXT)
+"""How the fields of a ``AttentionContext`` lie on a mesh."""
 
 
 class Programs:
     """Programs that do not depend on how the layers run: the head's, and the one that fills pages.
 
     Args:
-        ends: parameters of ``Family.ends``.
+        ends: parameters of ``decoder.EmbeddingAndHead``.
         pool: shape and dtype of the page pool on one device, [pages, L, 2, K, page, H].
         tables: how many prefixes a call has, and the entries of each one's page table.
         folder: of compiled programs, see ``model.compiled``.
@@ -139,7 +139,7 @@ class Programs:
 
     @property
     def weight_bytes(self) -> int:
-        """Of all parameters."""
+        """Size of all parameters."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((self._ends, self._layers)))
 
     @property
@@ -227,12 +227,12 @@ class Programs:
         """
         return jax.device_put(host) if self._mesh is None else put(host, spec, self._mesh)
 
-    def _on_device(self, inputs: Inputs, prefixes: Prefixes) -> tuple[jax.Array, Context]:
+    def _on_device(self, inputs: Inputs, prefixes: Prefixes) -> tuple[jax.Array, AttentionContext]:
         """A launch's token ids and context, on the device."""
         of_calls = (inputs.tokens, inputs.segments, inputs.positions, inputs.prefixes)
         host = (*of_calls, prefixes.tables, prefixes.lengths)
         tokens, segments, positions, seen, tables, lengths = self._put(host, (*[CALLS] * len(of_calls), WHOLE, WHOLE))
-        return tokens, Context(segments, positions, seen, prefixes.pool, tables, lengths)
+        return tokens, AttentionContext(segments, positions, seen, prefixes.pool, tables, lengths)
 
     def _parameters(self, held: State, part: State, *leading: None) -> tuple[Any, Any]:
         """Parameters as a program's argument, and how they lie on a mesh.
@@ -300,10 +300,10 @@ class Programs:
         """Shapes of what ``prefill`` returns."""
         raise NotImplementedError
 
-    def _context(self, segments: jax.ShapeDtypeStruct) -> Context:
+    def _context(self, segments: jax.ShapeDtypeStruct) -> AttentionContext:
         tokens = _int32(segments.shape[0] * segments.shape[1])
         stored: Any = (self._pool, _int32(*self._tables), _int32(self._tables[0]))
-        shapes: Any = Context(segments, tokens, tokens, *stored)  # pyright: ignore[reportArgumentType]
+        shapes: Any = AttentionContext(segments, tokens, tokens, *stored)  # pyright: ignore[reportArgumentType]
         return shapes
 
 
@@ -348,7 +348,7 @@ class LayerPrograms(Programs):
         wanted += [("read", tokens) for tokens in called]
         return wanted + [("embed", tokens) for tokens in sorted({*chunks, *called})]
 
-    def _begin(self, inputs: Inputs, prefixes: Prefixes) -> tuple[Any, Any, Context]:
+    def _begin(self, inputs: Inputs, prefixes: Prefixes) -> tuple[Any, Any, AttentionContext]:
         """The first layer's input, and what all layers take, on the device once for all of them."""
         tokens, context = self._on_device(inputs, prefixes)
         embed = self.get("embed", len(inputs.tokens) // self.at_once)
@@ -373,7 +373,7 @@ class LayerPrograms(Programs):
             return nnx.merge(block_graph, weights).keys_values(x, angles, final)
 
         def read(ends: Any, weights: Any, x: Any, angles: Any, context: Any, number: Any, reads: Any) -> Any:
-            hidden = nnx.merge(block_graph, weights).read(x, angles, context, number, reads)
+            hidden = nnx.merge(block_graph, weights).forward_reads(x, angles, context, number, reads)
             return self._of_all_calls(nnx.merge(ends_graph, ends).norm(hidden))
 
         ends, ends_specs = self._parameters(self._ends, self._abstract.ends[1])
@@ -445,7 +445,7 @@ class ModelPrograms(Programs):
         def rows(ends: Any, layers: Any, tokens: Any, positions: Any, context: Any, reads: Any) -> Any:
             x, angles = nnx.merge(ends_graph, ends).embed(tokens, positions)
             x = lax.fori_loop(0, last, lambda n, x: block(layers, n)(x, angles, context, n)[0], x)
-            hidden = block(layers, last).read(x, angles, context, last, reads)
+            hidden = block(layers, last).forward_reads(x, angles, context, last, reads)
             return self._of_all_calls(nnx.merge(ends_graph, ends).norm(hidden))
 
         def prefill(ends: Any, layers: Any, tokens: Any, positions: Any, context: Any) -> Any:

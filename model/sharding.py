@@ -38,7 +38,7 @@ class Rules:
     experts: str | None = None
 
     def spec(self, *axes: str | None) -> P:
-        """Of an array with these axes; None: an axis without a name, which is not split."""
+        """The spec of an array with these axes; None: an axis without a name, which is not split."""
         return P(*(None if axis is None else getattr(self, axis) for axis in axes))
 
 
@@ -54,7 +54,7 @@ class Tensor(Protocol):
 
 
 def mesh(data: int, model: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """Of ``data`` x ``model`` devices.
+    """A mesh of ``data`` x ``model`` devices.
 
     Args:
         devices: None: all that jax sees, on all hosts.
@@ -62,12 +62,37 @@ def mesh(data: int, model: int, devices: Sequence[Any] | None = None) -> Mesh:
     Raises:
         ConfigError: there are fewer or more devices.
     """
-    found = jax.devices() if devices is None else devices
-    if len(found) != data * model:
+    devices = jax.devices() if devices is None else devices
+    if len(devices) != data * model:
         raise ConfigError(
-            f"a mesh of {data} x {model} (data x model) takes {data * model} devices and there are {len(found)}"
+            f"a mesh of {data} x {model} (data x model) takes {data * model} devices and there are {len(devices)}"
         )
-    return Mesh(np.array(found).reshape(data, model), (DATA, MODEL))
+    return Mesh(np.array(devices).reshape(data, model), (DATA, MODEL))
+
+
+def tpu_mesh(chips: int) -> Mesh:
+    """All chips that this process was given, with a model split over them.
+
+    Raises:
+        RuntimeError: jax finds no TPU.
+        ConfigError: it finds more or fewer chips.
+    """
+    if (found := jax.default_backend()) != "tpu":
+        raise RuntimeError(
+            f"the replica was given TPU chips and jax found only {found}; is score-serve[tpu] installed?"
+        )
+    return mesh(data=1, model=chips)
+
+
+def init_distributed(coordinator: str, hosts: int, number: int) -> None:
+    """Make this process one of several, one a host, that run the same programs at once. Call it once in a process,
+    before any other use of jax.
+
+    Args:
+        coordinator: address and port of a service that host 0's process starts.
+        number: this host's, from 0.
+    """
+    jax.distributed.initialize(coordinator, hosts, number)
 
 
 def divided(config: ModelConfig, shards: int) -> ModelConfig:
@@ -103,7 +128,7 @@ def divided(config: ModelConfig, shards: int) -> ModelConfig:
 
 
 def whole_shape(shape: Sequence[int], spec: P, over: Mesh) -> tuple[int, ...]:
-    """Of the array whose part on one device has ``shape``."""
+    """Shape of the whole array, from the ``shape`` of one device's part."""
     axes = [*spec, *[None] * (len(shape) - len(spec))]
     return tuple(size * (1 if axis is None else over.shape[axis]) for size, axis in zip(shape, axes, strict=True))
 
@@ -135,7 +160,7 @@ def put(tree: Any, specs: Any, over: Mesh) -> Any:
 
 
 def _mapped(function: Callable[[Any, P], Any], tree: Any, specs: Any) -> Any:
-    """``function`` of every leaf and its spec."""
+    """Apply ``function`` to every leaf and its spec."""
     return jax.tree.map(
         lambda spec, branch: jax.tree.map(lambda part: function(part, spec), branch),
         specs,
@@ -145,7 +170,7 @@ def _mapped(function: Callable[[Any, P], Any], tree: Any, specs: Any) -> Any:
 
 
 def place(tensor: Tensor, axes: Sequence[str | None], part: Sequence[int], dtype: Any, over: Mesh) -> jax.Array:
-    """A parameter on the mesh. Of the tensor nothing is read but what this host's devices hold.
+    """Put a parameter on the mesh. Only what this host's devices hold is read of the tensor.
 
     Args:
         axes: the parameter's.
@@ -173,15 +198,15 @@ def place(tensor: Tensor, axes: Sequence[str | None], part: Sequence[int], dtype
 
 
 def stacked(array: jax.Array, count: int) -> jax.Array:
-    """Zeros for ``count`` such arrays, each place where that array's part is."""
-    here = array.sharding
-    whole = NamedSharding(here.mesh, P(None, *here.spec)) if isinstance(here, NamedSharding) else here
+    """Zeros for a stack of ``count`` such arrays, on the same devices."""
+    part = array.sharding
+    whole = NamedSharding(part.mesh, P(None, *part.spec)) if isinstance(part, NamedSharding) else part
     return jnp.zeros((count, *array.shape), array.dtype, device=whole)
 
 
 def by_device(function: Callable[[jax.Array], Any], array: jax.Array) -> Any:
-    """``function`` of each device's part; its results lie as the array does."""
-    here = array.sharding
-    if isinstance(here, NamedSharding):
-        function = jax.shard_map(function, mesh=here.mesh, in_specs=here.spec, out_specs=here.spec, check_vma=False)
+    """Apply ``function`` to each device's part; the results are split as the array is."""
+    split = array.sharding
+    if isinstance(split, NamedSharding):
+        function = jax.shard_map(function, mesh=split.mesh, in_specs=split.spec, out_specs=split.spec, check_vma=False)
     return jax.jit(function)(array)

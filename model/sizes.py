@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from model import plan
-from model.attention import NATIVE, TAILS, pool_head_width
+from model.attention import NATIVE, PARTIAL_PAGES, pool_head_width
 from model.config import ModelConfig
-from model.pages import PAGE_TOKENS
+from model.contract import PAGE_TOKENS
 from model.plan import Shape
 
 NATIVE_PREFIXES = 64
-"""Of one call: 16 tokens a prefix, where a call is full."""
+"""Prefixes that one call sees at most: a full call has 16 tokens for each."""
 
 CHUNKS = (64, 128, 192, 256, 288, 320, 384, 448, 512)
 CHUNKS_WITH_CHEAP_PADDING = (64, 128, 192, 256, 384, 512, 1024)
@@ -27,11 +27,11 @@ class Sizes:
     """What an engine compiles and keeps. The defaults are a CPU's.
 
     Attributes:
-        max_row_tokens: the longest row; longer ones are computed in chunks.
+        max_row_tokens: the longest segment; longer ones are computed in chunks.
         call_tokens: tokens in a full call.
         chunks: sizes of prefix prefill calls, in tokens, ascending; empty: by what padding costs.
         head_rows: sizes of head calls, in hidden states, ascending.
-        argmax_rows: the same of head calls that also find the likeliest tokens.
+        argmax_rows: the same for head calls that also find the top-1 tokens.
         target_rows: sizes of target-logit calls, in (hidden state, target) pairs, ascending.
         prefix_cache_bytes: device memory for prefixes; more where one prompt of the longest kind needs it.
         large_calls: the smallest calls are an eighth of a full one, see ``plan.large_shapes``.
@@ -73,9 +73,9 @@ class Layout:
     Attributes:
         sizes: as they were given, without chunks that no prompt fills.
         longest: the longest sequence, in tokens.
-        ladder: shapes of rows calls, ascending.
-        row_tokens: the longest row.
-        prefixes: how many prefixes the rows of a call see at most.
+        ladder: shapes of the calls that compute segments, ascending.
+        row_tokens: the longest segment.
+        prefixes: how many prefixes the segments of a call see at most.
         slots: entries of a page table.
         pool: shape and dtype of the page pool, [pages, L, 2, K, page, H].
     """
@@ -105,7 +105,7 @@ class Layout:
     ) -> list[plan.Group]:
         """See ``plan.groups``."""
         # Attention with a prefix for every token reads no more of a page than there is.
-        begun = TAILS if self.prefixes == 1 else range(1, PAGE_TOKENS + 1)
+        partial_sizes = PARTIAL_PAGES if self.prefixes == 1 else range(1, PAGE_TOKENS + 1)
         return plan.groups(
             sequences,
             reads,
@@ -113,16 +113,16 @@ class Layout:
             max_reads=min(shape.reads for shape in self.ladder),
             min_saving=PAGE_TOKENS,
             page=PAGE_TOKENS,
-            begun=begun,
+            partial_sizes=partial_sizes,
             recurring=recurring,
         )
 
     def calls(self, groups: Sequence[plan.Group]) -> list[plan.Call]:
-        """Of ``prefixes`` groups at most."""
+        """Calls for the segments of at most ``prefixes`` groups."""
         if self.prefixes > 1:
-            return plan.fill(groups, self.ladder)
+            return plan.pack_flat(groups, self.ladder)
         (group,) = groups
-        return plan.pack(group.rows, self.ladder)
+        return plan.pack_bins(group.segments, self.ladder)
 
 
 def layout(

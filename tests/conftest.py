@@ -112,9 +112,9 @@ def locked(fake_service: ModelService, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def demo_engine() -> Engine:
     """The demo model in float32; programs compile as they are needed."""
-    from model import engine
+    from model import loading
 
-    return engine.load(model_source.resolve("demo"))
+    return loading.load(model_source.resolve("demo"))
 
 
 @pytest.fixture(scope="session")
@@ -123,11 +123,11 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
 
     @cache
     def made(family: str) -> tuple[Path, Engine]:
-        from model import engine
+        from model import loading
         from tests.tiny_families import make_family
 
         folder = make_family(tmp_path_factory.mktemp(family), family)
-        scorer = engine.load(folder, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
+        scorer = loading.load(folder, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
         scorer.warmup()  # several programs at a time
         return folder, scorer
 

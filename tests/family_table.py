@@ -15,7 +15,7 @@ os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=1 --xla_force_host_p
 import jax
 import numpy as np
 
-from model import engine, sharding
+from model import loading, sharding
 from model.cost import program_cost
 from model.families.registry import from_hf
 from model.sizes import BY_PLATFORM
@@ -31,7 +31,7 @@ SIZES: dict[str, Any] = {"max_row_tokens": 32, "call_tokens": 64, "chunks": (64,
 def errors(folder: Path) -> tuple[float, float, float]:
     """Largest differences in log-probability: from transformers; alone and in reverse order from all together; on two
     by two devices from one."""
-    scorer = engine.load(folder, **SIZES)
+    scorer = loading.load(folder, **SIZES)
     sequences = cases.sequences()
     found = scorer.score(label_batch(sequences, [cases.LABELS] * len(sequences))).values.reshape(len(sequences), -1)
     parity = np.abs(found - np.array(cases.reference(folder))).max()
@@ -41,7 +41,7 @@ def errors(folder: Path) -> tuple[float, float, float]:
     scorer._forget_prefixes()  # pyright: ignore[reportPrivateUsage]
     alone = np.concatenate([values(scorer, [sequence]) for sequence in sequences])
     invariance = max(np.abs(warm - cold).max(), np.abs(alone - cold).max())
-    spread = engine.load(folder, mesh=sharding.mesh(2, 2, jax.devices()[:4]), **SIZES)
+    spread = loading.load(folder, mesh=sharding.mesh(2, 2, jax.devices()[:4]), **SIZES)
     return float(parity), float(invariance), float(np.abs(values(spread, sequences) - cold).max())
 
 
@@ -49,7 +49,7 @@ def compiles(family: str) -> str:
     """For how many v6e chips the rows program compiles, with the attention kernel in every layer."""
     config, chips, found = from_hf(config_of(family)), devices("v6e", "2x2"), list[str]()
     for over in (sharding.mesh(1, 1, chips[:1]), sharding.mesh(2, 2, chips)):
-        programs, laid = engine.without_weights(config, over, BY_PLATFORM["tpu"])
+        programs, laid = loading.without_weights(config, over, BY_PLATFORM["tpu"])
         traced = programs.trace("rows", laid.ladder[0])
         _, kernels = program_cost(traced, traced.lower().compile(), trips=config.layers - 1)
         assert kernels == config.layers, family

@@ -165,7 +165,7 @@ class Worker {
   }
 
   // Folds the packed keys into the running softmax of rows begin:end. Key 0 of the block stands at `place` from the row's
-  // first token on; in a row's own keys, a query sees none behind its own place.
+  // first token on; in a row's own keys, a query sees none after its own place.
   void Fold(int64_t begin, int64_t end, int64_t place, int count, bool causal) {
     alignas(64) float scores[kRows][kKeys];
     alignas(64) Unit weights[kRows][kKeys / D::kPacked];

@@ -29,7 +29,7 @@ def attend_native(
     softcap: float | None,
     reads: Int[Array, " Q"] | None,
 ) -> Float[Array, "Q N H"]:
-    """As ``attention.attend``, in q's dtype; ``build.load`` comes before it."""
+    """The same as ``attention.attend``, in q's dtype; call ``build.load`` first."""
     queries = jnp.arange(len(q), dtype=jnp.int32) if reads is None else reads
     scalars = [jnp.asarray(x, jnp.int32) for x in (layer, UNLIMITED if window is None else window)]
     kernel = jax.ffi.ffi_call(build.target("attention"), jax.ShapeDtypeStruct(q.shape, q.dtype))

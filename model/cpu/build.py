@@ -92,13 +92,13 @@ def _library(folder: Path | None) -> ctypes.CDLL:
     decides = ([file.read_bytes() for file in (HEADER, *SOURCES)], macros, options, version("jaxlib"))
     name = f"kernels-{hashlib.sha256(repr(decides).encode()).hexdigest()}.so"
     file = folder and folder / name
-    if file and (found := compiled.kept(file, lambda _: ctypes.CDLL(str(file)))):
+    if file and (found := compiled.load_cached(file, lambda _: ctypes.CDLL(str(file)))):
         return found
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch) / name
         _run([compiler, *options, "-isystem", jax.ffi.include_dir(), *map(str, SOURCES), "-o", str(made)])
         if file:
-            compiled.keep(file, made.read_bytes)
+            compiled.store(file, made.read_bytes)
         return ctypes.CDLL(str(made))
 
 

@@ -67,7 +67,7 @@ void Multiply(const typename D::Unit* a, int64_t steps, const typename D::Unit* 
   }
 }
 
-// The same of the panel's first `columns`, and perhaps some more.
+// The same of the panel's first `columns`, and possibly some more.
 template <typename D, int rows>
 void Multiply(const typename D::Unit* a, int64_t steps, const typename D::Unit* b, float* sums, int64_t columns,
               Ahead<typename D::Unit> ahead) {

@@ -1,7 +1,7 @@
 """Matmuls on a CPU with kernels packed once, as they are read: ``linear.cc``, called by XLA (its FFI).
 
-XLA packs a kernel anew for every call, which for few rows takes a good part of it. A row has the same bits whatever is
-beside it, and rows of zeros take no time.
+XLA packs a kernel again for every call, which takes a good part of a call with few rows. A row has the same bits
+whatever is beside it, and rows of zeros take no time.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ PANEL = 64
 
 
 def packed_shape(features_in: int, features_out: int, dtype: jnp.dtype) -> tuple[int, int, int]:
-    """Of a kernel as ``pack`` stores it: panels, steps of the inner axis, and what a step takes of each column."""
+    """Shape of a kernel that ``pack`` stored: panels, steps of the inner axis, and a step's numbers of all columns."""
     together = _together(dtype)
     return -(-features_out // PANEL), features_in // together, PANEL * together
 
@@ -32,7 +32,7 @@ def _together(dtype: jnp.dtype) -> int:
 
 
 def pack(kernel: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """A kernel [in, out], of the dtype that it is multiplied in, as ``products`` takes it.
+    """Pack a kernel [in, out], in the dtype that it is multiplied in, for ``products``.
 
     The last panel is filled up with zeros. In bfloat16 an even number of features in is needed.
     """
@@ -51,7 +51,7 @@ def products(
     """x times each kernel, float32, in one call.
 
     Args:
-        kernels: as ``pack`` stores them, in x's dtype; ``build.load`` comes before.
+        kernels: as ``pack`` stores them, in x's dtype; call ``build.load`` first.
         widths: features out of each.
     """
     results = [jax.ShapeDtypeStruct((x.shape[0], width), jnp.float32) for width in widths]
@@ -71,6 +71,6 @@ def gated(
 
 
 def log_normalizer(x: Float[Array, "R D"], head: Float[Array, "V D"], softcap: float | None) -> Float[Array, " R"]:
-    """As ``logprobs.log_normalizer``, with x in the head's dtype, which is not packed; see ``products``."""
+    """The same as ``logprobs.log_normalizer``, with x in the head's dtype; the head is not packed; see ``products``."""
     kernel = jax.ffi.ffi_call(build.target("normalizers"), jax.ShapeDtypeStruct(x.shape[:1], jnp.float32))
     return kernel(x, head, softcap=np.float32(softcap or 0))

@@ -11,12 +11,12 @@ from jaxtyping import Array, Float
 
 from model import decoder
 from model.checkpoint import Targets
-from model.config import ModelConfig, common, with_window
+from model.config import ModelConfig, common_config, with_window
 from model.fields import IGNORED, NEUTRAL, Fields
 
 
 def parse(fields: Fields) -> ModelConfig:
-    config = common(
+    config = common_config(
         fields,
         kv_heads=4,
         attention_softcap=fields.number_or_none("attn_logit_softcapping", absent=50.0),
@@ -34,7 +34,7 @@ NOTES = {"hidden_act", "cache_implementation"}
 
 
 def constants(fields: Fields) -> dict[str, Any]:
-    """What Gemma 2 and 3 have in common; for ``config.common``."""
+    """What Gemma 2 and 3 have in common; for ``config.common_config``."""
     bias = fields.flag("attention_bias", False)
     return {
         "head_width": 256,
@@ -60,10 +60,10 @@ class Block(decoder.Block):
         self.after_mlp = decoder.norm(config, config.width, dtype)
         self.mlp = decoder.gated_mlp(config, dtype)
 
-    def enter(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
+    def pre_attention(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
         return self.before_attention(x)
 
-    def leave(self, x: Float[Array, "Q D"], attended: Float[Array, "Q D"]) -> Float[Array, "Q D"]:
+    def post_attention(self, x: Float[Array, "Q D"], attended: Float[Array, "Q D"]) -> Float[Array, "Q D"]:
         x = x + self.after_attention(attended)
         return x + self.after_mlp(self.mlp(self.before_mlp(x)))
 

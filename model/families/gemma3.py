@@ -6,7 +6,7 @@ transformers' ``modeling_gemma3``.
 
 from dataclasses import replace
 
-from model.config import ModelConfig, Rope, common, rope_group, with_window
+from model.config import ModelConfig, Rope, common_config, rope_group, with_window
 from model.families.gemma2 import NOTES, constants
 from model.families.gemma2 import Block as Block
 from model.families.gemma2 import weights as weights
@@ -15,7 +15,7 @@ from model.fields import IGNORED, NEUTRAL, ConfigError, Fields
 
 def parse(fields: Fields) -> ModelConfig:
     rope, local_rope = _ropes(fields)
-    config = common(
+    config = common_config(
         fields,
         kv_heads=4,
         rope=rope,
@@ -36,7 +36,7 @@ def parse(fields: Fields) -> ModelConfig:
 
 
 def _ropes(fields: Fields) -> tuple[Rope, Rope]:
-    """Of full and of sliding layers, from v4's keys or v5's groups."""
+    """The ropes of full and of sliding layers, from v4's keys or v5's groups."""
     context_length = fields.integer("max_position_embeddings")
     theta, local = fields.number("rope_theta", 1e6), fields.number("rope_local_base_freq", 1e4)
     if "rope_parameters" not in fields:

@@ -1,6 +1,6 @@
 """Llama (2, 3.x) and its look-alikes such as SmolLM: grouped-query attention, rotary positions, gated MLP.
 
-Source: transformers' ``modeling_llama``, whose float32 forward the parity tests compare with.
+Source: transformers' ``modeling_llama``; the parity tests compare with its float32 forward pass.
 """
 
 import jax.numpy as jnp
@@ -8,13 +8,13 @@ from jaxtyping import Array, Float
 
 from model import decoder
 from model.checkpoint import Targets
-from model.config import ModelConfig, common
+from model.config import ModelConfig, common_config
 from model.fields import IGNORED, NEUTRAL, Fields
 
 
 def parse(fields: Fields) -> ModelConfig:
     attention_bias = fields.flag("attention_bias", False)
-    config = common(
+    config = common_config(
         fields,
         attention_bias=attention_bias,
         output_bias=attention_bias,
@@ -37,10 +37,10 @@ class Block(decoder.Block):
         self.mlp_norm = decoder.norm(config, config.width, dtype)
         self.mlp = decoder.gated_mlp(config, dtype)
 
-    def enter(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
+    def pre_attention(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
         return self.attention_norm(x)
 
-    def leave(self, x: Float[Array, "Q D"], attended: Float[Array, "Q D"]) -> Float[Array, "Q D"]:
+    def post_attention(self, x: Float[Array, "Q D"], attended: Float[Array, "Q D"]) -> Float[Array, "Q D"]:
         x = x + attended
         return x + self.mlp(self.mlp_norm(x))
 

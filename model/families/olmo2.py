@@ -8,13 +8,13 @@ from jaxtyping import Array, Float
 
 from model import decoder
 from model.checkpoint import Targets
-from model.config import ModelConfig, common
+from model.config import ModelConfig, common_config
 from model.fields import IGNORED, NEUTRAL, Fields
 
 
 def parse(fields: Fields) -> ModelConfig:
     bias = fields.flag("attention_bias", False)
-    config = common(fields, norm_eps=1e-5, attention_bias=bias, output_bias=bias, qk_norm="projection")
+    config = common_config(fields, norm_eps=1e-5, attention_bias=bias, output_bias=bias, qk_norm="projection")
     fields.refuse_rest(ignored=IGNORED, neutral=NEUTRAL)
     return config
 
@@ -28,10 +28,10 @@ class Block(decoder.Block):
         self.mlp_norm = decoder.norm(config, config.width, dtype)
         self.mlp = decoder.gated_mlp(config, dtype)
 
-    def enter(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
+    def pre_attention(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
         return x
 
-    def leave(self, x: Float[Array, "Q D"], attended: Float[Array, "Q D"]) -> Float[Array, "Q D"]:
+    def post_attention(self, x: Float[Array, "Q D"], attended: Float[Array, "Q D"]) -> Float[Array, "Q D"]:
         x = x + self.attention_norm(attended)
         return x + self.mlp_norm(self.mlp(x))
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from model import decoder
 from model.checkpoint import Fused, Targets
-from model.config import ModelConfig, Rope, common, with_window
+from model.config import ModelConfig, Rope, common_config, with_window
 from model.families.llama import NORMS
 from model.families.llama import Block as Block
 from model.fields import IGNORED, NEUTRAL, ConfigError, Fields
@@ -17,7 +17,7 @@ from model.fields import IGNORED, NEUTRAL, ConfigError, Fields
 
 def parse(fields: Fields) -> ModelConfig:
     rope, rotated = _rope(fields)
-    config = common(fields, norm_eps=1e-5, rope=rope)
+    config = common_config(fields, norm_eps=1e-5, rope=rope)
     rotary_width = int(config.head_width * rotated)
     if rotary_width % 2 or any(
         len(factors) != rotary_width // 2 for factors in (rope.short_factors, rope.long_factors) if factors
@@ -45,7 +45,7 @@ def parse(fields: Fields) -> ModelConfig:
 
 
 def _rope(fields: Fields) -> tuple[Rope, float]:
-    """And which part of a head is rotated."""
+    """The rope, and which part of a head is rotated."""
     context_length = fields.integer("max_position_embeddings")
     original = fields.integer("original_max_position_embeddings", 4096)
     theta, rotated = fields.number("rope_theta", 1e4), fields.number("partial_rotary_factor", 1.0)

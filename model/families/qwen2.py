@@ -3,14 +3,14 @@
 Source: transformers' ``modeling_qwen2``.
 """
 
-from model.config import ModelConfig, common, with_window
+from model.config import ModelConfig, common_config, with_window
 from model.families.llama import Block as Block
 from model.families.llama import weights as weights
 from model.fields import IGNORED, NEUTRAL, Fields
 
 
 def parse(fields: Fields) -> ModelConfig:
-    config = with_qwen_window(common(fields, kv_heads=32, attention_bias=True), fields)
+    config = with_qwen_window(common_config(fields, kv_heads=32, attention_bias=True), fields)
     fields.refuse_rest(ignored=IGNORED, neutral={**NEUTRAL, "use_mrope": False})
     return config
 

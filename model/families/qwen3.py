@@ -3,7 +3,7 @@
 Source: transformers' ``modeling_qwen3``.
 """
 
-from model.config import ModelConfig, common
+from model.config import ModelConfig, common_config
 from model.families.llama import Block as Block
 from model.families.llama import weights as weights
 from model.families.qwen2 import with_qwen_window
@@ -12,7 +12,7 @@ from model.fields import IGNORED, NEUTRAL, Fields
 
 def parse(fields: Fields) -> ModelConfig:
     bias = fields.flag("attention_bias", False)
-    config = common(fields, kv_heads=32, head_width=128, attention_bias=bias, output_bias=bias, qk_norm="head")
+    config = common_config(fields, kv_heads=32, head_width=128, attention_bias=bias, output_bias=bias, qk_norm="head")
     config = with_qwen_window(config, fields)
     fields.refuse_rest(ignored=IGNORED, neutral=NEUTRAL)
     return config

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from model import decoder
 from model.checkpoint import Target, Targets
-from model.config import ModelConfig, common, with_window
+from model.config import ModelConfig, common_config, with_window
 from model.families.llama import NORMS
 from model.fields import IGNORED, NEUTRAL, ConfigError, Fields
 from model.layers import Linear, activate, summed
@@ -26,7 +26,7 @@ others chose its expert. Fewer rows would read an expert's weights more often, m
 
 def parse(fields: Fields) -> ModelConfig:
     bias = fields.flag("attention_bias", False)
-    config = common(
+    config = common_config(
         fields,
         kv_heads=4,
         attention_bias=bias,
@@ -57,7 +57,7 @@ def _experts(fields: Fields) -> int:
 
 
 class Experts(nnx.Module):
-    """Each token goes through the gated MLPs of its ``experts_per_token`` likeliest experts, and no other."""
+    """A mixture of gated MLPs: each token goes through those of its top ``experts_per_token`` experts alone."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype) -> None:
         self.config = config
@@ -125,10 +125,10 @@ class Block(decoder.Block):
         self.mlp_norm = decoder.norm(config, config.width, dtype)
         self.mlp = Experts(config, dtype=dtype)
 
-    def enter(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
+    def pre_attention(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
         return self.attention_norm(x)
 
-    def leave(self, x: Float[Array, "Q D"], attended: Float[Array, "Q D"]) -> Float[Array, "Q D"]:
+    def post_attention(self, x: Float[Array, "Q D"], attended: Float[Array, "Q D"]) -> Float[Array, "Q D"]:
         x = x + attended
         return x + self.mlp(self.mlp_norm(x))
 

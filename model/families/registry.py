@@ -16,14 +16,14 @@ from model.fields import ConfigError, Fields
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One architecture; the first and last steps of all are ``decoder.Ends``.
+    """One architecture; the first and last steps of all are ``decoder.EmbeddingAndHead``.
 
     Attributes:
         model_type: of its ``config.json``, by which transformers chooses the class.
-        parse: what it reads of ``config.json`` is handled, the rest it ignores by name or refuses.
+        parse: reads the keys of ``config.json`` that are handled; it ignores the others by name or refuses them.
         block: builds one layer with zero weights, see ``decoder.Block``.
-        weights: checkpoint tensor names -> places: of ``decoder.Ends``, or ("blocks", layer, ...) of that layer.
-        pad_token_id: that its config has where the key is absent.
+        weights: checkpoint tensor names -> places: in ``decoder.EmbeddingAndHead``, or ("blocks", layer, ...).
+        pad_token_id: its config's value where the key is absent.
         classifies: its head is ``score.weight``, read at a prompt's last token that is not ``pad_token_id``.
     """
 
@@ -53,7 +53,7 @@ CLASSIFIERS = {
     "Qwen2ForSequenceClassification": "Qwen2ForCausalLM",
     "Qwen3ForSequenceClassification": "Qwen3ForCausalLM",
 }
-"""Architecture -> that with the same layers."""
+"""Architecture -> the causal one with the same layers."""
 FAMILIES = GENERATIVE | {name: replace(GENERATIVE[causal], classifies=True) for name, causal in CLASSIFIERS.items()}
 
 
@@ -62,7 +62,7 @@ class Abstract:
     """A model without its weights: how to merge it, and the shapes of its parameters.
 
     Attributes:
-        ends: graph and state of ``decoder.Ends``.
+        ends: graph and state of ``decoder.EmbeddingAndHead``.
         block: graph and state of one layer; all layers are alike.
     """
 
@@ -71,7 +71,7 @@ class Abstract:
 
 
 def from_hf(config: Mapping[str, Any]) -> ModelConfig:
-    """Read by the architecture's own parser, and refuse what it did not read.
+    """Read a config by the architecture's own parser, and refuse what it did not read.
 
     Args:
         config: ``config.json``; transformers v4's keys (``rope_theta``, ``rope_scaling``, ``torch_dtype``) and v5's
@@ -98,6 +98,6 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
 def build(config: ModelConfig, *, dtype: jnp.dtype, implementation: str) -> tuple[Family, Abstract]:
     """The family and its modules, shapes only; the config parser has refused unknown names."""
     family = FAMILIES[config.architecture]
-    ends = nnx.eval_shape(lambda: decoder.Ends(config, dtype=dtype))
+    ends = nnx.eval_shape(lambda: decoder.EmbeddingAndHead(config, dtype=dtype))
     block = nnx.eval_shape(lambda: family.block(config, dtype=dtype, implementation=implementation))
     return family, Abstract(nnx.split(ends), nnx.split(block))

@@ -140,7 +140,7 @@ KINDS = {
         _gemma3_tensor,
     ),
 }
-"""By ``general.architecture``."""
+"""The kinds of models by their ``general.architecture``."""
 
 
 def convert(source: Path, folder: Path, *, say: Callable[[str], None] = print) -> None:
@@ -150,7 +150,7 @@ def convert(source: Path, folder: Path, *, say: Callable[[str], None] = print) -
 
     Args:
         folder: must not exist yet.
-        say: told, in words, how far it is.
+        say: called with a line of text on the progress.
 
     Raises:
         GgufError: the file cannot be read, or its architecture, tokenizer, a key or a tensor is not known.
@@ -247,7 +247,7 @@ def _config(fields: dict[str, Any], architecture: str, names: Collection[str]) -
 
 
 def _short(value: float) -> float:
-    """The decimal number whose float32 was stored: 1e-05, not 9.999999747378752e-06."""
+    """The decimal number that was stored as float32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
@@ -256,7 +256,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _write_safetensors(path: Path, tensors: dict[str, ReaderTensor], values: Iterable[tuple[str, Array]]) -> None:
-    """One tensor in memory at a time, which the safetensors package's own writer cannot do."""
+    """Write with one tensor in memory at a time, which the safetensors package's own writer cannot do."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():

@@ -60,7 +60,7 @@ Ggml = Callable[[str], Any]
 
 
 def _byte_level(ggml: Ggml, tokens: Sequence[str]) -> tuple[Tokenizer, bool]:
-    """As GPT-2's, of bytes; and whether a BOS is added when the file does not say."""
+    """A BPE over bytes like GPT-2's; and whether a BOS is added when the file does not say."""
     if ggml("pre") not in PRES:
         raise GgufError(f"pre-tokenizer {ggml('pre')!r} is not converted; known: {', '.join(PRES)}")
     pre = PRES[ggml("pre")]
@@ -73,7 +73,7 @@ def _byte_level(ggml: Ggml, tokens: Sequence[str]) -> tuple[Tokenizer, bool]:
 
 
 def _sentencepiece(ggml: Ggml, tokens: Sequence[str]) -> tuple[Tokenizer, bool]:
-    """As SentencePiece's BPE: of all neighbours, those are joined first whose token has the highest score.
+    """A BPE like SentencePiece's: the neighbours with the highest-scored token are joined first.
 
     A character that is no token becomes its UTF-8 bytes.
     """
@@ -97,7 +97,7 @@ def _sentencepiece(ggml: Ggml, tokens: Sequence[str]) -> tuple[Tokenizer, bool]:
 
 
 TOKENIZERS = {"gpt2": _byte_level, "llama": _sentencepiece}
-"""By ``tokenizer.ggml.model``."""
+"""The tokenizers by their ``tokenizer.ggml.model``."""
 
 
 def tokenizer_of(fields: dict[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:

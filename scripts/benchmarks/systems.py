@@ -87,7 +87,7 @@ def _serve(system: str, dtype: str, pipe: Connection) -> None:
 
 def load_engine(dtype: str) -> Engine:
     """This project's engine with the demo model in this process, warmed up."""
-    from model.engine import load
+    from model.loading import load
     from serve_app.scorer.engines import compiled_folder
 
     target = "bfloat16" if dtype == "bfloat16" else "float32"

@@ -23,7 +23,7 @@ from jax.experimental import topologies
 from model import attention_tpu, decoder, plan
 from model.config import ModelConfig
 from model.cost import Cost, program_cost
-from model.engine import without_weights
+from model.loading import without_weights
 from model.pages import PrefixCache
 from model.programs import Programs
 from model.sharding import mesh
@@ -150,7 +150,7 @@ def launches(config: ModelConfig, laid: Layout, request: Request) -> Counter[Lau
             found[Launch("prefill", size, cached)] += 1
             found[Launch("write", size, 0)] += 1
             cached += size
-        for call in plan.pack(group.rows, laid.ladder):
+        for call in plan.pack_bins(group.segments, laid.ladder):
             found[Launch("rows", call.shape, group.prefix_length)] += 1
     reads_of_head = [("targets", len(sequences) * (config.classes or 2), laid.sizes.target_rows)]
     if not config.classes:

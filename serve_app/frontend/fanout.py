@@ -9,10 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from serve_app.batches import cut
-from serve_app.contract import Affinity, BatchResult, TokenBatch
-
-PAGE_TOKENS = 128
-"""The engine keeps prefixes in whole pages of so many tokens."""
+from serve_app.contract import PAGE_TOKENS, Affinity, BatchResult, TokenBatch
 
 MOST_JOBS = 4.0
 """A prefix that many want at once is soon held by several replicas: no job waits for more than so many others."""

@@ -5,7 +5,6 @@ The only module of the service that loads the model package, and jax: in the pro
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 import hashlib
 import logging
@@ -15,17 +14,13 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from serve_app import model_source
-from serve_app.contract import BatchResult, Engine, EngineStats, ModelInfo, Progress, TokenBatch
+from serve_app.contract import Engine, Progress
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.scorer.slice_group import SliceGroup
 from serve_app.scorer.slice_worker import Place
 from serve_app.settings import ModelSettings
-
-if TYPE_CHECKING:
-    from model.engine import Engine as ModelEngine
 
 logger = logging.getLogger("ray.serve")
 
@@ -35,34 +30,6 @@ ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/dxg", "/dev/
 
 TELL_S = 3.0
 """Seconds between two log lines on the progress of a start."""
-
-
-class _ModelEngine:
-    """The model's engine with answers in the contract's classes: unpickling its own would load jax in the ingress."""
-
-    def __init__(self, engine: ModelEngine) -> None:
-        self._engine = engine
-
-    @property
-    def info(self) -> ModelInfo:
-        return ModelInfo(**dataclasses.asdict(self._engine.info))
-
-    @property
-    def stats(self) -> EngineStats:
-        return EngineStats(**dataclasses.asdict(self._engine.stats))
-
-    def warmup(self, progress: Progress | None = None) -> None:
-        self._engine.warmup(progress)
-
-    def score(self, batch: TokenBatch) -> BatchResult:
-        result = self._engine.score(batch)
-        return BatchResult(result.values, result.computed_tokens, result.argmax, result.argmax_values)
-
-    def limit(self, stall_s: float) -> None:
-        """A batch ends by itself, or with the process."""
-
-    def check(self) -> None:
-        """It fails with the process."""
 
 
 def load_engine(settings: ModelSettings) -> Engine:
@@ -101,9 +68,9 @@ def load_part(settings: ModelSettings, place: Place) -> Engine:
     """Load the part of an engine that one host of a slice holds; see ``slice_worker.LoadPart``."""
     if settings.engine == "fake":
         return FakeEngine()
-    from model.engine import join
+    from model.sharding import init_distributed
 
-    join(place.coordinator, place.hosts, place.number)
+    init_distributed(place.coordinator, place.hosts, place.number)
     return _load_model(settings)
 
 
@@ -111,20 +78,19 @@ def _load_model(settings: ModelSettings) -> Engine:
     if not any(map(glob.glob, ACCELERATORS)):
         # With libtpu installed, as the tests have it, jax would look for a TPU and fill the log with its absence.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from model.engine import load, tpu_mesh
+    from model.loading import load
+    from model.sharding import tpu_mesh
 
     mesh = tpu_mesh(settings.tpu.chips) if settings.tpu else None
     folder = model_source.resolve(settings.model, settings.revision, say=logger.info)
     logger.info("loading %s", folder)
-    return _ModelEngine(
-        load(
-            folder,
-            dtype=settings.dtype,
-            quantization=settings.quantization,
-            max_prompt_tokens=settings.limits.max_prompt_tokens,
-            compiled_folder=compiled_folder(),
-            mesh=mesh,
-        )
+    return load(
+        folder,
+        dtype=settings.dtype,
+        quantization=settings.quantization,
+        max_prompt_tokens=settings.limits.max_prompt_tokens,
+        compiled_folder=compiled_folder(),
+        mesh=mesh,
     )
 
 

@@ -15,7 +15,6 @@ from serve_app.errors import ScoringError
 from serve_app.frontend.service import ModelService
 from serve_app.jobs.local_replicas import LocalReplicas
 from serve_app.schemas import ScoreRequest
-from serve_app.scorer.engines import _ModelEngine
 from serve_app.settings import Settings
 from serve_app.tasks.score import SCORE
 from serve_app.tasks.tokenizer import TextTokenizer
@@ -47,9 +46,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(folder: Path) -> Engine:
-    from model.engine import load
+    from model.loading import load
 
-    return _ModelEngine(load(folder, max_row_tokens=64, call_tokens=128))
+    return load(folder, max_row_tokens=64, call_tokens=128)
 
 
 @pytest.fixture(scope="module")

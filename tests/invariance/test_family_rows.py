@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from model import engine, sharding
+from model import loading, sharding
 from model.engine import Engine
 from tests.invariance.rows import TOLERANCE, prompts, values
 from tests.tiny_families import FAMILIES, make_family
@@ -34,7 +34,7 @@ def test_alone_cold_and_warm_equal_among_many(family: str, families: Families) -
 @pytest.mark.parametrize("family", FAMILIES)
 def test_whole_rows_in_one_loop_equal_chunks_by_layer(family: str, families: Families) -> None:
     folder, scorer = families(family)
-    looped = engine.load(
+    looped = loading.load(
         folder, by_layer=False, max_row_tokens=304, call_tokens=304, chunks=(64,), prefix_cache_bytes=2**21
     )
     tail = prompts(1, query=280, longest=1, seed=3)[0]
@@ -48,7 +48,7 @@ def test_spread_over_four_devices_equals_one(family: str, families: Families) ->
     folder, _ = families(family)
     sizes = {"max_row_tokens": 32, "call_tokens": 64, "chunks": (64,), "prefix_cache_bytes": 2**21}
     one, spread = (
-        engine.load(folder, mesh=sharding.mesh(size, size, jax.devices()[: size * size]), **sizes) for size in (1, 2)
+        loading.load(folder, mesh=sharding.mesh(size, size, jax.devices()[: size * size]), **sizes) for size in (1, 2)
     )
     sequences = prompts(7, query=310, longest=30, seed=1)
     np.testing.assert_allclose(values(spread, sequences), values(one, sequences), rtol=0, atol=TOLERANCE)
@@ -63,7 +63,7 @@ def test_a_prompt_whose_arithmetic_breaks_spoils_no_neighbour_in_its_experts(
     tensors = load_file(folder / "model.safetensors")
     tensors["model.embed_tokens.weight"][5] = np.nan
     save_file(tensors, folder / "model.safetensors")
-    broken = engine.load(folder, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
+    broken = loading.load(folder, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
     sequences = [[token for token in prompt if token != 5] + [1] for prompt in prompts(6, query=0, longest=20, seed=6)]
     wanted = values(clean, sequences)
     sequences[2].insert(0, 5)

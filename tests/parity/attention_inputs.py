@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.attention import Context
-from model.pages import PAGE_TOKENS
+from model.attention import AttentionContext
+from model.contract import PAGE_TOKENS
 
 PAGES, SLOTS, LAYERS = 9, 8, 2
 
@@ -20,7 +20,7 @@ def inputs(
     kv_heads: int = 2,
     stored: int | None = None,
     seed: int = 0,
-) -> tuple[jax.Array, jax.Array, jax.Array, Context]:
+) -> tuple[jax.Array, jax.Array, jax.Array, AttentionContext]:
     """Rows of 1 to ``longest`` tokens in every bin, the last positions of each left empty, and a full page table.
 
     Args:
@@ -44,10 +44,10 @@ def inputs(
     q = normal(bins * width, heads, head_width) * 2 * head_width**-0.5
     k, v = (normal(bins * width, kv_heads, head_width) for _ in range(2))
     places, none = positions.reshape(-1), np.zeros(bins * width, np.int32)
-    context = Context(*map(jnp.asarray, (segments, places, none, pool, table[None], np.zeros(1, np.int32))))
+    context = AttentionContext(*map(jnp.asarray, (segments, places, none, pool, table[None], np.zeros(1, np.int32))))
     return jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), context
 
 
-def behind(context: Context, length: int) -> Context:
+def behind(context: AttentionContext, length: int) -> AttentionContext:
     """The same rows over a prefix."""
     return context._replace(prefix_lengths=jnp.array([length], jnp.int32), positions=context.positions + length)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.attention import Context, Rule, attend, to_pool
-from model.pages import PAGE_TOKENS
+from model.attention import AttentionContext, MaskSpec, attend, to_pool
+from model.contract import PAGE_TOKENS
 from tests.parity.attention_inputs import behind, inputs
 
 pytestmark = [
@@ -21,18 +21,18 @@ def attended(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    context: Context,
-    rule: Rule | None = None,
+    context: AttentionContext,
+    rule: MaskSpec | None = None,
     reads: jax.Array | None = None,
 ) -> np.ndarray:
     """By the kernel, in layer 1; its pool is stored as the engine does."""
     context = context._replace(pool=to_pool(context.pool))
-    query, asked = q if reads is None else q[reads], rule or Rule()
+    query, asked = q if reads is None else q[reads], rule or MaskSpec()
     result = jax.jit(lambda *a: attend(*a, 1, asked, implementation="native", reads=reads))(query, k, v, context)
     return np.asarray(result, np.float32)
 
 
-def exact(q: jax.Array, k: jax.Array, v: jax.Array, context: Context, rule: Rule) -> np.ndarray:
+def exact(q: jax.Array, k: jax.Array, v: jax.Array, context: AttentionContext, rule: MaskSpec) -> np.ndarray:
     """The same of all tokens in float64."""
     segments, positions = (np.asarray(x).reshape(-1) for x in (context.segments, context.positions))
     length = int(context.prefix_length)
@@ -73,7 +73,7 @@ def test_kernel_equals_float64(
     sizes = {"bins": shape[0], "width": shape[1], "head_width": head_width, "longest": longest}
     q, k, v, context = inputs(**sizes, heads=heads, kv_heads=kv_heads)
     real = np.asarray(context.segments).reshape(-1) >= 0
-    rule = Rule(None if window is None else jnp.int32(window), softcap)
+    rule = MaskSpec(None if window is None else jnp.int32(window), softcap)
     reads = jnp.asarray([3, 17, 18, 18, 60, 0])
     for length in (0, 65, 5 * PAGE_TOKENS + 3):
         here = behind(context, length)
@@ -109,7 +109,7 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it(dtype: str) -> None:
 def test_rows_over_prefixes_of_their_own_have_the_bits_of_a_call_with_one(dtype: str, window: int | None) -> None:
     q, k, v, context = inputs(bins=1, width=640, head_width=64, longest=90, heads=6, kv_heads=2)
     q, k, v = (x.astype(dtype) for x in (q, k, v))
-    lengths, rule = (0, 65, 5 * PAGE_TOKENS + 3, 200), Rule(None if window is None else jnp.int32(window))
+    lengths, rule = (0, 65, 5 * PAGE_TOKENS + 3, 200), MaskSpec(None if window is None else jnp.int32(window))
     tables = jnp.stack([jnp.roll(context.page_table, number) for number in range(len(lengths))])
     segments = np.asarray(context.segments)[0]
     seen = np.where(segments < 0, 0, np.array([2, 2, 0, 1, 3, 1])[segments % 6])

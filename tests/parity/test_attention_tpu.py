@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.attention import Context, Rule, attend, to_pool
+from model.attention import AttentionContext, MaskSpec, attend, to_pool
 from model.attention_tpu import stored_width
-from model.pages import PAGE_TOKENS
+from model.contract import PAGE_TOKENS
 from tests.parity.attention_inputs import behind, inputs
 
 Attend = Callable[..., jax.Array]
@@ -17,14 +17,16 @@ Attend = Callable[..., jax.Array]
 
 def both(head_width: int, window: int | None = None, softcap: float | None = None) -> tuple[Attend, Attend]:
     """Kernel and reference, compiled once for all prefix lengths; the reference's pool has heads as they are."""
-    rule = Rule(None if window is None else jnp.int32(window), softcap)
+    rule = MaskSpec(None if window is None else jnp.int32(window), softcap)
 
-    def kernel(q: jax.Array, k: jax.Array, v: jax.Array, context: Context, reads: jax.Array | None = None) -> jax.Array:
+    def kernel(
+        q: jax.Array, k: jax.Array, v: jax.Array, context: AttentionContext, reads: jax.Array | None = None
+    ) -> jax.Array:
         query = q if reads is None else q[reads]
         return attend(query, k, v, context, 1, rule, implementation="fused-interpreted", reads=reads)
 
     def reference(
-        q: jax.Array, k: jax.Array, v: jax.Array, context: Context, reads: jax.Array | None = None
+        q: jax.Array, k: jax.Array, v: jax.Array, context: AttentionContext, reads: jax.Array | None = None
     ) -> jax.Array:
         query = q if reads is None else q[reads]
         narrow = context._replace(pool=context.pool[..., :head_width])
@@ -75,4 +77,4 @@ def test_bfloat16_reads_and_a_broken_neighbour() -> None:
 def test_a_bin_that_no_tile_divides_is_refused() -> None:
     q, k, v, context = inputs(bins=1, width=1040, head_width=128, longest=1000)
     with pytest.raises(ValueError, match="1040 positions"):
-        attend(q, k, v, context, 0, Rule(), implementation="fused-interpreted")
+        attend(q, k, v, context, 0, MaskSpec(), implementation="fused-interpreted")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from model import engine
+from model import loading
 from model.engine import Engine
 from model.families import registry
 from model.fields import read_config
@@ -24,7 +24,7 @@ from tests.tiny_families import CLASSIFIERS, config_of, make_family
 
 def load(folder: Path) -> Engine:
     """With the shapes that the causal models of ``tests.conftest`` have, so that most programs are compiled already."""
-    return engine.load(folder, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
+    return loading.load(folder, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
 
 
 @pytest.mark.skipif(not HAVE_TORCH, reason="torch is not installed, and class logits are not stored")

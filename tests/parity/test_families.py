@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from model import engine
+from model import loading
 from model.engine import Engine
 from model.plan import Shape
 from model.programs import Inputs, Prefixes
@@ -30,7 +30,7 @@ def test_float32_logprobs_equal_transformers(family: str, families: Families) ->
 @pytest.mark.parametrize("implementation", ["paged", "reference", "fused-interpreted"])
 def test_all_attentions_know_windows_and_caps(implementation: str, families: Families) -> None:
     folder, scorer = families("gemma2")
-    other = engine.load(
+    other = loading.load(
         folder, implementation=implementation, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21
     )
     np.testing.assert_allclose(logprobs(other), logprobs(scorer), rtol=0, atol=1e-5)

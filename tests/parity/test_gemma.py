@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from model import engine
+from model import loading
 from tests.batches import label_batch
 from tests.gemma import gemma_folder
 
@@ -37,7 +37,7 @@ def test_tokens(folder: Path) -> None:
 
 
 def test_logprobs(folder: Path) -> None:
-    scorer = engine.load(folder, max_prompt_tokens=1024)
+    scorer = loading.load(folder, max_prompt_tokens=1024)
     for case in CASES.values():
         prompts = [case["query_ids"] + ids for ids in case["items_ids"]]
         values = scorer.score(label_batch(prompts, [case["label_ids"]] * len(prompts))).values

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from model import engine, sharding
+from model import loading, sharding
+from model.engine import Engine
 from tests.batches import label_batch
 from tests.parity.cases import HAVE_TORCH, LABELS, reference, sequences
 from tests.tiny_families import make_family
@@ -29,7 +30,7 @@ def with_head(folder: Path, family: str, offset: float) -> Path:
     return made
 
 
-def logprobs(scorer: engine.Engine) -> np.ndarray:
+def logprobs(scorer: Engine) -> np.ndarray:
     prompts = sequences()
     return scorer.score(label_batch(prompts, [LABELS] * len(prompts))).values.reshape(-1, len(LABELS))
 
@@ -41,8 +42,8 @@ def test_a_stored_head_is_used_where_it_differs(
     family: str, offset: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = with_head(tmp_path, family, offset)
-    with caplog.at_level(logging.WARNING, "model.engine"):
-        found = logprobs(engine.load(folder, **SIZES))
+    with caplog.at_level(logging.WARNING, "model.loading"):
+        found = logprobs(loading.load(folder, **SIZES))
     assert ("tie_word_embeddings: false" in caplog.text) == (offset > 0)
     np.testing.assert_allclose(found, np.array(reference(folder)), rtol=0, atol=1e-4)
 
@@ -50,10 +51,10 @@ def test_a_stored_head_is_used_where_it_differs(
 @pytest.mark.skipif(not HAVE_TORCH, reason="torch is not installed, and these answers are not stored")
 def test_on_a_mesh_and_in_int8_as_well(tmp_path: Path) -> None:
     folder = with_head(tmp_path, "qwen2", 1.0)
-    spread = logprobs(engine.load(folder, mesh=sharding.mesh(1, 2, jax.devices()[:2]), **SIZES))
+    spread = logprobs(loading.load(folder, mesh=sharding.mesh(1, 2, jax.devices()[:2]), **SIZES))
     np.testing.assert_allclose(spread, np.array(reference(folder)), rtol=0, atol=1e-4)
     tied = with_head(tmp_path / "tied", "qwen2", 0.0)
-    moved = logprobs(engine.load(folder, quantization="int8", **SIZES)) - logprobs(
-        engine.load(tied, quantization="int8", **SIZES)
+    moved = logprobs(loading.load(folder, quantization="int8", **SIZES)) - logprobs(
+        loading.load(tied, quantization="int8", **SIZES)
     )
     assert np.abs(moved).max() > 0.5, "the raised row is label 306"

@@ -1,7 +1,6 @@
 """Scores of ``/v1/rerank`` by a published reranker's template, against its own library's way to compute them."""
 
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from model import engine
-from serve_app.contract import ModelInfo
+from model import loading
 from serve_app.frontend.service import ModelService
 from serve_app.settings import Settings
 from serve_app.tasks.rerank import RERANK, RerankRequest
@@ -61,9 +59,9 @@ async def test_mxbai_scores_equal_the_librarys(folder: Path, query: str, instruc
             prompt = mxbai.prompt(folder, instruct, query, document, 512)
             logits = model(torch.tensor([prompt])).logits[0, -1].double()
             wanted.append(float(logits[yes] - logits[no]))
-    scorer = engine.load(folder, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
+    scorer = loading.load(folder, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
     settings = Settings(model="mixedbread-ai/mxbai-rerank-base-v2")
-    service = ModelService(settings, tokenizer, ModelInfo(**asdict(scorer.info)), DirectReplicas(scorer), folder=folder)
+    service = ModelService(settings, tokenizer, scorer.info, DirectReplicas(scorer), folder=folder)
     answer = await service.answer(
         RERANK, RerankRequest(query=query, documents=[*DOCUMENTS], instruct=instruct), request_id="r"
     )

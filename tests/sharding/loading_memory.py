@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from model import engine, sharding
+from model import loading, sharding
 
 
 def resident(field: str) -> int:
@@ -29,7 +29,7 @@ def on_devices(array: jax.Array) -> int:
 def main(folder: str, devices: str) -> None:
     mesh = sharding.mesh(1, int(devices))
     before = resident("VmRSS")
-    scorer = engine.load(Path(folder), mesh=mesh, prefix_cache_bytes=2**21)
+    scorer = loading.load(Path(folder), mesh=mesh, prefix_cache_bytes=2**21)
     most = resident("VmHWM")
     # The page pool is zeros, of which nothing is resident before they are written.
     pool = scorer._pool  # pyright: ignore[reportPrivateUsage]

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from model import engine, sharding
+from model import loading, sharding
 from tests.invariance.rows import prompts, values
 
 SIZES: dict[str, Any] = {
@@ -29,9 +29,9 @@ def sequences() -> list[list[int]]:
 
 
 def main(folder: str, coordinator: str, processes: str, number: str, result: str) -> None:
-    engine.join(coordinator, int(processes), int(number))
+    sharding.init_distributed(coordinator, int(processes), int(number))
     assert len(jax.devices()) == 2 * len(jax.local_devices())
-    spread = engine.load(Path(folder), mesh=sharding.mesh(2, len(jax.devices()) // 2), **SIZES)
+    spread = loading.load(Path(folder), mesh=sharding.mesh(2, len(jax.devices()) // 2), **SIZES)
     cold = values(spread, sequences())
     np.save(result, [cold, values(spread, sequences())])
     jax.distributed.shutdown()

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding
 from safetensors.numpy import load_file, save_file
 
-from model import checkpoint, engine, sharding
+from model import checkpoint, loading, sharding
 from model.engine import Engine
 from model.families.registry import from_hf
 from model.fields import ConfigError, read_config
@@ -67,7 +67,7 @@ def everything(scorer: Engine) -> list[np.ndarray]:
 @pytest.fixture(scope="module")
 def wanted(folder: Path) -> tuple[list[np.ndarray], int]:
     """Of one device: ``everything``, and how many tokens the cache had."""
-    alone = engine.load(folder, **SIZES)
+    alone = loading.load(folder, **SIZES)
     return everything(alone), alone.stats.prefix_hit_tokens
 
 
@@ -75,7 +75,7 @@ def wanted(folder: Path) -> tuple[list[np.ndarray], int]:
 def test_every_mesh_gives_the_same_scores(
     folder: Path, wanted: tuple[list[np.ndarray], int], data: int, model: int, by_layer: bool
 ) -> None:
-    spread = engine.load(folder, mesh=mesh(data, model), by_layer=by_layer, **SIZES)
+    spread = loading.load(folder, mesh=mesh(data, model), by_layer=by_layer, **SIZES)
     for mine, alone in zip(everything(spread), wanted[0], strict=True):
         np.testing.assert_allclose(mine, alone, rtol=0, atol=TOLERANCE)
     assert spread.stats.prefix_hit_tokens == wanted[1]
@@ -85,14 +85,14 @@ def test_bfloat16_is_no_further_from_float32_on_a_mesh(folder: Path, wanted: tup
     """Though devices exchange their sums in bfloat16: against one device's error, which comes from rounded operands."""
     errors: list[float] = []
     for over in (mesh(1, 1), mesh(1, 4)):
-        scorer = engine.load(folder, mesh=over, dtype="bfloat16", **SIZES)
+        scorer = loading.load(folder, mesh=over, dtype="bfloat16", **SIZES)
         errors.append(float(np.abs(values(scorer, prompts(7, seed=1, query=290, longest=30)) - wanted[0][0]).mean()))
     assert 0 < errors[1] < 1.5 * errors[0]
 
 
 def test_what_lies_where(folder: Path) -> None:
     """Parameters are split as the rules say, and the pool by key/value heads; nothing that is split is held whole."""
-    spread = engine.load(folder, mesh=mesh(2, 4), **SIZES)
+    spread = loading.load(folder, mesh=mesh(2, 4), **SIZES)
     programs: Any = spread._programs  # pyright: ignore[reportPrivateUsage]
     block = programs._layers[0]
     specs = {
@@ -119,7 +119,7 @@ def test_what_lies_where(folder: Path) -> None:
 
 
 def test_two_sums_a_layer_and_no_weight_is_gathered(folder: Path) -> None:
-    spread = engine.load(folder, mesh=mesh(1, 4), **SIZES)
+    spread = loading.load(folder, mesh=mesh(1, 4), **SIZES)
     programs: Any = spread._programs  # pyright: ignore[reportPrivateUsage]
     shape = spread._layout.ladder[-1]  # pyright: ignore[reportPrivateUsage]
     text = programs.get("layer", shape).as_text()
@@ -151,7 +151,7 @@ def bytes_read() -> Iterator[list[int]]:
 def test_no_more_is_read_than_the_devices_hold(folder: Path) -> None:
     """At once never more than one device's part of one parameter."""
     with bytes_read() as read:
-        engine.load(folder, mesh=mesh(1, 8), **SIZES)
+        loading.load(folder, mesh=mesh(1, 8), **SIZES)
     embedding = 307 * 48 * 4
     assert max(read) <= -(-embedding // 8) + 48 * 4
 

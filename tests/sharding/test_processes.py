@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from model import engine
+from model import loading
 from serve_app.local_ray import free_port
 from tests.invariance.rows import TOLERANCE, values
 from tests.sharding.one_of_two import SIZES, sequences
@@ -43,7 +43,7 @@ def test_two_processes_score_as_one(tmp_path: Path) -> None:
     finally:
         for process in started:
             process.kill()
-    wanted = values(engine.load(folder, **SIZES), sequences())
+    wanted = values(loading.load(folder, **SIZES), sequences())
     for result in results:
         for found in np.load(result):
             np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)

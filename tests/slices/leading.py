@@ -33,15 +33,15 @@ def on_cpu(data: int = 1, **sizes: Any) -> LoadPart:
         import jax
         import numpy as np
 
-        from model import engine, sharding
+        from model import loading, sharding
         from serve_app import model_source
-        from serve_app.scorer.engines import _ModelEngine, compiled_folder
+        from serve_app.scorer.engines import compiled_folder
 
-        engine.join(place.coordinator, place.hosts, place.number)
+        sharding.init_distributed(place.coordinator, place.hosts, place.number)
         by_host = np.array(jax.devices()).reshape(place.hosts, -1)
         mesh = sharding.mesh(data, by_host.size // data, by_host.T.ravel().tolist())
         folder = model_source.resolve(settings.model)
-        return _ModelEngine(engine.load(folder, mesh=mesh, compiled_folder=compiled_folder(), **sizes))
+        return loading.load(folder, mesh=mesh, compiled_folder=compiled_folder(), **sizes)
 
     return load
 
@@ -114,9 +114,9 @@ def alone(folder: Path, batches: list[Any], **sizes: Any) -> list[Any]:
     def compute() -> list[Any]:
         import jax
 
-        from model import engine, sharding
+        from model import loading, sharding
 
-        scorer = engine.load(folder, mesh=sharding.mesh(1, 1, jax.devices()[:1]), **sizes)
+        scorer = loading.load(folder, mesh=sharding.mesh(1, 1, jax.devices()[:1]), **sizes)
         return [scorer.score(batch).values for batch in batches]
 
     return ray.get(compute.remote())

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from model.attention_tpu import work
 from model.config import ModelConfig
 from model.cost import Cost, program_cost
-from model.engine import without_weights
 from model.families.registry import from_hf
+from model.loading import without_weights
 from model.plan import Shape
 from model.programs import Programs
 from model.sharding import divided, mesh

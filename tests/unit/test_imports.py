@@ -20,34 +20,47 @@ SERVICE = sorted(
 )
 
 
-def loaded_after(code: str) -> set[str]:
-    """Top-level packages in a process that ran ``code``."""
-    script = f"{code}\nimport sys\nprint('loaded:', *{{name.split('.')[0] for name in sys.modules}})"
+def modules_after(code: str) -> set[str]:
+    """Modules in a process that ran ``code``."""
+    script = f"{code}\nimport sys\nprint('loaded:', *sys.modules)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
     return set(result.stdout.rsplit("loaded:", 1)[1].split())
 
 
+def loaded_after(code: str) -> set[str]:
+    """Top-level packages in a process that ran ``code``."""
+    return {name.partition(".")[0] for name in modules_after(code)}
+
+
+def assert_loads_no_model(code: str, *wanted: str) -> None:
+    """Of the model package, ``code`` loads the contract alone; and no jax, but the packages ``wanted``."""
+    modules = modules_after(code)
+    assert {name for name in modules if name.startswith("model.")} == {"model.contract"}
+    packages = {name.partition(".")[0] for name in modules}
+    assert packages.isdisjoint({"jax", "jaxlib", "flax", "torch"})
+    assert packages.issuperset(wanted)
+
+
 def test_no_module_of_the_service_loads_jax_or_the_model_when_imported():
-    loaded = loaded_after("\n".join(f"import {name}" for name in SERVICE))
-    assert "serve_app" in loaded
-    assert loaded.isdisjoint({"jax", "jaxlib", "flax", "model", "torch"})
+    assert_loads_no_model("\n".join(f"import {name}" for name in SERVICE), "serve_app")
 
 
 def test_the_building_process_does_not_load_jax():
     code = "from serve_app.app import build; from serve_app.settings import Settings; build(Settings())"
-    loaded = loaded_after(code)
-    assert "ray" in loaded
-    assert loaded.isdisjoint({"jax", "jaxlib", "flax", "model", "torch"})
+    assert_loads_no_model(code, "ray")
 
 
 def test_unpickling_what_crosses_a_handle_does_not_load_jax():
-    code = (
+    made = (
         "import pickle; from serve_app import contract, errors; import numpy as np\n"
         "info = contract.ModelInfo(1, 1, 1, 'float32', 'x', 'cpu', ())\n"
         "result = contract.JobResult(contract.BatchResult(np.zeros(1, np.float32), np.zeros(1, np.int32)), 0.0, 0.0)\n"
-        "pickle.loads(pickle.dumps([info, result, errors.InternalError('x')]))"
+        "print(pickle.dumps([info, result, errors.InternalError('x')]).hex())"
     )
-    assert loaded_after(code).isdisjoint({"jax", "jaxlib", "flax", "model", "ray"})
+    pickled = subprocess.run([sys.executable, "-c", made], capture_output=True, text=True, check=True, timeout=120)
+    code = f"import pickle; pickle.loads(bytes.fromhex({pickled.stdout.strip()!r}))"
+    assert_loads_no_model(code, "serve_app")
+    assert "ray" not in loaded_after(code)
 
 
 def test_a_slices_processes_do_without_serve_when_they_start():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from model import engine
-from serve_app.contract import BatchResult, Engine, ModelInfo, TokenBatch
+from model import loading
+from serve_app.contract import BatchResult, Engine, TokenBatch
 from serve_app.errors import OverloadedError, SelfTestError
 from serve_app.frontend.readiness import SelfTest
 from serve_app.frontend.service import ModelService
@@ -28,7 +28,7 @@ Answer = Callable[[TokenBatch, BatchResult], np.ndarray]
 
 
 async def ready(tokenizer: TextTokenizer, scorer: Engine) -> None:
-    service = ModelService(Settings(engine="fake"), tokenizer, ModelInfo(**asdict(scorer.info)), DirectReplicas(scorer))
+    service = ModelService(Settings(engine="fake"), tokenizer, scorer.info, DirectReplicas(scorer))
     try:
         await SelfTest(service).passed()
     finally:
@@ -42,7 +42,7 @@ async def refused(tokenizer: TextTokenizer, scorer: Engine) -> str:
 
 
 def load(folder: Path, **options: Any) -> Any:
-    return engine.load(folder, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21, **options)
+    return loading.load(folder, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21, **options)
 
 
 def change(folder: Path, kept: Callable[[str, np.ndarray], np.ndarray]) -> Path:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from model import compiled, engine, sharding
+from model import compiled, loading, sharding
 from tests.batches import label_batch
 from tests.tiny import make_llama
 
@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def score(model: Path, folder: Path | None) -> np.ndarray:
-    scorer = engine.load(model, compiled_folder=folder, max_row_tokens=16, call_tokens=16)
+    scorer = loading.load(model, compiled_folder=folder, max_row_tokens=16, call_tokens=16)
     return scorer.score(label_batch(PROMPTS, [(3, 4)] * 3)).values
 
 
@@ -67,7 +67,7 @@ def test_another_order_of_the_devices_is_another_program(folder: Path, model: Pa
     devices = jax.devices()[:2]
     wanted = score(model, folder)
     for order in (devices, devices[::-1]):
-        scorer = engine.load(
+        scorer = loading.load(
             model, compiled_folder=folder, max_row_tokens=16, call_tokens=16, mesh=sharding.mesh(1, 2, order)
         )
         found = scorer.score(label_batch(PROMPTS, [(3, 4)] * 3)).values
@@ -79,7 +79,7 @@ def test_a_broken_file_is_made_anew(folder: Path, model: Path, caplog: pytest.Lo
     for file in folder.iterdir():
         file.write_bytes(file.read_bytes()[:1000])
     np.testing.assert_array_equal(score(model, folder), wanted)
-    assert "is made anew" in caplog.text
+    assert "is made again" in caplog.text
     assert all(file.is_file() for file in folder.iterdir())
     assert all(file.stat().st_size > 1000 for file in folder.iterdir())
 

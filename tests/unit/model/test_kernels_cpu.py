@@ -15,7 +15,7 @@ def test_built_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr(build, "PREFIX", "kept_attention")
     assert build.register(tmp_path)
     (kept,) = tmp_path.iterdir()
-    monkeypatch.setattr(compiled, "keep", None)  # would fail
+    monkeypatch.setattr(compiled, "store", None)  # would fail
     monkeypatch.setattr(build, "PREFIX", "kept_attention_again")
     assert build.register(tmp_path)
     assert list(tmp_path.iterdir()) == [kept]
@@ -33,7 +33,7 @@ def test_a_file_that_is_broken_or_anybodys_is_not_run(
     spoil(kept)
     before = kept.stat().st_ino
     assert build.register(tmp_path)
-    assert "is made anew" in caplog.text
+    assert "is made again" in caplog.text
     assert kept.stat().st_ino != before
 
 

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.pages import PAGE_TOKENS, Node, OutOfPagesError, PrefixCache, RecurringTails
+from model.contract import PAGE_TOKENS
+from model.pages import Node, OutOfPagesError, PrefixCache, SeenTails
 
 
 def tokens(*pieces: tuple[int, int]) -> np.ndarray:
@@ -73,7 +74,7 @@ def test_pages_that_are_held_are_never_given_up() -> None:
 
 
 def test_a_tail_recurs_as_far_as_it_is_the_same_behind_the_same_pages() -> None:
-    tails = RecurringTails(most=2)
+    tails = SeenTails(most=2)
     whole, other = tokens((1, PAGE_TOKENS)), tokens((2, PAGE_TOKENS))
     seen = [tails.common(np.append(whole, np.array(tail, np.int32))) for tail in ([7, 8, 9], [7, 8, 1], [7, 8, 9], [7])]
     assert seen == [0, 2, 2, 1]

@@ -39,30 +39,30 @@ def test_every_read_is_in_exactly_one_row_over_its_own_prefix(
     for group in groups:
         prefix = sequences[group.prefix_of][: group.prefix_length]
         assert len(prefix) == group.prefix_length
-        for row in group.rows:
-            assert row.start == group.prefix_length
-            assert 0 < row.length <= 64
-            np.testing.assert_array_equal(sequences[row.sequence][: row.start], prefix)
-            inside = [p for p in reads[row.sequence] if row.start <= p < row.stop]
-            assert len(inside) == row.reads <= 4
-            found.update((row.sequence, p) for p in inside)
+        for segment in group.segments:
+            assert segment.start == group.prefix_length
+            assert 0 < segment.length <= 64
+            np.testing.assert_array_equal(sequences[segment.sequence][: segment.start], prefix)
+            inside = [p for p in reads[segment.sequence] if segment.start <= p < segment.stop]
+            assert len(inside) == segment.reads <= 4
+            found.update((segment.sequence, p) for p in inside)
     assert found == Counter((i, p) for i, positions in enumerate(reads) for p in positions)
 
 
 @settings(max_examples=300)
 @given(st.lists(st.tuples(st.integers(1, 128), st.integers(1, 4)), min_size=1, max_size=150), st.sampled_from(LADDERS))
 def test_packed_rows_do_not_overlap_and_fit(sizes: list[tuple[int, int]], ladder: tuple[plan.Shape, ...]) -> None:
-    rows = [plan.Row(i, 0, length, min(length, reads)) for i, (length, reads) in enumerate(sizes)]
-    calls = plan.pack(rows, ladder)
-    placed = [placement.row for call in calls for placement in call.placements]
-    assert sorted(placed, key=lambda row: row.sequence) == rows
+    segments = [plan.Segment(i, 0, length, min(length, reads)) for i, (length, reads) in enumerate(sizes)]
+    calls = plan.pack_bins(segments, ladder)
+    placed = [placement.segment for call in calls for placement in call.placements]
+    assert sorted(placed, key=lambda segment: segment.sequence) == segments
     for call in calls:
         assert call.shape in ladder
-        assert sum(placement.row.reads for placement in call.placements) <= call.shape.reads
+        assert sum(placement.segment.reads for placement in call.placements) <= call.shape.reads
         used = np.zeros((call.shape.bins, call.shape.width), int)
         for placement in call.placements:
-            assert placement.offset + placement.row.length <= call.shape.width
-            used[placement.bin, placement.offset : placement.offset + placement.row.length] += 1
+            assert placement.offset + placement.segment.length <= call.shape.width
+            used[placement.bin, placement.offset : placement.offset + placement.segment.length] += 1
         assert used.max() == 1
 
 
@@ -76,22 +76,22 @@ def test_rows_of_several_groups_fill_calls(sizes: list[list[tuple[int, int]]], l
     ladder, number = plan.flat_shapes(largest, padding_is_cheap=cheap), 0
     groups: list[plan.Group] = []
     for of_group in sizes:
-        rows = [plan.Row(number + i, 7, 7 + n, min(n, reads)) for i, (n, reads) in enumerate(of_group)]
-        groups.append(plan.Group(number, 7, tuple(rows)))
-        number += len(rows)
-    calls = plan.fill(groups, ladder)
-    placed = Counter((placement.prefix, placement.row) for call in calls for placement in call.placements)
-    assert placed == Counter((number, row) for number, group in enumerate(groups) for row in group.rows)
+        segments = [plan.Segment(number + i, 7, 7 + n, min(n, reads)) for i, (n, reads) in enumerate(of_group)]
+        groups.append(plan.Group(number, 7, tuple(segments)))
+        number += len(segments)
+    calls = plan.pack_flat(groups, ladder)
+    placed = Counter((placement.prefix, placement.segment) for call in calls for placement in call.placements)
+    assert placed == Counter((number, segment) for number, group in enumerate(groups) for segment in group.segments)
     for number, call in enumerate(calls):
-        ends = [placement.offset + placement.row.length for placement in call.placements]
+        ends = [placement.offset + placement.segment.length for placement in call.placements]
         assert [placement.offset for placement in call.placements] == [0, *ends[:-1]]
-        in_order = [(placement.prefix, -placement.row.length) for placement in call.placements]
+        in_order = [(placement.prefix, -placement.segment.length) for placement in call.placements]
         assert in_order == sorted(in_order)
-        reads = sum(placement.row.reads for placement in call.placements)
+        reads = sum(placement.segment.reads for placement in call.placements)
         assert reads <= call.shape.reads
         assert call.shape == next(shape for shape in ladder if shape.width >= ends[-1] and shape.reads >= reads)
-        for row in [placement.row for following in calls[number + 1 :] for placement in following.placements]:
-            assert ends[-1] + row.length > largest or reads + row.reads > ladder[-1].reads
+        for segment in [placement.segment for following in calls[number + 1 :] for placement in following.placements]:
+            assert ends[-1] + segment.length > largest or reads + segment.reads > ladder[-1].reads
 
 
 def test_a_query_shared_by_many_items_is_one_group() -> None:
@@ -99,7 +99,7 @@ def test_a_query_shared_by_many_items_is_one_group() -> None:
     query = rng.integers(0, 1000, 300)
     sequences = [np.concatenate([query, [i], rng.integers(0, 1000, 9)]).astype(np.int32) for i in range(50)]
     groups = plan.groups(sequences, [[309]] * 50, max_width=64, max_reads=4, min_saving=64, page=1)
-    assert [(g.prefix_length, len(g.rows)) for g in groups] == [(300, 50)]
+    assert [(g.prefix_length, len(g.segments)) for g in groups] == [(300, 50)]
 
 
 def test_a_tree_of_prefixes_is_shared_at_both_levels() -> None:
@@ -111,7 +111,7 @@ def test_a_tree_of_prefixes_is_shared_at_both_levels() -> None:
         np.concatenate([queries[q], [i], rng.integers(0, 1000, 5)]).astype(np.int32) for q in (0, 1) for i in range(8)
     ]
     groups = plan.groups(sequences, [[305]] * 16, max_width=64, max_reads=4, min_saving=64, page=1)
-    assert sorted((g.prefix_length, len(g.rows)) for g in groups) == [(300, 8), (300, 8)]
+    assert sorted((g.prefix_length, len(g.segments)) for g in groups) == [(300, 8), (300, 8)]
     shared = plan.share(sequences, [305] * 16, min_saving=64)
     assert {length for _, length, _ in shared} == {300}
 
@@ -119,7 +119,7 @@ def test_a_tree_of_prefixes_is_shared_at_both_levels() -> None:
 def test_sharing_that_saves_too_little_is_left() -> None:
     sequences = [np.array([1, 2, 3, i, 9], np.int32) for i in range(4)]
     groups = plan.groups(sequences, [[4]] * 4, max_width=64, max_reads=4, min_saving=10, page=1)
-    assert [(g.prefix_length, len(g.rows)) for g in groups] == [(0, 4)]
+    assert [(g.prefix_length, len(g.segments)) for g in groups] == [(0, 4)]
 
 
 @pytest.mark.parametrize(("query", "kept"), [(257, 256), (259, 256), (300, 300), (256, 256)])
@@ -129,7 +129,7 @@ def test_a_page_that_holds_little_is_not_begun(query: int, kept: int) -> None:
     sequences = [np.array([*head, 1000 + i, *range(31)], np.int32) for i in range(100)]
     reads = [[query + 31]] * 100
     groups = plan.groups(sequences, reads, max_width=128, max_reads=4, min_saving=128, page=128)
-    assert [(g.prefix_length, len(g.rows)) for g in groups] == [(kept, 100)]
+    assert [(g.prefix_length, len(g.segments)) for g in groups] == [(kept, 100)]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_a_tail_that_recurs_is_worth_its_page_to_fewer_items(items: int, recurri
         max_reads=4,
         min_saving=128,
         page=128,
-        begun=range(1, 129),
+        partial_sizes=range(1, 129),
         recurring=recurs,
     )
     assert (group.prefix_length, asked) == (kept, [516])
@@ -163,46 +163,48 @@ def test_a_long_prompt_leaves_its_last_tokens_as_the_row() -> None:
         [np.arange(1000, dtype=np.int32)], [[999]], max_width=128, max_reads=4, min_saving=64, page=1
     )
     assert group.prefix_length == 872
-    assert [(row.start, row.stop) for row in group.rows] == [(872, 1000)]
+    assert [(segment.start, segment.stop) for segment in group.segments] == [(872, 1000)]
 
 
 def test_tokens_after_the_last_read_are_not_computed() -> None:
     (group,) = plan.groups([np.arange(100, dtype=np.int32)], [[9]], max_width=128, max_reads=4, min_saving=64, page=1)
-    assert [(row.start, row.stop) for row in group.rows] == [(0, 10)]
+    assert [(segment.start, segment.stop) for segment in group.segments] == [(0, 10)]
 
 
-def flat(rows: list[plan.Row], *, padding_is_cheap: bool) -> list[plan.Call]:
-    return plan.fill([plan.Group(0, 0, tuple(rows))], plan.flat_shapes(1024, padding_is_cheap=padding_is_cheap))
+def flat(segments: list[plan.Segment], *, padding_is_cheap: bool) -> list[plan.Call]:
+    return plan.pack_flat(
+        [plan.Group(0, 0, tuple(segments))], plan.flat_shapes(1024, padding_is_cheap=padding_is_cheap)
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(
     ("packed", "most"),
     [
-        (lambda rows: plan.pack(rows, plan.shapes(512, 1024)), 0.10),
-        (lambda rows: flat(rows, padding_is_cheap=False), 0.03),
-        (lambda rows: flat(rows, padding_is_cheap=True), 0.03),
+        (lambda segments: plan.pack_bins(segments, plan.shapes(512, 1024)), 0.10),
+        (lambda segments: flat(segments, padding_is_cheap=False), 0.03),
+        (lambda segments: flat(segments, padding_is_cheap=True), 0.03),
     ],
     ids=["in bins", "flat", "flat, where padding is cheap"],
 )
 def test_realistic_lengths_waste_little(
-    packed: Callable[[list[plan.Row]], list[plan.Call]], most: float, seed: int
+    packed: Callable[[list[plan.Segment]], list[plan.Call]], most: float, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     lengths = np.clip(np.exp(rng.normal(3.5, 0.9, 200)), 4, 300).astype(int)
-    rows = [plan.Row(i, 0, int(length), 1) for i, length in enumerate(lengths)]
-    assert plan.padding_waste(packed(rows)) <= most
+    segments = [plan.Segment(i, 0, int(length), 1) for i, length in enumerate(lengths)]
+    assert plan.padding_waste(packed(segments)) <= most
 
 
 def test_a_row_wider_than_every_bin_is_refused() -> None:
     with pytest.raises(ValueError, match="129 tokens does not fit the widest bin of 128"):
-        plan.pack([plan.Row(0, 0, 129, 1)], LADDERS[0])
+        plan.pack_bins([plan.Segment(0, 0, 129, 1)], LADDERS[0])
     with pytest.raises(
         ValueError, match="1025 tokens, 1 of them read, does not fit the largest call of 1024, 128 read"
     ):
-        flat([plan.Row(0, 0, 1025, 1)], padding_is_cheap=True)
+        flat([plan.Segment(0, 0, 1025, 1)], padding_is_cheap=True)
     with pytest.raises(ValueError, match="200 tokens, 129 of them read, does not fit"):
-        flat([plan.Row(0, 0, 30, 1), plan.Row(1, 0, 200, 129)], padding_is_cheap=True)
+        flat([plan.Segment(0, 0, 30, 1), plan.Segment(1, 0, 200, 129)], padding_is_cheap=True)
 
 
 def test_prefill_chunks_cover_the_prefix() -> None:

@@ -6,16 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import plan, prefill
-from model.pages import PAGE_TOKENS, PrefixCache
-from model.prefill import Held
+from model.contract import PAGE_TOKENS
+from model.pages import PrefixCache
+from model.prefill import PinnedPrefix
 from model.programs import spans_of
 from model.sizes import CHUNKS_WITH_CHEAP_PADDING
 
 
-def held(cache: PrefixCache, prefix: list[int]) -> Held:
+def held(cache: PrefixCache, prefix: list[int]) -> PinnedPrefix:
     tokens = np.array(prefix, np.int32)
     with cache.hold(tokens) as (path, cached):
-        return Held(plan.Group(0, len(tokens), ()), tokens, path, cached)
+        return PinnedPrefix(plan.Group(0, len(tokens), ()), tokens, path, cached)
 
 
 @st.composite

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from model import engine, sharding
+from model import loading, sharding
 from model.fields import ConfigError
 from model.layers import quantized
 from tests.batches import label_batch
@@ -40,7 +40,7 @@ def test_scores_are_those_of_a_model_with_such_weights(tmp_path: Path, model: in
             tensors[name] = np.concatenate([_rounded(part) for part in np.split(tensor, parts, axis=1)], axis=1)
     save_file(tensors, rounded / "model.safetensors")
     mesh = sharding.mesh(1, model, jax.devices()[:model])
-    scorer = engine.load(folder, quantization="int8", mesh=mesh, **SIZES)
+    scorer = loading.load(folder, quantization="int8", mesh=mesh, **SIZES)
     assert scorer.info.quantization == "int8"
     values = scorer.score(label_batch(cases.sequences(), [cases.LABELS] * 13)).values.reshape(13, -1)
     np.testing.assert_allclose(values, cases.reference(rounded), rtol=0, atol=1e-4)
@@ -55,4 +55,4 @@ def _rounded(weight: np.ndarray) -> np.ndarray:
 
 def test_experts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="mixtures of experts are not quantised; leave out int8"):
-        engine.load(make_family(tmp_path, "qwen3_moe"), quantization="int8")
+        loading.load(make_family(tmp_path, "qwen3_moe"), quantization="int8")

@@ -25,4 +25,4 @@ def test_a_page_that_is_begun_costs_what_is_read_of_it(implementation: str, kept
     query = np.arange(306) % 100
     sequences = [np.array([*query, item, *range(19)], np.int32) for item in range(4)]
     (group,) = laid.groups(sequences, [[325]] * 4)
-    assert (group.prefix_length, len(group.rows)) == (kept, 4)
+    assert (group.prefix_length, len(group.segments)) == (kept, 4)

@@ -1,0 +1,179 @@
+"""What goes into an engine, what comes out, and what an engine must do: numpy, builtins and frozen dataclasses only.
+
+A leaf: it imports nothing else of this package, and never jax, since the service's front end unpickles these classes in
+a process without jax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+
+PAGE_TOKENS = 128
+"""Tokens of one page of the prefix cache, which keeps whole pages for later batches: wide enough for one efficient
+matmul a step, small enough that a short prefix wastes little."""
+
+Progress = Callable[[int, int, str], None]
+"""Called as ``progress(done, total, what)`` while an engine warms up."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """Token sequences and the positions whose next-token distribution is read, packed.
+
+    Sequence ``i`` is ``tokens[offsets[i]:offsets[i + 1]]``. Read ``r`` takes the distribution after position
+    ``read_positions[r]`` (counted from the start of its sequence) of sequence ``read_sequences[r]``, and from it
+    the values of the token ids ``targets[target_offsets[r]:target_offsets[r + 1]]``. Reads are ordered by
+    sequence, then by position, each position once.
+
+    Attributes:
+        tokens: ids of all sequences, one after the other; each ``0 <= id < vocab_size``.
+        offsets: n + 1 bounds into ``tokens``, the first 0; no sequence is empty.
+        read_sequences: one sequence number a read, not descending.
+        read_positions: one position a read, within its sequence.
+        targets: ids of all reads, one after the other; class numbers where the model has classes.
+        target_offsets: one more than there are reads, bounds into ``targets``.
+        vocab_logprobs: True: values are log-probabilities over the whole vocabulary, in nats. False: values are
+            logits, that is log-probabilities up to one constant per read, which a softmax over the targets
+            removes; the vocabulary matmul is then not needed.
+        argmax: also find each read's top-1 token, which takes the vocabulary matmul.
+        keep: also compute the whole pages of sequences that have no reads, for later batches; otherwise such sequences
+            cost nothing.
+    """
+
+    tokens: Int32
+    offsets: Int64
+    read_sequences: Int32
+    read_positions: Int32
+    targets: Int32
+    target_offsets: Int64
+    vocab_logprobs: bool = True
+    argmax: bool = False
+    keep: bool = False
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> Int64:
+        """Tokens in each sequence."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """What an engine answers for one ``TokenBatch``.
+
+    Attributes:
+        values: float32, aligned with ``TokenBatch.targets``. NaN where the model's arithmetic was not finite:
+            only the sequences concerned carry it.
+        computed_tokens: for each sequence, how many of its tokens were computed for it; the others came from
+            a prefix shared with another sequence or with an earlier batch.
+        argmax: for each read, the top-1 token, the lowest id of equals; empty if ``TokenBatch.argmax`` is False.
+        argmax_values: their values, NaN where an id means nothing.
+    """
+
+    values: Float32
+    computed_tokens: Int32
+    argmax: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
+    argmax_values: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Facts about a loaded model that requests are checked against and ``/v1/info`` shows.
+
+    Attributes:
+        vocab_size: rows of a causal model's output head: valid ids are ``0 <= id < vocab_size``.
+        max_prompt_tokens: the longest sequence that can be scored (the model's context, or the largest bucket).
+        context_length: the model's own limit, in tokens.
+        dtype: of the weights, ``"float32"`` or ``"bfloat16"``.
+        architecture: the Hugging Face architecture name, or ``"fake"``.
+        platform: ``"cpu"``, ``"tpu"`` or ``"gpu"``; the fake engine says ``"none"``.
+        buckets: the shapes compiled at start-up, each as text, ``"4x256"``: rows x positions.
+        classes: size of the sequence-classification head; targets are ``0 <= class < classes``. 0: the model is causal,
+            and its targets are token ids.
+        quantization: of the layers' weights: ``"int8"``, or None.
+        pad_token_id: in a model with classes, the padding token: classes are read at a prompt's last token that is not
+            padding, as in transformers; None: at its last token.
+        tokens_per_s: tokens that a replica computes a second, measured at its start; 0.0: not measured.
+    """
+
+    vocab_size: int
+    max_prompt_tokens: int
+    context_length: int
+    dtype: str
+    architecture: str
+    platform: str
+    buckets: tuple[str, ...]
+    classes: int = 0
+    quantization: str | None = None
+    pad_token_id: int | None = None
+    tokens_per_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """An engine's counters since its start; the last three are the present state.
+
+    Attributes:
+        compilations: programs compiled; none after ``Engine.warmup``.
+        computed_tokens: positions computed that hold a token.
+        padded_tokens: positions computed that hold none.
+        prefix_hit_tokens: tokens of prefixes found in the prefix cache.
+        prefix_missed_tokens: tokens of prefixes that had to be computed.
+        prefix_evicted_pages: pages of the prefix cache given to other prefixes.
+        prefix_pages: pages of the cache.
+        prefix_pages_used: pages that hold a prefix.
+        prefix_page_bytes: size of one page on the device.
+    """
+
+    compilations: int = 0
+    computed_tokens: int = 0
+    padded_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    prefix_missed_tokens: int = 0
+    prefix_evicted_pages: int = 0
+    prefix_pages: int = 0
+    prefix_pages_used: int = 0
+    prefix_page_bytes: int = 0
+
+
+class Engine(Protocol):
+    """A loaded model that scores batches. ``score`` is called from two threads at once."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+    def warmup(self, progress: Progress | None = None) -> None:
+        """Compile every shape that ``score`` can need; afterwards nothing compiles."""
+        ...
+
+    def score(self, batch: TokenBatch) -> BatchResult:
+        """Prefill the sequences and read the targets' values.
+
+        Raises:
+            ValueError: a sequence is empty or longer than ``info.max_prompt_tokens``.
+        """
+        ...
+
+    def limit(self, stall_s: float) -> None:
+        """Give up every later batch that takes longer than ``stall_s`` seconds. Has no effect where only the end of the
+        process can end a batch."""
+        ...
+
+    def check(self) -> None:
+        """Raise RuntimeError if the engine will not score again by itself."""
+        ...

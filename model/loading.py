@@ -1,0 +1,275 @@
+"""From a folder in Hugging Face layout to an engine, in three steps.
+
+``choose`` decides how the model runs on its devices, ``place`` reads the weights onto them, ``build`` makes the engine
+of both.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from model import checkpoint, decoder, sharding
+from model.attention import NATIVE
+from model.checkpoint import Place, Tensor
+from model.config import ModelConfig
+from model.contract import Progress
+from model.cpu import build as cpu_build
+from model.cpu import linear
+from model.cpu.build import Kernels
+from model.engine import Engine
+from model.families import registry
+from model.families.registry import Abstract, Family
+from model.fields import ConfigError, read_config
+from model.layers import quantized
+from model.programs import LayerPrograms, ModelPrograms, Programs, State, stack_of
+from model.sharding import MODEL, by_device, divided, stacked
+from model.sizes import BY_PLATFORM, Layout, Sizes, layout
+
+logger = logging.getLogger(__name__)
+
+Dtype = Literal["float32", "bfloat16"]
+Quantization = Literal["int8"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How a model runs on its devices.
+
+    Attributes:
+        whole: the config of the whole model.
+        part: the config of one device's part.
+        dtype: of weights, matmul operands, keys and values.
+        layout: the sizes that programs are compiled for.
+        abstract: shapes of one device's parameters.
+        by_layer: how the layers run, see ``model.programs``.
+        mesh: the devices; None: the first one.
+    """
+
+    whole: ModelConfig
+    part: ModelConfig
+    dtype: Any
+    layout: Layout
+    family: Family
+    abstract: Abstract
+    by_layer: bool
+    mesh: Mesh | None
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Parameters on the devices.
+
+    Attributes:
+        ends: parameters of ``decoder.EmbeddingAndHead``.
+        layers: each layer's parameters; or, in a list of one, all layers' in stacks.
+    """
+
+    ends: State
+    layers: list[State]
+
+
+def load(
+    folder: Path,
+    *,
+    dtype: Dtype = "float32",
+    implementation: str | None = None,
+    by_layer: bool | None = None,
+    progress: Progress | None = None,
+    max_prompt_tokens: int | None = None,
+    compiled_folder: Path | None = None,
+    quantization: Quantization | None = None,
+    mesh: Mesh | None = None,
+    **sizes: int | tuple[int, ...],
+) -> Engine:
+    """Read a checkpoint in Hugging Face layout onto the device; call ``Engine.warmup`` next.
+
+    Args:
+        folder: has ``config.json`` and safetensors.
+        dtype: of weights and matmul operands.
+        implementation: of attention, see ``model.attention``; None: the platform's kernel, or "paged".
+        by_layer: how the layers run, see ``model.programs``; None: by layer on CPU.
+        max_prompt_tokens: the longest sequence; None: the model's context. A long context costs memory at start-up.
+        compiled_folder: keeps compiled programs for the next start, see ``model.compiled``.
+        quantization: of the kernels of attention and MLP, applied while they are read.
+        mesh: devices to spread the model over, see ``model.sharding``; None: the first device.
+        sizes: fields of ``Sizes`` that replace the platform's.
+
+    Raises:
+        ConfigError: a config key or architecture that is not known, or sizes that the mesh cannot divide.
+        CheckpointError: a tensor missing, unexpected or mis-shaped, or a broken file.
+        RuntimeError: "native" attention is asked for where its kernel cannot be built.
+    """
+    config = _with_stored_head(registry.from_hf(read_config(folder)), folder)
+    if quantization and config.experts:
+        raise ConfigError(f"{config.architecture}: mixtures of experts are not quantised; leave out {quantization}")
+    platform = jax.default_backend()
+    implementation, kernels = _implementation(implementation, platform, compiled_folder)
+    native = kernels is not None and mesh is None and not quantization
+    if kernels is not None and dtype == "bfloat16":  # two numbers make one operand
+        native = native and kernels.bfloat16 and config.width % 2 == config.ff_width % 2 == 0
+    choice = choose(
+        replace(config, int8=quantization == "int8", native=native),
+        dtype=dtype,
+        implementation=implementation,
+        by_layer=platform == "cpu" if by_layer is None else by_layer,
+        sizes=replace(BY_PLATFORM.get(platform, BY_PLATFORM["tpu"]), **sizes),
+        max_prompt_tokens=max_prompt_tokens,
+        mesh=mesh,
+    )
+    weights = place(folder, choice, progress)
+    return Engine(choice.part, choice.layout, build(choice, weights, compiled_folder), choice.dtype)
+
+
+def choose(
+    config: ModelConfig,
+    *,
+    dtype: Dtype,
+    implementation: str,
+    by_layer: bool,
+    sizes: Sizes,
+    max_prompt_tokens: int | None,
+    mesh: Mesh | None,
+) -> Choice:
+    """What one device computes, with which sizes, and the shapes of its parameters.
+
+    Raises:
+        ConfigError: sizes that the mesh cannot divide.
+    """
+    target = jnp.dtype(dtype)
+    part = config if mesh is None else divided(config, mesh.shape[MODEL])
+    chosen = layout(part, sizes, dtype=target, implementation=implementation, max_prompt_tokens=max_prompt_tokens)
+    family, abstract = registry.build(part, dtype=target, implementation=implementation)
+    return Choice(config, part, target, chosen, family, abstract, by_layer, mesh)
+
+
+def place(folder: Path, choice: Choice, progress: Progress | None = None) -> Weights:
+    """Read all weights onto the devices, one tensor after the other.
+
+    Raises:
+        CheckpointError: a tensor missing, unexpected or mis-shaped, or a broken file.
+    """
+    placed = _Placed(choice)
+    table = choice.family.weights(choice.whole)
+    checkpoint.load(folder, table, ignored=decoder.ignored(choice.whole), put=placed.put, progress=progress)
+    block = choice.abstract.block[1]
+    places = [("blocks", layer) for layer in range(choice.whole.layers)] if choice.by_layer else [("blocks",)]
+    return Weights(placed.state(choice.abstract.ends[1]), [placed.state(block, *each) for each in places])
+
+
+def build(choice: Choice, weights: Weights, compiled_folder: Path | None) -> Programs:
+    """The programs over ``weights``; nothing is compiled yet."""
+    rest = (choice.layout.pool, choice.layout.tables, compiled_folder, choice.mesh)
+    common = (choice.part, choice.abstract, weights.ends, *rest)
+    if choice.by_layer:
+        return LayerPrograms(*common, layers=weights.layers)
+    return ModelPrograms(*common, layers=weights.layers[0])
+
+
+def without_weights(
+    config: ModelConfig, mesh: Mesh, sizes: Sizes, *, max_prompt_tokens: int | None = None
+) -> tuple[Programs, Layout]:
+    """The programs that ``load`` would make on those TPU chips in bfloat16, over shapes alone: to compile, not to run.
+
+    Args:
+        mesh: of devices, which may come from ``jax.experimental.topologies`` and need no TPU.
+
+    Raises:
+        ConfigError: sizes that the mesh cannot divide.
+    """
+    choice = choose(
+        config,
+        dtype="bfloat16",
+        implementation="fused",
+        by_layer=False,
+        sizes=sizes,
+        max_prompt_tokens=max_prompt_tokens,
+        mesh=mesh,
+    )
+    shapes = Weights(choice.abstract.ends[1], [stack_of(choice.abstract.block[1], choice.part.layers)])
+    return build(choice, shapes, None), choice.layout
+
+
+class _Placed:
+    """Parameters by their path, put onto the devices as they are read."""
+
+    def __init__(self, choice: Choice) -> None:
+        self._choice = choice
+        flat: Any = [nnx.to_flat_state(state) for _, state in (choice.abstract.ends, choice.abstract.block)]
+        self._leaves: dict[Place, Any] = {path: leaf for part in flat for path, leaf in part}
+        self._arrays: dict[Place, jax.Array] = {}
+
+    def put(self, path: Place, tensor: Tensor) -> None:
+        """Place one parameter, quantised where the model is."""
+        within = path[2:] if path[0] == "blocks" else path
+        array = self._on_device(self._leaves[within], tensor)
+        if self._leaves[within].dtype == jnp.int8:
+            array, scales = by_device(quantized, array)
+            self._store((*path[:-1], "scales"), scales)
+        self._store(path, array)
+
+    def state(self, like: State, *prefix: str | int) -> State:
+        """The parameters of ``like``, stored under ``prefix``."""
+        leaves: Any = nnx.to_flat_state(like)
+        return nnx.from_flat_state([(path, leaf.replace(self._arrays[*prefix, *path])) for path, leaf in leaves])
+
+    def _on_device(self, leaf: Any, tensor: Tensor) -> jax.Array:
+        dtype, mesh = self._choice.dtype, self._choice.mesh
+        if mesh is not None:
+            return sharding.place(tensor, leaf.axes, leaf.shape, dtype, mesh)
+        whole = np.asarray(tensor)
+        if leaf.get_metadata().get("packed"):
+            return jnp.asarray(linear.pack(whole.astype(dtype, copy=False)))
+        return jnp.asarray(whole, dtype)
+
+    def _store(self, path: Place, array: jax.Array) -> None:
+        """Keep an array by itself, or in its place in the stack of all layers."""
+        if path[0] != "blocks" or self._choice.by_layer:
+            self._arrays[path] = array
+            return
+        _, layer, *rest = path
+        stack = ("blocks", *rest)
+        if stack not in self._arrays:
+            self._arrays[stack] = stacked(array, self._choice.whole.layers)
+        self._arrays[stack] = _insert(self._arrays[stack], array, layer)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _insert(stack: jax.Array, array: jax.Array, layer: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, array, layer, 0)
+
+
+def _with_stored_head(config: ModelConfig, folder: Path) -> ModelConfig:
+    """``config``, untied where the checkpoint stores a head that differs from the embedding: transformers uses it."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if not config.tied_head or not checkpoint.differ(folder, head, embedding):
+        return config
+    logger.warning(
+        "config.json ties the output head to the embedding, and %s is stored with other numbers than %s: it is used, "
+        "as by transformers; write tie_word_embeddings: false into config.json",
+        head,
+        embedding,
+    )
+    return replace(config, tied_head=False)
+
+
+def _implementation(asked: str | None, platform: str, folder: Path | None) -> tuple[str, Kernels | None]:
+    """The attention that is asked for, or else the fastest that runs here; with the CPU's kernels if it needs them."""
+    if asked not in (None, NATIVE):
+        return asked, None
+    if asked is None and platform == "tpu":
+        return "fused", None
+    if of_jax := jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
+        folder = Path(of_jax)  # then nothing else keeps anything, see ``model.compiled``
+    if platform == "cpu" and (kernels := cpu_build.load(folder)):
+        return NATIVE, kernels
+    if asked == NATIVE:
+        raise RuntimeError(f"attention {asked!r} cannot be built here, and the log says why; 'paged' runs everywhere")
+    return "paged", None
