@@ -47,6 +47,9 @@ class TokenBatch:
         argmax: also find each read's top-1 token, which takes the vocabulary matmul.
         keep: also compute the whole pages of sequences that have no reads, for later batches; otherwise such sequences
             cost nothing.
+        common: shape [n, 2], for each sequence what its request's sequences have in common, in this batch and others:
+            how many tokens at the front, and in how many sequences. It decides what is worth a page of the prefix
+            cache, by the whole request and not by how it was cut into batches. None: not known.
     """
 
     tokens: Int32
@@ -58,6 +61,7 @@ class TokenBatch:
     vocab_logprobs: bool = True
     argmax: bool = False
     keep: bool = False
+    common: Int32 | None = None
 
     @property
     def num_sequences(self) -> int:

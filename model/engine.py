@@ -23,7 +23,7 @@ import numpy.typing as npt
 from model import plan, prefill
 from model.config import ModelConfig
 from model.contract import PAGE_TOKENS, BatchResult, EngineStats, ModelInfo, Progress, TokenBatch
-from model.pages import CacheStats, Node, OutOfPagesError, PrefixCache, SeenPrefixes, SeenTails
+from model.pages import CacheStats, Node, OutOfPagesError, PrefixCache, SeenPrefixes
 from model.prefill import PinnedPrefix
 from model.programs import Inputs, Prefixes, Programs
 from model.sizes import Layout
@@ -123,6 +123,11 @@ class Engine:
                 raise ValueError(f"the reads of sequence {sequence} are not at ascending positions: {position}")
             reads[sequence].append(position)
         read_sequences = [number for number, positions in enumerate(reads) if positions]
+        groups = self._layout.groups(
+            [sequences[i] for i in read_sequences],
+            [reads[i] for i in read_sequences],
+            () if batch.common is None else batch.common[read_sequences].tolist(),
+        )
         unread = [number for number, positions in enumerate(reads) if batch.keep and not positions]
         numbering = [*read_sequences, *unread]
         work = _Work(sequences, reads, numbering, first_read, np.zeros(len(sequences), np.int32))
@@ -131,10 +136,6 @@ class Engine:
             for place, number in enumerate(unread, len(read_sequences))
         ]
         with self._launching:
-            # Under the lock: what recurs depends on the order of batches, the same on all hosts of a slice.
-            groups = self._layout.groups(
-                [sequences[i] for i in read_sequences], [reads[i] for i in read_sequences], self._tails.common
-            )
             try:
                 pending = self._launch([*self._with_recurring(groups, work), *kept], work)
             except Exception:  # the next thread would find pages that were never written
@@ -174,7 +175,6 @@ class Engine:
         self._pool = self._programs.empty_pool()
         self._cache = PrefixCache(self._layout.pool.shape[0])
         self._recurring = SeenPrefixes()
-        self._tails = SeenTails()
 
     def _with_recurring(self, groups: Sequence[plan.Group], work: "_Work") -> list[plan.Group]:
         """Groups where a segment that begins like a segment of an earlier batch takes that beginning as its prefix.

@@ -177,34 +177,6 @@ class SeenPrefixes:
         return known
 
 
-class SeenTails:
-    """Remembers what followed the whole pages of shared prefixes, to tell tails that recur.
-
-    A long request comes in several batches. In each of them too few prompts may share a tail to pay for its page, and
-    in all of them together more than enough.
-
-    Args:
-        most: tails remembered; the oldest are forgotten.
-    """
-
-    def __init__(self, most: int = 16_384) -> None:
-        self._most = most
-        self._seen: dict[bytes, npt.NDArray[np.int32]] = {}
-
-    def common(self, prefix: npt.NDArray[np.int32]) -> int:
-        """Return how many tokens of the tail of ``prefix`` followed the same whole pages before; then remember those,
-        or the whole tail if there are none.
-        """
-        whole = len(prefix) - len(prefix) % PAGE_TOKENS
-        tail, key = prefix[whole:], hashlib.blake2b(prefix[:whole].tobytes(), digest_size=16).digest()
-        before = self._seen.pop(key, None)
-        count = 0 if before is None else common_prefix(before, tail)
-        self._seen[key] = (tail[:count] if count else tail).copy()
-        while len(self._seen) > self._most:
-            del self._seen[next(iter(self._seen))]
-        return count
-
-
 def common_prefix(a: npt.NDArray[np.int32], b: npt.NDArray[np.int32]) -> int:
     """Return how many leading tokens two sequences share."""
     n = min(len(a), len(b))

@@ -8,7 +8,7 @@ attention looks at each segment by itself there are no bins: segments follow eac
 
 import bisect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -239,7 +239,7 @@ def groups(
     min_saving: int,
     page: int,
     partial_sizes: Sequence[int] = (),
-    recurring: Callable[[Tokens], int] = lambda _: 0,
+    common: Sequence[Sequence[int]] = (),
 ) -> list[Group]:
     """Shared prefixes and segments for sequences with reads at the given ascending positions.
 
@@ -250,14 +250,18 @@ def groups(
         page: a prefix is stored and attended to in pages of so many tokens.
         partial_sizes: how many tokens of a partial page are looked at, ascending, the last ``page``; empty: always the
             whole page.
-        recurring: how many tokens after the whole pages of a shared prefix an earlier batch shared, too.
+        common: for each sequence how many tokens at the front its request's sequences share, and how many these are;
+            empty: not known.
     """
     result: list[Group] = []
     shared = share(sequences, [positions[0] for positions in reads], min_saving=min_saving)
     for prefix_of, depth, members in shared:
         own_tokens = sum(reads[sequence][-1] + 1 - depth for sequence in members)
-        again = recurring(sequences[prefix_of][:depth]) if depth else 0
-        prefix_length = _worthwhile(depth, again, len(members), own_tokens, page, partial_sizes or (page,))
+        uses = [(depth, len(members))]
+        if common:
+            of_request, count = common[prefix_of]
+            uses.append((min(of_request, depth), max(count, len(members))))
+        prefix_length = _worthwhile(depth, uses, own_tokens / len(members), page, partial_sizes or (page,))
         segments: list[Segment] = []
         for sequence in members:
             pieces = _pieces(sequence, prefix_length, reads[sequence], max_width, max_reads)
@@ -272,23 +276,25 @@ def groups(
 
 
 def _worthwhile(
-    prefix_length: int, recurring: int, members: int, own_tokens: int, page: int, partial_sizes: Sequence[int]
+    prefix_length: int, uses: Sequence[tuple[int, int]], own_tokens: float, page: int, partial_sizes: Sequence[int]
 ) -> int:
-    """The prefix, with as many tokens of its partial page as save more than that page costs: all of them, those that
-    recur, or none.
+    """The prefix, with as many tokens of its partial page as save most beyond what that page costs, or none.
 
-    Items of one request often begin with the same word: a page for that word is computed and looked at by all.
+    Items of one request often begin with the same word: a page for that word is computed once, and looked at by all.
+
+    Args:
+        uses: (prefix length, number of sequences that have it) to choose from.
+        own_tokens: of a sequence after the prefix, on average.
     """
-    rest = prefix_length % page
-    best, most = 0, 0.0
-    # What recurred is expected once more.
-    for tokens, uses in ((recurring, 2 * members), (rest, members)):
-        seen = bucket(tokens, partial_sizes)
-        cost = max(seen, SMALLEST_CALL) + CALL_COST + own_tokens * seen * ATTENTION_COST
-        saving = (uses - 1) * tokens - cost
-        if tokens and saving >= most:
-            best, most = tokens, saving
-    return prefix_length - rest + best
+    whole = prefix_length - prefix_length % page
+    best, most = whole, 0.0
+    for length, count in uses:
+        seen = bucket(length - whole, partial_sizes)
+        cost = max(seen, SMALLEST_CALL) + CALL_COST + count * own_tokens * seen * ATTENTION_COST
+        saving = (count - 1) * (length - whole) - cost
+        if length > whole and saving >= most:
+            best, most = length, saving
+    return best
 
 
 def _pieces(sequence: int, start: int, reads: Sequence[int], max_width: int, max_reads: int) -> Iterable[Segment]:

@@ -1,7 +1,7 @@
 """How large calls, the page pool and the head's programs are: by platform, and what follows from it for one model."""
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,7 +101,7 @@ class Layout:
         self,
         sequences: list[plan.Tokens],
         reads: list[list[int]],
-        recurring: Callable[[plan.Tokens], int] = lambda _: 0,
+        common: Sequence[Sequence[int]] = (),
     ) -> list[plan.Group]:
         """See ``plan.groups``."""
         # Attention with a prefix for every token reads no more of a page than there is.
@@ -114,7 +114,7 @@ class Layout:
             min_saving=PAGE_TOKENS,
             page=PAGE_TOKENS,
             partial_sizes=partial_sizes,
-            recurring=recurring,
+            common=common,
         )
 
     def calls(self, groups: Sequence[plan.Group]) -> list[plan.Call]:

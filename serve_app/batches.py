@@ -138,6 +138,7 @@ def cut(batch: TokenBatch, start: int, stop: int) -> TokenBatch:
         target_offsets=batch.target_offsets[reads.start : reads.stop + 1] - first_target,
         vocab_logprobs=batch.vocab_logprobs,
         argmax=batch.argmax,
+        common=None if batch.common is None else batch.common[start:stop],
     )
 
 
@@ -157,6 +158,16 @@ def join(batches: Sequence[TokenBatch]) -> TokenBatch:
         target_offsets=_join_offsets([batch.target_offsets for batch in batches]),
         vocab_logprobs=batches[0].vocab_logprobs,
         argmax=batches[0].argmax,
+        common=_join_common(batches),
+    )
+
+
+def _join_common(batches: Sequence[TokenBatch]) -> Int32 | None:
+    if all(batch.common is None for batch in batches):
+        return None
+    unknown = [np.zeros((batch.num_sequences, 2), np.int32) for batch in batches]
+    return np.concatenate(
+        [no if batch.common is None else batch.common for batch, no in zip(batches, unknown, strict=True)]
     )
 
 

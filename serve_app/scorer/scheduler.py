@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from serve_app.batches import cut, reads_of, shared_with_previous
+from serve_app.batches import cut, reads_of, shared_prefix, shared_with_previous
 from serve_app.contract import TokenBatch
 from serve_app.scorer.speed import Speed
 
@@ -50,6 +50,7 @@ class QueuedJob:
     """The sequences of one job, and how many of them were handed out. They stay in order.
 
     Attributes:
+        common: see ``TokenBatch.common``.
         lengths: tokens of each sequence.
         costs: tokens of each sequence that it does not share with the one before it.
         waiting_tokens: tokens to compute for the sequences that were not handed out.
@@ -58,6 +59,7 @@ class QueuedJob:
 
     def __init__(self, batch: TokenBatch) -> None:
         self.batch = batch
+        self.common = np.array([shared_prefix(batch) if batch.num_sequences else 0, batch.num_sequences], np.int32)
         self.lengths: list[int] = batch.lengths.tolist()
         self.costs: list[int] = (batch.lengths - shared_with_previous(batch)).tolist()
         self.tokens = self.waiting_tokens = sum(self.costs)
@@ -138,7 +140,8 @@ class Part(Generic[J]):
     def batch(self) -> TokenBatch:
         """The sequences, as an engine takes them."""
         if not self.ahead:
-            return cut(self.job.batch, self.start, self.stop)
+            part = cut(self.job.batch, self.start, self.stop)
+            return replace(part, common=np.tile(self.job.common, (self.sequences, 1)))
         one = cut(self.job.batch, self.start, self.start + 1)
         nothing = slice(0, 0)
         return replace(

@@ -10,11 +10,12 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from serve_app.device_queue import AHEAD_TOKENS
 
 from model import loading
 from model.contract import PAGE_TOKENS
 from model.engine import Engine
+from serve_app.batches import cut
+from serve_app.scorer.scheduler import AHEAD_TOKENS
 from tests.batches import label_batch, reads_batch
 from tests.invariance.rows import BFLOAT16_TOLERANCE, LABELS, TOLERANCE, VOCAB, prompts, values
 from tests.tiny import make_llama
@@ -121,15 +122,19 @@ def test_a_prompt_that_comes_alone_is_kept_the_second_time(folder: Path) -> None
 
 
 def test_what_the_items_of_several_batches_begin_with_is_computed_once(folder: Path) -> None:
-    """As of one long request: two pages, then four tokens that 20 items alone are not worth a page for."""
+    """A request in three batches: two pages, then four tokens that 20 items alone are not worth a page for."""
     scorer = loading.load(folder)
     sequences = prompts(60, seed=77, query=2 * PAGE_TOKENS + 4, longest=12)
-    parts = [sequences[at : at + 20] for at in (0, 20, 40)]
-    computed = [int(scorer.score(label_batch(part, [LABELS] * 20)).computed_tokens.sum()) for part in parts]
-    own = [sum(len(sequence) - 2 * PAGE_TOKENS - 4 for sequence in part) for part in parts]
-    assert computed == [2 * PAGE_TOKENS + 20 * 4 + own[0], 4 + own[1], own[2]]
-    wanted = values(loading.load(folder), parts[2])
-    np.testing.assert_allclose(values(scorer, parts[2]), wanted, rtol=0, atol=TOLERANCE)
+    whole = label_batch(sequences, [LABELS] * 60)
+    parts = [
+        cut(replace(whole, common=np.tile(np.int32([2 * PAGE_TOKENS + 4, 60]), (60, 1))), at, at + 20)
+        for at in (0, 20, 40)
+    ]
+    results = [scorer.score(part) for part in parts]
+    own = [sum(len(sequence) - 2 * PAGE_TOKENS - 4 for sequence in sequences[at : at + 20]) for at in (0, 20, 40)]
+    assert [int(result.computed_tokens.sum()) for result in results] == [2 * PAGE_TOKENS + 4 + own[0], *own[1:]]
+    together = loading.load(folder).score(whole).values
+    np.testing.assert_allclose(np.concatenate([result.values for result in results]), together, rtol=0, atol=TOLERANCE)
 
 
 def test_two_threads_get_what_one_gets(folder: Path) -> None:
@@ -396,13 +401,13 @@ def test_a_prompt_prefilled_in_pieces_scores_as_at_once(folder: Path) -> None:
 @pytest.mark.parametrize("step", [AHEAD_TOKENS, 2 * AHEAD_TOKENS])
 def test_pieces_that_end_where_a_cpu_cuts_a_prompt_anyway_leave_its_bits(dtype: Any, step: int, tmp_path: Path) -> None:
     """At the sizes that are served: a call's longest row divides the queue's pieces."""
-    scorer = engine.load(make_llama(tmp_path, context=4096), dtype=dtype, implementation="native")
+    scorer = loading.load(make_llama(tmp_path, context=4096), dtype=dtype, implementation="native")
     [whole] = np.random.default_rng(3).integers(0, VOCAB, (1, 3000)).tolist()
     for upto in range(step, 2500, step):
         scorer.score(replace(reads_batch([whole[:upto]], [[]]), keep=True))
     in_pieces = scorer.score(label_batch([whole], [LABELS]))
     assert in_pieces.computed_tokens.tolist() == [3000 - 2048]
-    at_once = engine.load(tmp_path, dtype=dtype, implementation="native").score(label_batch([whole], [LABELS]))
+    at_once = loading.load(tmp_path, dtype=dtype, implementation="native").score(label_batch([whole], [LABELS]))
     assert at_once.computed_tokens.tolist() == [3000]
     np.testing.assert_array_equal(in_pieces.values, at_once.values)
 

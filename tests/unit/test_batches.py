@@ -1,6 +1,7 @@
 """Packing, cutting and joining token batches."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import given
@@ -65,11 +66,14 @@ def test_shared_with_previous_is_the_longest_common_prefix_short_of_the_last_tok
 
 @given(sequences, st.data())
 def test_cut_then_join_gives_the_batch_back(rows: list[list[int]], data: st.DataObject):
-    whole = label_batch(rows, [[5, 6, 7]] * len(rows))
+    common = np.arange(2 * len(rows), dtype=np.int32).reshape(-1, 2)
+    whole = replace(label_batch(rows, [[5, 6, 7]] * len(rows)), common=common)
     at = data.draw(st.integers(1, len(rows)))
     parts = [cut(whole, 0, at), *([cut(whole, at, len(rows))] if at < len(rows) else [])]
     again = join(parts)
-    for field in ("tokens", "offsets", "read_sequences", "read_positions", "targets", "target_offsets"):
+    for field in ("tokens", "offsets", "read_sequences", "read_positions", "targets", "target_offsets", "common"):
         original, rebuilt = getattr(whole, field), getattr(again, field)
         np.testing.assert_array_equal(rebuilt, original)
         assert rebuilt.dtype == original.dtype
+    unknown = join([whole, replace(whole, common=None)]).common
+    np.testing.assert_array_equal(unknown, np.concatenate([common, np.zeros_like(common)]))

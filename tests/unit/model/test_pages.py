@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.contract import PAGE_TOKENS
-from model.pages import Node, OutOfPagesError, PrefixCache, SeenTails
+from model.pages import Node, OutOfPagesError, PrefixCache
 
 
 def tokens(*pieces: tuple[int, int]) -> np.ndarray:
@@ -71,18 +71,6 @@ def test_pages_that_are_held_are_never_given_up() -> None:
         assert (len(path), cached) == (3, 2 * PAGE_TOKENS)
     assert cache.stats.hit_tokens == 3 * PAGE_TOKENS + 4
     assert cache.stats.missed_tokens == 5 + 5 * PAGE_TOKENS
-
-
-def test_a_tail_recurs_as_far_as_it_is_the_same_behind_the_same_pages() -> None:
-    tails = SeenTails(most=2)
-    whole, other = tokens((1, PAGE_TOKENS)), tokens((2, PAGE_TOKENS))
-    seen = [tails.common(np.append(whole, np.array(tail, np.int32))) for tail in ([7, 8, 9], [7, 8, 1], [7, 8, 9], [7])]
-    assert seen == [0, 2, 2, 1]
-    assert tails.common(np.append(other, np.int32(7))) == 0, "behind other pages it is another tail"
-    assert tails.common(np.append(whole, np.array([4, 5], np.int32))) == 0
-    assert tails.common(np.append(whole, np.array([4, 5], np.int32))) == 2, "nothing recurred: the newest is remembered"
-    tails.common(tokens((3, PAGE_TOKENS), (1, 1)))
-    assert tails.common(np.append(other, np.int32(7))) == 0, "the oldest is forgotten"
 
 
 @settings(max_examples=200)

@@ -133,29 +133,34 @@ def test_a_page_that_holds_little_is_not_begun(query: int, kept: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("items", "recurring", "kept"), [(25, 0, 512), (25, 4, 516), (25, 3, 515), (8, 4, 512), (60, 0, 516)]
+    ("items", "common", "kept"),
+    [
+        (25, (), 512),
+        (25, (516, 25), 512),
+        (25, (516, 60), 516),
+        (2, (516, 60), 516),
+        (25, (515, 60), 515),
+        (25, (400, 60), 512),
+        (60, (), 516),
+        (60, (515, 70), 516),
+    ],
 )
-def test_a_tail_that_recurs_is_worth_its_page_to_fewer_items(items: int, recurring: int, kept: int) -> None:
-    """What recurs counts for as many items again; four tokens are worth a page to sixty items, or twice to 25."""
+def test_a_partial_page_is_worth_its_cost_by_all_sequences_of_the_request(
+    items: int, common: tuple[int, ...], kept: int
+) -> None:
+    """Four tokens are worth a page to sixty items, however few of them are in this batch."""
     head = list(range(516))
-    sequences = [np.array([*head, 1000 + i, *range(11)], np.int32) for i in range(items)]
-    asked: list[int] = []
-
-    def recurs(prefix: plan.Tokens) -> int:
-        asked.append(len(prefix))
-        return recurring
-
     (group,) = plan.groups(
-        sequences,
+        [np.array([*head, 1000 + i, *range(11)], np.int32) for i in range(items)],
         [[527]] * items,
         max_width=128,
         max_reads=4,
         min_saving=128,
         page=128,
         partial_sizes=range(1, 129),
-        recurring=recurs,
+        common=[common] * items if common else (),
     )
-    assert (group.prefix_length, asked) == (kept, [516])
+    assert group.prefix_length == kept
 
 
 def test_a_long_prompt_leaves_its_last_tokens_as_the_row() -> None:
