@@ -37,7 +37,7 @@ LONGEST_WAIT_S = 30.0
 
 _BACKOFF = wait_exponential_jitter(multiplier=0.25, jitter=0.25, max=LONGEST_WAIT_S)
 _OVERLOADED = (429, 502, 503)
-"""Of the service, or of a proxy before it."""
+"""Statuses of the service, or of a proxy before it."""
 _FRONT_END_DIED = 500
 """Without the service's own body: Serve's proxy says no more when the front end dies that has the request."""
 

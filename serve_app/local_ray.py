@@ -9,7 +9,7 @@ import socket
 from typing import Any
 
 APP_NAME = "score"
-"""Of the Serve application: ``serve.get_app_handle("score")``."""
+"""Name of the Serve application: ``serve.get_app_handle("score")``."""
 
 FAST_FRONT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",

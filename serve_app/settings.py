@@ -82,7 +82,7 @@ class ModelSettings(_Frozen):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights and matmul operands; sums, norms, softmax and the head are float32 in both."""
     quantization: Literal["int8"] | None = None
-    """Of the layers, with a scale for each output channel: a quarter of float32's memory. None: ``dtype``."""
+    """Layers' weights, with a scale for each output channel: a quarter of float32's memory. None: ``dtype``."""
     engine: Literal["jax", "fake"] = "jax"
     """``fake``: deterministic scores from hashed tokens, for tests of everything but the model."""
 

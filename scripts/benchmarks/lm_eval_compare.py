@@ -25,7 +25,7 @@ from serve_app import model_source
 
 TASKS = Path(__file__).parents[2] / "tests" / "lm_eval"
 TOLERANCE = 1e-3
-"""Of a choice's log-likelihood, in nats."""
+"""Tolerance of a choice's log-likelihood, in nats."""
 
 Results = dict[str, Any]
 

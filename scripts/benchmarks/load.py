@@ -25,7 +25,7 @@ from scripts.benchmarks.work import NAMES, load
 
 PERCENTILES = (50, 90, 95, 99)
 VARIANTS = 40
-"""Of each workload at most; then its requests come again."""
+"""Most variants of each workload; then its requests come again."""
 
 
 @dataclass(frozen=True)

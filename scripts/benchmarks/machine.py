@@ -17,7 +17,7 @@ from pathlib import Path
 from scripts.benchmarks.work import Sizes
 
 ROWS = 1024
-"""Of the matmuls timed: the tokens of one full call."""
+"""Rows of the matmuls timed: the tokens of one full call."""
 
 
 def machine() -> str:

@@ -25,7 +25,7 @@ USUAL = [name for name in SYSTEMS if name not in ("vllm", "http-fast-front")]
 """The others run when they are asked for by name: vLLM's installation takes 3 GB and minutes."""
 DTYPES = ("float32", "bfloat16")
 REPEATS = {"W4": 40}
-"""Of one item a repeat is a few milliseconds, and its spread matters."""
+"""Repeats where one takes a few milliseconds, and its spread matters."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 progress = Console(stderr=True)

@@ -33,13 +33,13 @@ from serve_app.settings import Limits, Settings
 SIZES, SHARES = (3, 30, 500), (0.4, 0.4, 0.2)
 """Items of a request, and how many of the requests have so many."""
 VARIANTS = 6
-"""Of each size; then its requests come again."""
+"""Different requests of each size; then they come again."""
 TOLERANCE = 1e-4
-"""Of a probability, between a request alone and among others."""
+"""Tolerance of a probability, between a request alone and among others."""
 SAMPLE_S = 5.0
 PARTS = 15
 WARM_UP_SHARE = 1 / 3
-"""Of a run, whose memory does not count for the slope."""
+"""Share of a run at its start; the memory there does not count for the slope."""
 OVERLOAD_S = 20.0
 CALM_S = 2.0
 """After an overload; from then on service is to be normal."""
@@ -173,7 +173,7 @@ async def overload(url: str, asks: Sequence[Ask], rate: float) -> tuple[list[Ans
 
 
 def growth(samples: Sequence[tuple[float, float]]) -> float:
-    """Of the memory from the end of the warm-up to the run's, in percent, by the line that fits best."""
+    """Growth of the memory from the end of the warm-up to the run's, in percent, by the line that fits best."""
     at, used = np.array(samples).T
     warm = at >= at[-1] * WARM_UP_SHARE
     slope, start = np.polyfit(at[warm], used[warm], 1)

@@ -116,7 +116,7 @@ def _ranking(seed: int) -> Variant:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the model; ``model/__init__.py`` has the letters.
+    """Sizes of the model; ``model/__init__.py`` has the letters.
 
     Attributes:
         windows: for each layer, how many tokens one sees back, itself included; empty: all.

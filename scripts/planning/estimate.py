@@ -89,7 +89,7 @@ class Launch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Of one request on one topology; all figures are one chip's where nothing else is said.
+    """The estimate of one request on one topology; figures are one chip's unless they say otherwise.
 
     Attributes:
         missing_bytes: how much memory is lacking; 0 if it fits. Where weights and prefix cache alone do not fit,
@@ -176,7 +176,7 @@ def floor_sizes(config: ModelConfig) -> Sizes:
 
 
 def launch_cost(programs: Programs, config: ModelConfig, laid: Layout, launch: Launch) -> tuple[Cost, int]:
-    """Of one launch, and the memory beyond its arguments that it takes, in bytes."""
+    """The cost of one launch, and the memory beyond its arguments that it takes, in bytes."""
     cost, runs, memory = _compiled(programs, launch.kind, launch.size, config.layers - 1)
     if runs:
         heads = config.heads // programs.shards

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 HOST = Tpu(chip="v6e", topology="2x2", chips=2)
 SLICE = Tpu(chip="v5p", topology="2x2x2")
-"""Of two hosts."""
+"""A topology of two hosts."""
 POD_LABEL = "ray.io/tpu-pod-type"
 CHIPS = HOSTS[HOST.chip][HOST.topology]
 BACK_AFTER_S = 5.0

@@ -34,7 +34,7 @@ _LOST = (
     "see the logs in /tmp/ray/session_latest/logs, and start again"
 )
 _SET_CHILD_SUBREAPER = 36
-"""Of prctl: a process whose parent dies becomes our child."""
+"""An option of prctl: a process with a dead parent becomes our child."""
 
 
 class Ending:

@@ -43,7 +43,7 @@ STOPPING = (signal.SIGTERM, signal.SIGHUP)
 STATISTICS_PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
 
 _SCORER_LOG = re.compile(r"_Scorer-(.+)_[^_]+\.log$")
-"""Of one of several models (``app.build`` names them so)."""
+"""The log of one of several models (``app.build`` names them so)."""
 
 Say = Callable[[str], None]
 

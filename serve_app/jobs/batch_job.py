@@ -211,7 +211,7 @@ class Worker:
 
 
 def _label_names(request: ScoreRequest, results: Results) -> list[str]:
-    """Of a model with classes their numbers."""
+    """Names of the result columns of labels: the labels, or the numbers of classes."""
     given = request.labels or request.label_token_ids
     width = max((len(row) for row in results["scores"]), default=0)
     return [str(label) for label in given or range(width)]

@@ -86,7 +86,7 @@ _TYPES = {
     "label_mass": pa.float64(),
     "truncated": pa.int64(),
 }
-"""Of the columns that results may have."""
+"""Types of the columns that results may have."""
 
 
 @dataclass(slots=True)
@@ -162,7 +162,7 @@ def plan(inputs: Sequence[Path], block_rows: int) -> Source:
 
 
 _Cut = tuple[int, int, int, int, int]
-"""Of a block: start, stop, first_row, rows, group."""
+"""Fields of a block: start, stop, first_row, rows, group."""
 
 
 def _plan_parquet(path: Path, block_rows: int) -> tuple[list[str], list[_Cut]]:
@@ -324,7 +324,7 @@ class Reader:
 
 
 def inferred(source: Source) -> pa.Schema:
-    """Of Parquet with the columns and types that the first rows have.
+    """The schema of Parquet with the columns and types that the first rows have.
 
     Raises:
         JobError: they do not go together.

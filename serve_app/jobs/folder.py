@@ -80,11 +80,11 @@ class JobFolder:
             yield done
 
     def part(self, index: int, suffix: str) -> Path:
-        """Of the rows that were scored."""
+        """The file of a block's rows that were scored."""
         return self.path / f"part-{index:06d}.{suffix}"
 
     def bad(self, index: int) -> Path:
-        """Of the rows that were set aside, in JSON lines."""
+        """The file of a block's rows that were set aside, in JSON lines."""
         return self.path / "bad" / f"part-{index:06d}.jsonl"
 
     def finish_block(self, index: int, done: Done) -> None:

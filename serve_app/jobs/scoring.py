@@ -16,7 +16,7 @@ _ITEM = re.compile(r"items\[\d+\]")
 
 MOST_ITEMS = 1_000
 MOST_CHARACTERS = 4_000_000
-"""Of one request; in JSON less than a front end's usual 32 MiB."""
+"""Characters of one request; in JSON less than a front end's usual 32 MiB."""
 
 _SPLIT = (TooLargeError, DeadlineExceededError, InternalError)
 """After these a request is halved: what is wrong, or too much, may be one row."""

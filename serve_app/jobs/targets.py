@@ -28,7 +28,7 @@ PATIENCE_S = 600.0
 """With a service that is full, or gone for a while."""
 
 LIGHT_CPUS = 0.25
-"""Of a worker that only asks."""
+"""Processors of a worker that only asks."""
 
 Ask = Callable[[ScoreRequest], ScoreResponse]
 """Raises ``ScoringError``."""
@@ -145,7 +145,7 @@ def _patient(ask: Ask) -> Ask:
 
 
 def _result(response: Any) -> Any:
-    """Of a handle's call; Ray's failures become the service's errors."""
+    """The answer of a handle's call; Ray's failures become the service's errors."""
     try:
         return response.result()
     except NO_ANSWER as error:

@@ -20,6 +20,8 @@ from serve_app.settings import Settings
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas, save_tokenizer
 
+pytestmark = pytest.mark.heavy  # the packages
+
 QUERY = "who is lazy?"
 DOCUMENTS = ["the fox", "the dog", "yes", "a cat"]
 CHAT_TEMPLATE = (

@@ -106,6 +106,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.heavy
 def test_the_wheel_holds_both_packages_whole(wheel: Path):
     names = set(zipfile.ZipFile(wheel).namelist())
     for package in ("serve_app", "model"):
@@ -118,6 +119,7 @@ def test_the_wheel_holds_both_packages_whole(wheel: Path):
     assert {name.split("/")[0] for name in names if not name.startswith("score_serve-")} == {"serve_app", "model"}
 
 
+@pytest.mark.heavy
 def test_the_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     (entry_points,) = tmp_path.glob("score_serve-*.dist-info/entry_points.txt")

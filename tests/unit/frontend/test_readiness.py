@@ -70,16 +70,19 @@ async def test_the_fake_engine_passes(classes: int, vocab_size: int, tokenizer: 
     await ready(tokenizer, FakeEngine(vocab_size, CONTEXT, classes=classes))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("family", CONFIGS)
 async def test_every_family_passes(family: str, families: Families, tokenizer: TextTokenizer) -> None:
     await ready(tokenizer, families(family)[1])
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("classes", [1, 2])
 async def test_classifiers_pass(classes: int, tmp_path: Path, tokenizer: TextTokenizer) -> None:
     await ready(tokenizer, load(make_family(tmp_path, "qwen2", classes=classes)))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"dtype": "bfloat16", "quantization": "int8"}])
 async def test_coarse_numbers_pass(options: dict[str, Any], model_folder: Path, tokenizer: TextTokenizer) -> None:
     await ready(tokenizer, load(model_folder, **options))
@@ -97,6 +100,7 @@ class Saturated:
         return result
 
 
+@pytest.mark.heavy
 async def test_a_classifier_that_is_sure_of_one_class_passes(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     """Its softmax is 1 and 0 for whatever prompt; the logits tell that it is alive."""
     await ready(tokenizer, Saturated(load(make_family(tmp_path, "llama", classes=2))))
@@ -117,6 +121,7 @@ BROKEN: dict[str, tuple[Callable[[str, np.ndarray], np.ndarray], str]] = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("what", BROKEN)
 async def test_a_checkpoint_with_dead_weights_is_refused(what: str, tmp_path: Path, tokenizer: TextTokenizer) -> None:
     broken, said = BROKEN[what]
@@ -125,6 +130,7 @@ async def test_a_checkpoint_with_dead_weights_is_refused(what: str, tmp_path: Pa
     assert "fetch them again" in message
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("family", ["qwen2", "gemma2"])
 async def test_biases_and_caps_hide_no_dead_embedding(family: str, tmp_path: Path, tokenizer: TextTokenizer) -> None:
     """With biases a zero embedding still gives numbers, which are then the same for every prompt."""
@@ -132,6 +138,7 @@ async def test_biases_and_caps_hide_no_dead_embedding(family: str, tmp_path: Pat
     assert "does not depend on the prompt" in await refused(tokenizer, load(folder))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("classes", [1, 2])
 async def test_a_classifier_with_a_dead_head_is_refused(classes: int, tmp_path: Path, tokenizer: TextTokenizer) -> None:
     folder = change(make_family(tmp_path, "llama", classes=classes), lambda name, kept: kept * (name != "score.weight"))

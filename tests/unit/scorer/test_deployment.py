@@ -309,6 +309,7 @@ def test_the_fake_engine_is_loaded_by_name():
     assert load_engine(Settings(engine="fake")).info.platform == "none"
 
 
+@pytest.mark.heavy
 def test_the_models_engine_answers_in_the_contracts_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     # The model's own classes would load jax wherever they are unpickled.
     # Without the warm-up, only what this one batch needs is compiled.
