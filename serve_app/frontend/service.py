@@ -34,7 +34,7 @@ from serve_app.tasks.prompts import PromptBuilder
 from serve_app.tasks.scores import PreparedScore, usage
 from serve_app.tasks.steps import Steps, advance
 from serve_app.tasks.table import TASKS
-from serve_app.tasks.task import AnyTask, PreparedRequest, Task
+from serve_app.tasks.task import PreparedRequest, Task
 from serve_app.tasks.tokenizer import TextTokenizer
 from serve_app.timing import Timings
 
@@ -112,7 +112,8 @@ class ModelService:
             settings: the same but for what ``settings.LIVE`` names.
         """
         model = ModelFacts.of(settings, self._tokenizer, self._info, self._folder)
-        prepare: dict[AnyTask, Callable[[Any, str], Steps[Any]]] = {task: task.builder(model) for task in TASKS}
+        # By name: Serve sends a deployment's class with copies of what it refers to.
+        prepare: dict[str, Callable[[Any, str], Steps[Any]]] = {task.name: task.builder(model) for task in TASKS}
         self._settings, self.model, self._prepare = settings, model, prepare
         self._bound_queue()
 
@@ -141,7 +142,7 @@ class ModelService:
             DeadlineExceededError: ``timeout_s`` is over; the queued work is dropped.
             InternalError: the model's output for an item is not finite, or a fault of ours.
         """
-        prepare = partial(self._prepare[task], request, request_id)
+        prepare = partial(self._prepare[task.name], request, request_id)
         if not task.scores:
             return (await self._in_time(self._in_steps(prepare()), self._time_limit(None, timeout_s))).value
         with self._counted():

@@ -27,6 +27,7 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CXXFLAGS", f"-march={request.param}")
         patch.setattr(build, "PREFIX", f"for_{request.param}_{request.module.__name__}")
-        built = build.register(tmp_path_factory.mktemp("kernels"))
+        # One folder for all files of tests, and all of xdist's workers: they need the same builds.
+        built = build.register(tmp_path_factory.getbasetemp().parent / "kernels")
         assert built is not None
         yield built

@@ -198,7 +198,7 @@ class TestAdmission:
         replicas = Hanging()
         service = service_on(replicas, tokenizer, settings)
         first = await hangs(service, replicas)
-        monkeypatch.setitem(service._prepare, SCORE, lambda *_: pytest.fail("it was tokenised"))
+        monkeypatch.setitem(service._prepare, SCORE.name, lambda *_: pytest.fail("it was tokenised"))
         with pytest.raises(OverloadedError):
             await service.answer(SCORE, ASK, request_id="refused")
         await cancelled(first)

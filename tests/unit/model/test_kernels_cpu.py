@@ -11,6 +11,12 @@ from model.cpu import build
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler is installed")
 
 
+@pytest.fixture(autouse=True)
+def _built_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here is computed with the kernels: they need not be optimised."""
+    monkeypatch.setenv("CXXFLAGS", "-O0")
+
+
 def test_built_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(build, "PREFIX", "kept_attention")
     assert build.register(tmp_path)
