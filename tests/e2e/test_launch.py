@@ -83,30 +83,6 @@ def test_it_serves_until_ctrl_c_and_leaves_no_process(model_folder: Path, monkey
     assert alive == []
 
 
-def test_ctrl_c_waits_for_a_request_that_has_not_come_to_the_scorers_yet(model_folder: Path):
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    head, body = post()
-    with launched("--model", str(model_folder), "--port", str(port)) as process:
-        read_until(process, "curl")
-        with connected(url) as wire:
-            wire.send(head + body[:5])
-            time.sleep(1)
-            process.send_signal(signal.SIGINT)
-            read_until(process, "stopping")
-            while (late := httpx.post(url + "/v1/score", content=body)).status_code == 200:
-                time.sleep(0.05)
-            assert (late.status_code, late.json()["type"]) == (503, "ServiceUnavailableError")
-            assert "shutting down" in late.json()["message"]
-            time.sleep(3)  # idle scorers would have left
-            wire.send(body[5:])
-            status, answer = wire.answer()
-            assert (status, len(answer["scores"])) == (200, 2)
-        _, rest = process.communicate(timeout=SOON)
-        assert process.returncode == 0
-        assert "Traceback" not in rest
-
-
 def test_calls_by_grpc_take_large_jobs_and_outlive_a_replica(model_folder: Path, monkeypatch: pytest.MonkeyPatch):
     """The job is 36 MB, gRPC's usual limit 4 MiB; and with a proxy for the network gRPC asks it for this host, too."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
