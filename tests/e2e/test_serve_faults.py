@@ -150,9 +150,9 @@ def test_jobs_of_clients_that_leave_are_not_sent_again(client: httpx.Client):
 
     def leave(number: int) -> None:
         with pytest.raises(httpx.ReadTimeout):
-            ask(client, [[number, i, 7] * 30 for i in range(100, 105)], timeout=0.5)
+            ask(client, [[number, i, 7] * 30 for i in range(100, 105)], timeout=0.3)
 
-    with ThreadPoolExecutor(10) as pool:
+    with ThreadPoolExecutor(5) as pool:
         list(pool.map(leave, range(30)))
     wait_for(lambda: stats().queued_jobs == 0)
     time.sleep(CANCELLED_BY_S + 1)  # a second copy would have come by then
