@@ -177,12 +177,5 @@ class SeenPrefixes:
         return known
 
 
-def common_prefix(a: npt.NDArray[np.int32], b: npt.NDArray[np.int32]) -> int:
-    """Return how many leading tokens two sequences share."""
-    n = min(len(a), len(b))
-    differing = np.flatnonzero(a[:n] != b[:n])
-    return int(differing[0]) if differing.size else n
-
-
 def _starts_with(tokens: npt.NDArray[np.int32], piece: npt.NDArray[np.int32]) -> bool:
     return len(tokens) >= len(piece) and bool(np.array_equal(tokens[: len(piece)], piece))

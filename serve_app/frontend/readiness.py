@@ -53,16 +53,19 @@ class SelfTest:
         async with self._running:
             if self._passed:
                 return
-            settings = self._service.settings
-            score = partial(self._service.compute, request_id="ready")
             try:
-                await check(score, self._service.model)
-                if settings.model == "demo" and settings.engine == "jax":
-                    await check_demo(score)
+                await self._service.in_time(self._run())
             except ScoringError as error:
                 kind = SelfTestError if isinstance(error, SelfTestError) else OverloadedError
-                raise kind(f"{settings.name} is not ready: {error.message}", retry_after_s=1) from error
+                name = self._service.settings.name
+                raise kind(f"{name} is not ready: {error.message}", retry_after_s=1) from error
             self._passed = True
+
+    async def _run(self) -> None:
+        settings, score = self._service.settings, partial(self._service.compute, request_id="ready")
+        await check(score, self._service.model)
+        if settings.model == "demo" and settings.engine == "jax":
+            await check_demo(score)
 
 
 async def check(score: Score, model: ModelFacts) -> None:

@@ -144,19 +144,18 @@ class ModelService:
         """
         prepare = partial(self._prepare[task.name], request, request_id)
         if not task.scores:
-            return (await self._in_time(self._in_steps(prepare()), self._time_limit(None, timeout_s))).value
+            return (await self.in_time(self._in_steps(prepare()), self._time_limit(None, timeout_s))).value
         with self._counted():
             limit = self._time_limit(getattr(request, "timeout_s", None), timeout_s)
-            return await self._in_time(self._score(prepare, request_id, time.time() + limit), limit)
+            return await self.in_time(self._score(prepare, request_id, time.time() + limit), limit)
 
     async def compute(self, batch: TokenBatch, request_id: str) -> BatchResult:
-        """Compute a batch that is not a request, such as a self-test's, within the service's own time limit.
+        """Compute a batch that is not a request, such as a self-test's. Call it under ``in_time``.
 
         Raises:
             ScoringError: as ``answer``.
         """
-        deadline = time.time() + self._settings.timeout_s
-        return await self._in_time(self._run(self._work(batch, 0, request_id, deadline)))
+        return await self._run(self._work(batch, 0, request_id, time.time() + self._settings.timeout_s))
 
     async def stream(
         self, request: ScoreRequest, *, request_id: str, timeout_s: float = math.inf
@@ -180,7 +179,7 @@ class ModelService:
     ) -> AsyncGenerator[Sequence[ScoreRow] | Sequence[ScoreEnd]]:
         deadline = time.time() + limit
         with timing.tokenising():
-            builder = await self._in_time(self._in_thread(partial(PromptBuilder, request, self.model)), limit)
+            builder = await self.in_time(self._in_thread(partial(PromptBuilder, request, self.model)), limit)
         turn = asyncio.Lock()
         numbers = count()
         prompt_tokens = computed_tokens = 0
@@ -305,7 +304,7 @@ class ModelService:
         if self._observe:
             self._observe(timing.current())
 
-    async def _in_time(self, work: Awaitable[T], limit_s: float | None = None) -> T:
+    async def in_time(self, work: Awaitable[T], limit_s: float | None = None) -> T:
         """The result of ``work``, or 504 and the work cancelled. ``limit_s``: None is the service's own."""
         limit_s = limit_s or self._settings.timeout_s
         limit = asyncio.timeout(limit_s)

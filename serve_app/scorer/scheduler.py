@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from serve_app.batches import cut, reads_of, shared_prefix, shared_with_previous
+from serve_app.batches import cut, reads_of, shared_with_previous
 from serve_app.contract import TokenBatch
 from serve_app.scorer.speed import Speed
 
@@ -59,9 +59,11 @@ class QueuedJob:
 
     def __init__(self, batch: TokenBatch) -> None:
         self.batch = batch
-        self.common = np.array([shared_prefix(batch) if batch.num_sequences else 0, batch.num_sequences], np.int32)
+        shared = shared_with_previous(batch)
+        # What each sequence shares with the one before it, all of them share.
+        self.common = np.array([shared[1:].min() if len(shared) > 1 else 0, len(shared)], np.int32)
         self.lengths: list[int] = batch.lengths.tolist()
-        self.costs: list[int] = (batch.lengths - shared_with_previous(batch)).tolist()
+        self.costs: list[int] = (batch.lengths - shared).tolist()
         self.tokens = self.waiting_tokens = sum(self.costs)
         self.taken = 0
         self._ahead = self._ahead_cost = 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from serve_app.schemas import ScoreRequest, ScoreResponse
 from serve_app.tasks.model_facts import ModelFacts
 from serve_app.tasks.prompts import PromptBuilder
@@ -12,7 +10,7 @@ from serve_app.tasks.steps import Steps
 from serve_app.tasks.task import Task
 
 
-def prepare(model: ModelFacts, request: ScoreRequest, request_id: str = "") -> Steps[PreparedScore]:  # noqa: ARG001
+def prepare(model: ModelFacts, request: ScoreRequest) -> Steps[PreparedScore]:
     """Build the prompts of all items.
 
     Raises:
@@ -31,7 +29,7 @@ SCORE = Task[ScoreRequest, ScoreResponse](
 The header ``x-request-timeout-seconds`` shortens the service's own time limit for this request.""",
     request=ScoreRequest,
     response=ScoreResponse,
-    builder=lambda model: partial(prepare, model),
+    builder=lambda model: lambda request, _: prepare(model, request),
     lines="With stream: a line of JSON for each item as it is finished, {index, scores, ...} with the fields of the "
     "whole answer, or {index, error} with on_error: item; then {object: scoring, model, usage}, or an error object.",
 )

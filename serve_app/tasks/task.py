@@ -92,7 +92,7 @@ Raises:
 """
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Task(Generic[R, A]):
     """A kind of request.
 

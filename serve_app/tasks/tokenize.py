@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from serve_app.schemas import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from serve_app.tasks.model_facts import ModelFacts
 from serve_app.tasks.steps import Steps
@@ -11,7 +9,7 @@ from serve_app.tasks.task import Answered, Task
 from serve_app.tasks.validation import check_count, check_ids
 
 
-def tokenize(model: ModelFacts, request: TokenizeRequest, request_id: str = "") -> Steps[Answered[TokenizeResponse]]:  # noqa: ARG001
+def tokenize(model: ModelFacts, request: TokenizeRequest) -> Steps[Answered[TokenizeResponse]]:
     """Make ids and pieces of each text.
 
     Raises:
@@ -33,11 +31,7 @@ def tokenize(model: ModelFacts, request: TokenizeRequest, request_id: str = "") 
     return Answered(TokenizeResponse(tokens=tokens, count=counts, max_model_len=longest, token_strs=pieces))
 
 
-def detokenize(
-    model: ModelFacts,
-    request: DetokenizeRequest,
-    request_id: str = "",  # noqa: ARG001
-) -> Steps[Answered[DetokenizeResponse]]:
+def detokenize(model: ModelFacts, request: DetokenizeRequest) -> Steps[Answered[DetokenizeResponse]]:
     """Make the text of ids.
 
     Raises:
@@ -54,7 +48,7 @@ TOKENIZE = Task[TokenizeRequest, TokenizeResponse](
     description="Ids and pieces of text, as the model would see it.",
     request=TokenizeRequest,
     response=TokenizeResponse,
-    builder=lambda model: partial(tokenize, model),
+    builder=lambda model: lambda request, _: tokenize(model, request),
     scores=False,
 )
 DETOKENIZE = Task[DetokenizeRequest, DetokenizeResponse](
@@ -63,6 +57,6 @@ DETOKENIZE = Task[DetokenizeRequest, DetokenizeResponse](
     description="The text of ids.",
     request=DetokenizeRequest,
     response=DetokenizeResponse,
-    builder=lambda model: partial(detokenize, model),
+    builder=lambda model: lambda request, _: detokenize(model, request),
     scores=False,
 )
