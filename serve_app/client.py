@@ -41,6 +41,10 @@ _OVERLOADED = (429, 502, 503)
 _FRONT_END_DIED = 500
 """Without the service's own body: Serve's proxy says no more when the front end dies that has the request."""
 
+_NO_CONNECTION_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+"""With a limit, httpcore 1.0 may close a connection that it has just given to another thread, if more threads than
+that share the client: ``httpx.ReadError: [Errno 9] Bad file descriptor``."""
+
 R = TypeVar("R", bound=BaseModel)
 Q = TypeVar("Q", bound=RequestBody)
 
@@ -80,7 +84,13 @@ class ScoreClient:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
-        self._http = httpx.Client(base_url=base_url, headers=headers, timeout=timeout_s, transport=transport)
+        self._http = httpx.Client(
+            base_url=base_url,
+            headers=headers,
+            timeout=timeout_s,
+            transport=transport,
+            limits=_NO_CONNECTION_LIMITS,
+        )
         self._model = model
         self._timeout_s = timeout_s
         self._attempts = attempts

@@ -168,7 +168,9 @@ def deploy(cluster: str) -> Iterator[Callable[[Any], httpx.Client]]:
     """Deploys an application in place of the last one; returns a client of it."""
     from ray import serve
 
-    with httpx.Client(base_url=cluster, timeout=120) as client:
+    # Tests share the client among up to 100 threads (see serve_app/client.py for why there are no limits).
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    with httpx.Client(base_url=cluster, timeout=120, limits=limits) as client:
 
         def run(application: Any) -> httpx.Client:
             serve.run(application, name=APP_NAME, logging_config={"encoding": "JSON"})

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import httpx
@@ -216,3 +220,51 @@ def test_closing_closes_the_connections():
         pass
     with pytest.raises(RuntimeError, match="closed"):
         asking.health()
+
+
+@contextmanager
+def server(threads: int) -> Iterator[tuple[str, list[Any]]]:
+    """A server that answers when ``threads`` requests are there; its address, and the connections that it accepted."""
+    accepted: list[Any] = []
+    together = threading.Barrier(threads)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def setup(self) -> None:
+            accepted.append(self.client_address)
+            super().setup()
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            together.wait(timeout=30)
+            body = ANSWER.model_dump_json(exclude_none=True).encode()
+            self.send_response(200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 2 * threads
+
+    with Server(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}", accepted
+        running.shutdown()
+
+
+def test_connections_of_many_threads_are_kept():
+    """httpx closes connections over its limits, even one that another thread was just given."""
+    threads = 120  # over httpx's own limits of 20 kept and 100 in all
+    with (
+        server(threads) as (url, accepted),
+        ScoreClient(url, attempts=1, timeout_s=30) as asking,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+        for _ in range(2):
+            answers = list(pool.map(lambda _: asking.score("q", ["a"], label_token_ids=[1, 2]), range(threads)))
+            assert answers == [ANSWER] * threads
+    assert len(accepted) == threads

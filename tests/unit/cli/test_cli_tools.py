@@ -19,6 +19,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "cpu" if name == "JAX_PLATFORMS" else "localhost")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("command", "option"), [("plan", "--topology"), ("bench", "--workloads")])
 def test_the_tools_options_are_the_commands(command: str, option: str):
     result = runner.invoke(main.app, [command, "--help"])
@@ -27,6 +28,7 @@ def test_the_tools_options_are_the_commands(command: str, option: str):
     assert option in result.stdout
 
 
+@pytest.mark.heavy
 def test_the_benchmarks_own_commands_are_reached():
     result = runner.invoke(main.app, ["bench", "load", "--help"])
     assert result.exit_code == 0, result.output
@@ -38,10 +40,10 @@ def test_the_benchmarks_own_commands_are_reached():
     [
         ["nothing"],
         ["--nothing"],
-        ["plan"],
-        ["plan", "model", "--chip", "v9"],
-        ["bench", "--nothing"],
-        ["bench", "--systems", "nothing"],
+        pytest.param(["plan"], marks=pytest.mark.heavy),
+        pytest.param(["plan", "model", "--chip", "v9"], marks=pytest.mark.heavy),
+        pytest.param(["bench", "--nothing"], marks=pytest.mark.heavy),
+        pytest.param(["bench", "--systems", "nothing"], marks=pytest.mark.heavy),
         ["dataset"],
         ["dataset", "in.csv", "-o", "out"],
         ["dataset", "in.csv", "-o", "out", "--item", "{a}", "--format", "xml"],
