@@ -19,6 +19,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError, 
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
 from serve_app import timing
+from serve_app.batches import shared_with_previous
 from serve_app.contract import BatchResult, JobResult, ScoreJob
 from serve_app.errors import (
     DeadlineExceededError,
@@ -281,6 +282,8 @@ class TestFanOut:
         parts = await service_on(four, tokenizer).answer(SCORE, MANY, request_id="r")
         assert len(one.jobs) == 1
         assert [job.batch.num_sequences for job in four.jobs] == [10] * 4
+        for job in (*one.jobs, *four.jobs):  # so that the replicas need not measure it again
+            np.testing.assert_array_equal(job.batch.shared, shared_with_previous(job.batch))
         assert parts.scores == whole.scores
 
     async def test_parts_and_later_requests_know_the_prefix_of_a_long_query(self, tokenizer: TextTokenizer):

@@ -81,6 +81,14 @@ def test_a_batch_holds_several_jobs_and_keeps_their_order_within_the_budget():
         assert seen == [[100 * j, 1, 2, 3, i] for i in range(30)]
 
 
+def test_what_sequences_share_is_measured_only_where_the_job_does_not_tell():
+    batch = label_batch([[1, 2, 3], [1, 2, 4], [1, 2, 5, 6]], [[1]] * 3)
+    assert QueuedJob(batch).costs == [3, 1, 2]
+    assert QueuedJob(replace(batch, shared=np.array([0, 1, 1], np.int64))).costs == [3, 2, 3]
+    [whole] = due(scheduler_of(QueuedJob(batch))).parts
+    np.testing.assert_array_equal(whole.batch().shared, [0, 2, 2])
+
+
 def test_a_small_job_goes_with_the_next_batch_whatever_came_before():
     scheduler, busy = held()
     scheduler.add(big := job_of([[i, 1, 2] for i in range(1_000, 6_000)]))
