@@ -184,11 +184,11 @@ class Engine(Protocol):
         """
         ...
 
-    def limit(self, stall_s: float) -> None:
+    def set_batch_timeout(self, stall_s: float) -> None:
         """Give up every later batch that takes longer than ``stall_s`` seconds. Has no effect where only the end of the
         process can end a batch."""
         ...
 
-    def check(self) -> None:
+    def check_health(self) -> None:
         """Raise RuntimeError if the engine will not score again by itself."""
         ...

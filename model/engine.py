@@ -154,10 +154,10 @@ class Engine:
                 self._forget_prefixes()
             raise
 
-    def limit(self, stall_s: float) -> None:
+    def set_batch_timeout(self, stall_s: float) -> None:
         """Do nothing: a batch ends by itself, or with the process."""
 
-    def check(self) -> None:
+    def check_health(self) -> None:
         """Do nothing: this engine fails with its process."""
 
     def _marked(self, tokens: plan.Tokens) -> plan.Tokens:

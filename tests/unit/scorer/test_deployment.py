@@ -225,7 +225,7 @@ class LimitedEngine(FakeEngine):
 
     stall_s: float
 
-    def limit(self, stall_s: float) -> None:
+    def set_batch_timeout(self, stall_s: float) -> None:
         self.stall_s = stall_s
 
 
