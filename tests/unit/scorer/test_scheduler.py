@@ -1,6 +1,5 @@
 """Who goes to the device next: the scheduler alone, without an engine or a clock."""
 
-import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,13 +13,14 @@ from serve_app.batches import join, shared_with_previous
 from serve_app.contract import TokenBatch
 from serve_app.scorer.scheduler import LEAD_S, PATIENCE, TURNS_PER_BATCH, DeviceBatch, QueuedJob, Scheduler
 from serve_app.scorer.speed import Speed
-from tests.batches import label_batch
+from tests.batches import batch_of, label_batch
+from tests.batches import sequences_of as sequences_in
 
 Batch = DeviceBatch[QueuedJob]
 
 
 def job_of(sequences: Sequence[Sequence[int]], *, vocab: bool = True) -> QueuedJob:
-    return QueuedJob(label_batch(sequences, [[1, 2]] * len(sequences), vocab_logprobs=vocab))
+    return QueuedJob(batch_of(sequences, vocab_logprobs=vocab))
 
 
 def scheduler_of(*jobs: QueuedJob, budget: int = 64, tokens_per_s: float = 0.0) -> Scheduler[QueuedJob]:
@@ -62,8 +62,7 @@ def packed(batch: Batch) -> TokenBatch:
 
 
 def sequences_of(batch: Batch) -> list[list[int]]:
-    tokens = packed(batch)
-    return [tokens.tokens[a:b].tolist() for a, b in itertools.pairwise(tokens.offsets)]
+    return sequences_in(packed(batch))
 
 
 def lengths_of(batch: Batch) -> list[int]:
