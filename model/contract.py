@@ -114,7 +114,7 @@ class ModelInfo:
         dtype: of the weights, ``"float32"`` or ``"bfloat16"``.
         architecture: the Hugging Face architecture name, or ``"fake"``.
         platform: ``"cpu"``, ``"tpu"`` or ``"gpu"``; the fake engine says ``"none"``.
-        buckets: the shapes compiled at start-up, each as text, ``"4x256"``: rows x positions.
+        buckets: the shapes compiled at start-up, each as text, ``"4x256"``: bins x positions.
         classes: size of the sequence-classification head; targets are ``0 <= class < classes``. 0: the model is causal,
             and its targets are token ids.
         quantization: of the layers' weights: ``"int8"``, or None.
