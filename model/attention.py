@@ -1,11 +1,11 @@
-"""Attention of packed rows over paged prefixes and over themselves.
+"""Attention of packed segments over paged prefixes and over themselves.
 
-A program call holds M = B * T tokens: B bins of T positions, each bin packed with whole rows one after the other. A
-token sees (1) its row's prefix, kept as pages of a pool, and (2) the tokens of its own row up to itself. All rows of a
-call share one prefix, but for ``native``, where each may have another.
+A program call holds M = B * T tokens: B bins of T positions, each bin packed with whole segments one after the other.
+A token attends to (1) its segment's prefix, kept as pages of a pool, and (2) the tokens of its own segment up to
+itself. All segments of a call share one prefix, except with ``native``, where each may have its own.
 
 Four implementations with one signature: ``reference`` gathers the prefix and takes one softmax over everything;
-``paged`` walks the prefix page by page, all rows in one matmul per key/value head, and merges by the running
+``paged`` walks the prefix page by page, all tokens in one matmul per key/value head, and merges by the running
 log-sum-exp, so one compiled program serves every prefix length and no [tokens, prefix] array exists; ``native`` and
 ``fused`` do the same in one kernel, for CPU (``model.cpu.attention``) and for TPU (``model.attention_tpu``), and
 ``fused-interpreted`` runs the latter elsewhere.
@@ -28,7 +28,7 @@ from model.logprobs import softcapped
 
 
 class AttentionContext(NamedTuple):
-    """What the tokens of one program call may attend to.
+    """The keys that the tokens of one program call may attend to.
 
     Attributes:
         segments: number of each token's segment within the call; -1 for padding, which sees only padding.
@@ -92,7 +92,7 @@ def from_pool(x: Array) -> Array:
 
 
 def _causal_mask(segments: Int[Array, "B T"], window: Int[Array, ""] | None) -> Bool[Array, "B T T"]:
-    """True where the query (axis 1) may see the key (axis 2): same row, not later, not before the window."""
+    """True where the query (axis 1) may see the key (axis 2): same segment, not later, not before the window."""
     width = segments.shape[1]
     causal = jnp.tril(jnp.ones((width, width), bool))
     if window is not None:
@@ -116,8 +116,8 @@ def _merge_heads(x: Float[Array, "K Q H"], tokens: int) -> Float[Array, "M N H"]
 def _finite(v: Float[Array, "M K H"]) -> Float[Array, "M K H"]:
     """Values with NaN and infinity replaced by 0.
 
-    A masked key has weight 0, but 0 * NaN is NaN: without this, one row whose arithmetic broke would spoil the rows
-    packed beside it. The broken row itself still ends as NaN through its own residual stream and keys.
+    A masked key has weight 0, but 0 * NaN is NaN: without this, one segment whose arithmetic broke would spoil the
+    segments beside it. The broken segment itself still ends as NaN through its own residual stream and keys.
     """
     return jnp.where(jnp.isfinite(v), v, jnp.zeros_like(v))
 
@@ -139,7 +139,7 @@ def _own_bins(
     segments: Int[Array, "B T"],
     spec: MaskSpec,
 ) -> SoftmaxState:
-    """Each token over its own row, bin by bin."""
+    """Each token over its own segment, bin by bin."""
     bins, width = segments.shape
     m, n, h = q.shape
     kv_heads = k.shape[1]
@@ -178,7 +178,7 @@ def _own_reads(
     reads: Int[Array, " R"],
     spec: MaskSpec,
 ) -> SoftmaxState:
-    """Only the tokens at flat indices ``reads``, each over its own row."""
+    """Only the tokens at flat indices ``reads``, each over its own segment."""
     kv_heads = k.shape[1]
     flat = segments.reshape(-1)
     place = jnp.arange(flat.size)[None, :]

@@ -1,7 +1,7 @@
 """The attention of ``model.attention`` as one Pallas kernel for TPU: no score matrix in memory, no copy of the prefix.
 
 A grid step holds a tile of queries of the heads that share one key/value head. The softmax is folded first over the
-tile's own rows, then over the prefix, whose pages are fetched straight from the pool through the page table. The number
+tile's own bins, then over the prefix, whose pages are fetched straight from the pool through the page table. The number
 of steps over the prefix is part of the call, not of the program: one program serves every prefix length and computes
 no more than it holds, and with a sliding window no more than the window lets see.
 
@@ -39,7 +39,7 @@ def stored_width(head_width: int) -> int:
 
 
 class Tiling(NamedTuple):
-    """How a call is cut.
+    """The cut of a call into tiles.
 
     Attributes:
         span: tokens that look at each other: a bin, or a tile of a wider one.

@@ -25,6 +25,14 @@ Progress = Callable[[int, int, str], None]
 """Called as ``progress(done, total, what)`` while an engine warms up."""
 
 
+def common_prefix(one: Int32, other: Int32) -> int:
+    """The number of leading tokens that are equal."""
+    room = min(len(one), len(other))
+    differs = one[:room] != other[:room]
+    first = int(differs.argmax()) if room else 0
+    return first if room and differs[first] else room
+
+
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
     """Token sequences and the positions whose next-token distribution is read, packed.
@@ -50,6 +58,8 @@ class TokenBatch:
         common: shape [n, 2], for each sequence what its request's sequences have in common, in this batch and others:
             how many tokens at the front, and in how many sequences. It decides what is worth a page of the prefix
             cache, by the whole request and not by how it was cut into batches. None: not known.
+        shared: for each sequence, how many leading tokens it shares with the one before it in this batch, its last
+            token never counted; 0 for the first. Engines do not need it. None: not measured.
     """
 
     tokens: Int32
@@ -62,6 +72,7 @@ class TokenBatch:
     argmax: bool = False
     keep: bool = False
     common: Int32 | None = None
+    shared: Int64 | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -103,7 +114,7 @@ class ModelInfo:
         dtype: of the weights, ``"float32"`` or ``"bfloat16"``.
         architecture: the Hugging Face architecture name, or ``"fake"``.
         platform: ``"cpu"``, ``"tpu"`` or ``"gpu"``; the fake engine says ``"none"``.
-        buckets: the shapes compiled at start-up, each as text, ``"4x256"``: rows x positions.
+        buckets: the shapes compiled at start-up, each as text, ``"4x256"``: bins x positions.
         classes: size of the sequence-classification head; targets are ``0 <= class < classes``. 0: the model is causal,
             and its targets are token ids.
         quantization: of the layers' weights: ``"int8"``, or None.
@@ -173,11 +184,11 @@ class Engine(Protocol):
         """
         ...
 
-    def limit(self, stall_s: float) -> None:
+    def set_batch_timeout(self, stall_s: float) -> None:
         """Give up every later batch that takes longer than ``stall_s`` seconds. Has no effect where only the end of the
         process can end a batch."""
         ...
 
-    def check(self) -> None:
+    def check_health(self) -> None:
         """Raise RuntimeError if the engine will not score again by itself."""
         ...

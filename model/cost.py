@@ -142,7 +142,7 @@ def _sent(op: _Op) -> float:
 
 
 def _op_bytes(op: _Op, ops: dict[str, _Op], computations: dict[str, list[_Op]]) -> float:
-    """What one operation moves to and from HBM."""
+    """The bytes that one operation moves to and from HBM."""
     operands = [ops[name].results[0] if name in ops else _Array(0, False) for name in op.operands]
     results = list(op.results)
     if op.kind == "copy-start" or op.kind.endswith("slice-start"):

@@ -2,7 +2,7 @@
 
 Life of a batch: ``plan.groups`` finds shared prefixes and segments; each group's prefix is looked up in, or prefilled
 into, the pages of the prefix cache; the group's segments run in packed calls that return hidden states at the reads;
-the head turns those into logits and, where asked, log-probabilities. What is compiled is in ``model.programs``.
+the head turns those into logits and, where asked for, log-probabilities. What is compiled is in ``model.computations``.
 """
 
 import concurrent.futures
@@ -13,37 +13,28 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
 from model import plan, prefill
-from model.config import ModelConfig
 from model.contract import PAGE_TOKENS, BatchResult, EngineStats, ModelInfo, Progress, TokenBatch
 from model.pages import CacheStats, Node, OutOfPagesError, PrefixCache, SeenPrefixes
 from model.prefill import PinnedPrefix
 from model.programs import Inputs, Prefixes, Programs
-from model.sizes import Layout
 
 
 class Engine:
     """Scores token batches. Several threads may call it: one plans or waits for results while another's calls run.
 
     Args:
-        model_config: the config of one device's part.
-        layout: the sizes that the programs were made for.
         programs: the programs over the weights.
-        dtype: of keys and values.
     """
 
-    def __init__(self, model_config: ModelConfig, layout: Layout, programs: Programs, dtype: Any) -> None:
-        self._config = model_config
-        self._dtype = jnp.dtype(dtype)
-        self._layout = layout
+    def __init__(self, programs: Programs) -> None:
         self._programs = programs
+        self._config, self._layout = programs.model.config, programs.model.layout
         self._launching = threading.Lock()
         self._launched: jax.Array | None = None
         self._computed = self._padded = 0
@@ -55,7 +46,7 @@ class Engine:
             vocab_size=self._config.vocab_size,
             max_prompt_tokens=self._layout.longest,
             context_length=self._config.context_length,
-            dtype=self._dtype.name,
+            dtype=self._programs.model.dtype.name,
             architecture=self._config.architecture,
             platform=jax.default_backend(),
             buckets=tuple(map(str, self._layout.ladder)),
@@ -71,7 +62,7 @@ class Engine:
     @property
     def compilations(self) -> int:
         """Programs compiled since the start: no more after ``warmup``."""
-        return self._programs.compilations
+        return self._programs.compiler.compilations
 
     @property
     def stats(self) -> EngineStats:
@@ -90,12 +81,9 @@ class Engine:
 
     def warmup(self, progress: Progress | None = None) -> None:
         """Compile every program that ``score`` can call, several at a time."""
-        sizes = self._layout.sizes
-        wanted = self._programs.wanted(self._layout.ladder, sizes.chunks)
-        head_calls = {"normalizer": sizes.head_rows, "argmax": sizes.argmax_rows, "targets": sizes.target_rows}
-        wanted += [(kind, size) for kind, calls in head_calls.items() for size in calls]
+        wanted, compile_one = self._programs.wanted(), self._programs.compiler.compile
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            compiling = {pool.submit(self._programs.compile, kind, size): f"{kind} {size}" for kind, size in wanted}
+            compiling = {pool.submit(compile_one, kind, size): f"{kind} {size}" for kind, size in wanted}
             for done, future in enumerate(concurrent.futures.as_completed(compiling), 1):
                 future.result()
                 if progress is not None:
@@ -144,7 +132,8 @@ class Engine:
         try:
             hidden = np.zeros((len(batch.read_positions), self._config.width), np.float32)
             for values, numbers in pending:
-                for part, of_call in zip(np.split(np.asarray(values), self._programs.at_once), numbers, strict=False):
+                parts = np.split(np.asarray(values), self._programs.model.at_once)
+                for part, of_call in zip(parts, numbers, strict=False):
                     hidden[of_call] = part[: len(of_call)]
             computed = np.minimum(work.computed, np.diff(batch.offsets)).astype(np.int32)
             values, argmax, argmax_values = self._read(hidden, batch)
@@ -154,10 +143,10 @@ class Engine:
                 self._forget_prefixes()
             raise
 
-    def limit(self, stall_s: float) -> None:
+    def set_batch_timeout(self, stall_s: float) -> None:
         """Do nothing: a batch ends by itself, or with the process."""
 
-    def check(self) -> None:
+    def check_health(self) -> None:
         """Do nothing: this engine fails with its process."""
 
     def _marked(self, tokens: plan.Tokens) -> plan.Tokens:
@@ -241,7 +230,7 @@ class Engine:
         for call in prefill.calls(held, self._layout.sizes.chunks, self._layout.prefixes):
             seen = self._prefixes([piece.held.path for piece in call.pieces], [piece.start for piece in call.pieces])
             self._wait_for_last()
-            written = self._programs.prefill(call.size, call.inputs(), seen)
+            written = self._programs.layers.prefill(call.size, call.inputs(), seen)
             self._pool = self._programs.write(self._pool, written, call.size, call.spans)
             self._count(call.tokens, call.size)
 
@@ -251,14 +240,14 @@ class Engine:
             return []
         prefixes = self._prefixes([each.path for each in held], [len(each.prefix) for each in held])
         launched: list[tuple[jax.Array, list[list[int]]]] = []
-        for calls in plan.batch_calls(self._layout.calls([each.group for each in held]), self._programs.at_once):
+        for calls in plan.batch_calls(self._layout.calls([each.group for each in held]), self._programs.model.at_once):
             inputs, numbers = zip(*map(work.inputs, calls), strict=True)
             self._wait_for_last()
-            self._launched = self._programs.rows(calls[0].shape, inputs, prefixes)
+            self._launched = self._programs.layers.rows(calls[0].shape, inputs, prefixes)
             launched.append((self._launched, list(numbers)))
             placements = [placement for call in calls for placement in call.placements]
             real = sum(placement.segment.length for placement in placements)
-            self._count(real, calls[0].shape.tokens * self._programs.at_once)
+            self._count(real, calls[0].shape.tokens * self._programs.model.at_once)
             for placement in placements:
                 work.computed[work.numbering[placement.segment.sequence]] += placement.segment.length
         return launched

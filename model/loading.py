@@ -1,7 +1,7 @@
 """From a folder in Hugging Face layout to an engine, in three steps.
 
-``choose`` decides how the model runs on its devices, ``place`` reads the weights onto them, ``build`` makes the engine
-of both.
+``choose`` decides how the model runs on its devices, ``place`` reads the weights onto them, and the engine is made of
+both.
 """
 
 import logging
@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from model import checkpoint, decoder, sharding
 from model.attention import NATIVE
 from model.checkpoint import Place, Tensor
+from model.computations import Model, State, Weights, stack_of
 from model.config import ModelConfig
 from model.contract import Progress
 from model.cpu import build as cpu_build
@@ -26,10 +27,10 @@ from model.cpu import linear
 from model.cpu.build import Kernels
 from model.engine import Engine
 from model.families import registry
-from model.families.registry import Abstract, Family
+from model.families.registry import Family
 from model.fields import ConfigError, read_config
 from model.layers import quantized
-from model.programs import LayerPrograms, ModelPrograms, Programs, State, stack_of
+from model.programs import Programs
 from model.sharding import MODEL, by_device, divided, stacked
 from model.sizes import BY_PLATFORM, Layout, Sizes, layout
 
@@ -45,35 +46,12 @@ class Choice:
 
     Attributes:
         whole: the config of the whole model.
-        part: the config of one device's part.
-        dtype: of weights, matmul operands, keys and values.
-        layout: the sizes that programs are compiled for.
-        abstract: shapes of one device's parameters.
-        by_layer: how the layers run, see ``model.programs``.
-        mesh: the devices; None: the first one.
+        model: one device's part, and how it runs.
     """
 
     whole: ModelConfig
-    part: ModelConfig
-    dtype: Any
-    layout: Layout
     family: Family
-    abstract: Abstract
-    by_layer: bool
-    mesh: Mesh | None
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """Parameters on the devices.
-
-    Attributes:
-        ends: parameters of ``decoder.EmbeddingAndHead``.
-        layers: each layer's parameters; or, in a list of one, all layers' in stacks.
-    """
-
-    ends: State
-    layers: list[State]
+    model: Model
 
 
 def load(
@@ -95,7 +73,7 @@ def load(
         folder: has ``config.json`` and safetensors.
         dtype: of weights and matmul operands.
         implementation: of attention, see ``model.attention``; None: the platform's kernel, or "paged".
-        by_layer: how the layers run, see ``model.programs``; None: by layer on CPU.
+        by_layer: how the layers run, see ``model.computations``; None: by layer on CPU.
         max_prompt_tokens: the longest sequence; None: the model's context. A long context costs memory at start-up.
         compiled_folder: keeps compiled programs for the next start, see ``model.compiled``.
         quantization: of the kernels of attention and MLP, applied while they are read.
@@ -125,7 +103,7 @@ def load(
         mesh=mesh,
     )
     weights = place(folder, choice, progress)
-    return Engine(choice.part, choice.layout, build(choice, weights, compiled_folder), choice.dtype)
+    return Engine(Programs(choice.model, weights, compiled_folder))
 
 
 def choose(
@@ -147,7 +125,7 @@ def choose(
     part = config if mesh is None else divided(config, mesh.shape[MODEL])
     chosen = layout(part, sizes, dtype=target, implementation=implementation, max_prompt_tokens=max_prompt_tokens)
     family, abstract = registry.build(part, dtype=target, implementation=implementation)
-    return Choice(config, part, target, chosen, family, abstract, by_layer, mesh)
+    return Choice(config, family, Model(part, abstract, chosen, by_layer, mesh))
 
 
 def place(folder: Path, choice: Choice, progress: Progress | None = None) -> Weights:
@@ -159,18 +137,9 @@ def place(folder: Path, choice: Choice, progress: Progress | None = None) -> Wei
     placed = _Placed(choice)
     table = choice.family.weights(choice.whole)
     checkpoint.load(folder, table, ignored=decoder.ignored(choice.whole), put=placed.put, progress=progress)
-    block = choice.abstract.block[1]
-    places = [("blocks", layer) for layer in range(choice.whole.layers)] if choice.by_layer else [("blocks",)]
-    return Weights(placed.state(choice.abstract.ends[1]), [placed.state(block, *each) for each in places])
-
-
-def build(choice: Choice, weights: Weights, compiled_folder: Path | None) -> Programs:
-    """The programs over ``weights``; nothing is compiled yet."""
-    rest = (choice.layout.pool, choice.layout.tables, compiled_folder, choice.mesh)
-    common = (choice.part, choice.abstract, weights.ends, *rest)
-    if choice.by_layer:
-        return LayerPrograms(*common, layers=weights.layers)
-    return ModelPrograms(*common, layers=weights.layers[0])
+    block = choice.model.abstract.block[1]
+    places = [("blocks", layer) for layer in range(choice.whole.layers)] if choice.model.by_layer else [("blocks",)]
+    return Weights(placed.state(choice.model.abstract.ends[1]), [placed.state(block, *each) for each in places])
 
 
 def without_weights(
@@ -184,7 +153,7 @@ def without_weights(
     Raises:
         ConfigError: sizes that the mesh cannot divide.
     """
-    choice = choose(
+    model = choose(
         config,
         dtype="bfloat16",
         implementation="fused",
@@ -192,9 +161,9 @@ def without_weights(
         sizes=sizes,
         max_prompt_tokens=max_prompt_tokens,
         mesh=mesh,
-    )
-    shapes = Weights(choice.abstract.ends[1], [stack_of(choice.abstract.block[1], choice.part.layers)])
-    return build(choice, shapes, None), choice.layout
+    ).model
+    shapes = Weights(model.abstract.ends[1], [stack_of(model.abstract.block[1], model.config.layers)])
+    return Programs(model, shapes, None), model.layout
 
 
 class _Placed:
@@ -202,7 +171,7 @@ class _Placed:
 
     def __init__(self, choice: Choice) -> None:
         self._choice = choice
-        flat: Any = [nnx.to_flat_state(state) for _, state in (choice.abstract.ends, choice.abstract.block)]
+        flat: Any = [nnx.to_flat_state(state) for _, state in (choice.model.abstract.ends, choice.model.abstract.block)]
         self._leaves: dict[Place, Any] = {path: leaf for part in flat for path, leaf in part}
         self._arrays: dict[Place, jax.Array] = {}
 
@@ -221,7 +190,7 @@ class _Placed:
         return nnx.from_flat_state([(path, leaf.replace(self._arrays[*prefix, *path])) for path, leaf in leaves])
 
     def _on_device(self, leaf: Any, tensor: Tensor) -> jax.Array:
-        dtype, mesh = self._choice.dtype, self._choice.mesh
+        dtype, mesh = self._choice.model.dtype, self._choice.model.mesh
         if mesh is not None:
             return sharding.place(tensor, leaf.axes, leaf.shape, dtype, mesh)
         whole = np.asarray(tensor)
@@ -231,7 +200,7 @@ class _Placed:
 
     def _store(self, path: Place, array: jax.Array) -> None:
         """Keep an array by itself, or in its place in the stack of all layers."""
-        if path[0] != "blocks" or self._choice.by_layer:
+        if path[0] != "blocks" or self._choice.model.by_layer:
             self._arrays[path] = array
             return
         _, layer, *rest = path

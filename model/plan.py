@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from model.contract import common_prefix
+
 Tokens = npt.NDArray[np.int32]
 
 SMALLEST_CALL = 64
@@ -208,9 +210,9 @@ def share(sequences: Sequence[Tokens], limits: Sequence[int], *, min_saving: int
     # As bytes, sequences with a common beginning sort together, and comparing them is a memcmp.
     keys = [head.tobytes() for head in heads]
     order = sorted(range(len(sequences)), key=keys.__getitem__)
-    shared = _common_prefix(heads[order[0]], heads[order[-1]])  # by all, often a long query: not compared again
+    shared = common_prefix(heads[order[0]], heads[order[-1]])  # by all, often a long query: not compared again
     tails = [heads[i][shared:] for i in order]
-    common = shared + np.array([_common_prefix(a, b) for a, b in itertools.pairwise(tails)], np.int64)
+    common = shared + np.array([common_prefix(a, b) for a, b in itertools.pairwise(tails)], np.int64)
     longest = max(map(len, heads))
     groups: list[tuple[int, int, list[int]]] = [(order[0], 0, [])]
     pending = [(0, len(order), 0)]  # an interval of `order`, and the group that its sequences belong to so far
@@ -226,13 +228,6 @@ def share(sequences: Sequence[Tokens], limits: Sequence[int], *, min_saving: int
         bounds = [low, *(low + 1 + np.flatnonzero(common[low : high - 1] == depth)).tolist(), high]
         pending.extend((start, stop, group) for start, stop in itertools.pairwise(bounds))
     return [group for group in groups if group[2]]
-
-
-def _common_prefix(a: npt.NDArray[np.int32], b: npt.NDArray[np.int32]) -> int:
-    """Return how many leading tokens two sequences share."""
-    n = min(len(a), len(b))
-    differing = np.flatnonzero(a[:n] != b[:n])
-    return int(differing[0]) if differing.size else n
 
 
 def groups(

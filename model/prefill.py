@@ -6,9 +6,10 @@ from typing import NamedTuple
 import numpy as np
 
 from model import plan
+from model.computations import Span, spans_of
 from model.contract import PAGE_TOKENS
 from model.pages import Node
-from model.programs import Inputs, Span, spans_of
+from model.programs import Inputs
 
 
 class PinnedPrefix(NamedTuple):
@@ -73,7 +74,7 @@ class PrefillCall:
         return True
 
     def inputs(self) -> Inputs:
-        """The call's arrays; a piece is a row over the prefix of its own number."""
+        """The call's arrays; a piece is a segment over the prefix of its own number."""
         tokens, segments = np.full((2, self.size), -1, np.int32)
         positions, prefixes = np.zeros((2, self.size), np.int32)
         at = 0

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from serve_app.contract import Int32, Int64, TokenBatch
+from serve_app.contract import Int32, Int64, TokenBatch, common_prefix
 
 Ids = Sequence[int] | Int32
 
@@ -76,6 +76,16 @@ def shared_with_previous(batch: TokenBatch) -> Int64:
     return shared
 
 
+def shared_tokens(batch: TokenBatch) -> Int64:
+    """``batch.shared``, measured now if it is not there."""
+    return shared_with_previous(batch) if batch.shared is None else batch.shared
+
+
+def shared_by_all(shared: Int64) -> int:
+    """The number of leading tokens that all sequences share, by what each shares with the one before it."""
+    return int(shared[1:].min()) if len(shared) > 1 else 0
+
+
 @dataclass(frozen=True, slots=True)
 class DeltaBatch:
     """A batch without the tokens that each sequence repeats of the one before it: a long query is in it once.
@@ -90,11 +100,19 @@ class DeltaBatch:
 
     @classmethod
     def of(cls, batch: TokenBatch) -> DeltaBatch:
-        shared = shared_with_previous(batch)
+        """The tokens of ``batch`` that no sequence repeats.
+
+        Raises:
+            ValueError: ``batch.shared`` is not what its sequences share, and other tokens would arrive.
+        """
+        shared = shared_tokens(batch)
         ends = batch.offsets[1:].tolist()
         own = zip((batch.offsets[:-1] + shared).tolist(), ends, strict=True)
         tokens = np.concatenate([batch.tokens[:0], *(batch.tokens[start:end] for start, end in own)])
-        return cls(replace(batch, tokens=tokens), shared)
+        delta = cls(replace(batch, tokens=tokens, shared=None), shared)
+        if not np.array_equal(delta.whole().tokens, batch.tokens):
+            raise ValueError("TokenBatch.shared is not what each sequence shares with the one before it")
+        return delta
 
     def whole(self) -> TokenBatch:
         """The batch that it was made from."""
@@ -107,22 +125,6 @@ class DeltaBatch:
             tokens[start + shared : end] = self.batch.tokens[taken : taken + own]
             taken, before = taken + own, start
         return replace(self.batch, tokens=tokens)
-
-
-def shared_prefix(batch: TokenBatch) -> int:
-    """The number of leading tokens that all sequences share."""
-    first = batch.tokens[: batch.offsets[1]]
-    for start, stop in itertools.pairwise(batch.offsets[1:].tolist()):
-        first = first[: common_prefix(first, batch.tokens[start:stop])]
-    return len(first)
-
-
-def common_prefix(one: Int32, other: Int32) -> int:
-    """The number of leading tokens that are equal."""
-    room = min(len(one), len(other))
-    differs = one[:room] != other[:room]
-    first = int(differs.argmax()) if room else 0
-    return first if room and differs[first] else room
 
 
 def cut(batch: TokenBatch, start: int, stop: int) -> TokenBatch:
@@ -139,7 +141,14 @@ def cut(batch: TokenBatch, start: int, stop: int) -> TokenBatch:
         vocab_logprobs=batch.vocab_logprobs,
         argmax=batch.argmax,
         common=None if batch.common is None else batch.common[start:stop],
+        shared=None if batch.shared is None else _cut_shared(batch.shared[start:stop]),
     )
+
+
+def _cut_shared(shared: Int64) -> Int64:
+    shared = shared.copy()
+    shared[:1] = 0  # the sequence before it is in another batch
+    return shared
 
 
 def join(batches: Sequence[TokenBatch]) -> TokenBatch:
@@ -159,6 +168,7 @@ def join(batches: Sequence[TokenBatch]) -> TokenBatch:
         vocab_logprobs=batches[0].vocab_logprobs,
         argmax=batches[0].argmax,
         common=_join_common(batches),
+        shared=_join_shared(batches),
     )
 
 
@@ -169,6 +179,11 @@ def _join_common(batches: Sequence[TokenBatch]) -> Int32 | None:
     return np.concatenate(
         [no if batch.common is None else batch.common for batch, no in zip(batches, unknown, strict=True)]
     )
+
+
+def _join_shared(batches: Sequence[TokenBatch]) -> Int64 | None:
+    known = [batch.shared for batch in batches if batch.shared is not None]
+    return np.concatenate(known) if len(known) == len(batches) else None
 
 
 def _join_offsets(parts: Sequence[Int64]) -> Int64:

@@ -18,6 +18,7 @@ from model.contract import Int64 as Int64
 from model.contract import ModelInfo as ModelInfo
 from model.contract import Progress as Progress
 from model.contract import TokenBatch as TokenBatch
+from model.contract import common_prefix as common_prefix
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Packing of token sequences for tests of engines."""
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, pairwise
 
 from serve_app.batches import Reads, pack, pack_labels
 from serve_app.contract import TokenBatch
@@ -12,6 +12,18 @@ def label_batch(
 ) -> TokenBatch:
     """One read a sequence, at its last token, of its own labels."""
     return pack_labels(sequences, labels, vocab_logprobs=vocab_logprobs)
+
+
+def batch_of(
+    sequences: Sequence[Sequence[int]], labels: Sequence[int] = (1, 2), *, vocab_logprobs: bool = True
+) -> TokenBatch:
+    """As ``label_batch``, all of the same labels."""
+    return label_batch(sequences, [labels] * len(sequences), vocab_logprobs=vocab_logprobs)
+
+
+def sequences_of(batch: TokenBatch) -> list[list[int]]:
+    """The tokens of each sequence."""
+    return [batch.tokens[start:stop].tolist() for start, stop in pairwise(batch.offsets)]
 
 
 def reads_batch(

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from model import loading, sharding
+from model.computations import Kind
 from model.cost import program_cost
 from model.families.registry import from_hf
 from model.sizes import BY_PLATFORM
@@ -50,7 +51,7 @@ def compiles(family: str) -> str:
     config, chips, found = from_hf(config_of(family)), devices("v6e", "2x2"), list[str]()
     for over in (sharding.mesh(1, 1, chips[:1]), sharding.mesh(2, 2, chips)):
         programs, laid = loading.without_weights(config, over, BY_PLATFORM["tpu"])
-        traced = programs.trace("rows", laid.ladder[0])
+        traced = programs.compiler.trace(Kind.ROWS, laid.ladder[0])
         _, kernels = program_cost(traced, traced.lower().compile(), trips=config.layers - 1)
         assert kernels == config.layers, family
         found.append(str(over.size))

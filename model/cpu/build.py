@@ -27,7 +27,7 @@ SYMBOLS = {
     "gated": "ScoreGated",
     "normalizers": "ScoreNormalizers",
 }
-"""What a kernel is called here -> in the sources."""
+"""A kernel's name here -> its name in the sources."""
 OPTIONS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared")
 
 PREFIX = "score_serve"
@@ -40,7 +40,7 @@ def target(kernel: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """What was built.
+    """The built kernels.
 
     Attributes:
         bfloat16: the processor multiplies it faster than float32.

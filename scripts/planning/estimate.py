@@ -21,6 +21,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from model import attention_tpu, decoder, plan
+from model.computations import Kind
 from model.config import ModelConfig
 from model.cost import Cost, program_cost
 from model.loading import without_weights
@@ -82,7 +83,7 @@ class Workload:
 class Launch(NamedTuple):
     """One run of a program."""
 
-    kind: str
+    kind: Kind
     size: Any
     prefix_length: int
 
@@ -147,14 +148,14 @@ def launches(config: ModelConfig, laid: Layout, request: Request) -> Counter[Lau
         with pages.hold(prefix) as (_, cached):
             pass
         for size in plan.chunks(len(prefix) - cached, laid.sizes.chunks):
-            found[Launch("prefill", size, cached)] += 1
-            found[Launch("write", size, 0)] += 1
+            found[Launch(Kind.PREFILL, size, cached)] += 1
+            found[Launch(Kind.WRITE, size, 0)] += 1
             cached += size
         for call in plan.pack_bins(group.segments, laid.ladder):
-            found[Launch("rows", call.shape, group.prefix_length)] += 1
-    reads_of_head = [("targets", len(sequences) * (config.classes or 2), laid.sizes.target_rows)]
+            found[Launch(Kind.ROWS, call.shape, group.prefix_length)] += 1
+    reads_of_head = [(Kind.TARGETS, len(sequences) * (config.classes or 2), laid.sizes.target_rows)]
     if not config.classes:
-        reads_of_head.append(("normalizer", len(sequences), laid.sizes.head_rows))
+        reads_of_head.append((Kind.NORMALIZER, len(sequences), laid.sizes.head_rows))
     for kind, count, sizes in reads_of_head:
         for _, size, _ in plan.blocks(count, sizes):
             found[Launch(kind, size, 0)] += 1
@@ -179,9 +180,9 @@ def launch_cost(programs: Programs, config: ModelConfig, laid: Layout, launch: L
     """The cost of one launch, and the memory beyond its arguments that it takes, in bytes."""
     cost, runs, memory = _compiled(programs, launch.kind, launch.size, config.layers - 1)
     if runs:
-        heads = config.heads // programs.shards
+        heads = config.heads // programs.model.config.shards
         tokens, width = (
-            (launch.size, launch.size) if launch.kind == "prefill" else (launch.size.tokens, launch.size.width)
+            (launch.size, launch.size) if launch.kind is Kind.PREFILL else (launch.size.tokens, launch.size.width)
         )
         for window in (decoder.windows(config) or (None,) * config.layers)[:runs]:
             cost += Cost(*attention_tpu.work(tokens, width, heads, laid.pool, launch.prefix_length, window))
@@ -189,9 +190,9 @@ def launch_cost(programs: Programs, config: ModelConfig, laid: Layout, launch: L
 
 
 @cache
-def _compiled(programs: Programs, kind: str, size: Any, trips: int) -> tuple[Cost, int, int]:
+def _compiled(programs: Programs, kind: Kind, size: Any, trips: int) -> tuple[Cost, int, int]:
     """(cost without the attention kernel, runs of it, memory beyond arguments)."""
-    traced = programs.trace(kind, size)
+    traced = programs.compiler.trace(kind, size)
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:  # such as one that needs more memory than there is, with figures

@@ -8,13 +8,14 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from serve_app import timing
-from serve_app.batches import shared_prefix, shared_with_previous
+from serve_app.batches import shared_by_all, shared_tokens
 from serve_app.contract import BatchResult, JobResult, ModelInfo, ScoreJob, TokenBatch
 from serve_app.errors import (
     DeadlineExceededError,
@@ -252,13 +253,13 @@ class ModelService:
         replicas = self._replicas.count
         if not len(batch.read_positions):
             return _Work([], 0, first > 0)
-        tokens = int((batch.lengths - shared_with_previous(batch)).sum())
+        shared = shared_tokens(batch)
+        batch, tokens = replace(batch, shared=shared), int((batch.lengths - shared).sum())
         if replicas <= 1:
             return _Work([ScoreJob(request_id, batch, deadline)], tokens, first > 0)
-        shared = shared_prefix(batch) if batch.num_sequences > 1 else 0
         # A part that fills a device batch by itself loses nothing by the split but the prefix.
-        parts = fanout.split(batch, replicas, self._settings.max_batch_tokens, shared)
-        affinities = fanout.affinities(parts, prefix_tokens or shared, first)
+        parts = fanout.split(batch, replicas, self._settings.max_batch_tokens, shared_by_all(shared))
+        affinities = fanout.affinities(parts, prefix_tokens or shared_by_all(shared), first)
         jobs = [ScoreJob(request_id, part, deadline, to) for part, to in zip(parts, affinities, strict=True)]
         return _Work(jobs, tokens, first > 0)
 

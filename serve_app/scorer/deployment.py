@@ -134,7 +134,7 @@ class Scorer:
             logger.error("user_config is refused, and nothing changes: %s", error)
             return
         self._live = settings
-        self._engine.limit(settings.stall_s)
+        self._engine.set_batch_timeout(settings.stall_s)
         self._resize()
 
     def _resize(self) -> None:
@@ -159,7 +159,7 @@ class Scorer:
         self._end_if_lost()
         if self._queue.failures_in_a_row >= BROKEN_AFTER:
             raise RuntimeError(f"the engine failed on the last {self._queue.failures_in_a_row} batches")
-        self._engine.check()
+        self._engine.check_health()
 
     def _end_if_lost(self) -> None:
         """End the process when it can no longer answer, which sends its jobs to other replicas at once.

@@ -89,10 +89,10 @@ class FakeEngine:
             argmax, argmax_values = argmax[:0], argmax_values[:0]
         return BatchResult(values, computed, argmax, argmax_values)
 
-    def limit(self, stall_s: float) -> None:
+    def set_batch_timeout(self, stall_s: float) -> None:
         """Change nothing: no batch is given up."""
 
-    def check(self) -> None:
+    def check_health(self) -> None:
         """Never raise."""
 
     def _read(self, batch: TokenBatch) -> tuple[Float32, Int32, Float32]:

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from serve_app.batches import cut, reads_of, shared_with_previous
+from serve_app.batches import cut, reads_of, shared_by_all, shared_tokens
 from serve_app.contract import TokenBatch
 from serve_app.scorer.speed import Speed
 
@@ -58,10 +58,9 @@ class QueuedJob:
     """
 
     def __init__(self, batch: TokenBatch) -> None:
-        self.batch = batch
-        shared = shared_with_previous(batch)
-        # What each sequence shares with the one before it, all of them share.
-        self.common = np.array([shared[1:].min() if len(shared) > 1 else 0, len(shared)], np.int32)
+        shared = shared_tokens(batch)
+        self.batch = replace(batch, shared=shared)
+        self.common = np.array([shared_by_all(shared), len(shared)], np.int32)
         self.lengths: list[int] = batch.lengths.tolist()
         self.costs: list[int] = (batch.lengths - shared).tolist()
         self.tokens = self.waiting_tokens = sum(self.costs)

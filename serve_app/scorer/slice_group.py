@@ -158,12 +158,12 @@ class SliceGroup:
                 lost.append(group)
         raise RuntimeError(f"the slice was lost {TRIES} times with this batch")
 
-    def limit(self, stall_s: float) -> None:
-        """See ``Engine.limit``. Processes that take longer for a batch are ended and restarted."""
+    def set_batch_timeout(self, stall_s: float) -> None:
+        """See ``Engine.set_batch_timeout``. Processes that take longer for a batch are ended and restarted."""
         self._stall_s = stall_s
 
-    def check(self) -> None:
-        """See ``Engine.check``."""
+    def check_health(self) -> None:
+        """See ``Engine.check_health``."""
         if not self._keeper.is_alive():
             raise RuntimeError("the thread that watches the slice's processes has ended")
         lost_at = self._lost_at
@@ -208,7 +208,7 @@ class SliceGroup:
                     group.kill()
                     raise
                 return group
-            except Exception:  # the next try may find another slice; ``check`` gives up after ``rebuild_s``
+            except Exception:  # the next try may find another slice; ``check_health`` gives up after ``rebuild_s``
                 logger.exception("the slice's processes did not start; trying again in %.0f s", PAUSE_S)
                 time.sleep(PAUSE_S)
 

@@ -24,6 +24,7 @@ from serve_app.settings import Limits, Settings
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.boundary.asking import Http
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
+from tests.stubs import HangingReplicas
 
 ASK: dict[str, Any] = {"query": [1, 2], "items": [[3], [4]], "label_token_ids": [5, 6]}
 INFO: ModelInfo = FakeEngine(VOCAB_SIZE, CONTEXT).info
@@ -40,25 +41,6 @@ class Failing:
 
     async def score(self, _job: ScoreJob) -> JobResult:
         raise self.error
-
-
-class Hanging:
-    """Never answers, and remembers who stopped waiting."""
-
-    count = 1
-
-    def __init__(self) -> None:
-        self.started = asyncio.Event()
-        self.cancelled = asyncio.Event()
-
-    async def score(self, _job: ScoreJob) -> JobResult:
-        self.started.set()
-        try:
-            await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            self.cancelled.set()
-            raise
-        raise AssertionError
 
 
 class Mixing(FakeEngine):
@@ -231,14 +213,14 @@ class TestFaults:
         service.close()
 
     async def test_deadline(self, tokenizer: TextTokenizer):
-        replicas = Hanging()
+        replicas = HangingReplicas()
         async with serving(tokenizer, replicas, Settings(engine="fake", timeout_s=0.05)) as http:
             error = await http.refused(status=504, **ASK)
             assert "0.05 s" in error["message"]
             assert replicas.cancelled.is_set()
 
     async def test_the_callers_own_deadline(self, tokenizer: TextTokenizer):
-        replicas = Hanging()
+        replicas = HangingReplicas()
         async with serving(tokenizer, replicas) as http:
             response = await http.post(json.dumps(ASK), x_request_timeout_seconds="0.1")
             assert "0.075 s" in http.flat(response, 504)["message"]
@@ -252,7 +234,7 @@ class TestFaults:
             assert not replicas.jobs
 
     async def test_a_client_that_leaves_cancels_its_work(self, tokenizer: TextTokenizer):
-        replicas = Hanging()
+        replicas = HangingReplicas()
         service = ModelService(FAKE, tokenizer, INFO, replicas)
         sent: list[dict[str, Any]] = []
         asked = False
@@ -275,7 +257,7 @@ class TestFaults:
         service.close()
 
     async def test_a_client_that_leaves_while_sending(self, tokenizer: TextTokenizer, caplog: Any):
-        service = ModelService(FAKE, tokenizer, INFO, Hanging())
+        service = ModelService(FAKE, tokenizer, INFO, HangingReplicas())
         sent: list[dict[str, Any]] = []
 
         async def receive() -> dict[str, Any]:

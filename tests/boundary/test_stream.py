@@ -20,8 +20,9 @@ from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import Settings
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.boundary.asking import Http
-from tests.boundary.test_faults import Hanging, scope, serving
+from tests.boundary.test_faults import scope, serving
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
+from tests.stubs import HangingReplicas
 
 ASK: dict[str, Any] = {"query": "the ", "items": [f"fox {i}" for i in range(60)], "label_token_ids": [5, 7]}
 FAKE = Settings(model="fake-judge", engine="fake", max_batch_tokens=128)
@@ -114,7 +115,7 @@ class FailsLater(DirectReplicas):
         super().__init__(FakeEngine(VOCAB_SIZE, CONTEXT))
         self.good = good
         self.error = error
-        self.hanging = Hanging()
+        self.hanging = HangingReplicas()
 
     async def score(self, job: ScoreJob) -> JobResult:
         if len(self.jobs) < self.good:

@@ -190,8 +190,8 @@ def test_requests_with_queries_of_their_own_share_calls(folder: Path, monkeypatc
 
         return count
 
-    monkeypatch.setattr(programs, "prefill", counted(0, programs.prefill))
-    monkeypatch.setattr(programs, "rows", counted(1, programs.rows))
+    monkeypatch.setattr(programs.layers, "prefill", counted(0, programs.layers.prefill))
+    monkeypatch.setattr(programs.layers, "rows", counted(1, programs.layers.rows))
     together = [prompt for request in requests for prompt in request]
     cold = values(scorer, together)
     assert launched == [1, 1]

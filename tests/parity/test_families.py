@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from model import loading
+from model.computations import Kind
 from model.engine import Engine
 from model.plan import Shape
 from model.programs import Inputs, Prefixes
@@ -67,9 +68,9 @@ def hidden_states(scorer: Engine, tokens: np.ndarray) -> list[np.ndarray]:
     inputs = Inputs(np.pad(tokens, (0, 32)).astype(np.int32), places, np.zeros_like(places), segments, places)
     tables = np.zeros(scorer._layout.tables, np.int32)
     prefix = Prefixes(scorer._pool, tables, tables[:, 0])  # pyright: ignore[reportPrivateUsage]
-    x, angles, context = programs._begin(inputs, prefix)
+    x, angles, context = programs.layers.begin(inputs, prefix)
     states = [np.array(x)]
-    for number, weights in list(enumerate(programs._layers))[:-1]:
-        x = programs.get("layer", shape)(weights, x, angles, context, jax.numpy.int32(number))
+    for number, weights in list(enumerate(programs.weights.layers))[:-1]:
+        x = programs.compiler.get(Kind.LAYER, shape)(weights, x, angles, context, jax.numpy.int32(number))
         states.append(np.array(x))
-    return [state[:32] for state in (*states, np.array(programs.rows(shape, [inputs], prefix)))]
+    return [state[:32] for state in (*states, np.array(programs.layers.rows(shape, [inputs], prefix)))]

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from safetensors.numpy import load_file, save_file
 
 from model import checkpoint, loading, sharding
+from model.computations import Kind
 from model.engine import Engine
 from model.families.registry import from_hf
 from model.fields import ConfigError, read_config
@@ -94,7 +95,7 @@ def test_what_lies_where(folder: Path) -> None:
     """Parameters are split as the rules say, and the pool by key/value heads; nothing that is split is held whole."""
     spread = loading.load(folder, mesh=mesh(2, 4), **SIZES)
     programs: Any = spread._programs  # pyright: ignore[reportPrivateUsage]
-    block = programs._layers[0]
+    block = programs.weights.layers[0]
     specs = {
         "attention.q": (None, "model"),
         "attention.k": (None, "model"),
@@ -110,7 +111,7 @@ def test_what_lies_where(folder: Path) -> None:
     parts = [*block["mlp"]["up"]["kernel"][...].addressable_shards]
     assert {part.data.shape for part in parts} == {(48, 16)}
     assert block["attention"]["k"]["kernel"][...].shape == (48, 4 * 6)  # two heads, each twice
-    assert programs._ends["embedding"][...].addressable_shards[0].data.shape == (77, 48)
+    assert programs.weights.ends["embedding"][...].addressable_shards[0].data.shape == (77, 48)
     pool = spread._pool  # pyright: ignore[reportPrivateUsage]
     assert pool.shape[3] == 4
     assert {part.data.shape[3] for part in pool.addressable_shards} == {1}
@@ -122,12 +123,12 @@ def test_two_sums_a_layer_and_no_weight_is_gathered(folder: Path) -> None:
     spread = loading.load(folder, mesh=mesh(1, 4), **SIZES)
     programs: Any = spread._programs  # pyright: ignore[reportPrivateUsage]
     shape = spread._layout.ladder[-1]  # pyright: ignore[reportPrivateUsage]
-    text = programs.get("layer", shape).as_text()
+    text = programs.compiler.get(Kind.LAYER, shape).as_text()
     collectives = re.findall(r"= \S+ (all-\w+|reduce-scatter|collective-permute)(?:-start)?\(", text)
     assert collectives == ["all-reduce", "all-reduce"]
     # Embedding, and of the head: a sum of logits; maximum and sum of exponentials.
-    for kind, size, count in (("embed", shape.tokens, 1), ("targets", 64, 1), ("normalizer", 32, 2)):
-        text = programs.get(kind, size).as_text()
+    for kind, size, count in ((Kind.EMBED, shape.tokens, 1), (Kind.TARGETS, 64, 1), (Kind.NORMALIZER, 32, 2)):
+        text = programs.compiler.get(kind, size).as_text()
         assert len(re.findall(r"= \S+ all-reduce(?:-start)?\(", text)) == count, kind
         assert "all-gather" not in text
 

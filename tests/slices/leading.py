@@ -78,13 +78,13 @@ def leader_of(settings: Settings, load: LoadPart) -> Iterator[Any]:
         def score(self, batch: Any) -> Any:
             return self.threads.submit(self.engine.score, batch).result()
 
-        def limit(self, stall_s: float) -> None:
-            self.engine.limit(stall_s)
+        def set_batch_timeout(self, stall_s: float) -> None:
+            self.engine.set_batch_timeout(stall_s)
 
         def state(self) -> Any:
             import sys
 
-            self.engine.check()
+            self.engine.check_health()
             return self.engine.info, self.engine.stats, self.told, "jax" in sys.modules
 
         def save_coverage(self) -> None:

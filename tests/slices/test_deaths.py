@@ -75,7 +75,7 @@ def test_a_host_that_hangs_has_its_process_replaced_and_the_batch_computed_again
         return Hanging()
 
     with leader_of(SETTINGS.model_copy(update={"stall_s": 1000}), hanging) as leader:
-        ray.get(leader.limit.remote(3))  # as a running replica is told
+        ray.get(leader.set_batch_timeout.remote(3))  # as a running replica is told
         stuck = worker_of(hosts[1])
         assert_scores(leader)
         assert not psutil.pid_exists(stuck.pid)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ import pytest
 from serve_app.batches import join
 from serve_app.settings import Settings
 from serve_app.tpu import Tpu
-from tests.batches import label_batch
+from tests.batches import batch_of
 from tests.invariance.rows import LABELS, TOLERANCE, prompts
 from tests.sharding.one_of_two import SIZES, sequences
 from tests.slices.leading import FOUR_HOSTS, TWO_HOSTS, alone, leader_of, on_cpu, slice_of
@@ -24,19 +24,15 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.ray
 
 
-def batch(rows: list[list[int]]) -> Any:
-    return label_batch(rows, [LABELS] * len(rows))
-
-
 @pytest.mark.parametrize(("tpu", "devices"), [(TWO_HOSTS, 2), (FOUR_HOSTS, 1)], ids=["2x2", "4x1"])
 def test_hosts_score_as_one_process(nodes: Cluster, tmp_path: Path, tpu: Tpu, devices: int):
     import ray
 
     folder = make_llama(tmp_path / "llama", heads=4, ff=32, layers=2)
     batches = [
-        batch(sequences()),
-        batch(prompts(3, longest=300, seed=5)),  # longer than a call: in chunks
-        batch(prompts(40, query=20, seed=6)),
+        batch_of(sequences(), LABELS),
+        batch_of(prompts(3, longest=300, seed=5), LABELS),  # longer than a call: in chunks
+        batch_of(prompts(40, query=20, seed=6), LABELS),
     ]
     wanted = alone(folder, batches, **SIZES)
     settings = Settings(model=str(folder), tpu=tpu, scorer_cpus=0.1)
@@ -49,7 +45,7 @@ def test_hosts_score_as_one_process(nodes: Cluster, tmp_path: Path, tpu: Tpu, de
             for found, values in zip(ray.get(at_once), wanted, strict=True):
                 np.testing.assert_allclose(found.values, values, rtol=0, atol=TOLERANCE)
         with pytest.raises(ValueError, match="sequence 0 has 600 tokens; this model reads 1 to 512"):
-            ray.get(leader.score.remote(batch([[1] * 600])))
+            ray.get(leader.score.remote(batch_of([[1] * 600], LABELS)))
         _, ended, _, jax_is_loaded = ray.get(leader.state.remote())
         assert ended.prefix_hit_tokens > 0
         assert ended.compilations == begun.compilations

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from typer.testing import CliRunner
 
 from model.attention_tpu import work
+from model.computations import Kind
 from model.config import ModelConfig
 from model.cost import Cost, program_cost
 from model.families.registry import from_hf
@@ -160,7 +161,7 @@ def test_an_8b_model_and_a_long_query_fit_eight_v6e() -> None:
 def test_windows_caps_ropes_and_experts_compile(family: str) -> None:
     config = from_hf(config_of(family))
     programs, laid = without_weights(config, one("v6e"), BY_PLATFORM["tpu"])
-    traced = programs.trace("rows", laid.ladder[0])
+    traced = programs.compiler.trace(Kind.ROWS, laid.ladder[0])
     _, kernels = program_cost(traced, traced.lower().compile(), trips=config.layers - 1)
     assert kernels == config.layers
 
@@ -168,7 +169,7 @@ def test_windows_caps_ropes_and_experts_compile(family: str) -> None:
 def assert_no_scores_move(cost: Cost, whole: ModelConfig, programs: Programs, laid: Layout, call: Shape) -> None:
     """Attention over a prefix of 8,000 tokens that is not fused writes and reads a float32 matrix of scores in each
     layer. That alone would be more than all that the layer moves beside its weights, the kernel's copies included."""
-    part = divided(whole, programs.shards)
+    part = divided(whole, programs.model.config.shards)
     _, copied = work(call.tokens, call.width, part.heads, laid.pool, 8000, None)
     ends = 2 * part.vocab_size * part.width * (1 if part.tied_head else 2) // part.shards
     beside_weights = (cost.bytes - (programs.weight_bytes - ends)) / part.layers + copied
@@ -184,7 +185,7 @@ def assert_no_scores_move(cost: Cost, whole: ModelConfig, programs: Programs, la
 )
 def test_programs_fit_one_chip_and_attention_is_fused(config: ModelConfig, chip: str, call: Shape) -> None:
     programs, laid = without_weights(config, one(chip), BY_PLATFORM["tpu"], max_prompt_tokens=8192)
-    traced = programs.trace("rows", call)
+    traced = programs.compiler.trace(Kind.ROWS, call)
     compiled = traced.lower().compile()
     memory = compiled.memory_analysis()
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
@@ -209,7 +210,7 @@ def test_programs_compile_for_slices_and_their_attention_is_fused(config: ModelC
     chips = devices("v6e", topology)
     assert len({chip.process_index for chip in chips}) == {"2x2": 1, "4x4": 4}[topology]
     programs, laid = without_weights(config, mesh(1, len(chips), chips), BY_PLATFORM["tpu"], max_prompt_tokens=8192)
-    traced = programs.trace("rows", laid.ladder[0])
+    traced = programs.compiler.trace(Kind.ROWS, laid.ladder[0])
     compiled = traced.lower().compile()
     memory = compiled.memory_analysis()
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes

@@ -1,13 +1,15 @@
 """Packing, cutting and joining token batches."""
 
 import itertools
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.batches import Reads, cut, join, pack, pack_labels, shared_with_previous
+from serve_app.batches import DeltaBatch, Reads, cut, join, pack, pack_labels, shared_tokens, shared_with_previous
 from serve_app.contract import TokenBatch
 from tests.batches import label_batch
 
@@ -77,3 +79,38 @@ def test_cut_then_join_gives_the_batch_back(rows: list[list[int]], data: st.Data
         assert rebuilt.dtype == original.dtype
     unknown = join([whole, replace(whole, common=None)]).common
     np.testing.assert_array_equal(unknown, np.concatenate([common, np.zeros_like(common)]))
+
+
+@given(sequences, st.data())
+def test_what_sequences_share_travels_through_cut_and_join(rows: list[list[int]], data: st.DataObject):
+    batch = label_batch(rows, [[1]] * len(rows))
+    batch = replace(batch, shared=shared_tokens(batch))
+    bounds = st.tuples(st.integers(0, len(rows)), st.integers(0, len(rows))).map(sorted)
+    parts = [cut(batch, *data.draw(bounds)) for _ in range(data.draw(st.integers(1, 4)))]
+    for part in parts:
+        np.testing.assert_array_equal(part.shared, shared_with_previous(part))
+    joined = join(parts)
+    # No more than there is, so that it tells the same tokens; a part's first sequence counts as new.
+    assert joined.shared is not None
+    assert joined.shared.dtype == np.int64
+    assert (joined.shared <= shared_with_previous(joined)).all()
+    starts = np.cumsum([0, *(part.num_sequences for part in parts)])[:-1]
+    expected = shared_with_previous(joined)
+    expected[[start for start, part in zip(starts, parts, strict=True) if part.num_sequences]] = 0
+    np.testing.assert_array_equal(joined.shared, expected)
+    assert join([batch, replace(batch, shared=None)]).shared is None
+
+
+@given(sequences, st.data())
+def test_wrong_shared_tokens_never_make_other_tokens(rows: list[list[int]], data: st.DataObject):
+    batch = label_batch(rows, [[1]] * len(rows))
+    told = np.array([data.draw(st.integers(-3, 8)) for _ in rows], np.int64)
+    right = (told >= 0).all() and (told <= shared_with_previous(batch)).all()
+    with nullcontext() if right else suppress(ValueError):
+        np.testing.assert_array_equal(DeltaBatch.of(replace(batch, shared=told)).whole().tokens, batch.tokens)
+
+
+def test_a_delta_of_tokens_that_are_not_shared_is_refused():
+    batch = label_batch([[1, 2, 3], [1, 5, 3]], [[1]] * 2)
+    with pytest.raises(ValueError, match="shared"):
+        DeltaBatch.of(replace(batch, shared=np.array([0, 2], np.int64)))

@@ -9,16 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.batches import join, pack_labels
+from serve_app.batches import join
 from serve_app.contract import BatchResult, TokenBatch
 from serve_app.frontend import fanout
 from serve_app.scorer.fake_engine import FakeEngine
-
-
-def batch_of(sequences: list[list[int]], labels: list[list[int]] | None = None, *, vocab: bool = True) -> TokenBatch:
-    """One read a sequence, at its end."""
-    labels = labels or [[1, 2]] * len(sequences)
-    return pack_labels(sequences, labels, vocab_logprobs=vocab)
+from tests.batches import batch_of, label_batch
 
 
 def assert_equal(a: TokenBatch, b: TokenBatch) -> None:
@@ -32,7 +27,8 @@ def batches(draw: st.DrawFn) -> tuple[TokenBatch, int]:
     prefix = draw(st.lists(st.integers(0, 9), max_size=12))
     tails = draw(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=12), min_size=1, max_size=12))
     labels = [draw(st.lists(st.integers(0, 9), min_size=1, max_size=3)) for _ in tails]
-    return batch_of([prefix + tail for tail in tails], labels, vocab=draw(st.booleans())), len(prefix)
+    sequences = [prefix + tail for tail in tails]
+    return label_batch(sequences, labels, vocab_logprobs=draw(st.booleans())), len(prefix)
 
 
 def own_tokens(part: TokenBatch, shared: int) -> int:

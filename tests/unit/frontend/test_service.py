@@ -19,6 +19,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError, 
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
 from serve_app import timing
+from serve_app.batches import shared_with_previous
 from serve_app.contract import BatchResult, JobResult, ScoreJob
 from serve_app.errors import (
     DeadlineExceededError,
@@ -41,6 +42,7 @@ from serve_app.tasks.score import SCORE
 from serve_app.tasks.scores import label_scores
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
+from tests.stubs import HangingReplicas
 
 ENGINE = FakeEngine(VOCAB_SIZE, CONTEXT)
 SETTINGS = Settings(model="fake-judge", engine="fake", max_batch_tokens=64)
@@ -146,20 +148,7 @@ class TestScore:
 MANY = ScoreRequest(query=[1] * 20, items=[[2 + i] * 10 for i in range(40)], label_token_ids=[7, 8])
 
 
-class Hanging:
-    """Never answers."""
-
-    def __init__(self, count: int = 1) -> None:
-        self.count = count
-        self.jobs: list[ScoreJob] = []
-
-    async def score(self, job: ScoreJob) -> JobResult:
-        self.jobs.append(job)
-        await asyncio.Event().wait()
-        raise AssertionError
-
-
-async def hangs(service: ModelService, replicas: Hanging) -> asyncio.Task[Any]:
+async def hangs(service: ModelService, replicas: HangingReplicas) -> asyncio.Task[Any]:
     """A request that has reached the replicas."""
     before = len(replicas.jobs)
     task = asyncio.create_task(service.answer(SCORE, ASK, request_id="hangs"))
@@ -178,7 +167,7 @@ class TestAdmission:
     async def test_a_front_end_lets_in_its_share_of_what_the_running_replicas_may_have(self, tokenizer: TextTokenizer):
         # ASK computes 6 tokens: the query's two once. Two front ends share what each replica may have.
         settings = SETTINGS.model_copy(update={"limits": Limits(max_queued_tokens=10)})
-        replicas = Hanging(count=2)
+        replicas = HangingReplicas(count=2)
         service = service_on(replicas, tokenizer, settings, front_ends=2)
         first = await hangs(service, replicas)
         with pytest.raises(OverloadedError, match="6 tokens are being scored and this request adds 6; the limit is 10"):
@@ -195,7 +184,7 @@ class TestAdmission:
 
     async def test_a_full_front_end_tokenises_nothing(self, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch):
         settings = SETTINGS.model_copy(update={"limits": Limits(max_queued_tokens=6)})
-        replicas = Hanging()
+        replicas = HangingReplicas()
         service = service_on(replicas, tokenizer, settings)
         first = await hangs(service, replicas)
         monkeypatch.setitem(service._prepare, SCORE.name, lambda *_: pytest.fail("it was tokenised"))
@@ -211,7 +200,7 @@ class TestOutcomes:
         with pytest.raises(InvalidRequestError):
             await service.answer(SCORE, ASK.model_copy(update={"label_token_ids": [VOCAB_SIZE]}), request_id="r")
         assert service.outcomes == {"answered": 1, "invalid": 1}
-        replicas = Hanging()
+        replicas = HangingReplicas()
         service = service_on(replicas, tokenizer)
         with pytest.raises(DeadlineExceededError, match=r"0\.05 s"):
             await service.answer(SCORE, ASK, request_id="r", timeout_s=0.05)
@@ -232,7 +221,7 @@ class TestOutcomes:
         with pytest.raises(InvalidRequestError):
             await service.answer(GENERATIVE, asked.model_copy(update={"items": []}), request_id="r")
         assert service.outcomes == {"answered": 3, "invalid": 1}
-        replicas = Hanging()
+        replicas = HangingReplicas()
         service = service_on(replicas, tokenizer)
         with pytest.raises(DeadlineExceededError, match=r"0\.05 s"):
             await service.answer(RERANK, RerankRequest(query="the", documents=["fox"]), request_id="r", timeout_s=0.05)
@@ -281,6 +270,8 @@ class TestFanOut:
         parts = await service_on(four, tokenizer).answer(SCORE, MANY, request_id="r")
         assert len(one.jobs) == 1
         assert [job.batch.num_sequences for job in four.jobs] == [10] * 4
+        for job in (*one.jobs, *four.jobs):  # so that the replicas need not measure it again
+            np.testing.assert_array_equal(job.batch.shared, shared_with_previous(job.batch))
         assert parts.scores == whole.scores
 
     async def test_parts_and_later_requests_know_the_prefix_of_a_long_query(self, tokenizer: TextTokenizer):
@@ -318,18 +309,11 @@ class TestFanOut:
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     async def test_deadline_and_cancelling_leave_no_task(self, tokenizer: TextTokenizer):
-        class Hanging:
-            count = 4
-
-            async def score(self, _job: ScoreJob) -> JobResult:
-                await asyncio.Event().wait()
-                raise AssertionError
-
-        service = service_on(Hanging(), tokenizer, SETTINGS.model_copy(update={"timeout_s": 0.05}))
+        service = service_on(HangingReplicas(count=4), tokenizer, SETTINGS.model_copy(update={"timeout_s": 0.05}))
         with pytest.raises(DeadlineExceededError, match=r"0\.05 s"):
             await service.answer(SCORE, MANY, request_id="r")
         assert asyncio.all_tasks() == {asyncio.current_task()}
-        task = asyncio.create_task(service_on(Hanging(), tokenizer).answer(SCORE, MANY, request_id="r"))
+        task = asyncio.create_task(service_on(HangingReplicas(count=4), tokenizer).answer(SCORE, MANY, request_id="r"))
         await asyncio.sleep(0.05)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import plan, prefill
+from model.computations import spans_of
 from model.contract import PAGE_TOKENS
 from model.pages import PrefixCache
 from model.prefill import PinnedPrefix
-from model.programs import spans_of
 from model.sizes import CHUNKS_WITH_CHEAP_PADDING
 
 

@@ -22,23 +22,9 @@ from serve_app.scorer.dispatcher import Dispatcher
 from serve_app.scorer.engines import load_engine
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import Limits, Settings
-from tests.batches import label_batch
+from tests.batches import batch_of
+from tests.stubs import HeldEngine
 from tests.tiny import make_llama
-
-
-class HeldEngine(FakeEngine):
-    """Computes nothing until ``gate`` opens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = threading.Event()
-        self.scored: list[int] = []
-
-    def score(self, batch: TokenBatch) -> BatchResult:
-        assert self.gate.wait(30)
-        self.scored.append(batch.num_sequences)
-        return super().score(batch)
-
 
 SPEED = 20_000.0
 """Tokens a second, as if measured."""
@@ -74,7 +60,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def job(*rows: list[int], deadline: float | None = None) -> ScoreJob:
-    return ScoreJob("r", label_batch(rows, [[1, 2]] * len(rows)), deadline)
+    return ScoreJob("r", batch_of(rows), deadline)
 
 
 async def test_concurrent_calls_each_get_their_own_answer():
@@ -225,7 +211,7 @@ class LimitedEngine(FakeEngine):
 
     stall_s: float
 
-    def limit(self, stall_s: float) -> None:
+    def set_batch_timeout(self, stall_s: float) -> None:
         self.stall_s = stall_s
 
 

@@ -1,6 +1,5 @@
 """Who goes to the device next: the scheduler alone, without an engine or a clock."""
 
-import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,13 +13,14 @@ from serve_app.batches import join, shared_with_previous
 from serve_app.contract import TokenBatch
 from serve_app.scorer.scheduler import LEAD_S, PATIENCE, TURNS_PER_BATCH, DeviceBatch, QueuedJob, Scheduler
 from serve_app.scorer.speed import Speed
-from tests.batches import label_batch
+from tests.batches import batch_of, label_batch
+from tests.batches import sequences_of as sequences_in
 
 Batch = DeviceBatch[QueuedJob]
 
 
 def job_of(sequences: Sequence[Sequence[int]], *, vocab: bool = True) -> QueuedJob:
-    return QueuedJob(label_batch(sequences, [[1, 2]] * len(sequences), vocab_logprobs=vocab))
+    return QueuedJob(batch_of(sequences, vocab_logprobs=vocab))
 
 
 def scheduler_of(*jobs: QueuedJob, budget: int = 64, tokens_per_s: float = 0.0) -> Scheduler[QueuedJob]:
@@ -62,8 +62,7 @@ def packed(batch: Batch) -> TokenBatch:
 
 
 def sequences_of(batch: Batch) -> list[list[int]]:
-    tokens = packed(batch)
-    return [tokens.tokens[a:b].tolist() for a, b in itertools.pairwise(tokens.offsets)]
+    return sequences_in(packed(batch))
 
 
 def lengths_of(batch: Batch) -> list[int]:
@@ -79,6 +78,14 @@ def test_a_batch_holds_several_jobs_and_keeps_their_order_within_the_budget():
     for j in range(3):
         seen = [s for batch in batches for s in sequences_of(batch) if s[0] == 100 * j]
         assert seen == [[100 * j, 1, 2, 3, i] for i in range(30)]
+
+
+def test_what_sequences_share_is_measured_only_where_the_job_does_not_tell():
+    batch = label_batch([[1, 2, 3], [1, 2, 4], [1, 2, 5, 6]], [[1]] * 3)
+    assert QueuedJob(batch).costs == [3, 1, 2]
+    assert QueuedJob(replace(batch, shared=np.array([0, 1, 1], np.int64))).costs == [3, 2, 3]
+    [whole] = due(scheduler_of(QueuedJob(batch))).parts
+    np.testing.assert_array_equal(whole.batch().shared, [0, 2, 2])
 
 
 def test_a_small_job_goes_with_the_next_batch_whatever_came_before():

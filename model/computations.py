@@ -1,0 +1,375 @@
+"""What the programs on the device compute: one function for each kind, and the shapes that it is compiled for.
+
+The layers run in one of two ways. By layer: one launch per layer, each layer's weights an argument of their own;
+launches are cheap on a CPU, and XLA there copies whatever a loop cuts from stacked weights. In a loop over stacked
+layers within one program, for devices where a launch is dear and a cut is free: it compiles in the time of one layer.
+
+On a mesh of devices (``model.sharding``) the same functions run on every device's part of the arrays.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh
+
+from model import decoder
+from model.attention import AttentionContext, to_pool
+from model.config import ModelConfig
+from model.contract import PAGE_TOKENS
+from model.cpu import linear
+from model.families.registry import Abstract
+from model.logprobs import argmax, log_normalizer, target_logits
+from model.plan import Shape, reads_of
+from model.sharding import DATA, RULES
+from model.sizes import Layout
+
+State = nnx.State[Any, Any]
+Angles = tuple[jax.Array, jax.Array]
+KeysValues = jax.Array | tuple[jax.Array, ...]
+"""Keys and values of all layers, [L, 2, M, K, H]; by layer a tuple of the L parts."""
+Size = Shape | int
+"""What a program is compiled for: the shape of a call, or a number of tokens, hidden states or targets."""
+
+WHOLE, CALLS = RULES.spec(), RULES.spec("calls")
+POOL = RULES.spec(None, None, None, "kv_heads", None, None)
+
+
+class Kind(StrEnum):
+    """The kinds of programs; ``definition`` says which function is which."""
+
+    # Only where the layers run one by one.
+    EMBED = "embed"
+    LAYER = "layer"
+    KEEP = "keep"
+    LAST = "last"
+    READ = "read"
+    # Only where they run in a loop.
+    ROWS = "rows"
+    PREFILL = "prefill"
+    # Everywhere.
+    WRITE = "write"
+    TARGETS = "targets"
+    NORMALIZER = "normalizer"
+    ARGMAX = "argmax"
+
+
+class Span(NamedTuple):
+    """Tokens ``start`` to ``start + length`` of a prefill call, which belong into page ``page`` from ``offset`` on."""
+
+    page: int
+    offset: int
+    start: int
+    length: int
+
+
+def spans_of(size: int) -> int:
+    """Spans that a prefill call of ``size`` tokens has room for: of one prefix, wherever it begins in a page, or of
+    several shorter ones."""
+    return max((size + PAGE_TOKENS - 2) // PAGE_TOKENS + 1, size // 16)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Parameters on the devices.
+
+    Attributes:
+        ends: parameters of ``decoder.EmbeddingAndHead``.
+        layers: each layer's parameters; or, in a list of one, all layers' in stacks.
+    """
+
+    ends: State
+    layers: list[State]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What all programs of a model have in common.
+
+    Attributes:
+        config: of one device's part.
+        abstract: how to merge the parameters, and their shapes on one device.
+        layout: the sizes that programs are compiled for.
+        by_layer: how the layers run.
+        mesh: that the parameters lie on; None: one device.
+    """
+
+    config: ModelConfig
+    abstract: Abstract
+    layout: Layout
+    by_layer: bool
+    mesh: Mesh | None
+
+    @property
+    def at_once(self) -> int:
+        """Calls that one launch runs, each on other devices."""
+        return 1 if self.mesh is None else self.mesh.shape[DATA]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of weights, matmul operands, keys and values."""
+        return jax.tree.leaves(self.abstract.ends[1])[0].dtype
+
+    def ends(self, ends: State) -> decoder.EmbeddingAndHead:
+        """The embedding and the head, with these parameters."""
+        return nnx.merge(self.abstract.ends[0], ends)
+
+    def block(self, weights: State) -> decoder.Block:
+        """One layer, with these parameters."""
+        return nnx.merge(self.abstract.block[0], weights)
+
+    def final_norm(self, ends: State, hidden: jax.Array) -> jax.Array:
+        """The normalised hidden states at the reads. Every device, and so every host, gets those of all calls."""
+        normed = self.ends(ends).norm(hidden)
+        return normed if self.at_once == 1 else lax.all_gather(normed, DATA, tiled=True)
+
+
+def embed(model: Model, ends: State, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Angles]:
+    """The first layer's input, and the angles of all layers."""
+    return model.ends(ends).embed(tokens, positions)
+
+
+def layer(
+    model: Model, weights: State, x: jax.Array, angles: Angles, context: AttentionContext, number: jax.Array
+) -> jax.Array:
+    """The next layer's input."""
+    return keep(model, weights, x, angles, context, number)[0]
+
+
+def keep(
+    model: Model, weights: State, x: jax.Array, angles: Angles, context: AttentionContext, number: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The next layer's input, and this layer's keys and values."""
+    return model.block(weights)(x, angles, context, number)
+
+
+def last(model: Model, weights: State, x: jax.Array, angles: Angles) -> jax.Array:
+    """The last layer's keys and values: a prefill needs no more of it."""
+    return model.block(weights).keys_values(x, angles, model.config.layers - 1)
+
+
+def read(
+    model: Model,
+    ends: State,
+    weights: State,
+    x: jax.Array,
+    angles: Angles,
+    context: AttentionContext,
+    number: jax.Array,
+    reads: jax.Array,
+) -> jax.Array:
+    """The hidden states at the reads: the last layer and the last norm, for the reads alone."""
+    return model.final_norm(ends, model.block(weights).forward_reads(x, angles, context, number, reads))
+
+
+def rows(
+    model: Model,
+    ends: State,
+    layers: State,
+    tokens: jax.Array,
+    positions: jax.Array,
+    context: AttentionContext,
+    reads: jax.Array,
+) -> jax.Array:
+    """The hidden states at the reads: all layers and the last norm, the last layer for the reads alone."""
+    final = model.config.layers - 1
+    x, angles = embed(model, ends, tokens, positions)
+    x = lax.fori_loop(0, final, lambda n, x: layer(model, _cut(layers, n), x, angles, context, n), x)
+    hidden = model.block(_cut(layers, final)).forward_reads(x, angles, context, final, reads)
+    return model.final_norm(ends, hidden)
+
+
+def prefill(
+    model: Model, ends: State, layers: State, tokens: jax.Array, positions: jax.Array, context: AttentionContext
+) -> jax.Array:
+    """Keys and values of all layers."""
+    final = model.config.layers - 1
+    x, angles = embed(model, ends, tokens, positions)
+    c = model.config
+    empty = jnp.zeros((c.layers, 2, len(tokens), c.kv_heads, c.head_width), model.dtype)
+
+    def step(number: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x, kept = carry
+        x, keys_values = keep(model, _cut(layers, number), x, angles, context, number)
+        return x, lax.dynamic_update_index_in_dim(kept, keys_values, number, 0)
+
+    x, kept = lax.fori_loop(0, final, step, (x, empty))
+    return lax.dynamic_update_index_in_dim(kept, last(model, _cut(layers, final), x, angles), final, 0)
+
+
+def write(pool: jax.Array, keys_values: KeysValues, spans: jax.Array, count: jax.Array) -> jax.Array:
+    """The pool with keys and values of a prefill in the first ``count`` of ``spans``."""
+    stacked = jnp.stack(keys_values) if isinstance(keys_values, tuple) else keys_values
+    by_head = to_pool(stacked).transpose(0, 1, 3, 2, 4)  # L 2 K M H
+    around = [(0, 0)] * 3 + [(PAGE_TOKENS, PAGE_TOKENS), (0, pool.shape[5] - by_head.shape[4])]
+    padded = jnp.pad(by_head, around)
+    places = jnp.arange(PAGE_TOKENS)
+
+    def step(number: jax.Array, pool: jax.Array) -> jax.Array:
+        page, offset, start, length = spans[number]
+        first = (0, 0, 0, PAGE_TOKENS + start - offset, 0)
+        new = lax.dynamic_slice(padded, first, (*padded.shape[:3], PAGE_TOKENS, padded.shape[4]))
+        old = lax.dynamic_slice(pool, (page, 0, 0, 0, 0, 0), (1, *pool.shape[1:]))
+        written = (places >= offset) & (places < offset + length)
+        kept = jnp.where(written[None, None, None, None, :, None], new[None], old)
+        return lax.dynamic_update_slice(pool, kept, (page, 0, 0, 0, 0, 0))
+
+    return lax.fori_loop(0, count, step, pool)
+
+
+def targets(model: Model, ends: State, hidden: jax.Array, ids: jax.Array) -> jax.Array:
+    """Logits of one id per hidden state."""
+    head = model.ends(ends)
+    return target_logits(hidden, ids, head.head_weights(), model.config.logit_softcap, head.head_split())
+
+
+def normalizer(model: Model, ends: State, hidden: jax.Array) -> jax.Array:
+    """Log of the summed exponentials of all logits, per hidden state."""
+    head = model.ends(ends)
+    weights = head.head_weights()
+    if model.config.native:
+        return linear.log_normalizer(hidden.astype(weights.dtype), weights, model.config.logit_softcap)
+    return log_normalizer(hidden, weights, model.config.logit_softcap, head.head_split())
+
+
+def highest(model: Model, ends: State, hidden: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``normalizer``'s values, and per hidden state the id of the highest logit, and that logit."""
+    head = model.ends(ends)
+    return argmax(hidden, head.head_weights(), model.config.logit_softcap, head.head_split())
+
+
+def _cut(layers: State, number: jax.Array | int) -> State:
+    """One layer's parameters from all layers' stacks."""
+    return jax.tree.map(lambda p: lax.dynamic_index_in_dim(p, number, keepdims=False), layers)
+
+
+class Argument(NamedTuple):
+    """An argument of a program.
+
+    Attributes:
+        part: shapes of what one device has of it; or itself, where there is one device.
+        spec: how it lies on a mesh; or each of its branches.
+    """
+
+    part: Any
+    spec: Any
+
+
+class Definition(NamedTuple):
+    """One program: its function, for one device, and its arguments.
+
+    Attributes:
+        results: how what is returned lies on a mesh.
+        donated: numbers of the arguments that it may overwrite.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[Argument, ...]
+    results: Any
+    donated: tuple[int, ...] = ()
+
+
+def definition(model: Model, weights: Weights, kind: Kind, size: Size) -> Definition:
+    """The program of this kind, for arguments of this size."""
+    c, ends, layers = model.config, _ends(model, weights), _layers(model, weights)
+    tokens = size if isinstance(size, int) else size.tokens
+    ids, number = Argument(_int32(tokens), CALLS), Argument(_int32(), WHOLE)
+    x, angles, context = Argument(_float32(tokens, c.width), CALLS), _angles(model, tokens), _context(model, size)
+    reads = Argument(_int32(reads_of(tokens)), CALLS)
+    hidden, ids_of_hidden = Argument(_float32(tokens, c.width), WHOLE), Argument(_int32(tokens), WHOLE)
+    kept = _kept(model, tokens)
+    match kind:
+        case Kind.EMBED:
+            return Definition(partial(embed, model), (ends, ids, ids), (x.spec, angles.spec))
+        case Kind.LAYER:
+            return Definition(partial(layer, model), (layers, x, angles, context, number), x.spec, donated=(1,))
+        case Kind.KEEP:
+            results = (x.spec, kept.spec)
+            return Definition(partial(keep, model), (layers, x, angles, context, number), results, donated=(1,))
+        case Kind.LAST:
+            return Definition(partial(last, model), (layers, x, angles), kept.spec)
+        case Kind.READ:
+            return Definition(partial(read, model), (ends, layers, x, angles, context, number, reads), WHOLE)
+        case Kind.ROWS:
+            return Definition(partial(rows, model), (ends, layers, ids, ids, context, reads), WHOLE)
+        case Kind.PREFILL:
+            return Definition(partial(prefill, model), (ends, layers, ids, ids, context), kept.spec)
+        case Kind.WRITE:
+            spans = Argument(_int32(spans_of(tokens), len(Span._fields)), WHOLE)
+            return Definition(write, (_pool(model), kept, spans, number), POOL, donated=(0,))
+        case Kind.TARGETS:
+            return Definition(partial(targets, model), (ends, hidden, ids_of_hidden), WHOLE)
+        case Kind.NORMALIZER:
+            return Definition(partial(normalizer, model), (ends, hidden), WHOLE)
+        case Kind.ARGMAX:
+            return Definition(partial(highest, model), (ends, hidden), WHOLE)
+
+
+def _ends(model: Model, weights: Weights) -> Argument:
+    part = model.abstract.ends[1]
+    return Argument(weights.ends if model.mesh is None else part, _specs(part))
+
+
+def _layers(model: Model, weights: Weights) -> Argument:
+    """One layer's parameters; in a loop, all layers' in stacks."""
+    part = model.abstract.block[1]
+    specs = _specs(part) if model.by_layer else _specs(part, None)
+    part = part if model.by_layer else stack_of(part, model.config.layers)
+    return Argument(weights.layers[0] if model.mesh is None else part, specs)
+
+
+def _specs(part: State, *leading: None) -> State:
+    """The spec of each parameter on a mesh.
+
+    Args:
+        leading: axes before those that the parameters name.
+    """
+    flat: Any = nnx.to_flat_state(part)
+    return nnx.from_flat_state([(path, leaf.replace(RULES.spec(*leading, *leaf.axes))) for path, leaf in flat])
+
+
+def _angles(model: Model, tokens: int) -> Argument:
+    part = jax.eval_shape(partial(decoder.all_angles, model.config), _int32(tokens))
+    return Argument(part, RULES.spec(*[None] * (part[0].ndim - 2), "calls", None))
+
+
+def _context(model: Model, size: Size) -> Argument:
+    shape = Shape(width=size, bins=1) if isinstance(size, int) else size
+    prefixes, _ = model.layout.tables
+    segments, tokens = Argument(_int32(shape.bins, shape.width), CALLS), Argument(_int32(shape.tokens), CALLS)
+    tables, lengths = Argument(_int32(*model.layout.tables), WHOLE), Argument(_int32(prefixes), WHOLE)
+    parts, specs = zip(segments, tokens, tokens, _pool(model), tables, lengths, strict=True)
+    return Argument(AttentionContext(*parts), AttentionContext(*specs))
+
+
+def _pool(model: Model) -> Argument:
+    return Argument(model.layout.pool, POOL)
+
+
+def _kept(model: Model, tokens: int) -> Argument:
+    """The keys and values that a prefill returns. By layer, the spec is that of each part."""
+    c = model.config
+    one = jax.ShapeDtypeStruct((2, tokens, c.kv_heads, c.head_width), model.dtype)
+    if model.by_layer:
+        return Argument((one,) * c.layers, RULES.spec(None, None, "kv_heads", None))
+    stack = jax.ShapeDtypeStruct((c.layers, *one.shape), one.dtype)
+    return Argument(stack, RULES.spec(None, None, None, "kv_heads", None))
+
+
+def stack_of(layer: State, count: int) -> State:
+    """Shapes of ``count`` layers' parameters, stacked, from one's."""
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct((count, *p.shape), p.dtype), layer)
+
+
+def _int32(*dims: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(dims, jnp.int32)
+
+
+def _float32(*dims: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(dims, jnp.float32)
