@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from serve_app.errors import ScoringError
+from serve_app.jobs.columns import COLUMNS, requested
 from serve_app.jobs.files import (
     Block,
     Format,
@@ -33,7 +34,7 @@ from serve_app.jobs.files import (
 from serve_app.jobs.folder import Done, JobFolder, appearing
 from serve_app.jobs.progress import Progress
 from serve_app.jobs.row_template import RowTemplate
-from serve_app.jobs.scoring import result_names, score
+from serve_app.jobs.scoring import score
 from serve_app.jobs.targets import App, Target
 from serve_app.local_ray import reason, start_ray
 from serve_app.schemas import ScoreRequest
@@ -205,7 +206,7 @@ class Worker:
                 write_lines(path, bad)
         else:
             self._folder.bad(block.index).unlink(missing_ok=True)
-        results: Results = {name: [answer[name] for answer in answers] for name in result_names(self._job.request)}
+        results: Results = {name: [answer[name] for answer in answers] for name in requested(self._job.request)}
         with appearing(self._folder.part(block.index, self._format)) as path:
             write(path, self._format, rows, kept, results, _label_names(self._job.request, results))
 
@@ -234,7 +235,7 @@ def _check_columns(columns: Sequence[str], source: Format, templates: Sequence[R
                 )
     if not any(template.columns for template in templates):
         raise JobError("neither template names a column, so that all rows would be the same; write {column}")
-    for name in ("scores", "token_logprobs", "label_mass", "truncated"):
+    for name in COLUMNS:
         if name in columns:
             raise JobError(f"the input has a column {name!r}, which the output needs for itself; rename it")
 

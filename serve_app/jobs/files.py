@@ -19,6 +19,8 @@ from typing import IO, Any, Literal, cast
 import pyarrow as pa  # pyright: ignore[reportMissingTypeStubs]
 import pyarrow.parquet as pq  # pyright: ignore[reportMissingTypeStubs]
 
+from serve_app.jobs.columns import COLUMNS
+
 Format = Literal["parquet", "jsonl", "csv"]
 
 _SUFFIXES: dict[str, Format] = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}
@@ -79,14 +81,6 @@ class Source:
 
 Results = dict[str, list[Any]]
 """New columns: a value a row."""
-
-_TYPES = {
-    "scores": pa.list_(pa.float64()),
-    "token_logprobs": pa.list_(pa.float64()),
-    "label_mass": pa.float64(),
-    "truncated": pa.int64(),
-}
-"""Types of the columns that results may have."""
 
 
 @dataclass(slots=True)
@@ -355,7 +349,7 @@ def write(
             table = pa.Table.from_pylist([row or {} for row in rows.values], rows.schema)
         table = table.take(pa.array(kept, pa.int64()))
         for name, values in results.items():
-            table = table.append_column(name, pa.array(values, _TYPES[name]))
+            table = table.append_column(name, pa.array(values, COLUMNS[name].type))
         pq.write_table(table, path)
         return
     if format_ == "csv":
@@ -389,7 +383,7 @@ def _flat(results: Results, labels: Sequence[str]) -> Results:
     """A column for each label in place of lists."""
     flat: Results = {}
     for name, values in results.items():
-        if pa.types.is_list(_TYPES[name]):
+        if COLUMNS[name].per_label:
             flat |= {f"{name}[{label}]": [own[at] for own in values] for at, label in enumerate(labels)}
         else:
             flat[name] = values

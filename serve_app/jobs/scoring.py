@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve_app.errors import DeadlineExceededError, InternalError, TooLargeError
+from serve_app.jobs import columns
 from serve_app.jobs.targets import Ask
-from serve_app.schemas import ScoreRequest, ScoreResponse
+from serve_app.schemas import ScoreRequest
 
 _ITEM = re.compile(r"items\[\d+\]")
 """A row's place in a request, which tells nobody anything."""
@@ -101,19 +102,4 @@ def _score(
     cost.cached_tokens += answer.usage.prompt_tokens_details.cached_tokens
     errors = {error.index: _ITEM.sub("the item", error.message) for error in answer.errors or []}
     for index, (at, _) in enumerate(rows):
-        found[at] = errors[index] if index in errors else _result(answer, index, result_names(request))
-
-
-def result_names(request: ScoreRequest) -> list[str]:
-    """The columns that the output has besides the input's."""
-    wanted = {
-        "scores": True,
-        "token_logprobs": request.return_token_logprobs,
-        "label_mass": request.return_label_mass,
-        "truncated": request.truncate == "item",
-    }
-    return [name for name, there in wanted.items() if there]
-
-
-def _result(answer: ScoreResponse, index: int, names: Sequence[str]) -> dict[str, Any]:
-    return {name: getattr(answer, name)[index] for name in names}
+        found[at] = errors[index] if index in errors else columns.values(request, answer, index)
