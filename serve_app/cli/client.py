@@ -116,12 +116,16 @@ def complain(message: str) -> None:
     Console(stderr=True, highlight=False).print(f"error: {message}", markup=False, soft_wrap=True)
 
 
+def api_key() -> str | None:
+    """The first API key in the environment."""
+    return os.environ.get(auth.VARIABLE, "").split(",")[0].strip() or None
+
+
 @contextmanager
 def _asking(url: str, model: str) -> Generator[ScoreClient]:
     """A client whose errors are a line and an exit code. It asks once: who sits at a shell can ask again."""
-    key = os.environ.get(auth.VARIABLE, "").split(",")[0].strip()
     try:
-        with ScoreClient(url, model=model, api_key=key or None, attempts=1) as client:
+        with ScoreClient(url, model=model, api_key=api_key(), attempts=1) as client:
             yield client
     except ScoringError as error:
         complain(error.message)

@@ -36,11 +36,11 @@ def serve(
     ] = ["demo"],  # noqa: B006 - typer's way
     revision: Annotated[str | None, typer.Option(help="Of a hub id: branch, tag or commit.")] = None,
     served_name: Annotated[str | None, typer.Option(help="The name that requests use. [default: from --model]")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.float32,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = "float32",
     int8: Annotated[
         bool, typer.Option("--int8", help="Keep the layers' weights as int8: less memory, less exact.")
     ] = False,
-    engine: Annotated[Engine, typer.Option(help="'fake': scores from hashed tokens, for tests.")] = Engine.jax,
+    engine: Annotated[Engine, typer.Option(help="'fake': scores from hashed tokens, for tests.")] = "jax",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 opens the service to the network.")] = (
         "127.0.0.1"
     ),
@@ -93,9 +93,9 @@ def serve(
     try:
         settings = Settings(
             **which,
-            dtype=dtype.value,
+            dtype=dtype,
             quantization="int8" if int8 else None,
-            engine=engine.value,
+            engine=engine,
             api_keys_file=None if api_keys_file is None else str(api_keys_file),
             cors_origins=tuple(cors_origin or ()),
             scorer_replicas=replicas,

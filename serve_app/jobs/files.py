@@ -19,7 +19,7 @@ from typing import IO, Any, Literal, cast
 import pyarrow as pa  # pyright: ignore[reportMissingTypeStubs]
 import pyarrow.parquet as pq  # pyright: ignore[reportMissingTypeStubs]
 
-from serve_app.jobs.columns import COLUMNS
+from serve_app.jobs.columns import COLUMNS, Column
 
 Format = Literal["parquet", "jsonl", "csv"]
 
@@ -349,7 +349,7 @@ def write(
             table = pa.Table.from_pylist([row or {} for row in rows.values], rows.schema)
         table = table.take(pa.array(kept, pa.int64()))
         for name, values in results.items():
-            table = table.append_column(name, pa.array(values, COLUMNS[name].type))
+            table = table.append_column(name, pa.array(values, _arrow_type(COLUMNS[name])))
         pq.write_table(table, path)
         return
     if format_ == "csv":
@@ -365,6 +365,11 @@ def write(
             writer.writerow(
                 {name: _json(value) if isinstance(value, list | dict) else value for name, value in row.items()}
             )
+
+
+def _arrow_type(column: Column) -> pa.DataType:
+    number = pa.float64() if column.number is float else pa.int64()
+    return pa.list_(number) if column.per_label else number
 
 
 def write_lines(path: Path, rows: Sequence[Row]) -> None:
