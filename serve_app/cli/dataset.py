@@ -1,4 +1,4 @@
-"""``score-serve dataset``: all rows of a data set, scored into files."""
+"""``score-serve dataset``: scores all rows of a data set into files."""
 
 import importlib.util
 import json
@@ -226,7 +226,7 @@ def _told(output: Path) -> Generator[None]:
 
 
 def _report(summary: "Summary", output: Path) -> None:
-    """The figures, on standard output."""
+    """Print the job's figures on standard output."""
     total, figures = summary.total, summary.as_json()
     share = total.cached_tokens / total.prompt_tokens if total.prompt_tokens else 0.0
     lines = [
