@@ -1,4 +1,4 @@
-"""A client of the scoring service over HTTP, with the service's own types and errors."""
+"""An HTTP client of the scoring service, with the service's own types and errors."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from serve_app.schemas import (
 )
 
 LONGEST_WAIT_S = 30.0
-"""Between two attempts, whatever Retry-After says."""
+"""Most seconds between two attempts, whatever Retry-After says."""
 
 _BACKOFF = wait_exponential_jitter(multiplier=0.25, jitter=0.25, max=LONGEST_WAIT_S)
 _OVERLOADED = (429, 502, 503)
-"""Statuses of the service, or of a proxy before it."""
+"""Statuses, of the service or of a proxy in front of it, that mean overload."""
 _FRONT_END_DIED = 500
-"""Without the service's own body: Serve's proxy says no more when the front end dies that has the request."""
+"""Status, without the service's own body, that Serve's proxy sends when the request's front end dies."""
 
 _NO_CONNECTION_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=None)
 """With a limit, httpcore 1.0 may close a connection that it has just given to another thread, if more threads than
@@ -50,27 +50,27 @@ Q = TypeVar("Q", bound=RequestBody)
 
 
 class ScoreClient:
-    """Asks a running service. Threads may share one; close it, or use it in a ``with`` statement.
+    """Sends requests to a running service. Threads may share a client. Close it, or use it in a ``with`` statement.
 
-    A request that meets 503, a front end that dies, or no connection is sent again after what ``Retry-After`` says, or
-    longer and longer: scoring has no effects, so that it may run twice.
+    A request is retried if the service is overloaded or unreachable, or its front end dies. The wait grows
+    exponentially, and is at least what ``Retry-After`` says. Scoring has no side effects, so it may run twice.
 
     Args:
-        base_url: such as ``http://127.0.0.1:8000``.
-        model: the name that requests carry.
-        api_key: sent with every request.
-        timeout_s: of one attempt, in seconds.
-        attempts: in all, 1 or more.
-        transport: in place of the network, for tests.
+        base_url: the service's address, such as ``http://127.0.0.1:8000``.
+        model: the served name that requests send.
+        api_key: the API key that requests send.
+        timeout_s: time limit of one attempt, in seconds.
+        attempts: number of attempts, at least 1.
+        transport: replaces the network, for tests.
 
-    All methods that ask raise:
-        InvalidRequestError: the request is wrong; some of that is found before it is sent.
-        AuthenticationError: the service wants an API key, or another one.
+    All methods that send a request raise:
+        InvalidRequestError: the request is invalid; some faults are found before it is sent.
+        AuthenticationError: the API key is missing or invalid.
         NotFoundError: the service has no such model.
         TooLargeError: the request is over the service's limits (``info``).
-        OverloadedError: no room, or no connection, in any attempt.
-        DeadlineExceededError: no answer in time.
-        InternalError: a fault of the service.
+        OverloadedError: the service was overloaded or unreachable in every attempt.
+        DeadlineExceededError: there was no answer in time.
+        InternalError: the service has a fault.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class ScoreClient:
         self._attempts = attempts
 
     def ask(self, request: ScoreRequest) -> ScoreResponse:
-        """The answer to a request as it is, its ``model`` too."""
+        """Send a request as it is, with its own ``model``."""
         return self._ask(ScoreResponse, "POST", "/v1/score", request)
 
     def score(
@@ -118,7 +118,7 @@ class ScoreClient:
         on_error: Literal["fail", "item"] = "fail",
         timeout_s: float | None = None,
     ) -> ScoreResponse:
-        """The labels' (or classes') scores for every item; the arguments are ``ScoreRequest``'s fields."""
+        """Score each item by its labels or classes. The arguments are the fields of ``ScoreRequest``."""
         request = _checked(
             ScoreRequest,
             query=query,
@@ -141,29 +141,29 @@ class ScoreClient:
         return self.ask(request)
 
     def tokenize(self, prompt: str | list[str], *, add_special_tokens: bool = True) -> TokenizeResponse:
-        """Ids and pieces of text, as the model would see it."""
+        """Turn text into token ids and pieces, as the model sees it."""
         request = _checked(TokenizeRequest, prompt=prompt, add_special_tokens=add_special_tokens, model=self._model)
         return self._ask(TokenizeResponse, "POST", "/tokenize", request)
 
     def detokenize(self, tokens: list[int]) -> str:
-        """The text of ids."""
+        """Turn token ids into text."""
         request = _checked(DetokenizeRequest, tokens=tokens, model=self._model)
         return self._ask(DetokenizeResponse, "POST", "/detokenize", request).prompt
 
     def models(self) -> ModelsResponse:
-        """The names under which the models answer."""
+        """List the served names."""
         return self._ask(ModelsResponse, "GET", "/v1/models")
 
     def info(self) -> InfoResponse:
-        """What is served under this client's ``model``, and the limits of a request."""
+        """Describe this client's ``model`` and the limits of a request."""
         return self._ask(InfoResponse, "GET", f"/v1/info?{urlencode({'model': self._model})}")
 
     def health(self) -> bool:
-        """A front end is alive. Asked once."""
+        """Whether a front end is alive. Does not retry."""
         return self._is_ok("/health")
 
     def ready(self) -> bool:
-        """The service can score. Asked once."""
+        """Whether the service can score. Does not retry."""
         return self._is_ok("/ready")
 
     def close(self) -> None:
@@ -219,14 +219,14 @@ def _checked(model: type[Q], /, **fields: Any) -> Q:
 
 
 def wait(state: RetryCallState) -> float:
-    """Seconds until the next attempt: what the service says, or longer and longer."""
+    """Seconds until the next attempt: exponential, and at least what the service asks for."""
     error = state.outcome.exception() if state.outcome else None
     asked = error.retry_after_s if isinstance(error, OverloadedError) else None
     return max(_BACKOFF(state), min(asked or 0, LONGEST_WAIT_S))
 
 
 def _error(response: httpx.Response) -> ScoringError:
-    """The service's error as its class; a proxy's by its status."""
+    """The error of a response: the service's own by its body, a proxy's by its status."""
     status = response.status_code
     if status in _OVERLOADED:
         kind: type[ScoringError] = OverloadedError

@@ -1,4 +1,4 @@
-"""The commands that ask a running service: ``score-serve score`` and ``score-serve models``."""
+"""The commands that send requests to a running service: ``score-serve score`` and ``score-serve models``."""
 
 from __future__ import annotations
 
@@ -22,23 +22,27 @@ from serve_app.frontend import auth
 from serve_app.schemas import ScoreResponse
 
 REFUSED = 1
-"""Exit code: the request is wrong, or the service failed on it."""
+"""Exit code: the request is invalid, or the service failed on it."""
 LOW_MASS = 0.01
-"""Probability of all labels together, below which a user is warned; the page has the same."""
+"""A total probability of all labels below this causes a warning; the page uses the same number."""
 LOOKED_AT = 3
-"""Items that are asked for it, after the answer: a softmax over the labels alone does without the vocabulary."""
+"""Items checked for low mass, by a request of their own: a softmax over the labels alone does not compute it."""
 TRY_AGAIN = 3
-"""Exit code: the service is not there, full or too slow. 2 is a wrong command line's."""
+"""Exit code: unreachable, overloaded or timed out; retry later. 2 is a wrong command."""
 
 
 def checked_url(value: str) -> str:
-    """The address, or a wrong command."""
+    """Check the address of a service.
+
+    Raises:
+        typer.BadParameter: it is not an HTTP address.
+    """
     try:
         url = httpx.URL(value)
     except httpx.InvalidURL as error:
-        raise typer.BadParameter(f"{value!r}: {error}") from error
+        raise typer.BadParameter(f"{value!r} is not an address such as http://127.0.0.1:8000: {error}") from error
     if url.scheme not in ("http", "https") or not url.host:
-        raise typer.BadParameter(f"{value!r} is no address such as http://127.0.0.1:8000")
+        raise typer.BadParameter(f"{value!r} is not an address such as http://127.0.0.1:8000")
     return value
 
 
@@ -47,38 +51,38 @@ Json = Annotated[bool, typer.Option("--json", help="Print the service's answer a
 
 
 def score(
-    query: Annotated[str, typer.Argument(help="The text that all items share.")],
+    query: Annotated[str, typer.Argument(help="Text that all items share.")],
     items: Annotated[
-        list[str] | None, typer.Argument(help="Texts to score; without any, the lines of standard input.")
+        list[str] | None, typer.Argument(help="Texts to score. Without any, each line of standard input is an item.")
     ] = None,
     items_file: Annotated[
         typer.FileText | None,
-        typer.Option("--items", encoding="utf-8", help="File with one item a line, in place of arguments."),
+        typer.Option("--items", encoding="utf-8", help="File with one item per line, instead of arguments."),
     ] = None,
     label: Annotated[
         list[str] | None,
         typer.Option(
-            "--label", "-l", help="A label, and the space before it if there is one: ' yes' is not 'yes'. Repeatable."
+            "--label", "-l", help="A label, with the space before it, if any: ' yes' is not 'yes'. Repeatable."
         ),
     ] = None,
     label_id: Annotated[
-        list[int] | None, typer.Option(help="A label as a token id, in place of --label. Repeatable.")
+        list[int] | None, typer.Option(help="A label as a token id, instead of --label. Repeatable.")
     ] = None,
-    softmax: Annotated[bool, typer.Option("--softmax", help="Compare the labels with each other only.")] = False,
+    softmax: Annotated[bool, typer.Option("--softmax", help="Compare the labels only with each other.")] = False,
     item_first: Annotated[bool, typer.Option("--item-first", help="Item + query instead of query + item.")] = False,
-    model: Annotated[str, typer.Option(help="A served name.")] = "default",
+    model: Annotated[str, typer.Option(help="Served name of the model.")] = "default",
     url: Url = "http://127.0.0.1:8000",
     as_json: Json = False,
 ) -> None:
-    """Score items by a running service: how likely is each label to come next?
+    """Score items with a running service: the probability of each label as the next token.
 
     For example:
     score-serve score 'Review: ' 'I loved it. It was' 'A bore. It was' -l ' good' -l ' bad'
 
-    Where all labels together are unlikely, a warning on standard error says so.
-    An API key is taken from SCORE_SERVE_API_KEY.
-    Exit codes: 0 scored; 1 the service refused or failed; 2 the command is wrong;
-    3 the service is not there, full or too slow: a later try may do.
+    A warning on standard error says if all labels together are improbable.
+    An API key is read from SCORE_SERVE_API_KEY.
+    Exit codes: 0 scored; 1 refused or failed; 2 wrong command;
+    3 unreachable, overloaded or timed out, retry later.
     """
     if bool(label) == bool(label_id):
         raise typer.BadParameter("name labels either by --label or by --label-id")
@@ -96,69 +100,75 @@ def score(
 
 
 def models(url: Url = "http://127.0.0.1:8000", as_json: Json = False) -> None:
-    """List the models that a running service answers for.
+    """List the models of a running service.
 
-    Exit codes are those of "score".
+    The exit codes are those of "score".
     """
     with _asking(url, "default") as client:
         listed = client.models()
     if as_json:
         sys.stdout.write(listed.model_dump_json(exclude_none=True) + "\n")
         return
-    table = Table("model", "longest prompt, tokens")
+    table = Table("model", "longest prompt (tokens)")
     for card in listed.data:
         table.add_row(_printable(card.id), f"{card.max_model_len:,}")
     Console().print(table)
 
 
 def complain(message: str) -> None:
-    """One line on standard error."""
+    """Print an error as one line on standard error."""
     Console(stderr=True, highlight=False).print(f"error: {message}", markup=False, soft_wrap=True)
+
+
+def api_key() -> str | None:
+    """The first API key in the environment."""
+    return os.environ.get(auth.VARIABLE, "").split(",")[0].strip() or None
 
 
 @contextmanager
 def _asking(url: str, model: str) -> Generator[ScoreClient]:
-    """A client whose errors are a line and an exit code. It asks once: who sits at a shell can ask again."""
-    key = os.environ.get(auth.VARIABLE, "").split(",")[0].strip()
+    """Yield a client; turn its errors into a line and an exit code. It does not retry: the user can."""
     try:
-        with ScoreClient(url, model=model, api_key=key or None, attempts=1) as client:
+        with ScoreClient(url, model=model, api_key=api_key(), attempts=1) as client:
             yield client
     except ScoringError as error:
         complain(error.message)
         again = isinstance(error, OverloadedError | DeadlineExceededError)
         raise typer.Exit(TRY_AGAIN if again else REFUSED) from None
     except ValidationError:
-        complain(f"{url} answers, but not as this service does")
+        complain(f"{url} answers, but not as a score-serve service does; check --url")
         raise typer.Exit(REFUSED) from None
 
 
 def _items(arguments: list[str] | None, file: typer.FileText | None) -> list[str]:
     if arguments and file:
-        raise typer.BadParameter("give items as arguments or by --items, not both")
+        raise typer.BadParameter("give items as arguments or with --items, not both")
     if arguments:
         return arguments
     if file is None and sys.stdin.isatty():
-        raise typer.BadParameter("there is no item; name some, or a file by --items, or pipe them in, one a line")
+        raise typer.BadParameter(
+            "there are no items; give them as arguments, as a file with --items, or on standard input, one per line"
+        )
     lines: Iterable[str] = file or sys.stdin
     try:
         return [line.removesuffix("\n") for line in lines]
     except UnicodeDecodeError as error:
-        raise typer.BadParameter(f"the items are not UTF-8: {error}") from error
+        raise typer.BadParameter(f"the items are not UTF-8: {error}; convert them to UTF-8") from error
 
 
 def _warn_of_low_mass(ask: Callable[..., ScoreResponse], items: list[str]) -> None:
-    """A line on standard error where the labels together are so unlikely that comparing them means little."""
+    """Warn on standard error if the labels together are so improbable that comparing them means little."""
     try:
         masses = ask(items, return_label_mass=True).label_mass or []
-    except ScoringError:  # a classifier, which has no other words; or the service has gone, and the answer is there
+    except ScoringError:  # a classifier has no label mass; and a service that has since failed has already answered
         return
     low = [mass for mass in masses if mass is not None and mass < LOW_MASS]
     if low:
         Console(stderr=True, highlight=False).print(
             f"warning: the labels together hold only {100 * min(low):.2g}% of the probability ({len(low)} of the first "
-            f"{len(masses)} items are under {LOW_MASS:.0%}): the model would go on with something else, and these "
-            "scores compare unlikely words. Try a query that asks for the labels and ends where they begin, the "
-            "model's own chat template around it, other labels, or labels with or without a space before them.",
+            f"{len(masses)} items are under {LOW_MASS:.0%}): the model would say something else, and these scores "
+            "compare improbable words. Try a query that asks for the labels and ends where they begin, the model's own "
+            "chat template around it, other labels, or labels with or without a space before them.",
             markup=False,
             soft_wrap=True,
         )
@@ -177,5 +187,5 @@ def _table(items: list[str], labels: list[str], answer: ScoreResponse) -> Table:
 
 
 def _printable(text: str) -> Text:
-    """One line, without the control characters that a terminal would obey."""
+    """Text on one line, without control characters for the terminal."""
     return Text("".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text))

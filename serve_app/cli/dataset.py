@@ -1,215 +1,232 @@
-"""``score-serve dataset``: all rows of a data set, scored into files."""
-
-from __future__ import annotations
+"""``score-serve dataset``: scores all rows of a data set into files."""
 
 import importlib.util
 import json
-import os
-from enum import StrEnum
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from pydantic import ValidationError
 from rich.console import Console
 
-from serve_app.cli.client import REFUSED, TRY_AGAIN, checked_url, complain
-from serve_app.errors import DeadlineExceededError, InvalidRequestError, OverloadedError, ScoringError
-from serve_app.frontend import auth
+from serve_app.cli.client import REFUSED, TRY_AGAIN, api_key, checked_url, complain
+from serve_app.errors import DeadlineExceededError, OverloadedError, ScoringError
 from serve_app.schemas import ScoreRequest, invalid
 from serve_app.settings import Settings
 
 if TYPE_CHECKING:
-    from serve_app.jobs.batch_job import Summary
+    from serve_app.jobs.batch_job import Job, Summary
+    from serve_app.jobs.targets import Target
+
+Dtype = Literal["float32", "bfloat16"]
+Engine = Literal["jax", "fake"]
+
+_URL = "http://127.0.0.1:8000"
+_REQUEST: dict[str, Any] = {"rich_help_panel": "What is asked of each row"}
+_SCORER: dict[str, Any] = {"rich_help_panel": "What scores (one of --url, --app and --model)"}
 
 
-class Format(StrEnum):
-    parquet = "parquet"
-    jsonl = "jsonl"
-    csv = "csv"
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command's arguments and options, in the order of its help."""
 
-
-class Truncate(StrEnum):
-    error = "error"
-    item = "item"
-
-
-class Dtype(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class Engine(StrEnum):
-    jax = "jax"
-    fake = "fake"
-
-
-_WHERE = "What scores (one of these)"
-_ASKED = "What is asked of each row"
-
-
-def dataset(
     inputs: Annotated[
-        list[Path], typer.Argument(help="Files of one format (.parquet, .jsonl, .ndjson, .csv), or folders of them.")
-    ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the parts: new, or that of this job's earlier run.")
-    ],
-    item: Annotated[
-        str,
-        typer.Option(help="Text of each row's item, with {column} for the column's value; {{ and }} are braces."),
-    ],
-    query: Annotated[str, typer.Option(help="Text of each row's query, likewise. Rows that share it are cheap.")] = "",
-    label: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--label", "-l", help="A label, and the space before it: ' yes'. Repeatable.", rich_help_panel=_ASKED
+        list[Path],
+        typer.Argument(
+            metavar="INPUTS", help="Files of one format (.parquet, .jsonl, .ndjson, .csv), or folders of them."
         ),
-    ] = None,
-    label_id: Annotated[
-        list[int] | None, typer.Option(help="A label as a token id. Repeatable.", rich_help_panel=_ASKED)
-    ] = None,
-    softmax: Annotated[
-        bool, typer.Option("--softmax", help="Compare the labels with each other only.", rich_help_panel=_ASKED)
-    ] = False,
-    temperature: Annotated[
-        float, typer.Option(help="Of the softmax.", rich_help_panel=_ASKED, show_default=False)
-    ] = 1.0,
+    ]
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the output: a new one, or this job's own, to resume it.")
+    ]
+    item: Annotated[
+        str, typer.Option(help="Template of each row's item: {column} is the column's value, {{ and }} are braces.")
+    ]
+    query: Annotated[
+        str, typer.Option(help="Template of each row's query. A query that rows share is computed once.")
+    ] = ""
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Blocks scored at once; with --model, engines.", show_default="2; with --model 1"),
+    ] = None
+    format: Annotated[
+        Literal["parquet", "jsonl", "csv"] | None,
+        typer.Option(help="Format of the output.", show_default="the input's"),
+    ] = None
+    block_rows: Annotated[int, typer.Option(min=1, help="Rows scored and written together.")] = 1_000
+
+    labels: Annotated[
+        list[str] | None,
+        typer.Option("--label", "-l", help="A label, with the space before it: ' yes'. Repeatable.", **_REQUEST),
+    ] = None
+    label_token_ids: Annotated[
+        list[int] | None,
+        typer.Option("--label-id", help="A label as a token id, instead of --label. Repeatable.", **_REQUEST),
+    ] = None
+    apply_softmax: Annotated[
+        bool, typer.Option("--softmax", help="Compare the labels only with each other.", **_REQUEST)
+    ] = False
+    temperature: Annotated[float, typer.Option(help="Temperature of the softmax.", **_REQUEST)] = 1.0
     item_first: Annotated[
-        bool, typer.Option("--item-first", help="Item + query instead of query + item.", rich_help_panel=_ASKED)
-    ] = False,
+        bool, typer.Option("--item-first", help="Item + query instead of query + item.", **_REQUEST)
+    ] = False
     length_normalize: Annotated[
         bool,
-        typer.Option("--length-normalize", help="Labels of several tokens: the mean.", rich_help_panel=_ASKED),
-    ] = False,
+        typer.Option(
+            "--length-normalize",
+            help="For labels of several tokens: the mean of their logprobs, not the sum.",
+            **_REQUEST,
+        ),
+    ] = False
     no_special_tokens: Annotated[
-        bool, typer.Option("--no-special-tokens", help="Add no BOS and the like.", rich_help_panel=_ASKED)
-    ] = False,
-    token_logprobs: Annotated[
-        bool, typer.Option("--token-logprobs", help="Also write the labels' logprobs.", rich_help_panel=_ASKED)
-    ] = False,
-    label_mass: Annotated[
-        bool, typer.Option("--label-mass", help="Also write how likely any label is.", rich_help_panel=_ASKED)
-    ] = False,
+        bool, typer.Option("--no-special-tokens", help="Add no special tokens, such as BOS.", **_REQUEST)
+    ] = False
+    return_token_logprobs: Annotated[
+        bool, typer.Option("--token-logprobs", help="Also write the labels' logprobs.", **_REQUEST)
+    ] = False
+    return_label_mass: Annotated[
+        bool, typer.Option("--label-mass", help="Also write the labels' total probability.", **_REQUEST)
+    ] = False
     truncate: Annotated[
-        Truncate,
-        typer.Option(help="'item': shorten items that are too long, and write by how much.", rich_help_panel=_ASKED),
-    ] = Truncate.error,
-    url: Annotated[
-        str | None,
-        typer.Option(help="A running service.", show_default="http://127.0.0.1:8000", rich_help_panel=_WHERE),
-    ] = None,
+        Literal["error", "item"],
+        typer.Option(help="'item': shorten items that are too long, and write how many tokens they lost.", **_REQUEST),
+    ] = "error"
+
+    url: Annotated[str | None, typer.Option(help="A running service.", show_default=_URL, **_SCORER)] = None
     app: Annotated[
         str | None,
         typer.Option(
-            help="A Serve application, by handle, in the Ray cluster of RAY_ADDRESS or of this machine.",
-            rich_help_panel=_WHERE,
+            help="A Serve application in the Ray cluster of RAY_ADDRESS or of this machine, called by its handle.",
+            **_SCORER,
         ),
-    ] = None,
+    ] = None
     model: Annotated[
         str | None,
         typer.Option(
-            help="Without a service: an engine of this model in each worker; 'demo', a folder, a hub id, a .gguf file.",
-            rich_help_panel=_WHERE,
+            help="No service: each worker loads this model. 'demo', a folder, a hub id or a .gguf file.", **_SCORER
         ),
-    ] = None,
-    served_model: Annotated[
-        str, typer.Option(help="With --url or --app: the served name.", rich_help_panel=_WHERE)
-    ] = "default",
-    dtype: Annotated[Dtype, typer.Option(help="With --model: of the weights.", rich_help_panel=_WHERE)] = Dtype.float32,
-    int8: Annotated[
-        bool, typer.Option("--int8", help="With --model: the layers' weights as int8.", rich_help_panel=_WHERE)
-    ] = False,
-    engine: Annotated[
-        Engine, typer.Option(help="With --model: 'fake' is for tests.", rich_help_panel=_WHERE, hidden=True)
-    ] = Engine.jax,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=1, help="Blocks at a time; with --model, engines.", show_default="2; with --model 1"),
-    ] = None,
-    output_format: Annotated[
-        Format | None, typer.Option("--format", help="Of the output.", show_default="the input's")
-    ] = None,
-    block_rows: Annotated[int, typer.Option(min=1, help="Rows that are scored and written together.")] = 1_000,
-) -> None:
-    """Score every row of a data set, and go on where it was stopped.
+    ] = None
+    served_model: Annotated[str, typer.Option(help="With --url or --app: the served name of the model.", **_SCORER)] = (
+        "default"
+    )
+    dtype: Annotated[Dtype, typer.Option(help="With --model: type of the weights.", **_SCORER)] = "float32"
+    int8: Annotated[bool, typer.Option("--int8", help="With --model: keep the layers' weights as int8.", **_SCORER)] = (
+        False
+    )
+    engine: Annotated[Engine, typer.Option(help="With --model: 'fake' is for tests.", hidden=True, **_SCORER)] = "jax"
+
+    def request(self) -> ScoreRequest:
+        """What is asked of each row.
+
+        Raises:
+            typer.BadParameter: two options contradict each other, or a value is out of range.
+        """
+        if self.labels and self.label_token_ids:
+            raise typer.BadParameter("name labels either by --label or by --label-id")
+        if sum(scorer is not None for scorer in (self.url, self.app, self.model)) > 1:
+            raise typer.BadParameter("name one of --url, --app and --model")
+        try:
+            return ScoreRequest(
+                items=[],
+                labels=self.labels or None,
+                label_token_ids=self.label_token_ids or None,
+                apply_softmax=self.apply_softmax,
+                temperature=self.temperature,
+                item_first=self.item_first,
+                length_normalize=self.length_normalize,
+                add_special_tokens=not self.no_special_tokens,
+                return_token_logprobs=self.return_token_logprobs,
+                return_label_mass=self.return_label_mass,
+                truncate=self.truncate,
+                model="default" if self.model else self.served_model,
+            )
+        except ValidationError as error:
+            raise typer.BadParameter(invalid(error, ScoreRequest).message) from None
+
+    def job(self, request: ScoreRequest) -> "Job":
+        """What is to be done."""
+        from serve_app.jobs.batch_job import Job
+
+        return Job(
+            inputs=tuple(self.inputs),
+            output=self.output.absolute(),
+            item=self.item,
+            request=request,
+            query=self.query,
+            output_format=self.format,
+            block_rows=self.block_rows,
+        )
+
+    def target(self) -> "Target":
+        """What scores. Fetches the model of ``--model``, once for all workers."""
+        from serve_app.jobs import targets
+        from serve_app.model_source import resolve
+
+        if self.app is not None:
+            return targets.App(self.app)
+        if self.model is None:
+            return targets.Service(checked_url(self.url or _URL), api_key())
+        resolve(self.model, say=lambda line: Console(stderr=True).print(line))
+        quantization = "int8" if self.int8 else None
+        return targets.Engines(
+            Settings(model=self.model, dtype=self.dtype, quantization=quantization, engine=self.engine)
+        )
+
+
+@wraps(Options, assigned=(), updated=())  # Typer reads the dataclass's fields as the command's parameters
+def dataset(**given: Any) -> None:
+    """Score every row of a data set into files; a job that was stopped resumes.
 
     For example:
     score-serve dataset reviews.parquet -o scored --item 'Review: {text}' --query 'Sentiment:' --item-first
     -l ' positive' -l ' negative' --softmax
 
-    The output has the input's columns and "scores"; rows that cannot be scored are in OUTPUT/bad, with the reason.
-    Run the same command again after a kill, and it does what is left. An API key is taken from SCORE_SERVE_API_KEY.
-    Exit codes: 0 done; 1 it cannot be done, or no row could be scored; 2 the command is wrong;
-    3 the service is not there, full or too slow: a later try goes on; 130 stopped by Ctrl-C.
+    The output has the input's columns and "scores". Rows that cannot be scored are in OUTPUT/bad, with the reason.
+    After a kill the same command does what is left. An API key is read from SCORE_SERVE_API_KEY.
+    Exit codes: 0 done; 1 failed, or no row could be scored; 2 wrong command;
+    3 unreachable, overloaded or timed out, retry later to resume; 130 stopped by Ctrl-C.
     """
-    if label and label_id:
-        raise typer.BadParameter("name labels either by --label or by --label-id")
-    if sum(where is not None for where in (url, app, model)) > 1:
-        raise typer.BadParameter("name one of --url, --app and --model")
+    options = Options(**given)
+    request = options.request()
     if importlib.util.find_spec("pyarrow") is None:
-        complain("this needs Ray Data and pyarrow; run: pip install 'score-serve[data]'")
+        complain("this command needs Ray Data and pyarrow; run: pip install 'score-serve[data]'")
         raise typer.Exit(REFUSED)
-    try:
-        request = ScoreRequest(
-            items=[],
-            labels=label or None,
-            label_token_ids=label_id or None,
-            apply_softmax=softmax,
-            temperature=temperature,
-            item_first=item_first,
-            length_normalize=length_normalize,
-            add_special_tokens=not no_special_tokens,
-            return_token_logprobs=token_logprobs,
-            return_label_mass=label_mass,
-            truncate=truncate.value,
-            model="default" if model else served_model,
-        )
-    except ValidationError as error:
-        raise typer.BadParameter(invalid(error, ScoreRequest).message) from None
-    # Ray takes seconds to import: --help and wrong commands come before it.
+    # Ray takes seconds to import: --help and wrong commands come first.
     from serve_app.cli import launcher
-    from serve_app.jobs import batch_job, targets
-    from serve_app.jobs.files import JobError
-    from serve_app.model_source import ModelSourceError, resolve
+    from serve_app.jobs import batch_job
 
     launcher.interrupt_on_signals()
-    job = batch_job.Job(
-        inputs=tuple(inputs),
-        output=output.absolute(),
-        item=item,
-        request=request,
-        query=query,
-        output_format=None if output_format is None else output_format.value,
-        block_rows=block_rows,
-    )
+    with _told(options.output):
+        workers = options.workers or (1 if options.model else 2)
+        summary = batch_job.run(options.job(request), options.target(), workers=workers)
+    _report(summary, options.output)
+
+
+@contextmanager
+def _told(output: Path) -> Generator[None]:
+    """Turn what ends a job into a line on standard error and an exit code."""
+    from serve_app.jobs.files import JobError
+    from serve_app.model_source import ModelSourceError
+
     try:
-        if model is not None:
-            resolve(model, say=lambda line: Console(stderr=True).print(line))  # once, before the workers ask for it
-            settings = Settings(
-                model=model, dtype=dtype.value, quantization="int8" if int8 else None, engine=engine.value
-            )
-            target: targets.Target = targets.Engines(settings)
-        elif app is not None:
-            target = targets.App(app)
-        else:
-            key = os.environ.get(auth.VARIABLE, "").split(",")[0].strip()
-            target = targets.Service(checked_url(url or "http://127.0.0.1:8000"), key or None)
-        summary = batch_job.run(job, target, workers=workers or (1 if model else 2))
+        yield
     except KeyboardInterrupt:
-        complain(f"stopped; the same command goes on with what is left in {output}")
+        complain(f"stopped; run the same command again to resume with what is left in {output}")
         raise typer.Exit(130) from None
     except (OverloadedError, DeadlineExceededError) as error:
         complain(error.message)
         raise typer.Exit(TRY_AGAIN) from None
-    except (JobError, ModelSourceError, InvalidRequestError, ScoringError) as error:
+    except (JobError, ModelSourceError, ScoringError) as error:
         complain(str(error))
         raise typer.Exit(REFUSED) from None
-    _report(summary, output)
 
 
-def _report(summary: Summary, output: Path) -> None:
-    """The figures, on standard output."""
+def _report(summary: "Summary", output: Path) -> None:
+    """Print the job's figures on standard output."""
     total, figures = summary.total, summary.as_json()
     share = total.cached_tokens / total.prompt_tokens if total.prompt_tokens else 0.0
     lines = [

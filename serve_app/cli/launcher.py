@@ -35,7 +35,7 @@ from serve_app.tasks import tokenizer_files
 from serve_app.tasks.template_choice import choose
 
 MIN_FREE_BYTES = 2 * 2**30
-"""On the disk of Ray's temporary files, which Ray fills with logs and, if memory is short, with requests."""
+"""Free space for Ray's temporary files: logs and, if memory is short, requests."""
 
 STOPPING = (signal.SIGTERM, signal.SIGHUP)
 """They stop the service as Ctrl-C does."""
@@ -43,7 +43,7 @@ STOPPING = (signal.SIGTERM, signal.SIGHUP)
 STATISTICS_PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
 
 _SCORER_LOG = re.compile(r"_Scorer-(.+)_[^_]+\.log$")
-"""The log of one of several models (``app.build`` names them so)."""
+"""Name of a scorer's log, with the model's name if there are several (``app.build`` chooses it)."""
 
 Say = Callable[[str], None]
 
@@ -56,37 +56,37 @@ def run(settings: Settings, *, host: str, port: int, fast_front: bool = False) -
     """Serve until SIGINT, SIGTERM or SIGHUP, then stop every process that was started.
 
     Args:
-        fast_front: HAProxy in front of the service in place of Serve's own proxy. It costs a request some milliseconds
-            less. Its statistics listen on all interfaces whatever ``host`` says, and while the only front end is being
-            replaced it answers 500 at once where the proxy lets requests wait.
+        fast_front: use HAProxy instead of Serve's own proxy. Requests take some milliseconds less. Its statistics
+            ports listen on all interfaces whatever ``host`` says. While the only front end is being replaced it
+            answers 500 at once; Serve's proxy would let requests wait.
 
     Raises:
         LaunchError: the port is taken, the disk is full, or a replica cannot start.
-        LimitError: the system lets this user start too few processes.
+        LimitError: the system allows this user too few processes or open files.
         ApiKeyError: the API keys are unusable.
-        ModelSourceError: the model cannot be had, or has no usable tokenizer.
+        ModelSourceError: the model is not available, or has no usable tokenizer.
     """
     console = Console(stderr=True, highlight=False)
     interrupt_on_signals()
     with console.status("starting") as status:
 
         def say(line: str) -> None:
-            """A moving last line on a terminal, plain lines elsewhere."""
+            """Update the last line on a terminal; print a new line elsewhere."""
             status.update(line)
             if not console.is_terminal:
                 console.print(line)
 
         set_environment(fast_front=fast_front)
         if fast_front:
-            # Ray's own choice are two fixed ports, which a second service on this machine would share.
+            # By default Ray uses two fixed ports, which a second service on this machine would share.
             statistics = [os.environ.setdefault(name, str(free_port())) for name in STATISTICS_PORTS]
-            say(f"HAProxy in front; its statistics are on ports {' and '.join(statistics)} of all interfaces")
+            say(f"using HAProxy; its statistics are on ports {' and '.join(statistics)} of all interfaces")
         keys = auth.read_keys(settings.api_keys_file)
         check_port(host, port)
         if not keys and not is_loopback(host):
             console.print(
-                f"warning: {host} is open to the network and there is no API key: whoever reaches port {port} may use "
-                f"the service; name a file of keys with --api-keys-file, or set {auth.VARIABLE}",
+                f"warning: {host} is open to the network and there is no API key: anyone who reaches port {port} can "
+                f"use the service; name a file of keys with --api-keys-file, or set {auth.VARIABLE}",
                 soft_wrap=True,
             )
         check_disk(Path(tempfile.gettempdir()))
@@ -117,25 +117,25 @@ def run(settings: Settings, *, host: str, port: int, fast_front: bool = False) -
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise LaunchError unless a server can listen there."""
+    """Raise LaunchError unless a server can listen on this address."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             raise LaunchError(
-                f"cannot listen on {host}:{port} ({error.strerror}); stop what uses it, or name another with --port"
+                f"cannot listen on {host}:{port} ({error.strerror}); stop what uses it, or choose another --port"
             ) from error
 
 
 def is_loopback(host: str) -> bool:
-    """Only this machine reaches a server that listens on ``host``."""
+    """Whether only this machine can reach a server that listens on ``host``."""
     addresses = {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
     return all(ipaddress.ip_address(address).is_loopback for address in addresses)
 
 
 def check_disk(folder: Path) -> None:
-    """Raise LaunchError when ``folder`` has too little room for Ray's files."""
+    """Raise LaunchError if ``folder`` has too little space for Ray's files."""
     free = shutil.disk_usage(folder).free
     if free < MIN_FREE_BYTES:
         raise LaunchError(
@@ -145,17 +145,17 @@ def check_disk(folder: Path) -> None:
 
 
 def check_chips(settings: Settings, nodes: list[Any]) -> None:
-    """Raise LaunchError when this host lacks the TPU chips: no other will join it."""
+    """Raise LaunchError if this host lacks TPU chips, since no other host will join it."""
     for tpu, replicas in settings.replicas_on_chips(most=True).items():
         if lacking := tpu.lacking(replicas, nodes):
-            raise LaunchError(f"{lacking}; ask for what there is, or for fewer replicas")
+            raise LaunchError(f"{lacking}; change --tpu to the chips that exist, or ask for fewer replicas")
 
 
 def wait_until_ready(url: str, logs: Path, say: Say) -> None:
-    """Return when the service can score, telling what it is doing until then.
+    """Wait until the service can score, and report its progress.
 
     Raises:
-        LaunchError: it never will.
+        LaunchError: it cannot start.
     """
     from ray import serve
     from ray.serve.schema import ApplicationStatus
@@ -187,21 +187,21 @@ def drain() -> None:
 
 
 def log_lines(folder: Path) -> Iterator[str | None]:
-    """What the scorers' logs say, line by line, for ever; None where there is nothing new.
+    """Yield the lines of the scorers' logs, without end; None when there is nothing new.
 
-    Of several models each line begins with the model's name.
+    With several models each line begins with the model's name.
     """
     read: dict[Path, int] = {}
     while True:
         for path in sorted(folder.glob("replica_*Scorer*.log")):
             model = _SCORER_LOG.search(path.name)
-            whose = f"{model[1]}: " if model else ""
+            prefix = f"{model[1]}: " if model else ""
             with path.open() as file:
                 file.seek(read.get(path, 0))
                 while (line := file.readline()).endswith("\n"):
                     read[path] = file.tell()
                     if " -- " in line:
-                        yield whose + line.split(" -- ", 1)[1].strip()
+                        yield prefix + line.split(" -- ", 1)[1].strip()
         yield None
 
 
@@ -219,7 +219,7 @@ def example(url: str, *, needs_key: bool = False) -> str:
 
 
 def _cpus(settings: Settings) -> int:
-    """That Ray is told of: a laptop with fewer cores than the replicas ask for runs them all the same."""
+    """CPUs that Ray is told, at least those that the replicas ask for: a laptop with fewer cores still runs them."""
     asked = settings.ingress_replicas * settings.ingress_cpus
     asked += sum(each.most_replicas * each.scorer_cpus for each in settings.each_model)
     return max(os.cpu_count() or 1, math.ceil(asked))
@@ -240,7 +240,7 @@ def _is_ready(url: str) -> bool:
 @contextmanager
 def _service(settings: Settings, host: str, port: int, say: Say, end: Ending) -> Generator[Path]:
     """Ray, Serve and the application; yields the folder of the replicas' logs."""
-    # Ray takes a second to import: --help and user errors come before it.
+    # Ray takes a second to import: --help and user errors come first.
     import ray
     from ray import serve
 

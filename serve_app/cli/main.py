@@ -1,4 +1,4 @@
-"""The command line, ``score-serve``: ``serve``; ``score``, ``models`` and ``dataset``; ``bench`` and ``plan``."""
+"""The command line ``score-serve``: ``serve``; ``score``, ``models`` and ``dataset``; ``bench`` and ``plan``."""
 
 from __future__ import annotations
 
@@ -29,18 +29,20 @@ def serve(
     model: Annotated[
         list[str],
         typer.Option(
-            help="'demo', a folder in Hugging Face layout, a hub id, or a .gguf file. Repeatable: requests name one, "
-            "and the first is 'default', too. NAME=MODEL gives the name, which else is the model's own. All other "
-            "options hold for each model; where they differ, use a Serve config file (configs/two-models.yaml)."
+            help="'demo', a folder in Hugging Face layout, a hub id, or a .gguf file. Repeat it, also as NAME=MODEL, "
+            "to serve several models; the request's 'model' field picks one, by default the first. The other options "
+            "apply to every model; for different ones use a Serve config file, such as configs/two-models.yaml."
         ),
     ] = ["demo"],  # noqa: B006 - typer's way
-    revision: Annotated[str | None, typer.Option(help="Of a hub id: branch, tag or commit.")] = None,
-    served_name: Annotated[str | None, typer.Option(help="The name that requests use. [default: from --model]")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.float32,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    served_name: Annotated[
+        str | None, typer.Option(help="Name of the model in requests.", show_default="from --model")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Type of the weights.")] = "float32",
     int8: Annotated[
-        bool, typer.Option("--int8", help="Keep the layers' weights as int8: less memory, less exact.")
+        bool, typer.Option("--int8", help="Keep the layers' weights as int8: less memory, less accuracy.")
     ] = False,
-    engine: Annotated[Engine, typer.Option(help="'fake': scores from hashed tokens, for tests.")] = Engine.jax,
+    engine: Annotated[Engine, typer.Option(help="'fake' computes scores from hashed tokens, for tests.")] = "jax",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 opens the service to the network.")] = (
         "127.0.0.1"
     ),
@@ -49,36 +51,37 @@ def serve(
         bool,
         typer.Option(
             "--fast-front",
-            help="HAProxy in place of Ray Serve's own proxy: some milliseconds less a request. Its statistics listen "
-            "on all interfaces, and while the only front end is being replaced it answers 500.",
+            help="Use HAProxy instead of Ray Serve's own proxy: requests take some milliseconds less. Its statistics "
+            "ports listen on all interfaces, and it answers 500 while the only front end is being replaced.",
         ),
     ] = False,
     api_keys_file: Annotated[
         Path | None,
         typer.Option(
             resolve_path=True,
-            help=f"API keys, one a line, of which requests must have one; read again when it changes. {auth.VARIABLE} "
-            "in the environment names more, with commas between. Without either, no key is needed.",
+            help="File of API keys, one per line; it is read again when it changes. Requests must then send one. "
+            f"{auth.VARIABLE} in the environment adds more, comma-separated. Without any, no key is required.",
         ),
     ] = None,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(
-            help="An origin, such as https://example.org, whose pages may ask the service from a browser; '*' for all. "
-            "Repeatable. [default: none]"
+            help="Origin, such as https://example.org, with pages that may send requests from a browser; '*' allows "
+            "all. Repeatable.",
+            show_default="none",
         ),
     ] = None,
-    replicas: Annotated[int, typer.Option(min=1, help="Scorers, each with the whole model.")] = 1,
-    max_batch_tokens: Annotated[int, typer.Option(min=64, help="Tokens in one device batch.")] = 8_192,
+    replicas: Annotated[int, typer.Option(min=1, help="Number of scorers, each with the whole model.")] = 1,
+    max_batch_tokens: Annotated[int, typer.Option(min=64, help="Most tokens in a device batch.")] = 8_192,
     tpu: Annotated[
         str | None,
         typer.Option(
-            help="This host's chips and topology, such as 'v6e:2x2'; each scorer gets one chip, or with 'v6e:2x2:4' "
-            "four, for a model that one cannot hold. Slices of several hosts: configs/tpu-slice.yaml."
+            help="This host's TPU chips and topology, such as 'v6e:2x2'. Each scorer gets one chip; 'v6e:2x2:4' gives "
+            "it four, for a model too large for one. For slices of several hosts see configs/tpu-slice.yaml."
         ),
     ] = None,
 ) -> None:
-    """Serve one model or several on this machine until Ctrl-C. The demo model is fetched once (93 MB).
+    """Serve one or more models on this machine until Ctrl-C. The demo model is downloaded once (93 MB).
 
     For example:
     score-serve serve --model judge=./checkpoint --model demo
@@ -86,16 +89,18 @@ def serve(
     models = [_named(each) for each in model]
     one: dict[str, Any] = {"revision": revision, "served_name": served_name}
     if len(models) > 1 and any(one.values()):
-        raise typer.BadParameter("--revision and --served-name are for one --model; name several by NAME=MODEL")
+        raise typer.BadParameter(
+            "--revision and --served-name are for a single --model; name several models with NAME=MODEL"
+        )
     if served_name and "served_name" in models[0]:
         raise typer.BadParameter(f"--model {model[0]!r} has a name already; leave out --served-name")
     which: dict[str, Any] = {**one, **models[0]} if len(models) == 1 else {"models": models}
     try:
         settings = Settings(
             **which,
-            dtype=dtype.value,
+            dtype=dtype,
             quantization="int8" if int8 else None,
-            engine=engine.value,
+            engine=engine,
             api_keys_file=None if api_keys_file is None else str(api_keys_file),
             cors_origins=tuple(cors_origin or ()),
             scorer_replicas=replicas,
@@ -124,7 +129,7 @@ app.command(context_settings=tools.PASSED_ON, add_help_option=False)(tools.plan)
 
 
 def _named(words: str) -> dict[str, Any]:
-    """``NAME=MODEL``, or a model alone, whose path may have such a sign further behind."""
+    """Settings for ``NAME=MODEL``, or for a model alone; its path may contain ``=`` after a ``/``."""
     name, sign, model = words.partition("=")
     return {"served_name": name, "model": model} if sign and "/" not in name else {"model": words}
 

@@ -1,4 +1,4 @@
-"""How many processes, threads and open files the system allows. Where they are too few, Ray ends with a stack trace."""
+"""Checks the limits of processes, threads and open files. With too few, Ray would end with a stack trace."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from pathlib import Path
 import psutil
 
 ENOUGH_FILES = 65_536
-"""What the limit of open files is raised to, where that is allowed: each connection takes one in the proxy."""
+"""The limit of open files is raised to this, if allowed: each connection takes one in the proxy."""
 
 GROUPS = Path("/sys/fs/cgroup")
 
 
 def needed_tasks(replicas: int, cpus: int) -> int:
-    """Processes and threads of a service, somewhat more than were counted.
+    """Processes and threads that a service needs, somewhat more than were counted.
 
-    Ray, Serve's proxy and controller had 250, an idle worker 23 (Ray starts one for each CPU), a front end or a scorer
-    37, with the demo model 54: in all 320 to 340 with one of each on two CPUs, and 600 on sixteen.
+    Ray, Serve's proxy and its controller had 250; an idle worker 23 (Ray starts one for each CPU); a front end or a
+    scorer 37, with the demo model 54. That is 320 to 340 with one of each on two CPUs, and 600 on sixteen.
     """
     return 260 + 25 * cpus + 60 * replicas
 
 
 def needed_files(cpus: int) -> int:
-    """Open files of the one process that has most, the raylet: 72 on two CPUs, 109 on sixteen; a replica had 80."""
+    """Open files of the process with the most, the raylet: 72 on two CPUs, 109 on sixteen. A replica had 80."""
     return 150 + 4 * cpus
 
 
 def check(replicas: int, cpus: int) -> None:
-    """Raise the limit of open files as far as is of use, and see that this user may start what the service needs.
+    """Raise the limit of open files if it helps, and check that this user may start what the service needs.
 
     Args:
-        replicas: of scorers and front ends, together.
-        cpus: that Ray is told of.
+        replicas: number of scorers and front ends together.
+        cpus: number of CPUs that Ray is told.
 
     Raises:
-        LimitError: it may not.
+        LimitError: a limit is too low.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < ENOUGH_FILES:
@@ -64,9 +64,9 @@ class LimitError(Exception):
 
 
 def _user_room() -> Iterator[tuple[int, int, str]]:
-    """What is left of this user's limit, the limit, and how it is raised."""
+    """Yield what is left of this user's limit, the limit, and how to raise it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
-    if os.geteuid() == 0 or hard == soft == resource.RLIM_INFINITY:  # the kernel lets root have any number
+    if os.geteuid() == 0 or hard == soft == resource.RLIM_INFINITY:  # the kernel does not limit root
         return
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NPROC, (hard, hard))
@@ -76,7 +76,7 @@ def _user_room() -> Iterator[tuple[int, int, str]]:
 
 
 def _tasks(user: int) -> int:
-    """Processes and threads that run as this user."""
+    """Count this user's processes and threads."""
     found = 0
     for process in psutil.process_iter():
         with suppress(psutil.Error):
@@ -85,7 +85,7 @@ def _tasks(user: int) -> int:
 
 
 def _group_room() -> Iterator[tuple[int, int, str]]:
-    """The same of the control groups that this process is in; there are none but on Linux."""
+    """Yield the same for the control groups of this process; only Linux has them."""
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, kinds, path = line.split(":", 2)

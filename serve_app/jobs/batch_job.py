@@ -1,7 +1,7 @@
-"""Scores a data set's rows on Ray Data, one block of them after the other, and goes on where it was stopped.
+"""Scores a data set on Ray Data, block by block, and resumes where it was stopped.
 
-The blocks are the job's own, always the same for the same input, and what Ray Data distributes are their places: a
-worker reads a block's rows, scores them and writes them, so that no more than a block is in its memory.
+The job cuts its input into blocks, always the same for the same input. Ray Data distributes only the blocks' positions:
+a worker reads the rows of a block, scores them and writes them, and so never holds more than one block in memory.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from serve_app.errors import ScoringError
+from serve_app.jobs.columns import COLUMNS, requested
 from serve_app.jobs.files import (
     Block,
     Format,
@@ -33,25 +34,25 @@ from serve_app.jobs.files import (
 from serve_app.jobs.folder import Done, JobFolder, appearing
 from serve_app.jobs.progress import Progress
 from serve_app.jobs.row_template import RowTemplate
-from serve_app.jobs.scoring import result_names, score
+from serve_app.jobs.scoring import score
 from serve_app.jobs.targets import App, Target
 from serve_app.local_ray import reason, start_ray
 from serve_app.schemas import ScoreRequest
 
 _CAUSED = "\n\nThe above exception"
-"""Before it stands the error, and behind it what Ray Data says of it."""
+"""Ray Data writes this after the error, and its own comments after this."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be done.
+    """What to score, how, and where to write it.
 
     Attributes:
         inputs: files or folders of one format.
-        output: the folder of the parts.
-        query, item: templates of each row's texts.
-        request: all else that is asked of each row; its query and items are not used.
-        output_format: None: the input's.
+        output: the output folder.
+        query, item: templates of each row's query and item.
+        request: everything else that is asked of each row; its query and items are not used.
+        output_format: None for the input's.
         block_rows: rows that are read, scored and written together.
     """
 
@@ -69,9 +70,11 @@ class Summary:
     """A job's figures.
 
     Attributes:
-        total: of all its runs.
-        blocks: of all its runs.
-        here: of this run alone, as are the seconds and the blocks ``blocks_here``.
+        total: rows and tokens of all runs of the job.
+        blocks: blocks of all runs.
+        here: rows and tokens of this run.
+        blocks_here: blocks of this run.
+        seconds: duration of this run.
     """
 
     total: Done
@@ -81,7 +84,7 @@ class Summary:
     seconds: float
 
     def as_json(self) -> dict[str, Any]:
-        """For ``summary.json``: rates are this run's."""
+        """The contents of ``summary.json``; its rates are those of this run."""
         seconds = max(self.seconds, 1e-9)
         return {
             **asdict(self.total),
@@ -93,16 +96,20 @@ class Summary:
 
 
 def run(job: Job, target: Target, *, workers: int = 2, progress: Progress | None = None) -> Summary:
-    """Do what is left of the job. Uses the Ray that this process is connected to, else one that it starts, or, for a
-    Serve application, the one of this machine.
+    """Do what is left of the job.
+
+    Uses the Ray that this process is connected to. Without one it starts its own; a Serve application must be in the
+    Ray of ``RAY_ADDRESS`` or of this machine.
 
     Raises:
-        JobError: the input, the templates or the output cannot be used, or the service refuses the request as such.
-        ScoringError: the service cannot be asked.
+        JobError: the input, the templates or the output cannot be used, or the service refuses every row.
+        ScoringError: the service cannot be reached.
     """
     for path in job.inputs:
         if job.output.resolve().is_relative_to(path.resolve()):
-            raise JobError(f"the output {job.output} is in the input {path}, and would be read; name another folder")
+            raise JobError(
+                f"the output {job.output} is inside the input {path} and would be read as input; name another folder"
+            )
     source = plan(job.inputs, job.block_rows)
     queries, items = _templates(job)
     format_ = job.output_format or source.format
@@ -131,13 +138,13 @@ def run(job: Job, target: Target, *, workers: int = 2, progress: Progress | None
 
 
 def _computed(left: list[Block], worker: tuple[Job, Target, Reader, Format], workers: int) -> Generator[Done]:
-    """Each block's figures, as the blocks are finished."""
+    """Yield each block's figures as it is finished."""
     import ray.data
     from ray.exceptions import RayError
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is told by the exception
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # the exception says what failed
     places = ray.data.from_items([asdict(block) for block in left], override_num_blocks=len(left))
     pool = ray.data.ActorPoolStrategy(size=min(workers, len(left)))
     scored = places.map(cast(Any, Worker), fn_constructor_args=worker, compute=pool, **worker[1].resources)
@@ -151,10 +158,10 @@ def _computed(left: list[Block], worker: tuple[Job, Target, Reader, Format], wor
 
 
 class Worker:
-    """Does one block after the other, in an actor of Ray Data's.
+    """Scores one block after another, in an actor of Ray Data.
 
     Args:
-        format_: of the output.
+        format_: the output's format.
     """
 
     def __init__(self, job: Job, target: Target, reader: Reader, format_: Format) -> None:
@@ -166,7 +173,7 @@ class Worker:
         self._ask = target.connect()
 
     def __call__(self, place: dict[str, Any]) -> dict[str, Any]:
-        """Read, score and write a block; ``stop`` is why the whole job must end."""
+        """Read, score and write a block. In the result ``stop`` says why the whole job must end, if it must."""
         block = Block(**place)
         try:
             return {**asdict(self._do(block)), "stop": ""}
@@ -205,13 +212,13 @@ class Worker:
                 write_lines(path, bad)
         else:
             self._folder.bad(block.index).unlink(missing_ok=True)
-        results: Results = {name: [answer[name] for answer in answers] for name in result_names(self._job.request)}
+        results: Results = {name: [answer[name] for answer in answers] for name in requested(self._job.request)}
         with appearing(self._folder.part(block.index, self._format)) as path:
             write(path, self._format, rows, kept, results, _label_names(self._job.request, results))
 
 
 def _label_names(request: ScoreRequest, results: Results) -> list[str]:
-    """Names of the result columns of labels: the labels, or the numbers of classes."""
+    """Names for the values of a column per label: the labels, or the classes' numbers."""
     given = request.labels or request.label_token_ids
     width = max((len(row) for row in results["scores"]), default=0)
     return [str(label) for label in given or range(width)]
@@ -228,19 +235,22 @@ def _check_columns(columns: Sequence[str], source: Format, templates: Sequence[R
     for template in templates:
         for name in template.columns:
             if name not in columns:
-                among = " (of the first rows)" if source == "jsonl" else ""
+                among = " of the first rows" if source == "jsonl" else ""
                 raise JobError(
-                    f"{template.text!r} names {name!r}, which is no column; the columns{among} are {', '.join(columns)}"
+                    f"{template.text!r} names {name!r}, which is not a column; the columns{among} are "
+                    f"{', '.join(columns)}"
                 )
     if not any(template.columns for template in templates):
-        raise JobError("neither template names a column, so that all rows would be the same; write {column}")
-    for name in ("scores", "token_logprobs", "label_mass", "truncated"):
+        raise JobError(
+            "neither template names a column, so all rows would have the same prompt; write {column} for its value"
+        )
+    for name in COLUMNS:
         if name in columns:
-            raise JobError(f"the input has a column {name!r}, which the output needs for itself; rename it")
+            raise JobError(f"the input has a column {name!r}, which is the name of an output column; rename it")
 
 
 def _manifest(job: Job, source: Source, target: Target) -> dict[str, Any]:
-    """All that the output depends on."""
+    """Everything that the output depends on, for ``job.json``."""
     request = job.request.model_dump(exclude={"query", "items", "stream", "on_error", "timeout_s"}, exclude_none=True)
     return {
         "files": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in source.files],
@@ -255,7 +265,7 @@ def _manifest(job: Job, source: Source, target: Target) -> dict[str, Any]:
 
 @contextmanager
 def _ray(target: Target, workers: int) -> Generator[None]:
-    """Ray, while the block runs."""
+    """Have Ray running inside the ``with`` block."""
     import ray
 
     if ray.is_initialized():
@@ -266,8 +276,8 @@ def _ray(target: Target, workers: int) -> Generator[None]:
             ray.init("auto", log_to_driver=False, logging_level=logging.ERROR)  # pyright: ignore[reportUnknownMemberType]
         except ConnectionError as error:
             raise JobError(
-                f"no Ray cluster can be joined: {error}; set RAY_ADDRESS, or ask the service by --url (the Ray of "
-                "'score-serve serve' lets nobody in)"
+                f"cannot connect to a Ray cluster: {error}; set RAY_ADDRESS, or use --url (the Ray of "
+                "'score-serve serve' is private)"
             ) from error
     else:
         needed = workers * target.resources.get("num_cpus", 1)

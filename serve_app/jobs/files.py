@@ -1,4 +1,4 @@
-"""A job's data files: rows in Parquet, JSON lines or CSV, in blocks that are always the same, one in memory at a time.
+"""A job's data files: Parquet, JSON lines or CSV, cut into blocks of rows that are read and written one at a time.
 
 Needs pyarrow, which the extra ``data`` brings.
 """
@@ -19,26 +19,28 @@ from typing import IO, Any, Literal, cast
 import pyarrow as pa  # pyright: ignore[reportMissingTypeStubs]
 import pyarrow.parquet as pq  # pyright: ignore[reportMissingTypeStubs]
 
+from serve_app.jobs.columns import COLUMNS, Column
+
 Format = Literal["parquet", "jsonl", "csv"]
 
 _SUFFIXES: dict[str, Format] = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}
 
 _BATCH = 4_096
-"""Rows that are decoded at a time to get to a block of Parquet."""
+"""Rows of Parquet that are decoded at a time."""
 
 _LOOKED_AT = 1_000
-"""Rows at the front of JSON lines that tell the columns."""
+"""Rows at the start of JSON lines that determine the columns."""
 
 csv.field_size_limit(2**31 - 1)
 
 _LONGEST_RECORD = 2**26
-"""Bytes of a CSV row; in a longer one a quote was not closed."""
+"""Most bytes of a CSV row; a longer one has a quote that is not closed."""
 
 Row = dict[str, Any]
 
 
 class JobError(Exception):
-    """The job cannot be done. The message says why and what to do."""
+    """A job cannot be done. The message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +48,10 @@ class Block:
     """Rows that are scored and written together.
 
     Attributes:
-        index: among the job's blocks.
-        start, stop: bytes of the file; of Parquet, rows of its row group ``group``.
-        first_row: of the file, from 1.
-        rows: about how many there are (lines of white space are none, and are not counted).
+        index: number of the block in the job, from 0.
+        start, stop: range of bytes in the file; for Parquet, of rows in the row group ``group``.
+        first_row: number of the first row in the file, from 1.
+        rows: how many rows there are; blank lines are not counted.
     """
 
     index: int
@@ -66,9 +68,9 @@ class Source:
     """What a job reads.
 
     Attributes:
-        files: in order.
-        columns: that a template may name.
-        blocks: all rows, in order.
+        files: the files in reading order.
+        columns: the columns that a template may name.
+        blocks: the blocks, which cover all rows in order.
     """
 
     format: Format
@@ -78,15 +80,7 @@ class Source:
 
 
 Results = dict[str, list[Any]]
-"""New columns: a value a row."""
-
-_TYPES = {
-    "scores": pa.list_(pa.float64()),
-    "token_logprobs": pa.list_(pa.float64()),
-    "label_mass": pa.float64(),
-    "truncated": pa.int64(),
-}
-"""Types of the columns that results may have."""
+"""The added columns by name, each with one value per row."""
 
 
 @dataclass(slots=True)
@@ -94,13 +88,13 @@ class Rows:
     """The rows of a block.
 
     Attributes:
-        columns: that CSV shows.
-        numbers: of each row in its file, from 1.
-        values: of each row by column; empty where the row cannot be read.
-        problems: by position, why a row cannot be used.
-        texts: by position, of a row that cannot be read.
-        table: the same rows, as Parquet has them.
-        schema: as Parquet should have them.
+        columns: the columns that CSV output has.
+        numbers: each row's number in its file, from 1.
+        values: each row's values by column; empty if the row cannot be read.
+        problems: why a row cannot be used, by position.
+        texts: the text of a row that cannot be read, by position.
+        table: the same rows as a table, if they come from Parquet.
+        schema: the schema for Parquet output of other input.
     """
 
     columns: Sequence[str]
@@ -113,10 +107,10 @@ class Rows:
 
 
 def find(inputs: Sequence[Path]) -> tuple[Format, list[Path]]:
-    """The format and the files, those of folders sorted by name.
+    """Find the files, those of a folder sorted by name, and their format.
 
     Raises:
-        JobError: there is none, one does not exist, or there are several formats.
+        JobError: a file does not exist, a folder has no data files, or there are several formats.
     """
     files: list[Path] = []
     for path in inputs:
@@ -125,20 +119,20 @@ def find(inputs: Sequence[Path]) -> tuple[Format, list[Path]]:
         inside = sorted(each for each in path.rglob("*") if each.suffix in _SUFFIXES and each.is_file())
         files += inside if path.is_dir() else [path]
         if path.is_dir() and not inside:
-            raise JobError(f"{path} holds no file that ends in {', '.join(_SUFFIXES)}")
+            raise JobError(f"{path} holds no file that ends in {', '.join(_SUFFIXES)}; name another folder")
     formats = {_SUFFIXES.get(path.suffix) for path in files}
     if None in formats:
         other = next(path for path in files if path.suffix not in _SUFFIXES)
-        raise JobError(f"{other} is in no known format; a name ends in {', '.join(_SUFFIXES)}")
+        raise JobError(f"{other} is in no known format; the name must end in {', '.join(_SUFFIXES)}")
     if len(formats) != 1:
         raise JobError(
-            f"the input has files of several formats ({', '.join(sorted(map(str, formats)))}); use one a job"
+            f"the input has files of several formats ({', '.join(sorted(map(str, formats)))}); use one for each job"
         )
     return cast(Format, formats.pop()), [path.resolve() for path in files]
 
 
 def plan(inputs: Sequence[Path], block_rows: int) -> Source:
-    """Where each block of the input begins and ends. Reads JSON lines and CSV once, of Parquet the footers.
+    """Cut the input into blocks. Reads JSON lines and CSV once, and only the footers of Parquet.
 
     Raises:
         JobError: the input cannot be used.
@@ -162,7 +156,7 @@ def plan(inputs: Sequence[Path], block_rows: int) -> Source:
 
 
 _Cut = tuple[int, int, int, int, int]
-"""Fields of a block: start, stop, first_row, rows, group."""
+"""A block's start, stop, first_row, rows and group."""
 
 
 def _plan_parquet(path: Path, block_rows: int) -> tuple[list[str], list[_Cut]]:
@@ -203,7 +197,7 @@ def _plan_lines(path: Path, block_rows: int, *, quotes: bool) -> tuple[list[str]
 
 
 def _records(file: IO[bytes], *, quotes: bool) -> Iterator[bytes]:
-    """Lines; with ``quotes`` those of CSV, whose quoted values may hold line ends."""
+    """Yield lines; with ``quotes``, CSV records, whose quoted values may contain line ends."""
     record = bytearray()
     inside = False
     for line in file:
@@ -234,10 +228,11 @@ def _keys(line: bytes) -> list[str]:
 
 
 class Reader:
-    """Reads blocks of one source; cheap where they come in order.
+    """Reads blocks of one source. Reading Parquet is cheapest in the order of the blocks.
 
     Args:
-        fixed: a row with another column is a problem; so it is, with a ``schema``, if a value does not fit that.
+        fixed: a row with any other column is a problem.
+        schema: a row with a value that does not fit it is a problem.
     """
 
     def __init__(
@@ -252,7 +247,7 @@ class Reader:
         self._ahead: pa.Table | None = None
 
     def read(self, block: Block) -> Rows:
-        """All rows of the block."""
+        """Read all rows of the block."""
         if self._format == "parquet":
             return self._read_parquet(block)
         with Path(block.path).open("rb") as file:
@@ -283,7 +278,7 @@ class Reader:
             except csv.Error as error:
                 raise ValueError(f"not CSV: {error}") from None
             if len(values) != len(self._columns):
-                raise ValueError(f"{len(values)} values for {len(self._columns)} columns")
+                raise ValueError(f"has {len(values)} values for {len(self._columns)} columns")
             row: Row = dict(zip(self._columns, values, strict=True))
         else:
             try:
@@ -314,7 +309,7 @@ class Reader:
         return Rows(self._columns, numbers, table.to_pylist(), table=table)
 
     def _next(self, count: int) -> pa.Table:
-        """So many rows of the row group."""
+        """Read the next ``count`` rows of the row group."""
         ahead = self._ahead
         while ahead is None or ahead.num_rows < count:
             more = pa.Table.from_batches([next(self._batches)])
@@ -324,10 +319,10 @@ class Reader:
 
 
 def inferred(source: Source) -> pa.Schema:
-    """The schema of Parquet with the columns and types that the first rows have.
+    """Infer the schema for Parquet output from the first rows.
 
     Raises:
-        JobError: they do not go together.
+        JobError: the rows have no common types.
     """
     reader = Reader(source.format, source.columns)
     rows: list[Row] = []
@@ -338,16 +333,16 @@ def inferred(source: Source) -> pa.Schema:
     try:
         return pa.Table.from_pylist(rows[:_LOOKED_AT]).schema
     except (pa.ArrowException, TypeError) as error:
-        raise JobError(f"the rows have no common types for Parquet: {error}; write jsonl") from error
+        raise JobError(f"the rows have no common types for Parquet: {error}; use --format jsonl") from error
 
 
 def write(
     path: Path, format_: Format, rows: Rows, kept: Sequence[int], results: Results, labels: Sequence[str]
 ) -> None:
-    """The rows at the positions ``kept``, each with its results.
+    """Write the rows at the positions ``kept``, each with its results.
 
     Args:
-        labels: that lists among the results belong to; CSV has a column for each, ``scores[ yes]``.
+        labels: names for the values of a column per label; CSV has a column for each, such as ``scores[ yes]``.
     """
     if format_ == "parquet":
         table = rows.table
@@ -355,7 +350,7 @@ def write(
             table = pa.Table.from_pylist([row or {} for row in rows.values], rows.schema)
         table = table.take(pa.array(kept, pa.int64()))
         for name, values in results.items():
-            table = table.append_column(name, pa.array(values, _TYPES[name]))
+            table = table.append_column(name, pa.array(values, _arrow_type(COLUMNS[name])))
         pq.write_table(table, path)
         return
     if format_ == "csv":
@@ -373,9 +368,14 @@ def write(
             )
 
 
+def _arrow_type(column: Column) -> pa.DataType:
+    number = pa.float64() if column.number is float else pa.int64()
+    return pa.list_(number) if column.per_label else number
+
+
 def write_lines(path: Path, rows: Sequence[Row]) -> None:
-    """One JSON object a line."""
-    # A lone surrogate becomes an escape again, as JSON has it.
+    """Write one JSON object per line."""
+    # A lone surrogate cannot be encoded; it becomes a JSON escape again.
     with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for row in rows:
             file.write(_json(row) + "\n")
@@ -386,10 +386,10 @@ def _json(value: Any) -> str:
 
 
 def _flat(results: Results, labels: Sequence[str]) -> Results:
-    """A column for each label in place of lists."""
+    """Replace each column of lists by one column per label."""
     flat: Results = {}
     for name, values in results.items():
-        if pa.types.is_list(_TYPES[name]):
+        if COLUMNS[name].per_label:
             flat |= {f"{name}[{label}]": [own[at] for own in values] for at, label in enumerate(labels)}
         else:
             flat[name] = values

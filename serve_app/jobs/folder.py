@@ -1,7 +1,8 @@
-"""A job's output folder: parts, what is done, and the settings that it was begun with.
+"""A job's output folder: the parts, a record of each finished block, and the settings that the job began with.
 
-Every file appears whole, by a rename. A block is done when its record in ``done/`` is there, which comes last; so a job
-that is killed at any point goes on where it stopped, and no row is lost or doubled.
+Every file is written under a temporary name and then renamed, so it is complete when it appears. A block's record in
+``done/`` is written last. A job that is killed at any point therefore resumes where it stopped, and no row is lost or
+doubled.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from serve_app.jobs.files import JobError
 _JOB = "job.json"
 _SUMMARY = "summary.json"
 _SHOWN = 200
-"""Characters of a setting that a message repeats."""
+"""Most characters of a setting in an error message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A block's record, and, added up, a job's.
+    """What was done in a block, or the sum over blocks.
 
     Attributes:
-        rows: scored.
-        bad: set aside.
-        prompt_tokens: of the rows that were scored.
-        cached_tokens: of these, those that did not have to be computed.
+        rows: rows that were scored.
+        bad: rows that were set aside.
+        prompt_tokens: tokens of the scored rows' prompts.
+        cached_tokens: prompt tokens that came from the prefix cache.
     """
 
     rows: int = 0
@@ -58,13 +59,13 @@ class JobFolder:
 
     @contextmanager
     def opened(self, job: Mapping[str, Any]) -> Generator[dict[int, Done]]:
-        """Yield what is done already, by block, while no other process can use the folder.
+        """Lock the folder, and yield what is already done, by block.
 
         Args:
-            job: all that the output depends on, as JSON has it.
+            job: everything that the output depends on, as JSON values.
 
         Raises:
-            JobError: the folder is in use, is another job's, or cannot be written.
+            JobError: the folder is in use, belongs to another job, or cannot be written.
         """
         with ExitStack() as stack:
             try:
@@ -74,21 +75,23 @@ class JobFolder:
                 self._begin(json.loads(json.dumps(job, default=str)))
                 done = {int(path.stem): Done(**json.loads(path.read_text())) for path in self._done.glob("*.json")}
             except Timeout:
-                raise JobError(f"another process writes to {self.path}; wait for it, or name another folder") from None
+                raise JobError(
+                    f"another process is writing to {self.path}; wait for it, or name another folder"
+                ) from None
             except OSError as error:
-                raise JobError(f"{error}; see that {self.path} is a folder that can be written to") from error
+                raise JobError(f"{error}; make sure that {self.path} is a folder that can be written to") from error
             yield done
 
     def part(self, index: int, suffix: str) -> Path:
-        """The file of a block's rows that were scored."""
+        """The path of a block's scored rows."""
         return self.path / f"part-{index:06d}.{suffix}"
 
     def bad(self, index: int) -> Path:
-        """The file of a block's rows that were set aside, in JSON lines."""
+        """The path of a block's rows that were set aside, in JSON lines."""
         return self.path / "bad" / f"part-{index:06d}.jsonl"
 
     def finish_block(self, index: int, done: Done) -> None:
-        """Record the block, whose files are there."""
+        """Record that the block is done; its other files must exist."""
         with appearing(self._done / f"{index:06d}.json") as path:
             path.write_text(json.dumps(asdict(done)))
 
@@ -102,17 +105,17 @@ class JobFolder:
         if path.exists():
             _refuse_another(job, json.loads(path.read_text()), path)
         elif others := [each.name for each in self.path.iterdir() if each.name not in (".lock", "done", "bad")]:
-            raise JobError(f"{self.path} has other files ({', '.join(sorted(others)[:3])}); name a new folder")
+            raise JobError(f"{self.path} contains other files ({', '.join(sorted(others)[:3])}); name a new folder")
         else:
             with appearing(path) as new:
                 new.write_text(json.dumps(job, indent=1) + "\n")
-        for left in (*self.path.glob("*.tmp"), *self.path.glob("*/*.tmp")):  # by a process that was killed
+        for left in (*self.path.glob("*.tmp"), *self.path.glob("*/*.tmp")):  # left by a process that was killed
             left.unlink(missing_ok=True)
 
 
 @contextmanager
 def appearing(path: Path) -> Generator[Path]:
-    """A path to write to; the file then appears under its name, whole."""
+    """Yield a temporary path to write to, and rename it to ``path`` afterwards."""
     work = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     yield work
     work.replace(path)
@@ -125,8 +128,8 @@ def _refuse_another(job: dict[str, Any], begun: dict[str, Any], path: Path, with
             _refuse_another(cast(dict[str, Any], new), cast(dict[str, Any], old), path, f"{within}{name}.")
         elif old != new:
             raise JobError(
-                f"{path.parent} was begun with another {within}{name}: {_shown(old)}, and now it is {_shown(new)}; "
-                "repeat the command as it was to go on, or name another folder"
+                f"{path.parent} was started with {within}{name} = {_shown(old)}, and this job has {_shown(new)}; "
+                "repeat the original command to resume, or name another folder"
             )
 
 

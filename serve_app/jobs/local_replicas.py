@@ -1,4 +1,4 @@
-"""An engine in the caller's own process in place of replicas."""
+"""An engine in the caller's own process instead of replicas."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class LocalReplicas:
     """``service.Replicas`` without Ray: a dispatcher around one engine.
 
     Args:
-        count: replicas that it says there are.
+        count: the number of replicas that it reports.
     """
 
     def __init__(self, engine: Engine, settings: ModelSettings, count: int = 1) -> None:
@@ -25,7 +25,7 @@ class LocalReplicas:
         )
 
     async def score(self, job: ScoreJob) -> JobResult:
-        """As ``Replicas.score``."""
+        """Score a job, as ``Replicas.score`` does."""
         answer: asyncio.Future[JobResult] = asyncio.get_running_loop().create_future()
         self.queue.submit(job, answer)
         return await answer

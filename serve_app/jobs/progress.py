@@ -1,4 +1,4 @@
-"""How far a job is, on standard error: a bar on a terminal, a line now and then elsewhere."""
+"""Shows a job's progress on standard error: a bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 LINE_S = 10.0
-"""Between two lines, where there is no terminal."""
+"""Seconds between two lines without a terminal."""
 
 
 class Progress:
-    """Told of rows as they are done."""
+    """Shows how many rows are done, how fast, and how long the rest will take."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True, highlight=False)
@@ -34,22 +34,22 @@ class Progress:
 
     @contextmanager
     def of(self, total: int, before: int) -> Generator[None]:
-        """While the block runs.
+        """Show progress inside the ``with`` block.
 
         Args:
-            total: rows.
-            before: of them, done in earlier runs.
+            total: the job's rows.
+            before: how many of them earlier runs have done.
         """
         self._total, self._done, self._before = total, before, before
         self._started = self._said = time.monotonic()
         if before:
-            self._console.print(f"going on: {before:,} of {total:,} rows are done")
+            self._console.print(f"resuming: {before:,} of {total:,} rows are done")
         self._bar.update(self._task, total=total, completed=before)
         with self._bar:
             yield
 
     def advance(self, rows: int) -> None:
-        """So many more rows are done."""
+        """Count more rows as done."""
         self._done += rows
         now = time.monotonic()
         rate = (self._done - self._before) / max(now - self._started, 1e-9)

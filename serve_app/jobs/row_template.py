@@ -1,4 +1,4 @@
-"""Text with a row's columns in it: ``{title}: {body}``. Names only: nothing in a template or a row is evaluated."""
+"""Templates such as ``{title}: {body}``, filled with a row's columns. Nothing in a template or a row is evaluated."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _PART = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
 
 
 class RowTemplate:
-    """A text whose ``{column}`` places are filled from a row; ``{{`` and ``}}`` are single braces.
+    """A text with ``{column}`` for the value of a column; ``{{`` and ``}}`` are single braces.
 
     Raises:
-        ValueError: a brace is neither doubled nor part of a ``{column}``.
+        ValueError: a brace is neither doubled nor part of ``{column}``.
     """
 
     def __init__(self, text: str) -> None:
@@ -28,10 +28,10 @@ class RowTemplate:
         self.columns = tuple(dict.fromkeys(part[1] for part in parts if part[1]))
 
     def fill(self, row: Mapping[str, Any]) -> str:
-        """The text for a row, in one pass: braces in a value are text. What is no string is written as JSON.
+        """Fill in a row's values. Braces in a value are text; a value that is not a string is written as JSON.
 
         Raises:
-            ValueError: the row lacks a column, has null there, or a lone surrogate, which is no text.
+            ValueError: the row lacks a column or has null there, or the text has a lone surrogate.
         """
         for name in self.columns:
             if row.get(name) is None:

@@ -1,4 +1,4 @@
-"""Rows' texts as requests, and the answers as rows."""
+"""Packs rows into requests, and unpacks the answers into rows."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve_app.errors import DeadlineExceededError, InternalError, TooLargeError
+from serve_app.jobs import columns
 from serve_app.jobs.targets import Ask
-from serve_app.schemas import ScoreRequest, ScoreResponse
+from serve_app.schemas import ScoreRequest
 
 _ITEM = re.compile(r"items\[\d+\]")
-"""A row's place in a request, which tells nobody anything."""
+"""An item's index in a request, which means nothing to the job's user."""
 
 MOST_ITEMS = 1_000
+"""Items of one request."""
 MOST_CHARACTERS = 4_000_000
-"""Characters of one request; in JSON less than a front end's usual 32 MiB."""
+"""Characters of one request; as JSON they stay under the default body limit of 32 MiB."""
 
 _SPLIT = (TooLargeError, DeadlineExceededError, InternalError)
-"""After these a request is halved: what is wrong, or too much, may be one row."""
+"""Errors after which a request is halved, since one row may be the cause."""
 
 
 @dataclass
 class Cost:
-    """Tokens of answered requests."""
+    """Prompt tokens of the answered requests, and how many of them were cached."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -33,14 +35,15 @@ class Cost:
 def score(
     request: ScoreRequest, asked: Sequence[tuple[int, str, str]], ask: Ask
 ) -> tuple[dict[int, dict[str, Any] | str], Cost]:
-    """The results of rows, by position, or why a row has none.
+    """Score rows: the results by position, or the reason why a row has none.
 
     Args:
         asked: position, query and item of each row.
-        ask: is given requests of about ``MOST_ITEMS`` prompts.
+        ask: sends a request, of at most ``MOST_ITEMS`` items.
 
     Raises:
-        ScoringError: no row can be scored so: the labels are wrong, the model is unknown, nobody answers.
+        ScoringError: no row can be scored, since the labels are wrong, the model is unknown or the service is
+            unreachable.
     """
     found: dict[int, dict[str, Any] | str] = {}
     cost = Cost()
@@ -53,8 +56,11 @@ def score(
 def _grouped(
     request: ScoreRequest, asked: Iterable[tuple[int, str, str]]
 ) -> Iterable[tuple[str, list[tuple[int, str]]]]:
-    """Rows with the same query. What is alone with its query goes with others, as whole prompts: the service would join
-    the texts in the same way. Not where the item must be known, to be cut."""
+    """Group rows by their query.
+
+    Rows with a query of their own go together as whole prompts, joined as the service would join them. This does not
+    apply to ``truncate: "item"``, for which the service must know where the item is.
+    """
     groups: dict[str, list[tuple[int, str]]] = {}
     for at, query, item in asked:
         groups.setdefault(query, []).append((at, item))
@@ -101,19 +107,4 @@ def _score(
     cost.cached_tokens += answer.usage.prompt_tokens_details.cached_tokens
     errors = {error.index: _ITEM.sub("the item", error.message) for error in answer.errors or []}
     for index, (at, _) in enumerate(rows):
-        found[at] = errors[index] if index in errors else _result(answer, index, result_names(request))
-
-
-def result_names(request: ScoreRequest) -> list[str]:
-    """The columns that the output has besides the input's."""
-    wanted = {
-        "scores": True,
-        "token_logprobs": request.return_token_logprobs,
-        "label_mass": request.return_label_mass,
-        "truncated": request.truncate == "item",
-    }
-    return [name for name, there in wanted.items() if there]
-
-
-def _result(answer: ScoreResponse, index: int, names: Sequence[str]) -> dict[str, Any]:
-    return {name: getattr(answer, name)[index] for name in names}
+        found[at] = errors[index] if index in errors else columns.values(request, answer, index)

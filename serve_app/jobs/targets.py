@@ -1,4 +1,4 @@
-"""What a job's workers ask: a service by its address, one in the same Ray cluster, or an engine of their own."""
+"""What scores a job's rows: a service by its address, one in the same Ray cluster, or an engine in each worker."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ from serve_app.tasks.score import SCORE
 from serve_app.tasks.tokenizer import TextTokenizer
 
 PATIENCE_S = 600.0
-"""With a service that is full, or gone for a while."""
+"""How long to retry while the service is overloaded or unreachable, in seconds."""
 
 LIGHT_CPUS = 0.25
-"""Processors of a worker that only asks."""
+"""CPUs of a worker that only sends requests."""
 
 Ask = Callable[[ScoreRequest], ScoreResponse]
-"""Raises ``ScoringError``."""
+"""Sends a request and returns the answer. Raises ``ScoringError``."""
 
 
 class Target(Protocol):
-    """Goes to the workers by pickle."""
+    """What scores the rows; pickled to the workers."""
 
     @property
     def resources(self) -> dict[str, Any]:
-        """Ray's options for each worker."""
+        """Ray's resource options for each worker."""
         ...
 
     def identity(self, model: str) -> dict[str, Any]:
-        """What tells the model that is asked from another one.
+        """What identifies the model, for ``job.json``.
 
         Raises:
-            ScoringError: it cannot be asked.
+            ScoringError: the service cannot be reached, or has no such model.
         """
         ...
 
     def connect(self) -> Ask:
-        """Called once in each worker."""
+        """Connect, once in each worker."""
         ...
 
 
@@ -60,8 +60,8 @@ class Service:
     """A running service.
 
     Attributes:
-        url: of its front; workers on other hosts ask it, too.
-        key: of its API, if it wants one.
+        url: its address, which must be reachable from all workers.
+        key: the API key, if it requires one.
     """
 
     url: str
@@ -81,7 +81,7 @@ class Service:
 
 @dataclass(frozen=True)
 class App:
-    """A Serve application in the Ray cluster that the job runs in."""
+    """A Serve application in the job's own Ray cluster, called by its handle."""
 
     name: str
 
@@ -100,15 +100,17 @@ class App:
         try:
             return serve.get_app_handle(self.name)
         except RayServeException as error:
-            raise OverloadedError(f"there is no application {self.name!r} in this Ray cluster: {error}") from error
+            raise OverloadedError(
+                f"this Ray cluster has no application {self.name!r}: {error}; 'serve status' lists them"
+            ) from error
 
 
 @dataclass(frozen=True)
 class Engines:
-    """An engine in each worker; no service needs to run.
+    """An engine in each worker; no service is needed.
 
     Attributes:
-        settings: of the model.
+        settings: the model's settings.
     """
 
     settings: Settings
@@ -137,7 +139,7 @@ def _identity(info: InfoResponse) -> dict[str, Any]:
 
 
 def _patient(ask: Ask) -> Ask:
-    """Again and again while there is no room, or nobody answers."""
+    """Retry for ``PATIENCE_S`` while the service is overloaded or unreachable."""
     retrying = Retrying(
         retry=retry_if_exception_type(OverloadedError), stop=stop_after_delay(PATIENCE_S), wait=wait, reraise=True
     )
@@ -145,11 +147,11 @@ def _patient(ask: Ask) -> Ask:
 
 
 def _result(response: Any) -> Any:
-    """The answer of a handle's call; Ray's failures become the service's errors."""
+    """The result of a handle's call; failures of Ray become the service's errors."""
     try:
         return response.result()
     except NO_ANSWER as error:
         cause = cause_of(error)
         if isinstance(cause, ScoringError):
             raise cause from None
-        raise OverloadedError(f"the service does not answer: {cause}") from error
+        raise OverloadedError(f"the service is unreachable: {cause}") from error

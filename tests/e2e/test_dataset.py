@@ -51,11 +51,11 @@ def test_after_a_kill_the_same_command_does_what_is_left_and_no_row_is_lost_or_d
     runner = CliRunner(env={"COLUMNS": "200"})
     another = runner.invoke(main.app, [*command, "--label-mass"])
     assert another.exit_code == 1
-    assert "was begun with another request.return_label_mass: false, and now it is true" in another.stderr
+    assert "was started with request.return_label_mass = false, and this job has true" in another.stderr
 
     again = runner.invoke(main.app, command)
     assert again.exit_code == 0, again.stderr
-    assert "going on: " in again.stderr
+    assert "resuming: " in again.stderr
     assert f"{ROWS - 1} scored, 1 set aside" in again.stdout
     found = [json.loads(line) for part in sorted(out.glob("part-*")) for line in part.read_text().splitlines()]
     assert [row["id"] for row in found] == [row["id"] for row in source if row["id"] != 7]

@@ -63,13 +63,13 @@ def test_a_wrong_command_is_usage_and_code_2(arguments: list[str]):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--item", "{b}"], "'{b}' names 'b', which is no column; the columns are a"),
+        (["--item", "{b}"], "'{b}' names 'b', which is not a column; the columns are a"),
         (["--item", "{a"], "lone '{'"),
         (["--item", "all the same"], "neither template names a column"),
-        (["--item", "{a}", "-o", "."], "is in the input"),
+        (["--item", "{a}", "-o", "."], "is inside the input"),
         (["--item", "{a}", "--model", "/no/model"], "/no/model is not a folder"),
         (["--item", "{a}", "--url", "http://127.0.0.1:9"], "cannot be reached"),
-        (["--item", "{a}", "--url", "127.0.0.1"], "is no address"),
+        (["--item", "{a}", "--url", "127.0.0.1"], "is not an address"),
     ],
 )
 def test_a_job_that_cannot_be_done_says_why(
@@ -81,7 +81,7 @@ def test_a_job_that_cannot_be_done_says_why(
     (tmp_path / "in" / "a.csv").write_text("a\n1\n")
     monkeypatch.chdir(tmp_path / "in")
     result = runner.invoke(main.app, ["dataset", "../in", "-o", "../out", *options])
-    assert result.exit_code == {"cannot be reached": 3, "is no address": 2}.get(said, 1), result.output
+    assert result.exit_code == {"cannot be reached": 3, "is not an address": 2}.get(said, 1), result.output
     assert said in result.stderr
     assert "Traceback" not in result.stderr
 

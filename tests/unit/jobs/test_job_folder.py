@@ -26,11 +26,11 @@ def test_what_was_done_is_found_again(tmp_path: Path):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"item": "{body}"}, r'another item: "\{text\}", and now it is "\{body\}"; repeat the command'),
-        ({"request": {"apply_softmax": False, "labels": [" yes"]}}, "another request.apply_softmax: true, .* is false"),
-        ({"request": {"labels": [" yes"]}}, "another request.apply_softmax: true, and now it is null"),
-        ({"files": [["/a", 2]]}, "another files"),
-        ({"more": "x" * 1_000}, 'another more: null, and now it is "x+\\.\\.\\.'),
+        ({"item": "{body}"}, r'started with item = "\{text\}", and this job has "\{body\}"; repeat the original'),
+        ({"request": {"apply_softmax": False, "labels": [" yes"]}}, "with request.apply_softmax = true, .* has false"),
+        ({"request": {"labels": [" yes"]}}, "with request.apply_softmax = true, and this job has null"),
+        ({"files": [["/a", 2]]}, "started with files = "),
+        ({"more": "x" * 1_000}, 'started with more = null, and this job has "x+\\.\\.\\.'),
     ],
 )
 def test_another_job_is_refused_by_what_differs(tmp_path: Path, changed: dict[str, Any], said: str):
@@ -66,10 +66,10 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path):
 
 def test_a_folder_that_is_not_the_jobs_is_refused(tmp_path: Path):
     folder, other = JobFolder(tmp_path / "out"), JobFolder(tmp_path / "out")
-    with folder.opened(JOB), pytest.raises(JobError, match="another process writes to"), other.opened(JOB):
+    with folder.opened(JOB), pytest.raises(JobError, match="another process is writing to"), other.opened(JOB):
         pass
     (tmp_path / "file").touch()
-    with pytest.raises(JobError, match=r"see that .* is a folder"), JobFolder(tmp_path / "file").opened(JOB):
+    with pytest.raises(JobError, match=r"make sure that .* is a folder"), JobFolder(tmp_path / "file").opened(JOB):
         pass
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()

@@ -11,7 +11,7 @@ import pytest
 
 from serve_app.errors import InternalError, InvalidRequestError, TooLargeError
 from serve_app.frontend.service import ModelService
-from serve_app.jobs import scoring
+from serve_app.jobs import columns, scoring
 from serve_app.jobs.scoring import score
 from serve_app.jobs.targets import Ask
 from serve_app.schemas import ScoreRequest, ScoreResponse
@@ -67,7 +67,7 @@ def test_each_row_has_the_scores_that_it_has_alone(bos_tokenizer: TextTokenizer,
     for at, query, item in asked:
         answer = alone(request.model_copy(update={"query": query, "items": [item]}))
         tokens += answer.usage.prompt_tokens
-        wanted = {name: getattr(answer, name)[0] for name in scoring.result_names(request)}
+        wanted = {name: getattr(answer, name)[0] for name in columns.requested(request)}
         assert found[at] == wanted
     assert cost.prompt_tokens == tokens
 
