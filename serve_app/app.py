@@ -3,6 +3,7 @@
 # No postponed annotations here: Serve reads the parameter's class to parse ``key=value`` words and ``args:``.
 
 import re
+from collections.abc import Iterable
 from typing import Any, cast
 
 from ray import serve
@@ -14,8 +15,8 @@ from serve_app.frontend import ingress
 from serve_app.frontend.router import PrefixRouter
 from serve_app.scorer.autoscaling import PendingTokensPolicy
 from serve_app.scorer.deployment import MAX_ONGOING, Scorer
-from serve_app.settings import Settings
-from serve_app.tpu import CHIP_LABEL, RESOURCE
+from serve_app.settings import ModelSettings, ServiceSettings
+from serve_app.tpu import CHIP_LABEL, RESOURCE, Tpu
 
 HEALTH_PERIOD_S = 1.0
 """Serve learns that a process died when it asks for its health."""
@@ -35,17 +36,17 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
 """In a deployment's name, which becomes a part of paths."""
 
 
-def build(args: Settings) -> Application:
+def build(args: ServiceSettings) -> Application:
     """The whole service: ``args.ingress_replicas`` front ends over, for each model, ``scorer_replicas`` engines, or as
     many as the work needs.
 
     ``serve run serve_app.app:build model=demo``, or ``import_path`` and ``args`` in a Serve config file. Neither the
     process that builds nor the front ends load jax.
     """
-    scorers = [_scorer(each, named=bool(args.models)) for each in args.each_model]
+    scorers = [_scorer(each, named=len(args.models) > 1) for each in args.models]
     front = cast(Deployment, ingress.Ingress).options(  # pyright: ignore[reportUnknownMemberType]
         num_replicas=args.ingress_replicas,
-        ray_actor_options=_ingress_resources(args),
+        ray_actor_options={"num_cpus": args.ingress_cpus, **_off_chips(args.replicas_on_chips())},
         max_surge_percent=FRONT_SURGE_PERCENT,
         max_ongoing_requests=MAX_ONGOING,
         max_queued_requests=4 * MAX_ONGOING,
@@ -53,12 +54,12 @@ def build(args: Settings) -> Application:
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
-        graceful_shutdown_timeout_s=max(each.timeout_s for each in args.each_model),
+        graceful_shutdown_timeout_s=max(each.timeout_s for each in args.models),
     )
     return front.bind(args, *scorers)  # pyright: ignore[reportUnknownMemberType]
 
 
-def _scorer(model: Settings, *, named: bool) -> Application:
+def _scorer(model: ModelSettings, *, named: bool) -> Application:
     """The engines of one model; ``named``: by its name, since there are others."""
     deployment = serve.deployment(  # pyright: ignore[reportUnknownMemberType]
         name=f"Scorer-{_UNSAFE.sub('-', model.name)}" if named else "Scorer",
@@ -77,17 +78,17 @@ def _scorer(model: Settings, *, named: bool) -> Application:
     return deployment(Scorer).bind(model)
 
 
-def _scorer_count(args: Settings) -> dict[str, Any]:
-    bounds = args.autoscaling
+def _scorer_count(model: ModelSettings) -> dict[str, Any]:
+    bounds = model.autoscaling
     if bounds is None:
-        return {"num_replicas": args.scorer_replicas}
+        return {"num_replicas": model.scorer_replicas}
     policy = AutoscalingPolicy(
         policy_function=PendingTokensPolicy, policy_kwargs={"tokens_per_replica": bounds.tokens_per_replica}
     )
     return {
         "autoscaling_config": AutoscalingConfig(
             min_replicas=bounds.min_replicas,
-            initial_replicas=args.scorer_replicas,
+            initial_replicas=model.scorer_replicas,
             max_replicas=bounds.max_replicas,
             metrics_interval_s=LOAD_PERIOD_S,
             upscale_delay_s=bounds.upscale_delay_s,
@@ -97,29 +98,25 @@ def _scorer_count(args: Settings) -> dict[str, Any]:
     }
 
 
-def scorer_resources(args: Settings) -> dict[str, Any]:
+def scorer_resources(model: ModelSettings) -> dict[str, Any]:
     """With TPU chips Ray places the replica on a host that has them, and shows it no others (TPU_VISIBLE_CHIPS).
 
     A replica on a slice of several hosts computes nothing itself, and reserves the slice when it starts.
     """
-    if args.tpu is None:
-        return {"num_cpus": args.scorer_cpus}
-    if args.tpu.hosts > 1:
-        return {"num_cpus": args.scorer_cpus, **_off_chips(args)}
+    if model.tpu is None:
+        return {"num_cpus": model.scorer_cpus}
+    if model.tpu.hosts > 1:
+        return {"num_cpus": model.scorer_cpus, **_off_chips([model.tpu])}
     return {
-        "num_cpus": args.scorer_cpus,
-        "resources": {RESOURCE: args.tpu.chips},
-        "label_selector": args.tpu.labels,
+        "num_cpus": model.scorer_cpus,
+        "resources": {RESOURCE: model.tpu.chips},
+        "label_selector": model.tpu.labels,
     }
 
 
-def _ingress_resources(args: Settings) -> dict[str, Any]:
-    return {"num_cpus": args.ingress_cpus, **_off_chips(args)}
-
-
-def _off_chips(args: Settings) -> dict[str, Any]:
+def _off_chips(tpus: Iterable[Tpu]) -> dict[str, Any]:
     """On a host without chips if there is one: what computes nothing must not use up the processors of a TPU host."""
-    chips = sorted({tpu.labels[CHIP_LABEL] for tpu in args.replicas_on_chips()})
+    chips = sorted({tpu.labels[CHIP_LABEL] for tpu in tpus})
     if not chips:
         return {}
     return {

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from serve_app.templates import TEMPLATES, RerankTemplate
 from serve_app.tpu import Tpu
@@ -121,6 +121,16 @@ class ModelSettings(_Frozen):
             raise ValueError(f"there is no template {template!r}; the names are {', '.join(TEMPLATES)}")
         return template
 
+    @model_validator(mode="after")
+    def _starts_within_bounds(self) -> Self:
+        bounds = self.autoscaling
+        if bounds and not bounds.min_replicas <= self.scorer_replicas <= bounds.max_replicas:
+            raise ValueError(
+                f"scorer_replicas is {self.scorer_replicas}; at the start there can be "
+                f"autoscaling.min_replicas ({bounds.min_replicas}) to max_replicas ({bounds.max_replicas})"
+            )
+        return self
+
     def live(self, changes: Mapping[str, Any]) -> Self:
         """These settings with ``changes``, as a running replica can take them.
 
@@ -187,18 +197,49 @@ def check_names(models: Iterable[ModelSettings]) -> None:
             taken[name] = each.model
 
 
-class Settings(ModelSettings):
-    """Everything that a deployment of the service can be told: of one model, or of several in ``models``."""
+class ServiceSettings(_Frozen):
+    """The whole service: its models, and the front ends that all of them share.
 
-    models: tuple[ModelSettings, ...] = ()
-    """Several, of which requests name one; the first is ``default``, too. What is set for one holds for it alone, what
-    is set outside for all."""
+    A configuration may leave out ``models`` and give the settings of its one model here. With ``models``, what is given
+    here holds for each model that does not set it itself.
+    """
+
+    models: tuple[ModelSettings, ...] = (ModelSettings(),)
+    """Complete settings of each model. Requests name one of them; the first is also ``default``."""
     ingress_replicas: Annotated[int, Field(ge=1)] = 1
     ingress_cpus: Annotated[float, Field(ge=0)] = 0.5
     api_keys_file: str | None = None
     """One key a line; read again when it changes. None: only the environment's keys, if there are any (``auth.py``)."""
     cors_origins: tuple[str, ...] = ()
     """Whose pages may ask the service from a browser, such as ``https://example.org``; ``*``: those of all."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_models(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or not given.keys() - cls.model_fields.keys():
+            return given
+        service = {name: value for name, value in given.items() if name in cls.model_fields}
+        common = {name: value for name, value in given.items() if name not in cls.model_fields}
+        if "models" not in service:
+            return {**service, "models": [common]}
+        if own := common.keys() & _OF_ONE:
+            raise ValueError(f"{', '.join(sorted(own))}: with models, set it for each of them")
+        try:
+            return {**service, "models": [_completed(each, common) for each in service["models"]]}
+        except TypeError:
+            raise ValueError("models is a list, and each model and its limits are settings by name") from None
+
+    @field_validator("models")
+    @classmethod
+    def _go_together(cls, models: tuple[ModelSettings, ...]) -> tuple[ModelSettings, ...]:
+        if not models:
+            raise ValueError("there is no model; name one, or leave out models for the demo")
+        if len({each.limits.max_body_bytes for each in models}) > 1:
+            raise ValueError(
+                "limits.max_body_bytes: a body is read before its model is known; set it outside of models"
+            )
+        check_names(models)
+        return models
 
     @field_validator("cors_origins")
     @classmethod
@@ -208,49 +249,16 @@ class Settings(ModelSettings):
                 raise ValueError(f"{origin!r} is no origin; write scheme://host or scheme://host:port, or * for all")
         return origins
 
-    @model_validator(mode="after")
-    def _can_be_honoured(self) -> Settings:
-        if self.models:
-            self._check_models()
-            return self
-        bounds = self.autoscaling
-        if bounds and not bounds.min_replicas <= self.scorer_replicas <= bounds.max_replicas:
-            raise ValueError(
-                f"scorer_replicas is {self.scorer_replicas}; at the start there can be "
-                f"autoscaling.min_replicas ({bounds.min_replicas}) to max_replicas ({bounds.max_replicas})"
-            )
-        return self
-
-    def _check_models(self) -> None:
-        if own := self.model_fields_set & _OF_ONE:
-            raise ValueError(f"{', '.join(sorted(own))}: with models, set it for each of them")
-        if any("max_body_bytes" in each.limits.model_fields_set for each in self.models):
-            raise ValueError(
-                "limits.max_body_bytes: a body is read before its model is known; set it outside of models"
-            )
-        check_names(self.models)
-        try:
-            self.each_model  # noqa: B018 - checks what each has together with what all have
-        except ValidationError as error:
-            raise ValueError("; ".join(found["msg"] for found in error.errors())) from None
-
     def replicas_on_chips(self, *, most: bool = False) -> dict[Tpu, int]:
         """How many replicas of all models want the same kind of chips: at the start, or at most."""
         wanted: dict[Tpu, int] = {}
-        for each in self.each_model:
+        for each in self.models:
             if each.tpu:
                 replicas = each.most_replicas if most else each.scorer_replicas
                 wanted[each.tpu] = wanted.get(each.tpu, 0) + replicas
         return wanted
 
-    @property
-    def each_model(self) -> tuple[Settings, ...]:
-        """For each model the settings of a service that has no other."""
-        if not self.models:
-            return (self,)
-        common = self.model_dump(exclude={"models"}, exclude_unset=True)
-        limits = common.pop("limits", {})
-        own = [each.model_dump(exclude_unset=True) for each in self.models]
-        return tuple(
-            Settings.model_validate({**common, **each, "limits": limits | each.get("limits", {})}) for each in own
-        )
+
+def _completed(model: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a model, completed with the common ones; each limit counts as a setting."""
+    return {**common, **model, "limits": {**common.get("limits", {}), **model.get("limits", {})}}

@@ -17,7 +17,7 @@ from serve_app.cli.client import REFUSED, TRY_AGAIN, checked_url, complain
 from serve_app.errors import DeadlineExceededError, InvalidRequestError, OverloadedError, ScoringError
 from serve_app.frontend import auth
 from serve_app.schemas import ScoreRequest, invalid
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings
 
 if TYPE_CHECKING:
     from serve_app.jobs.batch_job import Summary
@@ -186,7 +186,7 @@ def dataset(
     try:
         if model is not None:
             resolve(model, say=lambda line: Console(stderr=True).print(line))  # once, before the workers ask for it
-            settings = Settings(
+            settings = ModelSettings(
                 model=model, dtype=dtype.value, quantization="int8" if int8 else None, engine=engine.value
             )
             target: targets.Target = targets.Engines(settings)

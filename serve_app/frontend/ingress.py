@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +27,7 @@ from serve_app.frontend.routes import create_app
 from serve_app.frontend.service import ModelService
 from serve_app.metrics import REPORT_S, FrontMetrics
 from serve_app.schemas import InfoResponse, ScoreRequest, ScoreResponse
-from serve_app.settings import DEFAULT_NAME, Settings, check_names
+from serve_app.settings import DEFAULT_NAME, ModelSettings, ServiceSettings, check_names
 from serve_app.tasks.score import SCORE
 from serve_app.tasks.template_choice import choose
 from serve_app.tasks.tokenizer import TextTokenizer
@@ -48,8 +48,8 @@ class Ingress:
         ApiKeyError: at start-up: the file of API keys is unusable.
     """
 
-    async def __init__(self, settings: Settings, *scorers: DeploymentHandle[Any]) -> None:
-        self._settings = settings.each_model
+    async def __init__(self, settings: ServiceSettings, *scorers: DeploymentHandle[Any]) -> None:
+        self._settings = settings.models
         self._cors_origins = settings.cors_origins
         self._keys = auth.ApiKeys(settings.api_keys_file)
         if not self._keys:
@@ -59,7 +59,7 @@ class Ingress:
         ]
         # While the scorers warm up.
         local, infos = await asyncio.gather(
-            asyncio.to_thread(load_tokenizers, settings), asyncio.gather(*map(_info, scorers))
+            asyncio.to_thread(load_tokenizers, settings.models), asyncio.gather(*map(_info, scorers))
         )
         self._metrics = FrontMetrics()
         self._models = Models(
@@ -73,9 +73,7 @@ class Ingress:
                     partial(self._metrics.answered, model.name),
                     folder,
                 )
-                for model, (folder, tokenizer), info, scorer in zip(
-                    settings.each_model, local, infos, scorers, strict=True
-                )
+                for model, (folder, tokenizer), info, scorer in zip(settings.models, local, infos, scorers, strict=True)
             )
         )
         self._reporting = asyncio.create_task(self._report())
@@ -120,12 +118,12 @@ class Ingress:
             await asyncio.sleep(REPORT_S)
 
 
-def load_tokenizers(settings: Settings) -> list[tuple[Path, TextTokenizer]]:
+def load_tokenizers(models: Iterable[ModelSettings]) -> list[tuple[Path, TextTokenizer]]:
     """The folder and tokenizer of each model, one after the other: transformers cannot be imported by two threads."""
     from serve_app import model_source
 
     loaded: list[tuple[Path, TextTokenizer]] = []
-    for each in settings.each_model:
+    for each in models:
         folder = model_source.resolve(each.model, each.revision, say=logger.info)
         loaded.append((folder, TextTokenizer.load(folder)))
         choice = choose(each, folder)
