@@ -19,29 +19,28 @@ from serve_app.settings import ModelSettings, ServiceSettings
 from serve_app.tpu import CHIP_LABEL, RESOURCE, Tpu
 
 HEALTH_PERIOD_S = 1.0
-"""Serve learns that a process died when it asks for its health."""
+"""Seconds between two health checks, by which Serve notices that a process died."""
 HEALTH_TIMEOUT_S = 30.0
 LOAD_PERIOD_S = 2.0
-"""Replicas and front ends tell Serve's autoscaling of their work. Ray 2.60 names variables of the environment for it,
-too, which it never reads."""
+"""Seconds between two reports of load to Serve's autoscaling. Ray 2.60 documents environment variables for this, and
+never reads them."""
 DRAIN_POLL_S = 0.5
 DRAIN_S = 60.0
-"""A scorer that is replaced has this long to answer what it has accepted; the rest goes to others. A front end has as
-long as a request may take, since no other can answer its requests."""
+"""Seconds for a scorer that is being replaced to answer the jobs that it has accepted; the rest go to other scorers.
+A front end has as long as a request may take, since no other front end can answer its requests."""
 
 FRONT_SURGE_PERCENT = 1
-"""One front end more while a new version comes: they are small, and one that cannot start must not cost the old one."""
+"""One more front end during an update: front ends are small, and if a new one cannot start, the old one stays."""
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
-"""In a deployment's name, which becomes a part of paths."""
+"""Characters that a deployment's name must not have, since it becomes part of paths."""
 
 
 def build(args: ServiceSettings) -> Application:
-    """The whole service: ``args.ingress_replicas`` front ends over, for each model, ``scorer_replicas`` engines, or as
-    many as the work needs.
+    """Build the whole service: the front ends and, for each model, its scorers.
 
-    ``serve run serve_app.app:build model=demo``, or ``import_path`` and ``args`` in a Serve config file. Neither the
-    process that builds nor the front ends load jax.
+    Serve calls it for ``serve run serve_app.app:build model=demo``, or for ``import_path`` and ``args`` in a config
+    file. Neither the process that builds nor the front ends load jax.
     """
     scorers = [_scorer(each, named=len(args.models) > 1) for each in args.models]
     front = cast(Deployment, ingress.Ingress).options(  # pyright: ignore[reportUnknownMemberType]
@@ -60,7 +59,7 @@ def build(args: ServiceSettings) -> Application:
 
 
 def _scorer(model: ModelSettings, *, named: bool) -> Application:
-    """The engines of one model; ``named``: by its name, since there are others."""
+    """The deployment of one model's scorers; ``named`` adds the model's name, where there are several models."""
     deployment = serve.deployment(  # pyright: ignore[reportUnknownMemberType]
         name=f"Scorer-{_UNSAFE.sub('-', model.name)}" if named else "Scorer",
         **_scorer_count(model),
@@ -99,9 +98,10 @@ def _scorer_count(model: ModelSettings) -> dict[str, Any]:
 
 
 def scorer_resources(model: ModelSettings) -> dict[str, Any]:
-    """With TPU chips Ray places the replica on a host that has them, and shows it no others (TPU_VISIBLE_CHIPS).
+    """The resources that Ray reserves for one scorer.
 
-    A replica on a slice of several hosts computes nothing itself, and reserves the slice when it starts.
+    Ray places a scorer with TPU chips on a host that has them, and hides all others from it (TPU_VISIBLE_CHIPS). A
+    scorer on a slice of several hosts computes nothing in its own process, and reserves the slice when it starts.
     """
     if model.tpu is None:
         return {"num_cpus": model.scorer_cpus}
@@ -115,7 +115,7 @@ def scorer_resources(model: ModelSettings) -> dict[str, Any]:
 
 
 def _off_chips(tpus: Iterable[Tpu]) -> dict[str, Any]:
-    """On a host without chips if there is one: what computes nothing must not use up the processors of a TPU host."""
+    """Options that prefer a host without chips: a process that computes nothing should leave TPU hosts free."""
     chips = sorted({tpu.labels[CHIP_LABEL] for tpu in tpus})
     if not chips:
         return {}

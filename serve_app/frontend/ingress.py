@@ -1,4 +1,4 @@
-"""The front end as a Serve deployment: the HTTP routes, and the same over handles for Ray jobs.
+"""The front end as a Serve deployment: the HTTP routes, and the same calls over handles for Ray jobs.
 
 Neither this module nor anything that it imports loads jax or the model package.
 """
@@ -41,11 +41,11 @@ class Ingress:
     """The Serve deployment: the HTTP routes, and the same over handles for Ray jobs.
 
     Args:
-        settings: of the whole service.
-        scorers: for each model the handle of the deployment that holds its engines; its ``info()`` is waited for.
+        settings: the whole service's.
+        scorers: for each model the handle of its scorers; the constructor waits for their ``info()``.
 
     Raises:
-        ApiKeyError: at start-up: the file of API keys is unusable.
+        ApiKeyError: at start-up, if the API keys are unusable.
     """
 
     async def __init__(self, settings: ServiceSettings, *scorers: DeploymentHandle[Any]) -> None:
@@ -53,11 +53,11 @@ class Ingress:
         self._cors_origins = settings.cors_origins
         self._keys = auth.ApiKeys(settings.api_keys_file)
         if not self._keys:
-            logger.warning("there is no API key: everyone who reaches this service may use it")
+            logger.warning("no API key is set: everyone who can reach this service may use it")
         self._watching = [
             asyncio.create_task(watch_chips(tpu, replicas)) for tpu, replicas in settings.replicas_on_chips().items()
         ]
-        # While the scorers warm up.
+        # The scorers warm up meanwhile.
         local, infos = await asyncio.gather(
             asyncio.to_thread(load_tokenizers, settings.models), asyncio.gather(*map(_info, scorers))
         )
@@ -82,20 +82,20 @@ class Ingress:
         return create_app(lambda: self._models, keys=self._keys, cors_origins=self._cors_origins, echo_request_id=False)
 
     async def score(self, request: ScoreRequest) -> ScoreResponse:
-        """As ``POST /v1/score``, for callers inside the Ray cluster. The answer comes whole, whatever ``stream`` says.
+        """Score like ``POST /v1/score``, for callers inside the Ray cluster. ``stream`` is ignored.
 
         Raises:
-            ScoringError: as ``ModelService.answer``.
+            ScoringError: see ``ModelService.answer``.
         """
         timing.begin()
         return await self._models.of(request.model).answer(SCORE, request, request_id=uuid.uuid4().hex)
 
     async def info(self, model: str = DEFAULT_NAME) -> InfoResponse:
-        """As ``GET /v1/info``, for callers inside the Ray cluster."""
+        """Answer like ``GET /v1/info``, for callers inside the Ray cluster."""
         return self._models.info(model)
 
     async def reconfigure(self, user_config: Mapping[str, Mapping[str, Any]] | None, rank: object) -> None:  # noqa: ARG002
-        """As ``Scorer.reconfigure``, by the model's served name."""
+        """Change settings like ``Scorer.reconfigure``; ``user_config`` has the changes for each served name."""
         changes = user_config or {}
         names = [each.name for each in self._settings]
         try:
@@ -119,7 +119,7 @@ class Ingress:
 
 
 def load_tokenizers(models: Iterable[ModelSettings]) -> list[tuple[Path, TextTokenizer]]:
-    """The folder and tokenizer of each model, one after the other: transformers cannot be imported by two threads."""
+    """Load each model's folder and tokenizer, one after the other: two threads cannot import transformers at once."""
     from serve_app import model_source
 
     loaded: list[tuple[Path, TextTokenizer]] = []
@@ -134,5 +134,5 @@ def load_tokenizers(models: Iterable[ModelSettings]) -> list[tuple[Path, TextTok
 
 
 async def _info(scorer: DeploymentHandle[Any]) -> ModelInfo:
-    """Facts of the loaded model; they come when the first replica is warm."""
+    """Facts about the loaded model. They come when the first replica is warm."""
     return await cast(Any, scorer).info.remote()

@@ -152,16 +152,16 @@ def test_each_model_has_a_scorer_deployment_of_its_own():
     ("arguments", "said"),
     [
         ({"models": [{"modle": "demo"}]}, "modle"),
-        ({"model": "demo", "models": TWO}, "model: with models, set it for each"),
-        ({"served_name": "a", "aliases": ["b"], "models": TWO}, "aliases, served_name: with models"),
-        ({"models": [{"model": "a/x"}, {"model": "b/x"}]}, "'a/x' and 'b/x' are both named 'x'; give one another"),
+        ({"model": "demo", "models": TWO}, "model: models cannot share it; set it in each"),
+        ({"served_name": "a", "aliases": ["b"], "models": TWO}, "aliases, served_name: models cannot share it"),
+        ({"models": [{"model": "a/x"}, {"model": "b/x"}]}, "'a/x' and 'b/x' are both named 'x'; give one"),
         ({"models": [{"model": "a"}, {"model": "b", "aliases": ["a"]}]}, "both named 'a'"),
-        ({"models": [{"model": "a"}, {"model": "default"}]}, "'default' is named 'default', as the first model"),
+        ({"models": [{"model": "a"}, {"model": "default"}]}, "'default', a name of the first model; put it first"),
         ({"models": [{"model": "a", "limits": {"max_body_bytes": 2048}}, {"model": "b"}]}, "set it outside of models"),
-        ({"models": []}, "there is no model"),
-        ({"models": "demo", "engine": "fake"}, "models is a list"),
-        ({"models": ["demo"], "engine": "fake"}, "each model and its limits are settings by name"),
-        ({"models": [{"model": "a", "limits": 5}], "engine": "fake"}, "its limits are settings by name"),
+        ({"models": []}, "models is empty; add a model"),
+        ({"models": "demo", "engine": "fake"}, "models must be a list"),
+        ({"models": ["demo"], "engine": "fake"}, "models must be a list of mappings"),
+        ({"models": [{"model": "a", "limits": 5}], "engine": "fake"}, "and limits a mapping, from name to value"),
         (
             {"autoscaling": {"max_replicas": 2}, "models": [{"model": "a"}, {"model": "b", "scorer_replicas": 3}]},
             r"scorer_replicas is 3; .* max_replicas \(2\)",
@@ -204,7 +204,7 @@ def test_what_a_running_replica_can_take_keeps_all_else():
 
 @pytest.mark.parametrize("fixed", ["model", "dtype", "scorer_replicas", "ingress_replicas", "modle"])
 def test_what_a_running_replica_cannot_take_is_named_with_what_it_can(fixed: str):
-    with pytest.raises(ValueError, match=rf"^{fixed}: not to be changed in a running replica, as aliases, limits,"):
+    with pytest.raises(ValueError, match=rf"^{fixed}: cannot change in a running replica, only aliases, limits,"):
         ModelSettings().live({fixed: 1, "timeout_s": 3})
     with pytest.raises(ValueError, match=r"limits\.max_body_bytes: a body is read"):
         ModelSettings().live({"limits": {"max_body_bytes": 5_000}})

@@ -153,7 +153,7 @@ async def test_a_classifier_with_a_dead_head_is_refused(classes: int, tmp_path: 
         (lambda batch, _: np.full(len(batch.targets), -np.inf), "not finite"),
         (lambda batch, result: np.where(batch.targets, result.values, np.inf), "not finite"),
         (lambda batch, result: np.full(len(batch.targets), result.values[0]), "4 labels have equal scores"),
-        (lambda batch, result: result.values / batch.num_sequences, "in a batch: this is a fault of ours"),
+        (lambda batch, result: result.values / batch.num_sequences, "in a batch: this is a bug of score-serve"),
     ],
     ids=["all NaN made 0", "labels alone", "nothing likely", "beyond all", "labels alike", "other in a batch"],
 )
@@ -164,7 +164,7 @@ async def test_a_dead_output_is_refused(answer: Answer, said: str, tokenizer: Te
 async def test_the_demo_is_known_by_its_answer(tokenizer: TextTokenizer) -> None:
     scorer = FakeEngine(49_152, CONTEXT)
     service = ModelService(ModelSettings(model="demo", engine="jax"), tokenizer, scorer.info, DirectReplicas(scorer))
-    with pytest.raises(SelfTestError, match=r"a known prompt scored .*; right is \[0.7725, 0.0125\]"):
+    with pytest.raises(SelfTestError, match=r"a known prompt scored .*, not \[0.7725, 0.0125\]; its weights"):
         await SelfTest(service).passed()
     service.close()
 

@@ -340,7 +340,7 @@ async def test_what_can_change_while_it_runs_does_and_all_else_is_refused(caplog
         await replica.reconfigure({"stall_s": 8, "limits": {"max_queued_tokens": 99}}, rank=0)
         assert now() == (8, 8, 512, 99)
         for wrong, named in (
-            ({"stall_s": 9, "dtype": "bfloat16"}, "dtype: not to be changed"),
+            ({"stall_s": 9, "dtype": "bfloat16"}, "dtype: cannot change"),
             ({"stall_s": 9, "max_batch_tokens": 1}, "max_batch_tokens"),
             ({"stall_s": 9, "limits": {"max_prompt_tokens": 5}}, "limits.max_prompt_tokens"),
         ):
