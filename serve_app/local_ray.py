@@ -31,7 +31,7 @@ PROCESSES = {
 """Environment of all of Ray's processes; docs/measurements.md shows the effect of each variable. Variables that are
 already set keep their values."""
 
-CALLS = {
+GRPC_ENV = {
     # With actor calls a small request takes a third longer.
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     # Ray's default is 4 MiB, and a job of some thousand long prompts is larger.
@@ -53,7 +53,7 @@ def free_port() -> int:
 
 def set_environment(*, fast_front: bool = False) -> None:
     """Set the environment for Ray on this host alone. Call it before Ray Serve is imported, which reads some of it."""
-    for name, value in (PROCESSES | CALLS | (FAST_FRONT if fast_front else {})).items():
+    for name, value in (PROCESSES | GRPC_ENV | (FAST_FRONT if fast_front else {})).items():
         os.environ.setdefault(name, value)
 
 

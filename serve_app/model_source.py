@@ -96,16 +96,16 @@ def _checked(folder: Path) -> Path:
     if (folder / ADAPTER).is_file():
         beside = "beside the model's weights" if (folder / "config.json").is_file() else "and no model of its own"
         raise ModelSourceError(
-            f"{folder} has a LoRA adapter ({ADAPTER}) {beside}: transformers would add it to the weights, and "
-            "adapters are not read here. Merge it (peft's merge_and_unload, then save_pretrained) and name the merged "
-            "model; or, to score with the plain model, move the adapter's files elsewhere"
+            f"{folder} has a LoRA adapter ({ADAPTER}) {beside}: transformers would add it to the weights, but "
+            "adapters are not supported here. Merge it (peft's merge_and_unload, then save_pretrained) and name the "
+            "merged model; or, to score with the plain model, move the adapter's files elsewhere"
         )
     if not (folder / "config.json").is_file():
         raise ModelSourceError(
             f"{folder} has no config.json: it is not a model in Hugging Face layout; for a .gguf file, name the file"
         )
     if not any(folder.glob("*.safetensors")):
-        found = "PyTorch .bin weights only, which are not read" if any(folder.glob("*.bin")) else "no weights"
+        found = "only PyTorch .bin weights, which are not supported" if any(folder.glob("*.bin")) else "no weights"
         raise ModelSourceError(
             f"{folder} has {found}; save the model as safetensors: "
             f"transformers' model.save_pretrained(FOLDER) writes them"
@@ -120,7 +120,7 @@ def _refuse_pointers(folder: Path, names: Iterable[str]) -> None:
     found = sorted(path.name for name in names for path in folder.glob(name) if _is_pointer(path))
     if found:
         raise ModelSourceError(
-            f"{', '.join(found)} in {folder}: not the file itself but git-lfs's pointer to it; install git-lfs and run "
+            f"{', '.join(found)} in {folder}: this is git-lfs's pointer, not the file itself; install git-lfs and run "
             f"'git lfs pull' in that folder, or fetch the model with 'hf download'"
         )
 

@@ -20,7 +20,7 @@ _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s*]+")
 DEFAULT_NAME = "default"
 """The name that the first model always has, besides its own."""
 
-LIVE = {"aliases", "limits", "max_batch_tokens", "stall_s", "timeout_s"}
+RECONFIGURABLE = {"aliases", "limits", "max_batch_tokens", "stall_s", "timeout_s"}
 """Settings that a running replica can change, by ``user_config``."""
 _FIXED_LIMITS = {
     "max_prompt_tokens": "programs are compiled for it",
@@ -144,10 +144,10 @@ class ModelSettings(_Frozen):
             ValueError: a change needs a new replica, or its value is invalid.
         """
         limits = changes.get("limits") or {}
-        if fixed := sorted(changes.keys() - LIVE):
+        if fixed := sorted(changes.keys() - RECONFIGURABLE):
             raise ValueError(
-                f"{', '.join(fixed)}: cannot change in a running replica, only {', '.join(sorted(LIVE))} can; "
-                "set it in args, which starts new replicas"
+                f"{', '.join(fixed)}: cannot change in a running replica, only {', '.join(sorted(RECONFIGURABLE))} "
+                "can; set it in args, which starts new replicas"
             )
         for name, why in _FIXED_LIMITS.items():
             if name in limits:
@@ -173,7 +173,7 @@ class ModelSettings(_Frozen):
 
     @property
     def most_replicas(self) -> int:
-        """The largest number of scorers, a surge aside."""
+        """The largest number of scorers, except during an update."""
         return self.autoscaling.max_replicas if self.autoscaling else self.scorer_replicas
 
     @property

@@ -22,7 +22,15 @@ logger = logging.getLogger("ray.serve")
 VARIABLE = "SCORE_SERVE_API_KEY"
 """Environment variable: for the service its keys, comma-separated; for a client its own key."""
 
-OPEN = ("/", "/docs", "/docs/swagger-ui.css", "/docs/swagger-ui-bundle.js", "/openapi.json", "/health", "/ready")
+PUBLIC_ROUTES = (
+    "/",
+    "/docs",
+    "/docs/swagger-ui.css",
+    "/docs/swagger-ui-bundle.js",
+    "/openapi.json",
+    "/health",
+    "/ready",
+)
 """Routes that need no key: probes have none, and the other routes show nothing about the model or its requests."""
 
 _KEY = re.compile(r"[!-~]+")
@@ -102,14 +110,14 @@ class ApiKeys:
 
 
 class RequireKey:
-    """Middleware that asks for a key on all routes except ``OPEN``. Plain ASGI; the body is not read."""
+    """Middleware that asks for a key on all routes except ``PUBLIC_ROUTES``. Plain ASGI; the body is not read."""
 
     def __init__(self, app: ASGIApp, *, keys: ApiKeys) -> None:
         self._app = app
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN:
+        if scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")) not in PUBLIC_ROUTES:
             given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
             self._keys.check(given.decode("latin-1"))
         await self._app(scope, receive, send)
@@ -124,7 +132,7 @@ def document(app: FastAPI) -> None:
         parts = schema.setdefault("components", {})
         parts["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
         for path, operations in schema["paths"].items():
-            if path not in OPEN:
+            if path not in PUBLIC_ROUTES:
                 for operation in operations.values():
                     operation["security"] = [{"ApiKey": []}]
                     answers = operation["responses"]

@@ -53,7 +53,7 @@ def decoded(body: bytes, encoding: str, limit: int) -> bytes:
                 raise _too_large(limit, ", decoded,")
     except (zlib.error, zstd.ZstdError, EOFError) as error:
         raise InvalidRequestError(
-            f"the body is not valid {encoding}, its Content-Encoding: {error}; send it whole, encoded once"
+            f"the body is not valid {encoding} (its Content-Encoding): {error}; send it whole, encoded once"
         ) from None
     return bytes(whole)
 

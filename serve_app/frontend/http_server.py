@@ -19,7 +19,7 @@ from serve_app.errors import DeadlineExceededError
 FIRST_PROBE_S, LAST_PROBE_S = 0.05, 10.0
 """Seconds between two probes of a client that sends no more. They start at the first and double up to the last."""
 
-PROXYS_TIMEOUT = 408
+PROXY_TIMEOUT = 408
 """Status of Serve's proxy for a request that took too long. None of our routes uses it."""
 
 
@@ -118,7 +118,7 @@ class OwnTimeoutAnswer:
 
         async def answer(message: Message) -> None:
             nonlocal replaced
-            if message["type"] == "http.response.start" and message["status"] == PROXYS_TIMEOUT:
+            if message["type"] == "http.response.start" and message["status"] == PROXY_TIMEOUT:
                 replaced = True
                 error = DeadlineExceededError("the request timed out; send fewer items, or allow more time")
                 body = json.dumps(error.body_on(scope["path"])).encode()

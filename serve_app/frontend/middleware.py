@@ -73,7 +73,7 @@ class RequestContext:
             logger.exception("request %s: internal error", request_id)
             if started:
                 raise
-            fault = InternalError(f"the server failed on this request; its log names it by {request_id}")
+            fault = InternalError(f"the server failed on this request; look for {request_id} in its log")
             await _error_response(fault, scope["path"])(scope, receive, tracked)
 
 

@@ -110,7 +110,7 @@ class ModelService:
         """Use these settings for the requests that come from now on.
 
         Args:
-            settings: may differ from those of the start in the fields that ``settings.LIVE`` names.
+            settings: may differ from those of the start in the fields that ``settings.RECONFIGURABLE`` names.
         """
         model = ModelFacts.of(settings, self._tokenizer, self._info, self._folder)
         # The key is a name, since Serve pickles a deployment's class with copies of the objects that it refers to.

@@ -108,7 +108,7 @@ async def json_lines(events: AsyncGenerator[Sequence[BaseModel]], request_id: st
         if isinstance(error, ScoringError):
             fault = error
         else:
-            fault = InternalError(f"the server failed on this request; its log names it by {request_id}")
+            fault = InternalError(f"the server failed on this request; look for {request_id} in its log")
         if fault.status == InternalError.status:
             logger.error("request %s: %s", request_id, fault.message, exc_info=error)
         yield to_json(fault.body()) + b"\n"

@@ -123,7 +123,7 @@ class Scorer:
         return self._queue.stats()
 
     async def reconfigure(self, user_config: Mapping[str, Any] | None, rank: object) -> None:  # noqa: ARG002
-        """Change the settings that ``settings.LIVE`` names. Those not given return to their values at the start.
+        """Change settings that are in ``settings.RECONFIGURABLE``. Those not given return to their values at the start.
 
         Serve calls it with ``user_config``, or with None after that was removed, which it only does if there is a
         parameter ``rank``. A wrong value is logged and changes nothing: Serve would kill the replica if this raised.

@@ -276,7 +276,7 @@ class Dispatcher:
             self._failed += 1
             pending.answer.set_exception(
                 InternalError(
-                    f"the model failed on this request; the server's log has it under {pending.job.request_id}"
+                    f"the model failed on this request; look for {pending.job.request_id} in the server's log"
                 )
             )
 

@@ -41,12 +41,12 @@ def load_engine(settings: ModelSettings) -> Engine:
     else:
         engine = _load_model(settings)
     started = time.monotonic()
-    engine.warmup(told(logger.info))
+    engine.warmup(progress_log(logger.info))
     logger.info("the model's programs are ready after %.1f s", time.monotonic() - started)
     return engine
 
 
-def told(say: Callable[[str], None], now: Callable[[], float] = time.monotonic) -> Progress:
+def progress_log(say: Callable[[str], None], now: Callable[[], float] = time.monotonic) -> Progress:
     """Return a callback that reports the progress every ``TELL_S`` seconds, with an estimate of the time left."""
     started = last = now()
 
