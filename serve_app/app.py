@@ -3,6 +3,7 @@
 # No postponed annotations here: Serve reads the parameter's class to parse ``key=value`` words and ``args:``.
 
 import re
+from collections.abc import Iterable
 from typing import Any, cast
 
 from ray import serve
@@ -14,38 +15,37 @@ from serve_app.frontend import ingress
 from serve_app.frontend.router import PrefixRouter
 from serve_app.scorer.autoscaling import PendingTokensPolicy
 from serve_app.scorer.deployment import MAX_ONGOING, Scorer
-from serve_app.settings import Settings
-from serve_app.tpu import CHIP_LABEL, RESOURCE
+from serve_app.settings import ModelSettings, ServiceSettings
+from serve_app.tpu import CHIP_LABEL, RESOURCE, Tpu
 
 HEALTH_PERIOD_S = 1.0
-"""Serve learns that a process died when it asks for its health."""
+"""Seconds between two health checks, by which Serve notices that a process died."""
 HEALTH_TIMEOUT_S = 30.0
 LOAD_PERIOD_S = 2.0
-"""Replicas and front ends tell Serve's autoscaling of their work. Ray 2.60 names variables of the environment for it,
-too, which it never reads."""
+"""Seconds between two reports of load to Serve's autoscaling. Ray 2.60 documents environment variables for this, and
+never reads them."""
 DRAIN_POLL_S = 0.5
 DRAIN_S = 60.0
-"""A scorer that is replaced has this long to answer what it has accepted; the rest goes to others. A front end has as
-long as a request may take, since no other can answer its requests."""
+"""Seconds for a scorer that is being replaced to answer the jobs that it has accepted; the rest go to other scorers.
+A front end has as long as a request may take, since no other front end can answer its requests."""
 
 FRONT_SURGE_PERCENT = 1
-"""One front end more while a new version comes: they are small, and one that cannot start must not cost the old one."""
+"""One more front end during an update: front ends are small, and if a new one cannot start, the old one stays."""
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
-"""In a deployment's name, which becomes a part of paths."""
+"""Characters that a deployment's name must not have, since it becomes part of paths."""
 
 
-def build(args: Settings) -> Application:
-    """The whole service: ``args.ingress_replicas`` front ends over, for each model, ``scorer_replicas`` engines, or as
-    many as the work needs.
+def build(args: ServiceSettings) -> Application:
+    """Build the whole service: the front ends and, for each model, its scorers.
 
-    ``serve run serve_app.app:build model=demo``, or ``import_path`` and ``args`` in a Serve config file. Neither the
-    process that builds nor the front ends load jax.
+    Serve calls it for ``serve run serve_app.app:build model=demo``, or for ``import_path`` and ``args`` in a config
+    file. Neither the process that builds nor the front ends load jax.
     """
-    scorers = [_scorer(each, named=bool(args.models)) for each in args.each_model]
+    scorers = [_scorer(each, named=len(args.models) > 1) for each in args.models]
     front = cast(Deployment, ingress.Ingress).options(  # pyright: ignore[reportUnknownMemberType]
         num_replicas=args.ingress_replicas,
-        ray_actor_options=_ingress_resources(args),
+        ray_actor_options={"num_cpus": args.ingress_cpus, **_off_chips(args.replicas_on_chips())},
         max_surge_percent=FRONT_SURGE_PERCENT,
         max_ongoing_requests=MAX_ONGOING,
         max_queued_requests=4 * MAX_ONGOING,
@@ -53,13 +53,13 @@ def build(args: Settings) -> Application:
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
-        graceful_shutdown_timeout_s=max(each.timeout_s for each in args.each_model),
+        graceful_shutdown_timeout_s=max(each.timeout_s for each in args.models),
     )
     return front.bind(args, *scorers)  # pyright: ignore[reportUnknownMemberType]
 
 
-def _scorer(model: Settings, *, named: bool) -> Application:
-    """The engines of one model; ``named``: by its name, since there are others."""
+def _scorer(model: ModelSettings, *, named: bool) -> Application:
+    """The deployment of one model's scorers; ``named`` adds the model's name, where there are several models."""
     deployment = serve.deployment(  # pyright: ignore[reportUnknownMemberType]
         name=f"Scorer-{_UNSAFE.sub('-', model.name)}" if named else "Scorer",
         **_scorer_count(model),
@@ -77,17 +77,17 @@ def _scorer(model: Settings, *, named: bool) -> Application:
     return deployment(Scorer).bind(model)
 
 
-def _scorer_count(args: Settings) -> dict[str, Any]:
-    bounds = args.autoscaling
+def _scorer_count(model: ModelSettings) -> dict[str, Any]:
+    bounds = model.autoscaling
     if bounds is None:
-        return {"num_replicas": args.scorer_replicas}
+        return {"num_replicas": model.scorer_replicas}
     policy = AutoscalingPolicy(
         policy_function=PendingTokensPolicy, policy_kwargs={"tokens_per_replica": bounds.tokens_per_replica}
     )
     return {
         "autoscaling_config": AutoscalingConfig(
             min_replicas=bounds.min_replicas,
-            initial_replicas=args.scorer_replicas,
+            initial_replicas=model.scorer_replicas,
             max_replicas=bounds.max_replicas,
             metrics_interval_s=LOAD_PERIOD_S,
             upscale_delay_s=bounds.upscale_delay_s,
@@ -97,29 +97,26 @@ def _scorer_count(args: Settings) -> dict[str, Any]:
     }
 
 
-def scorer_resources(args: Settings) -> dict[str, Any]:
-    """With TPU chips Ray places the replica on a host that has them, and shows it no others (TPU_VISIBLE_CHIPS).
+def scorer_resources(model: ModelSettings) -> dict[str, Any]:
+    """The resources that Ray reserves for one scorer.
 
-    A replica on a slice of several hosts computes nothing itself, and reserves the slice when it starts.
+    Ray places a scorer with TPU chips on a host that has them, and hides all others from it (TPU_VISIBLE_CHIPS). A
+    scorer on a slice of several hosts computes nothing in its own process, and reserves the slice when it starts.
     """
-    if args.tpu is None:
-        return {"num_cpus": args.scorer_cpus}
-    if args.tpu.hosts > 1:
-        return {"num_cpus": args.scorer_cpus, **_off_chips(args)}
+    if model.tpu is None:
+        return {"num_cpus": model.scorer_cpus}
+    if model.tpu.hosts > 1:
+        return {"num_cpus": model.scorer_cpus, **_off_chips([model.tpu])}
     return {
-        "num_cpus": args.scorer_cpus,
-        "resources": {RESOURCE: args.tpu.chips},
-        "label_selector": args.tpu.labels,
+        "num_cpus": model.scorer_cpus,
+        "resources": {RESOURCE: model.tpu.chips},
+        "label_selector": model.tpu.labels,
     }
 
 
-def _ingress_resources(args: Settings) -> dict[str, Any]:
-    return {"num_cpus": args.ingress_cpus, **_off_chips(args)}
-
-
-def _off_chips(args: Settings) -> dict[str, Any]:
-    """On a host without chips if there is one: what computes nothing must not use up the processors of a TPU host."""
-    chips = sorted({tpu.labels[CHIP_LABEL] for tpu in args.replicas_on_chips()})
+def _off_chips(tpus: Iterable[Tpu]) -> dict[str, Any]:
+    """Options that prefer a host without chips: a process that computes nothing should leave TPU hosts free."""
+    chips = sorted({tpu.labels[CHIP_LABEL] for tpu in tpus})
     if not chips:
         return {}
     return {

@@ -1,7 +1,7 @@
-"""What clients of other services send: fields and routes that are not this service's, and what is said of them.
+"""Fields and routes of other services that clients may send, and how this service answers them.
 
-A field of another service is taken where its value asks for nothing, as null does, and refused by name where it asks
-for what cannot be done. Fields that can be honoured are in the schemas.
+A field of another service is accepted if its value asks for nothing, as null does. If it asks for something that this
+service cannot do, it is refused by name. Fields that have an effect are in the schemas.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Foreign:
     """A field of other services.
 
     Attributes:
-        advice: for who sends a value that asks for something.
+        advice: what to do instead, for a client that sends a value that asks for something.
         neutral: values that ask for nothing besides null; None: every value, since the field has no effect on scores.
     """
 
@@ -25,7 +25,7 @@ class Foreign:
     neutral: tuple[Any, ...] | None = ()
 
     def allows(self, value: Any) -> bool:
-        """Whether a value asks for nothing. As in JSON, true is not 1."""
+        """Whether ``value`` asks for nothing. As in JSON, true is not 1."""
         if value is None or self.neutral is None:
             return True
         return any(value == own and isinstance(value, bool) == isinstance(own, bool) for own in self.neutral)
@@ -33,8 +33,8 @@ class Foreign:
 
 _NO_EFFECT = Foreign("it has no effect", None)
 _NOT_SAMPLED = Foreign("the one token is the top-1 token, never sampled", None)
-_ONE = "at most one token comes after a prompt"
-_LIKELIEST = "the one token is the top-1 token by the model's own logprobs"
+_ONE = "at most one token follows a prompt"
+_TOP_1 = "the one token is the top-1 token by the model's own logprobs"
 _LABELS = "to score given answers, send them to /v1/score as labels"
 _PAIRS = "this is the label-scoring API (query, items, labels); to score pairs of texts use /v1/rerank"
 
@@ -59,9 +59,9 @@ SCORE: Mapping[str, Foreign] = {
 
 COMPLETIONS: Mapping[str, Foreign] = {
     **EVERYWHERE,
-    "n": Foreign(_LIKELIEST, (1,)),
-    "best_of": Foreign(_LIKELIEST, (1,)),
-    "use_beam_search": Foreign(_LIKELIEST, (False,)),
+    "n": Foreign(_TOP_1, (1,)),
+    "best_of": Foreign(_TOP_1, (1,)),
+    "use_beam_search": Foreign(_TOP_1, (False,)),
     "stream": Foreign("the answer comes whole", (False,)),
     "stream_options": Foreign("the answer comes whole"),
     "stop": Foreign(_ONE, ([], "")),
@@ -73,20 +73,20 @@ COMPLETIONS: Mapping[str, Foreign] = {
     "top_p": _NOT_SAMPLED,
     "top_k": _NOT_SAMPLED,
     "min_p": _NOT_SAMPLED,
-    "frequency_penalty": Foreign(_LIKELIEST, (0,)),
-    "presence_penalty": Foreign(_LIKELIEST, (0,)),
-    "repetition_penalty": Foreign(_LIKELIEST, (1,)),
+    "frequency_penalty": Foreign(_TOP_1, (0,)),
+    "presence_penalty": Foreign(_TOP_1, (0,)),
+    "repetition_penalty": Foreign(_TOP_1, (1,)),
     "length_penalty": Foreign(_ONE, (1,)),
     "logit_bias": Foreign(_LABELS, ({},)),
     "allowed_token_ids": Foreign(_LABELS),
     "guided_choice": Foreign(_LABELS),
     "structured_outputs": Foreign(_LABELS),
     "response_format": Foreign("the answer is text", ({"type": "text"},)),
-    "prompt_logprobs": Foreign("send echo: true and logprobs: 0 or 1, which tell those of the prompt"),
+    "prompt_logprobs": Foreign("send echo: true and logprobs: 0 or 1 for the prompt's logprobs"),
     "add_special_tokens": Foreign("to choose the prompt's tokens, send their ids", (True,)),
     "truncate_prompt_tokens": Foreign("a prompt that is too long is an error; shorten it"),
-    "return_tokens_as_token_ids": Foreign("POST /tokenize tells the ids", (False,)),
-    "return_token_ids": Foreign("POST /tokenize tells the ids", (False,)),
+    "return_tokens_as_token_ids": Foreign("POST /tokenize returns the ids", (False,)),
+    "return_token_ids": Foreign("POST /tokenize returns the ids", (False,)),
 }
 
 RERANK: Mapping[str, Foreign] = {
@@ -94,11 +94,11 @@ RERANK: Mapping[str, Foreign] = {
     "texts": Foreign("send documents or texts, not both"),
     "instruct": Foreign("send instruct or instruction, not both"),
     "instruction": Foreign("send instruct or instruction, not both"),
-    "rank_fields": Foreign("of a document that is an object, its text is read; put what matters there", (["text"],)),
+    "rank_fields": Foreign("only the field text of a document is read; put everything there", (["text"],)),
     "max_chunks_per_doc": Foreign(
         "one chunk of each document is read; max_tokens_per_doc sets how long it may be", (1,)
     ),
-    "truncation": Foreign("send truncate: false, and a document that is too long is an error", (True,)),
+    "truncation": Foreign("to get an error for a document that is too long, send truncate: false", (True,)),
     "truncation_direction": Foreign("a document that is too long loses its end", ("Right", "right")),
     "use_activation": Foreign("for scores that are not probabilities send raw_scores: true", (True,)),
     "activation": Foreign("for scores that are not probabilities send raw_scores: true", (True,)),
@@ -109,34 +109,34 @@ GENERATIVE: Mapping[str, Foreign] = {**EVERYWHERE, "truncate_prompt_tokens": For
 
 TOKENIZE: Mapping[str, Foreign] = {
     **EVERYWHERE,
-    "return_token_strs": Foreign("they always come", None),
-    "truncate_prompt_tokens": Foreign("all tokens come"),
+    "return_token_strs": Foreign("they are always returned", None),
+    "truncate_prompt_tokens": Foreign("all tokens are returned"),
     "messages": Foreign("no chat template is applied; send the text with its markup as prompt"),
 }
 
 DETOKENIZE: Mapping[str, Foreign] = {
     **EVERYWHERE,
-    "skip_special_tokens": Foreign("special tokens come as text", (False,)),
+    "skip_special_tokens": Foreign("special tokens are returned as text", (False,)),
 }
 
-_GENERATES = "this service scores and generates no text; the likelihood of answers is POST /v1/score, of texts POST "
+_GENERATES = "this service scores text and generates none; score answers with POST /v1/score, whole texts with POST "
 ROUTES: Mapping[str, str] = {
-    "/score": "labels are scored by POST /v1/score, pairs of texts by POST /v1/rerank",
+    "/score": "score labels with POST /v1/score, and pairs of texts with POST /v1/rerank",
     "/chat/completions": f"{_GENERATES}/v1/completions",
     "/completions/chat": f"{_GENERATES}/v1/completions",
     "/messages": f"{_GENERATES}/v1/completions",
     "/responses": f"{_GENERATES}/v1/completions",
-    "/embeddings": "this service makes no embeddings; texts are ranked by POST /v1/rerank",
-    "/embed": "this service makes no embeddings; texts are ranked by POST /v1/rerank",
+    "/embeddings": "this service makes no embeddings; rank texts with POST /v1/rerank",
+    "/embed": "this service makes no embeddings; rank texts with POST /v1/rerank",
 }
-"""Routes of other services, without ``/v1``, and where to go instead."""
+"""Routes of other services, without ``/v1``, and what to use instead."""
 
 
 def instead_of(path: str, routes: Mapping[str, Collection[str]]) -> str:
-    """What to ask in place of a route that does not exist.
+    """Say what to use in place of a route that does not exist.
 
     Args:
-        routes: those that exist, with their methods.
+        routes: the routes that exist, with their methods.
     """
     parts = [part for part in path.lower().split("/") if part]
     clean = "/" + "/".join(parts)

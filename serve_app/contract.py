@@ -1,7 +1,7 @@
-"""What crosses a Serve handle: numpy, builtins and frozen dataclasses only.
+"""Types that cross a Serve handle: numpy, builtins and frozen dataclasses only.
 
-Nothing here may import jax: unpickling one ``jax.Array`` would load jax in the ingress process. What an engine takes
-and answers is defined in ``model.contract``, the one module of the model package that the front end loads.
+Nothing here may import jax: unpickling one ``jax.Array`` would load jax in the ingress process. An engine's input and
+output types are in ``model.contract``, the only module of the model package that the front end loads.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from model.contract import common_prefix as common_prefix
 
 @dataclass(frozen=True, slots=True)
 class QueueStats:
-    """Counters since the start, but for the first three, which tell the present state.
+    """The state of a queue, and its counters since the start.
 
     Attributes:
-        queued_jobs: not yet answered, those on the device included.
-        queued_tokens: waiting for the device, shared prefixes counted once.
-        pending_tokens: the same, and all of the jobs that the device has begun and not finished.
-        batches: computed by the device.
-        sequences: computed by the device.
-        computed_tokens: computed by the device, shared prefixes counted once.
-        cached_tokens: the others of those sequences.
-        device_seconds: while the engine had at least one batch that did not fail.
+        queued_jobs: state: jobs that are not yet answered, including those on the device.
+        queued_tokens: state: tokens that wait for the device, shared prefixes counted once.
+        pending_tokens: state: the same, plus all tokens of the jobs that the device has begun and not finished.
+        batches: batches that the device computed.
+        sequences: sequences that the device computed.
+        computed_tokens: tokens that the device computed, shared prefixes counted once.
+        cached_tokens: the other tokens of those sequences.
+        device_seconds: seconds in which the engine had at least one batch that did not fail.
         refused: jobs turned away because the queue was full.
         cancelled: jobs whose caller left before the answer.
         expired: jobs dropped because their deadline passed before the device was free.
@@ -56,12 +56,12 @@ class QueueStats:
 
 @dataclass(frozen=True, slots=True)
 class Affinity:
-    """What ties a job to a replica: a prefix that was computed there for an earlier one.
+    """A job's preference for the replica that has its prefix in the cache.
 
     Attributes:
-        key: of the prefix, 16 bytes that tell its tokens from others.
+        key: 16 bytes that identify the prefix's tokens.
         part: the job's number in a split request; the parts go to different replicas.
-        worth: how many more jobs than at another replica it may meet there.
+        worth: number of jobs that this replica may have more than another and still be chosen.
     """
 
     key: bytes
@@ -75,8 +75,8 @@ class ScoreJob:
 
     Attributes:
         request_id: the request's ``x-request-id``, for logs.
-        deadline: Unix time in seconds after which nobody wants the answer; None: never.
-        affinity: for the choice of the replica; None: any.
+        deadline: Unix time in seconds after which the answer is useless; None: never.
+        affinity: helps to choose the replica; None: any replica will do.
     """
 
     request_id: str

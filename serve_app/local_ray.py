@@ -1,4 +1,4 @@
-"""A Ray of this process's own, and its settings on a single host: for the launcher, jobs and benchmarks."""
+"""A private Ray instance on this host, and its settings: for the launcher, jobs and benchmarks."""
 
 from __future__ import annotations
 
@@ -14,52 +14,54 @@ APP_NAME = "score"
 FAST_FRONT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    # The scorers' log tells how far they are; a buffered line would come too late.
+    # The scorers' logs show the progress of a start; buffered lines would come too late.
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
 }
-"""Serve's HAProxy front in place of its Python proxy. Serve reads these where Ray is imported, on every node. What is
-set already stays as it is."""
+"""Environment for HAProxy in place of Serve's Python proxy. Serve reads it when Ray is imported, on every node.
+Variables that are already set keep their values."""
 
 PROCESSES = {
-    # glibc gives every few threads a heap of their own, and those of a scorer grow for hours.
+    # By default glibc gives every few threads their own heap, and a scorer's heaps grow for hours.
     "MALLOC_ARENA_MAX": "2",
-    # Ray makes its workers nicer than its own daemons, which then interrupt the scorers at every wake-up.
+    # By default Ray's daemons have a higher priority than its workers, and interrupt the scorers at every wake-up.
     "RAY_worker_niceness": "0",
-    # Clients that ask for an upgrade are not understood, else.
+    # Without this, requests to upgrade lose their body.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.frontend.http_server.install",
 }
-"""For all of Ray's processes; docs/measurements.md has what each is worth. What is set already stays as it is."""
+"""Environment of all of Ray's processes; docs/measurements.md shows the effect of each variable. Variables that are
+already set keep their values."""
 
-CALLS = {
-    # Actor calls take a small request a third longer.
+GRPC_ENV = {
+    # With actor calls a small request takes a third longer.
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
-    # Ray's own limit is 4 MiB, and a job of some thousand long prompts has more.
+    # Ray's default is 4 MiB, and a job of some thousand long prompts is larger.
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
-    # Serve calls its replicas by address, and gRPC asks the proxy of ``http_proxy`` even for this host's.
+    # Serve calls its replicas by address, and gRPC would use the proxy of ``http_proxy`` even for this host.
     "no_grpc_proxy": "0.0.0.0/0,::/0",
 }
-"""How Serve's processes call each other on a single host. Not on several: of a host that is lost without a word Ray
-tells actor calls, and these find out after minutes. What is set already stays as it is."""
+"""Environment for calls between Serve's processes on a single host. Do not use it on several hosts: if one is lost
+silently, Ray ends actor calls, but gRPC calls only fail after minutes. Variables that are already set keep their
+values."""
 
 
 def free_port() -> int:
-    """One that nobody listens on at the moment."""
+    """A port that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
 
 
 def set_environment(*, fast_front: bool = False) -> None:
-    """For a Ray on this host alone. Before Ray Serve is imported, which reads some of it then."""
-    for name, value in (PROCESSES | CALLS | (FAST_FRONT if fast_front else {})).items():
+    """Set the environment for Ray on this host alone. Call it before Ray Serve is imported, which reads some of it."""
+    for name, value in (PROCESSES | GRPC_ENV | (FAST_FRONT if fast_front else {})).items():
         os.environ.setdefault(name, value)
 
 
 def start_ray(cpus: int, **options: Any) -> None:
-    """A Ray of this process's own on this machine, even where another one runs.
+    """Start a private Ray instance on this machine, even if another one runs.
 
     Args:
-        options: more of ``ray.init``'s.
+        options: more options of ``ray.init``.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     set_environment()
@@ -77,6 +79,6 @@ def start_ray(cpus: int, **options: Any) -> None:
 
 
 def reason(message: str) -> str:
-    """What the user has to know of Serve's message, which holds the traceback of a replica: its last error."""
+    """The last error in Serve's message, which holds a replica's traceback: the part that a user needs."""
     errors = list(re.finditer(r"^(?:[\w.]+\.)?(\w+(?:Error|Exception): )", message, re.MULTILINE))
     return message[errors[-1].start(1) :].strip() if errors else message.strip()

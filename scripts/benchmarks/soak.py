@@ -28,7 +28,7 @@ from rich.table import Table
 from scripts.benchmarks.load import arrivals
 from scripts.benchmarks.machine import machine, versions
 from serve_app.local_ray import APP_NAME, free_port, set_environment, start_ray
-from serve_app.settings import Limits, Settings
+from serve_app.settings import Limits, ModelSettings, ServiceSettings
 
 SIZES, SHARES = (3, 30, 500), (0.4, 0.4, 0.2)
 """Items of a request, and how many of the requests have so many."""
@@ -255,18 +255,19 @@ def main(
 
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{machine()}, {versions()}")
-    settings = Settings(model=model, scorer_replicas=replicas, scorer_cpus=0.5, ingress_cpus=0.5)
+    settings = ModelSettings(model=model, scorer_replicas=replicas, scorer_cpus=0.5)
     port = free_port()
     start_ray(8)
     try:
         quiet = {"log_level": "WARNING", "enable_access_log": False}
         serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=quiet)
-        serve.run(build(settings), name=APP_NAME)
+        serve.run(build(ServiceSettings(models=(settings,))), name=APP_NAME)
         url = f"http://127.0.0.1:{port}"
         asks, rate = asyncio.run(_run(url, [int(each) for each in concurrency.split(",")], minutes, console))
         if times:
             limits = Limits(max_queued_tokens=max_queued_tokens)
-            serve.run(build(settings.model_copy(update={"limits": limits})), name=APP_NAME)
+            limited = settings.model_copy(update={"limits": limits})
+            serve.run(build(ServiceSettings(models=(limited,))), name=APP_NAME)
             asyncio.run(_overload(url, asks, times * rate, console))
     finally:
         ray.shutdown()

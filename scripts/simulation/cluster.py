@@ -24,7 +24,7 @@ from rich.console import Console
 
 from serve_app.cli.launcher import check_port
 from serve_app.local_ray import APP_NAME, set_environment, start_ray
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings, ServiceSettings
 from serve_app.tpu import CHIP_LABEL, CHIPS_OF_A_SLICES_HOST, HOSTS, NUMBER_LABEL, RESOURCE, SLICE_LABEL, Tpu
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ def main(
     check_port("127.0.0.1", port)
     tpu, units = (SLICE, slices) if slices else (HOST, hosts)
     replicas = slices or hosts * CHIPS // HOST.chips
-    settings = Settings(engine="fake", tpu=tpu, scorer_replicas=replicas, scorer_cpus=0.1, ingress_cpus=0.1)
+    model = ModelSettings(engine="fake", tpu=tpu, scorer_replicas=replicas, scorer_cpus=0.1)
+    settings = ServiceSettings(models=(model,), ingress_cpus=0.1)
     kind = "slices of two hosts" if slices else "hosts"
     console.print(f"starting {units} {kind} and {replicas} replicas of {tpu.chips} chips each")
     with ExitStack() as stack:

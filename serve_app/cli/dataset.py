@@ -16,7 +16,7 @@ from rich.console import Console
 from serve_app.cli.client import REFUSED, TRY_AGAIN, api_key, checked_url, complain
 from serve_app.errors import DeadlineExceededError, OverloadedError, ScoringError
 from serve_app.schemas import ScoreRequest, invalid
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings
 
 if TYPE_CHECKING:
     from serve_app.jobs.batch_job import Job, Summary
@@ -173,7 +173,7 @@ class Options:
         resolve(self.model, say=lambda line: Console(stderr=True).print(line))
         quantization = "int8" if self.int8 else None
         return targets.Engines(
-            Settings(model=self.model, dtype=self.dtype, quantization=quantization, engine=self.engine)
+            ModelSettings(model=self.model, dtype=self.dtype, quantization=quantization, engine=self.engine)
         )
 
 

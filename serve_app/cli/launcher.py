@@ -30,7 +30,7 @@ from serve_app.errors import SelfTestError
 from serve_app.frontend import auth
 from serve_app.local_ray import APP_NAME, free_port, reason, set_environment, start_ray
 from serve_app.schemas import ErrorResponse
-from serve_app.settings import Settings
+from serve_app.settings import ServiceSettings
 from serve_app.tasks import tokenizer_files
 from serve_app.tasks.template_choice import choose
 
@@ -52,7 +52,7 @@ class LaunchError(Exception):
     """The service cannot start. The message says why and what to do."""
 
 
-def run(settings: Settings, *, host: str, port: int, fast_front: bool = False) -> None:
+def run(settings: ServiceSettings, *, host: str, port: int, fast_front: bool = False) -> None:
     """Serve until SIGINT, SIGTERM or SIGHUP, then stop every process that was started.
 
     Args:
@@ -90,9 +90,9 @@ def run(settings: Settings, *, host: str, port: int, fast_front: bool = False) -
                 soft_wrap=True,
             )
         check_disk(Path(tempfile.gettempdir()))
-        scorers = sum(each.most_replicas for each in settings.each_model)
+        scorers = sum(each.most_replicas for each in settings.models)
         process_limits.check(settings.ingress_replicas + scorers, _cpus(settings))
-        for each in settings.each_model:
+        for each in settings.models:
             folder = model_source.resolve(each.model, each.revision, say=say)
             tokenizer_files.load(folder)
             choice = choose(each, folder)
@@ -104,7 +104,7 @@ def run(settings: Settings, *, host: str, port: int, fast_front: bool = False) -
             end.at_end.append(status.stop)
             wait_until_ready(url, logs, say)
             status.stop()
-            names = ", ".join(each.name for each in settings.each_model)
+            names = ", ".join(each.name for each in settings.models)
             console.print(f"ready: {names} at {url} (Ctrl-C stops it); try:\n")
             console.out(example(url, needs_key=bool(keys)))
             end.patient, end.code = True, 0
@@ -144,7 +144,7 @@ def check_disk(folder: Path) -> None:
         )
 
 
-def check_chips(settings: Settings, nodes: list[Any]) -> None:
+def check_chips(settings: ServiceSettings, nodes: list[Any]) -> None:
     """Raise LaunchError if this host lacks TPU chips, since no other host will join it."""
     for tpu, replicas in settings.replicas_on_chips(most=True).items():
         if lacking := tpu.lacking(replicas, nodes):
@@ -218,10 +218,10 @@ def example(url: str, *, needs_key: bool = False) -> str:
     return f"curl {url}/v1/score -H 'Content-Type: application/json'{key} -d '{json.dumps(request)}'\n"
 
 
-def _cpus(settings: Settings) -> int:
+def _cpus(settings: ServiceSettings) -> int:
     """CPUs that Ray is told, at least those that the replicas ask for: a laptop with fewer cores still runs them."""
     asked = settings.ingress_replicas * settings.ingress_cpus
-    asked += sum(each.most_replicas * each.scorer_cpus for each in settings.each_model)
+    asked += sum(each.most_replicas * each.scorer_cpus for each in settings.models)
     return max(os.cpu_count() or 1, math.ceil(asked))
 
 
@@ -238,7 +238,7 @@ def _is_ready(url: str) -> bool:
 
 
 @contextmanager
-def _service(settings: Settings, host: str, port: int, say: Say, end: Ending) -> Generator[Path]:
+def _service(settings: ServiceSettings, host: str, port: int, say: Say, end: Ending) -> Generator[Path]:
     """Ray, Serve and the application; yields the folder of the replicas' logs."""
     # Ray takes a second to import: --help and user errors come first.
     import ray

@@ -13,7 +13,7 @@ from serve_app.cli.dataset import Dtype, Engine
 from serve_app.cli.process_limits import LimitError
 from serve_app.frontend import auth
 from serve_app.model_source import ModelSourceError
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings, ServiceSettings
 from serve_app.tpu import Tpu
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -94,18 +94,20 @@ def serve(
         )
     if served_name and "served_name" in models[0]:
         raise typer.BadParameter(f"--model {model[0]!r} has a name already; leave out --served-name")
-    which: dict[str, Any] = {**one, **models[0]} if len(models) == 1 else {"models": models}
     try:
-        settings = Settings(
-            **which,
-            dtype=dtype,
-            quantization="int8" if int8 else None,
-            engine=engine,
+        common: dict[str, Any] = {
+            **one,
+            "dtype": dtype,
+            "quantization": "int8" if int8 else None,
+            "engine": engine,
+            "scorer_replicas": replicas,
+            "max_batch_tokens": max_batch_tokens,
+            "tpu": None if tpu is None else _tpu(tpu),
+        }
+        settings = ServiceSettings(
+            models=tuple(ModelSettings.model_validate({**common, **each}) for each in models),
             api_keys_file=None if api_keys_file is None else str(api_keys_file),
             cors_origins=tuple(cors_origin or ()),
-            scorer_replicas=replicas,
-            max_batch_tokens=max_batch_tokens,
-            tpu=None if tpu is None else _tpu(tpu),
         )
         launcher.run(settings, host=host, port=port, fast_front=fast_front)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""The door of a front end: how much work may be inside at once, counted in tokens over all replicas."""
+"""Admission to a front end: a bound on the tokens in flight, over all replicas."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from contextlib import contextmanager
 from serve_app.errors import OverloadedError
 
 REMEMBERED_S = 30.0
-"""Seconds of work that the speed behind Retry-After is taken from; older work counts less and less."""
+"""Seconds of work from which the speed for Retry-After is estimated; older work counts less and less."""
 LONGEST_RETRY_S = 60
 
 
 class Admission:
-    """Lets requests in while their tokens fit, and refuses the others at once: a queue that grows helps no caller.
+    """Admits requests while their tokens fit, and refuses the others at once: a growing queue helps no caller.
 
-    Without locks: it belongs to one event loop.
+    It has no locks, since it belongs to one event loop.
 
     Args:
-        tokens_per_replica: that may be let in and not answered, for each replica that runs. A request that comes when
-            nothing is inside may have more.
+        tokens_per_replica: tokens that may be in flight for each running replica. A request may have more if nothing
+            else is in flight.
     """
 
     def __init__(self, tokens_per_replica: float) -> None:
@@ -35,7 +35,7 @@ class Admission:
         """Raise OverloadedError when there is no room for ``tokens`` more.
 
         Args:
-            replicas: that run. While there is none, requests may wait for one as if it were there.
+            replicas: number of running replicas. 0 counts as 1: requests may wait until a replica has started.
         """
         limit = int(self.tokens_per_replica * max(replicas, 1))
         if self._inside and self._inside + tokens > limit:
@@ -48,7 +48,7 @@ class Admission:
 
     @contextmanager
     def inside(self, tokens: int) -> Generator[None]:
-        """Count ``tokens`` in while the block runs."""
+        """Count ``tokens`` as in flight while the block runs."""
         self._move(tokens)
         try:
             yield
@@ -67,7 +67,7 @@ class Admission:
             self._answered /= 2
 
     def _retry_after_s(self) -> int:
-        """When what is inside may be done, at the speed so far."""
+        """Seconds until the work in flight may be done, at the speed so far."""
         if not self._answered:
             return 1
         return min(max(math.ceil(self._inside * self._busy_s / self._answered), 1), LONGEST_RETRY_S)

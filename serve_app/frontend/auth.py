@@ -1,4 +1,4 @@
-"""API keys: where they come from, and the layer before the routes that asks for one."""
+"""API keys: where they come from, and the middleware that asks for one."""
 
 from __future__ import annotations
 
@@ -20,39 +20,47 @@ if TYPE_CHECKING:  # the command line reads keys too, and starts faster without
 logger = logging.getLogger("ray.serve")
 
 VARIABLE = "SCORE_SERVE_API_KEY"
-"""The environment variable with the service's keys, commas between them, and in a client's shell with its own."""
+"""Environment variable: for the service its keys, comma-separated; for a client its own key."""
 
-OPEN = ("/", "/docs", "/docs/swagger-ui.css", "/docs/swagger-ui-bundle.js", "/openapi.json", "/health", "/ready")
-"""Routes that need no key: probes have none, and the others hold nothing of the model or of requests."""
+PUBLIC_ROUTES = (
+    "/",
+    "/docs",
+    "/docs/swagger-ui.css",
+    "/docs/swagger-ui-bundle.js",
+    "/openapi.json",
+    "/health",
+    "/ready",
+)
+"""Routes that need no key: probes have none, and the other routes show nothing about the model or its requests."""
 
 _KEY = re.compile(r"[!-~]+")
-"""What an HTTP header can carry whole."""
+"""Characters that an HTTP header carries unchanged."""
 
 
 class ApiKeyError(ValueError):
-    """A source of keys is unusable. The message names it and the remedy, and shows no key."""
+    """The file or the environment variable of keys is unusable. The message says how to mend it, and shows no key."""
 
 
 def read_keys(file: str | None) -> list[str]:
-    """The service's keys, of ``file`` and of the environment; none: the service is open to everyone.
+    """Read the service's keys from ``file`` and the environment. Without any key the service is open to everyone.
 
     Args:
-        file: one key a line; empty lines and lines that begin with # are skipped.
+        file: has one key per line; empty lines and lines that begin with # are skipped.
 
     Raises:
-        ApiKeyError: the file cannot be read or holds no key, or a key has characters that no header can carry.
+        ApiKeyError: the file cannot be read or has no key, or a key has characters that no header can carry.
     """
     from_environment = os.environ.get(VARIABLE, "").replace(",", "\n")
     return _keys(from_environment, VARIABLE) + (_read(Path(file)) if file is not None else [])
 
 
 class ApiKeys:
-    """The keys that open the service, by their digests. The environment is read once; the file again when it changes.
+    """The service's keys, kept as digests. The environment is read once, the file again when it changes.
 
-    A file that becomes unreadable, empty or wrong is logged, and the keys that it held before stay valid.
+    If the file becomes unreadable, empty or wrong, this is logged, and its earlier keys stay valid.
 
     Raises:
-        ApiKeyError: as ``read_keys``.
+        ApiKeyError: see ``read_keys``.
     """
 
     def __init__(self, file: str | None) -> None:
@@ -67,14 +75,14 @@ class ApiKeys:
         """Accept a request with this ``Authorization`` header.
 
         Raises:
-            AuthenticationError: it is empty, not ``Bearer``, or its key is none of the service's.
+            AuthenticationError: it is empty or not ``Bearer``, or its key is invalid.
         """
         scheme, _, key = authorization.partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise AuthenticationError("this service needs an API key; send it as 'Authorization: Bearer <key>'")
         self._reload()
         digest = _digest(key.strip())
-        # All are compared, each in constant time: how long it takes tells nothing of any key.
+        # Every key is compared, in constant time each: the time taken reveals nothing about a key.
         equal = [hmac.compare_digest(digest, known) for known in self._digests]
         if not any(equal):
             raise AuthenticationError("invalid API key; ask the operator of this service for one")
@@ -91,7 +99,7 @@ class ApiKeys:
             logger.error("%s; the %d API keys from before stay valid", error, len(self._digests))
 
     def _stamped(self) -> tuple[int, ...] | None:
-        """Changes when the file does."""
+        """A value that changes when the file does."""
         if self._path is None:
             return None
         try:
@@ -102,21 +110,21 @@ class ApiKeys:
 
 
 class RequireKey:
-    """Lets requests through to ``OPEN`` routes, and to all others with a key. Plain ASGI; the body is not yet read."""
+    """Middleware that asks for a key on all routes except ``PUBLIC_ROUTES``. Plain ASGI; the body is not read."""
 
     def __init__(self, app: ASGIApp, *, keys: ApiKeys) -> None:
         self._app = app
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN:
+        if scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")) not in PUBLIC_ROUTES:
             given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
             self._keys.check(given.decode("latin-1"))
         await self._app(scope, receive, send)
 
 
 def document(app: FastAPI) -> None:
-    """Say in the app's OpenAPI which routes need a key."""
+    """Mark in the app's OpenAPI which routes need a key."""
     described = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -124,7 +132,7 @@ def document(app: FastAPI) -> None:
         parts = schema.setdefault("components", {})
         parts["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
         for path, operations in schema["paths"].items():
-            if path not in OPEN:
+            if path not in PUBLIC_ROUTES:
                 for operation in operations.values():
                     operation["security"] = [{"ApiKey": []}]
                     answers = operation["responses"]
@@ -142,7 +150,7 @@ def _read(path: Path) -> list[str]:
         raise ApiKeyError(f"the file of API keys {path} cannot be read: {error}") from error
     keys = _keys(text, str(path))
     if not keys:
-        raise ApiKeyError(f"the file of API keys {path} holds no key; write one a line")
+        raise ApiKeyError(f"the file of API keys {path} has no key; write one per line")
     return keys
 
 
@@ -153,7 +161,9 @@ def _keys(text: str, where: str) -> list[str]:
         if not key or key.startswith("#"):
             continue
         if not _KEY.fullmatch(key):
-            raise ApiKeyError(f"API key {number} of {where} has a space or a character outside ASCII; make another")
+            raise ApiKeyError(
+                f"API key {number} of {where} has a space or a character outside ASCII; use a key without them"
+            )
         keys.append(key)
     return keys
 
@@ -163,5 +173,5 @@ def _digests(keys: Iterable[str]) -> list[bytes]:
 
 
 def _digest(key: str) -> bytes:
-    """Digest of a key: the same length for every key."""
+    """The digest of a key, which has the same length for every key."""
     return hashlib.sha256(key.encode()).digest()

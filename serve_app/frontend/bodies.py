@@ -1,4 +1,4 @@
-"""From the bytes of a request's body to JSON in UTF-8, within a bound whatever the bytes are."""
+"""Reads a request's body as JSON in UTF-8, and decodes it within a size limit."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from starlette.requests import Request
 from serve_app.errors import InvalidRequestError, TooLargeError, UnsupportedEncodingError
 
 STEP_BYTES = 2**18
-"""Most bytes that are decoded at once."""
+"""The most bytes decoded in one step."""
 
 _ZSTD_WINDOW = 2**23
-"""Bytes, the most that the encoding of that name may ask for (RFC 9659)."""
+"""The largest window in bytes that a zstd body may need (RFC 9659)."""
 
 
 async def read(request: Request, limit: int) -> bytes:
-    """The body as UTF-8, refused as soon as it is known to be longer than ``limit`` bytes, decoded or not.
+    """Read the body as UTF-8. It is refused as soon as it exceeds ``limit`` bytes, encoded or decoded.
 
     Raises:
-        InvalidRequestError: it is no JSON by its headers, not in UTF-8, or not what its Content-Encoding says.
-        TooLargeError: it is longer.
-        UnsupportedEncodingError: its Content-Encoding is none of ``ENCODINGS``.
+        InvalidRequestError: its Content-Type is not JSON, it is not in UTF-8, or it does not match its
+            Content-Encoding.
+        TooLargeError: it is longer than ``limit``.
+        UnsupportedEncodingError: its Content-Encoding is not one of ``ENCODINGS``.
     """
     content_type = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if content_type != "application/json":
@@ -38,11 +39,11 @@ async def read(request: Request, limit: int) -> bytes:
 
 
 def decoded(body: bytes, encoding: str, limit: int) -> bytes:
-    """What ``body`` becomes, decoded piece by piece.
+    """Decode ``body`` piece by piece.
 
     Raises:
-        InvalidRequestError: it is not whole, not of that encoding, or something follows it.
-        TooLargeError: it becomes more than ``limit`` bytes.
+        InvalidRequestError: it is incomplete or not in that encoding, or something follows it.
+        TooLargeError: it decodes to more than ``limit`` bytes.
     """
     whole = bytearray()
     try:
@@ -52,13 +53,13 @@ def decoded(body: bytes, encoding: str, limit: int) -> bytes:
                 raise _too_large(limit, ", decoded,")
     except (zlib.error, zstd.ZstdError, EOFError) as error:
         raise InvalidRequestError(
-            f"the body is no {encoding}, which its Content-Encoding says: {error}; send it whole, encoded once"
+            f"the body is not valid {encoding} (its Content-Encoding): {error}; send it whole, encoded once"
         ) from None
     return bytes(whole)
 
 
 def utf8(body: bytes) -> bytes:
-    """A JSON text without its byte-order mark.
+    """Return a JSON text without its byte-order mark.
 
     Raises:
         InvalidRequestError: it is in UTF-16 or UTF-32.
@@ -122,7 +123,7 @@ def _inflated(body: bytes, wbits: int) -> Iterator[bytes]:
             _check_end(inflater.eof)
             yield inflater.decompress(waiting, STEP_BYTES)
             waiting = inflater.unused_data or inflater.unconsumed_tail
-    # What it kept back fits one piece: there is no more input.
+    # The output that is left fits into one piece, since there is no more input.
     yield inflater.decompress(b"", STEP_BYTES)
     _check_whole(inflater.eof)
 
@@ -148,4 +149,4 @@ def _check_end(more: bool) -> None:
 
 
 ENCODINGS: Mapping[str, Callable[[bytes], Iterator[bytes]]] = {"gzip": _gzip, "deflate": _deflate, "zstd": _zstd}
-"""Content encodings of bodies: what each becomes, in pieces of ``STEP_BYTES`` at most."""
+"""Content encodings of bodies, each with its decoder, which yields pieces of at most ``STEP_BYTES``."""

@@ -1,4 +1,4 @@
-"""What HTTP asks of every route, and browsers of a service: ``HEAD``, and answers for pages of other origins."""
+"""``HEAD`` on every route, and CORS for web pages of other origins."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.settings import ANY_ORIGIN
 
 EXPOSED = ("x-request-id", "retry-after", "server-timing")
-"""Headers of answers that pages may read."""
+"""Response headers that web pages may read."""
 
 
 class HeadAsGet:
-    """``HEAD`` is answered as ``GET`` would be, without the body. Plain ASGI."""
+    """Middleware that answers ``HEAD`` like ``GET``, without the body. Plain ASGI."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -34,7 +34,10 @@ class HeadAsGet:
 
 
 def allow(app: FastAPI, origins: Sequence[str]) -> None:
-    """Let pages of these origins ask the app. To be added last: preflights have no API key, and errors count, too."""
+    """Let web pages of these origins call the app.
+
+    Add this middleware last: preflight requests have no API key, and pages must be able to read errors, too.
+    """
     app.add_middleware(
         CORSMiddleware,
         allow_origins=[ANY_ORIGIN] if ANY_ORIGIN in origins else list(origins),

@@ -1,4 +1,4 @@
-"""Tells what TPU chips the cluster lacks."""
+"""Logs which TPU chips the cluster lacks."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from serve_app.tpu import Tpu
 logger = logging.getLogger("ray.serve")
 
 WATCH_S = 5.0
-"""Between two looks at the cluster's chips."""
+"""Seconds between two looks at the cluster's chips."""
 
 
 async def watch_chips(tpu: Tpu, replicas: int) -> None:
-    """Say what the cluster lacks, whenever that changes: Ray waits in silence for nodes that may never come."""
+    """Log what the cluster lacks whenever that changes: Ray waits silently for nodes that may never come."""
     said = None
     while True:
         try:

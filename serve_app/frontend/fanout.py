@@ -1,4 +1,4 @@
-"""One request's sequences as parts for replicas, and the parts' results as one. Pure functions on packed arrays."""
+"""Splits a request's sequences into parts for replicas, and merges the results. Pure functions on packed arrays."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from serve_app.batches import cut
 from serve_app.contract import PAGE_TOKENS, Affinity, BatchResult, TokenBatch
 
 MOST_JOBS = 4.0
-"""A prefix that many want at once is soon held by several replicas: no job waits for more than so many others."""
+"""The largest ``Affinity.worth``: no job should wait for more other jobs than this, since a prefix that many requests
+share is soon cached by several replicas."""
 
 
 def split(batch: TokenBatch, parts: int, min_tokens: int, shared: int) -> list[TokenBatch]:
-    """At most ``parts`` batches of whole sequences, in order and near equal in tokens.
+    """Split a batch into at most ``parts`` batches of whole sequences, in order and nearly equal in tokens.
 
-    Every part computes the ``shared`` tokens at the front of all sequences again, so only those after them count: each
-    part has at least ``min_tokens`` (1 or more) of them, else there are fewer parts. And at least ``shared`` of them,
-    since k parts of n tokens save the request the time of (k - 1) * n, and cost (k - 1) prefixes. A batch that is not
-    worth a split comes back as it is.
+    Every part computes the ``shared`` leading tokens of all sequences again, so only the tokens after them count. Each
+    part has at least ``min_tokens`` (1 or more) of those, and at least ``shared``: k parts of n tokens save the request
+    the time of (k - 1) * n tokens, and cost (k - 1) prefixes. If there are too few tokens, there are fewer parts. A
+    batch that is not worth splitting is returned unchanged.
     """
     if parts < 2 or batch.num_sequences < 2:
         return [batch]
@@ -35,14 +36,14 @@ def split(batch: TokenBatch, parts: int, min_tokens: int, shared: int) -> list[T
     bounds = [0]
     while total - done[bounds[-1]] >= share:
         bounds.append(int(done.searchsorted(int(done[bounds[-1]]) + share)))
-    # What is left over goes to the last part, unless it can stand alone.
+    # The remainder goes to the last part, unless it is large enough for its own.
     if total - done[bounds[-1]] < min_tokens:
         bounds.pop()
     return [cut(batch, start, end) for start, end in pairwise([*bounds, batch.num_sequences])]
 
 
 def merge(results: Sequence[BatchResult]) -> BatchResult:
-    """The results of ``split``'s parts, in its order, as the result of the whole batch; of no parts, an empty one."""
+    """Merge the results of ``split``'s parts, in order, into that of the whole batch. Without parts it is empty."""
     return BatchResult(
         values=np.concatenate([np.zeros(0, np.float32), *(result.values for result in results)]),
         computed_tokens=np.concatenate([np.zeros(0, np.int32), *(result.computed_tokens for result in results)]),
@@ -52,14 +53,13 @@ def merge(results: Sequence[BatchResult]) -> BatchResult:
 
 
 def affinities(parts: Sequence[TokenBatch], prefix_tokens: int, first: int = 0) -> Sequence[Affinity | None]:
-    """Where each part of a request should go: to where the whole pages of its prefix were computed before.
+    """The affinity of each part of a request to the replica that has computed the whole pages of its prefix before.
 
-    A miss costs a job the prefix; a wait costs it the tokens of those before it, which are taken to be jobs like this
-    one.
+    A miss costs a job the prefix. A wait costs it the tokens of the jobs before it, which are assumed to be like it.
 
     Args:
-        prefix_tokens: at the front of every sequence that may come again in another request.
-        first: parts of the request that came before these.
+        prefix_tokens: leading tokens of every sequence that another request may have, too.
+        first: number of parts that the request had before these.
     """
     prefix_tokens -= prefix_tokens % PAGE_TOKENS
     if not prefix_tokens:

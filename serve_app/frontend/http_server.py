@@ -1,6 +1,6 @@
-"""What the servers lack that take this service's connections: Serve's proxies, and behind HAProxy the front ends.
+"""Extends the uvicorn servers that clients connect to: those of Serve's proxies or, with HAProxy, of the front ends.
 
-They are uvicorn's, started by Serve, which calls ``install`` where the environment names it (``local_ray.PROCESSES``).
+Serve starts them. It calls ``install`` first if the environment says so (``local_ray.PROCESSES``).
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from serve_app.errors import DeadlineExceededError
 
 FIRST_PROBE_S, LAST_PROBE_S = 0.05, 10.0
-"""Between two looks at a client that sends no more: at first, and at most, twice as long each time."""
+"""Seconds between two probes of a client that sends no more. They start at the first and double up to the last."""
 
-PROXYS_TIMEOUT = 408
-"""What Serve's proxy says when a request's time is over; no route of ours does."""
+PROXY_TIMEOUT = 408
+"""Status of Serve's proxy for a request that took too long. None of our routes uses it."""
 
 
 def install() -> list[Middleware]:
-    """Make uvicorn's servers of this process, which are not yet started, speak ``HttpProtocol``."""
+    """Make this process's uvicorn servers use ``HttpProtocol``. Call it before they start."""
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{HttpProtocol.__name__}"
     return [Middleware(OwnTimeoutAnswer)]
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """Uvicorn's, where a request to upgrade is served as it is, and a client that sends no more gets its answer.
+    """Uvicorn's protocol, but requests to upgrade are served as HTTP/1.1, and half-closed clients get their answer.
 
-    Uvicorn takes what follows the headers of a request that wants to upgrade (``h2c``, as Java's clients do by default)
-    for another protocol: the request is served without its body, and the body, if it comes later, as a request.
+    Uvicorn assumes that another protocol follows the headers of a request to upgrade (``h2c``, which Java's clients
+    send by default). It serves the request without its body, and a body that comes later as a request.
     """
 
     def data_received(self, data: bytes) -> None:
@@ -44,7 +44,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.send_400_response("Invalid HTTP request received.")
 
     def _feed(self, data: bytes) -> None:
-        """Give the parser all of ``data``, and a request to upgrade once more, without that wish."""
+        """Parse all of ``data``. A request to upgrade is parsed again without its upgrade header."""
         while True:
             try:
                 self.parser.feed_data(data)
@@ -65,11 +65,11 @@ class HttpProtocol(HttpToolsProtocol):
         return b"\r\n".join(lines) + b"\r\n\r\n"
 
     def _should_upgrade(self) -> bool:
-        # To other applications behind this server; a WebSocket begins with GET.
+        # For other applications on this server: a WebSocket begins with GET.
         return self.parser.get_method() == b"GET" and super()._should_upgrade()
 
     def _comes_again(self) -> bool:
-        """Whether ``_feed`` reads this request once more."""
+        """Whether ``_feed`` parses this request again."""
         method = self.parser.get_method()
         return self.parser.should_upgrade() and method != b"CONNECT" and not self._should_upgrade()
 
@@ -82,18 +82,18 @@ class HttpProtocol(HttpToolsProtocol):
             super().on_message_complete()
 
     def eof_received(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride] - asyncio's own has it
-        """The client sends no more: it has left, or waits for the answer to a whole request, as ``nc -N`` does.
+        """Handle a client that sends no more: it has left, or it waits for its answer, as ``nc -N`` does.
 
-        Which of both only shows when something is sent. Interim responses are, which every client of HTTP/1.1 passes
-        over; a connection that nobody has open any more refuses them, and is lost. Those of HTTP/1.0 know none, and are
-        taken to have left.
+        Only sending something tells which. So interim responses are sent: every HTTP/1.1 client skips them, and a
+        client that has left refuses them, which ends the connection. HTTP/1.0 has no interim responses; its clients
+        are assumed to have left.
         """
         cycle = cast(RequestResponseCycle | None, self.cycle)  # None before the first request
         if cycle is None or cycle.more_body or cycle.response_complete or self.pipeline:
             return False
         if self.scheme == "https" or cycle.scope["http_version"] != "1.1":
             return False
-        cycle.keep_alive = False  # so that the connection is closed behind the answer
+        cycle.keep_alive = False  # so that the connection is closed after the answer
         self._probe(cycle, FIRST_PROBE_S)
         return True
 
@@ -105,7 +105,7 @@ class HttpProtocol(HttpToolsProtocol):
 
 
 class OwnTimeoutAnswer:
-    """Our error in place of the plain text of Serve's proxy, whose deadline may come before the service's own."""
+    """Middleware that replaces the plain-text timeout of Serve's proxy, which may come before ours, by our error."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -118,9 +118,9 @@ class OwnTimeoutAnswer:
 
         async def answer(message: Message) -> None:
             nonlocal replaced
-            if message["type"] == "http.response.start" and message["status"] == PROXYS_TIMEOUT:
+            if message["type"] == "http.response.start" and message["status"] == PROXY_TIMEOUT:
                 replaced = True
-                error = DeadlineExceededError("the request's time is over; send less, or give it longer")
+                error = DeadlineExceededError("the request timed out; send fewer items, or allow more time")
                 body = json.dumps(error.body_on(scope["path"])).encode()
                 kept = [(name, value) for name, value in message["headers"] if not name.lower().startswith(b"content-")]
                 headers = [

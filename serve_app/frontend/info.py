@@ -10,10 +10,10 @@ from serve_app.schemas import InfoResponse, LimitsInfo
 
 
 def info(service: ModelService, names: Sequence[str]) -> InfoResponse:
-    """Tell what a service serves, and its limits.
+    """Describe a served model and the limits of its requests.
 
     Args:
-        names: all under which the model answers.
+        names: all names of the model.
     """
     settings, model = service.settings, service.model
     facts, limits = model.info, settings.limits

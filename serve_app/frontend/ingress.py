@@ -1,4 +1,4 @@
-"""The front end as a Serve deployment: the HTTP routes, and the same over handles for Ray jobs.
+"""The front end as a Serve deployment: the HTTP routes, and the same calls over handles for Ray jobs.
 
 Neither this module nor anything that it imports loads jax or the model package.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +27,7 @@ from serve_app.frontend.routes import create_app
 from serve_app.frontend.service import ModelService
 from serve_app.metrics import REPORT_S, FrontMetrics
 from serve_app.schemas import InfoResponse, ScoreRequest, ScoreResponse
-from serve_app.settings import DEFAULT_NAME, Settings, check_names
+from serve_app.settings import DEFAULT_NAME, ModelSettings, ServiceSettings, check_names
 from serve_app.tasks.score import SCORE
 from serve_app.tasks.template_choice import choose
 from serve_app.tasks.tokenizer import TextTokenizer
@@ -41,25 +41,25 @@ class Ingress:
     """The Serve deployment: the HTTP routes, and the same over handles for Ray jobs.
 
     Args:
-        settings: of the whole service.
-        scorers: for each model the handle of the deployment that holds its engines; its ``info()`` is waited for.
+        settings: the whole service's.
+        scorers: for each model the handle of its scorers; the constructor waits for their ``info()``.
 
     Raises:
-        ApiKeyError: at start-up: the file of API keys is unusable.
+        ApiKeyError: at start-up, if the API keys are unusable.
     """
 
-    async def __init__(self, settings: Settings, *scorers: DeploymentHandle[Any]) -> None:
-        self._settings = settings.each_model
+    async def __init__(self, settings: ServiceSettings, *scorers: DeploymentHandle[Any]) -> None:
+        self._settings = settings.models
         self._cors_origins = settings.cors_origins
         self._keys = auth.ApiKeys(settings.api_keys_file)
         if not self._keys:
-            logger.warning("there is no API key: everyone who reaches this service may use it")
+            logger.warning("no API key is set: everyone who can reach this service may use it")
         self._watching = [
             asyncio.create_task(watch_chips(tpu, replicas)) for tpu, replicas in settings.replicas_on_chips().items()
         ]
-        # While the scorers warm up.
+        # The scorers warm up meanwhile.
         local, infos = await asyncio.gather(
-            asyncio.to_thread(load_tokenizers, settings), asyncio.gather(*map(_info, scorers))
+            asyncio.to_thread(load_tokenizers, settings.models), asyncio.gather(*map(_info, scorers))
         )
         self._metrics = FrontMetrics()
         self._models = Models(
@@ -73,9 +73,7 @@ class Ingress:
                     partial(self._metrics.answered, model.name),
                     folder,
                 )
-                for model, (folder, tokenizer), info, scorer in zip(
-                    settings.each_model, local, infos, scorers, strict=True
-                )
+                for model, (folder, tokenizer), info, scorer in zip(settings.models, local, infos, scorers, strict=True)
             )
         )
         self._reporting = asyncio.create_task(self._report())
@@ -84,20 +82,20 @@ class Ingress:
         return create_app(lambda: self._models, keys=self._keys, cors_origins=self._cors_origins, echo_request_id=False)
 
     async def score(self, request: ScoreRequest) -> ScoreResponse:
-        """As ``POST /v1/score``, for callers inside the Ray cluster. The answer comes whole, whatever ``stream`` says.
+        """Score like ``POST /v1/score``, for callers inside the Ray cluster. ``stream`` is ignored.
 
         Raises:
-            ScoringError: as ``ModelService.answer``.
+            ScoringError: see ``ModelService.answer``.
         """
         timing.begin()
         return await self._models.of(request.model).answer(SCORE, request, request_id=uuid.uuid4().hex)
 
     async def info(self, model: str = DEFAULT_NAME) -> InfoResponse:
-        """As ``GET /v1/info``, for callers inside the Ray cluster."""
+        """Answer like ``GET /v1/info``, for callers inside the Ray cluster."""
         return self._models.info(model)
 
     async def reconfigure(self, user_config: Mapping[str, Mapping[str, Any]] | None, rank: object) -> None:  # noqa: ARG002
-        """As ``Scorer.reconfigure``, by the model's served name."""
+        """Change settings like ``Scorer.reconfigure``; ``user_config`` has the changes for each served name."""
         changes = user_config or {}
         names = [each.name for each in self._settings]
         try:
@@ -120,12 +118,12 @@ class Ingress:
             await asyncio.sleep(REPORT_S)
 
 
-def load_tokenizers(settings: Settings) -> list[tuple[Path, TextTokenizer]]:
-    """The folder and tokenizer of each model, one after the other: transformers cannot be imported by two threads."""
+def load_tokenizers(models: Iterable[ModelSettings]) -> list[tuple[Path, TextTokenizer]]:
+    """Load each model's folder and tokenizer, one after the other: two threads cannot import transformers at once."""
     from serve_app import model_source
 
     loaded: list[tuple[Path, TextTokenizer]] = []
-    for each in settings.each_model:
+    for each in models:
         folder = model_source.resolve(each.model, each.revision, say=logger.info)
         loaded.append((folder, TextTokenizer.load(folder)))
         choice = choose(each, folder)
@@ -136,5 +134,5 @@ def load_tokenizers(settings: Settings) -> list[tuple[Path, TextTokenizer]]:
 
 
 async def _info(scorer: DeploymentHandle[Any]) -> ModelInfo:
-    """Facts of the loaded model; they come when the first replica is warm."""
+    """Facts about the loaded model. They come when the first replica is warm."""
     return await cast(Any, scorer).info.remote()

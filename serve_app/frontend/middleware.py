@@ -1,4 +1,4 @@
-"""Around every route: the request's id and timings, and errors in their flat shape."""
+"""What surrounds every route: request ids, timings, and errors as flat JSON."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from serve_app.errors import (
 logger = logging.getLogger("ray.serve")
 
 CLIENT_GONE = 499
-"""Nobody reads it but the access log."""
+"""Status for a client that has left; only the access log shows it."""
 
 _SHOWN_PATH = 200
 """Characters of a path that an error repeats."""
@@ -39,7 +39,7 @@ _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:@/+=-]")
 
 
 class RequestContext:
-    """Gives every request its id and its timings, and every error that no route caught its flat body. Plain ASGI."""
+    """Middleware that gives requests their id and timings, and uncaught errors their flat body. Plain ASGI."""
 
     def __init__(self, app: ASGIApp, *, echo: bool) -> None:
         self._app = app
@@ -65,20 +65,20 @@ class RequestContext:
 
         try:
             await self._app(scope, receive, tracked)
-        except (ClientDisconnect, TaskCancelledError):  # the second from Serve's proxy, of a body that will not come
+        except (ClientDisconnect, TaskCancelledError):  # TaskCancelledError: Serve's proxy, when the body stops coming
             await Response(status_code=CLIENT_GONE)(scope, receive, tracked)
         except ScoringError as refusal:
             await _error_response(refusal, scope["path"])(scope, receive, tracked)
         except Exception:
-            logger.exception("request %s: a fault of ours", request_id)
+            logger.exception("request %s: internal error", request_id)
             if started:
                 raise
-            fault = InternalError(f"the server failed on this request; its log names it by {request_id}")
+            fault = InternalError(f"the server failed on this request; look for {request_id} in its log")
             await _error_response(fault, scope["path"])(scope, receive, tracked)
 
 
 def _request_id(scope: Scope) -> str:
-    """The caller's ``x-request-id``, freed of what could harm a log or a header, or a new one."""
+    """The caller's ``x-request-id``, without characters that could harm a log or a header, or a new id."""
     given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
     return _NOT_IN_REQUEST_ID.sub("", given.decode("latin-1"))[:_MAX_REQUEST_ID] or uuid.uuid4().hex
 
@@ -100,7 +100,7 @@ async def on_scoring_error(request: Request, error: Exception) -> Response:
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
-    """Starlette's own 404 and 405, flat, with the right route."""
+    """Answer Starlette's own 404 and 405 with flat errors that name the right route."""
     assert isinstance(error, HTTPException)
     path = request.url.path
     shown = path[:_SHOWN_PATH]

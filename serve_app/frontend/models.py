@@ -16,17 +16,17 @@ from serve_app.schemas import InfoResponse, ModelCard, ModelsResponse, Tokenizer
 from serve_app.settings import DEFAULT_NAME, ModelSettings
 
 _SHOWN = 60
-"""Characters of an unknown name that an error repeats."""
+"""Characters of an unknown name that an error shows."""
 
 NO_MODEL = ""
-"""Among the outcomes, of requests that name no served model."""
+"""Key of the outcomes of requests that name no served model."""
 
 
 class Models:
-    """One ``ModelService`` for each served model. The first is ``default``, too.
+    """One ``ModelService`` for each served model. The first is also named ``default``.
 
     Args:
-        services: at least one; no two with the same name.
+        services: at least one; no two share a name.
     """
 
     def __init__(self, *services: ModelService) -> None:
@@ -40,7 +40,7 @@ class Models:
         """See ``ModelService.reconfigure``.
 
         Args:
-            settings: of each model, in their order.
+            settings: each model's, in the order of the services.
         """
         for service, own in zip(self._services, settings, strict=True):
             service.reconfigure(own)
@@ -48,24 +48,24 @@ class Models:
 
     @property
     def max_body_bytes(self) -> int:
-        """The largest body of a request to any of them."""
+        """The largest body of a request, the same for all models."""
         return self._services[0].settings.limits.max_body_bytes
 
     @property
     def outcomes(self) -> Mapping[str, Mapping[str, int]]:
-        """By the model's name, its ``ModelService.outcomes``."""
+        """``ModelService.outcomes`` by the model's name."""
         return {service.settings.name: service.outcomes for service in self._services} | {NO_MODEL: self._unknown}
 
     @property
     def items(self) -> Mapping[str, int]:
-        """By the model's name, its ``ModelService.items``."""
+        """``ModelService.items`` by the model's name."""
         return {service.settings.name: service.items for service in self._services}
 
     def of(self, name: str) -> ModelService:
-        """The service of the model that a request names.
+        """Return the service of the model that a request names.
 
         Raises:
-            NotFoundError: there is none; the message lists the names.
+            NotFoundError: no model has this name; the message lists the names.
         """
         service = self._by_name.get(name)
         if service is None:
@@ -77,38 +77,38 @@ class Models:
         return service
 
     def models(self) -> ModelsResponse:
-        """The names that requests may use, ``default`` aside."""
+        """List the names that requests may use, except ``default``."""
         return ModelsResponse(data=[self.model(name) for name in self._by_name if name != DEFAULT_NAME])
 
     def model(self, name: str) -> ModelCard:
-        """One name that requests may use.
+        """Describe one name that requests may use.
 
         Raises:
-            NotFoundError: they may not.
+            NotFoundError: no model has this name.
         """
         most = self.of(name).model.max_prompt_tokens
         return ModelCard(id=name, created=self._started, owned_by="score-serve", max_model_len=most)
 
     def info(self, name: str) -> InfoResponse:
-        """What is served under this name, and the limits.
+        """Describe the model with this name, and the limits of its requests.
 
         Raises:
-            NotFoundError: nothing is.
+            NotFoundError: no model has this name.
         """
         service = self.of(name)
         return info(service, [each for each, own in self._by_name.items() if own is service])
 
     def tokenizer_info(self, name: str) -> TokenizerInfo:
-        """The special tokens and chat template of a model's tokenizer.
+        """Return the special tokens and chat template of a model's tokenizer.
 
         Raises:
-            NotFoundError: there is no such model.
+            NotFoundError: no model has this name.
         """
         model = self.of(name).model
         return TokenizerInfo(**asdict(model.tokenizer.facts), model_max_length=model.max_prompt_tokens)
 
     def check_health(self) -> None:
-        """See ``ModelService.check_health``; one that fails is enough."""
+        """Raise if ``ModelService.check_health`` raises for any model."""
         for service in self._services:
             service.check_health()
 
@@ -116,9 +116,9 @@ class Models:
         """Return once this model, or every model, has passed its self-test.
 
         Raises:
-            NotFoundError: there is no such model.
+            NotFoundError: no model has this name.
             SelfTestError: a model failed.
-            OverloadedError: a model is not able to score, with the reason.
+            OverloadedError: a model cannot score yet; the message says why.
         """
         services = self._services if name is None else [self.of(name)]
         await asyncio.gather(*(self._self_tests[service].passed() for service in services))

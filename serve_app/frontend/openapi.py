@@ -1,4 +1,4 @@
-"""The OpenAPI of routes with handlers that read the body and write the response themselves."""
+"""OpenAPI descriptions for handlers that read the body and write the response themselves."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def documented(
     error: type[BaseModel] = ErrorResponse,
     lines: str | None = None,
 ) -> dict[str, Any]:
-    """The OpenAPI of a route with a handler that reads the body and writes the response itself.
+    """Describe a route for FastAPI.
 
     Args:
-        error: the shape of its errors.
-        lines: of a route that also streams, what is on them.
+        error: the type of its error responses.
+        lines: describes the lines of a streamed answer, if the route can stream.
     """
     codes = ([400, 404, 413, 415] if asked else []) + [500, *statuses]
     options: dict[str, Any] = {"response_model": answer, "responses": errors_of(*codes, error=error)}

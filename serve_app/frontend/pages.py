@@ -1,4 +1,4 @@
-"""The pages for people: one to try the service, and the API's documentation. Neither loads anything from elsewhere."""
+"""Pages for people: one to try the service, and the API documentation. They load nothing from other hosts."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
     "form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
 )
-"""The browser's own guard: the page talks to this service only."""
+"""Content security policy: the browser lets the page talk to this service only."""
 
 _SWAGGER_UI = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript"}
-"""Files of Swagger UI, and what they are."""
+"""Files of Swagger UI and their media types."""
 
 
 def add_pages(app: FastAPI) -> None:
-    """Add ``/`` and ``/docs``. Their addresses are relative, so that they work behind a path prefix."""
+    """Add ``/`` and ``/docs``. Their links are relative, so that they work under a path prefix."""
     page = resources.files("serve_app.frontend").joinpath("static", "index.html").read_bytes()
 
     @app.get("/", include_in_schema=False)

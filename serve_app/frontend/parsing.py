@@ -1,4 +1,4 @@
-"""Large bodies parsed in pieces: pydantic holds Python's lock while it parses, and no other request is answered."""
+"""Parses large bodies in pieces: pydantic holds Python's lock while it parses, which would stop all other requests."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from serve_app.schemas import RequestBody, parse
 R = TypeVar("R", bound=RequestBody)
 
 LARGE_BYTES = 2**17
-"""Bytes of a body that is parsed in a thread."""
+"""A body with this many bytes or more is parsed in a thread."""
 PIECE_BYTES = 2**15
-"""Approximate number of entries of a list that are parsed at once: a few milliseconds."""
+"""Approximate bytes of a list that are parsed at once, which takes a few milliseconds."""
 
 _OUTER = re.compile(rb'["\[\]{}]|[^"\[\]{}]{1,4096}+')
 _INNER = re.compile(rb'"[^"\\]{0,256}+"|\[[^"\[\]{}]{0,4096}+\]|["\[\]{}]|[^"\[\]{}]{1,4096}+')
-"""A quote, a bracket, or what is between them; inside a list also a short string, or a short list of numbers."""
+"""A quote, a bracket, or the text between them; inside a list also a short string, or a short list of numbers."""
 _TEXT = re.compile(rb'(?:[^"\\]{1,4096}+|\\.){0,256}+', re.DOTALL)
-"""Some of a string; all patterns take bounded time."""
+"""A part of a string. All patterns take bounded time."""
 _OPEN, _CLOSE, _LIST, _QUOTE = b"[{", b"]}", b"["[0], b'"'[0]
 
 
 class _NotInPiecesError(Exception):
-    """The body must be parsed as a whole: it is wrong, or unusual."""
+    """The body must be parsed as a whole: it is invalid or unusual."""
 
 
 async def parse_large(model: type[R], body: bytes) -> R:
-    """As ``parse``, but the event loop goes on meanwhile.
+    """Do the same as ``parse``, while the event loop goes on.
 
     Raises:
-        InvalidRequestError: as ``parse``.
+        InvalidRequestError: see ``parse``.
     """
     if len(body) < LARGE_BYTES:
         return parse(model, body)
@@ -44,12 +44,12 @@ async def parse_large(model: type[R], body: bytes) -> R:
 
 
 def parse_in_pieces(model: type[R], body: bytes, piece_bytes: int = PIECE_BYTES) -> R:
-    """As ``parse``: the body without most of its lists, then run by run what was left out.
+    """Do the same as ``parse``: first without most entries of the body's lists, then with these in runs.
 
-    A body that is not accepted so is parsed as a whole, for the error.
+    If any of this fails, the body is parsed as a whole, for the right error.
     """
     validators = model.__pydantic_decorators__
-    if validators.model_validators or validators.field_validators:  # they would see a part
+    if validators.model_validators or validators.field_validators:  # they would see only a part
         return parse(model, body)
     try:
         return _parsed(model, body, piece_bytes)
@@ -85,7 +85,7 @@ def _parsed(model: type[R], body: bytes, piece_bytes: int) -> R:
 
 
 def _kept(model: type[R], body: bytes) -> R:
-    """The request in what was kept of a body; any fault is told by parsing the whole."""
+    """Parse the part of a body that was kept. If it has a fault, parsing the whole body will report it."""
     try:
         return parse(model, body)
     except InvalidRequestError:
@@ -94,14 +94,14 @@ def _kept(model: type[R], body: bytes) -> R:
 
 @cache
 def _piece(model: type[RequestBody], name: str) -> type[RequestBody]:
-    """A model that has this field alone."""
+    """A model with only this field."""
     field = model.model_fields[name]
     fields: dict[str, Any] = {name: (field.annotation, field)}
     return create_model(name, __base__=RequestBody, **fields)
 
 
 def _lists(body: bytes, piece_bytes: int) -> Iterator[tuple[str, list[tuple[int, int]]]]:
-    """The lists among the fields of an object: their names, and where runs of about ``piece_bytes`` begin and end."""
+    """Find the lists among an object's fields: each name, and the start and end of runs of about ``piece_bytes``."""
     depth = end = begin = 0
     text = name = None
     runs: list[tuple[int, int]] | None = None

@@ -17,17 +17,19 @@ from serve_app.tasks.scores import label_scores
 Score = Callable[[TokenBatch], Awaitable[BatchResult]]
 
 DEMO_PROBE = ([504, 3575, 282, 4649, 314], [7042, 4528], [0.7725, 0.0125])
-"""For the demo model: "The capital of France is", " Paris" and " London", and their probabilities by transformers."""
+"""For the demo model: the prompt "The capital of France is", the labels " Paris" and " London", and the probabilities
+that transformers computes."""
 
 _TOLERANCE = 0.02
-"""Largest difference of a probability between two batches: bfloat16 stays far below it, a wrong answer does not."""
+"""Largest accepted difference between two batches' probabilities: bfloat16 stays far below it, wrong answers do not."""
 
 _DIVISORS = (2, 3, 5, 7, 11, 13, 17, 19, 23)
-"""Divisors of the largest id. They give ids of the vocabulary's lower half, where real ones have trained tokens."""
+"""Divisors of the largest id. They give ids in the lower half of the vocabulary, where real models have trained
+tokens."""
 _LAST_ALIKE = ((0, 1, 2, 3, 4), (5, 6, 7, 8, 4), (3, 5, 0, 1, 4))
 _LAST_OTHER = ((1, 6, 3, 0, 5), (2, 8, 7, 1, 0))
-"""Prompts, as places in those ids. All have one length, and are scored alone: where the model's output does not depend
-on their ids, the device computes the same numbers, and the scores are equal to the last bit."""
+"""Prompts, as indices into those ids. They have the same length and are scored alone: if the model's output does not
+depend on the ids, the device computes the same numbers, and the scores are equal to the last bit."""
 
 _REMEDY = (
     "its weights are damaged, or part of them is zero: compare the checkpoint's files with their source, fetch them "
@@ -36,7 +38,7 @@ _REMEDY = (
 
 
 class SelfTest:
-    """Tests a served model until it passes, and never again."""
+    """Tests a served model until it has passed once."""
 
     def __init__(self, service: ModelService) -> None:
         self._service = service
@@ -48,7 +50,7 @@ class SelfTest:
 
         Raises:
             SelfTestError: it failed.
-            OverloadedError: it is not able to score, with the reason.
+            OverloadedError: it cannot score yet; the message says why.
         """
         async with self._running:
             if self._passed:
@@ -69,14 +71,14 @@ class SelfTest:
 
 
 async def check(score: Score, model: ModelFacts) -> None:
-    """Return when the model scores as a model does.
+    """Check that a model's scores are consistent.
 
-    Its scores are finite and depend on the prompt, on all of the prompt and on the label, and each prompt has
-    the same scores alone and in a batch. Raw log-probabilities or class logits are compared, which differ even where a
-    softmax over the labels saturates.
+    The scores must be finite, depend on the whole prompt and on the label, and be the same for a prompt alone and in a
+    batch. Raw log-probabilities or class logits are compared, which differ even where a softmax over the labels
+    saturates.
 
     Raises:
-        SelfTestError: they do not; the message has what was seen, and what to do.
+        SelfTestError: they are not; the message says what was found and what to do.
         ScoringError: no answer came.
     """
     last = model.vocab_size - 1
@@ -104,25 +106,25 @@ async def check(score: Score, model: ModelFacts) -> None:
             f"so the output does not depend on the label; {_REMEDY}"
         )
     together = (await score(_batch([[*ids, 0, last], *alike, *other], labels, causal))).values.reshape(-1, len(labels))
-    for row, behind in zip(alone, together[1:].tolist(), strict=True):
-        first, second = (label_scores(values, 0, softmax=True) for values in (row, behind))
+    for row, batched in zip(alone, together[1:].tolist(), strict=True):
+        first, second = (label_scores(values, 0, softmax=True) for values in (row, batched))
         if max(abs(a - b) for a, b in zip(first, second, strict=True)) > _TOLERANCE:
             raise SelfTestError(
-                f"a prompt scored {first} alone and {second} in a batch: this is a fault of ours; report it"
+                f"a prompt scored {first} alone and {second} in a batch: this is a bug of score-serve; report it"
             )
 
 
 async def check_demo(score: Score) -> None:
-    """Return when the demo model answers as transformers does.
+    """Check that the demo model gives the probabilities that transformers gives.
 
     Raises:
-        SelfTestError: it answers something else.
+        SelfTestError: they differ.
         ScoringError: no answer came.
     """
     prompt, labels, known = DEMO_PROBE
     scores = label_scores((await score(_batch([prompt], labels))).values.tolist(), 0, softmax=False)
     if max(abs(a - b) for a, b in zip(scores, known, strict=True)) > _TOLERANCE:
-        raise SelfTestError(f"a known prompt scored {scores}; right is {known}")
+        raise SelfTestError(f"a known prompt scored {scores}, not {known}; {_REMEDY}")
 
 
 def _equal(rows: Sequence[Sequence[float]]) -> bool:

@@ -1,10 +1,10 @@
-"""How many replicas run, as this process's routers last heard.
+"""The number of running replicas, as this process's routers last heard.
 
-Serve makes the routers itself and shows them to no one: this is where they and the front end meet. A module of its own,
-since Serve pickles the router's module by value, and with it would go a copy of what it holds.
+Serve makes the routers and gives no access to them, so they write the numbers here and the front end reads them. This
+is a separate module, since Serve pickles the router's module by value, with a copy of its variables.
 """
 
 from __future__ import annotations
 
 replicas: dict[str, int] = {}
-"""By deployment id, as text."""
+"""Number of running replicas by deployment id, as text."""

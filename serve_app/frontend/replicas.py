@@ -1,4 +1,4 @@
-"""The scorer replicas as the front end calls them, over a Serve handle."""
+"""The front end's client of the scorer replicas, over a Serve handle."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from serve_app.frontend.router import running_replicas
 logger = logging.getLogger("ray.serve")
 
 TRIES = 3
-"""Tries of a job if its replica is lost. The second may meet another replica on the same lost host before that is
-known. There are no more, since the job itself may be what kills them."""
+"""Tries of a job if its replica is lost. The second may reach another replica on the same lost host, before Ray knows
+that it is lost. There are no more, since the job itself may be the cause."""
 RETRY_PAUSE_S = 0.5
 CANCELLED_BY_S = 0.5
-"""When a client leaves, Serve cancels its calls to the scorers and the request itself, in no order. Only a call whose
-request still stands after this long was cancelled by a replica that is leaving."""
+"""When a client leaves, Serve cancels its calls to the scorers and the request itself, in no order. If the request is
+still there after this time, the call was cancelled by a replica that is shutting down."""
 
 NO_ANSWER = (RayError, RayServeException, AioRpcError)
-"""What a handle's call raises when its other end is lost."""
+"""Errors that a handle's call raises when the replica is lost."""
 
 
 def cause_of(error: Exception) -> object:
-    """What a call's other end raised, or an error of ``NO_ANSWER``. Actor calls wrap the first, gRPC does not."""
+    """The error that the replica raised, or one of ``NO_ANSWER``. Actor calls wrap the former, gRPC does not."""
     return cast(Any, error).cause if isinstance(error, RayTaskError) else error
 
 
@@ -47,17 +47,17 @@ class ScorerReplicas:
 
     @property
     def count(self) -> int:
-        """Replicas that run now. They come and go with autoscaling, faults and deploys."""
+        """Number of running replicas. It changes with autoscaling, faults and deploys."""
         return running_replicas(self._scorer)
 
     async def score(self, job: ScoreJob) -> JobResult:
-        """Compute ``job``, again if its replica was lost: scoring has no effects.
+        """Compute ``job``. If its replica is lost, another one computes it, which is safe: scoring has no side effects.
 
         Raises:
-            ScoringError: what the replica raised; no room; no replica left.
+            ScoringError: the replica raised it, or no replica has room, or none answers.
         """
         for lost in range(TRIES):
-            if lost > 1:  # the second try comes at once
+            if lost > 1:  # no pause before the second try
                 await asyncio.sleep(RETRY_PAUSE_S)
             try:
                 return await self._score(job)
@@ -72,7 +72,7 @@ class ScorerReplicas:
         try:
             return await response
         except asyncio.CancelledError as error:
-            if not cast(asyncio.Task[Any], asyncio.current_task()).cancelling():  # a replica's, which is leaving
+            if not cast(asyncio.Task[Any], asyncio.current_task()).cancelling():  # the replica is shutting down
                 raise _ReplicaLostError("it cancelled the call", cancelled=True) from error
             response.cancel()
             raise
@@ -89,10 +89,10 @@ class ScorerReplicas:
 
 
 class _ReplicaLostError(Exception):
-    """The replica died, or left, with the job.
+    """The replica died or shut down before it answered the job.
 
     Args:
-        cancelled: the call was, which may also be since its request is over.
+        cancelled: the call was cancelled, perhaps because its request has ended.
     """
 
     def __init__(self, message: str, *, cancelled: bool = False) -> None:
@@ -101,7 +101,7 @@ class _ReplicaLostError(Exception):
 
 
 def _is_cancellation(cause: object) -> bool:
-    """Whether a call's other end says that it was cancelled: actor calls by Ray's errors, gRPC by a status."""
+    """Whether an error says that a call was cancelled: Ray's errors for actor calls, a status for gRPC."""
     if isinstance(cause, AioRpcError):
         return cause.code() is StatusCode.CANCELLED
     return isinstance(cause, TaskCancelledError | RequestCancelledError)

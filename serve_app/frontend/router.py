@@ -1,4 +1,4 @@
-"""Which replica gets a job: one that has its prefix, as long as another is not much less busy."""
+"""Chooses a job's replica: one that has its prefix in the cache, unless another is much less busy."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from serve_app.frontend import replica_counts
 
 
 def running_replicas(handle: DeploymentHandle[Any]) -> int:
-    """Replicas of the handle's deployment that run now; 0 before its first call."""
+    """Number of running replicas of the handle's deployment; 0 before its first call."""
     return replica_counts.replicas.get(str(handle.deployment_id), 0)
 
 
 def ranked(affinity: Affinity | None, ongoing: Mapping[str, int]) -> list[str]:
-    """The replicas to try, best first.
+    """Rank the replicas for a job, best first.
 
-    A prefix gives all replicas an order, the same in every front end (rendezvous hashing: when one comes or goes, only
-    its own prefixes move). A part of a split request starts further down, so that the parts part company. The first
-    that is not too busy comes first, then the others. Without a prefix the order is random, and the least busy first.
+    A prefix gives the replicas an order that is the same in every front end (rendezvous hashing: when a replica comes
+    or goes, only its own prefixes move). Each part of a split request starts one place further down, so that the parts
+    go to different replicas. The first replica that is not too busy is the best, and the others follow in order.
+    Without a prefix the order is random, and the best is one of the least busy.
 
     Args:
-        ongoing: jobs at each replica, by its id.
+        ongoing: number of jobs at each replica, by the replica's id.
     """
     key, part, worth = (affinity.key, affinity.part, affinity.worth) if affinity else (os.urandom(8), 0, 0.0)
     order = sorted(ongoing, key=lambda replica: hashlib.blake2b(replica.encode(), key=key, digest_size=8).digest())
@@ -41,20 +42,20 @@ def ranked(affinity: Affinity | None, ongoing: Mapping[str, int]) -> list[str]:
 class PrefixRouter(FIFOMixin, RequestRouter):
     """Serve's hook around ``ranked``.
 
-    Serve gives the replica to the call that has waited longest, which under a burst may be another than the one that
-    was asked about; it then computes a prefix that is elsewhere. Matching them by Serve's request id would not do: all
-    parts of a request have the same.
+    Serve gives the chosen replica to the call that has waited longest. In a burst this may be another call than the one
+    that was ranked, and its prefix may be cached on another replica. Serve's request id cannot match the two, since all
+    parts of a request have the same id.
     """
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Serve calls it whenever a replica comes or goes."""
+        """Note the number of replicas. Serve calls this whenever one comes or goes."""
         super().update_replicas(replicas)
         replica_counts.replicas[str(self._deployment_id)] = len(replicas)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """The best replica, then, if it takes no more, the others."""
+        """Return the best replica, and then the others, for when it accepts no more calls."""
         if not candidate_replicas:
             return []
         job: object = None
@@ -62,7 +63,7 @@ class PrefixRouter(FIFOMixin, RequestRouter):
             pending_request.routing_context.should_backoff = True  # else Serve asks again without a pause
             job = pending_request.args[0] if pending_request.args else None
         by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        # What is not known is not busy with calls of this process; Serve asks such a replica before it sends one.
+        # A replica that is not in the cache has no calls of this process; Serve asks it before it sends one.
         ongoing = {name: self.replica_queue_len_cache.get(each.replica_id) or 0 for name, each in by_id.items()}
         first, *others = ranked(job.affinity if isinstance(job, ScoreJob) else None, ongoing)
         return [[by_id[first]], [by_id[other] for other in others]]

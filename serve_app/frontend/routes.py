@@ -30,9 +30,9 @@ from serve_app.tasks.table import TASKS
 from serve_app.tasks.task import AnyTask
 
 TIMEOUT_HEADER = "x-request-timeout-seconds"
-"""Serve's proxy knows it, too, and says 408 in words of its own when that time is over."""
+"""Serve's proxy reads this header, too, and answers with a plain-text 408 when the time has passed."""
 AHEAD_OF_PROXY_S = 0.25
-"""How much earlier the service gives up, at most, so that its own answer comes through."""
+"""Seconds by which, at most, the service gives up before the proxy, so that its own answer reaches the client."""
 
 T = TypeVar("T")
 
@@ -45,16 +45,14 @@ def create_app(
     echo_request_id: bool = True,
     metrics: Callable[[], Awaitable[str]] = scrape,
 ) -> FastAPI:
-    """Make the HTTP side of the service.
+    """Make the HTTP application of the service.
 
     Args:
         get_models: called in every request.
-        keys: of which a request must have one, if there are any.
+        keys: if there are any, a request must have one of them.
         cors_origins: web pages of these origins may call from a browser.
-        echo_request_id: put ``x-request-id`` into responses. False behind Serve's proxy, which does it itself and
-            would put it there twice.
-        metrics: the counters of all replicas, as Prometheus reads them; it raises OverloadedError if they cannot be had
-            at the moment.
+        echo_request_id: put ``x-request-id`` into responses. False under Serve's proxy, which does this itself.
+        metrics: returns all metrics in Prometheus' text format, or raises OverloadedError if an agent does not answer.
     """
     app = FastAPI(title="score-serve", redirect_slashes=False, docs_url=None, redoc_url=None)
     pages.add_pages(app)
@@ -74,7 +72,7 @@ def create_app(
 
 
 def _add_route(app: FastAPI, path: str, tasks: Sequence[AnyTask], get_models: Callable[[], Models]) -> None:
-    """Add the route of one task, or of several that are told apart by their bodies; the last is documented."""
+    """Add a route for one task, or for several that differ in their bodies; OpenAPI describes the last."""
 
     async def handle(request: Request) -> Response:
         sent = await bodies.read(request, get_models().max_body_bytes)
@@ -96,33 +94,33 @@ def _add_route(app: FastAPI, path: str, tasks: Sequence[AnyTask], get_models: Ca
 
 
 def _add_facts(app: FastAPI, get_models: Callable[[], Models], scraped: Callable[[], Awaitable[str]]) -> None:
-    """Add the routes that tell of the service and its models."""
+    """Add the routes that describe the service and its models."""
 
     @app.get("/v1/models", **documented(ModelsResponse))
     async def models() -> Response:
-        """The names under which the models answer."""
+        """List the names of the served models."""
         return await _json(get_models().models())
 
     @app.get("/v1/models/{name:path}", **documented(ModelCard, None, 404))
     async def model_card(name: str) -> Response:
-        """One of the names under which the models answer."""
+        """Describe one name of a served model."""
         if not name:
             raise HTTPException(NotFoundError.status)
         return await _json(get_models().model(name))
 
     @app.get("/tokenizer_info", **documented(TokenizerInfo, None, 404))
     async def tokenizer_info(model: str = DEFAULT_NAME) -> Response:
-        """The tokenizer's special tokens and chat template, as vLLM tells them: null is none."""
+        """The tokenizer's special tokens and chat template, in vLLM's format; null means that there is none."""
         return Response(get_models().tokenizer_info(model).model_dump_json(), media_type="application/json")
 
     @app.get("/v1/info", **documented(InfoResponse, None, 404))
     async def info(model: str = DEFAULT_NAME) -> Response:
-        """What is served, and the limits of a request."""
+        """Describe a served model and the limits of its requests."""
         return await _json(get_models().info(model))
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=errors_of(500, 503))
     async def metrics() -> Response:
-        """The scorers' counters, for Prometheus."""
+        """The metrics of all front ends and scorers, for Prometheus."""
         return PlainTextResponse(await scraped(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/health", **documented(StatusResponse))
@@ -141,10 +139,10 @@ def _add_facts(app: FastAPI, get_models: Callable[[], Models], scraped: Callable
 
 
 def _timeout_s(request: Request) -> float:
-    """The time that the caller gives this request, in seconds; infinite if it does not say.
+    """The caller's time limit for this request, in seconds; infinite if there is none.
 
     Raises:
-        InvalidRequestError: the header is no positive number.
+        InvalidRequestError: the header is not a positive number.
     """
     given = request.headers.get(TIMEOUT_HEADER)
     if given is None:
@@ -159,7 +157,7 @@ def _timeout_s(request: Request) -> float:
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``; a client that leaves before cancels it."""
+    """Return the result of ``work``, or cancel it if the client leaves first."""
     task = asyncio.create_task(work)
     gone = asyncio.create_task(_disconnected(request))
     try:
@@ -179,7 +177,7 @@ async def _disconnected(request: Request) -> None:
 
 
 async def _json(answer: BaseModel | list[Any]) -> Response:
-    """In pieces: a huge answer takes seconds, and the event loop must go on."""
+    """Make a response, in pieces: a huge answer takes seconds, and the event loop must go on."""
     content = bytearray()
     for piece in json_pieces(answer):
         content += piece

@@ -1,4 +1,4 @@
-"""The whole life of a request to one model, without HTTP and without Serve."""
+"""Answers requests to one model, from admission to the response, without HTTP and without Serve."""
 
 from __future__ import annotations
 
@@ -43,10 +43,11 @@ PIECES_AT_ONCE = 4
 """Pieces of a streamed request kept in flight for each replica: two half batches in the engine and more to follow."""
 
 INLINE_VALUES = 2_000
-"""A response with more values, which take milliseconds, is made in a thread: the event loop must go on."""
+"""A response with more values is made in a thread: it takes milliseconds, and the event loop must go on."""
 
 STUCK_RETRY_AFTER_S = 2
-"""Serve drops a front end after three health checks; ``ScoreClient``'s five tries, this far apart, outlast that."""
+"""Serve replaces a front end after three failed health checks. ``ScoreClient``'s five tries, this many seconds apart,
+outlast that."""
 
 T = TypeVar("T")
 A = TypeVar("A")
@@ -54,7 +55,7 @@ R = TypeVar("R", bound=RequestBody)
 
 
 class Replicas(Protocol):
-    """The engines behind the service."""
+    """The replicas that compute the service's jobs."""
 
     @property
     def count(self) -> int:
@@ -75,12 +76,12 @@ class ModelService:
 
     Args:
         settings: names, limits and times.
-        tokenizer: of the model that the replicas hold.
-        info: what the replicas say of that model.
-        replicas: the engines.
-        front_ends: that share the replicas.
-        observe: called with the timings of each request that was answered.
-        folder: of the model's files, which tell the template of ``/v1/rerank``; None: its name alone does.
+        tokenizer: the model's.
+        info: facts about the model, from its replicas.
+        replicas: compute the jobs.
+        front_ends: number of front ends that share the replicas.
+        observe: called with the timings of each answered request.
+        folder: the model's files, by which the template of ``/v1/rerank`` is chosen; None: it is chosen by name alone.
     """
 
     def __init__(
@@ -100,48 +101,48 @@ class ModelService:
         self._admission = Admission(0)
         self.reconfigure(settings)
         self.outcomes: Counter[str] = Counter()
-        """Requests for scores so far, by how they ended."""
+        """Numbers of requests for scores so far, by outcome."""
         self.items = 0
         """Items, documents and prompts scored so far."""
         self._observe = observe
         self._threads = WatchedThreads(settings.tokenizer_threads, "tokenizer")
 
     def reconfigure(self, settings: ModelSettings) -> None:
-        """Serve the requests that come from now on by these.
+        """Use these settings for the requests that come from now on.
 
         Args:
-            settings: the same but for what ``settings.LIVE`` names.
+            settings: may differ from those of the start in the fields that ``settings.RECONFIGURABLE`` names.
         """
         model = ModelFacts.of(settings, self._tokenizer, self._info, self._folder)
-        # By name: Serve sends a deployment's class with copies of what it refers to.
+        # The key is a name, since Serve pickles a deployment's class with copies of the objects that it refers to.
         prepare: dict[str, Callable[[Any, str], Steps[Any]]] = {task.name: task.builder(model) for task in TASKS}
         self._settings, self.model, self._prepare = settings, model, prepare
         self._bound_queue()
 
     @property
     def settings(self) -> ModelSettings:
-        """The model's settings, as they hold now."""
+        """The model's current settings."""
         return self._settings
 
     @property
     def queued_tokens(self) -> int:
-        """How many tokens may wait for one replica."""
+        """The number of tokens that may wait for one replica."""
         return self._queued_tokens
 
     async def answer(self, task: Task[R, A], request: R, *, request_id: str, timeout_s: float = math.inf) -> A:
         """Answer a request.
 
         Args:
-            task: what kind of request it is.
-            request_id: goes with the work to the replicas, for logs.
-            timeout_s: the caller's own limit, if it is shorter than ``settings.timeout_s``.
+            task: the kind of the request.
+            request_id: sent to the replicas with the work, for logs.
+            timeout_s: the caller's own limit. ``settings.timeout_s`` holds if it is shorter.
 
         Raises:
             InvalidRequestError: the request is wrong.
             TooLargeError: it asks for more than the limits allow.
-            OverloadedError: no room, or no healthy replica.
-            DeadlineExceededError: ``timeout_s`` is over; the queued work is dropped.
-            InternalError: the model's output for an item is not finite, or a fault of ours.
+            OverloadedError: there is no room, or no healthy replica.
+            DeadlineExceededError: the time limit has passed; the queued work is dropped.
+            InternalError: the model's output for an item is not finite, or the service has a fault.
         """
         prepare = partial(self._prepare[task.name], request, request_id)
         if not task.scores:
@@ -154,20 +155,20 @@ class ModelService:
         """Compute a batch that is not a request, such as a self-test's. Call it under ``in_time``.
 
         Raises:
-            ScoringError: as ``answer``.
+            ScoringError: see ``answer``.
         """
         return await self._run(self._work(batch, 0, request_id, time.time() + self._settings.timeout_s))
 
     async def stream(
         self, request: ScoreRequest, *, request_id: str, timeout_s: float = math.inf
     ) -> AsyncGenerator[Sequence[ScoreRow] | Sequence[ScoreEnd]]:
-        """The items' rows as they finish, in no order, some at a time, and at last one end with the usage.
+        """Yield the items' rows as they finish, several at a time and in no order, and finally an end with the usage.
 
-        The items are prepared and computed piece by piece. Little more is done than was asked for: the pieces that the
-        replicas need at once to be busy.
+        The items are prepared and computed in pieces. No more pieces are begun before the reader asks than the replicas
+        need to be busy.
 
         Raises:
-            ScoringError: as ``answer``, and also after rows have come.
+            ScoringError: see ``answer``. It may also come after some rows.
         """
         with self._counted():
             limit = self._time_limit(request.timeout_s, timeout_s)
@@ -218,10 +219,10 @@ class ModelService:
         self._threads.close()
 
     def check_health(self) -> None:
-        """Raise RuntimeError when prompts cannot be built any more: the tokenizer's threads are stuck, or gone.
+        """Raise RuntimeError when no prompt can be built any more: the tokenizer's threads are stuck or gone.
 
-        Requests whose prompts wait to be built are then answered by OverloadedError, and new ones, since some come
-        after the last check that Serve makes. Those that are being scored go on.
+        Requests that wait for their prompts then get OverloadedError. So do new ones, since some come after Serve's
+        last check. Requests that are being scored go on.
         """
         try:
             self._threads.check(self._settings.stall_s)
@@ -235,7 +236,7 @@ class ModelService:
             prepared = yield from prepare()
             return prepared, self._work(prepared.batch, prepared.query_tokens, request_id, deadline)
 
-        self._admission.check(1, self._replicas.count)  # tokenising what will be refused would delay the others
+        self._admission.check(1, self._replicas.count)  # a request that will be refused need not be tokenised
         with timing.tokenising():
             prepared, wanted = await self._in_steps(work())
         result = await self._run(wanted)
@@ -244,11 +245,11 @@ class ModelService:
         return answer
 
     def _work(self, batch: TokenBatch, prefix_tokens: int, request_id: str, deadline: float, first: int = 0) -> _Work:
-        """The batch in as many parts as it is worth.
+        """Split the batch into jobs, as far as that makes the answer faster.
 
         Args:
-            prefix_tokens: at the front of every sequence that may come again in another request; 0: what they share.
-            first: parts of the request that came before these.
+            prefix_tokens: leading tokens of every sequence that another request may have, too; 0: those that all share.
+            first: number of parts that the request had before these.
         """
         replicas = self._replicas.count
         if not len(batch.read_positions):
@@ -257,14 +258,14 @@ class ModelService:
         batch, tokens = replace(batch, shared=shared), int((batch.lengths - shared).sum())
         if replicas <= 1:
             return _Work([ScoreJob(request_id, batch, deadline)], tokens, first > 0)
-        # A part that fills a device batch by itself loses nothing by the split but the prefix.
+        # If each part fills a device batch, the split costs nothing but the prefix.
         parts = fanout.split(batch, replicas, self._settings.max_batch_tokens, shared_by_all(shared))
         affinities = fanout.affinities(parts, prefix_tokens or shared_by_all(shared), first)
         jobs = [ScoreJob(request_id, part, deadline, to) for part, to in zip(parts, affinities, strict=True)]
         return _Work(jobs, tokens, first > 0)
 
     async def _run(self, work: _Work) -> BatchResult:
-        """The jobs' results as one. When one fails the others are cancelled."""
+        """Run the jobs and merge their results. When one fails, the others are cancelled."""
         if not work.admitted:
             self._admission.check(work.tokens, self._replicas.count)
         try:
@@ -274,14 +275,14 @@ class ModelService:
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
         answered = [task.result() for task in tasks]
-        # They ran side by side: the longest is what the request waited for.
+        # They ran in parallel: the request waited for the longest.
         timing.current().add(timing.QUEUE, max((job.queue_seconds for job in answered), default=0.0))
         timing.current().add(timing.DEVICE, max((job.device_seconds for job in answered), default=0.0))
         return fanout.merge([job.result for job in answered])
 
     async def _run_one(self, job: ScoreJob) -> JobResult:
         answer = await self._replicas.score(job)
-        # The first measurement was of a small batch on a replica that had just started.
+        # The replica's own measurement was of a small batch, just after its start.
         if answer.device_seconds:
             found = float(answer.result.computed_tokens.sum()) / answer.device_seconds
             if found > self._tokens_per_s > 0:
@@ -295,7 +296,7 @@ class ModelService:
 
     @contextmanager
     def _counted(self) -> Generator[None]:
-        """Count how the request ends, and time those that are answered."""
+        """Count the request by its outcome, and pass on its timings if it is answered."""
         try:
             yield
         except BaseException as error:
@@ -306,7 +307,11 @@ class ModelService:
             self._observe(timing.current())
 
     async def in_time(self, work: Awaitable[T], limit_s: float | None = None) -> T:
-        """The result of ``work``, or 504 and the work cancelled. ``limit_s``: None is the service's own."""
+        """Return the result of ``work``, or cancel it after ``limit_s`` and raise DeadlineExceededError.
+
+        Args:
+            limit_s: None: ``settings.timeout_s``.
+        """
         limit_s = limit_s or self._settings.timeout_s
         limit = asyncio.timeout(limit_s)
         try:
@@ -320,33 +325,33 @@ class ModelService:
     def _too_late(self, limit_s: float) -> DeadlineExceededError:
         longer = f", raise timeout_s (to {self._settings.timeout_s:g} at most)"
         return DeadlineExceededError(
-            f"the request was not done after {limit_s:g} s; send fewer items"
+            f"the request was not finished after {limit_s:g} s; send fewer items"
             f"{longer if limit_s < self._settings.timeout_s else ''} or try again later"
         )
 
     def _time_limit(self, asked_s: float | None, timeout_s: float) -> float:
-        """Seconds that a request has: what it asks for, or the service gives, and no more than its caller."""
+        """The time limit of a request in seconds: its own or the service's, and no more than its caller's."""
         most = self._settings.timeout_s
         if asked_s is not None and asked_s > most:
             raise InvalidRequestError(
-                f"timeout_s is {asked_s:g}; this service gives a request at most {most:g} s; ask for no more",
+                f"timeout_s is {asked_s:g}; this service allows at most {most:g} s; send that or less",
                 param="timeout_s",
             )
         return min(asked_s or most, timeout_s)
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
-        """Tokenising takes up to seconds, and the event loop must go on."""
+        """Run ``call`` in a thread: tokenising takes up to seconds, and the event loop must go on."""
         return await self._threads.run(call)
 
     async def _in_steps(self, steps: Steps[T]) -> T:
-        """As ``_in_thread``, a short step at a time: other requests' steps come between, and a caller that is gone or
-        late ends it."""
+        """Run ``steps`` in a thread, a short step at a time: other requests' steps run in between, and the steps end
+        when the caller leaves or its time has passed."""
         while not (done := await self._in_thread(partial(advance, steps))):
             pass
         return done.result
 
     async def _off_loop(self, call: Callable[[], T], size: int) -> T:
-        """What is made of an engine's answer, in a thread if it is much."""
+        """Run ``call``, in a thread if the answer that it makes is large."""
         return call() if size <= INLINE_VALUES else await self._in_thread(call)
 
 
@@ -354,8 +359,8 @@ class _Work(NamedTuple):
     """A batch for the replicas.
 
     Attributes:
-        tokens: to compute, what sequences share counted once.
-        admitted: it is part of a request of which other parts were let in before.
+        tokens: tokens to compute, shared prefixes counted once.
+        admitted: the batch belongs to a request that was admitted with an earlier part.
     """
 
     jobs: Sequence[ScoreJob]
@@ -364,7 +369,7 @@ class _Work(NamedTuple):
 
 
 def _outcome(error: BaseException) -> str:
-    """In the words of the scorers' own counter."""
+    """The outcome of a request that failed, in the terms of the scorers' own counter."""
     if isinstance(error, asyncio.CancelledError | GeneratorExit):
         return "cancelled"
     if isinstance(error, OverloadedError):

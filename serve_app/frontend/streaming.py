@@ -1,4 +1,4 @@
-"""Long answers without a pause: rows as lines while others are computed, and JSON in pieces."""
+"""Sends long answers in pieces: rows as lines while others are computed, and JSON without blocking the event loop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from serve_app.errors import InternalError, ScoringError
 logger = logging.getLogger("ray.serve")
 
 PIECE_VALUES = 4_000
-"""Values of a response that become JSON at once: for a millisecond no thread and no other task can run."""
+"""Values of a response that become JSON at once: this takes a millisecond, in which no other thread or task runs."""
 PIECE_BYTES = 2**16
 """Bytes of lines that are sent at once."""
 
@@ -34,10 +34,10 @@ async def as_finished(
     deadline: float,
     late: Exception,
 ) -> AsyncGenerator[T]:
-    """Results of ``start()``, which is called again and again while there is ``more()``, as they finish.
+    """Call ``start()`` while there is ``more()``, and yield the results as they finish.
 
-    At most ``window`` calls are running, or finished and not yet taken. The first error ends it, after the results that
-    are finished by then. When it ends or is closed, what still runs is cancelled.
+    At most ``window`` calls are running, or finished and not yet taken. The first error ends the iteration, after the
+    results that have finished by then. When it ends or is closed, running calls are cancelled.
 
     Args:
         deadline: Unix time in seconds; ``late`` is raised when it has passed.
@@ -67,11 +67,11 @@ def _failed(task: asyncio.Task[Any]) -> bool:
 
 
 class LinesResponse(StreamingResponse):
-    """Newline-delimited JSON. A client that leaves ends the work behind ``lines``.
+    """Newline-delimited JSON. When the client leaves, ``lines`` is closed.
 
     Args:
-        first: was waited for, so that an error before it has a status of its own.
-        lines: what follows.
+        first: the first lines. They exist before the response starts, so that an error before them has its own status.
+        lines: the lines that follow.
     """
 
     def __init__(self, first: bytes, lines: AsyncGenerator[bytes]) -> None:
@@ -90,10 +90,10 @@ async def _after(first: bytes, lines: AsyncIterator[bytes]) -> AsyncIterator[byt
 
 
 async def json_lines(events: AsyncGenerator[Sequence[BaseModel]], request_id: str) -> AsyncGenerator[bytes]:
-    """One line for each value that comes, a few together. An error after the first is a line of its own, the last.
+    """Yield one line for each value, several at a time. An error after the first value becomes the last line.
 
     Raises:
-        Exception: what ``events`` raised before the first value.
+        Exception: ``events`` raised it before the first value.
     """
     begun = False
     try:
@@ -108,7 +108,7 @@ async def json_lines(events: AsyncGenerator[Sequence[BaseModel]], request_id: st
         if isinstance(error, ScoringError):
             fault = error
         else:
-            fault = InternalError(f"the server failed on this request; its log names it by {request_id}")
+            fault = InternalError(f"the server failed on this request; look for {request_id} in its log")
         if fault.status == InternalError.status:
             logger.error("request %s: %s", request_id, fault.message, exc_info=error)
         yield to_json(fault.body()) + b"\n"
@@ -126,7 +126,7 @@ def _json_lines(values: Sequence[BaseModel]) -> Iterator[bytes]:
 
 
 def json_pieces(answer: BaseModel | list[Any]) -> Iterator[bytes]:
-    """The JSON of ``answer``, without what is None, in pieces of about ``PIECE_VALUES``."""
+    """Yield the JSON of ``answer``, without fields that are None, in pieces of about ``PIECE_VALUES`` values."""
     if isinstance(answer, list):
         yield from _list_pieces(answer)
         return
@@ -157,7 +157,7 @@ def _list_pieces(entries: list[Any]) -> Iterator[bytes]:
 
 
 def _values(entry: Any) -> int:
-    """About how many numbers and texts are in it."""
+    """The approximate number of numbers and texts in ``entry``."""
     if isinstance(entry, BaseModel):
         return sum(_values(value) for _, value in entry)
     return len(entry) if isinstance(entry, list) else 1  # pyright: ignore[reportUnknownArgumentType]

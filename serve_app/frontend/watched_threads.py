@@ -1,4 +1,4 @@
-"""Threads for work that must not hold up the event loop; a standstill of theirs is noticed."""
+"""Threads for work that would block the event loop, with a check whether they are stuck."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ T = TypeVar("T")
 
 
 class WatchedThreads:
-    """A pool of threads that tells when it is stuck, or gone.
+    """A pool of threads that can tell when it is stuck or gone.
 
     Args:
-        threads: at most.
-        name: of each, with a number.
+        threads: the largest number of threads.
+        name: the threads' name, to which a number is added.
     """
 
     def __init__(self, threads: int, name: str) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
         self._callers: set[asyncio.Future[Any]] = set()
         self._abandoned: Exception | None = None
-        """What those got who waited when the pool was last given up."""
+        """The error of the last ``abandon``, which all waiting callers got."""
         self._given_up = False
-        """It was, and has not moved since."""
+        """True from ``abandon`` until a thread begins or ends a call."""
         self._open: set[Future[Any]] = set()
-        """Calls that wait for a thread or have one."""
+        """Calls that wait or run."""
         self._begun: dict[object, float] = {}
-        """When each that has a thread got it."""
+        """When each running call began."""
         self._moved = 0.0
-        """When last a call was begun or ended, or came while there was none."""
+        """When a call last began or ended, or arrived when there was no other."""
         self._probe: Future[None] | None = None
 
     async def run(self, call: Callable[[], T]) -> T:
-        """What ``call`` returns. Cancelling keeps it from being begun.
+        """Run ``call`` in a thread and return its result. Cancelling prevents a call that waits from starting.
 
         Raises:
             RuntimeError: the pool is closed.
-            Exception: ``abandon``'s, if it was called and nothing has moved since.
+            Exception: the error of ``abandon``, until a thread begins or ends a call.
         """
         if self._given_up and self._abandoned:
             raise self._abandoned.with_traceback(None)
@@ -55,9 +55,9 @@ class WatchedThreads:
             self._callers.discard(answer)
 
     def abandon(self, error: Exception) -> None:
-        """Raise ``error`` to all that wait for a call, and to all that come until a thread has begun or ended one.
+        """Raise ``error`` in all callers that wait, and in new ones until a thread has begun or ended a call.
 
-        What a thread has begun goes on.
+        Running calls go on.
         """
         self._abandoned, self._given_up = error, True
         callers, self._callers = self._callers, set()
@@ -66,9 +66,9 @@ class WatchedThreads:
 
     def check(self, stall_s: float) -> None:
         """Raise RuntimeError when the pool is gone, when one call has run for more than ``stall_s``, or when calls wait
-        and none was begun or ended for as long.
+        and none has begun or ended for as long.
 
-        It also gives the threads something to do, of which the next check sees whether it was done.
+        It also submits an empty call, and the next check sees whether that was done.
         """
         if self._probe is None or self._probe.done():
             self._probe = self._submit(lambda: None)
@@ -77,13 +77,14 @@ class WatchedThreads:
             raise RuntimeError(f"a thread has not finished a call for {stalled:.0f} s; stall_s is {stall_s:g}")
 
     def stalled_seconds(self) -> float:
-        """How long the longest call has run, or nothing has moved though there are calls; 0.0 without any."""
+        """Seconds for which the longest call has run, or for which calls wait and none began or ended; 0.0 without
+        calls."""
         if not self._open:
             return 0.0
         return time.monotonic() - min([self._moved, *self._begun.values()])
 
     def close(self) -> None:
-        """Stop when the calls that run are done; those that wait are cancelled."""
+        """Stop when the running calls are done. Calls that wait are cancelled."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _submit(self, call: Callable[[], T]) -> Future[T]:

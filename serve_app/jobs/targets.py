@@ -20,7 +20,7 @@ from serve_app.frontend.service import ModelService
 from serve_app.jobs.local_replicas import LocalReplicas
 from serve_app.schemas import InfoResponse, ScoreRequest, ScoreResponse
 from serve_app.scorer.engines import load_engine
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings
 from serve_app.tasks.score import SCORE
 from serve_app.tasks.tokenizer import TextTokenizer
 
@@ -113,7 +113,7 @@ class Engines:
         settings: the model's settings.
     """
 
-    settings: Settings
+    settings: ModelSettings
 
     @property
     def resources(self) -> dict[str, Any]:

@@ -27,11 +27,11 @@ logger = logging.getLogger("ray.serve")
 INTAKE_BATCH = 32
 INTAKE_CONCURRENCY = 32
 MAX_ONGOING = INTAKE_BATCH * INTAKE_CONCURRENCY
-"""Calls that a replica accepts at once. Most wait for the device, which costs nothing; ``limits.max_queued_tokens`` is
-the bound that matters."""
+"""Calls that a replica accepts at once. Most of them wait for the device, which costs nothing;
+``limits.max_queued_tokens`` is the bound that matters."""
 INTAKE_WAIT_S = 0.001
 INTAKE_LIMIT_S = 15.0
-"""The intake never waits for the device, so a call that takes longer than this is stuck for good."""
+"""Seconds. The intake never waits for the device, so a call that takes longer than this will never end."""
 
 BROKEN_AFTER = 5
 """Failed batches in a row after which the replica is unhealthy. After one bad job the next good one resets it."""
@@ -47,8 +47,8 @@ class Scorer:
     """The class of the deployment: answers ``ScoreJob``s. Serve counts it as ready when the engine is warm.
 
     Args:
-        load: makes the engine. It runs in a thread, so that the replica answers Serve's questions meanwhile.
-        measure: returns the engine's tokens a second. It runs in a thread, too.
+        load: makes the engine. It runs in a thread, so that the replica can answer Serve meanwhile.
+        measure: returns the engine's speed in tokens per second. It also runs in a thread.
     """
 
     async def __init__(
@@ -123,10 +123,10 @@ class Scorer:
         return self._queue.stats()
 
     async def reconfigure(self, user_config: Mapping[str, Any] | None, rank: object) -> None:  # noqa: ARG002
-        """Change the settings that ``settings.LIVE`` names. Those not given return to their values at the start.
+        """Change settings that are in ``settings.RECONFIGURABLE``. Those not given return to their values at the start.
 
-        Serve calls it with ``user_config``, or with None when that was removed, but only if the method takes ``rank``.
-        A wrong value is logged and changes nothing: Serve would kill the replica if this raised.
+        Serve calls it with ``user_config``, or with None after that was removed, which it only does if there is a
+        parameter ``rank``. A wrong value is logged and changes nothing: Serve would kill the replica if this raised.
         """
         try:
             settings = self._settings.live(user_config or {})
@@ -155,7 +155,7 @@ class Scorer:
             await asyncio.sleep(REPORT_S)
 
     async def check_health(self) -> None:
-        """Raise RuntimeError if the last batches failed or the engine is at fault. Serve then replaces the replica."""
+        """Raise RuntimeError if the last batches failed or the engine has a fault. Serve then replaces the replica."""
         self._end_if_lost()
         if self._queue.failures_in_a_row >= BROKEN_AFTER:
             raise RuntimeError(f"the engine failed on the last {self._queue.failures_in_a_row} batches")
@@ -173,7 +173,7 @@ class Scorer:
             os._exit(1)
 
     def _fault(self) -> str | None:
-        """Why this replica can answer no job any more; None: it can."""
+        """Why this replica can no longer answer any job; None: it can."""
         if not self._intake_works:
             return f"a call was not queued within {INTAKE_LIMIT_S:.0f} s"
         if not self._queue.running:

@@ -72,9 +72,9 @@ class Dispatcher:
     Args:
         engine: its ``score`` is called from two threads.
         max_batch_tokens: see ``Scheduler``.
-        max_queued_tokens: waiting for the device; above it jobs are refused.
-        observe: called for each device batch with the tokens that it computed, as a share of those that it could have.
-        tokens_per_s: the engine's measured speed; 0.0: the first batches tell it.
+        max_queued_tokens: tokens that may wait for the device; jobs above that are refused.
+        observe: called for each device batch with the tokens that it computed, as a share of the most that it could.
+        tokens_per_s: the engine's measured speed; 0.0: it is learnt from the first batches.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Dispatcher:
         self._device_seconds = 0.0
         self._refused = self._cancelled = self._expired = self._failed = 0
         self.failures_in_a_row = 0
-        """Device batches that ended in an error since the last that did not."""
+        """Device batches that failed since the last one that did not."""
         self._closed = False
         self._threads = ThreadPoolExecutor(IN_ENGINE, thread_name_prefix="device")
         self._task = asyncio.create_task(self._run())
@@ -147,7 +147,7 @@ class Dispatcher:
 
     @property
     def tokens_per_s(self) -> float:
-        """The engine's speed, as its batches tell; 0.0: not known yet."""
+        """The engine's speed, learnt from its batches; 0.0: not known yet."""
         return self._speed.tokens_per_s
 
     @property
@@ -161,7 +161,7 @@ class Dispatcher:
         return not self._task.done()
 
     def stalled_seconds(self) -> float:
-        """How long a batch has been on the device beyond all that its tokens explain; 0.0 without one.
+        """Seconds that a batch has been on the device beyond what its tokens explain; 0.0 without one.
 
         A batch that hangs counts even after all its callers have left.
         """
@@ -204,7 +204,7 @@ class Dispatcher:
                     self._look_again(due_in)
 
     def _drop_done(self) -> None:
-        """Answer jobs past their deadline, and take out of the queue what needs no more computing."""
+        """Answer jobs past their deadline, and remove answered jobs from the queue."""
         for pending in self._jobs:
             if pending.expired() and not pending.exhausted and not pending.answer.done():
                 self._expired += 1
@@ -226,8 +226,8 @@ class Dispatcher:
             self._changed.set()
 
     async def _compute(self, parts: Sequence[_Part]) -> None:
-        """Run one device batch. If it fails, each job's part runs alone, so that a job at fault harms only itself."""
-        # Raises when the threads are gone, which ends the loop: another replica can compute this.
+        """Run one device batch. If it fails, each job's part runs alone, so that a bad job harms only itself."""
+        # This raises when the threads are gone, and so ends the loop: another replica can compute the jobs.
         computing = asyncio.get_running_loop().run_in_executor(self._threads, self._on_device, parts)
         started = time.monotonic()
         try:
@@ -236,7 +236,7 @@ class Dispatcher:
             result = None
             requests = ", ".join(part.job.job.request_id for part in parts)
             logger.exception("the engine failed on a batch of request(s) %s", requests)
-        # While two batches are in the engine, the device's time is the first one's.
+        # While two batches are in the engine, the device works on the first one.
         begun, self._ended = max(started, self._ended), time.monotonic()
         if result is not None:
             self.failures_in_a_row = 0
@@ -255,7 +255,7 @@ class Dispatcher:
         batch = join([part.batch() for part in parts])
         try:
             return self._engine.score(batch)
-        except SystemExit as error:  # it would end the event loop, and leave a replica that does nothing
+        except SystemExit as error:  # it would end the event loop and leave a replica that does nothing
             raise RuntimeError("the engine ended its thread") from error
 
     def _count(self, parts: Sequence[_Part], result: BatchResult, seconds: float) -> None:
@@ -276,19 +276,19 @@ class Dispatcher:
             self._failed += 1
             pending.answer.set_exception(
                 InternalError(
-                    f"the model failed on this request; the server's log has it under {pending.job.request_id}"
+                    f"the model failed on this request; look for {pending.job.request_id} in the server's log"
                 )
             )
 
     def _forget(self, pending: _Pending) -> None:
-        """Drop an answered job, whatever its answer is: a cancelled one's sequences are not computed any more."""
+        """Drop an answered job. The sequences of a cancelled job are no longer computed."""
         self._jobs.discard(pending)
         self._cancelled += pending.answer.cancelled()
         if not pending.exhausted:
             self._scheduler.discard([pending])
 
     def _abandon(self) -> None:
-        """Answer the jobs that are left when the loop has ended, by ``close`` or a fault."""
+        """Answer the jobs that are left when the loop has ended, through ``close`` or a fault."""
         self._closed = True
         if not self._task.cancelled() and (error := self._task.exception()):
             logger.error("the dispatcher has stopped", exc_info=error)
@@ -297,7 +297,7 @@ class Dispatcher:
                 pending.answer.set_exception(_closed_error())
 
     def _drain_seconds(self) -> int:
-        """Seconds after which the queue may be empty at the speed so far, 1 to 60."""
+        """Seconds until the queue may be empty at the speed so far, from 1 to 60."""
         return min(max(math.ceil(self._speed.seconds(self.queued_tokens)), 1), 60)
 
 

@@ -1,6 +1,6 @@
-"""From settings to an engine: in this process, or on the hosts of a slice.
+"""Makes an engine from settings: in this process, or on the hosts of a slice.
 
-The only module of the service that loads the model package, and jax: in the process that computes.
+This is the only module of the service that loads the model package and jax, in the process that computes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TELL_S = 3.0
 
 
 def load_engine(settings: ModelSettings) -> Engine:
-    """Load and warm up the engine that ``settings`` name. Takes seconds to minutes; the log shows the progress."""
+    """Load and warm up the engine for these settings. It takes seconds to minutes; the log shows the progress."""
     if settings.tpu and settings.tpu.hosts > 1:
         engine: Engine = SliceGroup(settings, load_part)
     elif settings.engine == "fake":
@@ -41,13 +41,13 @@ def load_engine(settings: ModelSettings) -> Engine:
     else:
         engine = _load_model(settings)
     started = time.monotonic()
-    engine.warmup(told(logger.info))
+    engine.warmup(progress_log(logger.info))
     logger.info("the model's programs are ready after %.1f s", time.monotonic() - started)
     return engine
 
 
-def told(say: Callable[[str], None], now: Callable[[], float] = time.monotonic) -> Progress:
-    """A callback that says the progress every ``TELL_S`` seconds, with an estimate of the time left."""
+def progress_log(say: Callable[[str], None], now: Callable[[], float] = time.monotonic) -> Progress:
+    """Return a callback that reports the progress every ``TELL_S`` seconds, with an estimate of the time left."""
     started = last = now()
 
     def progress(done: int, total: int, _what: str) -> None:
@@ -76,7 +76,7 @@ def load_part(settings: ModelSettings, place: Place) -> Engine:
 
 def _load_model(settings: ModelSettings) -> Engine:
     if not any(map(glob.glob, ACCELERATORS)):
-        # With libtpu installed, as the tests have it, jax would look for a TPU and fill the log with its absence.
+        # With libtpu installed, as for the tests, jax would look for a TPU and fill the log with errors.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from model.loading import load
     from model.sharding import tpu_mesh
@@ -95,7 +95,7 @@ def _load_model(settings: ModelSettings) -> Engine:
 
 
 def compiled_folder() -> Path:
-    """The folder of programs compiled for this kind of processor: hosts of several kinds may share a home directory."""
+    """The folder of compiled programs for this kind of processor: different hosts may share a home directory."""
     processor = platform.processor() + platform.machine()
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""An engine without a model, to test everything around one: its distribution is made from a hash of the tokens."""
+"""An engine without a model, to test everything around one: its distribution comes from a hash of the tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NATS = 8.0
 
 
 class FakeEngine:
-    """Scores by a distribution that depends on the tokens up to the read alone. Its probabilities sum to 1.
+    """Scores by a distribution that depends only on the tokens up to the read. Its probabilities sum to 1.
 
     The ids, in an order that the hash of the prompt shifts, have geometrically falling probabilities:
     ``p(id) = q ** rank * (1 - q) / (1 - q ** V)``.
@@ -30,7 +30,7 @@ class FakeEngine:
     Args:
         classes: see ``ModelInfo``.
         pad_token_id: see ``ModelInfo``.
-        seconds_per_token: sleep for each computed token, to keep a device busy.
+        seconds_per_token: time to sleep for each computed token, to keep a device busy.
         nan_token: an id that makes all values of its sequence NaN; None: no id does.
     """
 

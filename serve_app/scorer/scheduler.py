@@ -1,6 +1,6 @@
-"""Decides which sequences of which jobs go to the device next: no threads, no event loop, no engine, no clock.
+"""Decides which sequences of which jobs go to the device next. It has no threads, no event loop, no engine, no clock.
 
-Its times are seconds on the caller's clock, which only has to be monotonic.
+Its times are seconds on the caller's clock, which must be monotonic.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from serve_app.scorer.speed import Speed
 
 TURNS_PER_BATCH = 4
 """A job's turn is its first sequence and those after it that fit into the batch's tokens over ``TURNS_PER_BATCH``.
-Shorter turns would be fairer, but a prefix shared by the job's sequences is computed again in every turn, as far as it
-goes beyond whole pages."""
+Shorter turns would be fairer, but every turn computes the part of a shared prefix beyond its whole pages again."""
 
 PIECE_S = 1.0
 """Device time of one batch, by the measured speed. A small job waits about as long for the batch that runs when it
@@ -42,8 +41,8 @@ LEAD_S = 0.05
 formed earlier is computed even if its callers leave, and holds nothing that arrives meanwhile."""
 
 PATIENCE = 4
-"""A batch counts as stalled after this many times its expected duration: attention to a long prompt takes longer than
-the speed tells, and so does a busy host."""
+"""A batch counts as stalled after this many times its expected duration: a long prompt's attention takes longer than
+the measured speed suggests, and so does a batch on a busy host."""
 
 
 class QueuedJob:
@@ -189,7 +188,7 @@ class DeviceBatch(Generic[J]):
         return self.expected if self.begun is None else max(self.begun + self.expected - now, 0.0)
 
     def overdue(self, now: float) -> float:
-        """Seconds on the device beyond all that its tokens explain."""
+        """Seconds on the device beyond what its tokens explain."""
         return 0.0 if self.begun is None else max(now - self.begun - PATIENCE * self.expected, 0.0)
 
 
@@ -247,7 +246,7 @@ class Scheduler(Generic[J]):
         return batch
 
     def finish(self, batch: DeviceBatch[J], now: float) -> None:
-        """Tell that ``batch`` has left the engine: the device is free for the other one."""
+        """Note that ``batch`` has left the engine: the device is free for the other one."""
         self._in_engine.remove(batch)
         for other in self._in_engine:
             other.begun = other.begun or now
@@ -261,7 +260,7 @@ class Scheduler(Generic[J]):
         return max(self._in_engine[0].left(now) - LEAD_S, 0.0)
 
     def overdue(self, now: float) -> float:
-        """Seconds for which a batch has been on the device beyond all that its tokens explain; 0.0 without one."""
+        """Seconds that a batch has been on the device beyond what its tokens explain; 0.0 without one."""
         return max((batch.overdue(now) for batch in self._in_engine), default=0.0)
 
     def _order(self) -> list[J]:

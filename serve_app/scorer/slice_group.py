@@ -1,8 +1,8 @@
 """A replica that spans hosts: one ``Engine`` that leads one process on each host of a TPU slice, in step.
 
-The process that holds this engine, the leader, is a separate one and loads no jax. When a process dies, jax ends the
-others, and no new process can join in its place. The leader survives that, restarts all of them, and lets them compute
-again what was under way.
+The leader, which holds this engine, is a separate process and loads no jax. When a host's process dies, jax ends the
+others, and no new process can take its place. The leader survives that, restarts all of them, and lets them compute
+the current batch again.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from serve_app.tpu import CHIP_LABEL, CHIPS_OF_A_SLICES_HOST, NUMBER_LABEL, RESO
 logger = logging.getLogger("ray.serve")
 
 TRIES = 2
-"""Tries for a batch. If it ends the processes twice, it is probably the reason."""
+"""Tries for a batch. If the processes end twice, the batch is probably the reason."""
 RESERVE_S = 60.0
-"""Seconds between two lines in the log that say that a slice is waited for."""
+"""Seconds between two log lines that say that the replica waits for a slice."""
 POLL_S = 0.5
 PAUSE_S = 1.0
 """Seconds before a failed start is tried again."""
 
 COUNTERS = [field.name for field in dataclasses.fields(EngineStats)][:6]
-"""The fields of ``EngineStats`` that only rise."""
+"""The fields of ``EngineStats`` that only increase."""
 
 
 class GroupLostError(Exception):
@@ -81,7 +81,7 @@ class _Group:
 
         Raises:
             ValueError: the engine refuses the batch.
-            GroupLostError: a process died, failed, took too long, or did something else than the others.
+            GroupLostError: a process died, failed, took too long, or differed from the others.
         """
         delta = DeltaBatch.of(batch)
         with self._sending:
@@ -133,7 +133,7 @@ class SliceGroup:
 
     @property
     def stats(self) -> EngineStats:
-        """Host 0's counters after the last batch. They go on when the processes are restarted."""
+        """Host 0's counters after the last batch. They continue when the processes are restarted."""
         with self._changed:
             now = self._group.stats if self._group else EngineStats()
             return dataclasses.replace(now, **_added(self._before, now))
@@ -247,9 +247,9 @@ class SliceGroup:
             raise
 
     def _all(self, calls: Sequence[Any]) -> list[Any]:
-        """What all calls return, or the first failure.
+        """Return the results of all calls, or raise the first failure.
 
-        A host that is lost before its process runs fails no call, so the slice is watched, too.
+        If a host is lost before its process runs, no call fails, so the slice is watched, too.
         """
         waiting = list(calls)
         while waiting:
@@ -294,10 +294,10 @@ def reserve(tpu: Tpu, cpus: float) -> SlicePlacementGroup:
 
 
 def agreed(answers: Sequence[Answer]) -> Answer:
-    """Host 0's answer, if all hosts did the same.
+    """Return host 0's answer, if all hosts did the same.
 
     Raises:
-        GroupLostError: a host did something else.
+        GroupLostError: a host differs from host 0.
     """
     first = answers[0]
     for number, other in enumerate(answers):

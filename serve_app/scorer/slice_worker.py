@@ -46,8 +46,8 @@ class Answer:
 
     Attributes:
         sequence: the batch's number.
-        stats: the engine's counters after it. Each host plans for itself: equal counters show that they are in step.
-        result: host 0's; None from the other hosts, which have the same, and for a batch that was refused.
+        stats: the engine's counters after it. Each host plans on its own: equal counters show that they are in step.
+        result: host 0's result; None from the other hosts, which have the same, and for a batch that was refused.
         refusal: the message of the engine's ValueError.
     """
 
@@ -62,11 +62,12 @@ class OutOfStepError(Exception):
 
 
 class HostFailedError(Exception):
-    """A failure on a host, as text: to unpickle an exception of jax's, the leader would have to load jax."""
+    """A failure on a host, as text: to unpickle an exception of jax, the leader would have to load jax."""
 
 
 @contextmanager
 def _in_words() -> Generator[None]:
+    """Turn an exception into ``HostFailedError``."""
     try:
         yield
     except Exception as error:
@@ -123,7 +124,7 @@ class SliceWorker:
 
         Raises:
             OutOfStepError: ``sequence`` is not its number; nothing was computed.
-            HostFailedError: the engine failed; a batch that it refuses is no failure.
+            HostFailedError: the engine failed. A refused batch is no failure.
         """
         if sequence != self._next:
             raise OutOfStepError(f"host {self._number} was sent batch {sequence}; its next is {self._next}")

@@ -1,4 +1,4 @@
-"""The speed of a device in tokens a second: measured, since no setting knows it."""
+"""Measures the speed of a device in tokens per second."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ SHARE = 0.3
 
 
 class Speed:
-    """The speed in tokens a second, learnt from batches.
+    """The speed in tokens per second, learnt from batches.
 
-    A small batch takes longer for each of its tokens. One of less than ``enough`` tokens that seems slow is ignored.
+    A small batch takes longer per token, so a batch of less than ``enough`` tokens that seems slow is ignored.
 
     Args:
         tokens_per_s: the first measurement; 0.0: there is none yet.
@@ -43,7 +43,7 @@ class Speed:
 
 
 def measure(engine: Engine) -> float:
-    """Measure the tokens a second of one small batch on a warm engine: below the full speed, but of the right order.
+    """Measure the tokens per second of one small batch on a warm engine. The full speed is higher, but of this order.
 
     The second of two batches is timed, since the first finds cold caches.
     """

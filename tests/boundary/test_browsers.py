@@ -13,7 +13,7 @@ from serve_app.frontend.auth import ApiKeys
 from serve_app.frontend.models import Models
 from serve_app.frontend.routes import create_app
 from serve_app.frontend.service import ModelService
-from serve_app.settings import Settings
+from serve_app.settings import ServiceSettings
 from tests.boundary.asking import Http
 from tests.served import KEY
 
@@ -83,15 +83,15 @@ async def test_answers_and_errors_can_be_read_by_the_page(client: httpx.AsyncCli
 async def test_it_is_off_by_default(http: Http):
     answer = await http.client.post("/v1/score", json=ASK, headers={"origin": PAGE})
     assert "access-control-allow-origin" not in answer.headers
-    assert Settings().cors_origins == ()
+    assert ServiceSettings().cors_origins == ()
 
 
 @pytest.mark.parametrize("origin", ["page.example", "https://page.example/", "https://*.example", "https://a b", ""])
 def test_what_is_no_origin_is_refused(origin: str):
-    with pytest.raises(ValidationError, match="is no origin"):
-        Settings(cors_origins=(origin,))
+    with pytest.raises(ValidationError, match="is not an origin"):
+        ServiceSettings(cors_origins=(origin,))
 
 
 def test_origins():
     for origin in ("*", "null", "http://localhost:3000", "chrome-extension://abc"):
-        assert Settings(cors_origins=(origin,)).each_model
+        assert ServiceSettings(cors_origins=(origin,)).cors_origins

@@ -16,7 +16,7 @@ from serve_app.frontend.models import Models
 from serve_app.frontend.routes import create_app
 from serve_app.frontend.service import ModelService
 from serve_app.scorer.fake_engine import FakeEngine
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas, save_tokenizer
 
@@ -45,7 +45,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = save_tokenizer(tmp_path_factory.mktemp("tokenizer"), adds_bos=False)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     tokenizer = TextTokenizer.load(folder)
-    settings = Settings(model="fake-judge", aliases=("rerank-v3.5",), engine="fake")
+    settings = ModelSettings(model="fake-judge", aliases=("rerank-v3.5",), engine="fake")
     service = ModelService(settings, tokenizer, engine.info, DirectReplicas(engine))
     models = Models(service)
     server = uvicorn.Server(uvicorn.Config(create_app(lambda: models), port=0, log_level="warning"))

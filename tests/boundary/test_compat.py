@@ -172,7 +172,7 @@ class TestRoutes:
             ("/info", "did you mean GET /v1/info?"),
             ("/v1/models/", "did you mean GET /v1/models?"),
             ("/healthz", "did you mean GET /health?"),
-            ("/score", "labels are scored by POST /v1/score, pairs of texts by POST /v1/rerank"),
+            ("/score", "score labels with POST /v1/score, and pairs of texts with POST /v1/rerank"),
             ("/v1/embeddings", "makes no embeddings"),
             ("/nothing/like/it", "see /docs"),
         ],

@@ -20,7 +20,7 @@ from serve_app.frontend.models import Models
 from serve_app.frontend.routes import create_app
 from serve_app.frontend.service import ModelService, Replicas
 from serve_app.scorer.fake_engine import FakeEngine
-from serve_app.settings import Limits, Settings
+from serve_app.settings import Limits, ModelSettings
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.boundary.asking import Http
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
@@ -28,7 +28,7 @@ from tests.stubs import HangingReplicas
 
 ASK: dict[str, Any] = {"query": [1, 2], "items": [[3], [4]], "label_token_ids": [5, 6]}
 INFO: ModelInfo = FakeEngine(VOCAB_SIZE, CONTEXT).info
-FAKE = Settings(model="fake-judge", engine="fake")
+FAKE = ModelSettings(model="fake-judge", engine="fake")
 
 
 class Failing:
@@ -52,7 +52,7 @@ class Mixing(FakeEngine):
 
 
 @asynccontextmanager
-async def serving(tokenizer: TextTokenizer, replicas: Replicas, settings: Settings = FAKE) -> AsyncIterator[Http]:
+async def serving(tokenizer: TextTokenizer, replicas: Replicas, settings: ModelSettings = FAKE) -> AsyncIterator[Http]:
     service = ModelService(settings, tokenizer, INFO, replicas)
     models = Models(service)
     transport = httpx.ASGITransport(create_app(lambda: models))
@@ -68,7 +68,7 @@ def replicas() -> DirectReplicas:
 
 class TestLimits:
     async def test_items(self, tokenizer: TextTokenizer, replicas: DirectReplicas):
-        settings = Settings(engine="fake", limits=Limits(max_items=3))
+        settings = ModelSettings(engine="fake", limits=Limits(max_items=3))
         async with serving(tokenizer, replicas, settings) as http:
             await http.score(items=["a"] * 3, label_token_ids=[1])
             error = await http.refused(status=413, items=["a"] * 4, label_token_ids=[1])
@@ -78,7 +78,7 @@ class TestLimits:
             assert "at most 3" in (await http.refused("/tokenize", status=413, prompt=["a"] * 4))["message"]
 
     async def test_labels(self, tokenizer: TextTokenizer, replicas: DirectReplicas):
-        async with serving(tokenizer, replicas, Settings(engine="fake", limits=Limits(max_labels=2))) as http:
+        async with serving(tokenizer, replicas, ModelSettings(engine="fake", limits=Limits(max_labels=2))) as http:
             await http.score(items=["a"], label_token_ids=[1, 2])
             for labels in ([1, 2, 3], [[1, 2, 3]]):
                 error = await http.refused(items=["a"], label_token_ids=labels)
@@ -86,20 +86,26 @@ class TestLimits:
                 assert error["param"] == "label_token_ids"
 
     async def test_prompt_tokens(self, tokenizer: TextTokenizer, replicas: DirectReplicas):
-        async with serving(tokenizer, replicas, Settings(engine="fake", limits=Limits(max_prompt_tokens=4))) as http:
+        async with serving(
+            tokenizer, replicas, ModelSettings(engine="fake", limits=Limits(max_prompt_tokens=4))
+        ) as http:
             await http.score(query=[1, 2], items=[[3, 4]], label_token_ids=[1])
             error = await http.refused(query=[1, 2], items=[[3], [3, 4, 5]], label_token_ids=[1])
             assert "items[1]: the prompt has 5 tokens; this model reads at most 4" in error["message"]
             assert http.info["limits"]["max_prompt_tokens"] == 4
 
     async def test_request_tokens(self, tokenizer: TextTokenizer, replicas: DirectReplicas):
-        async with serving(tokenizer, replicas, Settings(engine="fake", limits=Limits(max_request_tokens=9))) as http:
+        async with serving(
+            tokenizer, replicas, ModelSettings(engine="fake", limits=Limits(max_request_tokens=9))
+        ) as http:
             await http.score(query=[1, 2], items=[[3]] * 3, label_token_ids=[1])
             error = await http.refused(status=413, query=[1, 2], items=[[3]] * 4, label_token_ids=[1])
             assert "at most 9" in error["message"]
 
     async def test_body(self, tokenizer: TextTokenizer, replicas: DirectReplicas):
-        async with serving(tokenizer, replicas, Settings(engine="fake", limits=Limits(max_body_bytes=1024))) as http:
+        async with serving(
+            tokenizer, replicas, ModelSettings(engine="fake", limits=Limits(max_body_bytes=1024))
+        ) as http:
             body = json.dumps({"items": ["a"], "label_token_ids": [1]})
             assert (await http.post(body.ljust(1024))).status_code == 200
             assert "1024 bytes" in http.flat(await http.post(body.ljust(1025)), 413)["message"]
@@ -115,7 +121,9 @@ class TestLimits:
                 sent += 100
                 yield b" " * 100
 
-        async with serving(tokenizer, replicas, Settings(engine="fake", limits=Limits(max_body_bytes=1024))) as http:
+        async with serving(
+            tokenizer, replicas, ModelSettings(engine="fake", limits=Limits(max_body_bytes=1024))
+        ) as http:
             response = await http.client.post(
                 "/v1/score", content=endless(), headers={"content-type": "application/json"}
             )
@@ -214,7 +222,7 @@ class TestFaults:
 
     async def test_deadline(self, tokenizer: TextTokenizer):
         replicas = HangingReplicas()
-        async with serving(tokenizer, replicas, Settings(engine="fake", timeout_s=0.05)) as http:
+        async with serving(tokenizer, replicas, ModelSettings(engine="fake", timeout_s=0.05)) as http:
             error = await http.refused(status=504, **ASK)
             assert "0.05 s" in error["message"]
             assert replicas.cancelled.is_set()

@@ -19,7 +19,7 @@ from serve_app.frontend.models import Models
 from serve_app.frontend.routes import create_app
 from serve_app.frontend.service import ModelService
 from serve_app.scorer.fake_engine import FakeEngine
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.boundary.asking import Http
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas, no_metrics, save_tokenizer
@@ -31,7 +31,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "/generative_scoring": GOOD,
 }
 GOOD_BODY = json.dumps(GOOD).encode()
-FAKE = Settings(model="fake-judge", engine="fake")
+FAKE = ModelSettings(model="fake-judge", engine="fake")
 PATHS = st.sampled_from(["/v1/score", "/tokenize", "/detokenize", *OTHERS])
 
 # The fixture is one service for all examples, on purpose: it must survive them.

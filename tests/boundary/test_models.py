@@ -17,7 +17,7 @@ from serve_app.frontend.routes import create_app
 from serve_app.frontend.service import ModelService
 from serve_app.schemas import ScoreRequest
 from serve_app.scorer.fake_engine import FakeEngine
-from serve_app.settings import Limits, Settings
+from serve_app.settings import Limits, ModelSettings
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
 from tests.served import serving
@@ -38,14 +38,14 @@ UNTIMED = {"id", "created"}
 
 def small(tokenizer: TextTokenizer) -> ModelService:
     engine = FakeEngine(VOCAB_SIZE, CONTEXT)
-    settings = Settings(model="org/small", aliases=("mini",), engine="fake", limits=Limits(max_items=4))
+    settings = ModelSettings(model="org/small", aliases=("mini",), engine="fake", limits=Limits(max_items=4))
     return ModelService(settings, tokenizer, engine.info, DirectReplicas(engine))
 
 
 def large(tokenizer: TextTokenizer) -> ModelService:
     """With another tokenizer, a larger vocabulary and a shorter context."""
     engine = FakeEngine(VOCAB_SIZE + 88, CONTEXT // 2)
-    settings = Settings(model="org/large", served_name="judge", engine="fake", limits=Limits(max_items=2))
+    settings = ModelSettings(model="org/large", served_name="judge", engine="fake", limits=Limits(max_items=2))
     return ModelService(settings, tokenizer, engine.info, DirectReplicas(engine))
 
 
@@ -147,7 +147,7 @@ async def test_the_service_is_ready_when_all_models_are(tokenizer: TextTokenizer
             return result
 
     engine = Mixing(VOCAB_SIZE, CONTEXT)
-    broken = ModelService(Settings(model="broken", engine="fake"), tokenizer, engine.info, DirectReplicas(engine))
+    broken = ModelService(ModelSettings(model="broken", engine="fake"), tokenizer, engine.info, DirectReplicas(engine))
     async with asking(Models(small(tokenizer), broken)) as client:
         answer = await client.get("/ready")
         assert (answer.status_code, "broken is not ready" in answer.json()["message"]) == (503, True)
@@ -169,7 +169,7 @@ async def test_one_model_is_full_while_another_takes_work(tokenizer: TextTokeniz
     """Admission is each model's own."""
     limits = Limits(max_queued_tokens=3)
     engine = FakeEngine(VOCAB_SIZE, CONTEXT)
-    settings = Settings(model="full", engine="fake", limits=limits)
+    settings = ModelSettings(model="full", engine="fake", limits=limits)
     full = ModelService(settings, tokenizer, engine.info, DirectReplicas(engine))
     services = Models(full, small(tokenizer))
     ask = ScoreRequest(items=[[1, 2]], label_token_ids=[1])

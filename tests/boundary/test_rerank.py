@@ -103,7 +103,7 @@ async def test_max_tokens_per_doc(http: Http):
         ({"top_n": 1.5}, "top_n", "valid integer"),
         ({"return_documents": 1}, "return_documents", "valid boolean"),
         ({"max_tokens_per_doc": 0}, "max_tokens_per_doc", "greater than or equal to 1"),
-        ({"rank_fields": ["a"]}, "rank_fields", "its text is read"),
+        ({"rank_fields": ["a"]}, "rank_fields", "only the field text of a document is read"),
         ({"max_chunks_per_doc": 10}, "max_chunks_per_doc", "max_tokens_per_doc"),
         ({"priority": 5}, "priority", "must be 0 or left out"),
         ({"rank_field": ["a"]}, "rank_field", "unknown field"),

@@ -17,7 +17,7 @@ from serve_app.frontend.service import PIECES_AT_ONCE, ModelService, Replicas
 from serve_app.jobs.local_replicas import LocalReplicas
 from serve_app.schemas import ScoreEnd, ScoreRequest, ScoreRow
 from serve_app.scorer.fake_engine import FakeEngine
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.boundary.asking import Http
 from tests.boundary.test_faults import scope, serving
@@ -25,7 +25,7 @@ from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
 from tests.stubs import HangingReplicas
 
 ASK: dict[str, Any] = {"query": "the ", "items": [f"fox {i}" for i in range(60)], "label_token_ids": [5, 7]}
-FAKE = Settings(model="fake-judge", engine="fake", max_batch_tokens=128)
+FAKE = ModelSettings(model="fake-judge", engine="fake", max_batch_tokens=128)
 PLURALS = ("scores", "token_logprobs", "label_tokens", "label_mass", "prompt_token_ids", "truncated")
 
 
@@ -183,7 +183,7 @@ async def test_a_client_that_leaves_stops_the_work(tokenizer: TextTokenizer, goo
 
 
 def stream(
-    tokenizer: TextTokenizer, replicas: Replicas, settings: Settings, request: ScoreRequest
+    tokenizer: TextTokenizer, replicas: Replicas, settings: ModelSettings, request: ScoreRequest
 ) -> AsyncIterator[list[ScoreRow] | list[ScoreEnd]]:
     service = ModelService(settings, tokenizer, FakeEngine(VOCAB_SIZE, CONTEXT).info, replicas)
     return service.stream(request, request_id="r")  # type: ignore[return-value]
@@ -194,7 +194,7 @@ async def test_the_first_rows_come_after_a_small_part_of_the_work(tokenizer: Tex
     replicas = DirectReplicas(FakeEngine(VOCAB_SIZE, CONTEXT))
     items = ["fox " * words] * (5_000 // words)
     request = ScoreRequest(query="the quick ", items=items, label_token_ids=[1, 2])
-    events = stream(tokenizer, replicas, Settings(engine="fake", max_batch_tokens=512), request)
+    events = stream(tokenizer, replicas, ModelSettings(engine="fake", max_batch_tokens=512), request)
     rows = await anext(events)
     assert rows
     done = sum(job.batch.num_sequences for job in replicas.jobs)
@@ -207,7 +207,7 @@ async def test_the_first_rows_come_after_a_small_part_of_the_work(tokenizer: Tex
 
 
 async def test_pieces_are_device_batches_and_go_to_all_replicas(tokenizer: TextTokenizer):
-    settings = Settings(engine="fake", max_batch_tokens=512)
+    settings = ModelSettings(engine="fake", max_batch_tokens=512)
     replicas = DirectReplicas(FakeEngine(VOCAB_SIZE, CONTEXT), count=2)
     items = [[3 + i % 100] * 10 for i in range(400)]
     request = ScoreRequest(query=[1] * 130, items=items, label_token_ids=[1, 2])

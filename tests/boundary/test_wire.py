@@ -14,7 +14,7 @@ from serve_app.frontend.models import Models
 from serve_app.frontend.routes import create_app
 from serve_app.frontend.service import ModelService
 from serve_app.scorer.fake_engine import FakeEngine
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
 from tests.served import Served, serving
@@ -90,7 +90,7 @@ class Holding(DirectReplicas):
 @pytest.fixture
 def held(tokenizer: TextTokenizer) -> Iterator[tuple[Holding, Served]]:
     replicas = Holding()
-    service = ModelService(Settings(engine="fake"), tokenizer, replicas.engine.info, replicas)
+    service = ModelService(ModelSettings(engine="fake"), tokenizer, replicas.engine.info, replicas)
     models = Models(service)
     with serving(create_app(lambda: models)) as running:
         yield replicas, running

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings
 
 
 @pytest.fixture(scope="module")
-def settings(model_folder: Path) -> Settings:
+def settings(model_folder: Path) -> ModelSettings:
     """For the fake engine, with room for several replicas on any machine."""
-    return Settings(model=str(model_folder), engine="fake", scorer_cpus=0.1, ingress_cpus=0.1)
+    return ModelSettings(model=str(model_folder), engine="fake", scorer_cpus=0.1)

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from serve_app.local_ray import APP_NAME
-from serve_app.settings import Autoscaling, Settings
+from serve_app.settings import Autoscaling, ModelSettings
 from tests.faults.conftest import application, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -35,7 +35,7 @@ def running() -> int:
     return now.get("RUNNING", 0)
 
 
-def test_replicas_come_with_the_work_and_go_with_it(deploy: Callable[[Any], httpx.Client], settings: Settings):
+def test_replicas_come_with_the_work_and_go_with_it(deploy: Callable[[Any], httpx.Client], settings: ModelSettings):
     from ray import serve
 
     settings = settings.model_copy(update={"autoscaling": BOUNDS, "max_batch_tokens": 128})

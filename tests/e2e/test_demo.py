@@ -18,8 +18,9 @@ import pytest
 from serve_app import model_source
 from serve_app.app import build
 from serve_app.client import ScoreClient
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings
 from tests import documents
+from tests.local import service_of
 from tests.parity.cases import HAVE_TORCH
 from tests.processes import mapped_files, replica_process
 
@@ -37,7 +38,7 @@ REVIEWS = [
 
 @pytest.fixture(scope="module")
 def client(deploy: Callable[[Any], httpx.Client]) -> httpx.Client:
-    return deploy(build(Settings(model="demo", scorer_cpus=0.1, ingress_cpus=0.1)))
+    return deploy(build(service_of(ModelSettings(model="demo", scorer_cpus=0.1))))
 
 
 def workload(name: str, variant: int) -> tuple[dict[str, Any], list[int], np.ndarray]:

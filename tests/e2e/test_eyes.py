@@ -12,7 +12,8 @@ import httpx
 import pytest
 
 from serve_app.app import build
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings
+from tests.local import service_of
 
 pytestmark = pytest.mark.ray
 
@@ -22,8 +23,8 @@ CALLER = "00f067aa0ba902b7"
 
 
 @pytest.fixture(scope="module")
-def client(deploy: Callable[[Any], httpx.Client], settings: Settings) -> httpx.Client:
-    return deploy(build(settings))
+def client(deploy: Callable[[Any], httpx.Client], settings: ModelSettings) -> httpx.Client:
+    return deploy(build(service_of(settings)))
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from serve_app.frontend import auth
-from serve_app.local_ray import CALLS, free_port
+from serve_app.local_ray import GRPC_ENV, free_port
 from tests.tiny import make_llama
 from tests.wire import SPLITS, connected, post, upgrade_is_ignored
 
@@ -39,7 +39,7 @@ def launched(*arguments: str) -> Iterator[subprocess.Popen[str]]:
         "fake",
         *arguments,
     ]
-    environment = {name: value for name, value in os.environ.items() if name not in CALLS}
+    environment = {name: value for name, value in os.environ.items() if name not in GRPC_ENV}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0, env=environment
     ) as process:

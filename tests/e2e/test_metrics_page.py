@@ -16,7 +16,8 @@ import pytest
 
 from serve_app.app import build
 from serve_app.metrics import scrape
-from serve_app.settings import Limits, Settings
+from serve_app.settings import Limits, ModelSettings
+from tests.local import service_of
 
 pytestmark = [
     pytest.mark.ray,
@@ -33,14 +34,13 @@ EARLIER: set[str] = set()
 @pytest.fixture(scope="module")
 def client(deploy: Callable[[Any], httpx.Client], model_folder: Path) -> httpx.Client:
     EARLIER.update(re.findall(r'replica="(.*?)"', asyncio.run(scrape())))
-    settings = Settings(
+    settings = ModelSettings(
         model=str(model_folder),
         scorer_replicas=REPLICAS,
         scorer_cpus=0.1,
-        ingress_cpus=0.1,
         limits=Limits(max_prompt_tokens=256),  # fewer shapes to compile
     )
-    return deploy(build(settings))
+    return deploy(build(service_of(settings)))
 
 
 def read(client: httpx.Client, name: str, **tags: str) -> dict[str, float]:

@@ -11,14 +11,15 @@ import pytest
 
 from serve_app.app import build
 from serve_app.local_ray import APP_NAME
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings
+from tests.local import service_of
 
 pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def client(deploy: Callable[[Any], httpx.Client], settings: Settings) -> httpx.Client:
-    return deploy(build(settings.model_copy(update={"scorer_replicas": 2, "max_batch_tokens": 256})))
+def client(deploy: Callable[[Any], httpx.Client], settings: ModelSettings) -> httpx.Client:
+    return deploy(build(service_of(settings.model_copy(update={"scorer_replicas": 2, "max_batch_tokens": 256}))))
 
 
 @pytest.fixture(scope="module")

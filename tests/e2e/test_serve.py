@@ -24,17 +24,17 @@ from serve_app.jobs.targets import App, Engines
 from serve_app.local_ray import APP_NAME
 from serve_app.schemas import ScoreRequest, ScoreResponse
 from serve_app.scorer.fake_engine import FakeEngine
-from serve_app.settings import ModelSettings, Settings
+from serve_app.settings import ModelSettings, ServiceSettings
 from tests.batches import label_batch
-from tests.local import save_tokenizer
+from tests.local import save_tokenizer, service_of
 from tests.processes import mapped_files, replica_process
 
 pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def client(deploy: Callable[[Any], httpx.Client], settings: Settings) -> httpx.Client:
-    return deploy(build(settings.model_copy(update={"scorer_replicas": 2, "max_batch_tokens": 256})))
+def client(deploy: Callable[[Any], httpx.Client], settings: ModelSettings) -> httpx.Client:
+    return deploy(build(service_of(settings.model_copy(update={"scorer_replicas": 2, "max_batch_tokens": 256}))))
 
 
 def expected(query: list[int], items: list[list[int]], labels: list[int]) -> list[list[float]]:
@@ -130,7 +130,7 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("engines", [False, True])
 def test_a_dataset_is_scored_by_handle_or_by_its_own_engines_as_the_service_does(
-    client: httpx.Client, settings: Settings, reviews: Path, tmp_path: Path, *, engines: bool
+    client: httpx.Client, settings: ModelSettings, reviews: Path, tmp_path: Path, *, engines: bool
 ):
     request = ScoreRequest(items=[], label_token_ids=[7, 8], apply_softmax=True, return_label_mass=True)
     job = Job((reviews,), tmp_path / "out", query="About {film}: ", item="{text}", request=request, block_rows=10)
@@ -153,7 +153,7 @@ def test_a_dataset_is_scored_by_handle_or_by_its_own_engines_as_the_service_does
 
 
 def test_a_worker_that_cannot_start_ends_the_job_with_the_reason(
-    client: httpx.Client, settings: Settings, reviews: Path, tmp_path: Path
+    client: httpx.Client, settings: ModelSettings, reviews: Path, tmp_path: Path
 ):
     assert client.get("/ready").status_code == 200
     job = Job((reviews,), tmp_path / "out", item="{text}", request=ScoreRequest(items=[], label_token_ids=[7]))
@@ -165,14 +165,14 @@ def test_a_worker_that_cannot_start_ends_the_job_with_the_reason(
 
 
 def test_two_models_have_scorers_of_their_own(
-    deploy: Callable[[Any], httpx.Client], settings: Settings, model_folder: Path, tmp_path: Path
+    deploy: Callable[[Any], httpx.Client], settings: ModelSettings, model_folder: Path, tmp_path: Path
 ):
     from ray import serve
 
     other = save_tokenizer(shutil.copytree(model_folder, tmp_path / "other"), adds_bos=True)
-    models = (ModelSettings(model=str(model_folder), served_name="plain"), ModelSettings(model=str(other)))
-    both = settings.model_dump(exclude={"model"}, exclude_unset=True) | {"models": models}
-    client = deploy(build(Settings.model_validate(both)))
+    models = [{"model": str(model_folder), "served_name": "plain"}, {"model": str(other)}]
+    both = settings.model_dump(exclude={"model"}, exclude_unset=True) | {"ingress_cpus": 0.1, "models": models}
+    client = deploy(build(ServiceSettings.model_validate(both)))
     ask = {"query": "a fox", "items": [" or", " two"], "label_token_ids": [1], "return_prompt_token_ids": True}
     for model, bos in (("default", []), ("plain", []), ("other", [0])):
         answer = client.post("/v1/score", json={**ask, "model": model}).json()

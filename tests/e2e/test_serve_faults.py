@@ -20,7 +20,8 @@ from serve_app.frontend.router import PrefixRouter
 from serve_app.local_ray import APP_NAME
 from serve_app.scorer.deployment import MAX_ONGOING, Scorer
 from serve_app.scorer.fake_engine import FakeEngine
-from serve_app.settings import Limits, Settings
+from serve_app.settings import Limits, ModelSettings
+from tests.local import service_of
 from tests.processes import replica_process, replica_processes
 
 pytestmark = pytest.mark.ray
@@ -30,12 +31,14 @@ SECONDS_PER_TOKEN = 0.001
 QUEUE_LIMIT = 6_000
 
 
-def application(settings: Settings, *, scorers: int) -> Any:
+def application(settings: ModelSettings, *, scorers: int) -> Any:
     """As ``app.build``, with the slow engine."""
     from ray import serve
     from ray.serve.config import RequestRouterConfig
 
-    def slow_engine(_settings: Settings) -> Engine:  # local, so that replicas, which lack this module, get its code
+    def slow_engine(
+        _settings: ModelSettings,
+    ) -> Engine:  # local, so that replicas, which lack this module, get its code
         return FakeEngine(seconds_per_token=SECONDS_PER_TOKEN, nan_token=POISON)
 
     options: dict[str, Any] = {
@@ -54,11 +57,11 @@ def application(settings: Settings, *, scorers: int) -> Any:
     routed = RequestRouterConfig(request_router_class=PrefixRouter)
     deployment = serve.deployment(num_replicas=scorers, request_router_config=routed, **options)
     scorer = deployment(Scorer).bind(settings, slow_engine)
-    return Ingress.options(**options).bind(settings, scorer)
+    return Ingress.options(**options).bind(service_of(settings), scorer)
 
 
 @pytest.fixture(scope="module")
-def client(deploy: Callable[[Any], httpx.Client], settings: Settings) -> httpx.Client:
+def client(deploy: Callable[[Any], httpx.Client], settings: ModelSettings) -> httpx.Client:
     return deploy(application(settings, scorers=2))
 
 
@@ -134,7 +137,7 @@ def test_killed_scorers_lose_no_request(client: httpx.Client):
 
 
 def test_a_client_that_leaves_takes_its_queued_work_along(
-    client: httpx.Client, deploy: Callable[[Any], httpx.Client], settings: Settings
+    client: httpx.Client, deploy: Callable[[Any], httpx.Client], settings: ModelSettings
 ):
     deploy(application(settings, scorers=1))
     with pytest.raises(httpx.ReadTimeout):

@@ -15,8 +15,9 @@ from serve_app.app import build
 from serve_app.contract import Engine
 from serve_app.local_ray import APP_NAME
 from serve_app.scorer.fake_engine import FakeEngine
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings
 from serve_app.tpu import Tpu
+from tests.local import service_of
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
@@ -34,10 +35,10 @@ def tpu_host(cluster: Cluster, kind: Tpu, chips: int) -> Iterator[None]:
     cluster.remove_node(node)
 
 
-def application(settings: Settings) -> Any:
+def application(settings: ModelSettings) -> Any:
     """As ``build`` makes it, but that an engine's ``info`` shows what libtpu would read in its process."""
 
-    def seeing_engine(_settings: Settings) -> Engine:
+    def seeing_engine(_settings: ModelSettings) -> Engine:
         import dataclasses
         import os
 
@@ -46,9 +47,10 @@ def application(settings: Settings) -> Any:
         engine._info = dataclasses.replace(engine.info, buckets=seen)
         return engine
 
-    front = build(settings)._bound_deployment
+    service = service_of(settings)
+    front = build(service)._bound_deployment
     scorer = front.init_args[1]._bound_deployment
-    return front.bind(settings, scorer.bind(settings, seeing_engine))
+    return front.bind(service, scorer.bind(settings, seeing_engine))
 
 
 def nodes_of(deployment: str) -> list[str]:
@@ -68,7 +70,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def test_replicas_wait_in_words_for_their_chips_and_then_see_no_others(
-    nodes: Cluster, cluster: str, settings: Settings, tmp_path: Path
+    nodes: Cluster, cluster: str, settings: ModelSettings, tmp_path: Path
 ):
     import ray
     from ray import serve

@@ -18,19 +18,20 @@ from serve_app.app import build
 from serve_app.contract import Engine
 from serve_app.local_ray import APP_NAME
 from serve_app.scorer.fake_engine import FakeEngine
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings
+from tests.local import service_of
 
 ITEMS = [[i, i + 1] for i in range(100, 160)]  # 0.12 s of a device: no scorer is idle under load
 SECONDS_PER_TOKEN = 0.001
 
 
 @pytest.fixture(scope="module")
-def settings(model_folder: Path) -> Settings:
+def settings(model_folder: Path) -> ModelSettings:
     """For the fake engine, with room for several replicas on any machine."""
-    return Settings(model=str(model_folder), engine="fake", scorer_cpus=0.1, ingress_cpus=0.1, max_batch_tokens=128)
+    return ModelSettings(model=str(model_folder), engine="fake", scorer_cpus=0.1, max_batch_tokens=128)
 
 
-def application(settings: Settings, *, gate: Path | None = None) -> Any:
+def application(settings: ModelSettings, *, gate: Path | None = None, front_ends: int = 1) -> Any:
     """As ``build`` makes it, with an engine that takes its time.
 
     Args:
@@ -38,20 +39,21 @@ def application(settings: Settings, *, gate: Path | None = None) -> Any:
     """
     waits_for = None if gate is None else str(gate)
 
-    def slow_engine(_settings: Settings) -> Engine:
+    def slow_engine(_settings: ModelSettings) -> Engine:
         import os
 
         while waits_for is not None and not os.path.exists(waits_for):  # noqa: PTH110 - Path would drag this module along
             time.sleep(0.02)
         return FakeEngine(seconds_per_token=SECONDS_PER_TOKEN)
 
-    return loading_with(slow_engine, settings)
+    return loading_with(slow_engine, settings, front_ends)
 
 
-def loading_with(load: Callable[[Any], Engine], settings: Settings) -> Any:
+def loading_with(load: Callable[[Any], Engine], settings: ModelSettings, front_ends: int = 1) -> Any:
     """As ``build`` makes it, with ``load`` in place of ``engines.load_engine``."""
-    front = build(settings)._bound_deployment
-    return front.bind(settings, front.init_args[1]._bound_deployment.bind(settings, load))
+    service = service_of(settings, front_ends=front_ends)
+    front = build(service)._bound_deployment
+    return front.bind(service, front.init_args[1]._bound_deployment.bind(settings, load))
 
 
 def actors(deployment: str) -> list[Any]:

@@ -12,8 +12,9 @@ import pytest
 
 from serve_app.app import build
 from serve_app.local_ray import APP_NAME
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings
 from tests.faults.conftest import ITEMS, actors, application, under_load, wait_for
+from tests.local import service_of
 from tests.processes import replica_processes
 
 pytestmark = pytest.mark.ray
@@ -30,7 +31,7 @@ def pids(deployment: str) -> set[int]:
 
 
 def test_three_redeploys_under_load_fail_no_request_and_no_engine_is_asked_before_it_is_warm(
-    deploy: Callable[[Any], httpx.Client], settings: Settings, tmp_path: Path
+    deploy: Callable[[Any], httpx.Client], settings: ModelSettings, tmp_path: Path
 ):
     two = settings.model_copy(update={"scorer_replicas": 2})
     versions = [
@@ -61,7 +62,7 @@ def test_three_redeploys_under_load_fail_no_request_and_no_engine_is_asked_befor
 
 @pytest.mark.slow
 def test_a_version_that_cannot_start_leaves_the_old_one_at_work(
-    deploy: Callable[[Any], httpx.Client], settings: Settings
+    deploy: Callable[[Any], httpx.Client], settings: ModelSettings
 ):
     two = settings.model_copy(update={"scorer_replicas": 2})
     client = deploy(application(two))
@@ -72,14 +73,16 @@ def test_a_version_that_cannot_start_leaves_the_old_one_at_work(
             load.wait_for_more(20)
             broken = {"model": "/no/model", "engine": "jax", "max_surge_percent": percent}
             with pytest.raises(RuntimeError, match="failed"):
-                deploy(build(two.model_copy(update=broken)))
+                deploy(build(service_of(two.model_copy(update=broken))))
             wait_for(lambda: len(pids("Scorer") & scorers) == len(pids("Scorer")) == left)  # noqa: B023 - at once
             load.wait_for_more(50)
         assert load.failures == []
         assert pids("Ingress") == fronts
 
 
-def test_settings_that_need_no_restart_change_under_load_and_wrong_ones_harm_nobody(cluster: str, settings: Settings):
+def test_settings_that_need_no_restart_change_under_load_and_wrong_ones_harm_nobody(
+    cluster: str, settings: ModelSettings
+):
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
@@ -90,7 +93,7 @@ def test_settings_that_need_no_restart_change_under_load_and_wrong_ones_harm_nob
         application = {
             "name": APP_NAME,
             "import_path": "serve_app.app:build",
-            "args": settings.model_dump(exclude_unset=True),
+            "args": service_of(settings).model_dump(exclude_unset=True),
             "deployments": list(overrides),
         }
         controller = _get_global_client()

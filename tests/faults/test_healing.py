@@ -14,7 +14,7 @@ import pytest
 
 from serve_app import app
 from serve_app.client import ScoreClient
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings
 from tests.faults.conftest import ITEMS, actors, application, inside, under_load, wait_for
 from tests.processes import replica_processes
 
@@ -24,7 +24,7 @@ STALL_S = 1.0
 
 
 @pytest.fixture(scope="module")
-def client(deploy: Callable[[Any], httpx.Client], settings: Settings) -> Iterator[httpx.Client]:
+def client(deploy: Callable[[Any], httpx.Client], settings: ModelSettings) -> Iterator[httpx.Client]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(app, "HEALTH_PERIOD_S", 0.5)
         yield deploy(application(settings.model_copy(update={"scorer_replicas": 4, "stall_s": STALL_S})))

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from serve_app.client import ScoreClient
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings
 from serve_app.tpu import Tpu
 from tests.faults.conftest import ITEMS, application, under_load, wait_for
 from tests.processes import replica_process, replica_processes
@@ -44,7 +44,7 @@ def kill_host(nodes: Cluster, host: Any) -> None:
 
 
 def test_a_host_with_two_replicas_is_lost_under_load_and_another_takes_its_place(
-    nodes: Cluster, deploy: Callable[[Any], httpx.Client], settings: Settings
+    nodes: Cluster, deploy: Callable[[Any], httpx.Client], settings: ModelSettings
 ):
     hosts = [add_host(nodes), add_host(nodes)]
     try:
@@ -66,9 +66,9 @@ def test_a_host_with_two_replicas_is_lost_under_load_and_another_takes_its_place
 
 
 def test_a_killed_front_end_loses_no_request_of_the_retrying_client(
-    cluster: str, deploy: Callable[[Any], httpx.Client], settings: Settings
+    cluster: str, deploy: Callable[[Any], httpx.Client], settings: ModelSettings
 ):
-    deploy(application(settings.model_copy(update={"scorer_replicas": 2, "ingress_replicas": 2})))
+    deploy(application(settings.model_copy(update={"scorer_replicas": 2}), front_ends=2))
     with ScoreClient(cluster, attempts=8) as client:
         items: Any = ITEMS
         with under_load(lambda: client.score([1], items, label_token_ids=[1, 2]).scores) as load:
@@ -79,7 +79,7 @@ def test_a_killed_front_end_loses_no_request_of_the_retrying_client(
         assert load.failures == []
 
 
-def test_a_killed_scorer_loses_no_request(deploy: Callable[[Any], httpx.Client], settings: Settings):
+def test_a_killed_scorer_loses_no_request(deploy: Callable[[Any], httpx.Client], settings: ModelSettings):
     client = deploy(application(settings.model_copy(update={"scorer_replicas": 2})))
     with under_load(asking(client)) as load:
         load.wait_for_more(20)
@@ -90,7 +90,7 @@ def test_a_killed_scorer_loses_no_request(deploy: Callable[[Any], httpx.Client],
 
 
 def test_the_only_scorer_is_killed_and_requests_wait_for_the_next(
-    deploy: Callable[[Any], httpx.Client], settings: Settings
+    deploy: Callable[[Any], httpx.Client], settings: ModelSettings
 ):
     client = deploy(application(settings))
     with under_load(asking(client)) as load:

@@ -16,8 +16,9 @@ import pytest
 from scripts.benchmarks.soak import Ask, alone, closed_loop, requests
 from serve_app.app import build
 from serve_app.scorer.fake_engine import FakeEngine
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings
 from tests.batches import label_batch
+from tests.local import service_of
 
 pytestmark = pytest.mark.ray
 
@@ -25,8 +26,8 @@ SECONDS = 2.0
 
 
 @pytest.fixture(scope="module")
-def client(deploy: Callable[[Any], httpx.Client], settings: Settings) -> httpx.Client:
-    return deploy(build(settings.model_copy(update={"scorer_replicas": 2})))
+def client(deploy: Callable[[Any], httpx.Client], settings: ModelSettings) -> httpx.Client:
+    return deploy(build(service_of(settings.model_copy(update={"scorer_replicas": 2}))))
 
 
 @pytest.fixture(scope="module")

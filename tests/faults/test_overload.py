@@ -21,7 +21,7 @@ import pytest
 
 from serve_app.contract import QueueStats
 from serve_app.local_ray import APP_NAME
-from serve_app.settings import Limits, Settings
+from serve_app.settings import Limits, ModelSettings
 from tests.faults.conftest import ITEMS, actors, application, inside, wait_for
 from tests.processes import replica_processes
 
@@ -33,7 +33,7 @@ LIMIT = 600
 
 
 @pytest.fixture(scope="module")
-def client(deploy: Callable[[Any], httpx.Client], settings: Settings) -> httpx.Client:
+def client(deploy: Callable[[Any], httpx.Client], settings: ModelSettings) -> httpx.Client:
     limits = Limits(max_queued_tokens=LIMIT)
     return deploy(application(settings.model_copy(update={"scorer_replicas": 2, "limits": limits})))
 

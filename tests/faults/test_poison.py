@@ -15,7 +15,7 @@ from serve_app.errors import ScoringError
 from serve_app.frontend.service import ModelService
 from serve_app.jobs.local_replicas import LocalReplicas
 from serve_app.schemas import ScoreRequest
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings
 from serve_app.tasks.score import SCORE
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.tiny import make_llama
@@ -67,7 +67,7 @@ def right(folder: Path) -> np.ndarray:
 
 @pytest.fixture
 async def poisoned_service(folder: Path, engine: Engine) -> AsyncIterator[ModelService]:
-    settings = Settings(model=str(folder), max_batch_tokens=8_192, timeout_s=60)
+    settings = ModelSettings(model=str(folder), max_batch_tokens=8_192, timeout_s=60)
     replicas = LocalReplicas(engine, settings)
     service = ModelService(settings, TextTokenizer.load(folder), engine.info, replicas)
     yield service

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from model import loading
 from serve_app.frontend.service import ModelService
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings
 from serve_app.tasks.rerank import RERANK, RerankRequest
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests import mxbai
@@ -60,7 +60,7 @@ async def test_mxbai_scores_equal_the_librarys(folder: Path, query: str, instruc
             logits = model(torch.tensor([prompt])).logits[0, -1].double()
             wanted.append(float(logits[yes] - logits[no]))
     scorer = loading.load(folder, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
-    settings = Settings(model="mixedbread-ai/mxbai-rerank-base-v2")
+    settings = ModelSettings(model="mixedbread-ai/mxbai-rerank-base-v2")
     service = ModelService(settings, tokenizer, scorer.info, DirectReplicas(scorer), folder=folder)
     answer = await service.answer(
         RERANK, RerankRequest(query=query, documents=[*DOCUMENTS], instruct=instruct), request_id="r"

@@ -13,7 +13,7 @@ import psutil
 from scripts.simulation.cluster import start_slice
 from serve_app.contract import Engine
 from serve_app.scorer.slice_worker import LoadPart, Place
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings
 from serve_app.tpu import Tpu
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def slice_of(nodes: Cluster, tpu: Tpu, devices: int) -> Iterator[list[Any]]:
 
 
 @contextmanager
-def leader_of(settings: Settings, load: LoadPart) -> Iterator[Any]:
+def leader_of(settings: ModelSettings, load: LoadPart) -> Iterator[Any]:
     """An actor that holds the engine, when it is warm; its methods are the engine's."""
     import ray
 

@@ -16,7 +16,7 @@ from serve_app.contract import BatchResult, Engine, TokenBatch
 from serve_app.scorer.engines import load_part
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.scorer.slice_worker import Place
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings
 from tests.batches import label_batch
 from tests.faults.conftest import wait_for
 from tests.slices.leading import TWO_HOSTS, leader_of, slice_of, worker_of
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.ray
 
-SETTINGS = Settings(engine="fake", tpu=TWO_HOSTS, scorer_cpus=0.1)
+SETTINGS = ModelSettings(engine="fake", tpu=TWO_HOSTS, scorer_cpus=0.1)
 BATCH = label_batch([[1, 2, 3], [1, 2, 4]], [[1, 2]] * 2)
 RIGHT = FakeEngine().score(BATCH).values
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from serve_app.batches import join
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings
 from serve_app.tpu import Tpu
 from tests.batches import batch_of
 from tests.invariance.rows import LABELS, TOLERANCE, prompts
@@ -35,7 +35,7 @@ def test_hosts_score_as_one_process(nodes: Cluster, tmp_path: Path, tpu: Tpu, de
         batch_of(prompts(40, query=20, seed=6), LABELS),
     ]
     wanted = alone(folder, batches, **SIZES)
-    settings = Settings(model=str(folder), tpu=tpu, scorer_cpus=0.1)
+    settings = ModelSettings(model=str(folder), tpu=tpu, scorer_cpus=0.1)
     with slice_of(nodes, tpu, devices), leader_of(settings, on_cpu(**SIZES)) as leader:
         info, begun, told, _ = ray.get(leader.state.remote())
         assert info.max_prompt_tokens == 512
@@ -59,7 +59,7 @@ def test_the_demo_model_over_two_hosts_equals_the_reference(nodes: Cluster):
 
     asked, references = zip(with_reference("W1", 1, most=12), with_reference("W2", 1, most=6), strict=True)
     sizes = {**SIZES, "max_row_tokens": 128, "call_tokens": 256, "chunks": (256,), "prefix_cache_bytes": 2**26}
-    settings = Settings(model="demo", tpu=TWO_HOSTS, scorer_cpus=0.1)
+    settings = ModelSettings(model="demo", tpu=TWO_HOSTS, scorer_cpus=0.1)
     with slice_of(nodes, TWO_HOSTS, 3), leader_of(settings, on_cpu(data=2, **sizes)) as leader:
         for _ in range(2):
             found = ray.get(leader.score.remote(join(asked)))  # W2's items are longer than a row, and than W1's

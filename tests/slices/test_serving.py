@@ -18,10 +18,11 @@ from serve_app.contract import Engine
 from serve_app.local_ray import APP_NAME
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.scorer.slice_worker import LoadPart, Place
-from serve_app.settings import ModelSettings, Settings
+from serve_app.settings import ModelSettings
 from tests.e2e.test_autoscaling_up_and_down import BOUNDS, states
 from tests.faults.conftest import loading_with, under_load, wait_for
 from tests.invariance.rows import TOLERANCE
+from tests.local import service_of
 from tests.processes import replica_process, replica_processes
 from tests.sharding.one_of_two import SIZES
 from tests.slices.leading import TWO_HOSTS, on_cpu, slice_of, worker_of, workers_of
@@ -36,8 +37,8 @@ BODY = {"query": [1, 2, 3], "items": [[number, 5] for number in range(100, 140)]
 
 
 @pytest.fixture(scope="module")
-def settings(model_folder: Path) -> Settings:
-    return Settings(model=str(model_folder), engine="fake", tpu=TWO_HOSTS, scorer_cpus=0.1, ingress_cpus=0.1)
+def settings(model_folder: Path) -> ModelSettings:
+    return ModelSettings(model=str(model_folder), engine="fake", tpu=TWO_HOSTS, scorer_cpus=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def hosts(nodes: Cluster) -> Iterator[list[Any]]:
         yield hosts
 
 
-def application(settings: Settings, part: LoadPart) -> Any:
+def application(settings: ModelSettings, part: LoadPart) -> Any:
     """As ``build`` makes it, with other parts on the hosts."""
 
     def load(settings: ModelSettings) -> Engine:
@@ -82,12 +83,12 @@ def killed_under_load(client: httpx.Client, victims: list[Callable[[], Any]], ca
 
 
 def test_a_replica_is_a_whole_slice_and_outlives_its_processes(
-    nodes: Cluster, hosts: list[Any], deploy: Callable[[Any], httpx.Client], settings: Settings
+    nodes: Cluster, hosts: list[Any], deploy: Callable[[Any], httpx.Client], settings: ModelSettings
 ):
     import ray
     from ray import serve
 
-    client = deploy(build(settings))
+    client = deploy(build(service_of(settings)))
     details = serve.context._get_global_client().get_serve_details()
     for name in ("Scorer", "Ingress"):  # though the hosts with chips had room for them
         replicas = details["applications"][APP_NAME]["deployments"][name]["replicas"]
@@ -102,12 +103,12 @@ def test_a_replica_is_a_whole_slice_and_outlives_its_processes(
 
 @pytest.mark.slow
 def test_a_second_replica_waits_in_words_for_a_slice_of_its_own(
-    nodes: Cluster, hosts: list[Any], deploy: Callable[[Any], httpx.Client], settings: Settings, tmp_path: Path
+    nodes: Cluster, hosts: list[Any], deploy: Callable[[Any], httpx.Client], settings: ModelSettings, tmp_path: Path
 ):
     from ray import serve
 
     target = serve.RunTarget(
-        build(settings.model_copy(update={"scorer_replicas": 2})),
+        build(service_of(settings.model_copy(update={"scorer_replicas": 2}))),
         name=APP_NAME,
         logging_config={"logs_dir": str(tmp_path)},
     )
@@ -125,7 +126,7 @@ def test_a_second_replica_waits_in_words_for_a_slice_of_its_own(
         for host in hosts + others:
             wait_for(lambda host=host: len(workers_of(host)) == 1)
     finally:
-        deploy(build(settings.model_copy(update={"tpu": None})))
+        deploy(build(service_of(settings.model_copy(update={"tpu": None}))))
         for host in others:
             nodes.remove_node(host)
 
@@ -133,7 +134,7 @@ def test_a_second_replica_waits_in_words_for_a_slice_of_its_own(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_processes_of_a_model_are_killed_under_load(
-    hosts: list[Any], deploy: Callable[[Any], httpx.Client], settings: Settings, tmp_path: Path
+    hosts: list[Any], deploy: Callable[[Any], httpx.Client], settings: ModelSettings, tmp_path: Path
 ):
     """A follower, host 0's, the leader: 200 requests each, no help of the client's."""
     folder = make_llama(tmp_path / "llama", heads=4, ff=32, layers=2, tokenizer=True)
@@ -146,7 +147,7 @@ def test_the_processes_of_a_model_are_killed_under_load(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_slices_come_whole_with_the_work_and_go_with_it(
-    nodes: Cluster, hosts: list[Any], deploy: Callable[[Any], httpx.Client], settings: Settings
+    nodes: Cluster, hosts: list[Any], deploy: Callable[[Any], httpx.Client], settings: ModelSettings
 ):
     import ray
 
@@ -184,6 +185,6 @@ def test_slices_come_whole_with_the_work_and_go_with_it(
         print(f"for {sum(cut):.2f} s of {looks[-1][0] - began:.0f} a slice was free in part")
         assert sum(cut) < 1  # its hosts tell of themselves one after the other
     finally:
-        deploy(build(settings.model_copy(update={"tpu": None})))
+        deploy(build(service_of(settings.model_copy(update={"tpu": None}))))
         for host in every[2:]:
             nodes.remove_node(host)

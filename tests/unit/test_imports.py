@@ -46,7 +46,7 @@ def test_no_module_of_the_service_loads_jax_or_the_model_when_imported():
 
 
 def test_the_building_process_does_not_load_jax():
-    code = "from serve_app.app import build; from serve_app.settings import Settings; build(Settings())"
+    code = "from serve_app.app import build; from serve_app.settings import ServiceSettings; build(ServiceSettings())"
     assert_loads_no_model(code, "ray")
 
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray.serve.schema import ServeDeploySchema
 
 from serve_app.local_ray import PROCESSES
-from serve_app.settings import Settings
+from serve_app.settings import ServiceSettings
 from serve_app.tpu import CHIPS_OF_A_SLICES_HOST, HOSTS
 
 ROOT = Path(__file__).parents[2]
@@ -150,10 +150,10 @@ class RayService(Strict):
     spec: ServiceSpec
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> ServiceSettings:
         (application,) = ServeDeploySchema.model_validate(yaml.safe_load(self.spec.serveConfigV2)).applications
         assert application.import_path == "serve_app.app:build"
-        return Settings.model_validate(application.args)
+        return ServiceSettings.model_validate(application.args)
 
     @property
     def pods(self) -> list[PodSpec]:
@@ -221,13 +221,14 @@ def test_every_node_has_the_front_the_cache_and_the_weights(service: RayService,
 
 def test_the_replicas_fit_on_the_chips_of_their_group(service: RayService):
     settings, cluster = service.settings, service.spec.rayClusterConfig
-    assert settings.tpu
+    (model,) = settings.models
+    assert model.tpu
     assert cluster.rayVersion in RAY.specifier
     assert cluster.headGroupSpec.rayStartParams["num-cpus"] == "0"
-    chips, tpu = 0, settings.tpu
+    chips, tpu = 0, model.tpu
     front_cpus = settings.ingress_replicas * settings.ingress_cpus
     if tpu.hosts > 1:  # the leaders are where the front ends are
-        front_cpus += settings.most_replicas * settings.scorer_cpus
+        front_cpus += model.most_replicas * model.scorer_cpus
     for group in cluster.workerGroupSpecs:
         assert group.minReplicas <= group.replicas <= group.maxReplicas
         (container,) = group.template.spec.containers
@@ -245,9 +246,9 @@ def test_the_replicas_fit_on_the_chips_of_their_group(service: RayService):
         assert own == (CHIPS_OF_A_SLICES_HOST if tpu.hosts > 1 else HOSTS[tpu.chip][tpu.topology])
         assert group.numOfHosts == tpu.hosts
         assert group.labels == tpu.labels
-        assert int(container.resources.limits["cpu"]) >= settings.scorer_cpus * max(1, own / tpu.chips)
+        assert int(container.resources.limits["cpu"]) >= model.scorer_cpus * max(1, own / tpu.chips)
         chips += own * group.numOfHosts * group.maxReplicas
-    assert settings.most_replicas * tpu.chips == chips
+    assert model.most_replicas * tpu.chips == chips
 
 
 def test_the_image_holds_what_it_copies_and_installs_what_there_is():

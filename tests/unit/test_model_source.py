@@ -83,7 +83,7 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     assert "no weights" in refusal(str(tmp_path))
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     message = refusal(str(tmp_path))
-    assert ".bin weights only" in message
+    assert "only PyTorch .bin weights" in message
     assert "save_pretrained" in message
 
 

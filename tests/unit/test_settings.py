@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from serve_app.app import build
-from serve_app.settings import Limits, ModelSettings, Settings
+from serve_app.settings import Limits, ModelSettings, ServiceSettings
 from serve_app.tpu import CHIP_LABEL
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -27,7 +27,7 @@ def test_config_files_are_what_serve_and_the_builder_take(path: Path):
     for application in schema.applications:
         module, function = application.import_path.split(":")
         builder = getattr(importlib.import_module(module), function)
-        Settings.model_validate(application.args)
+        ServiceSettings.model_validate(application.args)
         assert builder is build
 
 
@@ -38,18 +38,22 @@ def test_there_is_a_config_file():
 def test_serve_can_parse_the_builders_argument():
     # Serve reads the class itself; a postponed annotation is a string, and it would pass a plain dict.
     (parameter,) = inspect.signature(build).parameters.values()
-    assert parameter.annotation is Settings
+    assert parameter.annotation is ServiceSettings
 
 
 def test_the_builder_takes_its_numbers_from_the_settings():
     application = build(
-        Settings(scorer_replicas=3, scorer_cpus=2, ingress_replicas=2, ingress_cpus=0.25, model="org/name")
+        ServiceSettings(
+            models=(ModelSettings(scorer_replicas=3, scorer_cpus=2, model="org/name"),),
+            ingress_replicas=2,
+            ingress_cpus=0.25,
+        )
     )
     front = application._bound_deployment
     scorer = front.init_args[1]._bound_deployment
     assert (front.name, front.num_replicas, front.ray_actor_options["num_cpus"]) == ("Ingress", 2, 0.25)
     assert (scorer.name, scorer.num_replicas, scorer.ray_actor_options["num_cpus"]) == ("Scorer", 3, 2)
-    assert front.init_args[0] == scorer.init_args[0]
+    assert front.init_args[0].models == (scorer.init_args[0],)
 
 
 @pytest.mark.parametrize(
@@ -68,17 +72,17 @@ def test_the_builder_takes_its_numbers_from_the_settings():
 )
 def test_wrong_settings_are_refused_by_name(arguments: dict[str, Any], named: str):
     with pytest.raises(ValidationError, match=named):
-        Settings.model_validate(arguments)
+        ServiceSettings.model_validate(arguments)
 
 
 def test_words_of_serve_run_are_parsed():
     # ``serve run serve_app.app:build scorer_replicas=2`` hands over strings.
-    assert Settings.model_validate({"scorer_replicas": "2", "timeout_s": "1.5"}).scorer_replicas == 2
+    assert ServiceSettings.model_validate({"scorer_replicas": "2", "timeout_s": "1.5"}).models[0].scorer_replicas == 2
 
 
 def test_settings_are_frozen():
     with pytest.raises(ValidationError, match="frozen"):
-        Settings().model = "other"  # pyright: ignore[reportAttributeAccessIssue]
+        ModelSettings().model = "other"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize(
@@ -92,14 +96,14 @@ def test_settings_are_frozen():
     ],
 )
 def test_the_served_name(model: str, served_name: str | None, name: str):
-    assert Settings(model=model, served_name=served_name).name == name
+    assert ModelSettings(model=model, served_name=served_name).name == name
 
 
 TWO = [{"model": "demo"}, {"model": "org/name", "served_name": "judge", "scorer_replicas": 2}]
 
 
 def test_what_is_set_outside_of_models_holds_for_all_that_do_not_say_otherwise():
-    settings = Settings.model_validate(
+    settings = ServiceSettings.model_validate(
         {
             "engine": "fake",
             "scorer_replicas": 3,
@@ -108,25 +112,35 @@ def test_what_is_set_outside_of_models_holds_for_all_that_do_not_say_otherwise()
             "models": [TWO[0] | {"limits": {"max_labels": 2}}, TWO[1]],
         }
     )
-    first, second = settings.each_model
+    first, second = settings.models
     assert (first.name, second.name) == ("demo", "judge")
     assert (first.scorer_replicas, second.scorer_replicas) == (3, 2)
     for each in (first, second):
-        assert (each.engine, each.timeout_s, each.models) == ("fake", 5, ())
+        assert (each.engine, each.timeout_s) == ("fake", 5)
         assert (each.limits.max_items, each.limits.max_body_bytes) == (7, 2048)
     assert (first.limits.max_labels, second.limits.max_labels) == (2, 1_000)
 
 
-def test_one_model_is_its_own_settings():
-    settings = Settings(model="org/name", aliases=("judge",), scorer_replicas=2)
-    assert settings.each_model == (settings,)
-    assert settings.names == ("name", "judge")
+def test_the_settings_of_one_model_may_stand_beside_those_of_the_service():
+    given = {"model": "org/name", "aliases": ["judge"], "scorer_replicas": 2, "ingress_replicas": 3}
+    model = ModelSettings(model="org/name", aliases=("judge",), scorer_replicas=2)
+    settings = ServiceSettings.model_validate(given)
+    assert settings == ServiceSettings(models=(model,), ingress_replicas=3)
+    assert settings.models[0].names == ("name", "judge")
+    assert ServiceSettings.model_validate({"models": [TWO[0]]}) == ServiceSettings.model_validate(TWO[0])
+    assert ServiceSettings() == ServiceSettings(models=(ModelSettings(),))
+
+
+def test_settings_survive_a_copy():
+    settings = ServiceSettings.model_validate({"limits": {"max_body_bytes": 2048, "max_items": 7}, "models": TWO})
+    assert ServiceSettings.model_validate(settings.model_dump()) == settings
+    assert ServiceSettings.model_validate(settings.model_dump(exclude_unset=True)) == settings
 
 
 def test_each_model_has_a_scorer_deployment_of_its_own():
     bounds = {"min_replicas": 0, "max_replicas": 4}
     models = [TWO[0], {"model": "a", "served_name": "org/a b", "autoscaling": bounds}]
-    front = build(Settings.model_validate({"models": models, "scorer_cpus": 2}))._bound_deployment
+    front = build(ServiceSettings.model_validate({"models": models, "scorer_cpus": 2}))._bound_deployment
     first, second = [bound._bound_deployment for bound in front.init_args[1:]]
     assert (first.name, second.name) == ("Scorer-demo", "Scorer-org-a-b")
     assert (first.num_replicas, second._deployment_config.autoscaling_config.max_replicas) == (1, 4)
@@ -138,12 +152,16 @@ def test_each_model_has_a_scorer_deployment_of_its_own():
     ("arguments", "said"),
     [
         ({"models": [{"modle": "demo"}]}, "modle"),
-        ({"model": "demo", "models": TWO}, "model: with models, set it for each"),
-        ({"served_name": "a", "aliases": ["b"], "models": TWO}, "aliases, served_name: with models"),
-        ({"models": [{"model": "a/x"}, {"model": "b/x"}]}, "'a/x' and 'b/x' are both named 'x'; give one another"),
+        ({"model": "demo", "models": TWO}, "model: models cannot share it; set it in each"),
+        ({"served_name": "a", "aliases": ["b"], "models": TWO}, "aliases, served_name: models cannot share it"),
+        ({"models": [{"model": "a/x"}, {"model": "b/x"}]}, "'a/x' and 'b/x' are both named 'x'; give one"),
         ({"models": [{"model": "a"}, {"model": "b", "aliases": ["a"]}]}, "both named 'a'"),
-        ({"models": [{"model": "a"}, {"model": "default"}]}, "'default' is named 'default', as the first model"),
-        ({"models": [{"model": "a", "limits": {"max_body_bytes": 2048}}]}, "set it outside of models"),
+        ({"models": [{"model": "a"}, {"model": "default"}]}, "'default', a name of the first model; put it first"),
+        ({"models": [{"model": "a", "limits": {"max_body_bytes": 2048}}, {"model": "b"}]}, "set it outside of models"),
+        ({"models": []}, "models is empty; add a model"),
+        ({"models": "demo", "engine": "fake"}, "models must be a list"),
+        ({"models": ["demo"], "engine": "fake"}, "models must be a list of mappings"),
+        ({"models": [{"model": "a", "limits": 5}], "engine": "fake"}, "and limits a mapping, from name to value"),
         (
             {"autoscaling": {"max_replicas": 2}, "models": [{"model": "a"}, {"model": "b", "scorer_replicas": 3}]},
             r"scorer_replicas is 3; .* max_replicas \(2\)",
@@ -153,12 +171,12 @@ def test_each_model_has_a_scorer_deployment_of_its_own():
 )
 def test_models_that_do_not_go_together_are_refused(arguments: dict[str, Any], said: str):
     with pytest.raises(ValidationError, match=said):
-        Settings.model_validate(arguments)
+        ServiceSettings.model_validate(arguments)
 
 
 def test_settings_of_all_models_may_go_only_with_those_of_one():
     models = [{"model": "a", "autoscaling": {"min_replicas": 2, "max_replicas": 4}}]
-    assert Settings.model_validate({"scorer_replicas": 3, "models": models}).each_model[0].scorer_replicas == 3
+    assert ServiceSettings.model_validate({"scorer_replicas": 3, "models": models}).models[0].scorer_replicas == 3
 
 
 def test_chips_of_all_models_are_counted_together():
@@ -168,7 +186,7 @@ def test_chips_of_all_models_are_counted_together():
         {"model": "b", "autoscaling": {"max_replicas": 3}},
         {"model": "c", "tpu": {"chip": "v5e", "topology": "2x2"}},
     ]
-    settings = Settings.model_validate({"tpu": tpu, "models": models})
+    settings = ServiceSettings.model_validate({"tpu": tpu, "models": models})
     assert [*settings.replicas_on_chips().values()] == [3, 1]
     assert [*settings.replicas_on_chips(most=True).values()] == [5, 1]
     front = build(settings)._bound_deployment
@@ -176,28 +194,30 @@ def test_chips_of_all_models_are_counted_together():
 
 
 def test_what_a_running_replica_can_take_keeps_all_else():
-    settings = Settings(model="org/name", limits=Limits(max_items=5, max_labels=6), timeout_s=3)
+    settings = ModelSettings(model="org/name", limits=Limits(max_items=5, max_labels=6), timeout_s=3)
     live = settings.live({"limits": {"max_items": 7}, "aliases": ["judge"]})
-    assert live == Settings(model="org/name", limits=Limits(max_items=7, max_labels=6), timeout_s=3, aliases=("judge",))
+    assert live == ModelSettings(
+        model="org/name", limits=Limits(max_items=7, max_labels=6), timeout_s=3, aliases=("judge",)
+    )
     assert settings.live({}) == settings
 
 
 @pytest.mark.parametrize("fixed", ["model", "dtype", "scorer_replicas", "ingress_replicas", "modle"])
 def test_what_a_running_replica_cannot_take_is_named_with_what_it_can(fixed: str):
-    with pytest.raises(ValueError, match=rf"^{fixed}: not to be changed in a running replica, as aliases, limits,"):
-        Settings().live({fixed: 1, "timeout_s": 3})
+    with pytest.raises(ValueError, match=rf"^{fixed}: cannot change in a running replica, only aliases, limits,"):
+        ModelSettings().live({fixed: 1, "timeout_s": 3})
     with pytest.raises(ValueError, match=r"limits\.max_body_bytes: a body is read"):
-        Settings().live({"limits": {"max_body_bytes": 5_000}})
+        ModelSettings().live({"limits": {"max_body_bytes": 5_000}})
 
 
 @pytest.mark.parametrize("percent", [0, 25])
 def test_one_more_front_end_while_a_new_version_comes_and_as_many_scorers_as_are_asked_for(percent: int):
-    front = build(Settings(max_surge_percent=percent))._bound_deployment
+    front = build(ServiceSettings(models=(ModelSettings(max_surge_percent=percent),)))._bound_deployment
     scorer = front.init_args[1]._bound_deployment
     assert [each._deployment_config.max_surge_percent for each in (front, scorer)] == [1, percent]
 
 
 def test_a_front_end_that_is_replaced_may_finish_the_longest_request():
-    models = (ModelSettings(model="org/one", timeout_s=700), ModelSettings(model="org/two"))
-    front = build(Settings(models=models, timeout_s=90))._bound_deployment
+    models = [{"model": "org/one", "timeout_s": 700}, {"model": "org/two"}]
+    front = build(ServiceSettings.model_validate({"models": models, "timeout_s": 90}))._bound_deployment
     assert front._deployment_config.graceful_shutdown_timeout_s == 700

@@ -15,7 +15,7 @@ from serve_app.app import build
 from serve_app.cli import launcher, main
 from serve_app.cli.launcher import LaunchError
 from serve_app.scorer.engines import load_engine
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings, ServiceSettings
 from serve_app.tpu import (
     CHIP_LABEL,
     CHIPS_OF_A_SLICES_HOST,
@@ -27,6 +27,7 @@ from serve_app.tpu import (
     TOPOLOGY_LABEL,
     Tpu,
 )
+from tests.local import service_of
 from tests.tiny import make_llama
 
 
@@ -92,7 +93,7 @@ def test_the_labels_are_those_that_ray_gives_a_tpu_host(
 )
 def test_what_does_not_exist_is_refused_with_what_does(asked: dict[str, Any], possible: str):
     with pytest.raises(ValidationError, match=possible):
-        Settings.model_validate({"tpu": asked})
+        ModelSettings.model_validate({"tpu": asked})
 
 
 def node(chips: int, chip: str = "TPU-V6E", topology: str = "2x2", *, alive: bool = True) -> dict[str, Any]:
@@ -158,15 +159,15 @@ def test_what_a_cluster_lacks_of_slices_is_named(replicas: int, nodes: list[dict
 
 
 def test_the_launcher_does_not_wait_for_chips_that_cannot_come():
-    settings = Settings(tpu=Tpu(chip="v6e", topology="2x2"), scorer_replicas=5)
+    settings = service_of(ModelSettings(tpu=Tpu(chip="v6e", topology="2x2"), scorer_replicas=5))
     launcher.check_chips(settings, [node(4), node(4)])
-    launcher.check_chips(Settings(), [PLAIN])
+    launcher.check_chips(ServiceSettings(), [PLAIN])
     with pytest.raises(LaunchError, match="room for 4 replicas; ask for"):
         launcher.check_chips(settings, [node(4)])
 
 
 def test_the_scorer_asks_ray_for_its_chips_and_the_front_end_keeps_away_from_them():
-    application = build(Settings(tpu=Tpu(chip="v5e", topology="2x4"), scorer_cpus=2))
+    application = build(service_of(ModelSettings(tpu=Tpu(chip="v5e", topology="2x4"), scorer_cpus=2)))
     front = application._bound_deployment
     scorer = front.init_args[1]._bound_deployment
     assert scorer.ray_actor_options["resources"] == {"TPU": 1}
@@ -175,7 +176,7 @@ def test_the_scorer_asks_ray_for_its_chips_and_the_front_end_keeps_away_from_the
 
 
 def test_the_leader_of_a_slice_keeps_away_from_the_chips_and_leaves_them_to_its_hosts():
-    application = build(Settings(tpu=Tpu(chip="v6e", topology="4x4"), scorer_cpus=2))
+    application = build(service_of(ModelSettings(tpu=Tpu(chip="v6e", topology="4x4"), scorer_cpus=2)))
     scorer = application._bound_deployment.init_args[1]._bound_deployment
     assert scorer.ray_actor_options["num_cpus"] == 2
     assert "TPU" not in scorer.ray_actor_options.get("resources", {})
@@ -184,7 +185,7 @@ def test_the_leader_of_a_slice_keeps_away_from_the_chips_and_leaves_them_to_its_
 
 
 def test_a_replica_with_chips_that_jax_does_not_find_does_not_start(tmp_path: Any):
-    settings = Settings(model=str(make_llama(tmp_path, context=32)), tpu=Tpu(chip="v6e", topology="2x2"))
+    settings = ModelSettings(model=str(make_llama(tmp_path, context=32)), tpu=Tpu(chip="v6e", topology="2x2"))
     with pytest.raises(RuntimeError, match="jax found only cpu"):
         load_engine(settings)
 
@@ -192,12 +193,12 @@ def test_a_replica_with_chips_that_jax_does_not_find_does_not_start(tmp_path: An
 def test_the_command_line_names_chips_and_topology(monkeypatch: pytest.MonkeyPatch):
     from typer.testing import CliRunner
 
-    got: list[Settings] = []
+    got: list[ServiceSettings] = []
     monkeypatch.setattr(launcher, "run", lambda settings, **_: got.append(settings))
     assert CliRunner().invoke(main.app, ["serve", "--tpu", "v6e:2x4"]).exit_code == 0
-    assert got[0].tpu == Tpu(chip="v6e", topology="2x4", chips=1)
+    assert got[0].models[0].tpu == Tpu(chip="v6e", topology="2x4", chips=1)
     assert CliRunner().invoke(main.app, ["serve", "--tpu", "v6e:4x4"]).exit_code == 0
-    assert got[1].tpu == Tpu(chip="v6e", topology="4x4", chips=16)
+    assert got[1].models[0].tpu == Tpu(chip="v6e", topology="4x4", chips=16)
     for wrong in ("v6e", "v6e:9x9", "v6e:4x4:4"):
         refused = CliRunner().invoke(main.app, ["serve", "--tpu", wrong])
         assert refused.exit_code == 1

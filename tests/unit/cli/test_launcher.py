@@ -21,7 +21,7 @@ from serve_app.cli.launcher import LaunchError
 from serve_app.errors import SelfTestError
 from serve_app.frontend import auth
 from serve_app.schemas import ScoreRequest, parse
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings, ServiceSettings
 from tests.tiny import make_llama
 
 SERVE_MESSAGE = """The deployment failed to start 1 times in a row. Error:
@@ -163,7 +163,7 @@ def test_a_service_open_to_the_network_without_a_key_is_warned_of(
     monkeypatch.setattr(launcher, "check_disk", stop)
     monkeypatch.setattr(launcher, "interrupt_on_signals", lambda: None)
     with pytest.raises(LaunchError, match="far enough"):
-        launcher.run(Settings(), host=host, port=8000)
+        launcher.run(ServiceSettings(), host=host, port=8000)
     assert ("there is no API key" in capfd.readouterr().err) is warned
 
 
@@ -200,37 +200,32 @@ def test_options_become_settings(monkeypatch: pytest.MonkeyPatch):
     arguments = ["--model", "org/name", "--revision", "abc", "--served-name", "judge", "--dtype", "bfloat16"]
     arguments += ["--engine", "fake", "--port", "9000", "--replicas", "2", "--api-keys-file", "/a", "--fast-front"]
     assert run(*arguments).exit_code == 0
-    settings = Settings(
-        model="org/name",
-        revision="abc",
-        served_name="judge",
-        dtype="bfloat16",
-        engine="fake",
-        scorer_replicas=2,
-        api_keys_file="/a",
+    model = ModelSettings(
+        model="org/name", revision="abc", served_name="judge", dtype="bfloat16", engine="fake", scorer_replicas=2
     )
+    settings = ServiceSettings(models=(model,), api_keys_file="/a")
     assert got == [(settings, {"host": "127.0.0.1", "port": 9000, "fast_front": True})]
 
 
 def test_without_options_the_settings_are_the_defaults(monkeypatch: pytest.MonkeyPatch):
-    got: list[Settings] = []
+    got: list[ServiceSettings] = []
     monkeypatch.setattr(launcher, "run", lambda settings, **_: got.append(settings))
     assert run().exit_code == 0
-    assert got == [Settings()]
+    assert got == [ServiceSettings()]
 
 
 def test_several_models_share_the_options_and_have_names(monkeypatch: pytest.MonkeyPatch):
-    got: list[Settings] = []
+    got: list[ServiceSettings] = []
     monkeypatch.setattr(launcher, "run", lambda settings, **_: got.append(settings))
     arguments = ["--model", "org/name", "--model", "judge=/a/b=c", "--model", "/d=e/f", "--replicas", "2"]
     assert run(*arguments).exit_code == 0
-    assert [(each.name, each.model, each.scorer_replicas) for each in got[0].each_model] == [
+    assert [(each.name, each.model, each.scorer_replicas) for each in got[0].models] == [
         ("name", "org/name", 2),
         ("judge", "/a/b=c", 2),
         ("f", "/d=e/f", 2),
     ]
     assert run("--model", "judge=demo").exit_code == 0
-    assert (got[1].name, got[1].model, got[1].models) == ("judge", "demo", ())
+    assert [(each.name, each.model) for each in got[1].models] == [("judge", "demo")]
 
 
 @pytest.mark.parametrize(

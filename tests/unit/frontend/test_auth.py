@@ -79,8 +79,8 @@ def test_all_keys_are_compared_in_constant_time(file: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "holds no key; write one a line"),
-        (b"# all gone\n\n", "holds no key"),
+        (b"", "has no key; write one per line"),
+        (b"# all gone\n\n", "has no key"),
         (b"good\ntwo words\n", "API key 2 of .* has a space"),
         ("schl\u00fcssel\n".encode(), "API key 1 of .* outside ASCII"),
         (b"\xff\xfe\n", "cannot be read"),

@@ -17,7 +17,7 @@ from serve_app.errors import OverloadedError, SelfTestError
 from serve_app.frontend.readiness import SelfTest
 from serve_app.frontend.service import ModelService
 from serve_app.scorer.fake_engine import FakeEngine
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
 from tests.tiny import make_llama
@@ -28,7 +28,7 @@ Answer = Callable[[TokenBatch, BatchResult], np.ndarray]
 
 
 async def ready(tokenizer: TextTokenizer, scorer: Engine) -> None:
-    service = ModelService(Settings(engine="fake"), tokenizer, scorer.info, DirectReplicas(scorer))
+    service = ModelService(ModelSettings(engine="fake"), tokenizer, scorer.info, DirectReplicas(scorer))
     try:
         await SelfTest(service).passed()
     finally:
@@ -153,7 +153,7 @@ async def test_a_classifier_with_a_dead_head_is_refused(classes: int, tmp_path: 
         (lambda batch, _: np.full(len(batch.targets), -np.inf), "not finite"),
         (lambda batch, result: np.where(batch.targets, result.values, np.inf), "not finite"),
         (lambda batch, result: np.full(len(batch.targets), result.values[0]), "4 labels have equal scores"),
-        (lambda batch, result: result.values / batch.num_sequences, "in a batch: this is a fault of ours"),
+        (lambda batch, result: result.values / batch.num_sequences, "in a batch: this is a bug of score-serve"),
     ],
     ids=["all NaN made 0", "labels alone", "nothing likely", "beyond all", "labels alike", "other in a batch"],
 )
@@ -163,8 +163,8 @@ async def test_a_dead_output_is_refused(answer: Answer, said: str, tokenizer: Te
 
 async def test_the_demo_is_known_by_its_answer(tokenizer: TextTokenizer) -> None:
     scorer = FakeEngine(49_152, CONTEXT)
-    service = ModelService(Settings(model="demo", engine="jax"), tokenizer, scorer.info, DirectReplicas(scorer))
-    with pytest.raises(SelfTestError, match=r"a known prompt scored .*; right is \[0.7725, 0.0125\]"):
+    service = ModelService(ModelSettings(model="demo", engine="jax"), tokenizer, scorer.info, DirectReplicas(scorer))
+    with pytest.raises(SelfTestError, match=r"a known prompt scored .*, not \[0.7725, 0.0125\]; its weights"):
         await SelfTest(service).passed()
     service.close()
 
@@ -177,7 +177,7 @@ async def test_what_passes_by_itself_is_no_failed_test(tokenizer: TextTokenizer)
             raise OverloadedError("no healthy replica")
 
     scorer = FakeEngine(VOCAB_SIZE, CONTEXT)
-    service = ModelService(Settings(engine="fake"), tokenizer, scorer.info, Away(scorer))
+    service = ModelService(ModelSettings(engine="fake"), tokenizer, scorer.info, Away(scorer))
     with pytest.raises(OverloadedError) as raised:
         await SelfTest(service).passed()
     assert not isinstance(raised.value, SelfTestError)

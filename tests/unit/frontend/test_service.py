@@ -34,7 +34,7 @@ from serve_app.frontend.replicas import ScorerReplicas
 from serve_app.frontend.service import INLINE_VALUES, ModelService
 from serve_app.schemas import LOWEST, ScoreRequest
 from serve_app.scorer.fake_engine import FakeEngine
-from serve_app.settings import Limits, Settings
+from serve_app.settings import Limits, ModelSettings
 from serve_app.tasks.completions import COMPLETIONS, CompletionRequest
 from serve_app.tasks.generative import GENERATIVE, GenerativeScoringRequest
 from serve_app.tasks.rerank import RERANK, RerankRequest
@@ -45,7 +45,7 @@ from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
 from tests.stubs import HangingReplicas
 
 ENGINE = FakeEngine(VOCAB_SIZE, CONTEXT)
-SETTINGS = Settings(model="fake-judge", engine="fake", max_batch_tokens=64)
+SETTINGS = ModelSettings(model="fake-judge", engine="fake", max_batch_tokens=64)
 ASK = ScoreRequest(query=[1, 2], items=[[3], [4, 5], [6]], label_token_ids=[7, 8])
 
 logprobs = st.floats(-100, 0) | st.just(-math.inf)
@@ -102,7 +102,7 @@ class TestLabelScores:
 
 
 def service_on(
-    replicas: Any, tokenizer: TextTokenizer, settings: Settings = SETTINGS, front_ends: int = 1
+    replicas: Any, tokenizer: TextTokenizer, settings: ModelSettings = SETTINGS, front_ends: int = 1
 ) -> ModelService:
     return ModelService(settings, tokenizer, ENGINE.info, replicas, front_ends)
 

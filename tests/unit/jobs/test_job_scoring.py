@@ -16,7 +16,7 @@ from serve_app.jobs.scoring import score
 from serve_app.jobs.targets import Ask
 from serve_app.schemas import ScoreRequest, ScoreResponse
 from serve_app.scorer.fake_engine import FakeEngine
-from serve_app.settings import Limits, Settings
+from serve_app.settings import Limits, ModelSettings
 from serve_app.tasks.score import SCORE
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
@@ -29,7 +29,7 @@ class Asked:
 
     def __init__(self, tokenizer: TextTokenizer, limits: Limits | None = None) -> None:
         engine = FakeEngine(VOCAB_SIZE, CONTEXT)
-        settings = Settings(engine="fake", limits=limits or Limits())
+        settings = ModelSettings(engine="fake", limits=limits or Limits())
         self._service = ModelService(settings, tokenizer, engine.info, DirectReplicas(engine))
         self.requests: list[ScoreRequest] = []
 

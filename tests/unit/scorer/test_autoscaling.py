@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from serve_app.app import LOAD_PERIOD_S, build
 from serve_app.scorer.autoscaling import PENDING_TOKENS, PendingTokensPolicy, wanted_replicas
-from serve_app.settings import Autoscaling, Settings
+from serve_app.settings import Autoscaling, ModelSettings
+from tests.local import service_of
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,11 @@ def test_the_first_replica_is_not_stopped_before_it_has_started():
 
 def test_serve_gets_the_bounds_and_the_policy():
     bounds = Autoscaling(min_replicas=0, max_replicas=7, tokens_per_replica=123, upscale_delay_s=1, downscale_delay_s=2)
-    scorer = build(Settings(autoscaling=bounds, scorer_replicas=2))._bound_deployment.init_args[1]._bound_deployment
+    scorer = (
+        build(service_of(ModelSettings(autoscaling=bounds, scorer_replicas=2)))
+        ._bound_deployment.init_args[1]
+        ._bound_deployment
+    )
     config = scorer._deployment_config.autoscaling_config
     assert (config.min_replicas, config.initial_replicas, config.max_replicas) == (0, 2, 7)
     assert (config.upscale_delay_s, config.downscale_delay_s, config.metrics_interval_s) == (1, 2, LOAD_PERIOD_S)
@@ -74,10 +79,10 @@ def test_serve_gets_the_bounds_and_the_policy():
 )
 def test_wrong_bounds_are_refused_by_name(bounds: dict[str, Any], named: str):
     with pytest.raises(ValidationError, match=named):
-        Settings.model_validate({"autoscaling": bounds})
+        ModelSettings.model_validate({"autoscaling": bounds})
 
 
 def test_the_start_may_be_anywhere_between_the_bounds():
     bounds = Autoscaling(min_replicas=2, max_replicas=4)
-    assert [Settings(autoscaling=bounds, scorer_replicas=number).most_replicas for number in (2, 4)] == [4, 4]
-    assert Settings(scorer_replicas=3).most_replicas == 3
+    assert [ModelSettings(autoscaling=bounds, scorer_replicas=number).most_replicas for number in (2, 4)] == [4, 4]
+    assert ModelSettings(scorer_replicas=3).most_replicas == 3

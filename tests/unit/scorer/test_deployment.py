@@ -21,7 +21,7 @@ from serve_app.scorer.deployment import MAX_ONGOING, Scorer
 from serve_app.scorer.dispatcher import Dispatcher
 from serve_app.scorer.engines import load_engine
 from serve_app.scorer.fake_engine import FakeEngine
-from serve_app.settings import Limits, Settings
+from serve_app.settings import Limits, ModelSettings
 from tests.batches import batch_of
 from tests.stubs import HeldEngine
 from tests.tiny import make_llama
@@ -40,9 +40,9 @@ def replica_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def started(engine: FakeEngine, settings: Settings | None = None) -> AsyncIterator[Any]:
+async def started(engine: FakeEngine, settings: ModelSettings | None = None) -> AsyncIterator[Any]:
     replica = Scorer.__new__(Scorer)
-    await replica.__init__(settings or Settings(engine="fake"), lambda _: engine, lambda _: SPEED)
+    await replica.__init__(settings or ModelSettings(engine="fake"), lambda _: engine, lambda _: SPEED)
     try:
         yield replica
     finally:
@@ -142,7 +142,7 @@ async def test_a_call_that_is_cancelled_within_the_intake_takes_its_work_along(m
 
 async def test_errors_reach_their_caller_only():
     engine = HeldEngine()
-    settings = Settings(engine="fake", limits=Limits(max_queued_tokens=10))
+    settings = ModelSettings(engine="fake", limits=Limits(max_queued_tokens=10))
     async with started(engine, settings) as replica:
         busy = asyncio.create_task(replica.score(job([1])))
         await until(lambda: replica._queue.stats().queued_jobs == 1)
@@ -256,7 +256,7 @@ async def test_a_replica_whose_queue_has_stopped_ends_with_the_jobs_that_waited(
 
 async def test_a_replica_whose_device_hangs_ends():
     engine = HeldEngine()
-    async with started(engine, Settings(engine="fake", stall_s=0.05)) as replica:
+    async with started(engine, ModelSettings(engine="fake", stall_s=0.05)) as replica:
         call = asyncio.create_task(replica.score(job([1])))
         await asyncio.sleep(0.01)
         await replica.check_health()
@@ -270,12 +270,12 @@ async def test_a_replica_whose_device_hangs_ends():
 async def test_the_event_loop_is_free_while_the_engine_loads():
     gate = threading.Event()
 
-    def load(_: Settings) -> FakeEngine:
+    def load(_: ModelSettings) -> FakeEngine:
         assert gate.wait(30)
         return FakeEngine()
 
     replica = Scorer.__new__(Scorer)
-    loading = asyncio.create_task(replica.__init__(Settings(engine="fake"), load))
+    loading = asyncio.create_task(replica.__init__(ModelSettings(engine="fake"), load))
     await asyncio.sleep(0.01)
     gate.set()
     await loading
@@ -283,16 +283,16 @@ async def test_the_event_loop_is_free_while_the_engine_loads():
 
 
 async def test_a_failure_to_load_reaches_serve():
-    def load(_: Settings) -> FakeEngine:
+    def load(_: ModelSettings) -> FakeEngine:
         raise ValueError("no such model")
 
     replica = Scorer.__new__(Scorer)
     with pytest.raises(ValueError, match="no such model"):
-        await replica.__init__(Settings(engine="fake"), load)
+        await replica.__init__(ModelSettings(engine="fake"), load)
 
 
 def test_the_fake_engine_is_loaded_by_name():
-    assert load_engine(Settings(engine="fake")).info.platform == "none"
+    assert load_engine(ModelSettings(engine="fake")).info.platform == "none"
 
 
 @pytest.mark.heavy
@@ -302,7 +302,7 @@ def test_the_models_engine_answers_in_the_contracts_classes(tmp_path: Path, monk
     warmed: list[object] = []
     monkeypatch.setattr("model.engine.Engine.warmup", lambda engine, _progress: warmed.append(engine))
     monkeypatch.setenv("SCORE_SERVE_CACHE", str(tmp_path / "cache"))
-    engine = load_engine(Settings(model=str(make_llama(tmp_path / "model", context=32))))
+    engine = load_engine(ModelSettings(model=str(make_llama(tmp_path / "model", context=32))))
     assert len(warmed) == 1
     assert type(engine.info) is ModelInfo
     result = engine.score(job([1, 2, 3], [4]).batch)
@@ -315,7 +315,7 @@ def test_the_models_engine_answers_in_the_contracts_classes(tmp_path: Path, monk
 
 
 async def test_what_can_change_while_it_runs_does_and_all_else_is_refused(caplog: pytest.LogCaptureFixture):
-    settings = Settings(engine="fake", stall_s=7, max_batch_tokens=512)
+    settings = ModelSettings(engine="fake", stall_s=7, max_batch_tokens=512)
     engine = LimitedEngine()
     async with started(engine, settings) as replica:
 
@@ -326,7 +326,7 @@ async def test_what_can_change_while_it_runs_does_and_all_else_is_refused(caplog
         await replica.reconfigure({"stall_s": 8, "limits": {"max_queued_tokens": 99}}, rank=0)
         assert now() == (8, 8, 512, 99)
         for wrong, named in (
-            ({"stall_s": 9, "dtype": "bfloat16"}, "dtype: not to be changed"),
+            ({"stall_s": 9, "dtype": "bfloat16"}, "dtype: cannot change"),
             ({"stall_s": 9, "max_batch_tokens": 1}, "max_batch_tokens"),
             ({"stall_s": 9, "limits": {"max_prompt_tokens": 5}}, "limits.max_prompt_tokens"),
         ):
@@ -339,7 +339,7 @@ async def test_what_can_change_while_it_runs_does_and_all_else_is_refused(caplog
 
 
 async def test_the_measured_speed_bounds_the_queue_and_is_told():
-    settings = Settings(engine="fake", timeout_s=60)
+    settings = ModelSettings(engine="fake", timeout_s=60)
     async with started(FakeEngine(), settings) as replica:
         assert (await replica.info()).tokens_per_s == SPEED
         assert replica._queue._max_queued_tokens == 20_000 * 60 / 2
@@ -347,7 +347,7 @@ async def test_the_measured_speed_bounds_the_queue_and_is_told():
 
 async def test_the_queues_bound_follows_the_speed_that_batches_tell(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(deployment, "REPORT_S", 0.01)
-    async with started(FakeEngine(seconds_per_token=1e-6), Settings(engine="fake", timeout_s=60)) as replica:
+    async with started(FakeEngine(seconds_per_token=1e-6), ModelSettings(engine="fake", timeout_s=60)) as replica:
         await replica.score(job([1] * 5_000))
         assert replica._queue.tokens_per_s > SPEED
         await until(lambda: replica._queue._max_queued_tokens > SPEED * 60 / 2)
@@ -368,4 +368,4 @@ def test_the_speed_is_measured_by_a_batch():
     ],
 )
 def test_what_may_wait_is_done_in_half_the_time_that_a_request_has(limits: Limits, tokens_per_s: float, tokens: int):
-    assert Settings(limits=limits).queued_tokens(tokens_per_s) == tokens
+    assert ModelSettings(limits=limits).queued_tokens(tokens_per_s) == tokens

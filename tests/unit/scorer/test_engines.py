@@ -9,7 +9,7 @@ def said(steps: list[float]) -> list[str]:
     """The lines for programs that are done at these times, in seconds."""
     lines: list[str] = []
     now = [0.0]
-    progress = engines.told(lines.append, lambda: now[0])
+    progress = engines.progress_log(lines.append, lambda: now[0])
     for done, now[0] in enumerate(steps, 1):
         progress(done, len(steps), f"keep {done}")
     return lines

@@ -15,7 +15,7 @@ from serve_app.scorer.engines import load_part
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.scorer.slice_group import GroupLostError, agreed
 from serve_app.scorer.slice_worker import Answer, HostFailedError, OutOfStepError, Place, SliceWorker
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings
 from tests.batches import label_batch
 
 BATCH = label_batch([[1, 2, 3], [1, 2, 4]], [[1, 2]] * 2)
@@ -23,7 +23,7 @@ BATCH = label_batch([[1, 2, 3], [1, 2, 4]], [[1, 2]] * 2)
 
 def worker(number: int) -> SliceWorker:
     made = SliceWorker(number)
-    made.load(load_part, Settings(engine="fake"), Place("nowhere", 4, number))
+    made.load(load_part, ModelSettings(engine="fake"), Place("nowhere", 4, number))
     return made
 
 
@@ -61,7 +61,7 @@ def test_the_leader_is_told_of_a_failure_without_the_exceptions_class():
             raise jax.errors.JaxRuntimeError("all-reduce failed")
 
     host = SliceWorker(0)
-    host.load(lambda *_: Failing(), Settings(engine="fake"), Place("nowhere", 1, 0))
+    host.load(lambda *_: Failing(), ModelSettings(engine="fake"), Place("nowhere", 1, 0))
     with pytest.raises(HostFailedError, match="JaxRuntimeError: all-reduce failed") as caught:
         host.score(0, DeltaBatch.of(BATCH))
     assert b"jax" not in pickle.dumps(caught.value)

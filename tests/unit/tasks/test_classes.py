@@ -17,7 +17,7 @@ from serve_app.frontend.readiness import SelfTest
 from serve_app.frontend.service import ModelService
 from serve_app.schemas import ScoreRequest, ScoreResponse
 from serve_app.scorer.fake_engine import FakeEngine
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings
 from serve_app.tasks.completions import COMPLETIONS, CompletionRequest
 from serve_app.tasks.generative import GENERATIVE, GenerativeScoringRequest
 from serve_app.tasks.rerank import RERANK, RerankRequest
@@ -26,7 +26,7 @@ from serve_app.tasks.tokenizer import TextTokenizer
 from serve_app.templates import RerankTemplate
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
 
-SETTINGS = Settings(model="fake-judge", engine="fake")
+SETTINGS = ModelSettings(model="fake-judge", engine="fake")
 
 
 async def score(tokenizer: TextTokenizer, engine: FakeEngine, **fields: Any) -> ScoreResponse:

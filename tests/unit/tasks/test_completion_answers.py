@@ -13,7 +13,7 @@ from serve_app.errors import InternalError
 from serve_app.frontend.service import ModelService
 from serve_app.schemas import LOWEST
 from serve_app.scorer.fake_engine import FakeEngine
-from serve_app.settings import Settings
+from serve_app.settings import ModelSettings
 from serve_app.tasks.completions import COMPLETIONS, CompletionRequest, _top
 from serve_app.tasks.rerank import RERANK, RerankRequest
 from serve_app.tasks.tokenizer import TextTokenizer
@@ -23,7 +23,7 @@ ENGINE = FakeEngine(VOCAB_SIZE, CONTEXT, nan_token=13)
 
 
 def service_on(replicas: Any, tokenizer: TextTokenizer) -> ModelService:
-    return ModelService(Settings(model="fake-judge", engine="fake"), tokenizer, ENGINE.info, replicas)
+    return ModelService(ModelSettings(model="fake-judge", engine="fake"), tokenizer, ENGINE.info, replicas)
 
 
 @pytest.mark.parametrize("rest", [{"max_tokens": 1}, {"max_tokens": 0, "echo": True, "logprobs": 0}])

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from serve_app.errors import InternalError, InvalidRequestError, TooLargeError
 from serve_app.scorer.fake_engine import FakeEngine
-from serve_app.settings import Limits, Settings
+from serve_app.settings import Limits, ModelSettings
 from serve_app.tasks.model_facts import ModelFacts
 from serve_app.tasks.rerank import PreparedRerank, Reranker, RerankRequest, relevance
 from serve_app.tasks.steps import finish
@@ -70,7 +70,7 @@ def qwen(qwen_folder: Path) -> TextTokenizer:
 
 def reranker(tokenizer: TextTokenizer, *, limits: Limits | None = None, longest: int = 512, **fields: Any) -> Reranker:
     limits = (limits or Limits()).model_copy(update={"max_prompt_tokens": longest})
-    return Reranker(ModelFacts.of(Settings(engine="fake", limits=limits, **fields), tokenizer, INFO))
+    return Reranker(ModelFacts.of(ModelSettings(engine="fake", limits=limits, **fields), tokenizer, INFO))
 
 
 def sequences(question: PreparedRerank) -> list[list[int]]:
@@ -125,10 +125,12 @@ class TestTemplates:
 
     def test_settings_take_a_name_or_a_template(self):
         own = {"prompt": "{query} {document} ?", "yes": " ja", "no": " nein"}
-        assert Settings.model_validate({"rerank_template": own}).rerank_template == RerankTemplate.model_validate(own)
-        assert Settings(rerank_template=PLAIN).rerank_template == PLAIN
+        assert ModelSettings.model_validate({"rerank_template": own}).rerank_template == RerankTemplate.model_validate(
+            own
+        )
+        assert ModelSettings(rerank_template=PLAIN).rerank_template == PLAIN
         with pytest.raises(ValidationError, match="qwen3-reranker-v1, mxbai-rerank-v2, plain-v1, plain-v2"):
-            Settings(rerank_template="qwen3")
+            ModelSettings(rerank_template="qwen3")
 
 
 class TestModelCard:

@@ -16,11 +16,11 @@ from serve_app.frontend.info import info as told
 from serve_app.frontend.ingress import load_tokenizers
 from serve_app.frontend.service import ModelService
 from serve_app.scorer.fake_engine import FakeEngine
-from serve_app.settings import ModelSettings, Settings
+from serve_app.settings import ModelSettings
 from serve_app.tasks.template_choice import CUSTOM, Choice, choose
 from serve_app.tasks.tokenizer import TextTokenizer
 from serve_app.templates import MXBAI_RERANK, PLAIN, PLAIN_V1, QWEN3_RERANKER, TEMPLATES, RerankTemplate
-from tests.local import DirectReplicas
+from tests.local import DirectReplicas, service_of
 from tests.tiny import make_llama
 
 QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151_936}
@@ -210,7 +210,7 @@ class TestTold:
         (tmp_path / "config.json").write_text(json.dumps({**QWEN3, "is_original_qwen3_reranker": True}))
         engine = FakeEngine(1_024, 512)
         info = replace(engine.info, classes=classes)
-        settings = Settings.model_validate({"model": "mine", "engine": "fake", **fields})
+        settings = ModelSettings.model_validate({"model": "mine", "engine": "fake", **fields})
         service = ModelService(settings, tokenizer, info, DirectReplicas(engine), folder=tmp_path)
         assert told(service, ["mine"]).rerank_template == name
         service.reconfigure(settings)
@@ -220,7 +220,7 @@ class TestTold:
     def test_in_the_front_ends_log(self, doubtful: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture):
         folder = make_llama(tmp_path / ("my-reranker" if doubtful else "mine"), layers=1, vocab=271, tokenizer=True)
         caplog.set_level("INFO", logger="ray.serve")
-        [(found, _)] = load_tokenizers(Settings(model=str(folder), served_name="judge"))
+        [(found, _)] = load_tokenizers([ModelSettings(model=str(folder), served_name="judge")])
         assert found == folder
         said = [(record.levelname, record.getMessage()) for record in caplog.records]
         assert said[0][0] == "INFO"
@@ -238,7 +238,7 @@ class TestTold:
         monkeypatch.setattr(launcher, "_service", stop)
         monkeypatch.setattr(launcher, "interrupt_on_signals", lambda: None)
         with pytest.raises(LaunchError, match="far enough"):
-            launcher.run(Settings(model=str(folder)), host="127.0.0.1", port=local_ray.free_port())
+            launcher.run(service_of(ModelSettings(model=str(folder))), host="127.0.0.1", port=local_ray.free_port())
         said = capfd.readouterr().err
         assert f"my-reranker: /v1/rerank uses the template {PLAIN} (" in said
         assert "warning: my-reranker: its name says that this is a reranker" in said
