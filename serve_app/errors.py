@@ -5,10 +5,13 @@ Every class takes keyword arguments that survive pickling, since they cross Serv
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar
 
 COMPLETIONS = "/v1/completions"
 """The route with nested errors."""
+_LIKE_COMPLETIONS = re.compile(r"/*(v\d+/+)?(chat/+)?completions/*")
+"""Paths that clients of OpenAI's API ask, when they are not quite right: their errors are nested, too."""
 
 RETRY_AFTER_S = 1
 """What a 503 says when nothing better is known."""
@@ -39,8 +42,8 @@ class ScoringError(Exception):
         return _rebuild, (type(self), self.message, self.param, self.index, self.retry_after_s)
 
     def body_on(self, path: str) -> dict[str, Any]:
-        """The error object of the route: also where a path is nearly right, who asks is a client of OpenAI's."""
-        return self.nested_body() if path.strip("/").endswith("completions") else self.body()
+        """The error object of the route at ``path``."""
+        return self.nested_body() if _LIKE_COMPLETIONS.fullmatch(path) else self.body()
 
     def nested_body(self) -> dict[str, Any]:
         """The error object of the routes that OpenAI's clients ask."""

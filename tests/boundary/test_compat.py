@@ -189,7 +189,7 @@ class TestRoutes:
             assert error["message"].startswith(f"there is no route {path}")
             assert said in error["message"]
 
-    @pytest.mark.parametrize("path", ["/completions", "/v1/completions/", "/v1/chat/completions"])
+    @pytest.mark.parametrize("path", ["/completions", "/v1/completions/", "//v1/completions", "/v1/chat/completions"])
     async def test_openais_clients_get_openais_errors(self, http: Http, path: str):
         error = http.nested(await http.client.post(path, json={}), 404)
         assert "POST /v1/completions" in error["message"]
@@ -217,6 +217,8 @@ async def test_one_model(http: Http):
     assert (await http.client.get("/v1/models/default")).json()["id"] == "default"
     error = http.flat(await http.client.get("/v1/models/org/none"), 404)
     assert "'org/none' is not served here; the names are" in error["message"]
+    # The answer of this route, whatever the model's name looks like.
+    http.flat(await http.client.get("/v1/models/completions"), 404)
 
 
 async def test_tokenizer_info(http: Http):

@@ -162,7 +162,7 @@ def test_the_launcher_does_not_wait_for_chips_that_cannot_come():
     settings = service_of(ModelSettings(tpu=Tpu(chip="v6e", topology="2x2"), scorer_replicas=5))
     launcher.check_chips(settings, [node(4), node(4)])
     launcher.check_chips(ServiceSettings(), [PLAIN])
-    with pytest.raises(LaunchError, match="room for 4 replicas; ask for"):
+    with pytest.raises(LaunchError, match="room for 4 replicas; change --tpu"):
         launcher.check_chips(settings, [node(4)])
 
 
