@@ -1,4 +1,4 @@
-"""scripts/bench load: open-loop load, whose requests arrive whether or not earlier ones have been answered."""
+"""scripts/bench load: open-loop load, in which requests arrive whether or not earlier ones have been answered."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ VLLM = "0.32.0"
 
 @dataclass(frozen=True)
 class Server:
-    """A running server: where it answers, the processes whose memory counts, and how long it took to become ready."""
+    """A running server: its address, the processes that count for its memory, and how long it took to become ready."""
 
     url: str
     processes: Sequence[int]

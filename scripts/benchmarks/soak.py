@@ -173,7 +173,7 @@ async def overload(url: str, asks: Sequence[Ask], rate: float) -> tuple[list[Ans
 
 
 def growth(samples: Sequence[tuple[float, float]]) -> float:
-    """Growth of the memory from the end of the warm-up to the run's, in percent, by the line that fits best."""
+    """Growth of the memory from the end of the warm-up to the end of the run, in percent, by a linear fit."""
     at, used = np.array(samples).T
     warm = at >= at[-1] * WARM_UP_SHARE
     slope, start = np.polyfit(at[warm], used[warm], 1)
@@ -208,7 +208,7 @@ def _client(url: str) -> httpx.AsyncClient:
 
 
 async def _run(url: str, callers: Sequence[int], minutes: float, console: Console) -> tuple[list[Ask], float]:
-    """All closed loops in turn; the requests with their right answers, and how many a second the last one answered."""
+    """Run all closed loops in turn; returns the requests with their right answers, and the last loop's rate."""
     rate = 0.0
     async with _client(url) as client:
         asks = await alone(client, requests(random.Random(0)))

@@ -37,7 +37,7 @@ class System:
     """One system in its process.
 
     Raises:
-        RuntimeError: from any method, when the process has ended; what it printed says why.
+        RuntimeError: from any method, if the process has ended; its output says why.
     """
 
     def __init__(self, name: str, dtype: str) -> None:

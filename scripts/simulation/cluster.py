@@ -103,10 +103,10 @@ def main(
 
 
 def start_cluster(cpus: int, **options: Any) -> Cluster:
-    """A Ray of one node, which others may join.
+    """Start a Ray cluster of one node, which others may join.
 
     Args:
-        options: more of ``ray.init``'s.
+        options: additional options of ``ray.init``.
     """
     import ray
     from ray.cluster_utils import Cluster
@@ -120,10 +120,10 @@ def start_cluster(cpus: int, **options: Any) -> Cluster:
 
 
 def start_slice(cluster: Cluster, tpu: Tpu, name: str, **env: str) -> list[Any]:
-    """The hosts of a slice, by their numbers, with all that Ray finds on such hosts.
+    """Start the hosts of a slice, in the order of their numbers, with the resources and labels that Ray finds there.
 
     Args:
-        env: of every process on them.
+        env: environment of every process on them.
     """
     from ray._private.accelerators.tpu import infer_tpu_pod_type_from_topology
 
