@@ -1,4 +1,4 @@
-# Sourced by the other scripts: a virtual environment in the checkout, with the project installed in it.
+# Sourced by the other scripts: makes a virtual environment in the checkout and installs the project in it.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
@@ -9,7 +9,7 @@ die() {
     exit 1
 }
 
-# The first Python that the project supports; $PYTHON, if set, is the only candidate.
+# Prints the first Python that the project supports; $PYTHON, if set, is the only candidate.
 find_python() {
     local candidate
     for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
@@ -18,10 +18,10 @@ find_python() {
             return
         fi
     done
-    die "Python 3.11, 3.12 or 3.13 is needed and none of ${PYTHON:-python3, python3.13, python3.12, python3.11} is one; install it, or name it: PYTHON=/path/to/python $0"
+    die "Python 3.11, 3.12 or 3.13 is needed, and none of ${PYTHON:-python3, python3.13, python3.12, python3.11} is one; install it, or name it: PYTHON=/path/to/python $0"
 }
 
-# set_up [EXTRA]: install the project, with EXTRA of pyproject.toml. Does nothing when that was done before.
+# set_up [EXTRA]: installs the project, with EXTRA of pyproject.toml. Does nothing if that was done before.
 set_up() {
     local extra=${1:-} stamp=$venv/.installed wanted free_gb python
     wanted="$(sha256sum "$root/pyproject.toml" | cut -c1-16) $root ${extra:-plain}"
@@ -30,17 +30,17 @@ set_up() {
     fi
     free_gb=$(($(df -Pk "$root" | awk 'NR == 2 { print $4 }') / 1024 / 1024))
     [ -x "$venv/bin/python" ] || [ "$free_gb" -ge "$needed_gb" ] ||
-        die "the disk of $root has $free_gb GB free and the installation needs $needed_gb; free some space"
+        die "the disk of $root has $free_gb GB free, and the installation needs $needed_gb; free some space"
     if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
         python=$(find_python)
         printf 'making %s with %s\n' "$venv" "$("$python" --version)" >&2
         "$python" -m venv --clear "$venv" ||
             die "$python cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv"
     fi
-    printf 'installing the project%s into %s; the first time takes some minutes\n' "${extra:+ with [$extra]}" "$venv" >&2
+    printf 'installing the project%s into %s; the first time takes a few minutes\n' "${extra:+ with [$extra]}" "$venv" >&2
     "$venv/bin/python" -m pip install --disable-pip-version-check --quiet --progress-bar on --editable "$root${extra:+[$extra]}" >&2 ||
-        die "pip failed, see above. If it could not connect, check the network and pip's index and run this again; if the disk is full ($free_gb GB were free), free some space; to start afresh, remove $venv"
-    # What is installed now satisfies the stamps of this pyproject.toml only.
+        die "pip failed, see above. If it could not connect, check the network and pip's index and run this again; if the disk is full ($free_gb GB were free), free some space; to start over, remove $venv"
+    # The installation now matches only the stamps of this pyproject.toml.
     grep -F "${wanted% *} " "$stamp" >"$stamp.new" 2>/dev/null || true
     printf '%s\n' "$wanted" >>"$stamp.new"
     [ -z "$extra" ] || printf '%s\n' "${wanted% *} plain" >>"$stamp.new"

@@ -1,6 +1,7 @@
-"""Known vulnerabilities of what is installed, by pip-audit. Without the advisory service it says so, and fails nothing.
+"""Checks the installed packages for known vulnerabilities with pip-audit.
 
-pip-audit itself calls it a success when the service knew none of the packages, as a mirror that has files alone does.
+If the advisory service is unreachable, it says so and does not fail. pip-audit alone would report success if the
+service knew none of the packages, as is the case for a mirror that only has files.
 """
 
 from __future__ import annotations
@@ -11,32 +12,32 @@ import sys
 from typing import Any, NamedTuple
 
 ACCEPTED: dict[str, str] = {}
-"""Advisories that do not concern this project, each with the reason."""
+"""Advisories that do not affect this project, each with the reason."""
 
 _SHOWN = 10
-"""Packages that a message names."""
+"""Most packages that a message names."""
 
 
 class Verdict(NamedTuple):
-    """What to print, and whether it is a failure."""
+    """Whether the audit failed, and the lines to print."""
 
     failed: bool
     lines: list[str]
 
 
 def verdict(output: str, trouble: str, accepted: dict[str, str]) -> Verdict:
-    """What pip-audit's answer means.
+    """Interpret pip-audit's answer.
 
     Args:
-        output: its JSON, or nothing where it ended in an error.
-        trouble: its standard error.
-        accepted: reasons by the advisory's id.
+        output: its JSON, or nothing if it ended in an error.
+        trouble: its standard error output.
+        accepted: reasons for accepting an advisory, by its id.
     """
     try:
         packages: list[dict[str, Any]] = json.loads(output)["dependencies"]
     except (ValueError, KeyError):
         last = trouble.strip().splitlines()[-1:] or ["no output"]
-        return Verdict(False, [f"NOT AUDITED: the advisory service cannot be reached: {last[0][:300]}"])
+        return Verdict(False, [f"NOT AUDITED: the advisory service is unreachable: {last[0][:300]}"])
     looked_up = [package for package in packages if "vulns" in package]
     unknown = [package["name"] for package in packages if "not found" in package.get("skip_reason", "")]
     if not looked_up:

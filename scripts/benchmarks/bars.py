@@ -1,4 +1,4 @@
-"""scripts/bench bars and soak: how cost grows, what requests leave behind, memory, how long a second start takes."""
+"""scripts/bench bars and soak: growth of cost, memory that requests leave in use, and the time of a second start."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
 
 
 def bars(dtype: Dtype = "float32") -> None:
-    """Print the limits that the comparison does not show, and whether they hold. ``soak`` has the last of them."""
+    """Print the limits that the comparison does not show, and whether they hold; ``soak`` has the last one."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for heading in ("", "measured", "at most", ""):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -65,7 +65,7 @@ def bars(dtype: Dtype = "float32") -> None:
 
 
 def soak(
-    requests: Annotated[int, typer.Option(min=20, help="How many requests.")] = 2000, dtype: Dtype = "float32"
+    requests: Annotated[int, typer.Option(min=20, help="Number of requests.")] = 2000, dtype: Dtype = "float32"
 ) -> None:
     """Score requests of random shapes in process and print the resident memory as they pass."""
     engine, rng, vocab = load_engine(dtype), np.random.default_rng(0), Sizes.of_demo().vocab

@@ -1,6 +1,6 @@
-"""How soon a streamed answer begins: the first row of many items, as a share of the time until the last.
+"""Measures how soon a streamed answer begins: the time to the first row as a share of the time to the last.
 
-Then the same request unstreamed, whose scores must be equal.
+It then sends the same request without streaming; the scores must be equal.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ BOUND = 0.05
 
 
 def measure(
-    url: Annotated[str, typer.Option(help="Of a running service.")] = "http://127.0.0.1:8000",
+    url: Annotated[str, typer.Option(help="Address of a running service.")] = "http://127.0.0.1:8000",
     items: Annotated[int, typer.Option(min=1)] = 5_000,
 ) -> None:
     """Print the times; exit 1 if the first row comes after 5% of the time, or an answer differs."""

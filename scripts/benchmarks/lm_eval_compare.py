@@ -1,7 +1,7 @@
-"""lm-evaluation-harness on one task through a running service, and with its own HuggingFace backend.
+"""Runs lm-evaluation-harness on a task through a running service and with the harness' own HuggingFace backend.
 
-The harness is unchanged: its model ``local-completions`` asks the service, with token ids and with text, and ``hf``
-computes in float32 on this machine's processor.
+The harness is unchanged: its model ``local-completions`` sends requests to the service, with token ids and with text,
+and ``hf`` computes in float32 on this machine's processor.
 """
 
 from __future__ import annotations
@@ -56,20 +56,20 @@ def evaluate(model: str, model_args: dict[str, Any], task: str, folder: Path, ba
 
 
 def difference(one: Results, other: Results) -> float:
-    """The largest between log-likelihoods of the same choice, in nats."""
+    """The largest difference between log-likelihoods of the same choice, in nats."""
     pairs = zip(one["samples"], other["samples"], strict=True)
     return max(abs(a - b) for left, right in pairs for (a, _), (b, _) in zip(left, right, strict=True))
 
 
 def compare(
-    url: Annotated[str, typer.Option(help="Of the running service.")] = "http://127.0.0.1:8000",
+    url: Annotated[str, typer.Option(help="Address of the running service.")] = "http://127.0.0.1:8000",
     model: Annotated[str, typer.Option(help="What it serves: 'demo', or a folder in Hugging Face layout.")] = "demo",
     task: Annotated[str, typer.Option(help="A multiple-choice task of --tasks.")] = "common_facts",
     tasks: Annotated[Path, typer.Option(help="Folder with the task's YAML.")] = TASKS,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts in a request, and in a batch of 'hf'.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Print the backends' accuracy, and how far their log-likelihoods are from each other; exit 1 if too far.
+    """Print the backends' accuracy and the largest difference of their log-likelihoods; exit 1 if it is too large.
 
     Needs `pip install 'score-serve[test]'`.
     """

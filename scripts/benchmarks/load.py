@@ -1,4 +1,4 @@
-"""scripts/bench load: requests that arrive when they arrive, whether or not the service has answered the last ones."""
+"""scripts/bench load: open-loop load, in which requests arrive whether or not earlier ones have been answered."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from scripts.benchmarks.work import NAMES, load
 
 PERCENTILES = (50, 90, 95, 99)
 VARIANTS = 40
-"""Most variants of each workload; then its requests come again."""
+"""Most variants of each workload; then its requests repeat."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,12 @@ async def offer(client: httpx.AsyncClient, schedule: Sequence[tuple[float, str, 
 
 
 def load_test(
-    rate: Annotated[str, typer.Option(help="Requests a second; several, comma-separated, run in turn.")] = "1,2,4",
-    seconds: Annotated[float, typer.Option(min=1, help="How long requests arrive, for each rate.")] = 30,
+    rate: Annotated[str, typer.Option(help="Requests per second; comma-separated rates run in turn.")] = "1,2,4",
+    seconds: Annotated[float, typer.Option(min=1, help="Duration of each rate.")] = 30,
     mix: Annotated[str, typer.Option(help="Workloads and their weights.")] = "W4=9,W1=1",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     beside: Annotated[
-        str | None, typer.Option(help="A workload that one more client sends without a pause meanwhile, not counted.")
+        str | None, typer.Option(help="Workload that one more client sends without a pause, not counted.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the results here.")] = None,
 ) -> None:

@@ -1,4 +1,4 @@
-"""What it costs a batch to go through the hosts of a slice: the leader's time around engines that compute nothing.
+"""Measures a batch's overhead on a slice of several hosts: the leader's time around engines that compute nothing.
 
 Run as ``python -m scripts.benchmarks.lockstep``; the hosts are Ray nodes on this machine.
 """

@@ -1,4 +1,4 @@
-"""What this machine is and how fast it multiplies: the measure that the benchmark holds the systems against."""
+"""Describes this machine and measures its matmul rate, with which the benchmark compares the systems."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _answer(pipe: Connection, dtypes: Sequence[str], sizes: Sizes) -> None:
 
 
 class GemmRates:
-    """Measures the rates again and again between a run's repeats, in a process of its own."""
+    """Measures the rates repeatedly between a run's repeats, in a separate process."""
 
     def __init__(self, dtypes: Sequence[str], sizes: Sizes) -> None:
         context = get_context("spawn")

@@ -1,4 +1,4 @@
-"""scripts/bench plot: throughput against the number of items and against the query's length, as a picture."""
+"""scripts/bench plot: draws throughput against the number of items and against the query's length."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def plot(
     systems: Annotated[str, typer.Option(help="Comma-separated; each is one curve.")] = "engine",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     repeats: Annotated[
-        int, typer.Option(min=1, help="Of each point, each with its own text; the median is drawn.")
+        int, typer.Option(min=1, help="Runs of each point, each with its own text; the median is drawn.")
     ] = 3,
 ) -> None:
-    """Draw items a second against the number of items and against the query's length, beside the floor."""
+    """Draw items per second against the number of items and against the query's length, beside the floor."""
     sizes = Sizes.of_demo()
     rates = GemmRates([dtype], sizes)
     shapes = [(QUERY, items) for items in ITEMS] + [(query, FIXED_ITEMS) for query in QUERIES]

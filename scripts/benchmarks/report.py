@@ -1,4 +1,4 @@
-"""The comparison's results: how far answers are from their reference, the report that JSON holds, and its table."""
+"""The comparison's results: differences from the reference, the JSON report, and its table."""
 
 from __future__ import annotations
 

@@ -22,10 +22,10 @@ from scripts.benchmarks.systems import SYSTEMS, System
 from scripts.benchmarks.work import NAMES, Sizes, floor_flops, load
 
 USUAL = [name for name in SYSTEMS if name not in ("vllm", "http-fast-front")]
-"""The others run when they are asked for by name: vLLM's installation takes 3 GB and minutes."""
+"""Other systems run only if named: vLLM's installation takes 3 GB and some minutes."""
 DTYPES = ("float32", "bfloat16")
 REPEATS = {"W4": 40}
-"""Repeats where one takes a few milliseconds, and its spread matters."""
+"""Repeats of a workload that takes milliseconds, for which the spread matters."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 progress = Console(stderr=True)
@@ -64,8 +64,8 @@ def compare(
     """Time this engine, this service over HTTP, and transformers on the same inputs, interleaved in one run.
 
     The floor is the least arithmetic that answers the workload, at the matmul rate that the same run measures between
-    the repeats. Every repeat has inputs of its own, so no cache can help. W4's seconds are of one request.
-    Accuracy is held against transformers in float32: stored answers for W1 to W5, hf-prefix's of the same run for W6
+    the repeats. Every repeat has its own inputs, so no cache can help. W4's seconds are those of one request.
+    Answers are compared with transformers' in float32: stored ones for W1 to W5, hf-prefix's of the same run for W6
     and W7.
     """
     if context.invoked_subcommand is not None:

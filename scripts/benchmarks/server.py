@@ -1,4 +1,4 @@
-"""Servers in processes of their own, this project's and vLLM's; and how much memory a process came to hold."""
+"""Starts servers, this project's and vLLM's, as processes, and measures the memory of a process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VLLM = "0.32.0"
 
 @dataclass(frozen=True)
 class Server:
-    """A running server: where it answers, the processes whose memory counts, and how long it took to become ready."""
+    """A running server: its address, the processes that count for its memory, and how long it took to become ready."""
 
     url: str
     processes: Sequence[int]
@@ -92,7 +92,7 @@ def vllm(dtype: str) -> contextlib.AbstractContextManager[Server]:
 
 
 def body(request: Request) -> dict[str, Any]:
-    """What ``POST /v1/score`` is sent: text, and log-probabilities over the whole vocabulary are asked back."""
+    """The body for ``POST /v1/score``: text, with log-probabilities over the whole vocabulary as the answer."""
     return {
         "query": request.query_text,
         "items": request.items_text,
@@ -102,7 +102,7 @@ def body(request: Request) -> dict[str, Any]:
 
 
 def reset_peak(process: int) -> None:
-    """Count a process's peak memory from now on."""
+    """Reset the count of a process's peak memory."""
     Path(f"/proc/{process}/clear_refs").write_text("5")
 
 

@@ -1,8 +1,8 @@
-"""Mixed requests on the whole service for minutes: errors, wrong answers, latencies, and the memory of each process.
+"""Sends mixed requests to the whole service for minutes; counts errors, wrong answers, latencies and memory.
 
 python -m scripts.benchmarks.soak                                   concurrency 1, 4, 8 and 64, two minutes each
 python -m scripts.benchmarks.soak --concurrency 4 --minutes 15      a soak
-python -m scripts.benchmarks.soak --concurrency 8 --overload 10     and then ten times what it can do
+python -m scripts.benchmarks.soak --concurrency 8 --overload 10     then ten times as much as it can do
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from serve_app.local_ray import APP_NAME, free_port, set_environment, start_ray
 from serve_app.settings import Limits, ModelSettings, ServiceSettings
 
 SIZES, SHARES = (3, 30, 500), (0.4, 0.4, 0.2)
-"""Items of a request, and how many of the requests have so many."""
+"""Items of a request, and the share of requests with that number."""
 VARIANTS = 6
-"""Different requests of each size; then they come again."""
+"""Different requests of each size; then they repeat."""
 TOLERANCE = 1e-4
 """Tolerance of a probability, between a request alone and among others."""
 SAMPLE_S = 5.0
@@ -42,7 +42,7 @@ WARM_UP_SHARE = 1 / 3
 """Share of a run at its start; the memory there does not count for the slope."""
 OVERLOAD_S = 20.0
 CALM_S = 2.0
-"""After an overload; from then on service is to be normal."""
+"""Seconds after an overload until service must be normal."""
 WORDS = ["the", "old", "new", "film", "book", "cat", "dog", "was", "went", "over", "with", "good", "bad", "very"]
 
 _TITLE = re.compile(r"^ray::(?:ServeReplica:[^:]+:)?([\w-]+)|/(raylet|gcs_server)(?: |$)")
@@ -103,7 +103,7 @@ async def send(client: httpx.AsyncClient, ask: Ask) -> Answered:
 
 
 async def alone(client: httpx.AsyncClient, asks: Sequence[Ask]) -> list[Ask]:
-    """The same with what each scores while nothing else runs."""
+    """The same requests, with what each scores while nothing else runs."""
     found: list[Ask] = []
     for ask in asks:
         answer = await client.post("/v1/score", content=ask.body)
@@ -112,7 +112,7 @@ async def alone(client: httpx.AsyncClient, asks: Sequence[Ask]) -> list[Ask]:
 
 
 def processes() -> dict[str, psutil.Process]:
-    """Those of the service and of Ray that this process started, by their name and id."""
+    """The processes of the service and of Ray that this process started, by name and id."""
     found: dict[str, psutil.Process] = {}
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
@@ -142,7 +142,7 @@ async def watching_memory() -> AsyncIterator[dict[str, list[tuple[float, float]]
 
 
 async def closed_loop(url: str, asks: Sequence[Ask], callers: int, seconds: float) -> list[Answered]:
-    """So many callers, each of which asks again as soon as it is answered."""
+    """Run callers in a closed loop: each sends its next request when the last is answered."""
     end = time.monotonic() + seconds
     answered: list[Answered] = []
 
@@ -157,7 +157,7 @@ async def closed_loop(url: str, asks: Sequence[Ask], callers: int, seconds: floa
 
 
 async def overload(url: str, asks: Sequence[Ask], rate: float) -> tuple[list[Answered], list[Answered]]:
-    """Requests that arrive at ``rate`` a second whatever becomes of them; after a pause, the small ones in turn."""
+    """Send requests at ``rate`` a second, answered or not; after a pause, the small ones in turn."""
     rng = random.Random(0)
     times = arrivals(rate, OVERLOAD_S, np.random.default_rng(0)).tolist()
     began = time.monotonic()
@@ -173,7 +173,7 @@ async def overload(url: str, asks: Sequence[Ask], rate: float) -> tuple[list[Ans
 
 
 def growth(samples: Sequence[tuple[float, float]]) -> float:
-    """Growth of the memory from the end of the warm-up to the run's, in percent, by the line that fits best."""
+    """Growth of the memory from the end of the warm-up to the end of the run, in percent, by a linear fit."""
     at, used = np.array(samples).T
     warm = at >= at[-1] * WARM_UP_SHARE
     slope, start = np.polyfit(at[warm], used[warm], 1)
@@ -208,7 +208,7 @@ def _client(url: str) -> httpx.AsyncClient:
 
 
 async def _run(url: str, callers: Sequence[int], minutes: float, console: Console) -> tuple[list[Ask], float]:
-    """All closed loops in turn; the requests with their right answers, and how many a second the last one answered."""
+    """Run all closed loops in turn; returns the requests with their right answers, and the last loop's rate."""
     rate = 0.0
     async with _client(url) as client:
         asks = await alone(client, requests(random.Random(0)))
@@ -237,16 +237,19 @@ async def _overload(url: str, asks: Sequence[Ask], rate: float, console: Console
 
 
 def main(
-    concurrency: Annotated[str, typer.Option(help="Callers; several, comma-separated, run in turn.")] = "1,4,8,64",
-    minutes: Annotated[float, typer.Option(min=0.01, help="For each of them.")] = 2.0,
-    model: Annotated[str, typer.Option(help="As the service's own setting.")] = "demo",
+    concurrency: Annotated[str, typer.Option(help="Callers; comma-separated numbers run in turn.")] = "1,4,8,64",
+    minutes: Annotated[float, typer.Option(min=0.01, help="Minutes for each number of callers.")] = 2.0,
+    model: Annotated[str, typer.Option(help="Model to serve, as in the service's settings.")] = "demo",
     replicas: Annotated[int, typer.Option(min=1)] = 1,
     times: Annotated[
-        float, typer.Option("--overload", help="Afterwards so many times the rate of the last closed loop; 0: no.")
+        float,
+        typer.Option(
+            "--overload", help="Overload afterwards, as a multiple of the last closed loop's rate; 0 for none."
+        ),
     ] = 0.0,
-    max_queued_tokens: Annotated[int, typer.Option(help="In that overload, for each replica.")] = 20_000,
+    max_queued_tokens: Annotated[int, typer.Option(help="Queue limit of each replica in the overload.")] = 20_000,
 ) -> None:
-    """Play clients of all sizes against the service on this machine, and print what came of it."""
+    """Send requests of all sizes to the service on this machine, and print the results."""
     set_environment()
     import ray
     from ray import serve

@@ -1,4 +1,4 @@
-"""The systems that the benchmark compares. Each runs in a process of its own and answers one variant at a time."""
+"""The systems that the benchmark compares. Each runs in its own process and answers one variant at a time."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class System:
     """One system in its process.
 
     Raises:
-        RuntimeError: from any method, when the process has ended; what it printed says why.
+        RuntimeError: from any method, if the process has ended; its output says why.
     """
 
     def __init__(self, name: str, dtype: str) -> None:
@@ -58,7 +58,7 @@ class System:
         self._process.terminate()
 
     def wait(self) -> None:
-        """Until it has loaded the model."""
+        """Wait until it has loaded the model."""
         self._receive()
 
     def run(self, variant: Variant) -> tuple[float, Answer, int]:
@@ -74,8 +74,8 @@ class System:
 
 
 def _serve(system: str, dtype: str, pipe: Connection) -> None:
-    """The process's life: load, say so, then answer variants until told None."""
-    # A pipe that ends early is the parent's end: there is nobody to tell.
+    """The process: load, report it, then answer variants until None arrives."""
+    # A pipe that ends early means that the parent has ended.
     with contextlib.suppress(EOFError, BrokenPipeError), SYSTEMS[system](dtype) as (run, processes):
         pipe.send("ready")
         while (variant := pipe.recv()) is not None:
@@ -122,7 +122,7 @@ def _engine(dtype: str) -> Generator[tuple[Run, Sequence[int]]]:
 
 @contextlib.contextmanager
 def _over_http(server: Server, ask: Callable[[httpx.Client, Request], list[list[float]]]) -> Generator[Run]:
-    """A variant's requests, sent at once."""
+    """Send a variant's requests at once."""
     with httpx.Client(base_url=server.url, timeout=3600) as client, ThreadPoolExecutor(32) as pool:
 
         def run(variant: Variant) -> tuple[float, Answer]:

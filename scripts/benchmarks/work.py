@@ -67,7 +67,7 @@ def load(name: str, *, most: int) -> list[Variant]:
 
 @cache
 def tokenizer() -> Tokenizer:
-    """The demo model's."""
+    """The demo model's tokenizer."""
     return Tokenizer.from_file(str(model_source.resolve("demo") / "tokenizer.json"))
 
 
@@ -119,7 +119,7 @@ class Sizes:
     """Sizes of the model; ``model/__init__.py`` has the letters.
 
     Attributes:
-        windows: for each layer, how many tokens one sees back, itself included; empty: all.
+        windows: for each layer, how many tokens back a token attends, including itself; empty for all.
     """
 
     width: int
@@ -148,10 +148,9 @@ class Sizes:
 def floor_flops(variant: Variant, sizes: Sizes) -> float:
     """The least floating-point operations that answer a variant's requests with full-vocabulary log-probabilities.
 
-    Counted: every matmul, two operations a multiply-add. Each request's query is computed once and each item's tokens
-    once; in the last layer only keys and values are needed of the tokens that nobody reads; the head sees the read
-    positions alone; attention is exactly causal, each token against those before it, in a layer with a window no
-    further back than that, and itself.
+    Counted: every matmul, with two operations for a multiply-add. Each request's query and each item's tokens are
+    computed once. In the last layer a token that is not read needs only its key and value. The head sees only the read
+    positions. Attention is exactly causal: each token against itself and those before it, within the layer's window.
 
     Not counted: norms, softmax, rope, activations, residual sums, looking up embeddings, padding, masked halves of
     attention blocks, and any memory traffic. Nor is it a saving here that items, or several requests' queries, may
@@ -177,6 +176,6 @@ def floor_flops(variant: Variant, sizes: Sizes) -> float:
 
 
 def _seen(tokens: Any, window: int) -> Any:
-    """Keys that the first ``tokens`` of a sequence see, each the last ``window`` up to itself; summed."""
+    """The number of keys that the first ``tokens`` of a sequence attend to, each the last ``window`` up to itself."""
     short = np.minimum(tokens, window)
     return short * (short + 1) / 2 + (tokens - short) * window

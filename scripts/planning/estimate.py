@@ -1,7 +1,7 @@
-"""What a workload would cost on a TPU, from programs compiled for it here: bytes of memory, FLOPs, bytes moved.
+"""Estimates what a workload costs on a TPU, from programs compiled for it here: bytes of memory, FLOPs, bytes moved.
 
-Estimates from compilation. They say what the chip must at least do: not what it waits for between launches, nor how
-close to its peaks its matrix, vector and copy units run.
+The estimates are lower bounds. They leave out waits between launches, and how close to their peaks the chip's matrix,
+vector and copy units run.
 """
 
 from __future__ import annotations
@@ -59,21 +59,21 @@ CHIPS = {
 """Source: https://docs.cloud.google.com/tpu/docs/v5e, .../v5p and .../v6e, read in November 2026. They give the links'
 rate of a whole chip in both directions, 400, 1,200 and 800 GB/s: of four links, of six, of four."""
 RINGS = 2
-"""The compiler makes a sum over all chips of a slice two rings in opposite directions, so that each chip sends over two
+"""The compiler turns a sum over all chips of a slice into two rings in opposite directions, so each chip sends over two
 links. The smallest slices have no more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """One request: a query that no cache holds and its items. Read are the full-vocabulary log-probabilities of two
-    labels, or a classifier's logits."""
+    """One request: a query that no cache holds, and its items. The full-vocabulary log-probabilities of two labels are
+    read, or a classifier's logits."""
 
     query_tokens: int
     items: int
     item_tokens: int
 
     def request(self) -> Request:
-        """Token ids at random: only their lengths, and what they share, matter."""
+        """Random token ids: only their lengths, and what they share, matter."""
         rng = np.random.default_rng(0)
         query = rng.integers(0, 2**31 - 1, self.query_tokens).tolist()
         items = rng.integers(0, 2**31 - 1, (self.items, self.item_tokens)).tolist()
@@ -93,11 +93,11 @@ class Estimate:
     """The estimate of one request on one topology; figures are one chip's unless they say otherwise.
 
     Attributes:
-        missing_bytes: how much memory is lacking; 0 if it fits. Where weights and prefix cache alone do not fit,
-            nothing is compiled, and what follows is None.
-        roofline_seconds: of each launch the larger of FLOPs / peak and bytes / bandwidth, and what its collectives
-            take, which what follows has to wait for; summed.
-        collective_seconds: what the collectives alone take.
+        missing_bytes: how much memory is lacking; 0 if it fits. If weights and prefix cache alone do not fit,
+            nothing is compiled, and the attributes from ``cost`` on are None.
+        roofline_seconds: the sum over launches of the larger of FLOPs / peak and bytes / bandwidth, plus the time of
+            the launch's collectives, since the next step waits for them.
+        collective_seconds: the time of the collectives alone.
     """
 
     chips: int
@@ -112,7 +112,7 @@ class Estimate:
 
 
 def libtpu_version() -> str | None:
-    """None: not installed."""
+    """The installed version, or None."""
     try:
         return version("libtpu")
     except PackageNotFoundError:
@@ -139,7 +139,7 @@ def devices(chip: str, topology: str) -> tuple[Any, ...]:
 
 
 def launches(config: ModelConfig, laid: Layout, request: Request) -> Counter[Launch]:
-    """What the engine would launch for a request, by its own planner."""
+    """The programs that the engine would launch for a request, by its own planner."""
     sequences = [np.array(prompt, np.int32) for prompt in request.prompts]
     reads = [[len(prompt) - 1] for prompt in sequences]
     pages, found = PrefixCache(laid.pool.shape[0]), Counter[Launch]()
@@ -163,7 +163,7 @@ def launches(config: ModelConfig, laid: Layout, request: Request) -> Counter[Lau
 
 
 def floor_sizes(config: ModelConfig) -> Sizes:
-    """What the floor is computed from."""
+    """The sizes from which the floor is computed."""
     return Sizes(
         width=config.width,
         layers=config.layers,

@@ -1,4 +1,4 @@
-"""scripts/plan_tpu: what a scoring workload needs on TPUs, estimated by compiling for them. See --help."""
+"""scripts/plan_tpu: estimates what a scoring workload needs on TPUs by compiling for them. See --help."""
 
 from __future__ import annotations
 
@@ -30,23 +30,27 @@ GB = 1e9
 def plan_tpu(
     model: Annotated[str, typer.Argument(help="A folder with config.json, a config.json, or a hub id.")],
     chip: Annotated[str, typer.Option(help=f"One of {', '.join(CHIPS)}.")] = "v6e",
-    topology: Annotated[list[str], typer.Option(help="Of the slice, such as 1x1; again for more rows.")] = ["1x1"],  # noqa: B006
-    query_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a request's query.")] = 2000,
+    topology: Annotated[
+        list[str], typer.Option(help="Topology of the slice, such as 1x1. Repeatable, for more columns.")
+    ] = ["1x1"],  # noqa: B006
+    query_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a query.")] = 2000,
     items: Annotated[int, typer.Option(min=1, help="Items of a request.")] = 500,
     item_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an item.")] = 20,
-    requests_per_s: Annotated[float, typer.Option(min=0, help="How many requests a second there are.")] = 1.0,
-    prefix_cache_gb: Annotated[float | None, typer.Option(help="Memory for prefixes; else the engine's.")] = None,
-    price: Annotated[float | None, typer.Option(help="Of one chip for one hour, in any currency.")] = None,
+    requests_per_s: Annotated[float, typer.Option(min=0, help="Requests per second.")] = 1.0,
+    prefix_cache_gb: Annotated[
+        float | None, typer.Option(help="Memory for prefixes.", show_default="the engine's")
+    ] = None,
+    price: Annotated[float | None, typer.Option(help="Price of one chip for one hour, in any currency.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="Also draw items a second over topologies, a PNG.")
+        Path | None, typer.Option("--plot", help="Also draw items per second over topologies, as a PNG.")
     ] = None,
 ) -> None:
     """Estimate whether a model and a workload fit a TPU slice, how fast it could be, and how many chips are needed.
 
     The engine's own programs are compiled for the slice, which needs no TPU and takes a minute or two. The launches are
-    those that the engine's planner makes of the workload. Nothing is measured: the roofline says what the arithmetic
-    and the memory traffic of these programs take at the chip's peaks, which no program reaches in full. Every request
+    those that the engine's planner makes for the workload. Nothing is measured: the roofline is the time of these
+    programs' arithmetic and memory traffic at the chip's peaks, which no program reaches in full. Every request
     has a query that no cache holds, and asks for full-vocabulary log-probabilities.
     """
     if chip not in CHIPS:
@@ -92,7 +96,7 @@ def plan_tpu(
 
 
 def read(model: str) -> ModelConfig:
-    """The config of a folder, of a file, or of a model of the hub."""
+    """Read the config of a folder, a file, or a model on the hub."""
     path = Path(model)
     if path.is_file():
         return from_hf(json.loads(path.read_text(encoding="utf-8")))
@@ -102,7 +106,7 @@ def read(model: str) -> ModelConfig:
 
 
 def figures(found: Estimate, requests_per_s: float, items: int, price: float | None) -> dict[str, Any]:
-    """What the table and ``--json`` tell of one topology; bytes, FLOPs and seconds of one request are one chip's."""
+    """The figures of one topology for the table and ``--json``; bytes, FLOPs and seconds are one chip's per request."""
     fits = not found.missing_bytes
     per_chip = found.items_per_s and found.items_per_s / found.chips
     slices = per_chip and math.ceil(requests_per_s * items / (per_chip * found.chips))
@@ -126,7 +130,7 @@ def figures(found: Estimate, requests_per_s: float, items: int, price: float | N
 
 
 def table(chip: str, rows: dict[str, dict[str, Any]], workload: Workload, requests_per_s: float) -> Table:
-    """One column a topology."""
+    """Make the table, with a column for each topology."""
     title = (
         f"{chip}, requests a second: {requests_per_s:g}, each a query of {workload.query_tokens:,} tokens and "
         f"{workload.items:,} items of {workload.item_tokens}"
@@ -165,7 +169,7 @@ def _gb(size: int | None) -> str:
 
 
 def draw(file: Path, chip: str, rows: dict[str, dict[str, Any]]) -> None:
-    """Items a second of a slice over topologies, beside the floor's."""
+    """Draw a slice's items per second over topologies, beside the floor's."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     items = [row["items_per_s"] or 0 for row in rows.values()]

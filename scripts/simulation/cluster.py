@@ -1,7 +1,7 @@
-"""A cluster of TPU hosts played on one machine, to be watched: hosts die under load, and the service heals.
+"""Simulates a cluster of TPU hosts on one machine: hosts die under load, and the service recovers.
 
-The hosts are Ray nodes that say they have chips; the replicas on them hold the fake engine, whose scores come from
-hashed tokens. All else is what a real cluster runs.
+The hosts are Ray nodes that report chips. Their replicas run the fake engine, which computes scores from hashed
+tokens. Everything else is what a real cluster runs.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ SLICE = Tpu(chip="v5p", topology="2x2x2")
 POD_LABEL = "ray.io/tpu-pod-type"
 CHIPS = HOSTS[HOST.chip][HOST.topology]
 BACK_AFTER_S = 5.0
-"""A host that was killed is replaced after so long."""
+"""Seconds until a killed host is replaced."""
 CALLERS = 4
 PAUSE_S = 0.05
-"""Between two calls of a caller: one machine plays the clients, too."""
+"""Seconds between two calls of a client, since the clients run on the same machine."""
 ASK: dict[str, Any] = {"query": [1, 2, 3], "items": [[number] for number in range(100, 200)], "label_token_ids": [1, 2]}
 
 
@@ -53,13 +53,16 @@ class Counts:
 def main(
     hosts: Annotated[int, typer.Option(min=1, help="TPU hosts, each with room for two replicas.")] = 2,
     slices: Annotated[
-        int, typer.Option(min=0, help="In place of hosts, slices of two hosts, a replica over each; all of one dies.")
+        int,
+        typer.Option(
+            min=0, help="Slices of two hosts instead of hosts, each with one replica; a whole slice dies at once."
+        ),
     ] = 0,
-    kill_every: Annotated[float, typer.Option(help="Seconds between two kills of a host; 0: none.")] = 20.0,
-    seconds: Annotated[float | None, typer.Option(help="End after so long. [default: at Ctrl-C]")] = None,
+    kill_every: Annotated[float, typer.Option(help="Seconds between two kills of a host; 0 for none.")] = 20.0,
+    seconds: Annotated[float | None, typer.Option(help="Seconds until the end.", show_default="until Ctrl-C")] = None,
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
 ) -> None:
-    """Play a cluster of TPU hosts on this machine, kill one now and then under load, and print what happens."""
+    """Simulate a cluster of TPU hosts on this machine, kill one now and then under load, and print what happens."""
     os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "0")  # as on several hosts
     set_environment()
     import ray
@@ -101,10 +104,10 @@ def main(
 
 
 def start_cluster(cpus: int, **options: Any) -> Cluster:
-    """A Ray of one node, which others may join.
+    """Start a Ray cluster of one node, which others may join.
 
     Args:
-        options: more of ``ray.init``'s.
+        options: additional options of ``ray.init``.
     """
     import ray
     from ray.cluster_utils import Cluster
@@ -118,10 +121,10 @@ def start_cluster(cpus: int, **options: Any) -> Cluster:
 
 
 def start_slice(cluster: Cluster, tpu: Tpu, name: str, **env: str) -> list[Any]:
-    """The hosts of a slice, by their numbers, with all that Ray finds on such hosts.
+    """Start the hosts of a slice, in the order of their numbers, with the resources and labels that Ray finds there.
 
     Args:
-        env: of every process on them.
+        env: environment of every process on them.
     """
     from ray._private.accelerators.tpu import infer_tpu_pod_type_from_topology
 
@@ -148,7 +151,7 @@ def _die(cluster: Cluster, unit: list[Any]) -> None:
 
 
 def _call(port: int, counts: Counts, stop: threading.Event) -> None:
-    """Ask again and again; all answers must be the first one."""
+    """Send the same request repeatedly; all answers must equal the first."""
     right = None
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
         while not stop.is_set():

@@ -197,7 +197,7 @@ def _plan_lines(path: Path, block_rows: int, *, quotes: bool) -> tuple[list[str]
 
 
 def _records(file: IO[bytes], *, quotes: bool) -> Iterator[bytes]:
-    """Yield lines; with ``quotes``, CSV records, whose quoted values may contain line ends."""
+    """Yield lines; with ``quotes``, CSV records, in which quoted values may contain line ends."""
     record = bytearray()
     inside = False
     for line in file:

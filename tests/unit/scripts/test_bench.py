@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
 
-from scripts.benchmarks.report import Measured, References, row, show
+from scripts.benchmarks.report import Measured, References, show
 from scripts.benchmarks.work import Request, Sizes, Variant, floor_flops, load, tokenizer
 
 
@@ -50,50 +49,12 @@ def test_cut_workloads_have_their_lengths_and_their_texts_are_their_ids(
         assert tokenizer().encode(one.query_text + text, add_special_tokens=False).ids == prompt
 
 
-def measured() -> Measured:
-    return Measured("W1", "hf-naive", "float32", 100, 6e11, [5.0, 4.0, 8.0], [0.25, 0.75], 1234)
-
-
-def test_a_result_has_the_agreed_keys_and_is_held_against_the_floor() -> None:
-    result = measured().result(gflops=150.0)
-    assert json.loads(json.dumps(result)) == {
-        "workload": "W1",
-        "system": "hf-naive",
-        "dtype": "float32",
-        "seconds": {"min": 4.0, "median": 5.0, "max": 8.0},
-        "items_per_s": 20.0,
-        "floor_seconds": 4.0,
-        "times_floor": 1.25,
-        "max_abs_dlogprob": 0.75,
-        "mean_abs_dlogprob": 0.5,
-        "peak_mib": 1234,
-    }
-
-
-def test_a_row_says_what_was_scaled_and_leaves_out_what_is_not_known() -> None:
-    result = measured().result(gflops=150.0)
-    assert list(row(result, 2.0)) == [
-        "W1",
-        "hf-naive~",
-        "float32",
-        "5.000",
-        "40",
-        "20.00",
-        "1.25",
-        "2.50",
-        "7.5e-01",
-        "5.0e-01",
-        "1234",
-    ]
-    unknown = Measured("W4", "hf-naive", "float32", 1, 6e11, [0.05]).result(gflops=150.0)
-    assert list(row(unknown, None))[1:] == ["hf-naive", "float32", "0.05000", "0", "20.00", "0.01", "", "", "", "0"]
-
-
 def test_the_table_is_whole_whatever_the_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "20")
-    result = measured().result(gflops=150.0) | {"dtype": "bfloat16", "peak_mib": 12345, "items_per_s": 1234.5}
+    measured = Measured("W1", "hf-naive", "float32", 100, 6e11, [5.0, 4.0, 8.0], [0.25, 0.75], 1234)
+    result = measured.result(gflops=150.0) | {"dtype": "bfloat16", "peak_mib": 12345, "items_per_s": 1234.5}
     show({"machine": "CPU, no bfloat16 instructions", "gemm_gflops": {"bfloat16": 99.6}, "results": [result]})
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100
