@@ -18,6 +18,7 @@ from starlette.responses import PlainTextResponse
 
 from serve_app.errors import InvalidRequestError, NotFoundError, ScoringError
 from serve_app.frontend import auth, bodies, browsers, pages
+from serve_app.frontend.door import Door
 from serve_app.frontend.middleware import RequestContext, on_http_exception, on_scoring_error
 from serve_app.frontend.models import Models
 from serve_app.frontend.openapi import documented, errors_of
@@ -44,6 +45,7 @@ def create_app(
     cors_origins: Sequence[str] = (),
     echo_request_id: bool = True,
     metrics: Callable[[], Awaitable[str]] = scrape,
+    door: Door | None = None,
 ) -> FastAPI:
     """Make the HTTP side of the service.
 
@@ -55,6 +57,7 @@ def create_app(
             would put it there twice.
         metrics: the counters of all replicas, as Prometheus reads them; it raises OverloadedError if they cannot be had
             at the moment.
+        door: requests come in by it, if there is one.
     """
     app = FastAPI(title="score-serve", redirect_slashes=False, docs_url=None, redoc_url=None)
     pages.add_pages(app)
@@ -62,6 +65,8 @@ def create_app(
     if keys:
         app.add_middleware(auth.RequireKey, keys=keys)
         auth.document(app)
+    if door:
+        app.add_middleware(door.before)
     app.add_middleware(RequestContext, echo=echo_request_id)
     if cors_origins:
         browsers.allow(app, cors_origins)
