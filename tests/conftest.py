@@ -5,6 +5,7 @@ from __future__ import annotations
 import tests.environment  # noqa: F401 - first
 
 # isort: split
+import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -41,6 +42,12 @@ if TYPE_CHECKING:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--service-url", help="run tests/boundary against this running service instead of the fake")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_works() -> None:
+    """A shell's background jobs ignore SIGINT, and so would all that tests start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -113,7 +113,7 @@ def run(settings: ServiceSettings, *, host: str, port: int, fast_front: bool = F
             except KeyboardInterrupt:
                 with suppress(OSError):  # the terminal may be gone
                     say("stopping, after the requests in flight; Ctrl-C again drops them")
-                drain()
+                drain(max(each.timeout_s for each in settings.each_model))
 
 
 def check_port(host: str, port: int) -> None:
@@ -177,12 +177,15 @@ def wait_until_ready(url: str, logs: Path, say: Say) -> None:
         time.sleep(0.2)
 
 
-def drain() -> None:
-    """Stop the application when its requests are answered, or at the next signal."""
+def drain(timeout_s: float) -> None:
+    """Stop the application when its requests are answered, after ``timeout_s`` at the latest, or at the next signal."""
     from ray import serve
 
     logging.disable()  # where Ray's processes had the signal, too, its calls fail
     with suppress(KeyboardInterrupt):
+        with suppress(Exception):
+            # Serve stops idle scorers at once, while front ends may hold requests that have not reached them yet.
+            serve.get_app_handle(APP_NAME).broadcast("close").results(timeout_s=timeout_s)
         serve.delete(APP_NAME)
 
 

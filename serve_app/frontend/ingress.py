@@ -21,6 +21,7 @@ from serve_app import timing
 from serve_app.contract import ModelInfo
 from serve_app.frontend import auth
 from serve_app.frontend.chips import watch_chips
+from serve_app.frontend.door import Door
 from serve_app.frontend.models import Models
 from serve_app.frontend.replicas import ScorerReplicas
 from serve_app.frontend.routes import create_app
@@ -76,10 +77,24 @@ class Ingress:
                 for model, (folder, tokenizer), info, scorer in zip(settings.models, local, infos, scorers, strict=True)
             )
         )
+        self._door = Door()
         self._reporting = asyncio.create_task(self._report())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(lambda: self._models, keys=self._keys, cors_origins=self._cors_origins, echo_request_id=False)
+        return create_app(
+            lambda: self._models,
+            keys=self._keys,
+            cors_origins=self._cors_origins,
+            echo_request_id=False,
+            door=self._door,
+        )
+
+    async def close(self) -> None:
+        """Refuse later HTTP requests, and return when those inside are answered.
+
+        They still need the scorers, which Serve would stop at once.
+        """
+        await self._door.close()
 
     async def score(self, request: ScoreRequest) -> ScoreResponse:
         """Score like ``POST /v1/score``, for callers inside the Ray cluster. ``stream`` is ignored.

@@ -18,6 +18,7 @@ from starlette.responses import PlainTextResponse
 
 from serve_app.errors import InvalidRequestError, NotFoundError, ScoringError
 from serve_app.frontend import auth, bodies, browsers, pages
+from serve_app.frontend.door import Door
 from serve_app.frontend.middleware import RequestContext, on_http_exception, on_scoring_error
 from serve_app.frontend.models import Models
 from serve_app.frontend.openapi import documented, errors_of
@@ -44,6 +45,7 @@ def create_app(
     cors_origins: Sequence[str] = (),
     echo_request_id: bool = True,
     metrics: Callable[[], Awaitable[str]] = scrape,
+    door: Door | None = None,
 ) -> FastAPI:
     """Make the HTTP application of the service.
 
@@ -53,6 +55,7 @@ def create_app(
         cors_origins: web pages of these origins may call from a browser.
         echo_request_id: put ``x-request-id`` into responses. False under Serve's proxy, which does this itself.
         metrics: returns all metrics in Prometheus' text format, or raises OverloadedError if an agent does not answer.
+        door: counts the requests inside, and can be closed; None: the application is never asked to stop.
     """
     app = FastAPI(title="score-serve", redirect_slashes=False, docs_url=None, redoc_url=None)
     pages.add_pages(app)
@@ -60,6 +63,8 @@ def create_app(
     if keys:
         app.add_middleware(auth.RequireKey, keys=keys)
         auth.document(app)
+    if door:
+        app.add_middleware(door.before)
     app.add_middleware(RequestContext, echo=echo_request_id)
     if cors_origins:
         browsers.allow(app, cors_origins)

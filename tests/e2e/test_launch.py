@@ -22,7 +22,7 @@ import pytest
 from serve_app.frontend import auth
 from serve_app.local_ray import GRPC_ENV, free_port
 from tests.tiny import make_llama
-from tests.wire import SPLITS, connected, post, upgrade_is_ignored
+from tests.wire import BODY, SPLITS, connected, post, upgrade_is_ignored
 
 pytestmark = pytest.mark.ray
 
@@ -81,6 +81,51 @@ def test_it_serves_until_ctrl_c_and_leaves_no_process(model_folder: Path, monkey
         assert "Traceback" not in rest
     _, alive = psutil.wait_procs(started, timeout=10)
     assert alive == []
+
+
+def refuses_later_requests(url: str) -> None:
+    """Wait until the service, which is told to stop, lets no more requests in."""
+    while (late := httpx.post(url + "/v1/score", json=BODY)).status_code == 200:
+        time.sleep(0.05)
+    assert (late.status_code, late.json()["type"]) == (503, "ServiceUnavailableError")
+    assert "shutting down" in late.json()["message"]
+
+
+def test_ctrl_c_waits_for_a_request_that_has_not_come_to_the_scorers_yet(model_folder: Path):
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    head, body = post()
+    with launched("--model", str(model_folder), "--port", str(port)) as process:
+        read_until(process, "curl")
+        with connected(url) as wire:
+            wire.send(head + body[:5])
+            time.sleep(1)
+            process.send_signal(signal.SIGINT)
+            read_until(process, "stopping")
+            refuses_later_requests(url)
+            time.sleep(3)  # idle scorers would have left
+            wire.send(body[5:])
+            status, answer = wire.answer()
+            assert (status, len(answer["scores"])) == (200, 2)
+        _, rest = process.communicate(timeout=SOON)
+        assert process.returncode == 0
+        assert "Traceback" not in rest
+
+
+def test_a_second_ctrl_c_drops_a_request_that_has_not_come_to_the_scorers_yet(model_folder: Path):
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    head, body = post()
+    with launched("--model", str(model_folder), "--port", str(port)) as process:
+        read_until(process, "curl")
+        with connected(url) as wire:
+            wire.send(head + body[:5])
+            time.sleep(1)
+            process.send_signal(signal.SIGINT)
+            read_until(process, "stopping")
+            refuses_later_requests(url)
+            ended_by(process, signal.SIGINT)
+        assert process.returncode == 0
 
 
 def test_calls_by_grpc_take_large_jobs_and_outlive_a_replica(model_folder: Path, monkeypatch: pytest.MonkeyPatch):
