@@ -214,7 +214,7 @@ def estimate(
     """Compile what the workload needs for a topology, several programs at a time, and sum it up.
 
     Args:
-        progress: told how many programs are compiled, and of how many.
+        progress: called with the number of programs compiled so far, and of all.
         prefix_cache_bytes: None: the engine's default.
 
     Raises:

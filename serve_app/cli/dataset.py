@@ -26,7 +26,7 @@ Dtype = Literal["float32", "bfloat16"]
 Engine = Literal["jax", "fake"]
 
 _URL = "http://127.0.0.1:8000"
-_REQUEST: dict[str, Any] = {"rich_help_panel": "What is asked of each row"}
+_REQUEST: dict[str, Any] = {"rich_help_panel": "The request for each row"}
 _SCORER: dict[str, Any] = {"rich_help_panel": "What scores (one of --url, --app and --model)"}
 
 
@@ -120,7 +120,7 @@ class Options:
     engine: Annotated[Engine, typer.Option(help="With --model: 'fake' is for tests.", hidden=True, **_SCORER)] = "jax"
 
     def request(self) -> ScoreRequest:
-        """What is asked of each row.
+        """The request for each row.
 
         Raises:
             typer.BadParameter: two options contradict each other, or a value is out of range.
@@ -200,14 +200,14 @@ def dataset(**given: Any) -> None:
     from serve_app.jobs import batch_job
 
     launcher.interrupt_on_signals()
-    with _told(options.output):
+    with _errors_as_exit_codes(options.output):
         workers = options.workers or (1 if options.model else 2)
         summary = batch_job.run(options.job(request), options.target(), workers=workers)
     _report(summary, options.output)
 
 
 @contextmanager
-def _told(output: Path) -> Generator[None]:
+def _errors_as_exit_codes(output: Path) -> Generator[None]:
     """Turn what ends a job into a line on standard error and an exit code."""
     from serve_app.jobs.files import JobError
     from serve_app.model_source import ModelSourceError

@@ -222,7 +222,7 @@ def example(url: str, *, needs_key: bool = False) -> str:
 
 
 def _cpus(settings: ServiceSettings) -> int:
-    """CPUs that Ray is told, at least those that the replicas ask for: a laptop with fewer cores still runs them."""
+    """The CPUs to start Ray with, at least those that the replicas ask for, so that a small laptop runs them, too."""
     asked = settings.ingress_replicas * settings.ingress_cpus
     asked += sum(each.most_replicas * each.scorer_cpus for each in settings.models)
     return max(os.cpu_count() or 1, math.ceil(asked))

@@ -35,7 +35,7 @@ def check(replicas: int, cpus: int) -> None:
 
     Args:
         replicas: number of scorers and front ends together.
-        cpus: number of CPUs that Ray is told.
+        cpus: number of CPUs that Ray is started with.
 
     Raises:
         LimitError: a limit is too low.

@@ -51,7 +51,7 @@ class Job:
         inputs: files or folders of one format.
         output: the output folder.
         query, item: templates of each row's query and item.
-        request: everything else that is asked of each row; its query and items are not used.
+        request: the other fields of the request for each row; its query and items are not used.
         output_format: None for the input's.
         block_rows: rows that are read, scored and written together.
     """
@@ -96,7 +96,7 @@ class Summary:
 
 
 def run(job: Job, target: Target, *, workers: int = 2, progress: Progress | None = None) -> Summary:
-    """Do what is left of the job.
+    """Score what is left of the job.
 
     Uses the Ray that this process is connected to. Without one it starts its own; a Serve application must be in the
     Ray of ``RAY_ADDRESS`` or of this machine.
