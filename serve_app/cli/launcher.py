@@ -113,7 +113,7 @@ def run(settings: ServiceSettings, *, host: str, port: int, fast_front: bool = F
             except KeyboardInterrupt:
                 with suppress(OSError):  # the terminal may be gone
                     say("stopping, after the requests in flight; Ctrl-C again drops them")
-                drain(max(each.timeout_s for each in settings.each_model))
+                drain(max(each.timeout_s for each in settings.models))
 
 
 def check_port(host: str, port: int) -> None:

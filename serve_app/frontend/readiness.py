@@ -81,11 +81,11 @@ async def check(score: Score, model: ModelFacts) -> None:
         SelfTestError: they are not; the message says what was found and what to do.
         ScoringError: no answer came.
     """
-    last = model.vocab_size - 1
+    last = model.info.vocab_size - 1
     ids = [last // divisor for divisor in _DIVISORS]
-    labels = [*range(model.classes)] or sorted({0, last // 3, last // 2, last})
+    labels = [*range(model.info.classes)] or sorted({0, last // 3, last // 2, last})
     alike, other = ([[ids[place] for place in prompt] for prompt in prompts] for prompts in (_LAST_ALIKE, _LAST_OTHER))
-    causal = not model.classes
+    causal = not model.info.classes
     alone = [(await score(_batch([prompt], labels, causal))).values.tolist() for prompt in (*alike, *other)]
     for row in alone:
         if any(math.isnan(value) for value in row) or math.inf in row or max(row) == -math.inf:

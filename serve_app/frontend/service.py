@@ -30,9 +30,9 @@ from serve_app.frontend.streaming import as_finished
 from serve_app.frontend.watched_threads import WatchedThreads
 from serve_app.schemas import RequestBody, ScoreEnd, ScoreRequest, ScoreRow
 from serve_app.settings import ModelSettings
+from serve_app.tasks import scores
 from serve_app.tasks.model_facts import ModelFacts
-from serve_app.tasks.prompts import PromptBuilder
-from serve_app.tasks.scores import PreparedScore, usage
+from serve_app.tasks.prompts import PreparedItems, PromptBuilder
 from serve_app.tasks.steps import Steps, advance
 from serve_app.tasks.table import TASKS
 from serve_app.tasks.task import PreparedRequest, Task
@@ -186,19 +186,19 @@ class ModelService:
         numbers = count()
         prompt_tokens = computed_tokens = 0
 
-        def prepare() -> Steps[tuple[PreparedScore, _Work]]:
+        def prepare() -> Steps[tuple[PreparedItems, _Work]]:
             prepared = yield from builder.some(self._settings.max_batch_tokens // 2)
-            work = self._work(prepared.batch, prepared.query_tokens, request_id, deadline, next(numbers))
-            return PreparedScore(prepared, request, self._settings.name), work
+            return prepared, self._work(prepared.batch, prepared.query_tokens, request_id, deadline, next(numbers))
 
         async def piece() -> tuple[list[ScoreRow], int, int]:
             async with turn:
                 with timing.tokenising():
                     prepared, work = await self._in_steps(prepare())
             result = await self._run(work)
-            answered = await self._off_loop(partial(prepared.rows, result), prepared.size)
-            self.items += prepared.items
-            return answered, prepared.prepared.prompt_tokens, int(result.computed_tokens.sum())
+            make = partial(scores.rows, request, prepared, result)
+            answered = await self._off_loop(make, scores.size(request, prepared))
+            self.items += len(prepared.prompts)
+            return answered, prepared.prompt_tokens, int(result.computed_tokens.sum())
 
         pieces = as_finished(
             piece,
@@ -212,7 +212,7 @@ class ModelService:
                 prompt_tokens += prompts
                 computed_tokens += computed
                 yield answered
-        yield [ScoreEnd(model=self._settings.name, usage=usage(prompt_tokens, computed_tokens))]
+        yield [ScoreEnd(model=self._settings.name, usage=scores.usage(prompt_tokens, computed_tokens))]
 
     def close(self) -> None:
         """Stop the tokenizer's threads."""

@@ -27,10 +27,10 @@ from serve_app.schemas import LOWEST, IdLists, Ids, RequestBody, ResponseBody, T
 from serve_app.tasks.model_facts import ModelFacts
 from serve_app.tasks.scores import not_finite, usage
 from serve_app.tasks.steps import Steps
-from serve_app.tasks.task import Task
+from serve_app.tasks.task import PreparedRequest, Task
 from serve_app.tasks.token_texts import TokenReader, TokenTexts
 from serve_app.tasks.tokenizer import TextTokenizer
-from serve_app.tasks.validation import check_causal, check_count, check_ids, check_total
+from serve_app.tasks.validation import check_causal, check_count, check_ids, too_many_tokens
 
 
 def _one_at_most(count: int) -> int:
@@ -151,14 +151,14 @@ class Completer:
         self._model = model
         self._reader = TokenReader(model.tokenizer.backend)
 
-    def prepare(self, request: CompletionRequest, request_id: str) -> Steps[PreparedCompletion]:
+    def prepare(self, request: CompletionRequest, request_id: str) -> Steps[PreparedRequest[CompletionResponse]]:
         """Build one sequence for each prompt, read at every position where the next token is asked about.
 
         Raises:
             InvalidRequestError: ids or lengths are wrong, or the model is no causal one.
             TooLargeError: more prompts or tokens than the limits allow.
         """
-        check_causal(self._model.classes)
+        check_causal(self._model.info.classes)
         new_tokens = request.new_tokens
         texts, sequences = yield from self._prompts(request.prompt)
         rated = request.echo and request.logprobs is not None
@@ -179,7 +179,8 @@ class Completer:
             argmax=new_tokens == 1 or (rated and request.logprobs == 1),
         )
         tokenizer = self._model.tokenizer
-        return PreparedCompletion(batch, request, texts, tokenizer, self._reader, self._model.name, request_id)
+        completions = Completions(batch, request, texts, tokenizer, self._reader, self._model.name, request_id)
+        return PreparedRequest(batch, 0, batch.num_sequences, len(batch.tokens), completions.answer)
 
     def _prompts(self, prompt: Prompt) -> Steps[tuple[list[str | None], list[list[int]]]]:
         """Each prompt's text, if it came as text, and its ids."""
@@ -202,7 +203,7 @@ class Completer:
         for index, ids in enumerate(found):
             yield
             sequences.append(ids)
-            check_ids(ids, self._model.vocab_size, where.format(index), index, of_text=isinstance(prompt[0], str))
+            check_ids(ids, self._model.info.vocab_size, where.format(index), index, of_text=isinstance(prompt[0], str))
             total += len(ids)
             if not 0 < len(ids) <= self._model.max_prompt_tokens:
                 raise InvalidRequestError(
@@ -210,13 +211,21 @@ class Completer:
                     param="prompt",
                     index=index,
                 )
-            check_total(total, self._model.limits.max_request_tokens, "prompt", index)
+            if total > self._model.limits.max_request_tokens:
+                raise too_many_tokens(total, self._model.limits.max_request_tokens, "prompt", index)
         return list(texts), sequences
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedCompletion:
-    """A completion request once its prompts are built; ``texts`` are those of prompts that came as text."""
+class Completions:
+    """Makes the answer to a completion request.
+
+    Attributes:
+        batch: its prompts.
+        texts: the text of each prompt, None where it came as ids.
+        reader: names the tokens.
+        model: its name in the answer.
+    """
 
     batch: TokenBatch
     request: CompletionRequest
@@ -225,17 +234,6 @@ class PreparedCompletion:
     reader: TokenReader
     model: str
     request_id: str
-    query_tokens: int = 0
-
-    @property
-    def items(self) -> int:
-        """Its prompts."""
-        return self.batch.num_sequences
-
-    @property
-    def size(self) -> int:
-        """About how many values the answer has."""
-        return len(self.batch.tokens)
 
     def answer(self, result: BatchResult) -> CompletionResponse:
         """The engine's values as OpenAI shows them.

@@ -17,7 +17,7 @@ from serve_app.schemas import IdLists, Ids, RequestBody, ResponseBody, ScoreRequ
 from serve_app.tasks import score
 from serve_app.tasks.model_facts import ModelFacts
 from serve_app.tasks.steps import Steps
-from serve_app.tasks.task import Converted, Prepare, Task
+from serve_app.tasks.task import Prepare, PreparedRequest, Task
 from serve_app.tasks.validation import check_causal
 
 
@@ -100,9 +100,9 @@ def as_response(answer: ScoreResponse, request_id: str) -> GenerativeScoringResp
 def _builder(model: ModelFacts) -> Prepare[GenerativeScoringRequest, GenerativeScoringResponse]:
     def prepare(
         request: GenerativeScoringRequest, request_id: str
-    ) -> Steps[Converted[ScoreResponse, GenerativeScoringResponse]]:
-        prepared = yield from score.prepare(model, as_score_request(request, model.classes))
-        return Converted(prepared, lambda answer: as_response(answer, request.request_id or request_id))
+    ) -> Steps[PreparedRequest[GenerativeScoringResponse]]:
+        prepared = yield from score.prepare(model, as_score_request(request, model.info.classes))
+        return prepared.converted(lambda answer: as_response(answer, request.request_id or request_id))
 
     return prepare
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import cast
@@ -38,6 +38,7 @@ class Layout:
         parts: for each label in turn, where its tokens stand among ``targets``.
         lengths: tokens of each label.
         disjoint: labels that do not begin with another one, whose probabilities may be summed.
+        depth: tokens of the longest continuation.
     """
 
     continuations: tuple[tuple[int, ...], ...]
@@ -48,11 +49,7 @@ class Layout:
     parts: Int64
     lengths: Int64
     disjoint: Sequence[int]
-
-    @property
-    def depth(self) -> int:
-        """Tokens of the longest continuation."""
-        return max(map(len, self.continuations))
+    depth: int = 0
 
 
 def of_tokens(labels: Sequence[int]) -> Layout:
@@ -133,6 +130,7 @@ def of_words(labels: Sequence[tuple[int, ...]]) -> Layout:
         ),
         lengths=np.fromiter(map(len, labels), np.int64),
         disjoint=[number for number, path in enumerate(paths) if not any(node.ends for node in path)],
+        depth=max(map(len, continuations)),
     )
 
 
@@ -238,6 +236,17 @@ def check(labels: Sequence[int | str], where: str, index: int | None, *, most: i
         raise InvalidRequestError(f"{where} names {shown} more than once; name it once", param=param, index=index)
     if "" in labels:
         raise InvalidRequestError(f'{where} has "", which adds no token; leave it out', param=param, index=index)
+
+
+def wrong_lists(
+    lists: Sequence[Sequence[int | str]], name: str, *, most: int, vocab_size: int
+) -> Iterator[InvalidRequestError]:
+    """The error of each list of labels that is wrong, where every item has a list of its own, see ``check``."""
+    for index, own in enumerate(lists):
+        try:
+            check(own, f"{name}[{index}]", index, most=most, vocab_size=vocab_size)
+        except InvalidRequestError as error:
+            yield error
 
 
 def quoted(text: str) -> str:

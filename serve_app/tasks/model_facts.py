@@ -53,22 +53,7 @@ class ModelFacts:
     @property
     def can_rerank(self) -> bool:
         """Whether an answer of the model can mean relevance."""
-        return self.classes <= MOST_CLASSES
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids below it are the model's."""
-        return self.info.vocab_size
-
-    @property
-    def classes(self) -> int:
-        """Classes of the classification head, which are then the labels; 0: the model is causal."""
-        return self.info.classes
-
-    @property
-    def pad_token_id(self) -> int | None:
-        """See ``ModelInfo``."""
-        return self.info.pad_token_id
+        return self.info.classes <= MOST_CLASSES
 
     @property
     def max_prompt_tokens(self) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -17,9 +17,9 @@ from serve_app.tasks import labels
 from serve_app.tasks.labels import Layout, Words
 from serve_app.tasks.model_facts import ModelFacts
 from serve_app.tasks.steps import Steps
-from serve_app.tasks.tokenizer import Ending, Joined
+from serve_app.tasks.tokenizer import Ending, Joined, in_chunks
 from serve_app.tasks.truncation import item_span, shortened
-from serve_app.tasks.validation import check_characters, check_count, check_ids, check_text, check_total, check_work
+from serve_app.tasks.validation import check_count, check_ids, check_work, too_many_tokens, wrong_ids, wrong_texts
 
 L = TypeVar("L", int, str)
 Spelling = list[list[str]]
@@ -71,29 +71,6 @@ class PreparedItems:
         return sum(len(prompt.ids) for prompt in self.prompts)
 
 
-@dataclass(frozen=True, slots=True)
-class PreparedFromItems:
-    """What a ``service.Question`` has that is made of ``Prompt``s."""
-
-    prepared: PreparedItems
-
-    @property
-    def batch(self) -> TokenBatch:
-        return self.prepared.batch
-
-    @property
-    def query_tokens(self) -> int:
-        return self.prepared.query_tokens
-
-    @property
-    def items(self) -> int:
-        return len(self.prepared.prompts)
-
-    @property
-    def size(self) -> int:
-        return len(self.prepared.parts)
-
-
 class PromptBuilder:
     """Makes the prompts of a request. Not for several threads at once.
 
@@ -116,11 +93,12 @@ class PromptBuilder:
         """Items that are known to be wrong before they are tokenised."""
         self._check_counts()
         self._words, self._layouts = self._checked_labels()
-        self._in_context = Words(model.tokenizer.pieces, model.vocab_size)
+        self._in_context = Words(model.tokenizer.pieces, model.info.vocab_size)
         self._text = self._checked_kind()
         self._check_characters()
         # Text is joined as a string first, then tokenised once: tokens at the join come out as the model was trained.
         self._query = request.query if isinstance(request.query, str) else ""
+        self._most_tokens = model.max_prompt_tokens
         self._joined = Joined(
             model.tokenizer,
             "" if request.item_first else self._query,
@@ -156,20 +134,24 @@ class PromptBuilder:
     def _take(self, count: int) -> Steps[PreparedItems]:
         indices = range(self._done, self._done + count)
         prompts: list[Prompt] = []
-        errors: list[ScoringError] = [self._wrong[index] for index in indices if index in self._wrong]
-        for index, ids in self._sequences([index for index in indices if index not in self._wrong]):
+        for chunk in self._chunks([index for index in indices if index not in self._wrong]):
             yield
-            try:
-                prompt = yield from self._prompt(index, ids)
-            except InvalidRequestError as error:
-                if self._request.on_error == "fail":
-                    raise
-                errors.append(error)
-            else:
-                self._count(prompt)
-                prompts.append(prompt)
+            # The tokenizer may have more tokens than the model.
+            unknown = wrong_ids(chunk, self._model.info.vocab_size, "items", of_text=True) if self._text else ()
+            wrong = {error.index: error for error in unknown}
+            for index, ids in chunk:
+                try:
+                    if index in wrong:
+                        raise wrong[index]
+                    prompt = yield from self._prompt(index, ids)
+                except InvalidRequestError as error:
+                    self._refuse([error])
+                else:
+                    self._count(prompt)
+                    prompts.append(prompt)
         self._done = indices.stop
-        request, classes = self._request, self._model.classes > 0
+        errors = [self._wrong[index] for index in indices if index in self._wrong]
+        request, classes = self._request, self._model.info.classes > 0
         # Class logits and a softmax over one-token labels need no vocabulary matmul; a probability or a logprob does.
         vocab_logprobs = not classes and (
             not request.apply_softmax
@@ -183,7 +165,7 @@ class PromptBuilder:
             self._query_tokens(),
             vocab_logprobs=vocab_logprobs,
             classes=classes,
-            pad=self._model.pad_token_id,
+            pad=self._model.info.pad_token_id,
         )
 
     def _query_tokens(self) -> int:
@@ -192,10 +174,13 @@ class PromptBuilder:
         return 0 if self._request.item_first else len(self._request.query or ())
 
     def _count(self, prompt: Prompt) -> None:
-        self._tokens += sum(len(prompt.ids) + len(continuation) for continuation in prompt.layout.continuations)
-        again = ", and again for labels of several tokens" if prompt.layout.depth else ""
-        most, counted = self._model.limits.max_request_tokens, f", the query counted once an item{again}"
-        check_total(self._tokens, most, "items", prompt.index, counted)
+        continuations = prompt.layout.continuations
+        self._tokens += len(prompt.ids) * len(continuations) + sum(map(len, continuations))
+        most = self._model.limits.max_request_tokens
+        if self._tokens > most:
+            again = ", and again for labels of several tokens" if prompt.layout.depth else ""
+            counted = f", the query counted once an item{again}"
+            raise too_many_tokens(self._tokens, most, "items", prompt.index, counted)
 
     def _check_counts(self) -> None:
         request = self._request
@@ -205,15 +190,16 @@ class PromptBuilder:
                 f"temperature is {request.temperature}, which needs apply_softmax: true", param="temperature"
             )
         for name in ("return_token_logprobs", "return_label_mass"):
-            if self._model.classes and getattr(request, name):
+            if self._model.info.classes and getattr(request, name):
                 raise InvalidRequestError(
-                    f"{name} is for causal models; this one has {self._model.classes} classes; leave it out", param=name
+                    f"{name} is for causal models; this one has {self._model.info.classes} classes; leave it out",
+                    param=name,
                 )
 
     def _checked_labels(self) -> tuple[Sequence[list[str]], Sequence[Layout]]:
         """Each item's labels: words, to be laid out behind its prompt, or else layouts."""
-        if self._model.classes:
-            return [], [labels.of_tokens(range(self._model.classes))] * len(self._items)
+        if self._model.info.classes:
+            return [], [labels.of_tokens(range(self._model.info.classes))] * len(self._items)
         words, ids = self._request.labels, self._request.label_token_ids
         if words is not None and ids is not None:
             raise InvalidRequestError(
@@ -233,7 +219,7 @@ class PromptBuilder:
 
     def _each_items(self, name: str, given: list[L] | list[list[L]]) -> Sequence[list[L]]:
         """The labels of each item, checked."""
-        most, vocab_size = self._model.limits.max_labels, self._model.vocab_size
+        most, vocab_size = self._model.limits.max_labels, self._model.info.vocab_size
         if not given or not isinstance(given[0], list):
             shared = cast(list[L], given)
             labels.check(shared, name, None, most=most, vocab_size=vocab_size)
@@ -245,9 +231,7 @@ class PromptBuilder:
                 "send one list for all items or one list an item",
                 param=name,
             )
-        for index, own in enumerate(lists):
-            with self._tolerating(index):
-                labels.check(own, f"{name}[{index}]", index, most=most, vocab_size=vocab_size)
+        self._refuse(labels.wrong_lists(lists, name, most=most, vocab_size=vocab_size))
         return lists
 
     def _checked_kind(self) -> bool:
@@ -263,46 +247,49 @@ class PromptBuilder:
                 "send label_token_ids (POST /tokenize tells them), or items as text",
                 param="labels",
             )
-        check_ids(query or [], self._model.vocab_size, "query")
-        for index, item in enumerate(cast(list[list[int]], items)):
-            with self._tolerating(index):
-                check_ids(item, self._model.vocab_size, f"items[{index}]", index)
+        check_ids(query or [], self._model.info.vocab_size, "query")
+        each = enumerate(cast(list[list[int]], items))
+        self._refuse(wrong_ids(each, self._model.info.vocab_size, "items"))
         return False
 
     def _check_characters(self) -> None:
         """Know that tokenising is bounded before it begins."""
         if not self._text:
             return
-        most = self._model.max_text_characters
-        query, total = len(self._request.query or ""), 0
-        for index, item in enumerate(self._items):
-            words = self._words[index] if self._words else ()
-            longest = max(map(len, words), default=0)
-            with self._tolerating(index):
-                check_text(cast(str, item), "items", index)
-                check_characters(query + len(item) + longest, most, "items", index)
-                total += query + len(item) + sum(map(len, words))
+        items, query = cast(list[str], self._items), len(self._request.query or "")
+        words = self._words or [list[str]()] * len(items)
+        longest = [query + max(map(len, own), default=0) for own in words]
+        self._refuse(wrong_texts(items, longest, self._model.max_text_characters, "items"))
+        total = sum(
+            query + len(item) + sum(map(len, own))
+            for index, (item, own) in enumerate(zip(items, words, strict=True))
+            if index not in self._wrong
+        )
         check_work(total, self._model.max_request_characters, "items")
 
-    @contextmanager
-    def _tolerating(self, index: int) -> Generator[None]:
-        """Keep what is wrong with an item for later, if the request allows it."""
-        try:
-            yield
-        except InvalidRequestError as error:
+    def _refuse(self, errors: Iterable[InvalidRequestError]) -> None:
+        """Raise the first error, or keep the first of each item, if the request allows it."""
+        for error in errors:
             if self._request.on_error == "fail":
-                raise
-            self._wrong.setdefault(index, error)
+                raise error
+            assert error.index is not None
+            self._wrong.setdefault(error.index, error)
 
-    def _sequences(self, indices: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-        """Each item's number and its prompt's tokens."""
+    def _chunks(self, indices: Sequence[int]) -> Iterator[list[tuple[int, list[int]]]]:
+        """Each item's number and its prompt's tokens, as many at a time as take about one step."""
+        request, numbers = self._request, iter(indices)
+        items = [self._items[index] for index in indices]
         if self._text:
-            yield from zip(indices, self._joined.each(map(self._own, indices)), strict=True)
-            return
-        query = cast(list[int], self._request.query or [])
-        for index in indices:
-            item = cast(list[int], self._items[index])
-            yield index, item + query if self._request.item_first else query + item
+            own = map(self._own, indices) if request.item_first else cast(list[str], items)
+            made = self._joined.chunks(own)
+        else:
+            query = cast(list[int], request.query or [])
+            made = (
+                [item + query if request.item_first else query + item for item in chunk]
+                for chunk in in_chunks(cast(list[list[int]], items), len(query))
+            )
+        for sequences in made:
+            yield list(zip(islice(numbers, len(sequences)), sequences, strict=True))
 
     def _own(self, index: int) -> str:
         """An item's text with all that comes after the query's place at the front."""
@@ -310,8 +297,6 @@ class PromptBuilder:
 
     def _prompt(self, index: int, ids: list[int]) -> Steps[Prompt]:
         """One item's, if nothing is wrong with it."""
-        if self._text:  # the tokenizer may have more tokens than the model
-            check_ids(ids, self._model.vocab_size, f"items[{index}]", index, of_text=True)
         if not ids:
             raise InvalidRequestError(
                 f"items[{index}] and the query are both empty: a prompt needs at least one token",
@@ -327,17 +312,17 @@ class PromptBuilder:
             layout, spelling = yield from self._layout(index, ids, ending, fits=not shorten)
         else:
             layout, spelling = self._layouts[index], None
-        if whole + layout.depth > self._model.max_prompt_tokens and shorten:
+        if whole + layout.depth > self._most_tokens and shorten:
             ids, layout, spelling = yield from self._truncated(index, ids, layout, spelling)
         self._check_length(index, len(ids), layout.depth)
         return Prompt(index, np.asarray(ids, np.int32), layout, spelling, whole - len(ids))
 
     def _check_length(self, index: int, tokens: int, of_label: int) -> None:
-        if tokens + of_label > self._model.max_prompt_tokens:
+        if tokens + of_label > self._most_tokens:
             labels_too = f" and {of_label} of a label before its last" if of_label else ""
             raise InvalidRequestError(
                 f"items[{index}]: the prompt has {tokens} tokens{labels_too}; this model reads at most "
-                f'{self._model.max_prompt_tokens}; shorten the item or the query, or send truncate: "item"',
+                f'{self._most_tokens}; shorten the item or the query, or send truncate: "item"',
                 param="items",
                 index=index,
             )
@@ -362,7 +347,7 @@ class PromptBuilder:
         self, index: int, ids: list[int], layout: Layout, spelling: Spelling | None
     ) -> Steps[tuple[list[int], Layout, Spelling | None]]:
         """The prompt without the end of its item, and its labels there."""
-        room = self._model.max_prompt_tokens - layout.depth
+        room = self._most_tokens - layout.depth
         item_first = self._request.item_first
         if not self._text:
             own = len(self._items[index])

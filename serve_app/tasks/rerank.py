@@ -9,7 +9,7 @@ itself, as in the model card of Qwen3-Reranker, so that a long document can be c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import numpy as np
@@ -23,12 +23,12 @@ from serve_app.schemas import LOWEST, RequestBody, ResponseBody, Text, Usage
 from serve_app.tasks import labels
 from serve_app.tasks.labels import Layout
 from serve_app.tasks.model_facts import MOST_CLASSES, ModelFacts
-from serve_app.tasks.prompts import PreparedFromItems, Prompt, packed
+from serve_app.tasks.prompts import PreparedItems, Prompt, packed
 from serve_app.tasks.scores import class_logits, label_scores, usage
 from serve_app.tasks.steps import Steps
-from serve_app.tasks.task import Task
+from serve_app.tasks.task import Prepare, PreparedRequest, Task
 from serve_app.tasks.tokenizer import Joined
-from serve_app.tasks.validation import check_characters, check_count, check_ids, check_total, check_work
+from serve_app.tasks.validation import check_characters, check_count, check_ids, check_work, too_many_tokens
 
 _SHOWN = 10
 """Documents that a warning names."""
@@ -111,181 +111,167 @@ class RerankResponse(ResponseBody):
     usage: Usage
 
 
-class Reranker:
-    """Builds the prompts of rerank requests.
+def prepare(model: ModelFacts, request: RerankRequest, request_id: str) -> Steps[PreparedRequest[RerankResponse]]:
+    """Build one prompt for each document, read at its last token for the two answers, or the classes.
+
+    Raises:
+        InvalidRequestError: the query leaves no room for a document, the model's tokenizer cuts the answers, or the
+            model has more than two classes.
+        TooLargeError: more documents or tokens than the limits allow.
+    """
+    template = model.rerank.template
+    documents = [document if isinstance(document, str) else document.text for document in request.documents]
+    check_count(documents, model.limits.max_items, "documents")
+    apart, before, behind = template.around(request.query, request.instruct)
+    most = model.max_text_characters
+    check_characters(sum(map(len, (*apart, before, *behind))), most, "query")
+    for index, document in enumerate(documents):
+        check_characters(len(before) + len(document), most, "documents", index)
+    characters = len(documents) * len(before) + sum(map(len, documents))
+    check_work(characters, model.max_request_characters, "documents")
+    end, layout = _answers(model, behind)
+    whole = isinstance(template.prompt, str)
+    opening = _each_apart(model, apart)
+    (front,) = model.tokenizer.encode([before], add_special_tokens=whole)
+    front = opening + front
+    most, limited = model.max_prompt_tokens, "this model reads"
+    if request.truncate_prompt_tokens is not None and 0 <= request.truncate_prompt_tokens < most:
+        most, limited = request.truncate_prompt_tokens, "truncate_prompt_tokens allows"
+    if most - len(front) - len(end) < 1:
+        raise InvalidRequestError(
+            f"the query takes {len(front) + len(end)} tokens with the instruction and the template; {limited} "
+            f"at most {most}, a document included; shorten it",
+            param="query",
+        )
+    longest = most - len(end)
+    joined = Joined(model.tokenizer, before, add_special_tokens=whole, many=len(documents) > 1)
+    prompts: list[Prompt] = []
+    total = 0
+    for index, own in enumerate(joined.each(documents)):
+        yield
+        ids = opening + own
+        # The tokenizer may have more tokens than the model.
+        check_ids(ids, model.info.vocab_size, f"documents[{index}]", index, of_text=True)
+        kept = np.asarray(ids[:longest], np.int32)
+        if request.max_tokens_per_doc:
+            # The front's last token, such as a space, may have become a part of the document's first one.
+            start = common_prefix(kept, np.asarray(front, np.int32))
+            kept = kept[: start + request.max_tokens_per_doc]
+        if request.truncate is False and len(kept) < len(ids):
+            raise InvalidRequestError(
+                f"documents[{index}] makes a prompt of {len(ids) + len(end)} tokens and would lose "
+                f"{len(ids) - len(kept)} of them; shorten it, or leave out truncate: false",
+                param="documents",
+                index=index,
+            )
+        prompt = Prompt(index, np.append(kept, np.asarray(end, np.int32)), layout, dropped=len(ids) - len(kept))
+        prompts.append(prompt)
+        total += len(prompt.ids)
+        if total > model.limits.max_request_tokens:
+            counted = ", the query counted once a document"
+            raise too_many_tokens(total, model.limits.max_request_tokens, "documents", index, counted)
+    # Without the vocabulary matmul: the answers' logits alone.
+    made = packed(
+        prompts,
+        (),
+        len(opening) + joined.query_tokens,
+        vocab_logprobs=False,
+        classes=model.info.classes > 0,
+        pad=model.info.pad_token_id,
+    )
+    answer = partial(_answer, request, documents, made, model.name, request_id)
+    return PreparedRequest(made.batch, made.query_tokens, len(prompts), len(made.parts), answer)
+
+
+def _builder(model: ModelFacts) -> Prepare[RerankRequest, RerankResponse]:
+    """``prepare`` for one model.
 
     Raises:
         ValueError: the model is causal, and the template that the settings name has answers that are not one token
             each.
     """
+    if model.rerank.asked and not model.info.classes:
+        try:
+            _answers(model, model.rerank.template.around("", None).behind)
+        except InvalidRequestError as error:
+            raise ValueError(f"rerank_template: {error.message}") from error
+    return partial(prepare, model)
 
-    def __init__(self, model: ModelFacts) -> None:
-        self._model = model
-        self._template = model.rerank.template
-        if model.rerank.asked and not model.classes:
-            try:
-                self._answers(self._template.around("", None).behind)
-            except InvalidRequestError as error:
-                raise ValueError(f"rerank_template: {error.message}") from error
 
-    def prepare(self, request: RerankRequest, request_id: str) -> Steps[PreparedRerank]:
-        """One prompt a document, read at its last token for the two answers, or the classes.
+def _each_apart(model: ModelFacts, texts: Sequence[str]) -> list[int]:
+    """Ids of the texts, each tokenised by itself, one after the other."""
+    return [id for ids in model.tokenizer.encode(texts, add_special_tokens=False) for id in ids]
 
-        Raises:
-            InvalidRequestError: the query leaves no room for a document, the model's tokenizer cuts the answers, or the
-                model has more than two classes.
-            TooLargeError: more documents or tokens than the limits allow.
-        """
-        documents = [document if isinstance(document, str) else document.text for document in request.documents]
-        check_count(documents, self._model.limits.max_items, "documents")
-        apart, before, behind = self._template.around(request.query, request.instruct)
-        most = self._model.max_text_characters
-        check_characters(sum(map(len, (*apart, before, *behind))), most, "query")
-        for index, document in enumerate(documents):
-            check_characters(len(before) + len(document), most, "documents", index)
-        characters = len(documents) * len(before) + sum(map(len, documents))
-        check_work(characters, self._model.max_request_characters, "documents")
-        end, layout = self._answers(behind)
-        whole = isinstance(self._template.prompt, str)
-        opening = self._each_apart(apart)
-        (front,) = self._model.tokenizer.encode([before], add_special_tokens=whole)
-        front = opening + front
-        most, limited = self._model.max_prompt_tokens, "this model reads"
-        if request.truncate_prompt_tokens is not None and 0 <= request.truncate_prompt_tokens < most:
-            most, limited = request.truncate_prompt_tokens, "truncate_prompt_tokens allows"
-        if most - len(front) - len(end) < 1:
+
+def _answers(model: ModelFacts, behind: Sequence[str]) -> tuple[list[int], Layout]:
+    """Ids of the prompt's end, and how it is read: for the words for yes and no behind it, or for the classes."""
+    if model.info.classes:
+        if model.info.classes > MOST_CLASSES:
             raise InvalidRequestError(
-                f"the query takes {len(front) + len(end)} tokens with the instruction and the template; {limited} "
-                f"at most {most}, a document included; shorten it",
-                param="query",
+                f"this model is a classifier with {model.info.classes} classes, none of which means relevance; "
+                "use /v1/score",
+                param="model",
             )
-        longest = most - len(end)
-        joined = Joined(self._model.tokenizer, before, add_special_tokens=whole, many=len(documents) > 1)
-        prompts: list[Prompt] = []
-        total = 0
-        for index, own in enumerate(joined.each(documents)):
-            yield
-            ids = opening + own
-            # The tokenizer may have more tokens than the model.
-            check_ids(ids, self._model.vocab_size, f"documents[{index}]", index, of_text=True)
-            kept = np.asarray(ids[:longest], np.int32)
-            if request.max_tokens_per_doc:
-                # The front's last token, such as a space, may have become a part of the document's first one.
-                start = common_prefix(kept, np.asarray(front, np.int32))
-                kept = kept[: start + request.max_tokens_per_doc]
-            if request.truncate is False and len(kept) < len(ids):
-                raise InvalidRequestError(
-                    f"documents[{index}] makes a prompt of {len(ids) + len(end)} tokens and would lose "
-                    f"{len(ids) - len(kept)} of them; shorten it, or leave out truncate: false",
-                    param="documents",
-                    index=index,
-                )
-            prompt = Prompt(index, np.append(kept, np.asarray(end, np.int32)), layout, dropped=len(ids) - len(kept))
-            prompts.append(prompt)
-            total += len(prompt.ids)
-            counted = ", the query counted once a document"
-            check_total(total, self._model.limits.max_request_tokens, "documents", index, counted)
-        return PreparedRerank(
-            # Without the vocabulary matmul: the answers' logits alone.
-            packed(
-                prompts,
-                (),
-                len(opening) + joined.query_tokens,
-                vocab_logprobs=False,
-                classes=self._model.classes > 0,
-                pad=self._model.pad_token_id,
-            ),
-            answers=len(layout.targets),
-            model=self._model.name,
-            request_id=request_id,
-            documents=documents if request.return_documents else None,
-            top_n=request.top_n,
-            raw=request.raw_scores,
-        )
-
-    def _each_apart(self, texts: Sequence[str]) -> list[int]:
-        """Ids of the texts, each tokenised by itself, one after the other."""
-        return [id for ids in self._model.tokenizer.encode(texts, add_special_tokens=False) for id in ids]
-
-    def _answers(self, behind: Sequence[str]) -> tuple[list[int], Layout]:
-        """Ids of the prompt's end, and how it is read: for the words for yes and no behind it, or for the classes."""
-        if self._model.classes:
-            if self._model.classes > MOST_CLASSES:
-                raise InvalidRequestError(
-                    f"this model is a classifier with {self._model.classes} classes, none of which means relevance; "
-                    "use /v1/score",
-                    param="model",
-                )
-            return self._each_apart(behind), labels.of_tokens(range(self._model.classes))
-        words, last = (self._template.yes, self._template.no), behind[-1]
-        end, *answered = self._model.tokenizer.encode(
-            [last, *(last + word for word in words)], add_special_tokens=False
-        )
-        found: list[int] = []
-        for word, ids in zip(words, answered, strict=True):
-            added = labels.added_tokens(end, ids)
-            found += added
-            if len(added) != 1:
-                pieces = self._model.tokenizer.pieces(ids[-4:])
-                raise InvalidRequestError(
-                    f"the answer {word!r} is not one token of this model behind {last[-20:]!r} "
-                    f"(it ends in {pieces}); serve it with a rerank_template that has other words"
-                )
-        check_ids(found, self._model.vocab_size, "model", of_text=True)
-        return self._each_apart(behind[:-1]) + end, labels.of_tokens(found)
+        return _each_apart(model, behind), labels.of_tokens(range(model.info.classes))
+    words, last = (model.rerank.template.yes, model.rerank.template.no), behind[-1]
+    end, *answered = model.tokenizer.encode([last, *(last + word for word in words)], add_special_tokens=False)
+    found: list[int] = []
+    for word, ids in zip(words, answered, strict=True):
+        added = labels.added_tokens(end, ids)
+        found += added
+        if len(added) != 1:
+            pieces = model.tokenizer.pieces(ids[-4:])
+            raise InvalidRequestError(
+                f"the answer {word!r} is not one token of this model behind {last[-20:]!r} "
+                f"(it ends in {pieces}); serve it with a rerank_template that has other words"
+            )
+    check_ids(found, model.info.vocab_size, "model", of_text=True)
+    return _each_apart(model, behind[:-1]) + end, labels.of_tokens(found)
 
 
-@dataclass(frozen=True, slots=True)
-class PreparedRerank(PreparedFromItems):
-    """A rerank request once its prompts are built.
+def _answer(
+    request: RerankRequest,
+    documents: Sequence[str],
+    prepared: PreparedItems,
+    model: str,
+    request_id: str,
+    result: BatchResult,
+) -> RerankResponse:
+    """The ranking by the engine's values.
 
-    Attributes:
-        answers: values that a document has.
-        documents: the texts, if they are to be returned.
-        raw: the scores are wanted before the logistic function.
+    Raises:
+        InternalError: the model's output for a document is not finite.
     """
+    answers = len(prepared.parts) // max(len(documents), 1)
+    values = result.values[prepared.parts].reshape(len(documents), answers).tolist()
+    scores = [
+        relevance(own, index, classes=prepared.classes, raw=request.raw_scores) for index, own in enumerate(values)
+    ]
+    ranking = sorted(range(len(scores)), key=lambda index: -scores[index])  # stable: ties keep their order
+    used = usage(prepared.prompt_tokens, int(result.computed_tokens.sum()))
+    return RerankResponse(
+        id=request_id,
+        model=model,
+        results=[
+            RerankResult(
+                index=index,
+                relevance_score=scores[index],
+                document=RankedDocument(text=documents[index]) if request.return_documents else None,
+            )
+            for index in ranking[: request.top_n]
+        ],
+        meta=RerankMeta(tokens=RerankTokens(input_tokens=used.prompt_tokens), warnings=_warnings(prepared.prompts)),
+        usage=used,
+    )
 
-    answers: int
-    model: str
-    request_id: str
-    documents: Sequence[str] | None
-    top_n: int | None
-    raw: bool
 
-    def answer(self, result: BatchResult) -> RerankResponse:
-        """The ranking by the engine's values.
-
-        Raises:
-            InternalError: the model's output for a document is not finite.
-        """
-        values = result.values[self.prepared.parts].reshape(-1, self.answers).tolist()
-        classes, raw = self.prepared.classes, self.raw
-        scores = [relevance(own, index, classes=classes, raw=raw) for index, own in enumerate(values)]
-        ranking = sorted(range(len(scores)), key=lambda index: -scores[index])  # stable: ties keep their order
-        texts = self.documents
-        used = usage(self.prepared.prompt_tokens, int(result.computed_tokens.sum()))
-        return RerankResponse(
-            id=self.request_id,
-            model=self.model,
-            results=[
-                RerankResult(
-                    index=index,
-                    relevance_score=scores[index],
-                    document=None if texts is None else RankedDocument(text=texts[index]),
-                )
-                for index in ranking[: self.top_n]
-            ],
-            meta=RerankMeta(tokens=RerankTokens(input_tokens=used.prompt_tokens), warnings=self._warnings()),
-            usage=used,
-        )
-
-    def _warnings(self) -> list[str] | None:
-        cut = [prompt.index for prompt in self.prepared.prompts if prompt.dropped]
-        if not cut:
-            return None
-        shown = ", ".join(f"documents[{index}]" for index in cut[:_SHOWN])
-        more = f" and {len(cut) - _SHOWN} more" if len(cut) > _SHOWN else ""
-        return [f"too long, so that only the beginning was read: {shown}{more}"]
+def _warnings(prompts: Sequence[Prompt]) -> list[str] | None:
+    cut = [prompt.index for prompt in prompts if prompt.dropped]
+    if not cut:
+        return None
+    shown = ", ".join(f"documents[{index}]" for index in cut[:_SHOWN])
+    more = f" and {len(cut) - _SHOWN} more" if len(cut) > _SHOWN else ""
+    return [f"too long, so that only the beginning was read: {shown}{more}"]
 
 
 def relevance(values: Sequence[float], index: int, *, classes: bool, raw: bool = False) -> float:
@@ -319,5 +305,5 @@ RERANK = Task[RerankRequest, RerankResponse](
 With ``texts`` in place of ``documents`` the answer is a list, as text-embeddings-inference gives it.""",
     request=RerankRequest,
     response=RerankResponse,
-    builder=lambda model: Reranker(model).prepare,
+    builder=_builder,
 )

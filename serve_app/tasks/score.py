@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from serve_app.schemas import ScoreRequest, ScoreResponse
+from serve_app.tasks import scores
 from serve_app.tasks.model_facts import ModelFacts
 from serve_app.tasks.prompts import PromptBuilder
-from serve_app.tasks.scores import PreparedScore
 from serve_app.tasks.steps import Steps
-from serve_app.tasks.task import Task
+from serve_app.tasks.task import PreparedRequest, Task
 
 
-def prepare(model: ModelFacts, request: ScoreRequest) -> Steps[PreparedScore]:
+def prepare(model: ModelFacts, request: ScoreRequest) -> Steps[PreparedRequest[ScoreResponse]]:
     """Build the prompts of all items.
 
     Raises:
         InvalidRequestError: see ``PromptBuilder``.
         TooLargeError: likewise.
     """
-    items = yield from PromptBuilder(request, model).rest()
-    return PreparedScore(items, request, model.name)
+    made = yield from PromptBuilder(request, model).rest()
+    answer = partial(scores.answer, request, made, model.name)
+    return PreparedRequest(made.batch, made.query_tokens, len(made.prompts), scores.size(request, made), answer)
 
 
 SCORE = Task[ScoreRequest, ScoreResponse](

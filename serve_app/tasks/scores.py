@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +11,7 @@ import numpy.typing as npt
 from serve_app.contract import BatchResult
 from serve_app.errors import InternalError, ScoringError
 from serve_app.schemas import LOWEST, ItemError, PromptTokensDetails, ScoreRequest, ScoreResponse, ScoreRow, Usage
-from serve_app.tasks.prompts import PreparedFromItems, PreparedItems, Prompt
+from serve_app.tasks.prompts import PreparedItems, Prompt
 
 Float64 = npt.NDArray[np.float64]
 
@@ -76,40 +75,27 @@ def usage(prompt_tokens: int, computed_tokens: int, completion_tokens: int = 0) 
     )
 
 
-@dataclass(frozen=True, slots=True)
-class PreparedScore(PreparedFromItems):
-    """A score request once its prompts are built; ``model`` is its name in the answer."""
-
-    request: ScoreRequest
-    model: str
-
-    @property
-    def size(self) -> int:
-        """About how many values the answer has."""
-        return len(self.prepared.parts) + (self.prepared.prompt_tokens if self.request.return_prompt_token_ids else 0)
-
-    def rows(self, result: BatchResult) -> list[ScoreRow]:
-        """See ``rows``."""
-        return rows(self.request, self.prepared, result)
-
-    def answer(self, result: BatchResult) -> ScoreResponse:
-        """All rows as one answer.
-
-        Raises:
-            InternalError: as ``rows``.
-        """
-        used = usage(self.prepared.prompt_tokens, int(result.computed_tokens.sum()))
-        return response(self.request, self.model, self.rows(result), used)
+def size(request: ScoreRequest, prepared: PreparedItems) -> int:
+    """The approximate number of values in the items' rows."""
+    return len(prepared.parts) + (prepared.prompt_tokens if request.return_prompt_token_ids else 0)
 
 
-def response(request: ScoreRequest, model: str, answered: Sequence[ScoreRow], used: Usage) -> ScoreResponse:
-    """All rows as one answer."""
+def answer(request: ScoreRequest, prepared: PreparedItems, model: str, result: BatchResult) -> ScoreResponse:
+    """The rows of a whole request as one answer.
+
+    Args:
+        model: its name in the answer.
+
+    Raises:
+        InternalError: as ``rows``.
+    """
+    answered = rows(request, prepared, result)
     words = request.labels is not None
     # Not checked once more: millions of values in one call would stop all threads meanwhile.
     return ScoreResponse.model_construct(
         scores=[row.scores for row in answered],
         model=model,
-        usage=used,
+        usage=usage(prepared.prompt_tokens, int(result.computed_tokens.sum())),
         token_logprobs=[row.token_logprobs for row in answered] if request.return_token_logprobs else None,
         label_tokens=[row.label_tokens for row in answered] if words else None,
         label_mass=[row.label_mass for row in answered] if request.return_label_mass else None,

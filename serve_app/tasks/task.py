@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel
 
@@ -16,37 +16,34 @@ from serve_app.tasks.steps import Steps
 R = TypeVar("R", bound=RequestBody)
 A = TypeVar("A")
 B = TypeVar("B")
-A_co = TypeVar("A_co", covariant=True)
 
 
-class PreparedRequest(Protocol[A_co]):
-    """A request with its prompts built: what an engine must compute, and how its result becomes the answer."""
+@dataclass(frozen=True, slots=True)
+class PreparedRequest(Generic[A]):
+    """A request with its prompts built: what an engine must compute, and how its result becomes the answer.
 
-    @property
-    def batch(self) -> TokenBatch: ...
+    Attributes:
+        batch: the prompts, and what is read of them.
+        query_tokens: tokens at the front of every prompt that may come again in another request; 0: those that all
+            share.
+        items: number of items, documents or prompts that are scored.
+        size: approximate number of values in the answer.
+        answer: makes the answer, in a thread if it is large; raises InternalError where the model's output is not
+            finite.
+    """
 
-    @property
-    def query_tokens(self) -> int:
-        """Tokens at the front of every prompt that may come again in another request; 0: those that all share."""
-        ...
+    batch: TokenBatch
+    query_tokens: int
+    items: int
+    size: int
+    answer: Callable[[BatchResult], A]
 
-    @property
-    def items(self) -> int:
-        """The number of items, documents or prompts that are scored."""
-        ...
-
-    @property
-    def size(self) -> int:
-        """The approximate number of values in the answer."""
-        ...
-
-    def answer(self, result: BatchResult) -> A_co:
-        """Make the answer. Runs in a thread if it is large.
-
-        Raises:
-            InternalError: the model's output is not finite.
-        """
-        ...
+    def converted(self, convert: Callable[[A], B]) -> PreparedRequest[B]:
+        """The same request with its answer in another service's shape."""
+        answer = self.answer
+        return PreparedRequest(
+            self.batch, self.query_tokens, self.items, self.size, lambda result: convert(answer(result))
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,33 +51,6 @@ class Answered(Generic[A]):
     """A request that no engine needs to see."""
 
     value: A
-
-
-@dataclass(frozen=True, slots=True)
-class Converted(Generic[B, A]):
-    """A prepared request with its answer in the shape of another service."""
-
-    inner: PreparedRequest[B]
-    convert: Callable[[B], A]
-
-    @property
-    def batch(self) -> TokenBatch:
-        return self.inner.batch
-
-    @property
-    def query_tokens(self) -> int:
-        return self.inner.query_tokens
-
-    @property
-    def items(self) -> int:
-        return self.inner.items
-
-    @property
-    def size(self) -> int:
-        return self.inner.size
-
-    def answer(self, result: BatchResult) -> A:
-        return self.convert(self.inner.answer(result))
 
 
 Prepare = Callable[[R, str], Steps[PreparedRequest[A] | Answered[A]]]

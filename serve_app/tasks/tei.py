@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 from serve_app import compat
 from serve_app.schemas import RequestBody, ResponseBody, Text, Texts
+from serve_app.tasks import rerank
 from serve_app.tasks.model_facts import ModelFacts
-from serve_app.tasks.rerank import RERANK, Reranker, RerankRequest, RerankResponse
+from serve_app.tasks.rerank import RERANK, RerankRequest, RerankResponse
 from serve_app.tasks.steps import Steps
-from serve_app.tasks.task import Converted, Prepare, Task
+from serve_app.tasks.task import PreparedRequest, Task
 
 
 class TeiRerankRequest(RequestBody):
@@ -66,13 +68,10 @@ def as_ranks(answer: RerankResponse) -> list[TeiRank]:
     ]
 
 
-def _builder(model: ModelFacts) -> Prepare[TeiRerankRequest, list[TeiRank]]:
-    reranker = Reranker(model)
-
-    def prepare(request: TeiRerankRequest, request_id: str) -> Steps[Converted[RerankResponse, list[TeiRank]]]:
-        return Converted((yield from reranker.prepare(as_rerank_request(request), request_id)), as_ranks)
-
-    return prepare
+def prepare(model: ModelFacts, request: TeiRerankRequest, request_id: str) -> Steps[PreparedRequest[list[TeiRank]]]:
+    """Build one prompt for each text, see ``rerank.prepare``."""
+    prepared = yield from rerank.prepare(model, as_rerank_request(request), request_id)
+    return prepared.converted(as_ranks)
 
 
 TEI_RERANK = Task[TeiRerankRequest, list[TeiRank]](
@@ -81,6 +80,6 @@ TEI_RERANK = Task[TeiRerankRequest, list[TeiRank]](
     description="The texts by their relevance to the query, best first.",
     request=TeiRerankRequest,
     response=TeiRank,
-    builder=_builder,
+    builder=lambda model: partial(prepare, model),
     matches=is_meant,
 )

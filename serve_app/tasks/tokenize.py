@@ -38,7 +38,7 @@ def detokenize(model: ModelFacts, request: DetokenizeRequest) -> Steps[Answered[
         InvalidRequestError: an id is out of the vocabulary.
     """
     yield
-    check_ids(request.tokens, model.vocab_size, "tokens")
+    check_ids(request.tokens, model.info.vocab_size, "tokens")
     return Answered(DetokenizeResponse(prompt=model.tokenizer.decode(request.tokens)))
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -17,6 +19,28 @@ from serve_app.tasks.tokenizer_files import TokenizerFacts
 _CHUNK_CHARACTERS = 2**16
 """Joined and tokenised at a time, some 20 ms of work: others wait for it, and the query is repeated in every prompt,
 which must not cost memory without end."""
+_ENTRY_CHARACTERS = 64
+"""Characters that take as long as what is done once for each text, however short."""
+
+S = TypeVar("S", str, list[int])
+
+
+def in_chunks(entries: Iterable[S], repeated: int = 0) -> Iterator[list[S]]:
+    """Texts or ids, as many at a time as take about 20 ms.
+
+    Args:
+        repeated: characters or ids that are handled once more with each entry.
+    """
+    chunk: list[S] = []
+    work = 0
+    for entry in entries:
+        chunk.append(entry)
+        work += repeated + len(entry) + _ENTRY_CHARACTERS
+        if work >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, work = [], 0
+    if chunk:
+        yield chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +198,6 @@ class Joined:
 
     def encode(self, items: Sequence[str]) -> list[list[int]]:
         """Ids of ``query + item`` for each item."""
-        if not items:
-            return []
         if self._front is None:
             return self._encode_whole(items)
         front, cut, behind = self._front
@@ -188,17 +210,13 @@ class Joined:
             self.query_tokens = common_prefix(np.asarray(front, np.int32), np.asarray(prompts[0], np.int32))
         return prompts
 
+    def chunks(self, items: Iterable[str]) -> Iterator[list[list[int]]]:
+        """Ids of ``query + item`` for each item, some at a time, made as they are wanted."""
+        return map(self.encode, in_chunks(items, len(self._query)))
+
     def each(self, items: Iterable[str]) -> Iterator[list[int]]:
         """Ids of ``query + item`` for each item, made as they are wanted."""
-        chunk: list[str] = []
-        characters = 0
-        for item in items:
-            chunk.append(item)
-            characters += len(self._query) + len(item)
-            if characters >= _CHUNK_CHARACTERS:
-                yield from self.encode(chunk)
-                chunk, characters = [], 0
-        yield from self.encode(chunk)
+        return chain.from_iterable(self.chunks(items))
 
     def ending(self, item: str, ids: Sequence[int]) -> Ending:
         """The end of ``query + item``, whose tokens are ``ids``, see ``Ending``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from serve_app.errors import InvalidRequestError, TooLargeError
 
@@ -31,6 +31,36 @@ def check_ids(
         )
 
 
+def wrong_ids(
+    entries: Iterable[tuple[int, Sequence[int]]], vocab_size: int, param: str, *, of_text: bool = False
+) -> Iterator[InvalidRequestError]:
+    """The error of each entry of the field ``param`` with an id that the model does not have, see ``check_ids``.
+
+    Args:
+        entries: their numbers and ids.
+    """
+    for index, ids in entries:
+        try:
+            check_ids(ids, vocab_size, f"{param}[{index}]", index, of_text=of_text)
+        except InvalidRequestError as error:
+            yield error
+
+
+def wrong_texts(texts: Sequence[str], added: Sequence[int], most: int, param: str) -> Iterator[InvalidRequestError]:
+    """The error of each text of the field ``param`` that cannot be tokenised or is too long to be.
+
+    Args:
+        added: characters that are tokenised together with each text.
+        most: characters that may be tokenised at once.
+    """
+    for index, (text, more) in enumerate(zip(texts, added, strict=True)):
+        try:
+            check_text(text, param, index)
+            check_characters(len(text) + more, most, param, index)
+        except InvalidRequestError as error:
+            yield error
+
+
 def check_count(entries: Sequence[object], most: int, param: str) -> None:
     """Raise TooLargeError when the field ``param`` has more entries than a request may have items."""
     if len(entries) > most:
@@ -39,19 +69,19 @@ def check_count(entries: Sequence[object], most: int, param: str) -> None:
         )
 
 
-def check_total(tokens: int, most: int, param: str, index: int, counted: str = "") -> None:
-    """Raise TooLargeError when the prompts up to one have more tokens than a request may have.
+def too_many_tokens(tokens: int, most: int, param: str, index: int, counted: str = "") -> TooLargeError:
+    """The error where the prompts up to one have more tokens than a request may have.
 
     Args:
-        param: the field that they came in, and ``index`` of its entry.
+        tokens: tokens of the prompts up to the entry ``index`` of the field ``param``.
+        most: tokens that a request may have.
         counted: how tokens are counted, if that is not plain.
     """
-    if tokens > most:
-        raise TooLargeError(
-            f"the prompts up to {param}[{index}] have {tokens} tokens; a request may have at most {most}{counted}; "
-            "split the request",
-            param=param,
-        )
+    return TooLargeError(
+        f"the prompts up to {param}[{index}] have {tokens} tokens; a request may have at most {most}{counted}; "
+        "split the request",
+        param=param,
+    )
 
 
 def check_text(text: str, param: str, index: int) -> None:

@@ -59,7 +59,35 @@ def read_until(process: subprocess.Popen[str], wanted: str) -> list[str]:
     raise AssertionError(f"{wanted!r} is not in:\n{''.join(lines)}")
 
 
-def test_it_serves_until_ctrl_c_and_leaves_no_process(model_folder: Path, monkeypatch: pytest.MonkeyPatch):
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+"""Of systemd and ``timeout``, Ctrl-C, and a terminal that closes. All of the group gets them, Ray's processes, too."""
+SOON = 30
+"""Seconds, on a machine however busy; Ray's own patience with a Ray that is gone is 60."""
+
+
+def ended_by(process: subprocess.Popen[str], number: int) -> str:
+    """What it says after the whole group got a signal, which leaves no process."""
+    started = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, number)
+    _, rest = process.communicate(timeout=SOON)
+    _, alive = psutil.wait_procs(started, timeout=0)
+    assert alive == []
+    assert not any(word in rest for word in ("Traceback", "Error", "GCS", ".cc:", ".h:")), rest
+    return rest
+
+
+def refuses_later_requests(route: str) -> None:
+    """Wait until the service, which is told to stop, lets no more requests in."""
+    asked = {"json": BODY, "headers": {"authorization": "Bearer a-key"}}
+    while (late := httpx.post(route, **asked)).status_code == 200:
+        time.sleep(0.05)
+    assert (late.status_code, late.json()["type"]) == (503, "ServiceUnavailableError")
+    assert "shutting down" in late.json()["message"]
+
+
+def test_it_serves_until_ctrl_c_which_waits_for_the_last_request_and_leaves_no_process(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
     port = free_port()
     monkeypatch.setenv(auth.VARIABLE, "a-key")  # reaches the front end through Ray
     with launched("--model", str(model_folder), "--port", str(port)) as process:
@@ -75,60 +103,27 @@ def test_it_serves_until_ctrl_c_and_leaves_no_process(model_folder: Path, monkey
         (raylet,) = [child for child in started if child.name() == "raylet"]
         assert raylet.environ()["MALLOC_ARENA_MAX"] == "2"
         assert {child.nice() for child in started} == {psutil.Process().nice()}
-        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal, which reaches the whole group
-        _, rest = process.communicate(timeout=60)
+        head, body = post("Authorization: Bearer a-key")
+        with connected(words[1]) as wire:
+            wire.send(head + body[:5])
+            time.sleep(1)
+            os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal, which reaches the whole group
+            read_until(process, "stopping")
+            refuses_later_requests(words[1])
+            time.sleep(3)  # idle scorers would have left
+            wire.send(body[5:])
+            status, answer = wire.answer()
+            assert (status, len(answer["scores"])) == (200, 2)
+        _, rest = process.communicate(timeout=SOON)
         assert process.returncode == 0, rest
         assert "Traceback" not in rest
     _, alive = psutil.wait_procs(started, timeout=10)
     assert alive == []
 
 
-def refuses_later_requests(url: str) -> None:
-    """Wait until the service, which is told to stop, lets no more requests in."""
-    while (late := httpx.post(url + "/v1/score", json=BODY)).status_code == 200:
-        time.sleep(0.05)
-    assert (late.status_code, late.json()["type"]) == (503, "ServiceUnavailableError")
-    assert "shutting down" in late.json()["message"]
-
-
-def test_ctrl_c_waits_for_a_request_that_has_not_come_to_the_scorers_yet(model_folder: Path):
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    head, body = post()
-    with launched("--model", str(model_folder), "--port", str(port)) as process:
-        read_until(process, "curl")
-        with connected(url) as wire:
-            wire.send(head + body[:5])
-            time.sleep(1)
-            process.send_signal(signal.SIGINT)
-            read_until(process, "stopping")
-            refuses_later_requests(url)
-            time.sleep(3)  # idle scorers would have left
-            wire.send(body[5:])
-            status, answer = wire.answer()
-            assert (status, len(answer["scores"])) == (200, 2)
-        _, rest = process.communicate(timeout=SOON)
-        assert process.returncode == 0
-        assert "Traceback" not in rest
-
-
-def test_a_second_ctrl_c_drops_a_request_that_has_not_come_to_the_scorers_yet(model_folder: Path):
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    head, body = post()
-    with launched("--model", str(model_folder), "--port", str(port)) as process:
-        read_until(process, "curl")
-        with connected(url) as wire:
-            wire.send(head + body[:5])
-            time.sleep(1)
-            process.send_signal(signal.SIGINT)
-            read_until(process, "stopping")
-            refuses_later_requests(url)
-            ended_by(process, signal.SIGINT)
-        assert process.returncode == 0
-
-
-def test_calls_by_grpc_take_large_jobs_and_outlive_a_replica(model_folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_calls_by_grpc_take_large_jobs_and_outlive_a_replica_but_not_ray(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
     """The job is 36 MB, gRPC's usual limit 4 MiB; and with a proxy for the network gRPC asks it for this host, too."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     port, ask = free_port(), {"query": [*range(1000)], "label_token_ids": [1]}
@@ -144,8 +139,16 @@ def test_calls_by_grpc_take_large_jobs_and_outlive_a_replica(model_folder: Path,
         assert [child.environ()["RAY_SERVE_USE_GRPC_BY_DEFAULT"] for child in scorers] == ["1", "1"]
         scorers[0].kill()
         assert [client.post("/v1/score", json=ask | {"items": [[i]]}).status_code for i in range(20)] == [200] * 20
-        process.terminate()
-        process.communicate(timeout=60)
+        # Ray that dies by itself ends it with the reason.
+        started = psutil.Process(process.pid).children(recursive=True)
+        (raylet,) = [child for child in started if child.name() == "raylet"]
+        raylet.kill()
+        _, rest = process.communicate(timeout=SOON)
+        assert process.returncode == 1
+        assert rest.splitlines()[-1].startswith("error: Ray's own processes have ended")
+        assert "Traceback" not in rest
+    _, alive = psutil.wait_procs(started, timeout=0)
+    assert alive == []
 
 
 def check_the_wire(url: str) -> None:
@@ -163,7 +166,7 @@ def check_the_wire(url: str) -> None:
     assert (late.status_code, late.json()["error"]["type"]) == (504, "TimeoutError")
 
 
-def test_serves_own_proxy_serves_who_wants_to_upgrade_or_sends_no_more_and_its_timeouts_are_ours(model_folder: Path):
+def test_serves_own_proxy_answers_as_we_do_until_a_second_ctrl_c(model_folder: Path):
     port = free_port()
     page = ("--cors-origin", "https://page.example")
     with launched("--model", str(model_folder), "--port", str(port), *page) as process:
@@ -180,8 +183,16 @@ def test_serves_own_proxy_serves_who_wants_to_upgrade_or_sends_no_more_and_its_t
             wire.socket.shutdown(socket.SHUT_WR)
             assert wire.answer()[0] == 200
             assert wire.ends()
-        process.terminate()
-        process.communicate(timeout=60)
+        # A second Ctrl-C does not wait for the request that has not come whole.
+        with connected(url) as wire:
+            head, body = post()
+            wire.send(head + body[:5])
+            time.sleep(1)
+            process.send_signal(signal.SIGINT)
+            read_until(process, "stopping")
+            refuses_later_requests(url + "/v1/score")
+            ended_by(process, signal.SIGINT)
+        assert process.returncode == 0
 
 
 @pytest.mark.slow
@@ -216,23 +227,6 @@ def test_it_can_be_terminated_while_it_starts(model_folder: Path):
     assert alive == []
 
 
-SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
-"""Of systemd and ``timeout``, Ctrl-C, and a terminal that closes. All of the group gets them, Ray's processes, too."""
-SOON = 30
-"""Seconds, on a machine however busy; Ray's own patience with a Ray that is gone is 60."""
-
-
-def ended_by(process: subprocess.Popen[str], number: int) -> str:
-    """What it says after the whole group got a signal, which leaves no process."""
-    started = psutil.Process(process.pid).children(recursive=True)
-    os.killpg(process.pid, number)
-    _, rest = process.communicate(timeout=SOON)
-    _, alive = psutil.wait_procs(started, timeout=0)
-    assert alive == []
-    assert not any(word in rest for word in ("Traceback", "Error", "GCS", ".cc:", ".h:")), rest
-    return rest
-
-
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("when", ["starting Ray", "starting the service"])
 def test_a_signal_to_the_whole_group_ends_the_start(when: str, number: int, model_folder: Path):
@@ -265,20 +259,6 @@ def test_a_signal_to_the_whole_group_ends_a_service_with_requests_in_flight(numb
         assert ("the signal reached Ray, too" in rest) == (number != signal.SIGINT)  # which Ray's processes ignore
         for caller in callers:
             caller.result()
-
-
-def test_ray_that_dies_by_itself_ends_it_with_the_reason(model_folder: Path):
-    with launched("--model", str(model_folder), "--port", str(free_port())) as process:
-        read_until(process, "curl")
-        started = psutil.Process(process.pid).children(recursive=True)
-        (raylet,) = [child for child in started if child.name() == "raylet"]
-        raylet.kill()
-        _, rest = process.communicate(timeout=SOON)
-        assert process.returncode == 1
-        assert rest.splitlines()[-1].startswith("error: Ray's own processes have ended")
-        assert "Traceback" not in rest
-    _, alive = psutil.wait_procs(started, timeout=0)
-    assert alive == []
 
 
 def test_a_model_without_a_tokenizer_ends_it_with_the_reason(model_folder: Path, tmp_path: Path):

@@ -241,6 +241,12 @@ class TestWork:
         count = sum(1 for _ in steps)
         assert count >= 500
 
+    @pytest.mark.parametrize("item", ["a", [1]])
+    def test_many_short_items_are_several_steps(self, tokenizer: TextTokenizer, item: Any):
+        request = ScoreRequest(items=[item] * 5000, label_token_ids=[1])
+        steps = PromptBuilder(request, self.model(tokenizer)).rest()
+        assert 4 <= sum(1 for _ in steps) < 50
+
 
 class TestQueryTokens:
     """Those that another request may have, too."""

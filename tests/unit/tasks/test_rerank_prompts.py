@@ -17,8 +17,9 @@ from serve_app.errors import InternalError, InvalidRequestError, TooLargeError
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import Limits, ModelSettings
 from serve_app.tasks.model_facts import ModelFacts
-from serve_app.tasks.rerank import PreparedRerank, Reranker, RerankRequest, relevance
+from serve_app.tasks.rerank import RERANK, RerankRequest, RerankResponse, relevance
 from serve_app.tasks.steps import finish
+from serve_app.tasks.task import PreparedRequest
 from serve_app.tasks.tokenizer import TextTokenizer
 from serve_app.templates import MXBAI_RERANK, PLAIN, PLAIN_V1, QWEN3_RERANKER, TEMPLATES, RerankTemplate
 from tests import mxbai
@@ -26,7 +27,8 @@ from tests import mxbai
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-INFO = FakeEngine(1_024, 512).info
+ENGINE = FakeEngine(1_024, 512)
+INFO = ENGINE.info
 DOCUMENTS = [
     "Mars, known for its reddish appearance, is often referred to as the Red Planet.",
     "",
@@ -68,12 +70,12 @@ def qwen(qwen_folder: Path) -> TextTokenizer:
     return TextTokenizer.load(qwen_folder)
 
 
-def reranker(tokenizer: TextTokenizer, *, limits: Limits | None = None, longest: int = 512, **fields: Any) -> Reranker:
+def reranker(tokenizer: TextTokenizer, *, limits: Limits | None = None, longest: int = 512, **fields: Any) -> Any:
     limits = (limits or Limits()).model_copy(update={"max_prompt_tokens": longest})
-    return Reranker(ModelFacts.of(ModelSettings(engine="fake", limits=limits, **fields), tokenizer, INFO))
+    return RERANK.builder(ModelFacts.of(ModelSettings(engine="fake", limits=limits, **fields), tokenizer, INFO))
 
 
-def sequences(question: PreparedRerank) -> list[list[int]]:
+def sequences(question: PreparedRequest[RerankResponse]) -> list[list[int]]:
     return [question.batch.tokens[a:b].tolist() for a, b in pairwise(question.batch.offsets.tolist())]
 
 
@@ -161,12 +163,13 @@ class TestModelCard:
         query = "Which planet is known as the Red Planet?"
         wanted, answers = self.card(qwen_folder, instruction, query, longest)
         made = reranker(qwen, rerank_template=QWEN3_RERANKER, longest=longest)
-        question = finish(made.prepare(RerankRequest(query=query, documents=DOCUMENTS, instruct=instruction), "r"))
+        question = finish(made(RerankRequest(query=query, documents=DOCUMENTS, instruct=instruction), "r"))
         assert sequences(question) == wanted
         assert question.batch.targets.tolist() == answers * len(DOCUMENTS)
         assert question.batch.read_positions.tolist() == [len(ids) - 1 for ids in wanted]
         assert not question.batch.vocab_logprobs
-        assert any(prompt.dropped for prompt in question.prepared.prompts) == (longest == 135)
+        answer = question.answer(ENGINE.score(question.batch))
+        assert bool(answer.meta.warnings) == (longest == 135)
 
 
 class TestMxbai:
@@ -191,7 +194,7 @@ class TestMxbai:
     ):
         wanted = [mxbai.prompt(qwen_folder, instruction, query, document, longest) for document in DOCUMENTS]
         made = reranker(qwen, rerank_template=MXBAI_RERANK, longest=longest)
-        question = finish(made.prepare(RerankRequest(query=query, documents=DOCUMENTS, instruct=instruction), "r"))
+        question = finish(made(RerankRequest(query=query, documents=DOCUMENTS, instruct=instruction), "r"))
         assert sequences(question) == wanted
         one, zero = (qwen.encode([word], add_special_tokens=False)[0] for word in ("1", "0"))
         assert question.batch.targets.tolist() == [*one, *zero] * len(DOCUMENTS)
@@ -207,7 +210,7 @@ class TestMxbai:
         differ = [
             query
             for query in self.QUERIES
-            if sequences(finish(made.prepare(RerankRequest(query=query, documents=["a"]), "r")))
+            if sequences(finish(made(RerankRequest(query=query, documents=["a"]), "r")))
             != [mxbai.prompt(qwen_folder, None, query, "a", 512)]
         ]
         assert "The red planet." in differ
@@ -221,16 +224,14 @@ class TestMxbai:
 class TestPrompts:
     def test_chunks_change_nothing(self, qwen: TextTokenizer, monkeypatch: pytest.MonkeyPatch):
         request = RerankRequest(query="q", documents=DOCUMENTS)
-        whole = sequences(finish(reranker(qwen).prepare(request, "r")))
+        whole = sequences(finish(reranker(qwen)(request, "r")))
         monkeypatch.setattr("serve_app.tasks.tokenizer._CHUNK_CHARACTERS", 1)
-        assert sequences(finish(reranker(qwen).prepare(request, "r"))) == whole
+        assert sequences(finish(reranker(qwen)(request, "r"))) == whole
 
     def test_bos_once_at_the_front(self, bos_tokenizer: TextTokenizer):
         own = RerankTemplate(prompt="{query}: {document}?", yes="a", no="b")
         [ids] = sequences(
-            finish(
-                reranker(bos_tokenizer, rerank_template=own).prepare(RerankRequest(query="the", documents=["fox"]), "r")
-            )
+            finish(reranker(bos_tokenizer, rerank_template=own)(RerankRequest(query="the", documents=["fox"]), "r"))
         )
         assert ids == bos_tokenizer.encode(["the: fox?"])[0]
 
@@ -242,12 +243,12 @@ class TestPrompts:
     def test_answers_of_several_tokens_in_a_template_that_nobody_asked_for(self, tokenizer: TextTokenizer):
         made = reranker(tokenizer, model="Qwen3-Reranker")  # starts all the same: other routes work
         with pytest.raises(InvalidRequestError, match="other words"):
-            finish(made.prepare(RerankRequest(query="q", documents=["a"]), "r"))
+            finish(made(RerankRequest(query="q", documents=["a"]), "r"))
 
     def test_too_many_tokens(self, qwen: TextTokenizer):
         limits = Limits(max_request_tokens=200)
         with pytest.raises(TooLargeError, match=r"documents\[[1-9]\] have \d+ tokens") as caught:
-            finish(reranker(qwen, limits=limits).prepare(RerankRequest(query="q", documents=DOCUMENTS), "r"))
+            finish(reranker(qwen, limits=limits)(RerankRequest(query="q", documents=DOCUMENTS), "r"))
         assert caught.value.param == "documents"
 
 
