@@ -183,7 +183,14 @@ def _join_common(batches: Sequence[TokenBatch]) -> Int32 | None:
 
 def _join_shared(batches: Sequence[TokenBatch]) -> Int64 | None:
     known = [batch.shared for batch in batches if batch.shared is not None]
-    return np.concatenate(known) if len(known) == len(batches) else None
+    if len(known) < len(batches):
+        return None
+    shared, first, before = np.concatenate(known), 0, batches[0].tokens[:0]
+    for batch in batches:
+        if batch.num_sequences:  # requests with the same query are often next to each other
+            shared[first] = common_prefix(before, batch.tokens[: batch.offsets[1] - 1])
+            first, before = first + batch.num_sequences, batch.tokens[batch.offsets[-2] :]
+    return shared
 
 
 def _join_offsets(parts: Sequence[Int64]) -> Int64:

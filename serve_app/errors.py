@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 
 COMPLETIONS = "/v1/completions"
 """The route with nested errors."""
-_LIKE_COMPLETIONS = re.compile(r"/*(v\d+/+)?(chat/+)?completions/*")
-"""Paths that clients of OpenAI's API ask, when they are not quite right: their errors are nested, too."""
+_LIKE_COMPLETIONS = re.compile(r"(?!.*/v1/models/).*completions/*", re.DOTALL)
+"""Paths that clients of OpenAI's API ask, behind a prefix or when they are not quite right: their errors are nested,
+too. A model may be called ``completions``."""
 
 RETRY_AFTER_S = 1
 """What a 503 says when nothing better is known."""

@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import httpx
 import pytest
 
+from serve_app.frontend.models import Models
+from serve_app.frontend.routes import create_app
+from serve_app.frontend.service import ModelService
 from tests.boundary.asking import Http
+from tests.local import no_metrics
 
 QUERY, DOCUMENTS = "who is lazy?", ["the fox", "the dog", "no", "a cat"]
 PAIRS: dict[str, Any] = {"query": QUERY, "documents": DOCUMENTS}
@@ -193,6 +198,17 @@ class TestRoutes:
     async def test_openais_clients_get_openais_errors(self, http: Http, path: str):
         error = http.nested(await http.client.post(path, json={}), 404)
         assert "POST /v1/completions" in error["message"]
+
+    async def test_openais_clients_get_openais_errors_behind_a_prefix(self, service: ModelService):
+        """As Serve mounts an application with a ``route_prefix``."""
+        app = create_app(lambda: Models(service), metrics=no_metrics)
+        transport = httpx.ASGITransport(app, root_path="/judge")
+        async with httpx.AsyncClient(base_url="http://fake/judge", transport=transport) as client:
+            http = Http(client, {})
+            http.nested(await client.post("/v1/completions", json={}), 400)
+            http.nested(await client.post("/openai/v1/completions", json={}), 404)
+            http.flat(await client.get("/v1/models/completions"), 404)
+            http.flat(await client.post("/v1/score", json={}), 400)
 
     @pytest.mark.parametrize(
         ("method", "path", "right"),

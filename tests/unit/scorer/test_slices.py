@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serve_app.batches import DeltaBatch
+from serve_app.batches import DeltaBatch, cut, join
 from serve_app.contract import BatchResult, EngineStats
 from serve_app.scorer.engines import load_part
 from serve_app.scorer.fake_engine import FakeEngine
+from serve_app.scorer.scheduler import QueuedJob
 from serve_app.scorer.slice_group import GroupLostError, agreed
 from serve_app.scorer.slice_worker import Answer, HostFailedError, OutOfStepError, Place, SliceWorker
 from serve_app.settings import ModelSettings
@@ -90,6 +91,8 @@ def test_a_delta_batch_becomes_the_whole_one_again(rows: list[list[int]]):
 def test_a_query_travels_once():
     batch = label_batch([[*range(300), n] for n in range(100)], [[1]] * 100)
     assert len(DeltaBatch.of(batch).batch.tokens) == 301 + 99
+    requests = [QueuedJob(cut(batch, start, start + 25)).batch for start in range(0, 100, 25)]
+    assert len(DeltaBatch.of(join(requests)).batch.tokens) == 301 + 99
 
 
 @pytest.mark.parametrize(
