@@ -295,7 +295,7 @@ def relevance(values: Sequence[float], index: int, *, classes: bool, raw: bool =
     CrossEncoder computes it.
 
     Args:
-        values: logprobs of yes and no, to both of which any constant may be added, or the class logits.
+        values: logprobs of yes and no, up to a constant added to both; or the class logits.
         index: the document's index, for the error.
         raw: return the score from before the logistic function: any number, in nats.
 
