@@ -58,7 +58,7 @@ class ResponseBody(BaseModel):
 
 
 class ScoreRequest(RequestBody):
-    """How likely a model continues each prompt with each label: ``POST /v1/score``.
+    """Request for the probability of each label after each prompt: ``POST /v1/score``.
 
     Attributes:
         query: text or token ids, the same kind as ``items``. None: empty.
@@ -130,7 +130,7 @@ class Usage(ResponseBody):
 
 
 class ItemError(ResponseBody):
-    """Why an item has no scores.
+    """The error of an item that has no scores.
 
     Attributes:
         code: the HTTP status of a request with this item alone.
@@ -155,7 +155,7 @@ class ScoreRow(ResponseBody):
 
 
 class ScoreEnd(ResponseBody):
-    """The last line of a streamed answer."""
+    """The last line of a streamed answer, after all rows."""
 
     model: str
     usage: Usage
@@ -193,7 +193,7 @@ class ScoreResponse(ResponseBody):
 
 
 class TokenizeRequest(RequestBody):
-    """Text to tokens: ``POST /tokenize``."""
+    """Request to tokenise text: ``POST /tokenize``."""
 
     foreign = compat.TOKENIZE
 
@@ -212,7 +212,7 @@ class TokenizeResponse(ResponseBody):
 
 
 class DetokenizeRequest(RequestBody):
-    """Tokens to text: ``POST /detokenize``."""
+    """Request to decode tokens: ``POST /detokenize``."""
 
     foreign = compat.DETOKENIZE
 
@@ -221,7 +221,7 @@ class DetokenizeRequest(RequestBody):
 
 
 class DetokenizeResponse(ResponseBody):
-    """The text, special tokens included."""
+    """The decoded text, including special tokens."""
 
     prompt: str
 
@@ -239,7 +239,7 @@ class TokenizerInfo(ResponseBody):
 
 
 class ModelCard(ResponseBody):
-    """One name that requests may give a model."""
+    """A model under one of its names."""
 
     id: str
     object: Literal["model"] = "model"
@@ -269,7 +269,7 @@ class LimitsInfo(ResponseBody):
 
 
 class InfoResponse(ResponseBody):
-    """What is served, and how: ``GET /v1/info``.
+    """Information about what is served, and how: ``GET /v1/info``.
 
     Attributes:
         rerank_template: the template's name, or ``custom``. None: the model has too many classes to rerank.

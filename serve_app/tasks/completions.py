@@ -57,7 +57,7 @@ _ZERO_OR_ONE: dict[str, Any] = {"minimum": 0, "maximum": 1}
 
 
 class CompletionRequest(RequestBody):
-    """Logprobs of prompts, and their top-1 next tokens: ``POST /v1/completions``.
+    """Request for logprobs of prompts, and for their top-1 next tokens: ``POST /v1/completions``.
 
     Attributes:
         prompt: one prompt or several, as text or token ids.

@@ -22,7 +22,7 @@ from serve_app.tasks.validation import check_causal
 
 
 class GenerativeScoringRequest(RequestBody):
-    """How likely a model continues each prompt with the first label: ``POST /generative_scoring``.
+    """Request for the first label's probability after each prompt: ``POST /generative_scoring``.
 
     Attributes:
         query: text or token ids, the same kind as ``items``.

@@ -43,7 +43,7 @@ class RerankDocument(RequestBody):
 
 
 class RerankRequest(RequestBody):
-    """Which documents answer a query best: ``POST /v1/rerank``.
+    """Request to rank documents by how well they answer a query: ``POST /v1/rerank``.
 
     Attributes:
         query: the query that the documents are judged for.

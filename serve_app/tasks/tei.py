@@ -15,7 +15,7 @@ from serve_app.tasks.task import PreparedRequest, Task
 
 
 class TeiRerankRequest(RequestBody):
-    """Which texts answer a query best.
+    """Request to rank texts by how well they answer a query.
 
     Attributes:
         raw_scores: return scores from before the logistic function, see ``RerankRequest``.

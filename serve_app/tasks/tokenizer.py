@@ -69,9 +69,9 @@ class Ending:
                 yield [*self.before, *ids, *self.behind]
 
     def last_cut(self, word: str) -> int | None:
-        """The last place in ``text``, in characters, where a cut leaves all tokens before it as they are with the word.
+        """Find the last place to cut ``text``, in characters, so that the rest, followed by the word, only adds tokens.
 
-        What is cut off, followed by the word, then only adds tokens. None: a few tries found no such place.
+        None: a few tries found no such place.
         """
         if len(self.text) > _CHUNK_CHARACTERS:
             return None  # each try would take long
@@ -99,7 +99,7 @@ class TextTokenizer:
         backend.no_padding()
         self.backend = backend
         self._local = shared_query.is_local(backend)
-        # BOS can only be doubled by a tokenizer that adds one by itself before one in the text.
+        # Only a tokenizer that adds a BOS by itself can put a second one before the one in the text.
         self._added_bos = bos_id if backend.encode("").ids[:1] == [bos_id] else None
         self._reach = shared_query.reach(backend)
         self._around = _added_around(backend)
