@@ -224,7 +224,7 @@ def check(labels: Sequence[int | str], where: str, index: int | None, *, most: i
         raise InvalidRequestError(f"{where} is empty; name at least one label", param=param, index=index)
     if len(labels) > most:
         raise InvalidRequestError(
-            f"{where} has {len(labels)} labels; this service takes at most {most}; send fewer, or split the request",
+            f"{where} has {len(labels)} labels; this service takes at most {most}; send fewer, or use several requests",
             param=param,
             index=index,
         )

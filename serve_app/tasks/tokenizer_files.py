@@ -204,8 +204,8 @@ def _check(folder: Path, backend: Tokenizer) -> None:
         special.add(id)
     if set(backend.encode(_SAMPLE).ids) <= special:
         raise ModelSourceError(
-            f"the tokenizer of {folder} makes only special tokens of the text {_SAMPLE!r}: its vocabulary is missing; "
-            f"{remedy}"
+            f"the tokenizer of {folder} makes no tokens of the text {_SAMPLE!r} except special ones: its vocabulary is "
+            f"missing; {remedy}"
         )
 
 
