@@ -1,4 +1,4 @@
-"""Packing, cutting and joining token batches: pure functions on numpy arrays."""
+"""Pack, cut and join token batches: pure functions on numpy arrays."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Reads(NamedTuple):
     """The reads of one sequence.
 
     Attributes:
-        positions: ascending, counted from the start of the sequence.
-        targets: ids of all its reads, one after the other.
-        counts: targets of each read.
+        positions: the positions that are read, ascending, counted from the start of the sequence.
+        targets: the target ids of all reads, one read after the other.
+        counts: the number of targets of each read.
     """
 
     positions: Ids
@@ -31,7 +31,7 @@ class Reads(NamedTuple):
 def pack(
     sequences: Sequence[Ids], reads: Sequence[Reads], *, vocab_logprobs: bool = True, argmax: bool = False
 ) -> TokenBatch:
-    """One batch of ``sequences``, each with its own ``reads``."""
+    """Pack ``sequences``, each with its own ``reads``, into one batch."""
     lengths = [len(sequence) for sequence in sequences]
     return TokenBatch(
         tokens=_joined(sequences),
@@ -46,7 +46,7 @@ def pack(
 
 
 def pack_labels(sequences: Sequence[Ids], labels: Sequence[Ids], *, vocab_logprobs: bool = True) -> TokenBatch:
-    """One batch of ``sequences``, each read at its last token for its own ``labels``."""
+    """Pack ``sequences`` into one batch, each read at its last token for its own ``labels``."""
     reads = [Reads([len(ids) - 1], own, [len(own)]) for ids, own in zip(sequences, labels, strict=True)]
     return pack(sequences, reads, vocab_logprobs=vocab_logprobs)
 
@@ -56,7 +56,7 @@ def _joined(parts: Sequence[Ids]) -> Int32:
 
 
 def reads_of(batch: TokenBatch, start: int, stop: int) -> slice:
-    """Where the reads of sequences ``start`` to ``stop`` stand in the batch."""
+    """The slice of the batch's reads that belongs to sequences ``start`` to ``stop``."""
     first, last = np.searchsorted(batch.read_sequences, [start, stop])
     return slice(int(first), int(last))
 
@@ -64,7 +64,7 @@ def reads_of(batch: TokenBatch, start: int, stop: int) -> slice:
 def shared_with_previous(batch: TokenBatch) -> Int64:
     """For each sequence, the number of leading tokens that it shares with the one before it (0 for the first).
 
-    A sequence's last token never counts: it is where the model is read, so it is always computed.
+    A sequence's last token never counts: the model is read there, so it is always computed.
     """
     shared = np.zeros(batch.num_sequences, np.int64)
     bounds = batch.offsets.tolist()
@@ -77,22 +77,22 @@ def shared_with_previous(batch: TokenBatch) -> Int64:
 
 
 def shared_tokens(batch: TokenBatch) -> Int64:
-    """``batch.shared``, measured now if it is not there."""
+    """``batch.shared``, or the same numbers measured now if it is None."""
     return shared_with_previous(batch) if batch.shared is None else batch.shared
 
 
 def shared_by_all(shared: Int64) -> int:
-    """The number of leading tokens that all sequences share, by what each shares with the one before it."""
+    """The number of leading tokens that all sequences share, from what each shares with the one before it."""
     return int(shared[1:].min()) if len(shared) > 1 else 0
 
 
 @dataclass(frozen=True, slots=True)
 class DeltaBatch:
-    """A batch without the tokens that each sequence repeats of the one before it: a long query is in it once.
+    """A batch in which each sequence lacks the tokens that it shares with the one before it: a long query is sent once.
 
     Attributes:
-        batch: the whole batch, but with the remaining tokens only.
-        shared: the number of tokens that each sequence repeats.
+        batch: the whole batch, but with only the remaining tokens.
+        shared: the number of tokens that each sequence shares with the one before it.
     """
 
     batch: TokenBatch
@@ -100,10 +100,10 @@ class DeltaBatch:
 
     @classmethod
     def of(cls, batch: TokenBatch) -> DeltaBatch:
-        """The tokens of ``batch`` that no sequence repeats.
+        """Make the delta of ``batch``.
 
         Raises:
-            ValueError: ``batch.shared`` is not what its sequences share, and other tokens would arrive.
+            ValueError: ``batch.shared`` is not what its sequences share, so that other tokens would arrive.
         """
         shared = shared_tokens(batch)
         ends = batch.offsets[1:].tolist()
@@ -115,7 +115,7 @@ class DeltaBatch:
         return delta
 
     def whole(self) -> TokenBatch:
-        """The batch that it was made from."""
+        """The whole batch that this delta was made from."""
         offsets = self.batch.offsets.tolist()
         tokens = np.empty(offsets[-1], np.int32)
         taken = before = 0
@@ -128,7 +128,7 @@ class DeltaBatch:
 
 
 def cut(batch: TokenBatch, start: int, stop: int) -> TokenBatch:
-    """A batch of sequences ``start`` to ``stop`` of ``batch``, with their reads."""
+    """Cut sequences ``start`` to ``stop`` of ``batch``, with their reads, into a batch of their own."""
     reads = reads_of(batch, start, stop)
     first_target, last_target = batch.target_offsets[reads.start], batch.target_offsets[reads.stop]
     return TokenBatch(
@@ -152,7 +152,7 @@ def _cut_shared(shared: Int64) -> Int64:
 
 
 def join(batches: Sequence[TokenBatch]) -> TokenBatch:
-    """One batch of all sequences, in order. All batches must have the same ``vocab_logprobs`` and ``argmax``."""
+    """Join the batches in order. All of them must have the same ``vocab_logprobs`` and ``argmax``."""
     if len(batches) == 1:
         return batches[0]
     firsts = np.cumsum([0, *(batch.num_sequences for batch in batches)])

@@ -1,6 +1,6 @@
-"""One table of errors: exception class -> HTTP status, type and body, the same over HTTP, handles and the client.
+"""One table of errors: each exception class has an HTTP status, a type and a body, over HTTP, handles and the client.
 
-Every class takes keyword arguments that survive pickling, since they cross Serve handles.
+Errors cross Serve handles, so every class keeps its arguments when it is pickled.
 """
 
 from __future__ import annotations
@@ -9,22 +9,23 @@ import re
 from typing import Any, ClassVar
 
 COMPLETIONS = "/v1/completions"
-"""The route with nested errors."""
+"""The route that answers with nested errors."""
 _LIKE_COMPLETIONS = re.compile(r"(?!.*/v1/models/).*completions/*", re.DOTALL)
-"""Paths that clients of OpenAI's API ask, behind a prefix or when they are not quite right: their errors are nested,
-too. A model may be called ``completions``."""
+"""Paths that resemble OpenAI's routes, after a prefix too, as a misconfigured client of OpenAI's API sends: their errors
+are nested. A model may be called ``completions``."""
 
 RETRY_AFTER_S = 1
-"""What a 503 says when nothing better is known."""
+"""``Retry-After`` of a 503 when no better estimate is known."""
 
 
 class ScoringError(Exception):
-    """Base of all errors that a caller may see. ``message`` names the value, the limit and the remedy.
+    """Base class of all errors that a caller may see.
 
     Attributes:
-        param: the request field concerned, or None.
-        index: the item concerned, or None when the whole request is.
-        retry_after_s: seconds after which to try again, or None.
+        message: text that names the value, the limit and the remedy.
+        param: the request field that is wrong, or None.
+        index: the item that is wrong, or None if the whole request is.
+        retry_after_s: seconds after which to retry, or None.
     """
 
     status: ClassVar[int] = 500
@@ -47,7 +48,7 @@ class ScoringError(Exception):
         return self.nested_body() if _LIKE_COMPLETIONS.fullmatch(path) else self.body()
 
     def nested_body(self) -> dict[str, Any]:
-        """The error object of the routes that OpenAI's clients ask."""
+        """The nested error object of the routes for OpenAI's clients."""
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.status}
         return {"error": error}
 
@@ -69,7 +70,7 @@ def _rebuild(
 
 
 class InvalidRequestError(ScoringError):
-    """The request is wrong: the caller must change it."""
+    """The request is invalid and must be changed."""
 
     status = 400
     type = "BadRequestError"
@@ -83,52 +84,52 @@ class AuthenticationError(ScoringError):
 
 
 class NotFoundError(ScoringError):
-    """Unknown model or route."""
+    """The model or route is unknown."""
 
     status = 404
     type = "NotFoundError"
 
 
 class MethodNotAllowedError(ScoringError):
-    """The route exists, the method does not."""
+    """The route exists, but does not allow this method."""
 
     status = 405
     type = "MethodNotAllowedError"
 
 
 class TooLargeError(ScoringError):
-    """More bytes or items than the configured limit."""
+    """The request has more bytes, items or tokens than a limit allows."""
 
     status = 413
     type = "RequestTooLargeError"
 
 
 class UnsupportedEncodingError(ScoringError):
-    """The body's Content-Encoding is none that this service decodes."""
+    """The body's Content-Encoding is not supported."""
 
     status = 415
     type = "UnsupportedEncodingError"
 
 
 class InternalError(ScoringError):
-    """A fault of ours."""
+    """The service or the model failed."""
 
 
 class OverloadedError(ScoringError):
-    """No room, or no healthy replica: try again after ``retry_after_s`` seconds."""
+    """The service is overloaded, or no replica is healthy: retry after ``retry_after_s`` seconds."""
 
     status = 503
     type = "ServiceUnavailableError"
 
 
 class SelfTestError(OverloadedError):
-    """A model failed its self-test, see ``readiness``; waiting will not mend it."""
+    """A model failed its self-test (``readiness.py``); a retry will not help."""
 
     type = "SelfTestError"
 
 
 class DeadlineExceededError(ScoringError):
-    """The request's time is over; its queued work was dropped."""
+    """The request's time limit passed; its queued work was dropped."""
 
     status = 504
     type = "TimeoutError"

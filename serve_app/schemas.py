@@ -1,6 +1,6 @@
-"""Wire types of every route, the same in Python, and the one way from a body of bytes to a checked request.
+"""Wire types of every route, also used from Python, and ``parse``, which makes a checked request of a JSON body.
 
-Types only are checked here. What needs the model or the limits (vocabulary, lengths, counts) is in ``prompts.py``.
+Only types are checked here. ``prompts.py`` checks what needs the model or the limits: vocabulary, lengths, counts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from serve_app.errors import InvalidRequestError
 
 
 def _encodable(text: str) -> str:
-    """``parse`` looks for lone surrogates itself; strings that are made in Python may hold them, too."""
+    """Refuse text with a lone surrogate. ``parse`` finds those in JSON; strings made in Python may hold them too."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -37,11 +37,11 @@ TextLists = Annotated[list[Texts], Field(fail_fast=True)]
 IdLists = Annotated[list[Ids], Field(fail_fast=True)]
 
 LOWEST = float(np.finfo(np.float32).min)
-"""Stands for a logprob of -inf where JSON must carry it; its exponential is 0.0 too."""
+"""The value in JSON for a logprob of -inf, which JSON cannot hold. Its exponential is 0.0 too."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SHOWN = 60
-"""Characters of an offending value that an error message repeats."""
+"""The most characters of a wrong value that an error message repeats."""
 
 
 class RequestBody(BaseModel):
@@ -50,7 +50,7 @@ class RequestBody(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     foreign: ClassVar[Mapping[str, Foreign]] = compat.EVERYWHERE
-    """Fields of other services, which ``parse`` takes where they ask for nothing."""
+    """Fields of other services. ``parse`` accepts them if their value asks for nothing."""
 
 
 class ResponseBody(BaseModel):
@@ -58,29 +58,34 @@ class ResponseBody(BaseModel):
 
 
 class ScoreRequest(RequestBody):
-    """Which labels a model would continue each prompt with, and how likely: ``POST /v1/score``.
+    """Request for the probability of each label after each prompt: ``POST /v1/score``.
 
     Attributes:
         query: text or token ids, the same kind as ``items``. None: empty.
-        items: one prompt each. A single string is one item; an empty list is answered with no scores.
-        label_token_ids: the labels as tokens, one list for all items or one list an item. Either these or ``labels``; a
-            model with classes has no use for them.
-        labels: the labels as text, likewise. The tokens that one adds behind the prompt are scored; if there are
-            several, its logprob is the sum of theirs, each given those before it.
+        items: texts or lists of token ids, one prompt each. A single string is one item; for an empty list the answer
+            has no scores.
+        label_token_ids: the labels as tokens, one list for all items or one list per item. Send either these or
+            ``labels``; a model with classes needs neither.
+        labels: the labels as text, one list for all items or one list per item. The tokens that a label adds after the
+            prompt are scored. If it adds several, its logprob is the sum of their logprobs, each given the tokens
+            before it.
         length_normalize: a label's logprob is the mean of its tokens' logprobs in place of their sum.
         apply_softmax: True: probabilities over the labels alone, each row sums to 1. False: over the whole vocabulary.
         item_first: the prompt is item + query instead of query + item.
         temperature: divides the logprobs before the softmax; other than 1.0 only with ``apply_softmax``.
         model: ``"default"`` or a served name.
-        return_token_logprobs: also answer the labels' logprobs over the whole vocabulary, in nats.
-        return_label_mass: also answer how much of the model's belief the labels cover, 0 to 1 an item.
-        return_prompt_token_ids: also answer what the model saw.
-        add_special_tokens: to text, as the tokenizer was trained: BOS, for most. Token ids are taken as they are.
+        return_token_logprobs: also return the labels' logprobs over the whole vocabulary, in nats.
+        return_label_mass: also return how much of the model's distribution the labels cover, 0 to 1 per item.
+        return_prompt_token_ids: also return the tokens that the model saw.
+        add_special_tokens: add the tokenizer's special tokens to text, for most models a BOS token. Token ids are used
+            as they are.
         truncate: ``"item"``: a prompt that is too long loses tokens from the end of its item, never from the query.
+            ``"error"``: it is an error.
         on_error: ``"item"``: an item that is wrong, or for which the model's output is not finite, has null for a row
-            and an entry in ``errors``; ``"fail"``: it fails the request.
-        stream: rows as lines of JSON (``ScoreRow``) as they finish, then a line with the usage (``ScoreEnd``).
-        timeout_s: after which the request gets 504 and its work is dropped. None: the service's own limit, the most.
+            and an entry in ``errors``. ``"fail"``: such an item fails the request.
+        stream: send rows as lines of JSON (``ScoreRow``) as they finish, then a line with the usage (``ScoreEnd``).
+        timeout_s: seconds after which the request gets a 504 and its work is dropped, at most the service's own limit.
+            None: that limit.
     """
 
     foreign = compat.SCORE
@@ -105,13 +110,17 @@ class ScoreRequest(RequestBody):
 
 
 class PromptTokensDetails(ResponseBody):
-    """``cached_tokens``: prompt tokens that did not have to be computed for this request."""
+    """Details of ``Usage.prompt_tokens``.
+
+    Attributes:
+        cached_tokens: prompt tokens that did not have to be computed for this request.
+    """
 
     cached_tokens: int
 
 
 class Usage(ResponseBody):
-    """Tokens of all prompts, the query counted once an item. Nothing is ever generated."""
+    """Token counts of all prompts; the query counts once per item. Nothing is ever generated."""
 
     prompt_tokens: int
     completion_tokens: int = 0
@@ -121,7 +130,11 @@ class Usage(ResponseBody):
 
 
 class ItemError(ResponseBody):
-    """Why an item has no scores. ``code``: the HTTP status that it would have alone."""
+    """The error of an item that has no scores.
+
+    Attributes:
+        code: the HTTP status of a request with this item alone.
+    """
 
     index: int
     code: int
@@ -129,7 +142,7 @@ class ItemError(ResponseBody):
 
 
 class ScoreRow(ResponseBody):
-    """One item's part of the answer, and a line of a streamed one. The fields are those of ``ScoreResponse``."""
+    """One item's part of the answer, and one line of a streamed answer. ``ScoreResponse`` documents the fields."""
 
     index: int
     scores: list[float] | None = None
@@ -142,7 +155,7 @@ class ScoreRow(ResponseBody):
 
 
 class ScoreEnd(ResponseBody):
-    """The last line of a streamed answer."""
+    """The last line of a streamed answer, after all rows."""
 
     model: str
     usage: Usage
@@ -155,14 +168,14 @@ class ScoreResponse(ResponseBody):
     With ``on_error: "item"`` an item that failed has null in place of its row in every list.
 
     Attributes:
-        scores: probabilities, 0 to 1; of a model with classes and without ``apply_softmax``, the classes' logits.
-        token_logprobs: nats, over the whole vocabulary and without temperature, if asked for; of a label of several
-            tokens their sum, or mean with ``length_normalize``. A label that the model holds to be impossible has
-            float32's lowest number, since JSON has no infinity.
-        label_tokens: with ``labels``: the tokens that each adds behind the prompt, in the vocabulary's own spelling.
-        label_mass: the labels' probabilities over the whole vocabulary, summed, if asked for. A label that begins with
-            another one is part of it and counts once. ``length_normalize`` changes nothing here.
-        prompt_token_ids: what the model saw, without the labels, if asked for.
+        scores: probabilities, 0 to 1. A model with classes and no ``apply_softmax`` gives the classes' logits.
+        token_logprobs: with ``return_token_logprobs``: the labels' logprobs in nats, over the whole vocabulary and
+            without temperature. A label of several tokens has the sum of its tokens' logprobs, or their mean with
+            ``length_normalize``. A label of probability 0 has float32's lowest number, since JSON has no infinity.
+        label_tokens: with ``labels``: the tokens that each label adds after the prompt, as the vocabulary spells them.
+        label_mass: with ``return_label_mass``: the sum of the labels' probabilities over the whole vocabulary. A label
+            that begins with another label is a part of it and counts once. ``length_normalize`` changes nothing here.
+        prompt_token_ids: with ``return_prompt_token_ids``: what the model saw, without the labels.
         truncated: with ``truncate: "item"``: how many tokens each item lost.
         errors: with ``on_error: "item"``: why rows are null.
     """
@@ -180,7 +193,7 @@ class ScoreResponse(ResponseBody):
 
 
 class TokenizeRequest(RequestBody):
-    """Text to tokens: ``POST /tokenize``."""
+    """Request to tokenise text: ``POST /tokenize``."""
 
     foreign = compat.TOKENIZE
 
@@ -190,7 +203,7 @@ class TokenizeRequest(RequestBody):
 
 
 class TokenizeResponse(ResponseBody):
-    """Ids and the vocabulary's own spelling of each; one list a prompt where the prompt was a list."""
+    """Token ids, and each token as the vocabulary spells it. If ``prompt`` was a list, one list per prompt."""
 
     tokens: list[int] | list[list[int]]
     count: int | list[int]
@@ -199,7 +212,7 @@ class TokenizeResponse(ResponseBody):
 
 
 class DetokenizeRequest(RequestBody):
-    """Tokens to text: ``POST /detokenize``."""
+    """Request to decode tokens: ``POST /detokenize``."""
 
     foreign = compat.DETOKENIZE
 
@@ -208,13 +221,13 @@ class DetokenizeRequest(RequestBody):
 
 
 class DetokenizeResponse(ResponseBody):
-    """The text, special tokens included."""
+    """The decoded text, including special tokens."""
 
     prompt: str
 
 
 class TokenizerInfo(ResponseBody):
-    """What ``tokenizer_config.json`` tells of a tokenizer, in its words: ``GET /tokenizer_info``."""
+    """What ``tokenizer_config.json`` says of a tokenizer, under its own names: ``GET /tokenizer_info``."""
 
     tokenizer_class: str | None = None
     bos_token: str | None = None
@@ -226,7 +239,7 @@ class TokenizerInfo(ResponseBody):
 
 
 class ModelCard(ResponseBody):
-    """One name under which a model answers."""
+    """A model under one of its names."""
 
     id: str
     object: Literal["model"] = "model"
@@ -243,7 +256,7 @@ class ModelsResponse(ResponseBody):
 
 
 class LimitsInfo(ResponseBody):
-    """What a request may ask at most."""
+    """Limits of a request, and of the tokens that may wait."""
 
     max_items: int
     max_labels: int
@@ -256,10 +269,10 @@ class LimitsInfo(ResponseBody):
 
 
 class InfoResponse(ResponseBody):
-    """What is served and how: ``GET /v1/info``.
+    """Information about what is served, and how: ``GET /v1/info``.
 
     Attributes:
-        rerank_template: the template's name, or ``custom``; None where the model has too many classes to rerank.
+        rerank_template: the template's name, or ``custom``. None: the model has too many classes to rerank.
     """
 
     model: str
@@ -285,7 +298,7 @@ class StatusResponse(ResponseBody):
 
 
 class ErrorResponse(ResponseBody):
-    """The one shape of all errors (``errors.py``)."""
+    """The flat error object (``errors.py``); ``/v1/completions`` has a nested one."""
 
     object: Literal["error"] = "error"
     message: str
@@ -298,10 +311,10 @@ R = TypeVar("R", bound=RequestBody)
 
 
 def parse(model: type[R], body: bytes) -> R:
-    """The checked request that a JSON body holds.
+    """Check a JSON body and return the request that it holds.
 
     Raises:
-        InvalidRequestError: always one message, naming the field, the index, the value and what is expected.
+        InvalidRequestError: the body is wrong; one message names the field, the index, the value and what is expected.
     """
     if not body.strip():
         raise InvalidRequestError("the body is empty; send a JSON object")
@@ -318,7 +331,7 @@ def parse(model: type[R], body: bytes) -> R:
 
 
 def _explained(model: type[R], body: bytes) -> R:
-    """Say what is wrong with a body, the fields that are unknown included."""
+    """Parse a body again with unknown fields refused, so that the error names them."""
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
@@ -326,10 +339,10 @@ def _explained(model: type[R], body: bytes) -> R:
 
 
 def _drop_foreign(request: RequestBody) -> None:
-    """Take out the fields of other services.
+    """Remove the fields of other services from a request.
 
     Raises:
-        InvalidRequestError: one asks for something, or no service has it.
+        InvalidRequestError: a field asks for something, or no service has such a field.
     """
     foreign = request.model_extra or {}
     for name, value in foreign.items():
@@ -344,10 +357,10 @@ def _is_about_surrogates(error: ValidationError) -> bool:
 
 
 def _parse_with_surrogates(model: type[R], body: bytes, error: ValidationError) -> R:
-    """The request in a body with lone surrogates, which are an item's own fault where the request wants it so.
+    """Parse a body with lone surrogates. With ``on_error: "item"`` a surrogate in an item is that item's error alone.
 
     Raises:
-        InvalidRequestError: what else is wrong with the body, or else where the first surrogate is.
+        InvalidRequestError: something else is wrong with the body, or a surrogate fails the request.
     """
     lone: dict[tuple[str | int, ...], str] = {}
 
@@ -383,7 +396,7 @@ def _parse_with_surrogates(model: type[R], body: bytes, error: ValidationError) 
 
 
 def invalid(error: ValidationError, model: type[RequestBody]) -> InvalidRequestError:
-    """Pydantic's findings as the one that helps most: an unknown field before all, else the first field's."""
+    """Make one error of Pydantic's findings: of the first unknown field if there is one, else of the first field."""
     found = error.errors(include_url=False)
     for finding in found:
         if finding["type"] == "extra_forbidden" and (
@@ -396,7 +409,7 @@ def invalid(error: ValidationError, model: type[RequestBody]) -> InvalidRequestE
             return InvalidRequestError(f"the body is not valid JSON: {found[0]['msg'].removeprefix('Invalid JSON: ')}")
         return InvalidRequestError(f"the body must be a JSON object, not {_shown(found[0]['input'])}")
     field = str(found[0]["loc"][0])
-    # A union reports each of its kinds; the one that got furthest is the one that was meant.
+    # A union reports every kind that it allows; the kind that matched furthest is the one that was meant.
     mine = [finding for finding in found if finding["loc"][0] == field]
     inner = {name for each in model.model_fields.values() for name in _inner_fields(each.annotation)}
     places = [_place(finding, inner) for finding in mine]
@@ -420,12 +433,12 @@ def _expected(finding: ErrorDetails) -> str:
 
 
 def _place(finding: ErrorDetails, inner: Set[str]) -> tuple[int | str, ...]:
-    """Where in its field, without the names of the union's kinds."""
+    """The place of a finding in its field, without the names of the union's kinds."""
     return tuple(part for part in finding["loc"][1:] if isinstance(part, int) or part in inner)
 
 
 def _inner_fields(annotation: Any) -> Set[str]:
-    """The fields of the objects that a field may hold."""
+    """The names of the fields of the objects that a field may hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         own = annotation.model_fields
         return own.keys() | {name for each in own.values() for name in _inner_fields(each.annotation)}
@@ -433,7 +446,7 @@ def _inner_fields(annotation: Any) -> Set[str]:
 
 
 def _refused(name: str, value: Any, model: type[RequestBody]) -> InvalidRequestError | None:
-    """What is wrong with a field that the request does not have."""
+    """The error of a field that the schema does not have; None if it is another service's and asks for nothing."""
     if name in model.foreign:
         field = model.foreign[name]
         if field.allows(value):
@@ -450,7 +463,7 @@ def _refused(name: str, value: Any, model: type[RequestBody]) -> InvalidRequestE
 
 
 def _shown(value: Any) -> str:
-    """A value as JSON, short enough for a message."""
+    """The value as JSON, short enough for a message."""
     if isinstance(value, list | tuple):
         return f"a {type(value).__name__} of {len(value)}"  # pyright: ignore[reportUnknownArgumentType]
     if isinstance(value, dict):
@@ -462,10 +475,10 @@ def _shown(value: Any) -> str:
 
 
 def _refuse_duplicates(model: type[RequestBody], body: bytes) -> None:
-    """Refuse a field that is given twice, which JSON parsers resolve each in their own way.
+    """Refuse a field that is given twice: JSON parsers differ in which of the two they take.
 
-    The body was parsed before, so it has one level of fields and no unknown one. Only a body in which a name
-    stands twice, or an ASCII letter is spelt as an escape, is read again.
+    The body was parsed before, so it has one level of fields and no unknown field. It is parsed again only if a name
+    appears twice in it, or if it has an escaped ASCII letter.
     """
     if b"\\u00" not in body and all(body.count(f'"{name}"'.encode()) < 2 for name in model.model_fields):
         return

@@ -1,6 +1,6 @@
-"""Prompts by which a causal model judges a query and a document: ``/v1/rerank``.
+"""Prompt templates with which a causal model judges a document for a query: ``/v1/rerank``.
 
-A name stands for its text for good, since scores depend on every byte: a better text gets a name of its own.
+Template names are permanent, since scores depend on every byte: a better text gets a new name.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ _FIELD = re.compile(r"\{(instruct|query|document)\}")
 
 
 class Around(NamedTuple):
-    """A prompt's texts around its document. Each is tokenised by itself, but for ``joined``.
+    """A prompt's texts around its document. Each is tokenised by itself, except ``joined``.
 
     Attributes:
-        apart: texts before.
-        joined: text right before the document, tokenised together with it.
-        behind: texts behind, at least one.
+        apart: the texts before ``joined``.
+        joined: the text right before the document, tokenised together with it.
+        behind: the texts after the document, at least one.
     """
 
     apart: tuple[str, ...]
@@ -31,13 +31,14 @@ class RerankTemplate(BaseModel):
     """A question that the model answers with one of two words.
 
     Attributes:
-        prompt: text with ``{query}``, ``{document}`` and, if wanted, ``{instruct}`` in the places of those texts. What
-            stands behind ``{document}`` is tokenised by itself and is never cut. Or several such texts, each of them
-            tokenised by itself; these get no special tokens but their own.
-        instruct: in the place of ``{instruct}`` where a request has none.
-        instruct_form: how an instruction is written in that place; an empty one is left out.
-        yes: the word for a relevant document, as it would follow the prompt; one token there.
-        no: the word for any other, in the same way.
+        prompt: text with ``{query}``, ``{document}`` and optionally ``{instruct}`` in the places of those texts. The
+            text after ``{document}`` is tokenised by itself and is never cut. A prompt may also be several such texts.
+            Each of them is tokenised by itself, and no special tokens are added.
+        instruct: the instruction where a request has none.
+        instruct_form: the form in which an instruction takes the place of ``{instruct}``; an empty instruction is left
+            out.
+        yes: the answer for a relevant document, as it would follow the prompt; one token there.
+        no: the answer for any other document, also one token after the prompt.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,20 +54,22 @@ class RerankTemplate(BaseModel):
         prompt = "".join(self.parts)
         fields = _FIELD.findall(prompt)
         if fields.count("document") != 1 or "query" not in fields:
-            raise ValueError("prompt must have {query} and, once, {document}")
+            raise ValueError("prompt must have {query} at least once and {document} exactly once")
         if prompt.endswith("}") and _FIELD.search(prompt[prompt.rfind("{") :]):
-            raise ValueError("prompt must end in words of its own, which ask for the answer")
+            raise ValueError(
+                "prompt must not end in {query}, {document} or {instruct}; end it with text that asks for the answer"
+            )
         if _FIELD.findall(self.instruct_form) != ["instruct"]:
-            raise ValueError("instruct_form must have {instruct}, once")
+            raise ValueError("instruct_form must have {instruct} exactly once, and no other field")
         return self
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The texts of the prompt that are tokenised apart; one if it is a single text."""
+        """The texts of the prompt that are tokenised apart: one, if it is a single text."""
         return (self.prompt,) if isinstance(self.prompt, str) else self.prompt
 
     def around(self, query: str, instruct: str | None) -> Around:
-        """The prompt's texts before the document, and behind it."""
+        """Fill in the prompt's texts around its document. ``instruct`` None: the template's own instruction."""
         instruct = self.instruct if instruct is None else instruct
         texts = {"query": query, "instruct": _filled(self.instruct_form, {"instruct": instruct}) if instruct else ""}
         at = next(number for number, part in enumerate(self.parts) if "{document}" in part)
@@ -80,7 +83,7 @@ class RerankTemplate(BaseModel):
 
 
 def _filled(text: str, texts: dict[str, str]) -> str:
-    """In one pass: braces in a query are text."""
+    """Fill in the fields of ``text`` in one pass, so that braces in a query are text."""
     return _FIELD.sub(lambda field: texts[field[1]], text)
 
 
@@ -97,9 +100,9 @@ _MXBAI_TASK = (
 )
 
 TEMPLATES: dict[str, RerankTemplate] = {
-    # Byte for byte what the model card of Qwen/Qwen3-Reranker-0.6B, -4B and -8B puts together in its transformers
-    # example: prefix, "<Instruct>: ...\n<Query>: ...\n<Document>: ...", suffix. The tests of sentence-transformers
-    # (test_qwen3_reranker_formatted_pairs) and vLLM's examples (qwen3_reranker.jinja) have the same.
+    # The prompt of the transformers example in the model cards of Qwen/Qwen3-Reranker-0.6B, -4B and -8B, byte for byte:
+    # prefix, "<Instruct>: ...\n<Query>: ...\n<Document>: ...", suffix. sentence-transformers' tests
+    # (test_qwen3_reranker_formatted_pairs) and vLLM's examples (qwen3_reranker.jinja) have the same prompt.
     QWEN3_RERANKER: RerankTemplate(
         prompt=(
             "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
@@ -109,8 +112,8 @@ TEMPLATES: dict[str, RerankTemplate] = {
         ),
         instruct="Given a web search query, retrieve relevant passages that answer the query",
     ),
-    # What the library of mxbai-rerank-base-v2 and -large-v2 puts together (mxbai-rerank 0.1.6 on PyPI), which tokenises
-    # each part by itself: a query that ends in "." has other tokens together with the line break behind it.
+    # The prompt of mxbai-rerank-base-v2 and -large-v2, as their library builds it (mxbai-rerank 0.1.6 on PyPI). It
+    # tokenises each part by itself: a query that ends in "." has other tokens together with the line break after it.
     MXBAI_RERANK: RerankTemplate(
         prompt=(
             f"<|im_start|>system\n{_QWEN_SYSTEM}<|im_end|>\n<|im_start|>user\n",
@@ -125,7 +128,7 @@ TEMPLATES: dict[str, RerankTemplate] = {
         yes="1",
         no="0",
     ),
-    # For models that were not trained to rerank: words alone, no chat markup.
+    # For models that were not trained to rerank: plain words without chat markup.
     PLAIN_V1: RerankTemplate(
         prompt=(
             "Instruction: {instruct}\nQuery: {query}\nDocument: {document}\n"
@@ -135,8 +138,8 @@ TEMPLATES: dict[str, RerankTemplate] = {
         yes=" yes",
         no=" no",
     ),
-    # The best of two dozen wordings with the demo model: the right document came first for 50 of 60 queries, with
-    # plain-v1 for 39 (docs/measurements.md). Query first, so that the documents share it.
+    # The best of two dozen wordings with the demo model: the right document came first for 50 of 60 queries, and for 39
+    # with plain-v1 (docs/measurements.md). The query comes first, so that all documents share it as a prefix.
     PLAIN: RerankTemplate(
         prompt=(
             "{instruct}\n\nQuery: {query}\n\nDocument: {document}\n\n"

@@ -1,4 +1,4 @@
-"""The way into a front end. It can be closed: requests inside are answered, later ones are told to try again."""
+"""The door of a front end. Once it is closed, requests inside are still answered, and later ones must retry."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from serve_app.errors import RETRY_AFTER_S, OverloadedError
 
 
 class Door:
-    """Counts the requests that are inside; ``before`` is ASGI middleware."""
+    """A door that counts the requests inside; ``before`` is ASGI middleware."""
 
     def __init__(self) -> None:
         self._inside = 0
@@ -19,12 +19,12 @@ class Door:
         self._closed = False
 
     async def close(self) -> None:
-        """Let no more requests in, and return when the last one inside is answered."""
+        """Refuse new requests, and return when the last request inside is answered."""
         self._closed = True
         await self._empty.wait()
 
     def before(self, app: ASGIApp) -> ASGIApp:
-        """``app`` behind this door. It raises OverloadedError when the door is closed."""
+        """Put this door before ``app``. The result raises OverloadedError once the door is closed."""
 
         async def enter(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] != "http":

@@ -1,8 +1,8 @@
 """Log-likelihoods in OpenAI's shape: ``/v1/completions``, prefill only.
 
-``echo`` with ``logprobs`` tells what the model thinks of each token of a prompt, which is what evaluation harnesses ask
-for. The distribution after every position is read on the engine, one target each; no [positions, vocabulary] array
-exists anywhere. At most one token follows a prompt: the top-1 token, which its prefill has found anyway.
+``echo`` with ``logprobs`` returns the logprob of each token of a prompt, as evaluation harnesses ask for. The engine
+reads the distribution after every position for one target; no [positions, vocabulary] array exists anywhere. At most
+one token follows a prompt: the top-1 token, which the prefill computes anyway.
 """
 
 from __future__ import annotations
@@ -57,14 +57,15 @@ _ZERO_OR_ONE: dict[str, Any] = {"minimum": 0, "maximum": 1}
 
 
 class CompletionRequest(RequestBody):
-    """Logprobs of prompts, and their top-1 next tokens: ``POST /v1/completions``.
+    """Request for logprobs of prompts, and for their top-1 next tokens: ``POST /v1/completions``.
 
     Attributes:
-        prompt: one or several, as text or token ids.
-        max_tokens: 0, or 1 for the top-1 next token. None: 0 where ``echo`` and ``logprobs`` ask about the prompt,
-            else an error, since OpenAI's default is 16.
+        prompt: one prompt or several, as text or token ids.
+        max_tokens: 0, or 1 for the top-1 next token. None: 0 if ``echo`` and ``logprobs`` ask about the prompt, else
+            an error, since OpenAI's default is 16.
         echo: begin the answer's text, and its logprobs, with the prompt.
-        logprobs: 0: of the answer's tokens; 1: also of the top-1 token at each position. None: no logprobs.
+        logprobs: 0: return the logprobs of the answer's tokens; 1: also those of the top-1 token at each position.
+            None: return no logprobs.
         temperature: 0, which is also the default.
     """
 
@@ -79,10 +80,10 @@ class CompletionRequest(RequestBody):
 
     @property
     def new_tokens(self) -> int:
-        """How many come after each prompt.
+        """The number of tokens that follow each prompt.
 
         Raises:
-            InvalidRequestError: it asks for OpenAI's default, which is more than one.
+            InvalidRequestError: the request asks for OpenAI's default, which is more than one.
         """
         if self.max_tokens is None and not (self.echo and self.logprobs is not None):
             raise InvalidRequestError(
@@ -97,10 +98,11 @@ class CompletionLogprobs(ResponseBody):
     """Logprobs of each token of the answer, in nats over the whole vocabulary.
 
     Attributes:
-        tokens: their names: the text, or of a part of a character its bytes, as ``bytes:\\xe7\\x8b``.
-        token_logprobs: None for a prompt's first token, which nothing comes before.
-        top_logprobs: with ``logprobs: 1``, for each position the token there and the top-1 token.
-        text_offset: characters before each token in the answer's ``text``; parts of a character begin where it does.
+        tokens: the tokens' names: a token's text, or its bytes as ``bytes:\\xe7\\x8b`` if it is a part of a character.
+        token_logprobs: the logprob of each token; None for a prompt's first token, since nothing precedes it.
+        top_logprobs: with ``logprobs: 1``, the token and the top-1 token at each position.
+        text_offset: the number of characters before each token in the answer's ``text``. Parts of a character begin
+            where the character does.
     """
 
     tokens: list[str]
@@ -119,7 +121,7 @@ class CompletionChoice(ResponseBody):
 
 
 class CompletionResponse(ResponseBody):
-    """One choice a prompt, in order."""
+    """One choice per prompt, in order."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -130,7 +132,7 @@ class CompletionResponse(ResponseBody):
 
 
 class OpenAIError(ResponseBody):
-    """What ``OpenAIErrorResponse`` holds."""
+    """The error in ``OpenAIErrorResponse``."""
 
     message: str
     type: str
@@ -139,7 +141,7 @@ class OpenAIError(ResponseBody):
 
 
 class OpenAIErrorResponse(ResponseBody):
-    """The shape of errors on this route, which OpenAI's clients expect."""
+    """The nested error object that OpenAI's clients expect."""
 
     error: OpenAIError
 
@@ -155,15 +157,15 @@ class Completer:
         """Build one sequence for each prompt, read at every position where the next token is asked about.
 
         Raises:
-            InvalidRequestError: ids or lengths are wrong, or the model is no causal one.
-            TooLargeError: more prompts or tokens than the limits allow.
+            InvalidRequestError: ids or lengths are wrong, or the model is not causal.
+            TooLargeError: the request has more prompts or tokens than the limits allow.
         """
         check_causal(self._model.info.classes)
         new_tokens = request.new_tokens
         texts, sequences = yield from self._prompts(request.prompt)
         rated = request.echo and request.logprobs is not None
         arrays = [np.asarray(ids, np.int32) for ids in sequences]
-        # Each position has the next token for a target; the last has none, and is read for its top-1 token.
+        # Each position has the next token as its target. The last has no target: it is read for its top-1 token.
         firsts = [0 if rated else len(ids) - 1 for ids in arrays]
         reads = [
             np.arange(first, len(ids) - 1 + new_tokens, dtype=np.int32)
@@ -183,7 +185,7 @@ class Completer:
         return PreparedRequest(batch, 0, batch.num_sequences, len(batch.tokens), completions.answer)
 
     def _prompts(self, prompt: Prompt) -> Steps[tuple[list[str | None], list[list[int]]]]:
-        """Each prompt's text, if it came as text, and its ids."""
+        """The text of each prompt, None if it came as ids, and its ids."""
         if not prompt and not isinstance(prompt, str):
             raise InvalidRequestError("prompt is an empty list; send at least one prompt", param="prompt")
         where = "prompt[{}]"
@@ -207,7 +209,8 @@ class Completer:
             total += len(ids)
             if not 0 < len(ids) <= self._model.max_prompt_tokens:
                 raise InvalidRequestError(
-                    f"prompt[{index}] has {len(ids)} tokens; this model reads 1 to {self._model.max_prompt_tokens}",
+                    f"prompt[{index}] has {len(ids)} tokens; this model reads 1 to {self._model.max_prompt_tokens}; "
+                    "send a prompt of such a length",
                     param="prompt",
                     index=index,
                 )
@@ -221,10 +224,10 @@ class Completions:
     """Makes the answer to a completion request.
 
     Attributes:
-        batch: its prompts.
-        texts: the text of each prompt, None where it came as ids.
-        reader: names the tokens.
-        model: its name in the answer.
+        batch: the request's prompts.
+        texts: the text of each prompt, None if it came as ids.
+        reader: the reader that names the tokens.
+        model: the model's name in the answer.
     """
 
     batch: TokenBatch
@@ -236,7 +239,7 @@ class Completions:
     request_id: str
 
     def answer(self, result: BatchResult) -> CompletionResponse:
-        """The engine's values as OpenAI shows them.
+        """Make the answer from the engine's values, in OpenAI's shape.
 
         Raises:
             InternalError: the model's output for a prompt is not finite.
@@ -253,7 +256,7 @@ class Completions:
                 argmax=result.argmax[first:last].tolist(),
                 argmax_logprobs=result.argmax_values[first:last].tolist(),
             )
-            if not all(value < math.inf for value in (*prompt.logprobs, *prompt.argmax_logprobs)):  # NaN is not, either
+            if not all(value < math.inf for value in (*prompt.logprobs, *prompt.argmax_logprobs)):  # false for NaN too
                 raise not_finite(index, "prompt")
             choices.append(self._choice(index, prompt))
         prompt_tokens, generated = len(batch.tokens), len(prompts) * self.request.new_tokens
@@ -294,14 +297,14 @@ class Completions:
         return CompletionChoice(text=told.text, index=index, logprobs=logprobs)
 
     def _told(self, index: int, ids: list[int], generated: list[int]) -> TokenTexts:
-        """The prompt's text and what comes after it, with its tokens."""
+        """The text of the prompt and the generated token, with the tokens' names and starts."""
         told = self.reader.read([*ids, *generated])
         if (given := self.texts[index]) is None:
             return told
         end = told.starts[len(ids)] if generated else len(told.text)
         if told.text[:end].endswith(given):
             return told.without_front(end - len(given))
-        # The tokenizer changed the text before it cut it.
+        # The tokenizer changed the text before splitting it into tokens.
         _, ends = self.tokenizer.encode_with_ends(given)
         starts = [0]
         for last, this in pairwise([0, *ends]):
@@ -312,7 +315,7 @@ class Completions:
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """What the engine told of one prompt: logprobs of its own tokens but the first, and each read's top-1 token."""
+    """What the engine read of one prompt: the logprobs of its tokens after the first, and each read's top-1 token."""
 
     ids: list[int]
     logprobs: list[float]
@@ -321,11 +324,11 @@ class _Read:
 
 
 def _top(token: int, name: str, logprob: float, top: int, top_name: str, highest: float) -> dict[str, float]:
-    """The token in a place, and the top one there: the same if the token's logprob is the highest of the two."""
+    """The token at a position and the top-1 token there, with their logprobs; one entry if they are the same token."""
     logprob = max(logprob, LOWEST)
     if token == top:
         return {name: logprob}
-    if top_name == name:  # some vocabularies have two tokens of one text
+    if top_name == name:  # some vocabularies have two tokens with the same text
         top_name = f"token_id:{top}"
     return {name: logprob} | {top_name: max(highest, logprob)}
 
@@ -333,7 +336,7 @@ def _top(token: int, name: str, logprob: float, top: int, top_name: str, highest
 COMPLETIONS = Task[CompletionRequest, CompletionResponse](
     name="completions",
     paths=(COMPLETIONS_PATH,),
-    description="Logprobs of the prompts' own tokens, and the top-1 next ones.",
+    description="Logprobs of the prompts' own tokens, and the top-1 next tokens.",
     request=CompletionRequest,
     response=CompletionResponse,
     builder=lambda model: Completer(model).prepare,

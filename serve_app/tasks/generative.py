@@ -1,7 +1,7 @@
-"""``POST /generative_scoring``: vLLM's request shape and envelope around ``/v1/score``.
+"""Generative scoring, ``POST /generative_scoring``: vLLM's request and response shapes around ``/v1/score``.
 
-Each item's score is that of the first label. Text is joined before it is tokenised, as on ``/v1/score``; vLLM tokenises
-query and items apart, which gives other tokens where they meet.
+An item's score is the score of the first label. Text is joined before it is tokenised, as on ``/v1/score``. vLLM
+tokenises query and items apart, which gives other tokens where they meet.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from serve_app.tasks.validation import check_causal
 
 
 class GenerativeScoringRequest(RequestBody):
-    """How likely a model continues each prompt with the first label: ``POST /generative_scoring``.
+    """Request for the first label's probability after each prompt: ``POST /generative_scoring``.
 
     Attributes:
         query: text or token ids, the same kind as ``items``.
-        items: one prompt each.
-        label_token_ids: the first is scored.
-        apply_softmax: against the other labels; False: over the whole vocabulary.
+        items: texts or lists of token ids, one prompt each.
+        label_token_ids: the labels; the first is scored.
+        apply_softmax: True: the probability over the labels alone. False: over the whole vocabulary.
         item_first: the prompt is item + query instead of query + item.
-        add_special_tokens: to text, such as a begin-of-sequence token.
-        request_id: becomes a part of the answer's ``id``; None: the request's own.
+        add_special_tokens: add the tokenizer's special tokens to text, such as a begin-of-sequence token.
+        request_id: a part of the answer's ``id``. None: the id in the header, or a new one.
     """
 
     foreign = compat.GENERATIVE
@@ -47,7 +47,7 @@ class GenerativeScoringRequest(RequestBody):
 
 
 class ItemScore(ResponseBody):
-    """The first label's probability for the item at ``index``."""
+    """The score of the item at ``index``: the first label's probability."""
 
     index: int
     object: Literal["score"] = "score"
@@ -55,7 +55,7 @@ class ItemScore(ResponseBody):
 
 
 class GenerativeScoringResponse(ResponseBody):
-    """One score an item, in order."""
+    """One score per item, in order."""
 
     id: str
     object: Literal["list"] = "list"
@@ -66,15 +66,15 @@ class GenerativeScoringResponse(ResponseBody):
 
 
 def as_score_request(request: GenerativeScoringRequest, classes: int) -> ScoreRequest:
-    """The same question to ``/v1/score``.
+    """The same request for ``/v1/score``.
 
     Raises:
-        InvalidRequestError: the model has ``classes``; or there are no items, which vLLM refuses, too.
+        InvalidRequestError: the model is a classifier, or there are no items, which vLLM refuses too.
     """
     check_causal(classes)
     if not request.items:
         raise InvalidRequestError("items is empty; send at least one item", param="items")
-    # Checked already: once is enough for a million ids.
+    # The fields were validated before: once is enough for a million ids.
     return ScoreRequest.model_construct(
         query=request.query,
         items=request.items,

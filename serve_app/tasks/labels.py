@@ -1,4 +1,4 @@
-"""Labels as the model reads them: which sequences and reads give the logprob of each."""
+"""Layouts of labels: which sequences and reads give the logprob of each label."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from serve_app.tasks.tokenizer import Ending
 from serve_app.tasks.validation import check_ids
 
 _SHOWN = 60
-"""Characters of a label that an error message repeats."""
+"""The most characters of a label that an error message repeats."""
 _PIECES = 8
-"""Tokens that an error message spells."""
+"""The most tokens that an error message spells."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How the labels of one item are read behind its prompt.
+    """Layout of one item's labels: how they are read after its prompt.
 
     A label's logprob is the sum of its tokens' logprobs, each given the prompt and the label's tokens before it. Every
-    such read is made once, however many labels begin alike.
+    such read is made once, however many labels have the same beginning.
 
     Attributes:
-        continuations: tokens behind the prompt, one tuple a sequence; ``((),)`` if all labels have one token.
+        continuations: the tokens after the prompt, one tuple per sequence; ``((),)`` if all labels have one token.
         read_sequences: the continuation of each read, not descending.
-        read_depths: how many tokens of its continuation precede each read, ascending within a continuation.
-        targets: token ids of all reads, one after the other.
-        target_counts: of each read.
-        parts: for each label in turn, where its tokens stand among ``targets``.
-        lengths: tokens of each label.
-        disjoint: labels that do not begin with another one, whose probabilities may be summed.
-        depth: tokens of the longest continuation.
+        read_depths: the number of tokens of its continuation before each read, ascending within a continuation.
+        targets: the target ids of all reads, one read after the other.
+        target_counts: the number of targets of each read.
+        parts: for each token of each label in turn, its position in ``targets``.
+        lengths: the number of tokens of each label.
+        disjoint: the labels that do not begin with another label; their probabilities may be summed.
+        depth: the number of tokens of the longest continuation.
     """
 
     continuations: tuple[tuple[int, ...], ...]
@@ -53,7 +53,7 @@ class Layout:
 
 
 def of_tokens(labels: Sequence[int]) -> Layout:
-    """Layout of labels that are one token each."""
+    """Lay out labels of one token each."""
     number = len(labels)
     return Layout(
         continuations=((),),
@@ -68,12 +68,12 @@ def of_tokens(labels: Sequence[int]) -> Layout:
 
 
 class _Node:
-    """A context behind the prompt: the tokens of a label so far.
+    """A node in the tree of labels: the context made of a label's tokens so far.
 
     Attributes:
-        after: by the next token, the contexts that labels go on to, in the labels' order.
-        ends: a label is this context.
-        places: by the next token, where it stands among the targets.
+        after: the next contexts of the labels by next token, in the labels' order.
+        ends: whether a label ends here.
+        places: the positions of the next tokens in ``Layout.targets``.
     """
 
     __slots__ = ("after", "ends", "places")
@@ -85,10 +85,10 @@ class _Node:
 
 
 def of_words(labels: Sequence[tuple[int, ...]]) -> Layout:
-    """Layout of labels that are one token or more each, no two the same. Takes time linear in their tokens."""
+    """Lay out labels of one or more tokens each, no two of them equal. It takes time linear in their tokens."""
     root = _Node()
     paths: list[list[_Node]] = []
-    """For each label the contexts of its tokens."""
+    """The contexts of each label's tokens."""
     for label in labels:
         node, path = root, list[_Node]()
         for token in label:
@@ -96,7 +96,7 @@ def of_words(labels: Sequence[tuple[int, ...]]) -> Layout:
             node = node.after.setdefault(token, _Node())
         node.ends = True
         paths.append(path)
-    # In order of their tokens, so that a context's continuation is the first that goes through it.
+    # Contexts are visited in the order of their tokens, so each is read in the first continuation that contains it.
     continuations: list[tuple[int, ...]] = []
     reads: list[tuple[int, int, _Node]] = []
     targets: list[int] = []
@@ -135,35 +135,35 @@ def of_words(labels: Sequence[tuple[int, ...]]) -> Layout:
 
 
 def added_tokens(prompt: list[int], labelled: list[int]) -> tuple[int, ...]:
-    """The tokens of a word behind a prompt; none if it adds none or changes the prompt's own.
+    """The tokens that a word adds after a prompt; empty if it adds none or changes the prompt's own.
 
     Args:
-        labelled: the tokens of the prompt with the word behind it.
+        labelled: the tokens of the prompt followed by the word.
     """
     return tuple(labelled[len(prompt) :]) if labelled[: len(prompt)] == prompt else ()
 
 
 class Words:
-    """Lays out labels that are text by the tokens that they add to a prompt.
+    """Words as labels, laid out by the tokens that they add to a prompt.
 
     Args:
-        pieces: the vocabulary's spelling of ids.
-        vocab_size: ids below it are the model's.
+        pieces: a function that spells ids as the vocabulary does.
+        vocab_size: the model's ids are those below it.
     """
 
     def __init__(self, pieces: Callable[[Sequence[int]], list[str]], vocab_size: int) -> None:
         self._pieces = pieces
         self._vocab_size = vocab_size
         self._known: dict[tuple[tuple[int, ...], ...], tuple[Layout, list[list[str]]]] = {}
-        """Most items of a request have the same labels, of the same tokens."""
+        """The layouts made so far: most items of a request have the same labels, which add the same tokens."""
 
     def layout(
         self, index: int, words: Sequence[str], added: tuple[tuple[int, ...], ...]
     ) -> tuple[Layout, list[list[str]]]:
-        """The layout, and each label's tokens as the vocabulary spells them.
+        """Lay out the labels, and spell each label's tokens as the vocabulary does.
 
         Args:
-            index: of the item, for errors.
+            index: the item's index, for errors.
             added: the tokens that each word adds to the item's prompt.
 
         Raises:
@@ -174,7 +174,7 @@ class Words:
         if len(set(added)) < len(added):
             first, second = next((a, b) for b, tokens in enumerate(added) for a in [added.index(tokens)] if a < b)
             raise InvalidRequestError(
-                f"labels: {quoted(words[first])} and {quoted(words[second])} are the same tokens behind "
+                f"labels: {quoted(words[first])} and {quoted(words[second])} add the same tokens after "
                 f"items[{index}]; send one of them",
                 param="labels",
                 index=index,
@@ -185,12 +185,12 @@ class Words:
     def added(
         self, index: int, prompt: list[int], word: str, labelled: list[int], ending: Ending | None = None
     ) -> tuple[int, ...]:
-        """The tokens of a word behind the prompt.
+        """The tokens that a word adds after the prompt.
 
         Args:
-            index: of the item, for errors.
-            labelled: the tokens of the prompt with the word behind it.
-            ending: the prompt's end, by which the error can say what would work.
+            index: the item's index, for errors.
+            labelled: the tokens of the prompt followed by the word.
+            ending: the prompt's end, with which the error can say what would work.
 
         Raises:
             InvalidRequestError: the word changes the prompt's tokens, or adds none.
@@ -210,21 +210,21 @@ class Words:
 
 
 def check(labels: Sequence[int | str], where: str, index: int | None, *, most: int, vocab_size: int) -> None:
-    """One list of labels.
+    """Check one list of labels.
 
     Args:
-        where: its field, and its place there if it is one of several; ``index`` is then its item.
-        most: labels that a list may hold.
+        where: the list's field, and its place there if it is one of several; ``index`` is then its item's.
+        most: the most labels that a list may have.
 
     Raises:
-        InvalidRequestError: it is empty or too long, repeats a label, or holds one that cannot be any.
+        InvalidRequestError: the list is empty or too long, repeats a label, or has an invalid label.
     """
     param = where.partition("[")[0]
     if not labels:
         raise InvalidRequestError(f"{where} is empty; name at least one label", param=param, index=index)
     if len(labels) > most:
         raise InvalidRequestError(
-            f"{where} has {len(labels)} labels; this service takes at most {most}; ask for fewer, or in two requests",
+            f"{where} has {len(labels)} labels; this service takes at most {most}; send fewer, or use several requests",
             param=param,
             index=index,
         )
@@ -241,7 +241,7 @@ def check(labels: Sequence[int | str], where: str, index: int | None, *, most: i
 def wrong_lists(
     lists: Sequence[Sequence[int | str]], name: str, *, most: int, vocab_size: int
 ) -> Iterator[InvalidRequestError]:
-    """The error of each list of labels that is wrong, where every item has a list of its own, see ``check``."""
+    """The error of each wrong list of labels, where every item has its own list, see ``check``."""
     for index, own in enumerate(lists):
         try:
             check(own, f"{name}[{index}]", index, most=most, vocab_size=vocab_size)
@@ -250,12 +250,12 @@ def wrong_lists(
 
 
 def quoted(text: str) -> str:
-    """A label for a message, spelt as in JSON: a newline can be seen."""
+    """The text as a JSON string, shortened for a message; a newline is visible as an escape."""
     return json.dumps(text if len(text) <= _SHOWN else text[:_SHOWN] + "...", ensure_ascii=False)
 
 
 def _remedy(prompt: list[int], word: str, ending: Ending | None) -> str:
-    """Labels that would work: the same text, of which some of the prompt's end is the label's, or another word."""
+    """Suggest labels that would work: part of the prompt's end moved into the label, or a space before the label."""
     found: list[str] = []
     if ending is not None:
         if (cut := ending.last_cut(word)) is not None:
@@ -273,7 +273,7 @@ _SPACES = {" ": "space", "\n": "newline", "\t": "tab"}
 
 
 def _end(text: str) -> str:
-    """What a text ends in, in words."""
+    """The end of a text, in words."""
     if white := text[len(text.rstrip()) :]:
         name = _SPACES.get(white[0]) if len(set(white)) == 1 else None
         if name is None:

@@ -1,4 +1,4 @@
-"""What a front end knows of one model."""
+"""Facts about one model that a front end knows."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from serve_app.tasks.tokenizer import Joined, TextTokenizer
 from serve_app.tasks.validation import check_characters, check_work
 
 TEXT_CHARACTERS = 2**19
-"""Characters of one text that may be tokenised whatever the context: 0.3 s of one thread (a byte-level BPE)."""
+"""Characters that one text may always have, whatever the model's context: 0.3 s of one thread (a byte-level BPE)."""
 CHARACTERS_PER_TOKEN = 64
-"""More than a text has, on average, in any language."""
+"""Characters per token, more than the average of a text in any language."""
 
 
 MOST_CLASSES = 2
-"""Most classes of a model that can rerank: with more, no single class means relevance."""
+"""The most classes of a model that can rerank: with more, no single class means relevance."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """All that a request becomes prompts by.
+    """Facts about a model that are needed to make prompts of a request.
 
     Attributes:
-        name: in answers.
-        info: what the engine says of it.
-        limits: of a request.
+        name: the model's name in answers.
+        info: what the engine says of the model.
+        limits: the limits of a request.
         rerank: the template of ``/v1/rerank``.
     """
 
@@ -43,44 +43,44 @@ class ModelFacts:
     def of(
         cls, settings: ModelSettings, tokenizer: TextTokenizer, info: ModelInfo, folder: Path | None = None
     ) -> ModelFacts:
-        """Gather what is known of a served model.
+        """Gather the facts about a served model.
 
         Args:
-            folder: the model's files, which tell the template; None: its name alone does.
+            folder: the folder with the model's files, by which the template is chosen. None: its name decides.
         """
         return cls(settings.name, tokenizer, info, settings.limits, choose(settings, folder))
 
     @property
     def can_rerank(self) -> bool:
-        """Whether an answer of the model can mean relevance."""
+        """Whether the model can rerank."""
         return self.info.classes <= MOST_CLASSES
 
     @property
     def max_prompt_tokens(self) -> int:
-        """The longest prompt that the model reads and a request may have."""
+        """The most tokens of a prompt that both the model and the limits allow."""
         most = self.info.max_prompt_tokens
         return min(most, self.limits.max_prompt_tokens or most)
 
     @property
     def max_text_characters(self) -> int:
-        """The longest text, with all that is tokenised with it: a longer real text has more tokens than the
-        model reads."""
+        """The most characters of a text and all that is tokenised with it. A longer text, in any language, has more
+        tokens than the model reads."""
         return max(TEXT_CHARACTERS, CHARACTERS_PER_TOKEN * self.max_prompt_tokens)
 
     @property
     def max_request_characters(self) -> int:
-        """Most characters that may be tokenised for one request."""
+        """The most characters that may be tokenised for one request."""
         return CHARACTERS_PER_TOKEN * self.limits.max_request_tokens
 
     def encoded(self, texts: Sequence[str], param: str, *, add_special_tokens: bool = True) -> Iterator[list[int]]:
-        """The tokens of each text, made as they are wanted.
+        """Tokenise the texts, each when it is asked for. Lengths are checked before the first one.
 
         Args:
-            param: the field that they came in.
+            param: the field of the texts.
 
         Raises:
-            InvalidRequestError: before anything is made: a text is too long.
-            TooLargeError: likewise: they are too much together.
+            InvalidRequestError: a text is too long.
+            TooLargeError: all texts together are too long.
         """
         for index, text in enumerate(texts):
             check_characters(len(text), self.max_text_characters, param, index)

@@ -1,4 +1,4 @@
-"""One request's items as packed tokens, a few at a time or all at once."""
+"""Prompts of one request's items, packed into token batches a few at a time or all at once."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from serve_app.tasks.validation import check_count, check_ids, check_work, too_m
 
 L = TypeVar("L", int, str)
 Spelling = list[list[str]]
-"""The vocabulary's spelling of each token of each label."""
+"""Spelling in the vocabulary of each token of each label."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One item's.
+    """The prompt of one item.
 
     Attributes:
-        index: of the item.
-        ids: what the model sees before the labels; at least one.
+        index: the item's index.
+        ids: the tokens that the model sees before the labels; at least one.
         layout: how the labels are read.
-        spelling: with ``labels``, their tokens in the vocabulary's spelling.
-        dropped: tokens that the item lost, since the prompt was too long.
+        spelling: with ``labels``, their tokens as the vocabulary spells them.
+        dropped: the number of tokens that the item lost because the prompt was too long.
     """
 
     index: int
@@ -47,14 +47,15 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class PreparedItems:
-    """Items of a request for the engine, and what leads from its answer back to them.
+    """Prepared items of a request: a batch for the engine, and how its result maps back to the items.
 
     Attributes:
-        batch: the prompts in order, each as often as it has continuations.
-        prompts: of the items that are right.
-        errors: of the others; their ``index`` is the item's.
-        parts: for all labels in turn, where the values of their tokens stand among the batch's.
-        query_tokens: at the front of every prompt, how many are the query's and may come again in another request.
+        batch: the prompts in order, each once per continuation.
+        prompts: the prompts of the valid items.
+        errors: the errors of the other items, each with its item's ``index``.
+        parts: for each token of each label in turn, the position of its value among the batch's values.
+        query_tokens: the number of tokens at the front of every prompt that are the query's and that another request
+            may repeat.
         classes: whether the values are those of a classification head.
     """
 
@@ -67,19 +68,19 @@ class PreparedItems:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of all prompts, without the labels."""
+        """The number of tokens of all prompts, without the labels."""
         return sum(len(prompt.ids) for prompt in self.prompts)
 
 
 class PromptBuilder:
-    """Makes the prompts of a request. Not for several threads at once.
+    """Builds the prompts of a request. Only one thread may use it at a time.
 
     Args:
-        model: its classes, if it has any, are the labels, whatever the request says.
+        model: the model; if it has classes, they are the labels, whatever the request says.
 
     Raises:
         InvalidRequestError: labels, ids or the combination of fields is wrong.
-        TooLargeError: more items than the limits allow.
+        TooLargeError: the request has more items than the limits allow.
     """
 
     def __init__(self, request: ScoreRequest, model: ModelFacts) -> None:
@@ -90,13 +91,13 @@ class PromptBuilder:
         self._tokens = 0
         self._step = 1
         self._wrong: dict[int, InvalidRequestError] = {}
-        """Items that are known to be wrong before they are tokenised."""
+        """The errors of items that are known to be wrong, by index."""
         self._check_counts()
         self._words, self._layouts = self._checked_labels()
         self._in_context = Words(model.tokenizer.pieces, model.info.vocab_size)
         self._text = self._checked_kind()
         self._check_characters()
-        # Text is joined as a string first, then tokenised once: tokens at the join come out as the model was trained.
+        # Text is joined as a string first, then tokenised once, so that the tokens at the join are as in training.
         self._query = request.query if isinstance(request.query, str) else ""
         self._most_tokens = model.max_prompt_tokens
         self._joined = Joined(
@@ -108,23 +109,24 @@ class PromptBuilder:
 
     @property
     def left(self) -> int:
-        """Items that are not prepared yet."""
+        """The number of items that are not prepared yet."""
         return len(self._items) - self._done
 
     def rest(self) -> Steps[PreparedItems]:
         """Prepare all items that are left.
 
         Raises:
-            InvalidRequestError: an item is wrong, and that fails the request.
+            InvalidRequestError: an item is wrong, and the request does not have ``on_error: "item"``.
             TooLargeError: the request has more tokens than the limits allow.
         """
         return self._take(self.left)
 
     def some(self, tokens: int) -> Steps[PreparedItems]:
-        """Prepare the next items: one at first, then ever more until they have about ``tokens`` besides the query's.
+        """Prepare the next items: one at first, then more each time, up to about ``tokens`` without the query.
 
         Raises:
-            As ``rest``.
+            InvalidRequestError: an item is wrong, and the request does not have ``on_error: "item"``.
+            TooLargeError: the request has more tokens than the limits allow.
         """
         made = yield from self._take(min(self._step, self.left))
         own = len(made.batch.tokens) - made.batch.num_sequences * made.query_tokens
@@ -178,8 +180,8 @@ class PromptBuilder:
         self._tokens += len(prompt.ids) * len(continuations) + sum(map(len, continuations))
         most = self._model.limits.max_request_tokens
         if self._tokens > most:
-            again = ", and again for labels of several tokens" if prompt.layout.depth else ""
-            counted = f", the query counted once an item{again}"
+            again = " and again for labels of several tokens" if prompt.layout.depth else ""
+            counted = f", counting the query once per item{again}"
             raise too_many_tokens(self._tokens, most, "items", prompt.index, counted)
 
     def _check_counts(self) -> None:
@@ -197,7 +199,7 @@ class PromptBuilder:
                 )
 
     def _checked_labels(self) -> tuple[Sequence[list[str]], Sequence[Layout]]:
-        """Each item's labels: words, to be laid out behind its prompt, or else layouts."""
+        """Check the labels, and return each item's words, to be laid out after its prompt, or each item's layout."""
         if self._model.info.classes:
             return [], [labels.of_tokens(range(self._model.info.classes))] * len(self._items)
         words, ids = self._request.labels, self._request.label_token_ids
@@ -218,7 +220,7 @@ class PromptBuilder:
         return (), [labels.of_tokens([] if index in self._wrong else own) for index, own in enumerate(each)]
 
     def _each_items(self, name: str, given: list[L] | list[list[L]]) -> Sequence[list[L]]:
-        """The labels of each item, checked."""
+        """Check the labels that were given, and return those of each item."""
         most, vocab_size = self._model.limits.max_labels, self._model.info.vocab_size
         if not given or not isinstance(given[0], list):
             shared = cast(list[L], given)
@@ -228,14 +230,14 @@ class PromptBuilder:
         if len(lists) != len(self._items):
             raise InvalidRequestError(
                 f"{name} has {len(lists)} lists for {len(self._items)} items; "
-                "send one list for all items or one list an item",
+                "send one list for all items or one list per item",
                 param=name,
             )
         self._refuse(labels.wrong_lists(lists, name, most=most, vocab_size=vocab_size))
         return lists
 
     def _checked_kind(self) -> bool:
-        """Whether query and items are text. If they are ids, those are checked."""
+        """Whether query and items are text. If they are token ids, check these."""
         query, items = self._request.query, self._items
         if not items or (isinstance(items[0], str) and not isinstance(query, list)):
             return True
@@ -243,8 +245,8 @@ class PromptBuilder:
             raise InvalidRequestError("Invalid combination of query/items types for score_request.", param="query")
         if self._words:
             raise InvalidRequestError(
-                "labels are text, whose tokens depend on the text before them, but items are token ids; "
-                "send label_token_ids (POST /tokenize tells them), or items as text",
+                "labels are text, and their tokens depend on the text before them, but items are token ids; "
+                "send label_token_ids (POST /tokenize returns them), or send items as text",
                 param="labels",
             )
         check_ids(query or [], self._model.info.vocab_size, "query")
@@ -253,7 +255,7 @@ class PromptBuilder:
         return False
 
     def _check_characters(self) -> None:
-        """Know that tokenising is bounded before it begins."""
+        """Check before tokenising that it will not take too long."""
         if not self._text:
             return
         items, query = cast(list[str], self._items), len(self._request.query or "")
@@ -268,7 +270,7 @@ class PromptBuilder:
         check_work(total, self._model.max_request_characters, "items")
 
     def _refuse(self, errors: Iterable[InvalidRequestError]) -> None:
-        """Raise the first error, or keep the first of each item, if the request allows it."""
+        """Raise the first error, or keep the first error of each item if the request has ``on_error: "item"``."""
         for error in errors:
             if self._request.on_error == "fail":
                 raise error
@@ -276,7 +278,7 @@ class PromptBuilder:
             self._wrong.setdefault(error.index, error)
 
     def _chunks(self, indices: Sequence[int]) -> Iterator[list[tuple[int, list[int]]]]:
-        """Each item's number and its prompt's tokens, as many at a time as take about one step."""
+        """The index and the prompt's tokens of each item, as many at a time as take about one step."""
         request, numbers = self._request, iter(indices)
         items = [self._items[index] for index in indices]
         if self._text:
@@ -292,11 +294,15 @@ class PromptBuilder:
             yield list(zip(islice(numbers, len(sequences)), sequences, strict=True))
 
     def _own(self, index: int) -> str:
-        """An item's text with all that comes after the query's place at the front."""
+        """An item's text; with ``item_first`` the query follows it."""
         return cast(str, self._items[index]) + (self._query if self._request.item_first else "")
 
     def _prompt(self, index: int, ids: list[int]) -> Steps[Prompt]:
-        """One item's, if nothing is wrong with it."""
+        """Build the prompt of one item.
+
+        Raises:
+            InvalidRequestError: the item is wrong.
+        """
         if not ids:
             raise InvalidRequestError(
                 f"items[{index}] and the query are both empty: a prompt needs at least one token",
@@ -306,7 +312,7 @@ class PromptBuilder:
         whole = len(ids)
         shorten = self._request.truncate == "item"
         if not shorten:
-            self._check_length(index, whole, 0)  # before its labels are looked at
+            self._check_length(index, whole, 0)  # before any work on its labels
         if self._words:
             ending = self._joined.ending(self._own(index), ids)
             layout, spelling = yield from self._layout(index, ids, ending, fits=not shorten)
@@ -319,7 +325,7 @@ class PromptBuilder:
 
     def _check_length(self, index: int, tokens: int, of_label: int) -> None:
         if tokens + of_label > self._most_tokens:
-            labels_too = f" and {of_label} of a label before its last" if of_label else ""
+            labels_too = f", and a label adds {of_label} before its last" if of_label else ""
             raise InvalidRequestError(
                 f"items[{index}]: the prompt has {tokens} tokens{labels_too}; this model reads at most "
                 f'{self._most_tokens}; shorten the item or the query, or send truncate: "item"',
@@ -328,11 +334,11 @@ class PromptBuilder:
             )
 
     def _layout(self, index: int, ids: list[int], ending: Ending, *, fits: bool) -> Steps[tuple[Layout, Spelling]]:
-        """How the words that are an item's labels are read behind its prompt.
+        """Lay out an item's labels, given as words, after its prompt.
 
         Args:
             ending: the prompt's end.
-            fits: whether prompt and labels must fit into what the model reads.
+            fits: whether to refuse a prompt that with its labels is longer than the model reads.
         """
         words = self._words[index]
         labelled: list[tuple[int, ...]] = []
@@ -346,7 +352,7 @@ class PromptBuilder:
     def _truncated(
         self, index: int, ids: list[int], layout: Layout, spelling: Spelling | None
     ) -> Steps[tuple[list[int], Layout, Spelling | None]]:
-        """The prompt without the end of its item, and its labels there."""
+        """Shorten the prompt at the end of its item, and lay out the labels after what is left."""
         room = self._most_tokens - layout.depth
         item_first = self._request.item_first
         if not self._text:
@@ -362,7 +368,7 @@ class PromptBuilder:
         kept = shortened(ids, start, stop, room, index)
         if not self._words or item_first:
             return kept, layout, spelling
-        # The labels now stand behind other text.
+        # The labels now follow other text.
         text = text[: ends[stop - (len(ids) - len(kept)) - 1]]
         ending = tokenizer.ending(text, kept, add_special_tokens=special)
         ending = ending or Ending(tokenizer, [], text, [], special)
@@ -378,10 +384,10 @@ def packed(
     classes: bool,
     pad: int | None,
 ) -> PreparedItems:
-    """See ``PreparedItems`` and ``TokenBatch``.
+    """Pack prompts into a batch, see ``PreparedItems`` and ``TokenBatch``.
 
     Args:
-        pad: of a model with classes, see ``ModelInfo.pad_token_id``.
+        pad: the padding token of a model with classes, see ``ModelInfo.pad_token_id``.
     """
     layouts = [prompt.layout for prompt in prompts]
     sequences = [
@@ -412,7 +418,7 @@ def packed(
 
 
 def _read_at(ids: Int32, pad: int | None) -> int:
-    """The last token that is no padding; of padding alone the first one, as transformers does it."""
+    """The position of the last token that is not padding; 0 if all are padding, as in transformers."""
     return len(ids) - 1 if pad is None else int(np.flatnonzero(ids != pad)[-1:].sum())
 
 

@@ -1,8 +1,8 @@
-"""Documents by their relevance to a query: ``/v1/rerank``, in Cohere's and Jina's shape.
+"""Rank documents by their relevance to a query: ``/v1/rerank``, in Cohere's and Jina's shape.
 
-A causal model is asked a question by a template (``templates.py``), and the score is ``p_yes / (p_yes + p_no)``. A
-model with a classification head reads the same prompt and has a score of its own, see ``relevance``. The prompt up to
-the document's end is joined, then tokenised, unless the template has it in parts; the template's end is tokenised by
+A template (``templates.py``) asks a causal model a question, and the score is ``p_yes / (p_yes + p_no)``. A model with
+a classification head reads the same prompt, and its score comes from its classes, see ``relevance``. The prompt up to
+the document's end is joined, then tokenised, unless the template has it in parts. The template's end is tokenised by
 itself, as in the model card of Qwen3-Reranker, so that a long document can be cut before it.
 """
 
@@ -31,11 +31,11 @@ from serve_app.tasks.tokenizer import Joined
 from serve_app.tasks.validation import check_characters, check_count, check_ids, check_work, too_many_tokens
 
 _SHOWN = 10
-"""Documents that a warning names."""
+"""The most documents that a warning names."""
 
 
 class RerankDocument(RequestBody):
-    """A document with metadata, of which only the text is read."""
+    """A document with metadata; only its text is read."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -43,19 +43,19 @@ class RerankDocument(RequestBody):
 
 
 class RerankRequest(RequestBody):
-    """Which documents answer a query best: ``POST /v1/rerank``.
+    """Request to rank documents by how well they answer a query: ``POST /v1/rerank``.
 
     Attributes:
-        query: what the documents are judged by.
+        query: the query that the documents are judged for.
         documents: texts, or objects with a ``text``.
-        top_n: so many of the best only.
+        top_n: return only this number of the best results. None: return all.
         return_documents: put each document's text into its result.
         instruct: the task in words, for templates that have a place for it; None: the template's own. vLLM's name for
             it is ``instruction``.
-        max_tokens_per_doc: longer documents are cut, as are those that do not fit the model's context.
-        truncate_prompt_tokens: documents are cut so that no prompt is longer. -1 or None: as long as the model reads.
+        max_tokens_per_doc: cut longer documents. Documents that do not fit the model's context are always cut.
+        truncate_prompt_tokens: cut documents so that no prompt is longer. -1 or None: the longest that the model reads.
         truncate: False: a document that would be cut is an error.
-        raw_scores: the score before the logistic function: of a causal model ``log(p_yes / p_no)``.
+        raw_scores: return scores from before the logistic function: ``log(p_yes / p_no)`` for a causal model.
     """
 
     foreign = compat.RERANK
@@ -73,13 +73,19 @@ class RerankRequest(RequestBody):
 
 
 class RankedDocument(ResponseBody):
-    """A document's text, as it came."""
+    """A document's text, as it was sent."""
 
     text: str
 
 
 class RerankResult(ResponseBody):
-    """One document: ``index`` is its place in the request, ``relevance_score`` 0 to 1 unless ``raw_scores``."""
+    """The result of one document.
+
+    Attributes:
+        index: the document's place in the request.
+        relevance_score: 0 to 1; with ``raw_scores`` any number.
+        document: with ``return_documents``, the document's text.
+    """
 
     index: int
     relevance_score: float
@@ -87,21 +93,25 @@ class RerankResult(ResponseBody):
 
 
 class RerankTokens(ResponseBody):
-    """As Cohere counts. Nothing is ever generated."""
+    """Token counts under Cohere's names. Nothing is ever generated."""
 
     input_tokens: int
     output_tokens: int = 0
 
 
 class RerankMeta(ResponseBody):
-    """``warnings`` tell which documents were cut."""
+    """Token counts and warnings, under Cohere's names.
+
+    Attributes:
+        warnings: which documents were cut; None if none was.
+    """
 
     tokens: RerankTokens
     warnings: list[str] | None = None
 
 
 class RerankResponse(ResponseBody):
-    """Results, best first; equal scores in the order of the request."""
+    """Results, best first; equal scores are in the order of the request."""
 
     id: str
     object: Literal["list"] = "list"
@@ -115,9 +125,9 @@ def prepare(model: ModelFacts, request: RerankRequest, request_id: str) -> Steps
     """Build one prompt for each document, read at its last token for the two answers, or the classes.
 
     Raises:
-        InvalidRequestError: the query leaves no room for a document, the model's tokenizer cuts the answers, or the
-            model has more than two classes.
-        TooLargeError: more documents or tokens than the limits allow.
+        InvalidRequestError: the query leaves no room for a document, an answer is more than one token of this model,
+            or the model has more than two classes.
+        TooLargeError: the request has more documents or tokens than the limits allow.
     """
     template = model.rerank.template
     documents = [document if isinstance(document, str) else document.text for document in request.documents]
@@ -139,8 +149,8 @@ def prepare(model: ModelFacts, request: RerankRequest, request_id: str) -> Steps
         most, limited = request.truncate_prompt_tokens, "truncate_prompt_tokens allows"
     if most - len(front) - len(end) < 1:
         raise InvalidRequestError(
-            f"the query takes {len(front) + len(end)} tokens with the instruction and the template; {limited} "
-            f"at most {most}, a document included; shorten it",
+            f"the query, the instruction and the template take {len(front) + len(end)} tokens; {limited} at most "
+            f"{most}, including at least one of a document; shorten the query",
             param="query",
         )
     longest = most - len(end)
@@ -168,9 +178,9 @@ def prepare(model: ModelFacts, request: RerankRequest, request_id: str) -> Steps
         prompts.append(prompt)
         total += len(prompt.ids)
         if total > model.limits.max_request_tokens:
-            counted = ", the query counted once a document"
+            counted = ", counting the query once per document"
             raise too_many_tokens(total, model.limits.max_request_tokens, "documents", index, counted)
-    # Without the vocabulary matmul: the answers' logits alone.
+    # No vocabulary matmul: the answers' logits are enough.
     made = packed(
         prompts,
         (),
@@ -184,11 +194,10 @@ def prepare(model: ModelFacts, request: RerankRequest, request_id: str) -> Steps
 
 
 def _builder(model: ModelFacts) -> Prepare[RerankRequest, RerankResponse]:
-    """``prepare`` for one model.
+    """Build ``prepare`` for one model.
 
     Raises:
-        ValueError: the model is causal, and the template that the settings name has answers that are not one token
-            each.
+        ValueError: the model is causal, and an answer of the template in the settings is not one token.
     """
     if model.rerank.asked and not model.info.classes:
         try:
@@ -204,11 +213,15 @@ def _each_apart(model: ModelFacts, texts: Sequence[str]) -> list[int]:
 
 
 def _answers(model: ModelFacts, behind: Sequence[str]) -> tuple[list[int], Layout]:
-    """Ids of the prompt's end, and how it is read: for the words for yes and no behind it, or for the classes."""
+    """The ids of the prompt's end, and how it is read: for yes and no after it, or for the classes.
+
+    Raises:
+        InvalidRequestError: an answer is not one token of this model, or the model has more than two classes.
+    """
     if model.info.classes:
         if model.info.classes > MOST_CLASSES:
             raise InvalidRequestError(
-                f"this model is a classifier with {model.info.classes} classes, none of which means relevance; "
+                f"this model is a classifier with {model.info.classes} classes, and no class means relevance; "
                 "use /v1/score",
                 param="model",
             )
@@ -222,8 +235,8 @@ def _answers(model: ModelFacts, behind: Sequence[str]) -> tuple[list[int], Layou
         if len(added) != 1:
             pieces = model.tokenizer.pieces(ids[-4:])
             raise InvalidRequestError(
-                f"the answer {word!r} is not one token of this model behind {last[-20:]!r} "
-                f"(it ends in {pieces}); serve it with a rerank_template that has other words"
+                f"the answer {word!r} is not one token of this model after {last[-20:]!r} (both together end in "
+                f"{pieces}); serve the model with a rerank_template that has other words"
             )
     check_ids(found, model.info.vocab_size, "model", of_text=True)
     return _each_apart(model, behind[:-1]) + end, labels.of_tokens(found)
@@ -237,7 +250,7 @@ def _answer(
     request_id: str,
     result: BatchResult,
 ) -> RerankResponse:
-    """The ranking by the engine's values.
+    """Make the ranking from the engine's values.
 
     Raises:
         InternalError: the model's output for a document is not finite.
@@ -271,22 +284,23 @@ def _warnings(prompts: Sequence[Prompt]) -> list[str] | None:
         return None
     shown = ", ".join(f"documents[{index}]" for index in cut[:_SHOWN])
     more = f" and {len(cut) - _SHOWN} more" if len(cut) > _SHOWN else ""
-    return [f"too long, so that only the beginning was read: {shown}{more}"]
+    return [f"too long, so only the beginning was read: {shown}{more}"]
 
 
 def relevance(values: Sequence[float], index: int, *, classes: bool, raw: bool = False) -> float:
     """A document's score from its read, 0 to 1.
 
-    Of a causal model ``p_yes / (p_yes + p_no)``. Of a model with two classes the probability of the last one; of a
-    model with one the logistic function of its logit, as sentence-transformers' CrossEncoder computes it.
+    The score is ``p_yes / (p_yes + p_no)`` for a causal model, and the probability of the last class for a model with
+    two classes. For a model with one class it is the logistic function of the logit, as sentence-transformers'
+    CrossEncoder computes it.
 
     Args:
-        values: of yes and no, in nats up to a constant of both, or the class logits.
-        index: the document, for the error.
-        raw: before the logistic function: any number, in nats.
+        values: logprobs of yes and no, up to a constant added to both; or the class logits.
+        index: the document's index, for the error.
+        raw: return the score from before the logistic function: any number, in nats.
 
     Raises:
-        InternalError: they are not finite.
+        InternalError: a value is not finite.
     """
     if classes:
         *other, yes = class_logits(values, index, field="documents")
@@ -302,7 +316,7 @@ RERANK = Task[RerankRequest, RerankResponse](
     paths=("/v1/rerank", "/v2/rerank", "/rerank"),
     description="""The documents by their relevance to the query, best first.
 
-With ``texts`` in place of ``documents`` the answer is a list, as text-embeddings-inference gives it.""",
+With ``texts`` in place of ``documents`` the answer is a list, as text-embeddings-inference returns it.""",
     request=RerankRequest,
     response=RerankResponse,
     builder=_builder,

@@ -17,7 +17,7 @@ def prepare(model: ModelFacts, request: ScoreRequest) -> Steps[PreparedRequest[S
 
     Raises:
         InvalidRequestError: see ``PromptBuilder``.
-        TooLargeError: likewise.
+        TooLargeError: see ``PromptBuilder``.
     """
     made = yield from PromptBuilder(request, model).rest()
     answer = partial(scores.answer, request, made, model.name)

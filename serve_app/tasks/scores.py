@@ -1,4 +1,4 @@
-"""From an engine's values to the rows of an answer. Plain Python, so that the front end needs no jax."""
+"""Scores from an engine's values: the rows of an answer. Plain Python, since the front end must not import JAX."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ Float64 = npt.NDArray[np.float64]
 
 
 def rows(request: ScoreRequest, prepared: PreparedItems, result: BatchResult) -> list[ScoreRow]:
-    """The prepared items' rows, in order.
+    """Make the rows of the prepared items, in order.
 
     Raises:
-        InternalError: the model's output for an item is not finite, and that fails the request.
+        InternalError: the model's output for an item is not finite, and the request does not have
+            ``on_error: "item"``.
     """
     answered = [_failed(error) for error in prepared.errors]
     tokens = result.values[prepared.parts].astype(np.float64)
     lengths = np.concatenate([np.zeros(0, np.int64), *(prompt.layout.lengths for prompt in prepared.prompts)])
-    # A label's logprob is its tokens' sum.
+    # A label's logprob is the sum of its tokens' logprobs.
     sums: Float64 = np.add.reduceat(tokens, np.cumsum(lengths) - lengths) if len(lengths) else tokens
     values: list[float] = (sums / lengths if request.length_normalize else sums).tolist()
     start = 0
@@ -66,7 +67,7 @@ def _failed(error: ScoringError) -> ScoreRow:
 
 
 def usage(prompt_tokens: int, computed_tokens: int, completion_tokens: int = 0) -> Usage:
-    """Usage of a request. Labels are not counted, though some of their tokens may have been computed."""
+    """Usage of a request. Labels do not count, though some of their tokens may have been computed."""
     return Usage(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
@@ -76,22 +77,22 @@ def usage(prompt_tokens: int, computed_tokens: int, completion_tokens: int = 0) 
 
 
 def size(request: ScoreRequest, prepared: PreparedItems) -> int:
-    """The approximate number of values in the items' rows."""
+    """The approximate size of the rows, in values."""
     return len(prepared.parts) + (prepared.prompt_tokens if request.return_prompt_token_ids else 0)
 
 
 def answer(request: ScoreRequest, prepared: PreparedItems, model: str, result: BatchResult) -> ScoreResponse:
-    """The rows of a whole request as one answer.
+    """Make the answer to a whole request.
 
     Args:
-        model: its name in the answer.
+        model: the model's name in the answer.
 
     Raises:
-        InternalError: as ``rows``.
+        InternalError: see ``rows``.
     """
     answered = rows(request, prepared, result)
     words = request.labels is not None
-    # Not checked once more: millions of values in one call would stop all threads meanwhile.
+    # The values are not validated again: one call for millions of values would block all threads.
     return ScoreResponse.model_construct(
         scores=[row.scores for row in answered],
         model=model,
@@ -108,21 +109,22 @@ def answer(request: ScoreRequest, prepared: PreparedItems, model: str, result: B
 def label_scores(
     values: Sequence[float], index: int, *, softmax: bool, temperature: float = 1.0, field: str = "items"
 ) -> list[float]:
-    """One item's probabilities from its labels' logprobs, in plain floats.
+    """The probabilities of one item's labels from their logprobs, in plain floats.
 
     Args:
-        values: nats; under ``softmax`` any constant may be added to all.
-        index: the item, for the error, and ``field`` the one that it came in.
-        temperature: divides after centring, so that a tiny one cannot overflow.
+        values: logprobs in nats; with ``softmax`` any constant may be added to all of them.
+        index: the item's index, for the error.
+        temperature: divides the values after centring, so that a tiny temperature cannot overflow.
+        field: the item's field, for the error.
 
     Raises:
-        InternalError: a value is NaN or +inf, or under ``softmax`` all are -inf.
+        InternalError: a value is NaN or +inf, or with ``softmax`` all values are -inf.
     """
     peak = max(values)
     if any(math.isnan(value) for value in values) or peak == math.inf or (softmax and peak == -math.inf):
         raise not_finite(index, field)
     if not softmax:
-        # A logprob may come out above 0 by float32's last digit.
+        # A computed logprob may be above 0 by float32's last digit.
         return [min(1.0, math.exp(value)) for value in values]
     weights = [math.exp((value - peak) / temperature) for value in values]
     total = math.fsum(weights)
@@ -130,10 +132,11 @@ def label_scores(
 
 
 def class_logits(values: Sequence[float], index: int, *, field: str = "items") -> list[float]:
-    """One item's class logits, as they are.
+    """One item's class logits, unchanged.
 
     Args:
-        index: the item, for the error, and ``field`` the one that it came in.
+        index: the item's index, for the error.
+        field: the item's field, for the error.
 
     Raises:
         InternalError: a value is not finite.
@@ -144,7 +147,7 @@ def class_logits(values: Sequence[float], index: int, *, field: str = "items") -
 
 
 def not_finite(index: int, field: str) -> InternalError:
-    """The answer where the model's output for an entry of a field is NaN or infinite."""
+    """The error of an entry of a field for which the model's output is NaN or infinite."""
     entry = field.removesuffix("s")
     return InternalError(
         f"{field}[{index}]: the model's output is not finite, so there is no score; leave this {entry} out",

@@ -1,10 +1,10 @@
-"""Tokenising one query joined with many items in time that grows with the unique text, to the same tokens.
+"""A shared query joined with many items: tokenised to the same tokens, in time that grows with the unique text.
 
-Joined prompts are tokenised whole (contract), which for a long query repeats the same work for every item. Byte-level
-BPE tokenizers cut text into words by a regular expression that reads on from the end of the last match and looks only
-a few characters ahead. So a word boundary well before the end of the query stays one whatever follows, and the tokens
-up to it are the same in every prompt. Normalisation to NFC changes nothing of this where the word begins with an ASCII
-character, which is never composed with what precedes it. Tokenizers of other kinds are left to tokenise everything.
+Joined prompts are tokenised whole (contract), which repeats the work for a long query with every item. Byte-level BPE
+tokenizers split text into words with a regular expression. It continues from the end of the last match and looks only a
+few characters ahead. So a word boundary well before the end of the query stays a boundary whatever follows, and the
+tokens before it are the same in every prompt. Normalisation to NFC does not change this if the word begins with an
+ASCII character, which never composes with what precedes it. Tokenizers of other kinds tokenise every prompt whole.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from typing import Any, cast
 from tokenizers import Tokenizer
 
 WORTHWHILE = 256
-"""Characters of a query below which nothing is gained."""
+"""The shortest query, in characters, for which this saves time."""
 MARGIN = 64
-"""Characters between the cut and the end of the query, at least: more than any such expression looks ahead."""
+"""Characters that must be between the cut and the end of the query: more than any such expression looks ahead."""
 
 TRIES = 8
 """Word boundaries to try before giving up."""
 
 _LOOKS_BACK = re.compile(r"\(\?<[=!]|(?<!\[)\^|\$|\\[AbBGzZ]")
-"""In a regular expression; "[^" begins the characters that a word does not have."""
+"""Parts of a regular expression that look back or at a text's ends; "[^" begins a character class and is none."""
 
 
 def is_local(backend: Tokenizer) -> bool:
-    """Whether words are found left to right, each from the end of the last, with nothing but the text ahead in view."""
+    """Whether the tokenizer finds words from left to right, each by the text after the last word alone."""
     description = json.loads(backend.to_str())
     plain = not any(
         token["lstrip"] or token["rstrip"] or token["single_word"] or token["normalized"]
@@ -58,9 +58,12 @@ def _splits_locally(step: dict[str, Any] | None) -> bool:
 
 
 def safe_cut(backend: Tokenizer, query: str, whole: Sequence[int]) -> int:
-    """Characters of the query with tokens that do not depend on what follows it; 0: too few to be worth it.
+    """The number of the query's characters that have the same tokens whatever follows; 0 if too few to save time.
 
-    The tokenizer must be local (``is_local``). ``whole``: the query's tokens, without special ones.
+    The tokenizer must be local (``is_local``).
+
+    Args:
+        whole: the query's tokens, without special tokens.
     """
     added = _added(backend)
     last = len(query) - reach(backend)
@@ -69,13 +72,14 @@ def safe_cut(backend: Tokenizer, query: str, whole: Sequence[int]) -> int:
         return 0
     if composed and not unicodedata.is_normalized("NFC", query):
         return 0
-    # Added tokens split the text before words are looked for: look between the last one and the next.
+    # Added tokens split the text before words are found: look for words between the last added token and the next.
     start = max((query.rfind(token, 0, last) + len(token) for token in added if token in query[:last]), default=0)
     stop = min((at for token in added if (at := query.find(token, start)) >= 0), default=len(query))
     words: list[tuple[str, tuple[int, int]]] = backend.pre_tokenizer.pre_tokenize_str(query[start:stop])
     begins = [start + begin for _, (begin, _) in words if start + begin <= last]
     begins = [begin for begin in begins if not composed or query[begin].isascii()]
-    # A word may also depend on what follows it, as white space does: a cut is good if it changes nothing in the query.
+    # A word may also depend on what follows it, as white space does. A cut is safe if the rest of the query, tokenised
+    # alone, has the same tokens.
     for cut in reversed(begins[-TRIES:]):
         rest = ids(backend, query[cut:])
         if whole[len(whole) - len(rest) :] == rest:
@@ -84,16 +88,16 @@ def safe_cut(backend: Tokenizer, query: str, whole: Sequence[int]) -> int:
 
 
 def safe_end(backend: Tokenizer, text: str, whole: Sequence[int], margin: int) -> tuple[int, int] | None:
-    """Where the text can be cut so that what follows it changes nothing before the cut.
+    """The place where the text can be cut so that nothing after the text changes the tokens before the cut.
 
     The tokenizer must be local (``is_local``).
 
     Args:
-        whole: the text's tokens; special ones may precede them.
-        margin: of the cut from the text's end, in characters, see ``reach``.
+        whole: the text's tokens; special tokens may precede them.
+        margin: the least number of characters between the cut and the text's end, see ``reach``.
 
     Returns:
-        How many tokens are behind the cut, and how many characters before it; None where no cut is worth the trouble.
+        The number of tokens after the cut, and of characters before it; None if no cut saves time.
     """
     last = len(text) - margin
     if last <= 0:
@@ -103,7 +107,7 @@ def safe_end(backend: Tokenizer, text: str, whole: Sequence[int], margin: int) -
     composed = backend.normalizer is not None
     tries = 0
     for token in range(len(words) - 1, 0, -1):
-        # Some tokenizers leave the space that a word begins with out of its place in the text.
+        # In some tokenizers, a word's offsets lack the space that the word begins with.
         begin = offsets[token][0] - (text[offsets[token][0] - 1 : offsets[token][0]] == " ")
         if begin > last or words[token] == words[token - 1] or (composed and not text[begin].isascii()):
             continue
@@ -122,10 +126,10 @@ def _added(backend: Tokenizer) -> list[str]:
 
 
 def reach(backend: Tokenizer) -> int:
-    """Characters from a text's end within which what follows may change its words and added tokens."""
+    """The number of characters at a text's end where text after it may change words and added tokens."""
     return max(MARGIN, *map(len, _added(backend)), 0)
 
 
 def ids(backend: Tokenizer, text: str) -> list[int]:
-    """The text's own tokens."""
+    """The ids of the text's own tokens."""
     return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids

@@ -1,4 +1,4 @@
-"""Long work in short steps, so that others get their turn and no work is done for a caller who has left."""
+"""Steps of long work: others get their turn between them, and work stops when its caller has left."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 Steps = Generator[None, None, T]
-"""Work that may be put aside at each ``yield``, and returns its result."""
+"""Work that may pause at each ``yield``, and returns its result at the end."""
 
 STEP_S = 0.02
-"""Approximate seconds of work in a row: a request that comes meanwhile waits for so much of each other one."""
+"""Approximate seconds of work without a pause: a new request waits this long for each other request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Done(Generic[T]):
-    """The result of work that is at its end."""
+    """The result of work that is done."""
 
     result: T
 
 
 def advance(steps: Steps[T], seconds: float = STEP_S) -> Done[T] | None:
-    """Work for about ``seconds``. None: there is more to do."""
+    """Work for about ``seconds``, and return the result if the work is done, else None."""
     end = time.monotonic() + seconds
     try:
         while True:
@@ -35,7 +35,7 @@ def advance(steps: Steps[T], seconds: float = STEP_S) -> Done[T] | None:
 
 
 def finish(steps: Steps[T]) -> T:
-    """Work to the end at once."""
+    """Work to the end without a pause."""
     while True:
         if done := advance(steps):
             return done.result

@@ -1,4 +1,4 @@
-"""All kinds of requests. A new one is a file beside this one, and a line here."""
+"""Table of all tasks. A new task is a file in this folder and an entry here."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ from serve_app.tasks.tei import TEI_RERANK
 from serve_app.tasks.tokenize import DETOKENIZE, TOKENIZE
 
 TASKS: Sequence[AnyTask] = (SCORE, TEI_RERANK, RERANK, COMPLETIONS, GENERATIVE, TOKENIZE, DETOKENIZE)
-"""Where several share a route, the first that matches a body takes it."""
+"""All tasks. If several share a route, the first that matches a body takes it."""

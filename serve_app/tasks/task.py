@@ -1,4 +1,4 @@
-"""A kind of request: its routes and wire types, and how its requests become work for an engine and answers."""
+"""A task is a kind of request: its routes and wire types, and how requests become engine work and answers."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class PreparedRequest(Generic[A]):
     """A request with its prompts built: what an engine must compute, and how its result becomes the answer.
 
     Attributes:
-        batch: the prompts, and what is read of them.
-        query_tokens: tokens at the front of every prompt that may come again in another request; 0: those that all
-            share.
-        items: number of items, documents or prompts that are scored.
-        size: approximate number of values in the answer.
-        answer: makes the answer, in a thread if it is large; raises InternalError where the model's output is not
-            finite.
+        batch: the prompts and their reads.
+        query_tokens: the number of tokens at the front of every prompt that another request may repeat. 0: the tokens
+            that all prompts share.
+        items: the number of items, documents or prompts that are scored.
+        size: the approximate number of values in the answer.
+        answer: the function that makes the answer, called in a thread if the answer is large. It raises InternalError
+            if the model's output is not finite.
     """
 
     batch: TokenBatch
@@ -39,7 +39,7 @@ class PreparedRequest(Generic[A]):
     answer: Callable[[BatchResult], A]
 
     def converted(self, convert: Callable[[A], B]) -> PreparedRequest[B]:
-        """The same request with its answer in another service's shape."""
+        """Convert the answer to another service's shape."""
         answer = self.answer
         return PreparedRequest(
             self.batch, self.query_tokens, self.items, self.size, lambda result: convert(answer(result))
@@ -48,7 +48,7 @@ class PreparedRequest(Generic[A]):
 
 @dataclass(frozen=True, slots=True)
 class Answered(Generic[A]):
-    """A request that no engine needs to see."""
+    """A request answered without an engine."""
 
     value: A
 
@@ -67,18 +67,18 @@ class Task(Generic[R, A]):
     """A kind of request.
 
     Attributes:
-        name: in the description of the API.
-        paths: of its routes, all of them ``POST``.
+        name: the task's name in the API's documentation.
+        paths: the paths of its routes; all of them are ``POST``.
         description: what its routes do, for the API's documentation.
-        request: the body.
-        response: the answer, or the type of its entries if it is a list.
-        builder: makes what prepares requests to one model; called again when the model's settings change. It raises
-            ValueError if the model cannot be served as the settings say.
-        error: the shape of its errors.
-        scores: whether an engine is needed, so that a busy service refuses requests at once.
-        matches: whether a body is of this kind, for kinds that share a route; None: every body that no other kind of
-            the route has taken.
-        lines: what is on the lines of a streamed answer; None: answers are not streamed.
+        request: the type of the body.
+        response: the type of the answer, or of its entries if the answer is a list.
+        builder: the function that makes ``Prepare`` for one model, called again when the model's settings change. It
+            raises ValueError if the model cannot be served with its settings.
+        error: the type of its errors.
+        scores: whether its requests need an engine, so that an overloaded service refuses them at once.
+        matches: whether a body is of this task, for tasks that share a route. None: the task takes every body that no
+            other task of the route takes.
+        lines: the description of the lines of a streamed answer. None: answers are not streamed.
     """
 
     name: str

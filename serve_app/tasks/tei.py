@@ -1,4 +1,4 @@
-"""``POST /rerank`` in the shape of text-embeddings-inference: ``texts``, and a bare list as the answer."""
+"""Rerank in text-embeddings-inference's shape: the request has ``texts``, and the answer is a bare list."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from serve_app.tasks.task import PreparedRequest, Task
 
 
 class TeiRerankRequest(RequestBody):
-    """Which texts answer a query best.
+    """Request to rank texts by how well they answer a query.
 
     Attributes:
-        raw_scores: as in ``RerankRequest``.
+        raw_scores: return scores from before the logistic function, see ``RerankRequest``.
         return_text: put each text into its result.
-        truncate: as in ``RerankRequest``.
+        truncate: False: a text that would be cut is an error.
     """
 
     foreign = compat.RERANK
@@ -34,7 +34,7 @@ class TeiRerankRequest(RequestBody):
 
 
 class TeiRank(ResponseBody):
-    """One text: ``index`` is its place in the request."""
+    """The rank of one text; ``index`` is its place in the request."""
 
     index: int
     score: float
@@ -42,12 +42,12 @@ class TeiRank(ResponseBody):
 
 
 def is_meant(body: bytes) -> bool:
-    """Whether a body has this shape. Within JSON's strings, quotation marks are escaped."""
+    """Whether a body has this shape. A search is enough: inside JSON strings, quotation marks are escaped."""
     return bool(re.search(rb'"texts"\s*:', body)) and not re.search(rb'"documents"\s*:', body)
 
 
 def as_rerank_request(request: TeiRerankRequest) -> RerankRequest:
-    """The same question to ``/v1/rerank``."""
+    """The same request for ``/v1/rerank``."""
     return RerankRequest.model_construct(
         model=request.model,
         query=request.query,
@@ -59,7 +59,7 @@ def as_rerank_request(request: TeiRerankRequest) -> RerankRequest:
 
 
 def as_ranks(answer: RerankResponse) -> list[TeiRank]:
-    """The answer as TEI gives it, best first."""
+    """The answer in TEI's shape, best first."""
     return [
         TeiRank(
             index=result.index, score=result.relevance_score, text=result.document.text if result.document else None

@@ -1,4 +1,4 @@
-"""Finds the rerank template that a model was trained on, by its files first: copies and fine-tunes have any name."""
+"""Choice of the rerank template that a model was trained on: by its files first, since copies may have any name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from serve_app.settings import ModelSettings
 from serve_app.templates import MXBAI_RERANK, PLAIN, QWEN3_RERANKER, TEMPLATES, RerankTemplate
 
 CUSTOM = "custom"
-"""Name of a template that is written out in the settings."""
+"""The name of a template that is written out in the settings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +21,10 @@ class Choice:
     """The template of ``/v1/rerank``.
 
     Attributes:
-        name: in ``templates.py``, or ``custom``.
-        because: what it was chosen by.
-        doubt: why it may be the wrong one, and the remedy.
-        asked: whether the settings name it.
+        name: the template's name in ``templates.py``, or ``custom``.
+        because: why it was chosen.
+        doubt: why it may be the wrong one, and the remedy. None: there is no such doubt.
+        asked: whether it comes from the settings.
     """
 
     name: str
@@ -37,17 +37,18 @@ class Choice:
         return f"/v1/rerank uses the template {self.name} ({self.because})"
 
 
-UNNAMED = Choice(PLAIN, TEMPLATES[PLAIN], "nothing is known of the model")
+UNNAMED = Choice(PLAIN, TEMPLATES[PLAIN], "nothing is known about the model")
 
 
 class _Kind(NamedTuple):
-    """How the models of one template are recognised.
+    """A kind of model with its own template, and how it is recognised.
 
     Attributes:
-        template: its name.
-        model_type: of their ``config.json``; any other model is not one of them, whatever it is called.
-        named: what their own names, and those of the models that were made of them, have.
-        asks: a sentence of the prompt, which their chat templates have.
+        template: the template's name.
+        model_type: ``model_type`` in its ``config.json``; a model with another type is not of this kind, whatever its
+            name.
+        named: a pattern in the names of these models and of models derived from them.
+        asks: a sentence of the prompt, as it is in their chat templates.
     """
 
     template: str
@@ -76,7 +77,7 @@ _ORIGINS = {
     "tokenizer_config.json": ("name_or_path",),
     "adapter_config.json": ("base_model_name_or_path",),
 }
-"""Where the name of the model is kept that another was made of."""
+"""The fields in which files name the model that this one was derived from."""
 _CHAT_TEMPLATES = (
     "chat_template.jinja",
     "chat_template.json",
@@ -85,17 +86,17 @@ _CHAT_TEMPLATES = (
 )
 
 _QWEN3_RERANKER_ROWS = 151_669
-"""Vocabulary of Qwen3-Reranker in all sizes; Qwen3's chat models have 151,936 rows. A resized one may have it too."""
+"""Vocabulary of Qwen3-Reranker in all sizes. Qwen3's chat models have 151,936 rows; a resized one may have this too."""
 _RERANKER = re.compile(r"re-?rank|ranker|zerank|text-ranking", re.IGNORECASE)
 
 _REMEDY = "set rerank_template (docs/clients.md)"
 
 
 def choose(settings: ModelSettings, folder: Path | None = None) -> Choice:
-    """The template that the settings name, else the model's own as far as it is known, else a plain one.
+    """Choose the template from the settings, else the model's own if it is recognised, else a plain one.
 
     Args:
-        folder: of the model's files; None: its name alone tells.
+        folder: the folder with the model's files. None: the model is recognised by its name alone.
     """
     asked = settings.rerank_template
     if isinstance(asked, RerankTemplate):
@@ -109,15 +110,15 @@ def choose(settings: ModelSettings, folder: Path | None = None) -> Choice:
     if facts.model_type == "qwen3" and facts.config.get("vocab_size") == _QWEN3_RERANKER_ROWS:
         because = f"config.json has Qwen3-Reranker's vocabulary of {_QWEN3_RERANKER_ROWS} tokens"
         doubt = (
-            f"taken for a Qwen3-Reranker, since {because}; some other models made of Qwen3 have it too: if this is "
-            f"one of them, {_REMEDY}"
+            f"treated as a Qwen3-Reranker, since {because}; some other models derived from Qwen3 have it too: if this "
+            f"is one of them, {_REMEDY}"
         )
         return Choice(QWEN3_RERANKER, TEMPLATES[QWEN3_RERANKER], because, doubt)
-    return Choice(PLAIN, TEMPLATES[PLAIN], "nothing in the model's files or name tells another", facts.doubt())
+    return Choice(PLAIN, TEMPLATES[PLAIN], "nothing in the model's files or name says otherwise", facts.doubt())
 
 
 def _recognised(kind: _Kind, facts: _Facts) -> str | None:
-    """What tells that a model is of this kind."""
+    """Why a model is of this kind; None if it is not recognised as one."""
     if kind.template == QWEN3_RERANKER:
         if facts.config.get("is_original_qwen3_reranker") is True:
             return "config.json says is_original_qwen3_reranker"
@@ -133,7 +134,7 @@ def _recognised(kind: _Kind, facts: _Facts) -> str | None:
 
 
 class _Facts:
-    """What a model's files and name say of it."""
+    """Facts about a model from its files and its name."""
 
     def __init__(self, model: str, folder: Path | None) -> None:
         self._model, self._folder = model, folder
@@ -144,7 +145,7 @@ class _Facts:
         return self.config.get("model_type")
 
     def names(self) -> Iterator[tuple[str, str]]:
-        """Names of this model and of those that it was made of, and where each stands."""
+        """Names of this model and of the models that it was derived from, each with where it was found."""
         for file, keys in _ORIGINS.items():
             content = self._object(file)
             for key in keys:
@@ -155,32 +156,32 @@ class _Facts:
         yield "its name", self._model
 
     def prompts(self) -> Iterator[tuple[str, str]]:
-        """Files with the chat template or prompts of the model, and their text."""
+        """Prompts of the model: each file that may have its chat template or prompts, with the file's text."""
         for file in _CHAT_TEMPLATES:
             yield file, self._text(file)
 
     def doubt(self) -> str | None:
-        """Why a plain template may be wrong for this model."""
+        """Doubt about a plain template: why it may be wrong for this model, or None."""
         rerankers = [where for where, name in self.names() if _RERANKER.search(name)]
         if "LogitScore" in self._text("modules.json"):
             rerankers.append("modules.json")
         if rerankers:
             return (
-                f"{rerankers[0]} says that this is a reranker, but its prompt is not known: /v1/rerank uses {PLAIN}, "
-                f"which it was not trained on; {_REMEDY}"
+                f"{rerankers[0]} says that this is a reranker, but its prompt is unknown: /v1/rerank uses {PLAIN}, "
+                f"which the model was not trained on; {_REMEDY}"
             )
         architectures: list[Any] = self.config.get("architectures") or []
-        # A config that tells no number of classes has two.
+        # Without a number of classes in its config, a classifier has two.
         classes = len(self.config.get("id2label") or "01")
         if any(str(each).endswith("ForSequenceClassification") for each in architectures) and classes <= 2:
             return (
-                "this model has a classification head, and nothing tells the prompt that it was trained on: /v1/rerank "
-                f"uses {PLAIN}; to rerank with it, {_REMEDY}"
+                "this model has a classification head, and its files do not say which prompt it was trained on: "
+                f"/v1/rerank uses {PLAIN}; to rerank with this model, {_REMEDY}"
             )
         return None
 
     def _card(self) -> str:
-        """The head of the model's card and its title. The rest may tell of other models as well."""
+        """The head of the model's card and its title. The rest of the card may name other models too."""
         text = self._text("README.md")
         head = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
         title = re.search(r"^# .*", text[head.end() if head else 0 :], re.MULTILINE)
@@ -193,6 +194,6 @@ class _Facts:
     def _object(self, name: str) -> dict[str, Any]:
         try:
             found = json.loads(self._text(name) or "{}")
-        except ValueError:  # who needs the file says so
+        except ValueError:  # code that needs the file reports it
             return {}
         return found if isinstance(found, dict) else {}

@@ -1,8 +1,8 @@
-"""Tokens as parts of a text: where each begins, and a name that tells it from other tokens.
+"""Texts of tokens: where each token begins in a text, and a name that distinguishes it from other tokens.
 
 A token may be a part of a character: the bytes of "狐" are two or three tokens in most vocabularies. Such a token has
-no text, and decoders make U+FFFD of it. It is named by its bytes, ``bytes:\\xe7\\x8b``, as OpenAI's API does, and
-begins where its character does.
+no text, and decoders make U+FFFD of it. Its name is its bytes, ``bytes:\\xe7\\x8b``, as in OpenAI's API, and it begins
+where its character does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 _FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
-"""The spelling of one byte in vocabularies with byte fallback."""
+"""A pattern for one byte as vocabularies with byte fallback spell it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,9 @@ class TokenTexts:
     """A text and its tokens.
 
     Attributes:
-        starts: characters before each token.
-        names: of each token; but for ``bytes:`` they stand in the text at its start. Empty where a token adds nothing.
+        starts: the number of characters before each token.
+        names: the name of each token. It is in the text at the token's start, unless it begins with ``bytes:``. It is
+            empty if the token adds nothing.
     """
 
     text: str
@@ -35,9 +36,9 @@ class TokenTexts:
     names: list[str]
 
     def without_front(self, length: int) -> TokenTexts:
-        """The same for the text without its first characters, such as those of a begin-of-sequence token."""
+        """Remove the text's first characters, such as those of a begin-of-sequence token."""
         names = [
-            # A token that is cut off whole keeps its name.
+            # A token that is removed completely keeps its name.
             (name[max(0, length - start) :] or name) if self.text.startswith(name, start) else name
             for name, start in zip(self.names, self.starts, strict=True)
         ]
@@ -45,11 +46,11 @@ class TokenTexts:
 
 
 class TokenReader:
-    """Says what tokens are in a text.
+    """Reads tokens as parts of a text.
 
     Args:
-        backend: its decoder tells which tokens are bytes: all (byte-level), those spelt ``<0x0A>`` (byte fallback), or
-            none.
+        backend: the tokenizer. By its decoder, the tokens that are bytes are all (byte-level), those that are spelt
+            ``<0x0A>`` (byte fallback), or none.
     """
 
     def __init__(self, backend: Tokenizer) -> None:
@@ -59,7 +60,7 @@ class TokenReader:
         self._byte_fallback = "ByteFallback" in kinds
 
     def read(self, ids: Sequence[int]) -> TokenTexts:
-        """The text of the ids, special tokens included, and its tokens."""
+        """Decode the ids, including special tokens, to a text and its tokens."""
         parts = self._parts(ids)
         text = self._backend.decode(ids, skip_special_tokens=False)
         starts = [min(start, len(text)) for start in _starts(self._valid(parts))]
@@ -67,12 +68,12 @@ class TokenReader:
         return TokenTexts(text, starts, names)
 
     def names(self, before: Sequence[int], ids: Sequence[int]) -> list[str]:
-        """The name of each id behind the one before it: some decoders take a space from a text's beginning."""
+        """The name of each id after the id before it: some decoders remove a space from the beginning of a text."""
         parts = [*map(self._part, ids, self._added(before, ids))]
         return [self._name(part) for part in parts]
 
     def _parts(self, ids: Sequence[int]) -> list[str | bytes]:
-        """What each token adds to the text: bytes, of which characters may be made with those of others, or text."""
+        """The part of the text that each token adds: text, or bytes that may form characters with those of others."""
         known = [token for token in ids if self._backend.id_to_token(token) is not None]
         if not known:
             return [""] * len(ids)
@@ -94,9 +95,9 @@ class TokenReader:
         return None
 
     def _added(self, before: Sequence[int], ids: Sequence[int]) -> list[str]:
-        """The text that each id adds behind the one before it."""
+        """The text that each id adds after the id before it."""
         if self._byte_level:
-            return [""] * len(ids)  # which their bytes tell
+            return [""] * len(ids)  # not needed: the spelling gives the bytes
         decode = self._backend.decode_batch
         left = decode([[token] for token in before], skip_special_tokens=False)
         alone = decode([[token] for token in ids], skip_special_tokens=False)
@@ -107,7 +108,7 @@ class TokenReader:
         ]
 
     def _valid(self, parts: Sequence[str | bytes]) -> Iterator[str | bytes]:
-        """Byte fallback decodes a run of bytes whole: if it is not UTF-8, each byte is U+FFFD."""
+        """The parts as they are decoded. Byte fallback decodes a run of bytes at once; if not UTF-8, each is U+FFFD."""
         for is_bytes, run in groupby(parts, key=lambda part: isinstance(part, bytes)):
             own = list(run)
             if self._byte_fallback and is_bytes:
@@ -116,7 +117,7 @@ class TokenReader:
             yield from own
 
     def _name(self, part: str | bytes, text: str | None = None, start: int = 0) -> str:
-        """The name of a token that begins at ``start`` of a text, or in any text."""
+        """The name of a token that begins at ``start`` of a text, or of a token in any text."""
         own = part if isinstance(part, str) else _text(part)
         ambiguous = self._byte_fallback and isinstance(part, bytes) and own and self._is_spelt(own)
         if own and not ambiguous and (text is None or text.startswith(own, start)):
@@ -126,17 +127,17 @@ class TokenReader:
         return ""
 
     def _is_spelt(self, text: str) -> bool:
-        """Whether the vocabulary has another token for the text of a byte."""
+        """Whether the vocabulary also has a token that is spelt as this text, a byte's."""
         return self._backend.token_to_id(text.replace(" ", "▁")) is not None
 
 
 def _starts(parts: Iterator[str | bytes]) -> Iterator[int]:
-    """Characters before each part. Bytes that are no UTF-8 are U+FFFD, as decoders have it."""
+    """The start of each part, in characters. Bytes that are not UTF-8 count as U+FFFD, as in decoders."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     total = 0
     for part in parts:
         if part and not (isinstance(part, bytes) and part[0] & 0xC0 == 0x80):
-            # A character begins here, even if the one before was not whole.
+            # A character begins here, even if the one before it is incomplete.
             total += len(decoder.decode(b"", final=True))
         yield total
         total += len(decoder.decode(part) if isinstance(part, bytes) else part)
@@ -156,7 +157,7 @@ def _kinds(decoder: dict[str, Any]) -> Iterator[str]:
 
 
 def _byte_characters() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable ones as in Latin-1, the others from U+0100 on."""
+    """The characters with which GPT-2 spells bytes: printable bytes as in Latin-1, the others from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + at): byte for at, byte in enumerate(others)}

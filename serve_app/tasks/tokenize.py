@@ -1,4 +1,4 @@
-"""``POST /tokenize`` and ``POST /detokenize``: text and token ids as the model sees them."""
+"""Tokenize and detokenize, ``POST /tokenize`` and ``POST /detokenize``: text to the model's token ids, and back."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from serve_app.tasks.validation import check_count, check_ids
 
 
 def tokenize(model: ModelFacts, request: TokenizeRequest) -> Steps[Answered[TokenizeResponse]]:
-    """Make ids and pieces of each text.
+    """Tokenise each text into ids and pieces.
 
     Raises:
         InvalidRequestError: a text is too long to be tokenised at once.
-        TooLargeError: more texts than a request may have items.
+        TooLargeError: the request has more texts than it may have items, or they are too long together.
     """
     texts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
     check_count(texts, model.limits.max_items, "prompt")
@@ -32,7 +32,7 @@ def tokenize(model: ModelFacts, request: TokenizeRequest) -> Steps[Answered[Toke
 
 
 def detokenize(model: ModelFacts, request: DetokenizeRequest) -> Steps[Answered[DetokenizeResponse]]:
-    """Make the text of ids.
+    """Decode ids to text.
 
     Raises:
         InvalidRequestError: an id is out of the vocabulary.
@@ -45,7 +45,7 @@ def detokenize(model: ModelFacts, request: DetokenizeRequest) -> Steps[Answered[
 TOKENIZE = Task[TokenizeRequest, TokenizeResponse](
     name="tokenize",
     paths=("/tokenize",),
-    description="Ids and pieces of text, as the model would see it.",
+    description="The token ids and pieces of a text, as the model would see them.",
     request=TokenizeRequest,
     response=TokenizeResponse,
     builder=lambda model: lambda request, _: tokenize(model, request),
@@ -54,7 +54,7 @@ TOKENIZE = Task[TokenizeRequest, TokenizeResponse](
 DETOKENIZE = Task[DetokenizeRequest, DetokenizeResponse](
     name="detokenize",
     paths=("/detokenize",),
-    description="The text of ids.",
+    description="The text of token ids.",
     request=DetokenizeRequest,
     response=DetokenizeResponse,
     builder=lambda model: lambda request, _: detokenize(model, request),

@@ -17,19 +17,19 @@ from serve_app.tasks import shared_query, tokenizer_files
 from serve_app.tasks.tokenizer_files import TokenizerFacts
 
 _CHUNK_CHARACTERS = 2**16
-"""Joined and tokenised at a time, some 20 ms of work: others wait for it, and the query is repeated in every prompt,
-which must not cost memory without end."""
+"""Characters that are joined and tokenised at a time, about 20 ms of work. The limit keeps others from waiting long,
+and it bounds the memory for the query's copies, one in every prompt."""
 _ENTRY_CHARACTERS = 64
-"""Characters that take as long as what is done once for each text, however short."""
+"""Characters that take as long to tokenise as the work that every text costs, however short it is."""
 
 S = TypeVar("S", str, list[int])
 
 
 def in_chunks(entries: Iterable[S], repeated: int = 0) -> Iterator[list[S]]:
-    """Texts or ids, as many at a time as take about 20 ms.
+    """Split texts or ids into chunks of about 20 ms of work.
 
     Args:
-        repeated: characters or ids that are handled once more with each entry.
+        repeated: the number of characters or ids that are processed again with each entry.
     """
     chunk: list[S] = []
     work = 0
@@ -45,13 +45,13 @@ def in_chunks(entries: Iterable[S], repeated: int = 0) -> Iterator[list[S]]:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """The end of a text, to be tokenised with something behind it in place of the whole.
+    """The end of a text, which can be tokenised with a word after it in place of the whole text.
 
     Attributes:
-        before: tokens of the text that nothing behind it can change.
-        text: what comes after them.
-        behind: what is added behind every text.
-        special: special tokens are added around ``text``: it is the whole one.
+        before: the text's first tokens, which nothing after the text can change.
+        text: the rest of the text, after those tokens.
+        behind: the special tokens that are added after every text.
+        special: whether special tokens are added around ``text``, since it is the whole text.
     """
 
     tokenizer: TextTokenizer
@@ -61,7 +61,7 @@ class Ending:
     special: bool = False
 
     def followed_by(self, words: Sequence[str]) -> Iterator[list[int]]:
-        """The tokens of the whole text with each word behind it, made as they are wanted."""
+        """Tokenise the whole text followed by each word, some words at a time as they are asked for."""
         at_once = max(1, _CHUNK_CHARACTERS // (len(self.text) + max(map(len, words), default=0) + 1))
         for start in range(0, len(words), at_once):
             texts = [self.text + word for word in words[start : start + at_once]]
@@ -69,9 +69,9 @@ class Ending:
                 yield [*self.before, *ids, *self.behind]
 
     def last_cut(self, word: str) -> int | None:
-        """The last place in ``text`` where it can be cut so that what is cut off, with the word, only adds tokens.
+        """Find the last place to cut ``text``, in characters, so that the rest, followed by the word, only adds tokens.
 
-        In characters. None: no such place was found in a few tries.
+        None: a few tries found no such place.
         """
         if len(self.text) > _CHUNK_CHARACTERS:
             return None  # each try would take long
@@ -85,12 +85,12 @@ class Ending:
 
 
 class TextTokenizer:
-    """A Hugging Face fast tokenizer. Encoding releases the GIL; safe to share between threads.
+    """A Hugging Face fast tokenizer. Encoding releases the GIL, and threads may share a tokenizer.
 
     Args:
-        backend: the Rust tokenizer; truncation and padding are switched off.
-        bos_id: id of the begin-of-sequence token, if there is one.
-        facts: for clients that ask; nothing here depends on them.
+        backend: the Rust tokenizer; its truncation and padding are switched off.
+        bos_id: the id of the begin-of-sequence token, or None.
+        facts: facts that the service returns to clients; nothing here depends on them.
     """
 
     def __init__(self, backend: Tokenizer, bos_id: int | None, facts: TokenizerFacts | None = None) -> None:
@@ -99,29 +99,29 @@ class TextTokenizer:
         backend.no_padding()
         self.backend = backend
         self._local = shared_query.is_local(backend)
-        # Only a BOS that the tokenizer adds by itself can come to stand before one in the text.
+        # Only a tokenizer that adds a BOS by itself can put a second one before the one in the text.
         self._added_bos = bos_id if backend.encode("").ids[:1] == [bos_id] else None
         self._reach = shared_query.reach(backend)
         self._around = _added_around(backend)
 
     @classmethod
     def load(cls, folder: Path) -> TextTokenizer:
-        """The tokenizer of a local folder in Hugging Face layout.
+        """Load the tokenizer of a local folder in Hugging Face layout.
 
         Raises:
-            ModelSourceError: at start-up: the folder holds no fast tokenizer, or not the model's.
+            ModelSourceError: the folder has no fast tokenizer, or the tokenizer is not the model's.
         """
         return cls(*tokenizer_files.load(folder))
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
-        """Ids of each text. BOS stands at most once at the front, even if the text begins with it too."""
+        """Tokenise each text. There is at most one BOS at the front, even if the text begins with one too."""
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return self._with_one_bos([encoding.ids for encoding in encodings], add_special_tokens)
 
     def encode_with_ends(self, text: str, *, add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
-        """Ids as ``encode`` gives them, and for each where it ends in the text, in characters, not descending.
+        """Tokenise a text as ``encode`` does, and find the character where each token ends. Ends do not descend.
 
-        What is added in front ends at 0, what is added behind past the text's end.
+        Tokens that are added in front end at 0. Tokens that are added at the end have an end past the text's.
         """
         encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
         ends = [end for _, end in encoding.offsets]
@@ -133,14 +133,15 @@ class TextTokenizer:
         return ids, ends[len(ends) - len(ids) :]
 
     def encode_joined(self, query: str, items: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
-        """Ids of ``query + item`` for each item: those of ``encode``, but a long query is read about once."""
+        """Tokenise ``query + item`` for each item, to the tokens of ``encode``, but read a long query about once."""
         return Joined(self, query, add_special_tokens=add_special_tokens, many=len(items) > 1).encode(items)
 
     def local_front(self, query: str, add_special_tokens: bool) -> tuple[list[int], int, list[int]] | None:
-        """What joining a long query with many items needs; None where they are to be tokenised whole.
+        """The front that a long query gives its prompts; None if the prompts must be tokenised whole.
 
         Returns:
-            The query's tokens, how many characters of it never depend on what follows, and what is added behind a text.
+            The query's tokens, the number of its characters with tokens that never depend on the text after it, and the
+            tokens that are added after every text.
         """
         if not self._local or self._around is None:
             return None
@@ -152,7 +153,7 @@ class TextTokenizer:
         return (before + whole, cut, behind) if cut else None
 
     def ending(self, text: str, ids: Sequence[int], *, add_special_tokens: bool) -> Ending | None:
-        """The end of ``text``, whose tokens are ``ids``; None where it is not much shorter than the whole."""
+        """The end of ``text``, which has the tokens ``ids``; None if it is not much shorter than the whole text."""
         if not self._local or len(text) < shared_query.WORTHWHILE or self._around is None:
             return None
         behind = self._around[1] if add_special_tokens else []
@@ -163,11 +164,11 @@ class TextTokenizer:
         return Ending(self, own[:-tokens], text[cut:], behind)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text, special tokens included; an id that the vocabulary has no token for gives nothing."""
+        """Decode ids to text, including special tokens. An id without a token in the vocabulary adds nothing."""
         return self.backend.decode(ids, skip_special_tokens=False)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The vocabulary's own spelling of each id."""
+        """The pieces of the vocabulary that the ids stand for."""
         return [self.backend.id_to_token(i) or "" for i in ids]
 
     def _with_one_bos(self, sequences: list[list[int]], added: bool) -> list[list[int]]:
@@ -179,13 +180,14 @@ class TextTokenizer:
 
 
 class Joined:
-    """Tokenises one query joined with items, a few at a time, to the tokens of the joined strings.
+    """One query joined with items: tokenised a few items at a time, to the tokens of the joined strings.
 
     Args:
-        many: more than one item will come, so that finding the part of a long query that never changes is worth it.
+        many: whether more than one item will come, so that it pays to find the part of a long query that never changes.
 
     Attributes:
-        query_tokens: at the front of the first prompt, how many are the query's alone; 0 before it was made.
+        query_tokens: the number of tokens at the front of the first prompt that are the query's alone; 0 before that
+            prompt is made.
     """
 
     def __init__(self, tokenizer: TextTokenizer, query: str, *, add_special_tokens: bool, many: bool) -> None:
@@ -197,7 +199,7 @@ class Joined:
         self.query_tokens = 0
 
     def encode(self, items: Sequence[str]) -> list[list[int]]:
-        """Ids of ``query + item`` for each item."""
+        """Tokenise ``query + item`` for each item."""
         if self._front is None:
             return self._encode_whole(items)
         front, cut, behind = self._front
@@ -211,15 +213,15 @@ class Joined:
         return prompts
 
     def chunks(self, items: Iterable[str]) -> Iterator[list[list[int]]]:
-        """Ids of ``query + item`` for each item, some at a time, made as they are wanted."""
+        """Tokenise ``query + item`` for each item, a chunk at a time as it is asked for."""
         return map(self.encode, in_chunks(items, len(self._query)))
 
     def each(self, items: Iterable[str]) -> Iterator[list[int]]:
-        """Ids of ``query + item`` for each item, made as they are wanted."""
+        """Tokenise ``query + item`` for each item, and give one item's ids at a time."""
         return chain.from_iterable(self.chunks(items))
 
     def ending(self, item: str, ids: Sequence[int]) -> Ending:
-        """The end of ``query + item``, whose tokens are ``ids``, see ``Ending``."""
+        """The end of ``query + item``, which has the tokens ``ids``, see ``Ending``."""
         if found := self._tokenizer.ending(self._query + item, ids, add_special_tokens=self._special):
             return found
         if self._front is None:
@@ -232,14 +234,14 @@ class Joined:
         texts = [self._query + item for item in items]
         if self.query_tokens or not self._query:
             return self._tokenizer.encode(texts, add_special_tokens=self._special)
-        # One is tokenised with offsets, which tell where the query ends without reading it once more.
+        # The first is tokenised with offsets: they say where the query ends, without another pass over it.
         first, ends = self._tokenizer.encode_with_ends(texts[0], add_special_tokens=self._special)
         self.query_tokens = bisect_right(ends, len(self._query))
         return [first, *self._tokenizer.encode(texts[1:], add_special_tokens=self._special)]
 
 
 def _added_around(backend: Tokenizer) -> tuple[list[int], list[int]] | None:
-    """The special tokens before and behind a text's own; None if that cannot be told."""
+    """The special tokens that are added before and after a text's own; None if they cannot be told apart."""
     bare, whole = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
     fronts = [at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare]
     if not bare or len(fronts) != 1:

@@ -1,6 +1,6 @@
-"""Loads the tokenizer of a model's folder, and refuses one that cannot be the model's.
+"""Load the tokenizer of a model's folder, and refuse one that cannot be the model's.
 
-``tokenizer.json`` is what the model was trained with, so it is read as it stands. transformers 5 would take only its
+The model was trained with ``tokenizer.json``, so this file is read as it is. transformers 5 would take only its
 vocabulary and build the rest from the class that ``tokenizer_config.json`` names.
 """
 
@@ -24,14 +24,14 @@ SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 LEAST_SHARE = 0.5
-"""Share of the model's vocabulary that its tokenizer has at least. Padding of the model's rows stays far above it."""
+"""The least share of the model's vocabulary that its tokenizer must have. Padded rows leave it far above this."""
 
 _SAMPLE = "a b yes no 1, 2."
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFacts:
-    """What a tokenizer's files say beside how text becomes tokens, in their words; None: nothing."""
+    """Facts from a tokenizer's files, under their names there. They do not change how text becomes tokens."""
 
     tokenizer_class: str | None = None
     bos_token: str | None = None
@@ -42,7 +42,7 @@ class TokenizerFacts:
 
 
 class LoadedTokenizer(NamedTuple):
-    """A folder's tokenizer, the id of its begin-of-sequence token if it has one, and what else its files say."""
+    """A tokenizer loaded from a folder, with the id of its begin-of-sequence token or None, and other facts."""
 
     backend: Tokenizer
     bos_id: int | None
@@ -50,10 +50,10 @@ class LoadedTokenizer(NamedTuple):
 
 
 def load(folder: Path) -> LoadedTokenizer:
-    """The tokenizer of a local folder: ``tokenizer.json`` where there is one.
+    """Load the tokenizer of a local folder, from ``tokenizer.json`` if there is one.
 
     Raises:
-        ModelSourceError: there is none, it cannot be read, or it does not fit the model's ``config.json``.
+        ModelSourceError: there is no tokenizer, it cannot be read, or it does not fit the model's ``config.json``.
     """
     loaded = _from_file(folder) if (folder / "tokenizer.json").is_file() else _from_parts(folder)
     _check(folder, loaded.backend)
@@ -65,7 +65,7 @@ def _facts(folder: Path) -> TokenizerFacts:
     template, beside = declared.get("chat_template"), folder / "chat_template.jinja"
     if beside.is_file():
         template = beside.read_text(encoding="utf-8")
-    elif isinstance(template, list):  # one for chats, others for tools and documents
+    elif isinstance(template, list):  # named templates: one for chats, others for tools and documents
         named: list[Any] = [each for each in template if isinstance(each, dict)]
         template = next((each.get("template") for each in named if each.get("name") == "default"), None)
     return TokenizerFacts(
@@ -95,7 +95,7 @@ def _from_file(folder: Path) -> LoadedTokenizer:
 
 
 def _add_tokens(folder: Path, backend: Tokenizer, declared: dict[str, Any]) -> None:
-    """Add the tokens that only the files beside ``tokenizer.json`` declare, as transformers does."""
+    """Add the tokens that only the other files, not ``tokenizer.json``, declare, as transformers does."""
     decoder: dict[str, Any] = declared.get("added_tokens_decoder") or {}
     ids = {decoder[id]["content"]: int(id) for id in decoder} or _object(folder, "added_tokens.json")
     flags = {token["content"]: {flag: token[flag] for flag in _FLAGS if flag in token} for token in decoder.values()}
@@ -110,8 +110,8 @@ def _add_tokens(folder: Path, backend: Tokenizer, declared: dict[str, Any]) -> N
     for content, id in ids.items():
         if (given := backend.token_to_id(content)) != id:
             raise ModelSourceError(
-                f"{folder}: the token {content!r} has the id {given} by tokenizer.json, and {id} by the files beside "
-                "it (tokenizer_config.json, added_tokens.json); save the tokenizer again, so that they agree"
+                f"{folder}: the token {content!r} has the id {given} in tokenizer.json, but {id} in the other files "
+                "(tokenizer_config.json, added_tokens.json); save the tokenizer again, so that they agree"
             )
 
 
@@ -124,7 +124,7 @@ def _special_tokens(declared: dict[str, Any]) -> list[str]:
 
 
 def _warn_of_flags(folder: Path, backend: Tokenizer, declared: dict[str, Any]) -> None:
-    """Say where ``add_bos_token`` and ``add_eos_token`` contradict ``tokenizer.json``, which transformers 5 follows."""
+    """Warn if a flag contradicts ``tokenizer.json``. The flag has no effect, as in transformers 5."""
     bare, whole = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
     for flag, name, adds in (
         ("add_bos_token", "bos_token", whole[:1] != bare[:1]),
@@ -133,7 +133,7 @@ def _warn_of_flags(folder: Path, backend: Tokenizer, declared: dict[str, Any]) -
         if isinstance(declared.get(flag), bool) and declared[flag] != adds and _content(declared.get(name)):
             does = "adds one" if adds else "adds none"
             logger.warning(
-                "%s: tokenizer_config.json says %s: %s, but tokenizer.json %s; tokenizer.json holds",
+                "%s: tokenizer_config.json says %s: %s, but tokenizer.json %s; tokenizer.json is followed",
                 folder,
                 flag,
                 str(declared[flag]).lower(),
@@ -142,16 +142,16 @@ def _warn_of_flags(folder: Path, backend: Tokenizer, declared: dict[str, Any]) -
 
 
 def _from_parts(folder: Path) -> LoadedTokenizer:
-    """By transformers, which builds a tokenizer from older files."""
+    """Load with transformers, which builds a tokenizer from older files."""
     if refusal := _unusable_parts(folder):
         raise ModelSourceError(f"no tokenizer can be loaded from {folder}: {refusal}")
-    # Importing takes seconds, and only here.
+    # The import takes seconds, and only this function needs it.
     from transformers import AutoTokenizer
 
     auto: Any = AutoTokenizer  # untyped upstream
     try:
         loaded: Any = auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # of many kinds
+    except Exception as error:  # transformers raises many kinds
         raise ModelSourceError(
             f"no tokenizer can be loaded from {folder}: {error}; save one there as tokenizer.json"
         ) from error
@@ -162,43 +162,41 @@ def _from_parts(folder: Path) -> LoadedTokenizer:
 
 
 def _unusable_parts(folder: Path) -> str | None:
-    """Why a folder without ``tokenizer.json`` has no usable tokenizer, and the remedy; None if it may have."""
+    """Why a folder without ``tokenizer.json`` has no usable tokenizer, and the remedy; None if it may have one."""
     by_hand = f"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained('{folder}'"
     if (folder / "tekken.json").is_file():
         return (
-            "tekken.json is Mistral's own format, which is not read (its prompts would lack <s>); copy tokenizer.json "
-            "from the same model in Hugging Face layout, or from the one that it was tuned from"
+            "tekken.json is Mistral's own format, which is not supported (its prompts would lack <s>); copy "
+            "tokenizer.json from the same model in Hugging Face layout, or from its base model"
         )
     if code := _object(folder, "tokenizer_config.json").get("auto_map"):
         named: Any = code.get("AutoTokenizer") if isinstance(code, dict) else code
         names = " or ".join(each for each in named if each) if isinstance(named, list) else named
         return (
-            f"its tokenizer is code of its own ({names}), which is never run; where you trust it, make tokenizer.json: "
+            f"its tokenizer is code of its own ({names}), which is never run; if you trust it, make tokenizer.json: "
             f"python -c \"{by_hand}, trust_remote_code=True).backend_tokenizer.save('{folder}/tokenizer.json')\""
         )
     if (folder / "tokenizer.model").is_file():
         if importlib.util.find_spec("sentencepiece") is None:
             return (
-                "it has tokenizer.model alone, which takes the package sentencepiece to read; make tokenizer.json of "
-                "it once: pip install sentencepiece protobuf, then "
+                "it has only tokenizer.model, which needs the package sentencepiece; make tokenizer.json from it once: "
+                "pip install sentencepiece protobuf, then "
                 f"python -c \"{by_hand}).save_pretrained('{folder}')\""
             )
         return None
     if any((folder / name).is_file() for name in ("vocab.json", "vocab.txt")):
         return None
-    return (
-        "it has no tokenizer.json, nor another file of a vocabulary; copy tokenizer.json from where the model came from"
-    )
+    return "it has no tokenizer.json and no other vocabulary file; copy tokenizer.json from where the model came from"
 
 
 def _check(folder: Path, backend: Tokenizer) -> None:
     """Refuse a vocabulary that is not the model's: every prompt would be read as the same few tokens."""
     tokens, rows = backend.get_vocab_size(), _object(folder, "config.json").get("vocab_size")
-    remedy = "copy the tokenizer's files from where the model came from, tokenizer.json above all"
+    remedy = "copy the tokenizer's files, above all tokenizer.json, from where the model came from"
     if isinstance(rows, int) and tokens < LEAST_SHARE * rows:
         raise ModelSourceError(
-            f"the tokenizer of {folder} has {tokens} tokens and the model's vocabulary {rows}: it is not the model's "
-            f"tokenizer, or a part of it; {remedy}"
+            f"the tokenizer of {folder} has {tokens} tokens, but the model's vocabulary has {rows}: it is not the "
+            f"model's tokenizer, or only a part of it; {remedy}"
         )
     special = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
     unknown = getattr(backend.model, "unk_token", None)
@@ -206,7 +204,7 @@ def _check(folder: Path, backend: Tokenizer) -> None:
         special.add(id)
     if set(backend.encode(_SAMPLE).ids) <= special:
         raise ModelSourceError(
-            f"the tokenizer of {folder} makes no tokens of the text {_SAMPLE!r}, special ones aside: its vocabulary is "
+            f"the tokenizer of {folder} makes no tokens of the text {_SAMPLE!r} except special ones: its vocabulary is "
             f"missing; {remedy}"
         )
 
@@ -218,7 +216,11 @@ def _content(token: Any) -> str | None:
 
 
 def _object(folder: Path, name: str) -> dict[str, Any]:
-    """The JSON object in a file; empty if there is no such file."""
+    """The JSON object in a file, empty if there is no such file.
+
+    Raises:
+        ModelSourceError: the file is not a JSON object.
+    """
     path = folder / name
     if not path.is_file():
         return {}

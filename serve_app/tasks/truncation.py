@@ -1,4 +1,4 @@
-"""Shortening a prompt that is too long by tokens of its item, and of nothing else. Pure functions."""
+"""Truncation of a prompt that is too long: it loses tokens of its item, and no others. Pure functions."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from serve_app.errors import InvalidRequestError
 
 
 def item_span(ends: Sequence[int], query: str, item: str, *, item_first: bool) -> tuple[int, int]:
-    """Which tokens of a joined text are the item's alone; one that also holds a character of the query is not.
+    """The span of the item's own tokens in a joined text. A token with a character of the query is not in it.
 
     Args:
-        ends: of each token, as ``TextTokenizer.encode_with_ends`` tells them.
+        ends: the end of each token, as ``TextTokenizer.encode_with_ends`` gives them.
 
     Returns:
-        The first such token, and the one behind the last.
+        The position of the first such token, and the position after the last.
     """
     front = bisect_right(ends, 0)
     if item_first:
@@ -26,17 +26,17 @@ def item_span(ends: Sequence[int], query: str, item: str, *, item_first: bool) -
 
 
 def shortened(ids: list[int], start: int, stop: int, room: int, index: int) -> list[int]:
-    """The ids without so many of the last of the item's, which are ``start`` to ``stop``, that ``room`` are left.
+    """Shorten ``ids`` to ``room`` tokens: remove the last of the item's, which are ``start`` to ``stop``.
 
     Raises:
-        InvalidRequestError: not one of the item's would be left.
+        InvalidRequestError: no token of the item would be left.
     """
     too_many = len(ids) - room
     if stop - start <= too_many:
         raise InvalidRequestError(
-            f"items[{index}]: the prompt has {len(ids)} tokens, {len(ids) - stop + start} of them not the item's; this "
-            f"model reads at most {room} before the labels, and truncate takes from the item only and leaves at least "
-            "one; shorten the query",
+            f"items[{index}]: the prompt has {len(ids)} tokens, {len(ids) - stop + start} of them outside the item; "
+            f"this model reads at most {room} before the labels, and truncate shortens only the item, to one token at "
+            "least; shorten the query",
             param="query",
             index=index,
         )

@@ -1,4 +1,4 @@
-"""Checks that several routes share."""
+"""Validation that several routes share."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from serve_app.errors import InvalidRequestError, TooLargeError
 def check_ids(
     ids: Sequence[int], vocab_size: int, where: str, index: int | None = None, *, of_text: bool = False
 ) -> None:
-    """Token ids that the model has.
+    """Check that the model has all of the token ids.
 
     Args:
-        ids: Python's integers, before numpy: 10**30 must be an answer too, not an overflow.
-        where: the field, and the place in it, that they came from, such as ``items[417]``.
-        index: of the item concerned.
-        of_text: they are a text's tokens, whose places mean nothing to the caller.
+        ids: Python integers, not numpy's: 10**30 must get this error, not an overflow.
+        where: the field, and the place in it, that the ids came from, such as ``items[417]``.
+        index: the item's index.
+        of_text: whether they are the tokens of a text: their positions mean nothing to the caller.
 
     Raises:
-        InvalidRequestError: an id is out of the vocabulary; the message says where it stands.
+        InvalidRequestError: an id is out of the vocabulary; the message says which one.
     """
     if ids and (min(ids) < 0 or max(ids) >= vocab_size):
         at, wrong = next((at, i) for at, i in enumerate(ids) if not 0 <= i < vocab_size)
@@ -37,7 +37,7 @@ def wrong_ids(
     """The error of each entry of the field ``param`` with an id that the model does not have, see ``check_ids``.
 
     Args:
-        entries: their numbers and ids.
+        entries: the index and the ids of each entry.
     """
     for index, ids in entries:
         try:
@@ -47,11 +47,11 @@ def wrong_ids(
 
 
 def wrong_texts(texts: Sequence[str], added: Sequence[int], most: int, param: str) -> Iterator[InvalidRequestError]:
-    """The error of each text of the field ``param`` that cannot be tokenised or is too long to be.
+    """The error of each text of the field ``param`` that cannot be tokenised or is too long.
 
     Args:
-        added: characters that are tokenised together with each text.
-        most: characters that may be tokenised at once.
+        added: the number of characters that are tokenised together with each text.
+        most: the most characters that may be tokenised at once.
     """
     for index, (text, more) in enumerate(zip(texts, added, strict=True)):
         try:
@@ -70,12 +70,12 @@ def check_count(entries: Sequence[object], most: int, param: str) -> None:
 
 
 def too_many_tokens(tokens: int, most: int, param: str, index: int, counted: str = "") -> TooLargeError:
-    """The error where the prompts up to one have more tokens than a request may have.
+    """The error of a request that has more tokens than allowed.
 
     Args:
-        tokens: tokens of the prompts up to the entry ``index`` of the field ``param``.
-        most: tokens that a request may have.
-        counted: how tokens are counted, if that is not plain.
+        tokens: the number of tokens of the prompts up to the entry ``index`` of the field ``param``.
+        most: the most tokens that a request may have.
+        counted: how the tokens are counted, if that is not obvious.
     """
     return TooLargeError(
         f"the prompts up to {param}[{index}] have {tokens} tokens; a request may have at most {most}{counted}; "
@@ -100,8 +100,8 @@ def check_characters(characters: int, most: int, param: str, index: int | None =
     """Raise InvalidRequestError when a text is so long that tokenising it alone would keep others waiting.
 
     Args:
-        characters: of the text, with all that is tokenised with it.
-        param: the field that it came in, and ``index`` which of its entries.
+        characters: the number of characters of the text and all that is tokenised with it.
+        param: the field of the text; ``index`` is its entry there.
     """
     if characters > most:
         entry = param if index is None else f"{param}[{index}]"
@@ -114,7 +114,7 @@ def check_characters(characters: int, most: int, param: str, index: int | None =
 
 
 def check_work(characters: int, most: int, param: str) -> None:
-    """Raise TooLargeError when the texts of a request are more than it may have tokenised."""
+    """Raise TooLargeError when the texts of a request are too long together to be tokenised."""
     if characters > most:
         raise TooLargeError(
             f"{param}: {characters:,} characters would have to be tokenised, a repeated text counted each time; "
@@ -124,7 +124,7 @@ def check_work(characters: int, most: int, param: str) -> None:
 
 
 def check_causal(classes: int) -> None:
-    """Raise InvalidRequestError when the model has a classification head, and so no next-token probabilities."""
+    """Raise InvalidRequestError when the model is a classifier: it has no next-token probabilities."""
     if classes:
         raise InvalidRequestError(
             f"this model is a classifier with {classes} classes; it has no next-token probabilities; "

@@ -134,7 +134,7 @@ async def test_reranks_by_its_own_score(tokenizer: TextTokenizer, classes: int):
         (
             3,
             lambda s: s.answer(RERANK, RerankRequest(query="q", documents=["a"]), request_id="r"),
-            "none of which means",
+            "no class means relevance",
         ),
         (
             2,

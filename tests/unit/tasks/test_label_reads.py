@@ -173,7 +173,7 @@ def spelled(ids: Any) -> list[str]:
         ([[1, 2, 3, 9], [1, 5, 6, 7]], 'with the label in "<5> <6> <7>"'),
         ([[1, 2, 3, 4], [1, 2, 3]], '"b" changes the last tokens'),  # it adds nothing
         ([[1, 2, 3, 4], [1, 2]], '"b" changes the last tokens'),
-        ([[1, 2, 3, 4, 5], [1, 2, 3, 4, 5]], '"a" and "b" are the same tokens behind items[3]'),
+        ([[1, 2, 3, 4, 5], [1, 2, 3, 4, 5]], '"a" and "b" add the same tokens after items[3]'),
         ([[1, 2, 3, 4], [1, 2, 3, 100]], "Token ID 100 is out of vocabulary"),
     ],
 )
@@ -222,5 +222,7 @@ class TestTruncation:
     def test_shortened(self):
         assert shortened([0, 1, 2, 3, 4, 5], 1, 4, room=5, index=0) == [0, 1, 2, 4, 5]
         assert shortened([0, 1, 2, 3, 4, 5], 1, 4, room=4, index=0) == [0, 1, 4, 5]
-        with pytest.raises(InvalidRequestError, match=r"items\[7\]: the prompt has 6 tokens, 3 of them not the item's"):
+        with pytest.raises(
+            InvalidRequestError, match=r"items\[7\]: the prompt has 6 tokens, 3 of them outside the item"
+        ):
             shortened([0, 1, 2, 3, 4, 5], 1, 4, room=3, index=7)
