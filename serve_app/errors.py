@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 COMPLETIONS = "/v1/completions"
 """The route that answers with nested errors."""
 _LIKE_COMPLETIONS = re.compile(r"(?!.*/v1/models/).*completions/*", re.DOTALL)
-"""Paths that resemble OpenAI's routes, after a prefix too, as a misconfigured client of OpenAI's API sends: their errors
-are nested. A model may be called ``completions``."""
+"""Paths that resemble OpenAI's routes, after a prefix too, as a misconfigured client of OpenAI's API sends: their
+errors are nested. A model may be called ``completions``."""
 
 RETRY_AFTER_S = 1
 """``Retry-After`` of a 503 when no better estimate is known."""

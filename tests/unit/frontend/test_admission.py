@@ -1,4 +1,4 @@
-"""The front end's door, on a clock that the test moves."""
+"""Admission to the front end, on a clock that the test moves."""
 
 from __future__ import annotations
 
