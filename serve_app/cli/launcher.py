@@ -11,7 +11,9 @@ import re
 import shutil
 import signal
 import socket
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
@@ -284,7 +286,21 @@ def _service(settings: ServiceSettings, host: str, port: int, say: Say, end: End
 
 
 def interrupt_on_signals() -> None:
-    """Make SIGTERM and SIGHUP do what Ctrl-C does; where nohup has SIGHUP ignored, it stays so."""
+    """Make SIGTERM and SIGHUP do what Ctrl-C does; where nohup has SIGHUP ignored, it stays so.
+
+    An interrupt in a finalizer or in a fork's callbacks would be printed and lost; it comes again a moment later.
+    """
+    report = sys.__unraisablehook__
+
+    def interrupt_again(unraisable: sys.UnraisableHookArgs) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            report(unraisable)
+            return
+        again = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM))
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = interrupt_again
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -176,7 +178,7 @@ def test_unusable_api_keys_stop_the_start(tmp_path: Path, capfd: pytest.CaptureF
 
 
 def test_sigterm_and_sighup_interrupt_as_ctrl_c_does():
-    before = [signal.getsignal(each) for each in launcher.STOPPING]
+    before, hook = [signal.getsignal(each) for each in launcher.STOPPING], sys.unraisablehook
     try:
         launcher.interrupt_on_signals()
         for each in launcher.STOPPING:
@@ -186,8 +188,36 @@ def test_sigterm_and_sighup_interrupt_as_ctrl_c_does():
         launcher.interrupt_on_signals()
         signal.raise_signal(signal.SIGHUP)
     finally:
+        sys.unraisablehook = hook
         for each, handler in zip(launcher.STOPPING, before, strict=True):
             signal.signal(each, handler)
+
+
+def test_an_interrupt_where_python_ignores_exceptions_is_not_lost():
+    """In a finalizer, and after a fork, as Ray's start makes many."""
+    program = """
+import os, signal, time
+from serve_app.cli import launcher
+
+class Finalized:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+launcher.interrupt_on_signals()
+os.register_at_fork(after_in_parent=lambda: signal.raise_signal(signal.SIGHUP))
+for ignored in (Finalized, os.fork):
+    try:
+        made = ignored()
+        if made == 0:
+            os._exit(0)
+        del made
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "interrupted\n" * 2
+    assert done.stderr == ""
 
 
 def run(*arguments: str) -> Any:
