@@ -41,9 +41,9 @@ _OVERLOADED = (429, 502, 503)
 _FRONT_END_DIED = 500
 """Status, without the service's own body, that Serve's proxy sends when the request's front end dies."""
 
-_NO_CONNECTION_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-"""With a limit, httpcore 1.0 may close a connection that it has just given to another thread, if more threads than
-that share the client: ``httpx.ReadError: [Errno 9] Bad file descriptor``."""
+SHARED_BY_THREADS = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+"""Limits of a client that many threads share. With a limit on connections, httpcore 1.0 may close one that it has just
+given to another thread: ``httpx.ReadError: [Errno 9] Bad file descriptor``."""
 
 R = TypeVar("R", bound=BaseModel)
 Q = TypeVar("Q", bound=RequestBody)
@@ -89,7 +89,7 @@ class ScoreClient:
             headers=headers,
             timeout=timeout_s,
             transport=transport,
-            limits=_NO_CONNECTION_LIMITS,
+            limits=SHARED_BY_THREADS,
         )
         self._model = model
         self._timeout_s = timeout_s

@@ -17,6 +17,7 @@ import pytest
 
 from scripts.simulation.cluster import start_cluster
 from serve_app import model_source
+from serve_app.client import SHARED_BY_THREADS
 from serve_app.frontend.auth import ApiKeys
 from serve_app.frontend.models import Models
 from serve_app.frontend.routes import create_app
@@ -179,9 +180,7 @@ def deploy(cluster: str) -> Iterator[Callable[[Any], httpx.Client]]:
     """Deploys an application in place of the last one; returns a client of it."""
     from ray import serve
 
-    # Tests share the client among up to 100 threads (see serve_app/client.py for why there are no limits).
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    with httpx.Client(base_url=cluster, timeout=120, limits=limits) as client:
+    with httpx.Client(base_url=cluster, timeout=120, limits=SHARED_BY_THREADS) as client:
 
         def run(application: Any) -> httpx.Client:
             serve.run(application, name=APP_NAME, logging_config={"encoding": "JSON"})

@@ -6,6 +6,7 @@ from contextlib import suppress
 
 import psutil
 
+from serve_app.contract import QueueStats
 from serve_app.local_ray import APP_NAME
 
 
@@ -23,6 +24,13 @@ def replica_processes(deployment: str) -> list[psutil.Process]:
 def replica_process(deployment: str) -> psutil.Process:
     """One of them."""
     return replica_processes(deployment)[0]
+
+
+def scorer_stats() -> list[QueueStats]:
+    """The counters of each scorer."""
+    from ray import serve
+
+    return serve.get_deployment_handle("Scorer", APP_NAME).broadcast("stats").results(timeout_s=60)
 
 
 def mapped_files(process: psutil.Process) -> str:

@@ -19,6 +19,7 @@ from scripts.benchmarks.server import Server, body, peak_mib, reset_peak, servic
 from scripts.benchmarks.work import Request, Variant
 from serve_app import model_source
 from serve_app.batches import join, pack_labels
+from serve_app.client import SHARED_BY_THREADS
 from serve_app.contract import TokenBatch
 
 if TYPE_CHECKING:
@@ -123,7 +124,10 @@ def _engine(dtype: str) -> Generator[tuple[Run, Sequence[int]]]:
 @contextlib.contextmanager
 def _over_http(server: Server, ask: Callable[[httpx.Client, Request], list[list[float]]]) -> Generator[Run]:
     """Send a variant's requests at once."""
-    with httpx.Client(base_url=server.url, timeout=3600) as client, ThreadPoolExecutor(32) as pool:
+    with (
+        httpx.Client(base_url=server.url, timeout=3600, limits=SHARED_BY_THREADS) as client,
+        ThreadPoolExecutor(32) as pool,
+    ):
 
         def run(variant: Variant) -> tuple[float, Answer]:
             started = time.perf_counter()

@@ -13,6 +13,7 @@ import pytest
 from serve_app.local_ray import APP_NAME
 from serve_app.settings import Autoscaling, ModelSettings
 from tests.faults.conftest import application, wait_for
+from tests.processes import scorer_stats
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -36,7 +37,6 @@ def running() -> int:
 
 
 def test_replicas_come_with_the_work_and_go_with_it(deploy: Callable[[Any], httpx.Client], settings: ModelSettings):
-    from ray import serve
 
     settings = settings.model_copy(update={"autoscaling": BOUNDS, "max_batch_tokens": 128})
     client = deploy(application(settings))
@@ -49,10 +49,9 @@ def test_replicas_come_with_the_work_and_go_with_it(deploy: Callable[[Any], http
         assert all(answer.result().json()["scores"] == right for answer in answers)
 
     # A request is cut for the replicas that run now, not for those of the settings.
-    handle = serve.get_deployment_handle("Scorer", APP_NAME)
-    before = [stats.sequences for stats in handle.broadcast("stats").results(timeout_s=60)]
+    before = [stats.sequences for stats in scorer_stats()]
     assert client.post("/v1/score", json=ASK).json()["scores"] == right
-    after = [stats.sequences for stats in handle.broadcast("stats").results(timeout_s=60)]
+    after = [stats.sequences for stats in scorer_stats()]
     assert sum(after) - sum(before) == len(ITEMS)
     assert sum(a > b for a, b in zip(after, before, strict=True)) >= 2
 

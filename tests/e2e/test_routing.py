@@ -10,9 +10,9 @@ import httpx
 import pytest
 
 from serve_app.app import build
-from serve_app.local_ray import APP_NAME
 from serve_app.settings import ModelSettings
 from tests.local import service_of
+from tests.processes import scorer_stats
 
 pytestmark = pytest.mark.ray
 
@@ -25,11 +25,8 @@ def client(deploy: Callable[[Any], httpx.Client], settings: ModelSettings) -> ht
 @pytest.fixture(scope="module")
 def counted(client: httpx.Client) -> Callable[[], list[int]]:
     """Sequences that each of the two replicas has scored."""
-    from ray import serve
-
-    handle = serve.get_deployment_handle("Scorer", APP_NAME)
     assert client.get("/ready").status_code == 200
-    return lambda: [stats.sequences for stats in handle.broadcast("stats").results(timeout_s=60)]
+    return lambda: [stats.sequences for stats in scorer_stats()]
 
 
 def ask(client: httpx.Client, query: list[int] | str, items: list[Any]) -> None:

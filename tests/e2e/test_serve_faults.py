@@ -13,16 +13,15 @@ import httpx
 import numpy as np
 import pytest
 
-from serve_app.contract import Engine, QueueStats
+from serve_app.contract import Engine
 from serve_app.frontend.ingress import Ingress
 from serve_app.frontend.replicas import CANCELLED_BY_S
 from serve_app.frontend.router import PrefixRouter
-from serve_app.local_ray import APP_NAME
 from serve_app.scorer.deployment import MAX_ONGOING, Scorer
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import Limits, ModelSettings
 from tests.local import service_of
-from tests.processes import replica_process, replica_processes
+from tests.processes import replica_process, replica_processes, scorer_stats
 
 pytestmark = pytest.mark.ray
 
@@ -76,13 +75,6 @@ def one_scorer(
 
 def ask(client: httpx.Client, items: list[list[int]], **more: Any) -> httpx.Response:
     return client.post("/v1/score", json={"query": [1], "items": items, "label_token_ids": [1, 2]}, **more)
-
-
-def stats() -> list[QueueStats]:
-    """Of each scorer."""
-    from ray import serve
-
-    return serve.get_deployment_handle("Scorer", APP_NAME).broadcast("stats").results(timeout_s=60)
 
 
 @contextmanager
@@ -147,7 +139,7 @@ def test_killed_scorers_lose_no_request(client: httpx.Client):
 
 def test_jobs_of_clients_that_leave_are_not_sent_again(client: httpx.Client):
     def cancelled() -> int:
-        return sum(each.cancelled for each in stats())
+        return sum(each.cancelled for each in scorer_stats())
 
     def leave(number: int) -> None:
         with pytest.raises(httpx.ReadTimeout):
@@ -156,18 +148,18 @@ def test_jobs_of_clients_that_leave_are_not_sent_again(client: httpx.Client):
     before = cancelled()
     with ThreadPoolExecutor(5) as pool:
         list(pool.map(leave, range(30)))
-    wait_for(lambda: all(each.queued_jobs == 0 for each in stats()))
+    wait_for(lambda: all(each.queued_jobs == 0 for each in scorer_stats()))
     time.sleep(CANCELLED_BY_S + 1)  # a second copy would have come by then
-    wait_for(lambda: all(each.queued_jobs == 0 for each in stats()))
+    wait_for(lambda: all(each.queued_jobs == 0 for each in scorer_stats()))
     assert 0 < cancelled() - before <= 30
 
 
 def test_a_client_that_leaves_takes_its_queued_work_along(one_scorer: httpx.Client):
     with pytest.raises(httpx.ReadTimeout):
         ask(one_scorer, [[i] * 100 for i in range(100, 150)], timeout=1)
-    wait_for(lambda: [each.cancelled for each in stats()] == [1])
+    wait_for(lambda: [each.cancelled for each in scorer_stats()] == [1])
     wait_for(lambda: 'outcome="cancelled"' in one_scorer.get("/metrics").text)
-    assert [each.queued_tokens for each in stats()] == [0]
+    assert [each.queued_tokens for each in scorer_stats()] == [0]
     assert ask(one_scorer, [[5]]).status_code == 200
 
 
@@ -175,7 +167,7 @@ def test_past_the_queues_limit_the_answer_is_503_with_retry_after(one_scorer: ht
     big = [[i] * 150 for i in range(100, 130)]
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(lambda: ask(one_scorer, big))
-        wait_for(lambda: sum(each.queued_tokens for each in stats()) > QUEUE_LIMIT / 2)
+        wait_for(lambda: sum(each.queued_tokens for each in scorer_stats()) > QUEUE_LIMIT / 2)
         refused = ask(one_scorer, big)
         assert not first.done()
         assert refused.status_code == 503

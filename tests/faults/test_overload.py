@@ -19,11 +19,9 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from serve_app.contract import QueueStats
-from serve_app.local_ray import APP_NAME
 from serve_app.settings import Limits, ModelSettings
 from tests.faults.conftest import ITEMS, actors, application, inside, wait_for
-from tests.processes import replica_processes
+from tests.processes import replica_processes, scorer_stats
 
 pytestmark = pytest.mark.ray
 
@@ -43,12 +41,6 @@ def left_over(_: Any) -> tuple[int, int]:
     gc.collect()
     tasks = [each for each in gc.get_objects() if isinstance(each, asyncio.Task) and not each.done()]
     return len(tasks), threading.active_count()
-
-
-def stats() -> list[QueueStats]:
-    from ray import serve
-
-    return serve.get_deployment_handle("Scorer", APP_NAME).broadcast("stats").results(timeout_s=60)
 
 
 def test_ten_times_too_much_is_answered_or_refused_at_once(client: httpx.Client):
@@ -71,7 +63,7 @@ def test_ten_times_too_much_is_answered_or_refused_at_once(client: httpx.Client)
     # No sharp time on a busy machine: a refusal does not wait for what is being scored.
     assert sum(status == 200 for status, _ in calls) >= 10
     assert client.post("/v1/score", json=BODY).status_code == 200
-    assert sum(each.pending_tokens for each in stats()) == 0
+    assert sum(each.pending_tokens for each in scorer_stats()) == 0
     grown = [process.memory_info().rss - before[process] for process in before]
     assert max(grown) < 64 * 2**20
 
@@ -109,7 +101,7 @@ def test_a_flood_of_callers_that_leave_harms_nobody(client: httpx.Client, cluste
     before = [inside(replica, left_over) for replica in replicas]
     with ThreadPoolExecutor(20) as pool:
         list(pool.map(leave, range(500)))
-    wait_for(lambda: all(each.pending_tokens == each.queued_jobs == 0 for each in stats()))
+    wait_for(lambda: all(each.pending_tokens == each.queued_jobs == 0 for each in scorer_stats()))
     for _ in range(50):
         assert client.post("/v1/score", json=BODY).json()["scores"] == right
     for replica, (tasks, threads) in zip(replicas, before, strict=True):
