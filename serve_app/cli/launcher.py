@@ -289,11 +289,12 @@ def interrupt_on_signals() -> None:
     """Make SIGTERM and SIGHUP do what Ctrl-C does; where nohup has SIGHUP ignored, it stays so.
 
     An interrupt in a finalizer or in a fork's callbacks would be printed and lost; it comes again a moment later.
+    So does the SystemExit with which Ray answers SIGTERM while it starts.
     """
     report = sys.__unraisablehook__
 
     def interrupt_again(unraisable: sys.UnraisableHookArgs) -> None:
-        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        if not issubclass(unraisable.exc_type, (KeyboardInterrupt, SystemExit)):
             report(unraisable)
             return
         again = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM))

@@ -194,9 +194,9 @@ def test_sigterm_and_sighup_interrupt_as_ctrl_c_does():
 
 
 def test_an_interrupt_where_python_ignores_exceptions_is_not_lost():
-    """In a finalizer, and after a fork, as Ray's start makes many."""
+    """In a finalizer, and after a fork, as Ray's start makes many; Ray's handler of SIGTERM raises SystemExit."""
     program = """
-import os, signal, time
+import os, signal, sys, time
 from serve_app.cli import launcher
 
 class Finalized:
@@ -204,19 +204,28 @@ class Finalized:
         signal.raise_signal(signal.SIGTERM)
 
 launcher.interrupt_on_signals()
-os.register_at_fork(after_in_parent=lambda: signal.raise_signal(signal.SIGHUP))
-for ignored in (Finalized, os.fork):
+number = signal.SIGHUP
+os.register_at_fork(after_in_parent=lambda: signal.raise_signal(number))
+
+def interrupt(ignored):
     try:
         made = ignored()
         if made == 0:
             os._exit(0)
         del made
         time.sleep(60)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         print("interrupted")
+
+interrupt(Finalized)
+interrupt(os.fork)
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+number = signal.SIGTERM
+interrupt(Finalized)
+interrupt(os.fork)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout == "interrupted\n" * 2
+    assert done.stdout == "interrupted\n" * 4
     assert done.stderr == ""
 
 
