@@ -1,0 +1,96 @@
+"""Typed questions and their answers, free of any wire format: what the decision routes share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from serve_app.errors import ScoringError
+
+
+class Kind(StrEnum):
+    """The kinds of questions.
+
+    ``NOUL`` asks whether something is true (TypeSafe's name; OpenAI calls it a predicate), ``CHOICE`` which of several
+    options holds, ``SCORE`` which level of a scale.
+    """
+
+    NOUL = "noul"
+    CHOICE = "choice"
+    SCORE = "score"
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One possible answer.
+
+    Attributes:
+        name: the option as the prompt shows it: an option's own text, a level's text, ``yes`` or ``no``.
+        description: what the option means; None: its name says it.
+    """
+
+    name: str
+    description: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question about a state. Its id is not here: it must never reach a prompt.
+
+    Attributes:
+        instructions: what is asked; None: the options say it.
+        options: the possible answers, in the order of the request. A ``NOUL`` has two, no and yes; a ``SCORE`` its
+            levels, lowest first.
+        where: the question's place in the request, such as ``("questions", "urgent")``, for errors.
+    """
+
+    kind: Kind
+    instructions: str | None
+    options: tuple[Option, ...]
+    where: tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """The answer to one question.
+
+    Attributes:
+        probabilities: one for each option, in the order of the request; they sum to 1.
+        label_mass: how much of the model's next-token distribution the options' labels cover, 0 to 1.
+        permutations: the number of cyclic orders of the options that were averaged.
+        reads: for each option in turn, the labels that stand for it, as text.
+    """
+
+    probabilities: tuple[float, ...]
+    label_mass: float
+    permutations: int
+    reads: tuple[tuple[str, ...], ...]
+
+    @property
+    def top(self) -> int:
+        """The place of the most probable option, the first of equals."""
+        return max(range(len(self.probabilities)), key=self.probabilities.__getitem__)
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """The answers to all questions of a request.
+
+    Attributes:
+        judgements: one for each question, in the order of the request; an error where a question has no answer.
+        input_tokens: the number of tokens of the prompts, what they all begin with counted once. It depends on the
+            request alone.
+        cached_tokens: how many of these did not have to be computed.
+    """
+
+    judgements: Sequence[Judgement | ScoringError]
+    input_tokens: int
+    cached_tokens: int
+
+
+def as_text(value: Any) -> str:
+    """The text of a JSON value in a prompt: a string is itself, anything else JSON with its own characters."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(", ", ": "))
