@@ -45,12 +45,21 @@ _SHOWN = 60
 
 
 class RequestBody(BaseModel):
+    """What all requests have.
+
+    Attributes:
+        cache_salt: requests with different salts share nothing in the prefix cache, so that none can tell from its time
+            or its cached tokens what another one sent.
+    """
+
     # Strict: a token id is neither true nor 1.5 nor "7". Unknown fields are refused: a misspelt option must not be
     # ignored in silence.
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     foreign: ClassVar[Mapping[str, Foreign]] = compat.EVERYWHERE
     """Fields of other services. ``parse`` accepts them if their value asks for nothing."""
+
+    cache_salt: Text | None = None
 
 
 class ResponseBody(BaseModel):

@@ -219,6 +219,8 @@ class ServiceSettings(_Frozen):
     api_keys_file: str | None = None
     """File with one API key per line; it is read again when it changes. None: only the environment has keys, if any
     (``auth.py``)."""
+    salt_by_api_key: bool = False
+    """Whether callers with different API keys share nothing in the prefix cache, as with different ``cache_salt``."""
     cors_origins: tuple[str, ...] = ()
     """Origins of web pages that may call the service from a browser, such as ``https://example.org``; ``*`` allows
     all."""

@@ -22,6 +22,7 @@ CODE = "{code}"
 Labels = Annotated[tuple[str, ...], Field(min_length=1)]
 Temperature = Annotated[float, Field(gt=0)]
 
+
 class ShownOption(NamedTuple):
     """An option as a question shows it: its code, and its name and description in one text."""
 

@@ -21,7 +21,14 @@ from serve_app.tasks.prompts import PreparedItems, Prompt, packed
 from serve_app.tasks.steps import Steps
 from serve_app.tasks.task import PreparedRequest
 from serve_app.tasks.tokenizer import Ending, Joined
-from serve_app.tasks.validation import check_causal, check_characters, check_count, check_ids, check_work, too_many_tokens
+from serve_app.tasks.validation import (
+    check_causal,
+    check_characters,
+    check_count,
+    check_ids,
+    check_work,
+    too_many_tokens,
+)
 
 A = TypeVar("A")
 
@@ -73,7 +80,9 @@ class Decider:
         """
         model = self._model
         check_causal(model.info.classes)
-        orders = [order for number, own in enumerate(questions) for order in _orders(self._profile, number, own, permutations)]
+        orders = [
+            order for number, own in enumerate(questions) for order in _orders(self._profile, number, own, permutations)
+        ]
         check_count(orders, model.limits.max_items, "questions")
         front, behind = self._around(state)
         yield
@@ -150,9 +159,13 @@ class Decider:
         end = text[tokenizer.last_boundary(text) :]
         (last,) = tokenizer.encode([end], add_special_tokens=False)
         if ids[len(ids) - len(last) :] != last:
-            return lay_out(words, Ending(tokenizer, [], text, [], not self._profile.chat), ids, self._model.info.vocab_size)
+            return lay_out(
+                words, Ending(tokenizer, [], text, [], not self._profile.chat), ids, self._model.info.vocab_size
+            )
         if (end, words) not in self._answers:
-            self._answers[end, words] = lay_out(words, Ending(tokenizer, [], end, []), last, self._model.info.vocab_size)
+            self._answers[end, words] = lay_out(
+                words, Ending(tokenizer, [], end, []), last, self._model.info.vocab_size
+            )
             if len(self._answers) > _KNOWN_ANSWERS:
                 self._answers.popitem(last=False)
         return self._answers[end, words]
@@ -206,7 +219,10 @@ class _Judge:
             at += len(values)
             temperature = self.profile.temperature.get(self.questions[prompt.index].kind.value, 1.0)
             reads[prompt.index].append(_read(values, own, temperature))
-        words = {prompt.index: own.words for prompt, own in reversed([*zip(self.prepared.prompts, self.answers, strict=True)])}
+        words = {
+            prompt.index: own.words
+            for prompt, own in reversed([*zip(self.prepared.prompts, self.answers, strict=True)])
+        }
         judgements = [
             self.errors.get(number) or _judgement(number, reads[number], words[number]) for number in range(len(reads))
         ]
