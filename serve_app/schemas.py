@@ -281,6 +281,7 @@ class InfoResponse(ResponseBody):
     """Information about what is served, and how: ``GET /v1/info``.
 
     Attributes:
+        decision_profile: how the decision routes ask, a file in ``serve_app/profiles``. None: the model cannot decide.
         rerank_template: the template's name, or ``custom``. None: the model has too many classes to rerank.
     """
 
@@ -295,6 +296,7 @@ class InfoResponse(ResponseBody):
     quantization: str | None = None
     platform: str
     buckets: list[str]
+    decision_profile: str | None = None
     rerank_template: str | None = None
     limits: LimitsInfo
     version: str

@@ -87,7 +87,7 @@ class Profile(BaseModel):
 
 
 def _read() -> dict[str, Profile]:
-    files = [file for file in resources.files(__package__).iterdir() if file.name.endswith(".toml")]
+    files = [file for file in resources.files("serve_app.profiles").iterdir() if file.name.endswith(".toml")]
     names = {file.name.removesuffix(".toml"): file for file in sorted(files, key=lambda file: file.name)}
     return {name: Profile(name=name, **tomllib.loads(file.read_text("utf-8"))) for name, file in names.items()}
 

@@ -98,7 +98,6 @@ class TextTokenizer:
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
-        self._added = [token.content for token in backend.get_added_tokens_decoder().values() if token.content.strip()]
         self._local = shared_query.is_local(backend)
         # Only a tokenizer that adds a BOS by itself can put a second one before the one in the text.
         self._added_bos = bos_id if backend.encode("").ids[:1] == [bos_id] else None
@@ -169,7 +168,7 @@ class TextTokenizer:
 
         0 if there is no such place.
         """
-        found = [at for content in self._added if (at := text.rfind(content)) >= 0]
+        found = [at for content in self.plain.control if (at := text.rfind(content)) >= 0]
         return max(found) if found else max(text.rfind("\n"), 0) if self._local else 0
 
     def decode(self, ids: Sequence[int]) -> str:

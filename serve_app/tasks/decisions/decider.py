@@ -12,7 +12,7 @@ import numpy as np
 
 from serve_app.contract import BatchResult, Int32, common_prefix
 from serve_app.errors import InternalError, InvalidRequestError, ScoringError
-from serve_app.profiles.profile import CODE, Profile, ShownOption
+from serve_app.profiles.profile import CODE, PLAIN, Profile, ShownOption
 from serve_app.tasks.chat import ChatTemplate
 from serve_app.tasks.decisions.labels import Answers, codes, lay_out
 from serve_app.tasks.decisions.questions import Decided, Judgement, Kind, Question
@@ -34,8 +34,8 @@ A = TypeVar("A")
 
 _KNOWN_ANSWERS = 256
 """Layouts of labels that are kept. Most prompts end alike, and their questions have few sets of labels."""
-_QUESTION = "\ufdd2"
-"""Stands for the question where the prompt's text around it is found. It is in no request's text: a noncharacter."""
+_PLACES = [chr(code) for code in range(0xFDD4, 0xFDF0)]
+"""Noncharacters: one that the state does not have stands for the question, to find the prompt's text around it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,23 @@ class Decider:
 
     def __init__(self, model: ModelFacts, profile: Profile, chat: ChatTemplate | None) -> None:
         self._model, self._profile, self._chat = model, profile, chat
+        self._tokenizer = model.tokenizer.guarded
         self._answers: OrderedDict[tuple[str, tuple[tuple[str, ...], ...]], Answers] = OrderedDict()
+
+    @classmethod
+    def of(cls, model: ModelFacts) -> Decider:
+        """The decider of a served model.
+
+        Raises:
+            ValueError: the settings name a profile for chat models, and the model has no chat template.
+        """
+        chat = model.chat if model.profile.chat else None
+        if model.profile.chat and chat is None:
+            raise ValueError(
+                f"decision_profile: {model.profile.name} is for chat models, and this one has no chat template; "
+                f"use {PLAIN}"
+            )
+        return cls(model, model.profile, chat)
 
     def prepare(
         self, state: str, questions: Sequence[Question], permutations: int, answer: Callable[[Decided], A]
@@ -90,7 +106,7 @@ class Decider:
         for tail in tails:
             check_characters(len(front) + len(tail), model.max_text_characters, "state")
         check_work(sum(len(front) + len(tail) for tail in tails), model.max_request_characters, "questions")
-        joined = Joined(model.tokenizer, front, add_special_tokens=not self._profile.chat, many=len(tails) > 1)
+        joined = Joined(self._tokenizer, front, add_special_tokens=not self._profile.chat, many=len(tails) > 1)
         prompts: list[Prompt] = []
         answers: list[Answers] = []
         errors: dict[int, ScoringError] = {}
@@ -128,13 +144,17 @@ class Decider:
         Raises:
             InvalidRequestError: the chat template refuses the state.
         """
-        front = self._model.tokenizer.guard(self._profile.front(state))
+        front = self._profile.front(state)
         if self._chat is None:
-            return front, self._profile.opening
-        system = [{"role": "system", "content": self._profile.system}] if self._profile.system else []
-        before, *rest = self._chat.render([*system, {"role": "user", "content": front + _QUESTION}]).split(_QUESTION)
-        assert len(rest) == 1, "the chat template repeats or drops the user turn"
-        return before, rest[0] + self._profile.opening
+            return self._tokenizer.plain.guard(front), self._profile.opening
+        place = next((each for each in _PLACES if each not in front), None)
+        if place is None:
+            raise InvalidRequestError("state has all of the noncharacters U+FDD4 to U+FDEF; take one out", param="state")
+        messages = [{"role": "user", "content": front + place}]
+        if self._profile.system:
+            messages.insert(0, {"role": "system", "content": self._profile.system})
+        before, behind = self._chat.render(messages).split(place)
+        return before, behind + self._profile.opening
 
     def _tail(self, question: Question, order: _Order) -> str:
         """The prompt's text of a question with its options in this order."""
@@ -147,7 +167,7 @@ class Decider:
                 shown.append(ShownOption(code, text))
             elif option.description is not None:
                 shown.append(ShownOption(option.name, option.description))
-        return self._profile.tail(question.kind.value, question.instructions, shown)
+        return self._tokenizer.plain.guard(self._profile.tail(question.kind.value, question.instructions, shown))
 
     def _answers_after(self, text: str, ids: list[int], words: tuple[tuple[str, ...], ...]) -> Answers:
         """The labels after a prompt. Prompts that end alike have the same ones.
@@ -155,7 +175,7 @@ class Decider:
         Raises:
             InvalidRequestError: see ``lay_out``.
         """
-        tokenizer = self._model.tokenizer
+        tokenizer = self._tokenizer
         end = text[tokenizer.last_boundary(text) :]
         (last,) = tokenizer.encode([end], add_special_tokens=False)
         if ids[len(ids) - len(last) :] != last:

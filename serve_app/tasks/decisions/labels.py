@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, product
+from itertools import islice, pairwise, product
 
 from serve_app.errors import InvalidRequestError
 from serve_app.tasks.labels import Layout, added_tokens, of_words, quoted
@@ -88,6 +88,6 @@ def lay_out(words: Sequence[Sequence[str]], ending: Ending, prompt: list[int], v
 def _beginnings(labels: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, int]]:
     """Each pair of labels of which the first begins the second, or equals it."""
     ordered = sorted(range(len(labels)), key=labels.__getitem__)
-    for one, other in zip(ordered, ordered[1:], strict=False):
+    for one, other in pairwise(ordered):
         if labels[other][: len(labels[one])] == labels[one]:
             yield one, other
