@@ -8,6 +8,7 @@ from pathlib import Path
 
 from serve_app.contract import ModelInfo
 from serve_app.settings import Limits, ModelSettings
+from serve_app.tasks.chat import ChatTemplate
 from serve_app.tasks.template_choice import UNNAMED, Choice, choose
 from serve_app.tasks.tokenizer import Joined, TextTokenizer
 from serve_app.tasks.validation import check_characters, check_work
@@ -31,6 +32,7 @@ class ModelFacts:
         info: what the engine says of the model.
         limits: the limits of a request.
         rerank: the template of ``/v1/rerank``.
+        chat: the model's chat template; None if its files have none.
     """
 
     name: str
@@ -38,6 +40,7 @@ class ModelFacts:
     info: ModelInfo
     limits: Limits
     rerank: Choice = UNNAMED
+    chat: ChatTemplate | None = None
 
     @classmethod
     def of(
@@ -48,7 +51,8 @@ class ModelFacts:
         Args:
             folder: the folder with the model's files, by which the template is chosen. None: its name decides.
         """
-        return cls(settings.name, tokenizer, info, settings.limits, choose(settings, folder))
+        chat = ChatTemplate.load(tokenizer)
+        return cls(settings.name, tokenizer, info, settings.limits, choose(settings, folder), chat)
 
     @property
     def can_rerank(self) -> bool:
