@@ -34,7 +34,7 @@ class ModelFacts:
         limits: the limits of a request.
         rerank: the template of ``/v1/rerank``.
         profile: how the decision routes ask.
-        chat: the chat template of the model; None if its files have none.
+        chat: the model's chat template; None if its files have none.
     """
 
     name: str
