@@ -43,7 +43,6 @@ EVERYWHERE: Mapping[str, Foreign] = {
     "metadata": _NO_EFFECT,
     "request_id": _NO_EFFECT,  # vLLM; the header x-request-id names a request
     "rid": _NO_EFFECT,  # sglang
-    "cache_salt": _NO_EFFECT,
     "priority": Foreign("requests have no priorities here", (0,)),
     "mm_processor_kwargs": Foreign("the models read text only", ({},)),
 }

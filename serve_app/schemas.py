@@ -45,12 +45,21 @@ _SHOWN = 60
 
 
 class RequestBody(BaseModel):
+    """What all requests have.
+
+    Attributes:
+        cache_salt: requests with different salts share nothing in the prefix cache, so that none can tell from its time
+            or its cached tokens what another one sent.
+    """
+
     # Strict: a token id is neither true nor 1.5 nor "7". Unknown fields are refused: a misspelt option must not be
     # ignored in silence.
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     foreign: ClassVar[Mapping[str, Foreign]] = compat.EVERYWHERE
     """Fields of other services. ``parse`` accepts them if their value asks for nothing."""
+
+    cache_salt: Text | None = None
 
 
 class ResponseBody(BaseModel):
@@ -285,6 +294,7 @@ class InfoResponse(ResponseBody):
     """Information about what is served, and how: ``GET /v1/info``.
 
     Attributes:
+        decision_profile: how the decision routes ask, a file in ``serve_app/profiles``. None: the model cannot decide.
         rerank_template: the template's name, or ``custom``. None: the model has too many classes to rerank.
     """
 
@@ -299,6 +309,7 @@ class InfoResponse(ResponseBody):
     quantization: str | None = None
     platform: str
     buckets: list[str]
+    decision_profile: str | None = None
     rerank_template: str | None = None
     limits: LimitsInfo
     version: str

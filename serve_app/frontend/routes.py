@@ -42,6 +42,7 @@ def create_app(
     get_models: Callable[[], Models],
     *,
     keys: auth.ApiKeys | None = None,
+    salt_by_api_key: bool = False,
     cors_origins: Sequence[str] = (),
     echo_request_id: bool = True,
     metrics: Callable[[], Awaitable[str]] = scrape,
@@ -52,6 +53,7 @@ def create_app(
     Args:
         get_models: called in every request.
         keys: if there are any, a request must have one of them.
+        salt_by_api_key: keep the prefix caches of different keys apart.
         cors_origins: web pages of these origins may call from a browser.
         echo_request_id: put ``x-request-id`` into responses. False under Serve's proxy, which does this itself.
         metrics: returns all metrics in Prometheus' text format, or raises OverloadedError if an agent does not answer.
@@ -61,7 +63,7 @@ def create_app(
     pages.add_pages(app)
     app.add_middleware(browsers.HeadAsGet)
     if keys:
-        app.add_middleware(auth.RequireKey, keys=keys)
+        app.add_middleware(auth.RequireKey, keys=keys, name_tenants=salt_by_api_key)
         auth.document(app)
     if door:
         app.add_middleware(door.before)
@@ -86,11 +88,12 @@ def _add_route(app: FastAPI, path: str, tasks: Sequence[AnyTask], get_models: Ca
         asked = await parse_large(task.request, sent, task.parse)
         service = get_models().of(asked.model or DEFAULT_NAME, task.aliases)
         request_id: str = request.state.request_id
-        limit = _timeout_s(request)
+        limit, tenant = _timeout_s(request), getattr(request.state, "tenant", "")
         if task.lines and asked.stream:
-            lines = json_lines(service.stream(asked, request_id=request_id, timeout_s=limit), request_id)
+            stream = service.stream(asked, request_id=request_id, timeout_s=limit, tenant=tenant)
+            lines = json_lines(stream, request_id)
             return LinesResponse(await _unless_gone(request, anext(lines)), lines)
-        work = service.answer(task, asked, request_id=request_id, timeout_s=limit)
+        work = service.answer(task, asked, request_id=request_id, timeout_s=limit, tenant=tenant)
         return await _json(await _unless_gone(request, work))
 
     task = tasks[-1]
