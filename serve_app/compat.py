@@ -118,6 +118,21 @@ DETOKENIZE: Mapping[str, Foreign] = {
     "skip_special_tokens": Foreign("special tokens are returned as text", (False,)),
 }
 
+_READS_TEXT = "this service reads text; it takes no images"
+
+SYSTEM_ONE: Mapping[str, Foreign] = {"assets": Foreign(_READS_TEXT, ({},))}
+"""All other unknown fields are ignored, as TypeSafe's own service does."""
+
+DECISIONS: Mapping[str, Foreign] = {
+    **EVERYWHERE,
+    "stream": Foreign("the answer comes whole", (False,)),
+    "temperature": Foreign("nothing is sampled; the probabilities are the model's own"),
+    "instructions": Foreign("each question has its own"),
+}
+
+NOT_HERE: Mapping[str, str] = {"box": _READS_TEXT, "input_image": _READS_TEXT}
+"""Types of questions and of parts of a text that other services have, and why they are refused."""
+
 _GENERATES = "this service scores text and generates none; score answers with POST /v1/score, whole texts with POST "
 ROUTES: Mapping[str, str] = {
     "/score": "score labels with POST /v1/score, and pairs of texts with POST /v1/rerank",

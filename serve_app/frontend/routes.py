@@ -21,7 +21,7 @@ from serve_app.frontend import auth, bodies, browsers, pages
 from serve_app.frontend.door import Door
 from serve_app.frontend.middleware import RequestContext, on_http_exception, on_scoring_error
 from serve_app.frontend.models import Models
-from serve_app.frontend.openapi import documented, errors_of
+from serve_app.frontend.openapi import documented, errors_of, share_parts
 from serve_app.frontend.parsing import parse_large
 from serve_app.frontend.streaming import PIECE_VALUES, LinesResponse, json_lines, json_pieces
 from serve_app.metrics import scrape
@@ -75,6 +75,7 @@ def create_app(
     for path in dict.fromkeys(path for task in TASKS for path in task.paths):
         _add_route(app, path, [task for task in TASKS if path in task.paths], get_models)
     _add_facts(app, get_models, metrics)
+    share_parts(app)
     return app
 
 
@@ -84,8 +85,8 @@ def _add_route(app: FastAPI, path: str, tasks: Sequence[AnyTask], get_models: Ca
     async def handle(request: Request) -> Response:
         sent = await bodies.read(request, get_models().max_body_bytes)
         task = next(each for each in tasks if each.matches is None or each.matches(sent))
-        asked = await parse_large(task.request, sent)
-        service = get_models().of(asked.model or DEFAULT_NAME)
+        asked = await parse_large(task.request, sent, task.parse)
+        service = get_models().of(asked.model or DEFAULT_NAME, task.aliases)
         request_id: str = request.state.request_id
         limit, tenant = _timeout_s(request), getattr(request.state, "tenant", "")
         if task.lines and asked.stream:
@@ -97,7 +98,8 @@ def _add_route(app: FastAPI, path: str, tasks: Sequence[AnyTask], get_models: Ca
 
     task = tasks[-1]
     statuses = (503, 504) if task.scores else (504,)
-    options = documented(task.response, task.request, *statuses, error=task.error, lines=task.lines)
+    invalid, _ = InvalidRequestError("").answer_on(path)
+    options = documented(task.response, task.request, *statuses, error=task.error, lines=task.lines, invalid=invalid)
     app.add_api_route(path, handle, methods=["POST"], name=task.name, description=task.description, **options)
 
 
