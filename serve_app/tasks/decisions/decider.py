@@ -122,6 +122,7 @@ class Decider:
                     f"{model.max_prompt_tokens}; shorten the state or the question",
                     param="questions",
                     index=order.question,
+                    where=questions[order.question].where,
                 )
                 continue
             total += len(ids) * len(own.layout.continuations)
