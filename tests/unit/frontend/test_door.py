@@ -1,4 +1,4 @@
-"""The way into a front end that stops: requests inside are answered, later ones are refused."""
+"""The door of a front end that stops: requests inside are answered, later ones are refused."""
 
 from __future__ import annotations
 
