@@ -1,4 +1,4 @@
-"""For every model family: a row's values depend on its own tokens alone. The cases that ``test_engine`` has in full."""
+"""For every model family, a sequence's values depend only on its own tokens. ``test_engine`` has more cases."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ Families = Callable[[str], tuple[Path, Engine]]
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_alone_cold_and_warm_equal_among_many(family: str, families: Families) -> None:
-    """Behind a query of two pages and a half, longer than any window, and behind none."""
+    """After a query of two pages and a half, longer than any window, and without a query."""
     _, scorer = families(family)
     sequences = [*prompts(7, query=310, longest=30, seed=1), *prompts(7, query=0, longest=60, seed=2)]
     cold = values(scorer, sequences)
@@ -32,7 +32,7 @@ def test_alone_cold_and_warm_equal_among_many(family: str, families: Families) -
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_whole_rows_in_one_loop_equal_chunks_by_layer(family: str, families: Families) -> None:
+def test_whole_segments_in_one_loop_equal_chunks_by_layer(family: str, families: Families) -> None:
     folder, scorer = families(family)
     looped = loading.load(
         folder, by_layer=False, max_row_tokens=304, call_tokens=304, chunks=(64,), prefix_cache_bytes=2**21
@@ -44,7 +44,7 @@ def test_whole_rows_in_one_loop_equal_chunks_by_layer(family: str, families: Fam
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_spread_over_four_devices_equals_one(family: str, families: Families) -> None:
-    """Two calls at once, each over two devices; a mesh of one device multiplies as they do."""
+    """Two calls run at once, each over two devices; a mesh of one device multiplies as they do."""
     folder, _ = families(family)
     sizes = {"max_row_tokens": 32, "call_tokens": 64, "chunks": (64,), "prefix_cache_bytes": 2**21}
     one, spread = (

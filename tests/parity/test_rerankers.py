@@ -1,4 +1,4 @@
-"""Scores of ``/v1/rerank`` by a published reranker's template, against its own library's way to compute them."""
+"""Scores of ``/v1/rerank`` with a published reranker's template, against the reranker's own library."""
 
 import math
 from pathlib import Path
@@ -23,7 +23,7 @@ DOCUMENTS = ["It is Paris.", "Berlin", "", "Paris?\n", "火星"]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A tiny Qwen 2 whose tokenizer has tokens that end in a line break."""
+    """A tiny Qwen 2; its tokenizer has tokens that end in a line break."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -1,4 +1,4 @@
-"""One of the processes that hold a model together: scores prompts in step with the others, and writes the values.
+"""One of several processes that hold a model together: scores prompts in step with the others, and writes the values.
 
 Run as ``python -m tests.sharding.one_of_two FOLDER COORDINATOR PROCESSES NUMBER RESULT``.
 """

@@ -27,7 +27,7 @@ from tests.stubs import HeldEngine
 from tests.tiny import make_llama
 
 SPEED = 20_000.0
-"""Tokens a second, in place of a measurement."""
+"""Tokens a second, used in place of a measurement."""
 
 
 @pytest.fixture(autouse=True)

@@ -96,7 +96,7 @@ GOOD: dict[str, Any] = {
     "query": "q", "items": ["a"], "label_token_ids": [1], "documents": ["a"], "prompt": "a", "max_tokens": 1,
     "tokens": [1], "texts": ["a"],
 }  # fmt: skip
-"""A right value of every field that a request must have."""
+"""A valid value for every required field."""
 KINDS = {
     "a valid string": (str,),
     "a valid integer": (int,),
