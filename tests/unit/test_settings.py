@@ -75,6 +75,31 @@ def test_wrong_settings_are_refused_by_name(arguments: dict[str, Any], named: st
         ServiceSettings.model_validate(arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "places"),
+    [
+        ({"modle": "demo"}, ["modle"]),
+        (
+            {"limits": {"max_item": 5}, "timeout_s": 0, "ingress_replicas": 0},
+            ["timeout_s", "limits.max_item", "ingress_replicas"],
+        ),
+        ({"scorer_replicas": 3, "autoscaling": {"max_replicas": 2}}, [""]),
+        ({"modle": "demo", "models": [{"model": "a"}, {"model": "b"}]}, ["modle"]),
+        (
+            {"limits": {"max_item": 5}, "models": [{"model": "a", "limits": {"max_items": 0}}]},
+            ["models.0.limits.max_items", "limits.max_item"],
+        ),
+        ({"models": [{"modle": "demo"}]}, ["models.0.modle"]),
+        ({"engine": "fake", "models": [{"model": "a"}, {"modle": "b"}]}, ["models.1.modle"]),
+        ({"engine": "fake", "models": [{"engine": "torch"}]}, ["models.0.engine"]),
+    ],
+)
+def test_a_wrong_setting_is_named_where_it_was_given(arguments: dict[str, Any], places: list[str]):
+    with pytest.raises(ValidationError) as caught:
+        ServiceSettings.model_validate(arguments)
+    assert [".".join(map(str, each["loc"])) for each in caught.value.errors()] == places
+
+
 def test_string_arguments_of_serve_run_are_parsed():
     # ``serve run serve_app.app:build scorer_replicas=2`` passes strings.
     assert ServiceSettings.model_validate({"scorer_replicas": "2", "timeout_s": "1.5"}).models[0].scorer_replicas == 2
