@@ -139,7 +139,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
         from tests.tiny_families import make_family
 
         folder = make_family(tmp_path_factory.mktemp(family), family)
-        scorer = loading.load(folder, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
+        scorer = loading.load(folder, max_segment_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
         scorer.warmup()  # several programs at a time
         return folder, scorer
 

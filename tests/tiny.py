@@ -1,7 +1,7 @@
 """Tiny random Llama checkpoints in Hugging Face layout, made with numpy alone.
 
-The default constants are awkward on purpose: a field that is not read (theta, eps, head width that is not D/N, K that is
-not N, biases) changes the scores, and a comparison shows it.
+The default constants are awkward on purpose: a field that is not read (theta, eps, head width that is not D/N, K that
+is not N, biases) changes the scores, and a comparison shows it.
 """
 
 from __future__ import annotations

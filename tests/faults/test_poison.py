@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(folder: Path) -> Engine:
     from model.loading import load
 
-    return load(folder, max_row_tokens=64, call_tokens=128)
+    return load(folder, max_segment_tokens=64, call_tokens=128)
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ def test_alone_cold_and_warm_equal_among_many(family: str, families: Families) -
 def test_whole_segments_in_one_loop_equal_chunks_by_layer(family: str, families: Families) -> None:
     folder, scorer = families(family)
     looped = loading.load(
-        folder, by_layer=False, max_row_tokens=304, call_tokens=304, chunks=(64,), prefix_cache_bytes=2**21
+        folder, by_layer=False, max_segment_tokens=304, call_tokens=304, chunks=(64,), prefix_cache_bytes=2**21
     )
     tail = prompts(1, query=280, longest=1, seed=3)[0]
     sequences = [tail, *(prompt + tail for prompt in prompts(2, query=128, longest=9, seed=4))]
@@ -46,7 +46,7 @@ def test_whole_segments_in_one_loop_equal_chunks_by_layer(family: str, families:
 def test_spread_over_four_devices_equals_one(family: str, families: Families) -> None:
     """Two calls run at once, each over two devices; a mesh of one device multiplies as they do."""
     folder, _ = families(family)
-    sizes = {"max_row_tokens": 32, "call_tokens": 64, "chunks": (64,), "prefix_cache_bytes": 2**21}
+    sizes = {"max_segment_tokens": 32, "call_tokens": 64, "chunks": (64,), "prefix_cache_bytes": 2**21}
     one, spread = (
         loading.load(folder, mesh=sharding.mesh(size, size, jax.devices()[: size * size]), **sizes) for size in (1, 2)
     )
@@ -63,7 +63,7 @@ def test_a_prompt_whose_arithmetic_breaks_spoils_no_neighbour_in_its_experts(
     tensors = load_file(folder / "model.safetensors")
     tensors["model.embed_tokens.weight"][5] = np.nan
     save_file(tensors, folder / "model.safetensors")
-    broken = loading.load(folder, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
+    broken = loading.load(folder, max_segment_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
     sequences = [[token for token in prompt if token != 5] + [1] for prompt in prompts(6, query=0, longest=20, seed=6)]
     wanted = values(clean, sequences)
     sequences[2].insert(0, 5)

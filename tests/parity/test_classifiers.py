@@ -24,7 +24,7 @@ from tests.tiny_families import CLASSIFIERS, config_of, make_family
 
 def load(folder: Path) -> Engine:
     """Load with the shapes of the causal models of ``tests.conftest``, so that most programs are already compiled."""
-    return loading.load(folder, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
+    return loading.load(folder, max_segment_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
 
 
 @pytest.mark.skipif(not HAVE_TORCH, reason="torch is not installed, and class logits are not stored")

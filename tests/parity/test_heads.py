@@ -15,7 +15,7 @@ from tests.batches import label_batch
 from tests.parity.cases import HAVE_TORCH, LABELS, reference, sequences
 from tests.tiny_families import make_family
 
-SIZES: dict[str, Any] = {"max_row_tokens": 32, "call_tokens": 64, "chunks": (64,), "prefix_cache_bytes": 2**21}
+SIZES: dict[str, Any] = {"max_segment_tokens": 32, "call_tokens": 64, "chunks": (64,), "prefix_cache_bytes": 2**21}
 
 
 def with_head(folder: Path, family: str, offset: float) -> Path:

@@ -59,7 +59,7 @@ async def test_mxbai_scores_equal_the_librarys(folder: Path, query: str, instruc
             prompt = mxbai.prompt(folder, instruct, query, document, 512)
             logits = model(torch.tensor([prompt])).logits[0, -1].double()
             wanted.append(float(logits[yes] - logits[no]))
-    scorer = loading.load(folder, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
+    scorer = loading.load(folder, max_segment_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
     settings = ModelSettings(model="mixedbread-ai/mxbai-rerank-base-v2")
     service = ModelService(settings, tokenizer, scorer.info, DirectReplicas(scorer), folder=folder)
     answer = await service.answer(

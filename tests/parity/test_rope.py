@@ -125,7 +125,7 @@ def test_long_prompts_equal_transformers(tmp_path: Path) -> None:
     folder = make_llama(tmp_path, seed=1, width=64, heads=4, head_width=128, theta=1e6, context=2048)
     rng = np.random.default_rng(7)
     prompts = [rng.integers(0, 307, length).tolist() for length in (1000, 1300, 1600, 1900)]
-    scorer = loading.load(folder, max_row_tokens=256, call_tokens=256, chunks=(1024,), prefix_cache_bytes=2**24)
+    scorer = loading.load(folder, max_segment_tokens=256, call_tokens=256, chunks=(1024,), prefix_cache_bytes=2**24)
     got = scorer.score(label_batch(prompts, [LABELS] * len(prompts))).values.reshape(-1, len(LABELS))
     auto: Any = AutoModelForCausalLM
     model = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()

@@ -58,7 +58,7 @@ def test_the_demo_model_over_two_hosts_equals_the_reference(nodes: Cluster):
     import ray
 
     asked, references = zip(with_reference("W1", 1, most=12), with_reference("W2", 1, most=6), strict=True)
-    sizes = {**SIZES, "max_row_tokens": 128, "call_tokens": 256, "chunks": (256,), "prefix_cache_bytes": 2**26}
+    sizes = {**SIZES, "max_segment_tokens": 128, "call_tokens": 256, "chunks": (256,), "prefix_cache_bytes": 2**26}
     settings = ModelSettings(model="demo", tpu=TWO_HOSTS, scorer_cpus=0.1)
     with slice_of(nodes, TWO_HOSTS, 3), leader_of(settings, on_cpu(data=2, **sizes)) as leader:
         for _ in range(2):

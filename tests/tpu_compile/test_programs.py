@@ -161,7 +161,7 @@ def test_an_8b_model_and_a_long_query_fit_eight_v6e() -> None:
 def test_windows_caps_ropes_and_experts_compile(family: str) -> None:
     config = from_hf(config_of(family))
     programs, laid = without_weights(config, one("v6e"), BY_PLATFORM["tpu"])
-    traced = programs.compiler.trace(Kind.ROWS, laid.ladder[0])
+    traced = programs.compiler.trace(Kind.SEGMENTS, laid.ladder[0])
     _, kernels = program_cost(traced, traced.lower().compile(), trips=config.layers - 1)
     assert kernels == config.layers
 
@@ -188,7 +188,7 @@ def assert_no_scores_move(cost: Cost, whole: ModelConfig, programs: Programs, la
 )
 def test_programs_fit_one_chip_and_attention_is_fused(config: ModelConfig, chip: str, call: Shape) -> None:
     programs, laid = without_weights(config, one(chip), BY_PLATFORM["tpu"], max_prompt_tokens=8192)
-    traced = programs.compiler.trace(Kind.ROWS, call)
+    traced = programs.compiler.trace(Kind.SEGMENTS, call)
     compiled = traced.lower().compile()
     memory = compiled.memory_analysis()
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
@@ -213,7 +213,7 @@ def test_programs_compile_for_slices_and_their_attention_is_fused(config: ModelC
     chips = devices("v6e", topology)
     assert len({chip.process_index for chip in chips}) == {"2x2": 1, "4x4": 4}[topology]
     programs, laid = without_weights(config, mesh(1, len(chips), chips), BY_PLATFORM["tpu"], max_prompt_tokens=8192)
-    traced = programs.compiler.trace(Kind.ROWS, laid.ladder[0])
+    traced = programs.compiler.trace(Kind.SEGMENTS, laid.ladder[0])
     compiled = traced.lower().compile()
     memory = compiled.memory_analysis()
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
@@ -264,7 +264,7 @@ def test_a_plan_that_does_not_fit_is_reported_without_compiling() -> None:
 def test_launches_are_the_planner_s() -> None:
     _, laid = without_weights(QWEN3_06B, one("v6e"), BY_PLATFORM["tpu"], max_prompt_tokens=8192)
     found = launches(QWEN3_06B, laid, RANKING.request())
-    rows = {launch: count for launch, count in found.items() if launch.kind == "rows"}
-    assert {launch.prefix_length for launch in rows} <= {1920, 2000}
-    assert sum(launch.size.tokens * count for launch, count in rows.items()) <= 1.05 * 500 * 20
+    segments = {launch: count for launch, count in found.items() if launch.kind == "segments"}
+    assert {launch.prefix_length for launch in segments} <= {1920, 2000}
+    assert sum(launch.size.tokens * count for launch, count in segments.items()) <= 1.05 * 500 * 20
     assert sum(launch.size * count for launch, count in found.items() if launch.kind == "prefill") == 2048

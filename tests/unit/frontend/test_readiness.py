@@ -42,7 +42,9 @@ async def refused(tokenizer: TextTokenizer, scorer: Engine) -> str:
 
 
 def load(folder: Path, **options: Any) -> Any:
-    return loading.load(folder, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21, **options)
+    return loading.load(
+        folder, max_segment_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21, **options
+    )
 
 
 def change(folder: Path, kept: Callable[[str, np.ndarray], np.ndarray]) -> Path:

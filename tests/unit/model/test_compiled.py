@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def score(model: Path, folder: Path | None) -> np.ndarray:
-    scorer = loading.load(model, compiled_folder=folder, max_row_tokens=16, call_tokens=16)
+    scorer = loading.load(model, compiled_folder=folder, max_segment_tokens=16, call_tokens=16)
     return scorer.score(label_batch(PROMPTS, [(3, 4)] * 3)).values
 
 
@@ -68,7 +68,7 @@ def test_another_order_of_the_devices_is_another_program(folder: Path, model: Pa
     wanted = score(model, folder)
     for order in (devices, devices[::-1]):
         scorer = loading.load(
-            model, compiled_folder=folder, max_row_tokens=16, call_tokens=16, mesh=sharding.mesh(1, 2, order)
+            model, compiled_folder=folder, max_segment_tokens=16, call_tokens=16, mesh=sharding.mesh(1, 2, order)
         )
         found = scorer.score(label_batch(PROMPTS, [(3, 4)] * 3)).values
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
