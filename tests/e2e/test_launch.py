@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import urljoin
 
 import httpx
 import psutil
@@ -108,6 +109,8 @@ def test_ctrl_c_waits_for_the_last_request_and_leaves_no_process(model_folder: P
             os.killpg(process.pid, signal.SIGINT)  # like Ctrl-C in a terminal, which reaches the whole group
             read_until(process, "stopping")
             refuses_later_requests(words[1])
+            probes = {path: httpx.get(urljoin(words[1], path)).status_code for path in ("/health", "/ready")}
+            assert probes == {"/health": 200, "/ready": 503}
             time.sleep(3)  # idle scorers would have left
             wire.send(body[5:])
             status, answer = wire.answer()

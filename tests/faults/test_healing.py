@@ -63,7 +63,7 @@ def tokenizer_hangs(_: Any) -> None:
         service._threads._submit(lambda: time.sleep(1_000))
 
 
-def test_scorers_whose_batching_or_device_stops_are_replaced_and_lose_no_request(client: httpx.Client):
+def test_scorers_with_a_stopped_batching_or_device_are_replaced_and_lose_no_request(client: httpx.Client):
     faults = [batching_dies, device_hangs, device_threads_are_gone]
     body = {"query": [1], "items": ITEMS, "label_token_ids": [1, 2]}
     with under_load(lambda: client.post("/v1/score", json=body).raise_for_status().json()["scores"]) as load:
@@ -78,7 +78,7 @@ def test_scorers_whose_batching_or_device_stops_are_replaced_and_lose_no_request
     assert load.failures == []
 
 
-def test_a_front_end_whose_tokenizer_hangs_is_replaced(client: httpx.Client):
+def test_a_front_end_with_a_hanging_tokenizer_is_replaced(client: httpx.Client):
     (front,) = actors("Ingress")
     pid = process_of(front)
     items: Any = ITEMS

@@ -275,7 +275,7 @@ def test_all_labels_of_the_vocabulary_sum_to_one(scorer: Engine) -> None:
     np.testing.assert_allclose(np.exp(result.values.reshape(2, -1)).sum(axis=1), 1, atol=1e-5)
 
 
-def test_a_prompt_whose_arithmetic_breaks_harms_only_itself(tmp_path: Path) -> None:
+def test_a_prompt_with_broken_arithmetic_harms_only_itself(tmp_path: Path) -> None:
     """Token 5's embedding is NaN: every prompt with it is NaN, its neighbours in the same bins are finite."""
     whole = make_llama(tmp_path)
     clean = loading.load(whole, max_segment_tokens=64, call_tokens=64)

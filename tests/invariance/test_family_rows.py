@@ -54,9 +54,7 @@ def test_spread_over_four_devices_equals_one(family: str, families: Families) ->
     np.testing.assert_allclose(values(spread, sequences), values(one, sequences), rtol=0, atol=TOLERANCE)
 
 
-def test_a_prompt_whose_arithmetic_breaks_spoils_no_neighbour_in_its_experts(
-    families: Families, tmp_path: Path
-) -> None:
+def test_a_prompt_with_broken_arithmetic_spoils_no_neighbour_in_its_experts(families: Families, tmp_path: Path) -> None:
     """Token 5's embedding is NaN."""
     _, clean = families("qwen3_moe")
     folder = make_family(tmp_path, "qwen3_moe")

@@ -194,7 +194,7 @@ async def ending(call: Awaitable[Any]) -> str:
     return said[0]
 
 
-async def test_a_replica_whose_intake_is_stuck_ends(monkeypatch: pytest.MonkeyPatch):
+async def test_a_replica_with_a_stuck_intake_ends_itself(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(deployment, "INTAKE_LIMIT_S", 0.02)
     async with started(FakeEngine()) as replica:
         await replica.check_health()
@@ -240,7 +240,7 @@ async def test_health_fails_when_every_batch_does_and_recovers_with_the_next_goo
         await replica.check_health()
 
 
-async def test_a_replica_whose_queue_has_stopped_ends_with_the_jobs_that_waited():
+async def test_a_replica_with_a_stopped_queue_ends_with_its_waiting_jobs():
     engine = HeldEngine()
     async with started(engine) as replica:
         computing = asyncio.create_task(replica.score(job([1])))
@@ -254,7 +254,7 @@ async def test_a_replica_whose_queue_has_stopped_ends_with_the_jobs_that_waited(
         assert "dispatcher has stopped" in await ending(replica.check_health())
 
 
-async def test_a_replica_whose_device_hangs_ends():
+async def test_a_replica_with_a_hanging_device_ends_itself():
     engine = HeldEngine()
     async with started(engine, ModelSettings(engine="fake", stall_s=0.05)) as replica:
         call = asyncio.create_task(replica.score(job([1])))

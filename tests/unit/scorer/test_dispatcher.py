@@ -286,7 +286,7 @@ async def test_jobs_of_callers_that_left_take_no_room():
         await asyncio.gather(busy, behind, kept)
 
 
-async def test_a_job_whose_caller_left_before_it_came_is_not_queued():
+async def test_a_job_of_a_caller_that_has_left_is_not_queued():
     async with opened(FakeEngine()) as queue:
         answer: asyncio.Future[JobResult] = asyncio.get_running_loop().create_future()
         answer.cancel()
