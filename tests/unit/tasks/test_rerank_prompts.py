@@ -40,7 +40,7 @@ DOCUMENTS = [
 
 @pytest.fixture(scope="module")
 def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer that splits as Qwen3's and has its special tokens, with few merges."""
+    """A tokenizer that splits text as Qwen3's does and has its special tokens, but few merges."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
@@ -80,7 +80,7 @@ def sequences(question: PreparedRequest[RerankResponse]) -> list[list[int]]:
 
 
 class TestTemplates:
-    def test_a_name_stands_for_its_bytes_for_good(self):
+    def test_template_names_are_permanent(self):
         forms = {MXBAI_RERANK: (TEMPLATES[MXBAI_RERANK].instruct_form,)}
         bytes_of = {
             name: "|".join((*t.parts, t.instruct, *forms.get(name, ()), t.yes, t.no)).encode()
@@ -240,8 +240,8 @@ class TestPrompts:
         with pytest.raises(ValueError, match="rerank_template: the answer 'yes indeed' is not one token"):
             reranker(qwen, rerank_template=own)
 
-    def test_answers_of_several_tokens_in_a_template_that_nobody_asked_for(self, tokenizer: TextTokenizer):
-        made = reranker(tokenizer, model="Qwen3-Reranker")  # starts all the same: other routes work
+    def test_answers_of_several_tokens_in_a_template_chosen_by_default(self, tokenizer: TextTokenizer):
+        made = reranker(tokenizer, model="Qwen3-Reranker")  # the service still starts: other routes work
         with pytest.raises(InvalidRequestError, match="other words"):
             finish(made(RerankRequest(query="q", documents=["a"]), "r"))
 

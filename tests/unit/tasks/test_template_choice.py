@@ -1,4 +1,4 @@
-"""Which rerank template a model gets, by what is in its folder and by its name."""
+"""The rerank template that a model gets by the files in its folder and by its name."""
 
 from __future__ import annotations
 
@@ -191,8 +191,8 @@ class TestPlain:
         assert chosen(tmp_path, QWEN3, files).name == PLAIN
 
 
-class TestTold:
-    """The name in ``/v1/info`` and the log."""
+class TestReported:
+    """The template's name in ``/v1/info`` and the log."""
 
     @pytest.mark.parametrize(
         ("fields", "classes", "name"),
