@@ -111,7 +111,7 @@ class DecisionsRequest(DecisionRequest):
     Attributes:
         input: what all questions are about: a text, or a conversation, which the model reads as a plain transcript.
         questions: their names are returned, and the model never sees them.
-        prompt_cache_key: separates cached prompts, as ``cache_salt`` does.
+        prompt_cache_key: OpenAI's name for ``cache_salt``.
         prompt_cache_options: accepted, and of no effect.
         safety_identifier: accepted, and of no effect.
     """
@@ -249,11 +249,7 @@ def _question(asked: PredicateQuestion | ChoiceQuestion | ScoreQuestion, where: 
 
 
 def _builder(model: ModelFacts) -> Prepare[DecisionsRequest, DecisionsResponse]:
-    """Build the task's ``prepare`` for one model.
-
-    Raises:
-        ValueError: see ``Decider.of``.
-    """
+    """Build ``prepare`` for one model, see ``Decider.of``."""
     decider = Decider.of(model)
 
     def prepare(request: DecisionsRequest, _: str) -> Steps[PreparedRequest[DecisionsResponse]]:

@@ -227,11 +227,7 @@ def _given(content: Any) -> str | None:
 
 
 def _builder(model: ModelFacts) -> Prepare[SystemOneRequest, SystemOneResponse]:
-    """Build the task's ``prepare`` for one model.
-
-    Raises:
-        ValueError: see ``Decider.of``.
-    """
+    """Build ``prepare`` for one model, see ``Decider.of``."""
     decider = Decider.of(model)
 
     def prepare(request: SystemOneRequest, _: str) -> Steps[PreparedRequest[SystemOneResponse]]:
