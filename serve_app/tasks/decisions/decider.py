@@ -282,7 +282,8 @@ class _Judge:
             for prompt, own in reversed([*zip(self.prepared.prompts, self.answers, strict=True)])
         }
         judgements = [
-            self.errors.get(number) or _judgement(number, reads[number], words[number]) for number in range(len(reads))
+            self.errors.get(number) or _judgement(number, own, reads[number], words[number])
+            for number, own in enumerate(self.questions)
         ]
         input_tokens = _input_tokens([prompt.ids for prompt in self.prepared.prompts])
         computed = int(result.computed_tokens.sum())
@@ -295,7 +296,7 @@ def _read(values: Sequence[float], answers: Answers, temperature: float) -> tupl
     NaN if the model's output is not finite.
     """
     mass = math.fsum(map(math.exp, values))
-    if not mass > 0:  # NaN, too
+    if not 0 < mass < math.inf:  # NaN, too
         return [math.nan], math.nan
     logs = [_log_sum([values[label] for label in own]) / temperature for own in answers.groups]
     total = _log_sum(logs)
@@ -303,7 +304,7 @@ def _read(values: Sequence[float], answers: Answers, temperature: float) -> tupl
 
 
 def _judgement(
-    number: int, reads: Sequence[tuple[list[float], float]], words: tuple[tuple[str, ...], ...]
+    number: int, question: Question, reads: Sequence[tuple[list[float], float]], words: tuple[tuple[str, ...], ...]
 ) -> Judgement | InternalError:
     """The mean of a question's log-probabilities over the orders of its options, normalised."""
     masses = [mass for _, mass in reads]
@@ -312,6 +313,7 @@ def _judgement(
             f"questions[{number}]: the model's output is not finite, so there is no answer; leave this question out",
             param="questions",
             index=number,
+            where=question.where,
         )
     means = [math.fsum(values) / len(reads) for values in zip(*(logs for logs, _ in reads), strict=True)]
     peak = max(means)
