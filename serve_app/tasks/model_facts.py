@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serve_app.contract import ModelInfo
-from serve_app.profiles.profile import CHAT, PLAIN, PROFILES, Profile
+from serve_app.profiles.profile import PLAIN, PROFILES, Profile
 from serve_app.settings import Limits, ModelSettings
 from serve_app.tasks.chat import ChatTemplate
+from serve_app.tasks.profile_choice import choose_profile
 from serve_app.tasks.template_choice import UNNAMED, Choice, choose
 from serve_app.tasks.tokenizer import Joined, TextTokenizer
 from serve_app.tasks.validation import check_characters, check_work
@@ -53,10 +54,13 @@ class ModelFacts:
 
         Args:
             folder: the folder with the model's files, by which the template is chosen. None: its name decides.
+
+        Raises:
+            ValueError: see ``choose_profile``.
         """
         chat = ChatTemplate.load(tokenizer)
-        name = settings.decision_profile or (CHAT if chat else PLAIN)
-        return cls(settings.name, tokenizer, info, settings.limits, choose(settings, folder), PROFILES[name], chat)
+        profile = choose_profile(settings, chat).profile
+        return cls(settings.name, tokenizer, info, settings.limits, choose(settings, folder), profile, chat)
 
     @property
     def can_decide(self) -> bool:

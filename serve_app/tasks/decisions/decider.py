@@ -13,7 +13,7 @@ import numpy as np
 
 from serve_app.contract import BatchResult, Int32, common_prefix
 from serve_app.errors import InternalError, InvalidRequestError, ScoringError, TooLargeError
-from serve_app.profiles.profile import CODE, PLAIN, Profile, ShownOption
+from serve_app.profiles.profile import CODE, Profile, ShownOption
 from serve_app.tasks.chat import ChatTemplate
 from serve_app.tasks.decisions.labels import PAIRS, Answers, codes, lay_out
 from serve_app.tasks.decisions.questions import Decided, Judgement, Kind, Option, Question
@@ -69,18 +69,8 @@ class Decider:
 
     @classmethod
     def of(cls, model: ModelFacts) -> Decider:
-        """The decider of a served model.
-
-        Raises:
-            ValueError: the settings name a profile for chat models, and the model has no chat template.
-        """
-        chat = model.chat if model.profile.chat else None
-        if model.profile.chat and chat is None:
-            raise ValueError(
-                f"decision_profile: {model.profile.name} is for chat models, and this one has no chat template; "
-                f"use {PLAIN}"
-            )
-        return cls(model, model.profile, chat)
+        """The decider of a served model."""
+        return cls(model, model.profile, model.chat if model.profile.chat else None)
 
     def prepare(
         self, state: str, questions: Sequence[Question], permutations: int, answer: Callable[[Decided], A]

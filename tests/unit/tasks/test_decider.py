@@ -28,6 +28,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 STATE = "I was charged twice. Please refund one payment."
+TEAMS = "A: Billing - money\nB: Sales\nC: IT"
 NOUL = Question(Kind.NOUL, "Refund?", (Option("no"), Option("yes")), ("questions", "refund"))
 CHOICE = Question(
     Kind.CHOICE, "Which team?", (Option("Billing", "money"), Option("Sales"), Option("IT")), ("questions", 1)
@@ -80,8 +81,7 @@ class TestPrompts:
             f"<|im_start|>user\n{STATE}\n\n{text}<|im_end|>\n<|im_start|>assistant\n"
             for text in (
                 "Question: Refund?\nAnswer yes or no only.",
-                "Question: Which team?\nA: Billing - money\nB: Sales\nC: IT\n"
-                "Answer with the letter of one option only.",
+                f"Question: Which team?\n{TEAMS}\nAnswer with the letter of one option only.",
                 "0: Calm\n1: Angry\nAnswer with the number of one level only.",
             )
         ]
