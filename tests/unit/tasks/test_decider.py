@@ -190,7 +190,7 @@ class TestAnswers:
 class TestRefusals:
     def test_labels_that_are_no_tokens_of_their_own_are_refused(self, monkeypatch: pytest.MonkeyPatch):
         same = PROFILES["chat-v1"].model_copy(update={"no": ("yes",)})
-        monkeypatch.setattr("serve_app.tasks.model_facts.PROFILES", {**PROFILES, "chat-v1": same})
+        monkeypatch.setattr("serve_app.tasks.profile_choice.PROFILES", {**PROFILES, "chat-v1": same})
         with pytest.raises(InvalidRequestError, match='the labels "yes" and "yes" are not distinct'):
             asked([NOUL])
 

@@ -225,6 +225,7 @@ class TestReported:
         said = [(record.levelname, record.getMessage()) for record in caplog.records]
         assert said[0][0] == "INFO"
         assert said[0][1].startswith(f"judge: /v1/rerank uses the template {PLAIN} (")
+        assert said.pop() == ("INFO", "judge: decisions use the profile plain-v1 (the model has no chat template)")
         assert [level for level, _ in said[1:]] == ["WARNING"] * doubtful
         assert all("judge: its name says that this is a reranker" in line for _, line in said[1:])
 
