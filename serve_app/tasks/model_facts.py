@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serve_app.contract import ModelInfo
+from serve_app.errors import InvalidRequestError
 from serve_app.profiles.profile import PLAIN, PROFILES, Profile
+from serve_app.schemas import Message
 from serve_app.settings import Limits, ModelSettings
 from serve_app.tasks.chat import ChatTemplate
 from serve_app.tasks.profile_choice import choose_profile
@@ -88,6 +90,24 @@ class ModelFacts:
     def max_request_characters(self) -> int:
         """The most characters that may be tokenised for one request."""
         return CHARACTERS_PER_TOKEN * self.limits.max_request_tokens
+
+    def prompt_of(self, messages: Sequence[Message], *, answer: bool = True) -> str:
+        """The prompt of a conversation, see ``ChatTemplate.render``.
+
+        Raises:
+            InvalidRequestError: the model has no chat template, or it cannot show these messages.
+        """
+        if self.chat is None:
+            raise InvalidRequestError(
+                "this model's files have no chat template, so it takes no messages; send the whole prompt as text",
+                param="messages",
+            )
+        if not messages:
+            raise InvalidRequestError("messages is empty; send at least one message", param="messages")
+        check_characters(sum(len(message.text) for message in messages), self.max_text_characters, "messages")
+        return self.chat.render(
+            [{"role": message.role, "content": message.text} for message in messages], answer=answer
+        )
 
     def encoded(self, texts: Sequence[str], param: str, *, add_special_tokens: bool = True) -> Iterator[list[int]]:
         """Tokenise the texts, each when it is asked for. Lengths are checked before the first one.
