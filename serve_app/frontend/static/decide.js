@@ -63,7 +63,7 @@ export const decide = {
 
   show({asked, answer}, time) {
     panel.querySelector(".rows").replaceChildren(...asked.questions.map((question) => answered(question, answer.answers[question.id])));
-    const {input_tokens, x_cached_tokens: cached} = answer.usage;
+    const {usage: {input_tokens}, x_cached_tokens: cached} = answer;
     return `${count(asked.questions.length, "question")} in ${time} · ${count(input_tokens, "input token")}` +
       (cached === undefined ? "" : `, ${cached.toLocaleString("en")} cached`);
   },
