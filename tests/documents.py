@@ -22,10 +22,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-FILES = ["README.md", *(f"docs/{name}.md" for name in ("quickstart", "api", "recipes", "migration", "clients"))]
+FILES = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("quickstart", "api", "recipes", "decisions", "migration", "clients")),
+]
 ADDRESS = "http://127.0.0.1:8000"
 COMMANDS = ("curl", "score-serve")
-CHANGING = {"id", "created", "cached_tokens", "version", "buckets", "max_queued_tokens"}
+CHANGING = {"id", "created", "cached_tokens", "x_cached_tokens", "version", "buckets", "max_queued_tokens"}
 """Fields whose values are others each time, or on each machine."""
 TOLERANCE = 1e-3
 """Of a number in JSON, relative: logprobs are within 1e-4 of each other on any machine."""
