@@ -21,11 +21,14 @@ PAGE_TOKENS = 128
 """Tokens of one page of the prefix cache, which keeps whole pages for later batches: wide enough for one efficient
 matmul a step, small enough that a short prefix wastes little."""
 
+SALT_BITS = 42
+"""Bits of a salt: beside a token's 21 they fit into a signed integer of 64."""
+
 Progress = Callable[[int, int, str], None]
 """Called as ``progress(done, total, what)`` while an engine warms up."""
 
 
-def common_prefix(one: Int32, other: Int32) -> int:
+def common_prefix(one: Int32 | Int64, other: Int32 | Int64) -> int:
     """The number of leading tokens that are equal."""
     room = min(len(one), len(other))
     differs = one[:room] != other[:room]
@@ -58,6 +61,8 @@ class TokenBatch:
         common: shape [n, 2], for each sequence what its request's sequences have in common, in this batch and others:
             how many tokens at the front, and in how many sequences. It decides what is worth a page of the prefix
             cache, by the whole request and not by how it was cut into batches. None: not known.
+        salts: for each sequence a number, ``0 <= salt < 2**SALT_BITS``. Sequences of different salts share no prefix, in
+            this batch or another. None: all are 0.
         shared: for each sequence, how many leading tokens it shares with the one before it in this batch, its last
             token never counted; 0 for the first. Engines do not need it. None: not measured.
     """
@@ -73,6 +78,7 @@ class TokenBatch:
     keep: bool = False
     common: Int32 | None = None
     shared: Int64 | None = None
+    salts: Int64 | None = None
 
     @property
     def num_sequences(self) -> int:

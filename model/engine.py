@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model import plan, prefill
-from model.contract import PAGE_TOKENS, BatchResult, EngineStats, ModelInfo, Progress, TokenBatch
+from model.contract import PAGE_TOKENS, SALT_BITS, BatchResult, EngineStats, ModelInfo, Progress, TokenBatch
 from model.pages import CacheStats, Node, OutOfPagesError, PrefixCache, SeenPrefixes
 from model.prefill import PinnedPrefix
 from model.programs import Inputs, Prefixes, Programs
@@ -97,6 +97,8 @@ class Engine:
         """
         bounds = batch.offsets.tolist()
         sequences = [self._marked(batch.tokens[a:b]) for a, b in itertools.pairwise(bounds)]
+        salts = [0] * len(sequences) if batch.salts is None else batch.salts.tolist()
+        keys = [tokens.astype(np.int64) | salt << 63 - SALT_BITS for tokens, salt in zip(sequences, salts, strict=True)]
         for number, tokens in enumerate(sequences):
             if not 0 < len(tokens) <= (longest := self._layout.longest):
                 raise ValueError(f"sequence {number} has {len(tokens)} tokens; this model reads 1 to {longest}")
@@ -112,13 +114,13 @@ class Engine:
             reads[sequence].append(position)
         read_sequences = [number for number, positions in enumerate(reads) if positions]
         groups = self._layout.groups(
-            [sequences[i] for i in read_sequences],
+            [keys[i] for i in read_sequences],
             [reads[i] for i in read_sequences],
             () if batch.common is None else batch.common[read_sequences].tolist(),
         )
         unread = [number for number, positions in enumerate(reads) if batch.keep and not positions]
         numbering = [*read_sequences, *unread]
-        work = _Work(sequences, reads, numbering, first_read, np.zeros(len(sequences), np.int32))
+        work = _Work(sequences, keys, reads, numbering, first_read, np.zeros(len(sequences), np.int32))
         kept = [
             plan.Group(place, len(sequences[number]) - len(sequences[number]) % PAGE_TOKENS, ())
             for place, number in enumerate(unread, len(read_sequences))
@@ -149,7 +151,7 @@ class Engine:
     def check_health(self) -> None:
         """Do nothing: this engine fails with its process."""
 
-    def _marked(self, tokens: plan.Tokens) -> plan.Tokens:
+    def _marked(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """Ids that differ where tokens have different keys, for the planner, the cache and the programs.
 
         A prompt beyond a ``longrope``'s original context has other angles at all positions: its ids are V higher.
@@ -181,7 +183,7 @@ class Engine:
                 if until - group.prefix_length < PAGE_TOKENS:
                     stay.append(segment)
                     continue
-                tokens = work.sequences[number][: until - until % PAGE_TOKENS]
+                tokens = work.keys[number][: until - until % PAGE_TOKENS]
                 pages = max(self._recurring.pages(tokens), len(self._cache.lookup(tokens)))
                 if pages * PAGE_TOKENS - group.prefix_length < PAGE_TOKENS:
                     stay.append(segment)
@@ -221,7 +223,7 @@ class Engine:
         """Pages for a group's prefix, see ``PrefixCache.hold``."""
         owner = work.numbering[group.prefix_of]
         prefix = work.sequences[owner][: group.prefix_length]
-        path, cached = pins.enter_context(self._cache.hold(prefix))
+        path, cached = pins.enter_context(self._cache.hold(work.keys[owner][: group.prefix_length]))
         work.computed[owner] += len(prefix) - cached
         return PinnedPrefix(group, prefix, path, cached)
 
@@ -307,6 +309,7 @@ class _Work:
     """A batch on its way.
 
     Attributes:
+        keys: what sequences share prefixes by: their tokens, with the salt in the upper bits.
         reads: each sequence's read positions, ascending.
         numbering: the planner's sequence number -> the batch's; the planner sees sequences with reads, followed by
             those that are only kept.
@@ -314,7 +317,8 @@ class _Work:
         computed: for each sequence, tokens computed so far.
     """
 
-    sequences: Sequence[plan.Tokens]
+    sequences: Sequence[npt.NDArray[np.int32]]
+    keys: Sequence[plan.Tokens]
     reads: Sequence[Sequence[int]]
     numbering: Sequence[int]
     first_read: npt.NDArray[np.int64]

@@ -15,13 +15,16 @@ import numpy.typing as npt
 
 from model.contract import PAGE_TOKENS
 
+Tokens = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+"""A prefix: token ids, or ids with more in their upper bits that prefixes must not share."""
+
 
 @dataclass(eq=False, slots=True)
 class Node:
     """One page: its number in the pool, the tokens in it (fewer than ``PAGE_TOKENS`` only at the end of a path)."""
 
     page: int
-    tokens: npt.NDArray[np.int32]
+    tokens: Tokens
     parent: "Node | None"
     children: dict[bytes, "Node"] = field(default_factory=dict[bytes, "Node"])
     last_used: int = 0
@@ -59,7 +62,7 @@ class PrefixCache:
         self._clock = 0
         self._hits = self._misses = self._evicted = 0
 
-    def lookup(self, prefix: npt.NDArray[np.int32]) -> list[Node]:
+    def lookup(self, prefix: Tokens) -> list[Node]:
         """The longest path of pages that hold the prefix's own tokens, whole pages or its very end.
 
         Every page but the last is full. A last page with more tokens than the prefix has left serves too, since the
@@ -80,7 +83,7 @@ class PrefixCache:
         return path
 
     @contextmanager
-    def hold(self, prefix: npt.NDArray[np.int32]) -> Generator[tuple[list[Node], int]]:
+    def hold(self, prefix: Tokens) -> Generator[tuple[list[Node], int]]:
         """Pages for a prefix, which stay its own inside of the ``with``; the least recently used are given up for it.
 
         Yields:
@@ -110,7 +113,7 @@ class PrefixCache:
                 node.pins -= 1
                 self._pinned -= not node.pins
 
-    def _extend(self, path: list[Node], tokens: npt.NDArray[np.int32]) -> Node:
+    def _extend(self, path: list[Node], tokens: Tokens) -> Node:
         """A page for the tokens that follow ``path``."""
         parent = path[-1] if path else self._root
         node = Node(self._take_page(), tokens.copy(), parent)
@@ -161,7 +164,7 @@ class SeenPrefixes:
         self._most = most
         self._seen: dict[bytes, None] = {}
 
-    def pages(self, tokens: npt.NDArray[np.int32]) -> int:
+    def pages(self, tokens: Tokens) -> int:
         """Whole pages at the front of ``tokens`` that came before, at the front of a prompt; then remembers all."""
         known = 0
         digest = hashlib.blake2b(digest_size=16)
@@ -177,5 +180,5 @@ class SeenPrefixes:
         return known
 
 
-def _starts_with(tokens: npt.NDArray[np.int32], piece: npt.NDArray[np.int32]) -> bool:
+def _starts_with(tokens: Tokens, piece: Tokens) -> bool:
     return len(tokens) >= len(piece) and bool(np.array_equal(tokens[: len(piece)], piece))

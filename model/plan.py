@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from model.contract import common_prefix
 
-Tokens = npt.NDArray[np.int32]
+Tokens = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 SMALLEST_CALL = 64
 """Tokens, and reads, of the smallest program. XLA's CPU matmul gives a row the same bits whatever the number of rows,

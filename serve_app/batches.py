@@ -142,6 +142,7 @@ def cut(batch: TokenBatch, start: int, stop: int) -> TokenBatch:
         argmax=batch.argmax,
         common=None if batch.common is None else batch.common[start:stop],
         shared=None if batch.shared is None else _cut_shared(batch.shared[start:stop]),
+        salts=None if batch.salts is None else batch.salts[start:stop],
     )
 
 
@@ -169,6 +170,7 @@ def join(batches: Sequence[TokenBatch]) -> TokenBatch:
         argmax=batches[0].argmax,
         common=_join_common(batches),
         shared=_join_shared(batches),
+        salts=_join_salts(batches),
     )
 
 
@@ -178,6 +180,14 @@ def _join_common(batches: Sequence[TokenBatch]) -> Int32 | None:
     unknown = [np.zeros((batch.num_sequences, 2), np.int32) for batch in batches]
     return np.concatenate(
         [no if batch.common is None else batch.common for batch, no in zip(batches, unknown, strict=True)]
+    )
+
+
+def _join_salts(batches: Sequence[TokenBatch]) -> Int64 | None:
+    if all(batch.salts is None for batch in batches):
+        return None
+    return np.concatenate(
+        [np.zeros(batch.num_sequences, np.int64) if batch.salts is None else batch.salts for batch in batches]
     )
 
 

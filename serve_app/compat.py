@@ -43,7 +43,6 @@ EVERYWHERE: Mapping[str, Foreign] = {
     "metadata": _NO_EFFECT,
     "request_id": _NO_EFFECT,  # vLLM; the header x-request-id names a request
     "rid": _NO_EFFECT,  # sglang
-    "cache_salt": _NO_EFFECT,
     "priority": Foreign("requests have no priorities here", (0,)),
     "mm_processor_kwargs": Foreign("the models read text only", ({},)),
 }
@@ -118,6 +117,21 @@ DETOKENIZE: Mapping[str, Foreign] = {
     **EVERYWHERE,
     "skip_special_tokens": Foreign("special tokens are returned as text", (False,)),
 }
+
+_READS_TEXT = "this service reads text; it takes no images"
+
+SYSTEM_ONE: Mapping[str, Foreign] = {"assets": Foreign(_READS_TEXT, ({},))}
+"""All other unknown fields are ignored, as TypeSafe's own service does."""
+
+DECISIONS: Mapping[str, Foreign] = {
+    **EVERYWHERE,
+    "stream": Foreign("the answer comes whole", (False,)),
+    "temperature": Foreign("nothing is sampled; the probabilities are the model's own"),
+    "instructions": Foreign("each question has its own"),
+}
+
+NOT_HERE: Mapping[str, str] = {"box": _READS_TEXT, "input_image": _READS_TEXT}
+"""Types of questions and of parts of a text that other services have, and why they are refused."""
 
 _GENERATES = "this service scores text and generates none; score answers with POST /v1/score, whole texts with POST "
 ROUTES: Mapping[str, str] = {

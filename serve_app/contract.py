@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from model.contract import PAGE_TOKENS as PAGE_TOKENS
+from model.contract import SALT_BITS as SALT_BITS
 from model.contract import BatchResult as BatchResult
 from model.contract import Engine as Engine
 from model.contract import EngineStats as EngineStats

@@ -6,16 +6,24 @@ Errors cross Serve handles, so every class keeps its arguments when it is pickle
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 COMPLETIONS = "/v1/completions"
-"""The route that answers with nested errors."""
-_LIKE_COMPLETIONS = re.compile(r"(?!.*/v1/models/).*completions/*", re.DOTALL)
-"""Paths that resemble OpenAI's routes, after a prefix too, as a misconfigured client of OpenAI's API sends: their
-errors are nested. A model may be called ``completions``."""
+DECISIONS = "/v1/decisions"
+"""The routes that answer with OpenAI's nested errors."""
+SYSTEM_ONE = "/v1/systemone"
+"""The route that answers with TypeSafe's errors."""
+
+UNPROCESSABLE = 422
+"""Status of an invalid request where TypeSafe's clients ask."""
 
 RETRY_AFTER_S = 1
 """``Retry-After`` of a 503 when no better estimate is known."""
+
+
+Place = tuple[str | int, ...]
+"""The fields and indices that lead to a part of a request."""
 
 
 class ScoringError(Exception):
@@ -26,31 +34,42 @@ class ScoringError(Exception):
         param: the request field that is wrong, or None.
         index: the item that is wrong, or None if the whole request is.
         retry_after_s: seconds after which to retry, or None.
+        where: the place of what is wrong in the request, such as ``("questions", "urgent", "criteria")``; empty:
+            ``param`` alone says it.
     """
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "InternalServerError"
 
     def __init__(
-        self, message: str, *, param: str | None = None, index: int | None = None, retry_after_s: int | None = None
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        index: int | None = None,
+        retry_after_s: int | None = None,
+        where: Place = (),
     ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
         self.index = index
         self.retry_after_s = retry_after_s
+        self.where = where
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.message, self.param, self.index, self.retry_after_s)
+        return _rebuild, (type(self), self.message, self.param, self.index, self.retry_after_s, self.where)
 
-    def body_on(self, path: str) -> dict[str, Any]:
-        """The error object of the route at ``path``."""
-        return self.nested_body() if _LIKE_COMPLETIONS.fullmatch(path) else self.body()
+    def at(self, where: Place) -> ScoringError:
+        """The same error, of this place in the request."""
+        return _rebuild(type(self), self.message, self.param, self.index, self.retry_after_s, where)
 
-    def nested_body(self) -> dict[str, Any]:
-        """The nested error object of the routes for OpenAI's clients."""
-        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.status}
-        return {"error": error}
+    def answer_on(self, path: str) -> tuple[int, dict[str, Any]]:
+        """The status and the body of this error on the route at ``path``."""
+        for pattern, answer in _SHAPES:
+            if pattern.fullmatch(path):
+                return answer(self)
+        return self.status, self.body()
 
     def body(self) -> dict[str, Any]:
         """The flat error object of the scoring routes."""
@@ -64,9 +83,14 @@ class ScoringError(Exception):
 
 
 def _rebuild(
-    cls: type[ScoringError], message: str, param: str | None, index: int | None, retry_after_s: int | None
+    cls: type[ScoringError],
+    message: str,
+    param: str | None,
+    index: int | None,
+    retry_after_s: int | None,
+    where: Place,
 ) -> ScoringError:
-    return cls(message, param=param, index=index, retry_after_s=retry_after_s)
+    return cls(message, param=param, index=index, retry_after_s=retry_after_s, where=where)
 
 
 class InvalidRequestError(ScoringError):
@@ -148,3 +172,29 @@ ERRORS: tuple[type[ScoringError], ...] = (
 )
 
 BY_STATUS: dict[int, type[ScoringError]] = {error.status: error for error in ERRORS}
+
+
+def _nested(error: ScoringError, status: int | None = None) -> tuple[int, dict[str, Any]]:
+    """OpenAI's error object."""
+    status = status or error.status
+    return status, {"error": {"message": error.message, "type": error.type, "param": error.param, "code": status}}
+
+
+def _typesafe(error: ScoringError) -> tuple[int, dict[str, Any]]:
+    """TypeSafe's ``detail``: FastAPI's list for an invalid request. OpenAI's object is beside it, for other clients."""
+    if isinstance(error, InvalidRequestError):
+        where = error.where or (() if error.param is None else (error.param,))
+        status, nested = _nested(error, UNPROCESSABLE)
+        return status, {"detail": [{"loc": ["body", *where], "msg": error.message, "type": "value_error"}], **nested}
+    status, nested = _nested(error)
+    words = re.findall("[A-Z][a-z]*", error.type)
+    return status, {"detail": {"error_type": "_".join(words).lower(), "message": error.message}, **nested}
+
+
+# Paths that resemble these routes too, after a prefix, as a misconfigured client sends. A model may be called
+# completions: its card is at /v1/models/completions.
+_SHAPES: Sequence[tuple[re.Pattern[str], Callable[[ScoringError], tuple[int, dict[str, Any]]]]] = (
+    (re.compile(r"(?!.*/v1/models/).*(completions|decisions)/*", re.DOTALL), _nested),
+    (re.compile(r"(?!.*/v1/models/).*systemone/*", re.DOTALL), _typesafe),
+)
+"""Errors on the routes of other services' clients, by path; elsewhere errors are flat."""

@@ -45,12 +45,21 @@ _SHOWN = 60
 
 
 class RequestBody(BaseModel):
+    """What all requests have.
+
+    Attributes:
+        cache_salt: requests with different salts share nothing in the prefix cache, so that none can tell from its time
+            or its cached tokens what another one sent.
+    """
+
     # Strict: a token id is neither true nor 1.5 nor "7". Unknown fields are refused: a misspelt option must not be
     # ignored in silence.
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     foreign: ClassVar[Mapping[str, Foreign]] = compat.EVERYWHERE
     """Fields of other services. ``parse`` accepts them if their value asks for nothing."""
+
+    cache_salt: Text | None = None
 
 
 class ResponseBody(BaseModel):
@@ -248,11 +257,24 @@ class ModelCard(ResponseBody):
     max_model_len: int
 
 
+class ModelMetadata(ResponseBody):
+    """A model under one of its names, as TypeSafe's clients read it.
+
+    Attributes:
+        release_date: the day on which this service began to serve it, ``YYYY-MM-DD``.
+    """
+
+    name: str
+    description: str
+    release_date: str
+
+
 class ModelsResponse(ResponseBody):
-    """OpenAI's list of models."""
+    """OpenAI's list of models, and TypeSafe's."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
+    models: list[ModelMetadata]
 
 
 class LimitsInfo(ResponseBody):
@@ -272,6 +294,7 @@ class InfoResponse(ResponseBody):
     """Information about what is served, and how: ``GET /v1/info``.
 
     Attributes:
+        decision_profile: how the decision routes ask, a file in ``serve_app/profiles``. None: the model cannot decide.
         rerank_template: the template's name, or ``custom``. None: the model has too many classes to rerank.
     """
 
@@ -286,6 +309,7 @@ class InfoResponse(ResponseBody):
     quantization: str | None = None
     platform: str
     buckets: list[str]
+    decision_profile: str | None = None
     rerank_template: str | None = None
     limits: LimitsInfo
     version: str
@@ -346,8 +370,8 @@ def _drop_foreign(request: RequestBody) -> None:
     """
     foreign = request.model_extra or {}
     for name, value in foreign.items():
-        if refused := _refused(name, value, type(request)):
-            raise refused
+        if wrong := refused(name, value, type(request)):
+            raise wrong
     foreign.clear()
 
 
@@ -388,7 +412,7 @@ def _parse_with_surrogates(model: type[R], body: bytes, error: ValidationError) 
             continue
         where = str(field) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in inside)
         raise InvalidRequestError(
-            f"{where} must be text without lone surrogates, not {_shown(text)}",
+            f"{where} must be text without lone surrogates, not {shown(text)}",
             param=str(field),
             index=index if isinstance(index, int) else None,
         )
@@ -400,14 +424,14 @@ def invalid(error: ValidationError, model: type[RequestBody]) -> InvalidRequestE
     found = error.errors(include_url=False)
     for finding in found:
         if finding["type"] == "extra_forbidden" and (
-            refused := _refused(str(finding["loc"][-1]), finding["input"], model)
+            wrong := refused(str(finding["loc"][-1]), finding["input"], model)
         ):
-            return refused
+            return wrong
     found = [finding for finding in found if finding["type"] != "extra_forbidden"] or found
     if not found[0]["loc"]:
         if found[0]["type"] == "json_invalid":
             return InvalidRequestError(f"the body is not valid JSON: {found[0]['msg'].removeprefix('Invalid JSON: ')}")
-        return InvalidRequestError(f"the body must be a JSON object, not {_shown(found[0]['input'])}")
+        return InvalidRequestError(f"the body must be a JSON object, not {shown(found[0]['input'])}")
     field = str(found[0]["loc"][0])
     # A union reports every kind that it allows; the kind that matched furthest is the one that was meant.
     mine = [finding for finding in found if finding["loc"][0] == field]
@@ -421,7 +445,7 @@ def invalid(error: ValidationError, model: type[RequestBody]) -> InvalidRequestE
         return InvalidRequestError(f"{where} is required", param=field, index=index)
     expected = " or ".join(dict.fromkeys(_expected(finding) for finding in furthest))
     return InvalidRequestError(
-        f"{where} must be {expected}, not {_shown(furthest[0]['input'])}", param=field, index=index
+        f"{where} must be {expected}, not {shown(furthest[0]['input'])}", param=field, index=index
     )
 
 
@@ -445,14 +469,14 @@ def _inner_fields(annotation: Any) -> Set[str]:
     return {name for part in get_args(annotation) for name in _inner_fields(part)}
 
 
-def _refused(name: str, value: Any, model: type[RequestBody]) -> InvalidRequestError | None:
+def refused(name: str, value: Any, model: type[RequestBody]) -> InvalidRequestError | None:
     """The error of a field that the schema does not have; None if it is another service's and asks for nothing."""
     if name in model.foreign:
         field = model.foreign[name]
         if field.allows(value):
             return None
         allowed = "".join(f"{json.dumps(own)} or " for own in field.neutral or ())
-        return InvalidRequestError(f"{name} must be {allowed}left out, not {_shown(value)}: {field.advice}", param=name)
+        return InvalidRequestError(f"{name} must be {allowed}left out, not {shown(value)}: {field.advice}", param=name)
     name = name if len(name) <= _SHOWN else name[:_SHOWN] + "..."
     fields = list(model.model_fields)
     if close := difflib.get_close_matches(name, fields, n=1):
@@ -462,7 +486,7 @@ def _refused(name: str, value: Any, model: type[RequestBody]) -> InvalidRequestE
     return InvalidRequestError(f"unknown field {name!r}: {advice}", param=name)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """The value as JSON, short enough for a message."""
     if isinstance(value, list | tuple):
         return f"a {type(value).__name__} of {len(value)}"  # pyright: ignore[reportUnknownArgumentType]

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from serve_app.profiles.profile import PROFILES
 from serve_app.templates import TEMPLATES, RerankTemplate
 from serve_app.tpu import Tpu
 
@@ -118,7 +119,18 @@ class ModelSettings(_Frozen):
     """Template of ``/v1/rerank``: a name in ``templates.py``, or a template itself. None: chosen by the model's files
     and name (``template_choice.py``); a plain one if these say nothing."""
 
+    decision_profile: str | None = None
+    """How a decision route's question becomes a prompt: the name of a file in ``serve_app/profiles``. None:
+    ``chat-v1``, or ``plain-v1`` for a model without a chat template."""
+
     limits: Limits = Limits()
+
+    @field_validator("decision_profile")
+    @classmethod
+    def _known_profile(cls, name: str | None) -> str | None:
+        if name is not None and name not in PROFILES:
+            raise ValueError(f"there is no profile {name!r}; choose one of {', '.join(PROFILES)}")
+        return name
 
     @field_validator("rerank_template")
     @classmethod
@@ -219,6 +231,8 @@ class ServiceSettings(_Frozen):
     api_keys_file: str | None = None
     """File with one API key per line; it is read again when it changes. None: only the environment has keys, if any
     (``auth.py``)."""
+    salt_by_api_key: bool = False
+    """Whether callers with different API keys share nothing in the prefix cache, as with different ``cache_salt``."""
     cors_origins: tuple[str, ...] = ()
     """Origins of web pages that may call the service from a browser, such as ``https://example.org``; ``*`` allows
     all."""

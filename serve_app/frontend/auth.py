@@ -71,8 +71,8 @@ class ApiKeys:
     def __len__(self) -> int:
         return len(self._digests)
 
-    def check(self, authorization: str) -> None:
-        """Accept a request with this ``Authorization`` header.
+    def check(self, authorization: str) -> str:
+        """Accept a request with this ``Authorization`` header, and return its key.
 
         Raises:
             AuthenticationError: it is empty or not ``Bearer``, or its key is invalid.
@@ -86,6 +86,7 @@ class ApiKeys:
         equal = [hmac.compare_digest(digest, known) for known in self._digests]
         if not any(equal):
             raise AuthenticationError("invalid API key; ask the operator of this service for one")
+        return key.strip()
 
     def _reload(self) -> None:
         stamp = self._stamped()
@@ -110,16 +111,23 @@ class ApiKeys:
 
 
 class RequireKey:
-    """Middleware that asks for a key on all routes except ``PUBLIC_ROUTES``. Plain ASGI; the body is not read."""
+    """Middleware that asks for a key on all routes except ``PUBLIC_ROUTES``. Plain ASGI; the body is not read.
 
-    def __init__(self, app: ASGIApp, *, keys: ApiKeys) -> None:
+    Args:
+        name_tenants: note in the request's state, as ``tenant``, whose key it has.
+    """
+
+    def __init__(self, app: ASGIApp, *, keys: ApiKeys, name_tenants: bool = False) -> None:
         self._app = app
         self._keys = keys
+        self._name_tenants = name_tenants
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")) not in PUBLIC_ROUTES:
             given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-            self._keys.check(given.decode("latin-1"))
+            key = self._keys.check(given.decode("latin-1"))
+            if self._name_tenants:
+                scope.setdefault("state", {})["tenant"] = _digest(key).hex()
         await self._app(scope, receive, send)
 
 

@@ -121,14 +121,15 @@ class OwnTimeoutAnswer:
             if message["type"] == "http.response.start" and message["status"] == PROXY_TIMEOUT:
                 replaced = True
                 error = DeadlineExceededError("the request timed out; send fewer items, or allow more time")
-                body = json.dumps(error.body_on(scope["path"])).encode()
+                status, content = error.answer_on(scope["path"])
+                body = json.dumps(content).encode()
                 kept = [(name, value) for name, value in message["headers"] if not name.lower().startswith(b"content-")]
                 headers = [
                     *kept,
                     (b"content-type", b"application/json"),
                     (b"content-length", str(len(body)).encode()),
                 ]
-                await send({**message, "status": error.status, "headers": headers})
+                await send({**message, "status": status, "headers": headers})
                 await send({"type": "http.response.body", "body": body})
             elif not replaced:
                 await send(message)

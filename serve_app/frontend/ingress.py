@@ -52,7 +52,7 @@ class Ingress:
 
     async def __init__(self, settings: ServiceSettings, *scorers: DeploymentHandle[Any]) -> None:
         self._settings = settings.models
-        self._cors_origins = settings.cors_origins
+        self._service = settings
         self._keys = auth.ApiKeys(settings.api_keys_file)
         if not self._keys:
             logger.warning("no API key is set: everyone who can reach this service may use it")
@@ -85,7 +85,8 @@ class Ingress:
         return create_app(
             lambda: self._models,
             keys=self._keys,
-            cors_origins=self._cors_origins,
+            salt_by_api_key=self._service.salt_by_api_key,
+            cors_origins=self._service.cors_origins,
             echo_request_id=False,
             door=self._door,
         )

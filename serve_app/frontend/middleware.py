@@ -1,4 +1,4 @@
-"""What surrounds every route: request ids, timings, and errors as flat JSON."""
+"""What surrounds every route: request ids, timings, and errors as JSON."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ logger = logging.getLogger("ray.serve")
 CLIENT_GONE = 499
 """Status for a client that has left; only the access log shows it."""
 
+TYPESAFE_REQUEST_ID = b"x-typesafe-request-id"
+"""``x-request-id`` under the name that TypeSafe's client reads, and misses if it is absent."""
+
 _SHOWN_PATH = 200
 """Characters of a path that an error repeats."""
 
@@ -39,7 +42,7 @@ _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:@/+=-]")
 
 
 class RequestContext:
-    """Middleware that gives requests their id and timings, and uncaught errors their flat body. Plain ASGI."""
+    """Middleware that gives requests their id and timings, and uncaught errors their body. Plain ASGI."""
 
     def __init__(self, app: ASGIApp, *, echo: bool) -> None:
         self._app = app
@@ -58,9 +61,10 @@ class RequestContext:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                message["headers"] = [*message["headers"], (b"server-timing", timings.header().encode())]
+                own = [(b"server-timing", timings.header().encode()), (TYPESAFE_REQUEST_ID, request_id.encode())]
                 if self._echo:
-                    message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                    own.append((b"x-request-id", request_id.encode()))
+                message["headers"] = [*message["headers"], *own]
             await send(message)
 
         try:
@@ -89,7 +93,8 @@ def _error_response(error: ScoringError, path: str, headers: dict[str, str] | No
         headers["retry-after"] = str(error.retry_after_s or RETRY_AFTER_S)
     if error.status == AuthenticationError.status:
         headers["www-authenticate"] = "Bearer"
-    return Response(json.dumps(error.body_on(path)), error.status, headers, media_type="application/json")
+    status, body = error.answer_on(path)
+    return Response(json.dumps(body), status, headers, media_type="application/json")
 
 
 async def on_scoring_error(request: Request, error: Exception) -> Response:

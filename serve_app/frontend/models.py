@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 
 from serve_app.errors import NotFoundError
 from serve_app.frontend.info import info
 from serve_app.frontend.readiness import SelfTest
 from serve_app.frontend.service import ModelService
-from serve_app.schemas import InfoResponse, ModelCard, ModelsResponse, TokenizerInfo
+from serve_app.schemas import InfoResponse, ModelCard, ModelMetadata, ModelsResponse, TokenizerInfo
 from serve_app.settings import DEFAULT_NAME, ModelSettings
 
 _SHOWN = 60
@@ -61,13 +61,16 @@ class Models:
         """``ModelService.items`` by the model's name."""
         return {service.settings.name: service.items for service in self._services}
 
-    def of(self, name: str) -> ModelService:
+    def of(self, name: str, aliases: Collection[str] = ()) -> ModelService:
         """Return the service of the model that a request names.
+
+        Args:
+            aliases: names that mean the default model, where no model has them.
 
         Raises:
             NotFoundError: no model has this name; the message lists the names.
         """
-        service = self._by_name.get(name)
+        service = self._by_name.get(name) or (self._by_name[DEFAULT_NAME] if name in aliases else None)
         if service is None:
             self._unknown["invalid"] += 1
             shown = name if len(name) <= _SHOWN else name[:_SHOWN] + "..."
@@ -78,7 +81,10 @@ class Models:
 
     def models(self) -> ModelsResponse:
         """List the names that requests may use, except ``default``."""
-        return ModelsResponse(data=[self.model(name) for name in self._by_name if name != DEFAULT_NAME])
+        names = [name for name in self._by_name if name != DEFAULT_NAME]
+        return ModelsResponse(
+            data=[self.model(name) for name in names], models=[self._metadata(name) for name in names]
+        )
 
     def model(self, name: str) -> ModelCard:
         """Describe one name that requests may use.
@@ -88,6 +94,15 @@ class Models:
         """
         most = self.of(name).model.max_prompt_tokens
         return ModelCard(id=name, created=self._started, owned_by="score-serve", max_model_len=most)
+
+    def _metadata(self, name: str) -> ModelMetadata:
+        service = self.of(name)
+        facts = service.model
+        return ModelMetadata(
+            name=name,
+            description=f"{service.settings.name}: {facts.info.architecture}, {facts.max_prompt_tokens} tokens",
+            release_date=time.strftime("%Y-%m-%d", time.gmtime(self._started)),
+        )
 
     def info(self, name: str) -> InfoResponse:
         """Describe the model with this name, and the limits of its requests.

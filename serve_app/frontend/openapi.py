@@ -4,14 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastapi import FastAPI
 from pydantic import BaseModel
 
-from serve_app.errors import BY_STATUS
+from serve_app.errors import BY_STATUS, UNPROCESSABLE, InvalidRequestError
 from serve_app.schemas import ErrorResponse
 
 
+def share_parts(app: FastAPI) -> None:
+    """Move the objects that requests consist of to the document's components, where references find them."""
+    described = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        schema = described()
+        for operations in schema["paths"].values():
+            for operation in operations.values():
+                for content in operation.get("requestBody", {}).get("content", {}).values():
+                    own = content["schema"]
+                    for name, part in own.pop("$defs", {}).items():
+                        schema["components"]["schemas"][f"{own['title']}.{name}"] = part
+        return schema
+
+    app.openapi = openapi
+
+
 def errors_of(*codes: int, error: type[BaseModel] = ErrorResponse) -> dict[int | str, dict[str, Any]]:
-    return {code: {"model": error, "description": BY_STATUS[code].__doc__} for code in codes}
+    described = {**BY_STATUS, UNPROCESSABLE: InvalidRequestError}
+    return {code: {"model": error, "description": described[code].__doc__} for code in codes}
 
 
 def documented(
@@ -20,19 +39,23 @@ def documented(
     *statuses: int,
     error: type[BaseModel] = ErrorResponse,
     lines: str | None = None,
+    invalid: int = InvalidRequestError.status,
 ) -> dict[str, Any]:
     """Describe a route for FastAPI.
 
     Args:
         error: the type of its error responses.
         lines: describes the lines of a streamed answer, if the route can stream.
+        invalid: the status of an invalid request.
     """
-    codes = ([400, 404, 413, 415] if asked else []) + [500, *statuses]
+    codes = ([invalid, 404, 413, 415] if asked else []) + [500, *statuses]
     options: dict[str, Any] = {"response_model": answer, "responses": errors_of(*codes, error=error)}
     if lines:
         content = {"application/x-ndjson": {"schema": {"type": "string", "description": lines}}}
         options["responses"][200] = {"content": content}
     if asked:
-        content = {"application/json": {"schema": asked.model_json_schema()}}
+        # Two requests may have objects of the same name.
+        parts = f"#/components/schemas/{asked.__name__}.{{model}}"
+        content = {"application/json": {"schema": asked.model_json_schema(ref_template=parts)}}
         options["openapi_extra"] = {"requestBody": {"required": True, "content": content}}
     return options

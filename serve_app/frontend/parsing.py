@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, TypeVar
 
@@ -32,15 +32,18 @@ class _NotInPiecesError(Exception):
     """The body must be parsed as a whole: it is invalid or unusual."""
 
 
-async def parse_large(model: type[R], body: bytes) -> R:
+async def parse_large(model: type[R], body: bytes, own: Callable[[type[R], bytes], R] | None = None) -> R:
     """Do the same as ``parse``, while the event loop goes on.
+
+    Args:
+        own: the function that parses this body, in place of ``parse``.
 
     Raises:
         InvalidRequestError: see ``parse``.
     """
     if len(body) < LARGE_BYTES:
-        return parse(model, body)
-    return await asyncio.to_thread(parse_in_pieces, model, body)
+        return (own or parse)(model, body)
+    return await asyncio.to_thread(own or parse_in_pieces, model, body)
 
 
 def parse_in_pieces(model: type[R], body: bytes, piece_bytes: int = PIECE_BYTES) -> R:

@@ -21,7 +21,7 @@ from serve_app.frontend import auth, bodies, browsers, pages
 from serve_app.frontend.door import Door
 from serve_app.frontend.middleware import RequestContext, on_http_exception, on_scoring_error
 from serve_app.frontend.models import Models
-from serve_app.frontend.openapi import documented, errors_of
+from serve_app.frontend.openapi import documented, errors_of, share_parts
 from serve_app.frontend.parsing import parse_large
 from serve_app.frontend.streaming import PIECE_VALUES, LinesResponse, json_lines, json_pieces
 from serve_app.metrics import scrape
@@ -42,6 +42,7 @@ def create_app(
     get_models: Callable[[], Models],
     *,
     keys: auth.ApiKeys | None = None,
+    salt_by_api_key: bool = False,
     cors_origins: Sequence[str] = (),
     echo_request_id: bool = True,
     metrics: Callable[[], Awaitable[str]] = scrape,
@@ -52,6 +53,7 @@ def create_app(
     Args:
         get_models: called in every request.
         keys: if there are any, a request must have one of them.
+        salt_by_api_key: keep the prefix caches of different keys apart.
         cors_origins: web pages of these origins may call from a browser.
         echo_request_id: put ``x-request-id`` into responses. False under Serve's proxy, which does this itself.
         metrics: returns all metrics in Prometheus' text format, or raises OverloadedError if an agent does not answer.
@@ -61,7 +63,7 @@ def create_app(
     pages.add_pages(app)
     app.add_middleware(browsers.HeadAsGet)
     if keys:
-        app.add_middleware(auth.RequireKey, keys=keys)
+        app.add_middleware(auth.RequireKey, keys=keys, name_tenants=salt_by_api_key)
         auth.document(app)
     if door:
         app.add_middleware(door.before)
@@ -73,6 +75,7 @@ def create_app(
     for path in dict.fromkeys(path for task in TASKS for path in task.paths):
         _add_route(app, path, [task for task in TASKS if path in task.paths], get_models)
     _add_facts(app, get_models, metrics)
+    share_parts(app)
     return app
 
 
@@ -82,19 +85,21 @@ def _add_route(app: FastAPI, path: str, tasks: Sequence[AnyTask], get_models: Ca
     async def handle(request: Request) -> Response:
         sent = await bodies.read(request, get_models().max_body_bytes)
         task = next(each for each in tasks if each.matches is None or each.matches(sent))
-        asked = await parse_large(task.request, sent)
-        service = get_models().of(asked.model or DEFAULT_NAME)
+        asked = await parse_large(task.request, sent, task.parse)
+        service = get_models().of(asked.model or DEFAULT_NAME, task.aliases)
         request_id: str = request.state.request_id
-        limit = _timeout_s(request)
+        limit, tenant = _timeout_s(request), getattr(request.state, "tenant", "")
         if task.lines and asked.stream:
-            lines = json_lines(service.stream(asked, request_id=request_id, timeout_s=limit), request_id)
+            stream = service.stream(asked, request_id=request_id, timeout_s=limit, tenant=tenant)
+            lines = json_lines(stream, request_id)
             return LinesResponse(await _unless_gone(request, anext(lines)), lines)
-        work = service.answer(task, asked, request_id=request_id, timeout_s=limit)
+        work = service.answer(task, asked, request_id=request_id, timeout_s=limit, tenant=tenant)
         return await _json(await _unless_gone(request, work))
 
     task = tasks[-1]
     statuses = (503, 504) if task.scores else (504,)
-    options = documented(task.response, task.request, *statuses, error=task.error, lines=task.lines)
+    invalid, _ = InvalidRequestError("").answer_on(path)
+    options = documented(task.response, task.request, *statuses, error=task.error, lines=task.lines, invalid=invalid)
     app.add_api_route(path, handle, methods=["POST"], name=task.name, description=task.description, **options)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import math
 import time
 from collections import Counter
@@ -14,9 +16,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+import numpy as np
+
 from serve_app import timing
 from serve_app.batches import shared_by_all, shared_tokens
-from serve_app.contract import BatchResult, JobResult, ModelInfo, ScoreJob, TokenBatch
+from serve_app.contract import SALT_BITS, BatchResult, JobResult, ModelInfo, ScoreJob, TokenBatch
 from serve_app.errors import (
     DeadlineExceededError,
     InternalError,
@@ -129,13 +133,16 @@ class ModelService:
         """The number of tokens that may wait for one replica."""
         return self._queued_tokens
 
-    async def answer(self, task: Task[R, A], request: R, *, request_id: str, timeout_s: float = math.inf) -> A:
+    async def answer(
+        self, task: Task[R, A], request: R, *, request_id: str, timeout_s: float = math.inf, tenant: str = ""
+    ) -> A:
         """Answer a request.
 
         Args:
             task: the kind of the request.
             request_id: sent to the replicas with the work, for logs.
             timeout_s: the caller's own limit. ``settings.timeout_s`` holds if it is shorter.
+            tenant: callers of different tenants share no cached prefix.
 
         Raises:
             InvalidRequestError: the request is wrong.
@@ -149,7 +156,8 @@ class ModelService:
             return (await self.in_time(self._in_steps(prepare()), self._time_limit(None, timeout_s))).value
         with self._counted():
             limit = self._time_limit(getattr(request, "timeout_s", None), timeout_s)
-            return await self.in_time(self._score(prepare, request_id, time.time() + limit), limit)
+            work = self._score(prepare, request_id, time.time() + limit, _salt(request, tenant))
+            return await self.in_time(work, limit)
 
     async def compute(self, batch: TokenBatch, request_id: str) -> BatchResult:
         """Compute a batch that is not a request, such as a self-test's. Call it under ``in_time``.
@@ -160,7 +168,7 @@ class ModelService:
         return await self._run(self._work(batch, 0, request_id, time.time() + self._settings.timeout_s))
 
     async def stream(
-        self, request: ScoreRequest, *, request_id: str, timeout_s: float = math.inf
+        self, request: ScoreRequest, *, request_id: str, timeout_s: float = math.inf, tenant: str = ""
     ) -> AsyncGenerator[Sequence[ScoreRow] | Sequence[ScoreEnd]]:
         """Yield the items' rows as they finish, several at a time and in no order, and finally an end with the usage.
 
@@ -172,12 +180,12 @@ class ModelService:
         """
         with self._counted():
             limit = self._time_limit(request.timeout_s, timeout_s)
-            async with aclosing(self._stream(request, request_id, limit)) as answered:
+            async with aclosing(self._stream(request, request_id, limit, _salt(request, tenant))) as answered:
                 async for some in answered:
                     yield some
 
     async def _stream(
-        self, request: ScoreRequest, request_id: str, limit: float
+        self, request: ScoreRequest, request_id: str, limit: float, salt: int
     ) -> AsyncGenerator[Sequence[ScoreRow] | Sequence[ScoreEnd]]:
         deadline = time.time() + limit
         with timing.tokenising():
@@ -188,7 +196,8 @@ class ModelService:
 
         def prepare() -> Steps[tuple[PreparedItems, _Work]]:
             prepared = yield from builder.some(self._settings.max_batch_tokens // 2)
-            return prepared, self._work(prepared.batch, prepared.query_tokens, request_id, deadline, next(numbers))
+            batch = _salted(prepared.batch, salt)
+            return prepared, self._work(batch, prepared.query_tokens, request_id, deadline, next(numbers))
 
         async def piece() -> tuple[list[ScoreRow], int, int]:
             async with turn:
@@ -231,10 +240,13 @@ class ModelService:
             self._threads.abandon(OverloadedError(stuck, retry_after_s=STUCK_RETRY_AFTER_S))
             raise
 
-    async def _score(self, prepare: Callable[[], Steps[PreparedRequest[A]]], request_id: str, deadline: float) -> A:
+    async def _score(
+        self, prepare: Callable[[], Steps[PreparedRequest[A]]], request_id: str, deadline: float, salt: int
+    ) -> A:
         def work() -> Steps[tuple[PreparedRequest[A], _Work]]:
             prepared = yield from prepare()
-            return prepared, self._work(prepared.batch, prepared.query_tokens, request_id, deadline)
+            batch = _salted(prepared.batch, salt)
+            return prepared, self._work(batch, prepared.query_tokens, request_id, deadline)
 
         self._admission.check(1, self._replicas.count)  # a request that will be refused need not be tokenised
         with timing.tokenising():
@@ -378,3 +390,16 @@ def _outcome(error: BaseException) -> str:
         return "expired"
     invalid = isinstance(error, ScoringError) and error.status < InternalError.status
     return "invalid" if invalid else "failed"
+
+
+def _salt(request: RequestBody, tenant: str) -> int:
+    """The salt of a request's prefixes in the cache, see ``TokenBatch.salts``; 0 without any."""
+    own = request.cache_salt or getattr(request, "prompt_cache_key", None)
+    if not own and not tenant:
+        return 0
+    digest = hashlib.blake2b(json.dumps([tenant, own]).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 8 * len(digest) - SALT_BITS
+
+
+def _salted(batch: TokenBatch, salt: int) -> TokenBatch:
+    return replace(batch, salts=np.full(batch.num_sequences, salt, np.int64)) if salt else batch

@@ -137,6 +137,8 @@ def json_pieces(answer: BaseModel | list[Any]) -> Iterator[bytes]:
         yield opening + to_json(name) + b":"
         if isinstance(value, list):
             yield from _list_pieces(value)  # pyright: ignore[reportUnknownArgumentType]
+        elif isinstance(value, dict):
+            yield from _object_pieces(value)  # pyright: ignore[reportUnknownArgumentType]
         else:
             yield to_json(value, exclude_none=True)
         opening = b","
@@ -154,6 +156,14 @@ def _list_pieces(entries: list[Any]) -> Iterator[bytes]:
         yield (b"," if start else b"") + to_json(entries[start:stop], exclude_none=True)[1:-1]
         start = stop
     yield b"]"
+
+
+def _object_pieces(entries: dict[str, Any]) -> Iterator[bytes]:
+    comma = b"{"
+    for name, value in entries.items():
+        yield comma + to_json(name) + b":" + to_json(value, exclude_none=True)
+        comma = b","
+    yield b"}" if entries else b"{}"
 
 
 def _values(entry: Any) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serve_app.contract import ModelInfo
+from serve_app.profiles.profile import CHAT, PLAIN, PROFILES, Profile
 from serve_app.settings import Limits, ModelSettings
 from serve_app.tasks.template_choice import UNNAMED, Choice, choose
 from serve_app.tasks.tokenizer import Joined, TextTokenizer
@@ -31,6 +32,7 @@ class ModelFacts:
         info: what the engine says of the model.
         limits: the limits of a request.
         rerank: the template of ``/v1/rerank``.
+        profile: how the decision routes ask.
     """
 
     name: str
@@ -38,6 +40,7 @@ class ModelFacts:
     info: ModelInfo
     limits: Limits
     rerank: Choice = UNNAMED
+    profile: Profile = PROFILES[PLAIN]
 
     @classmethod
     def of(
@@ -49,6 +52,11 @@ class ModelFacts:
             folder: the folder with the model's files, by which the template is chosen. None: its name decides.
         """
         return cls(settings.name, tokenizer, info, settings.limits, choose(settings, folder))
+
+    @property
+    def can_decide(self) -> bool:
+        """Whether the model can answer the decision routes' questions."""
+        return not self.info.classes and not (self.profile.chat and self.chat and self.chat.problem)
 
     @property
     def can_rerank(self) -> bool:

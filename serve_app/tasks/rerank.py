@@ -13,7 +13,7 @@ from functools import partial
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import AliasChoices, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from serve_app import compat
 from serve_app.batches import common_prefix
@@ -34,10 +34,10 @@ _SHOWN = 10
 """The most documents that a warning names."""
 
 
-class RerankDocument(RequestBody):
+class RerankDocument(BaseModel):
     """A document with metadata; only its text is read."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(strict=True, extra="ignore")
 
     text: Text
 

@@ -6,11 +6,23 @@ from collections.abc import Sequence
 
 from serve_app.tasks.completions import COMPLETIONS
 from serve_app.tasks.generative import GENERATIVE
+from serve_app.tasks.openai_decisions import OPENAI_DECISIONS
 from serve_app.tasks.rerank import RERANK
 from serve_app.tasks.score import SCORE
+from serve_app.tasks.systemone import SYSTEMONE
 from serve_app.tasks.task import AnyTask
 from serve_app.tasks.tei import TEI_RERANK
 from serve_app.tasks.tokenize import DETOKENIZE, TOKENIZE
 
-TASKS: Sequence[AnyTask] = (SCORE, TEI_RERANK, RERANK, COMPLETIONS, GENERATIVE, TOKENIZE, DETOKENIZE)
+TASKS: Sequence[AnyTask] = (
+    SCORE,
+    TEI_RERANK,
+    RERANK,
+    SYSTEMONE,
+    OPENAI_DECISIONS,
+    COMPLETIONS,
+    GENERATIVE,
+    TOKENIZE,
+    DETOKENIZE,
+)
 """All tasks. If several share a route, the first that matches a body takes it."""

@@ -79,6 +79,8 @@ class Task(Generic[R, A]):
         matches: whether a body is of this task, for tasks that share a route. None: the task takes every body that no
             other task of the route takes.
         lines: the description of the lines of a streamed answer. None: answers are not streamed.
+        parse: the function that makes a checked request of a body. None: ``schemas.parse``, in pieces if it is large.
+        aliases: names that mean the default model here, where no model is served under them.
     """
 
     name: str
@@ -91,6 +93,8 @@ class Task(Generic[R, A]):
     scores: bool = True
     matches: Callable[[bytes], bool] | None = None
     lines: str | None = None
+    parse: Callable[[type[R], bytes], R] | None = None
+    aliases: tuple[str, ...] = ()
 
 
 AnyTask = Task[Any, Any]

@@ -163,6 +163,14 @@ class TextTokenizer:
         tokens, cut = found
         return Ending(self, own[:-tokens], text[cut:], behind)
 
+    def last_boundary(self, text: str) -> int:
+        """The last place in ``text`` where tokens begin that depend on nothing before it: an added token, or a line.
+
+        0 if there is no such place.
+        """
+        found = [at for content in self.plain.control if (at := text.rfind(content)) >= 0]
+        return max(found) if found else max(text.rfind("\n"), 0) if self._local else 0
+
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids to text, including special tokens. An id without a token in the vocabulary adds nothing."""
         return self.backend.decode(ids, skip_special_tokens=False)

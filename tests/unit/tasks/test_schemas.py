@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from serve_app.errors import InvalidRequestError
-from serve_app.schemas import RequestBody, ScoreRequest, TokenizeRequest, _shown, invalid, parse
+from serve_app.schemas import RequestBody, ScoreRequest, TokenizeRequest, invalid, parse, shown
 from serve_app.tasks.rerank import RerankRequest
 
 
@@ -140,8 +140,8 @@ def test_every_field_of_every_request_says_what_is_wrong_where(schema: type[Requ
                 assert last not in there
                 continue
             there = there[last]
-            expected, shown = re.fullmatch("must be (.+), not (.+)", said).groups()
-            assert shown == _shown(there)
+            expected, told = re.fullmatch("must be (.+), not (.+)", said).groups()
+            assert told == shown(there)
             kinds = [kind for kind in KINDS if kind in expected]
             if not kinds:
                 assert re.fullmatch(OTHER, expected), error.message

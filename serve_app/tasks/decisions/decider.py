@@ -1,0 +1,296 @@
+"""Decides typed questions about one state: a prompt for each question, and probabilities from the engine's values."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from serve_app.contract import BatchResult, Int32, common_prefix
+from serve_app.errors import InternalError, InvalidRequestError, ScoringError
+from serve_app.profiles.profile import CODE, PLAIN, Profile, ShownOption
+from serve_app.tasks.chat import ChatTemplate
+from serve_app.tasks.decisions.labels import Answers, codes, lay_out
+from serve_app.tasks.decisions.questions import Decided, Judgement, Kind, Question
+from serve_app.tasks.model_facts import ModelFacts
+from serve_app.tasks.prompts import PreparedItems, Prompt, packed
+from serve_app.tasks.steps import Steps
+from serve_app.tasks.task import PreparedRequest
+from serve_app.tasks.tokenizer import Ending, Joined
+from serve_app.tasks.validation import (
+    check_causal,
+    check_characters,
+    check_count,
+    check_ids,
+    check_work,
+    too_many_tokens,
+)
+
+A = TypeVar("A")
+
+_KNOWN_ANSWERS = 256
+"""Layouts of labels that are kept. Most prompts end alike, and their questions have few sets of labels."""
+_PLACES = [chr(code) for code in range(0xFDD4, 0xFDF0)]
+"""Noncharacters: one that the state does not have stands for the question, to find the prompt's text around it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """A question with its options in one order.
+
+    Attributes:
+        question: the question's number in the request.
+        options: the numbers of the options in the order in which the prompt shows them.
+        words: the labels of each option, in the request's order.
+    """
+
+    question: int
+    options: Sequence[int]
+    words: tuple[tuple[str, ...], ...]
+
+
+class Decider:
+    """Decides questions with one model.
+
+    Args:
+        profile: how a question becomes a prompt.
+        chat: the model's chat template, if the profile needs it.
+    """
+
+    def __init__(self, model: ModelFacts, profile: Profile, chat: ChatTemplate | None) -> None:
+        self._model, self._profile, self._chat = model, profile, chat
+        self._tokenizer = model.tokenizer.guarded
+        self._answers: OrderedDict[tuple[str, tuple[tuple[str, ...], ...]], Answers] = OrderedDict()
+
+    @classmethod
+    def of(cls, model: ModelFacts) -> Decider:
+        """The decider of a served model.
+
+        Raises:
+            ValueError: the settings name a profile for chat models, and the model has no chat template.
+        """
+        chat = model.chat if model.profile.chat else None
+        if model.profile.chat and chat is None:
+            raise ValueError(
+                f"decision_profile: {model.profile.name} is for chat models, and this one has no chat template; "
+                f"use {PLAIN}"
+            )
+        return cls(model, model.profile, chat)
+
+    def prepare(
+        self, state: str, questions: Sequence[Question], permutations: int, answer: Callable[[Decided], A]
+    ) -> Steps[PreparedRequest[A]]:
+        """Build the prompts of all questions, each as often as its options are shown in another order.
+
+        Args:
+            permutations: the number of cyclic orders of each question's options, as far as it has so many.
+            answer: makes the request's answer.
+
+        Raises:
+            InvalidRequestError: the model is a classifier, or its tokenizer cannot tell this profile's labels apart.
+            TooLargeError: the questions have more prompts, characters or tokens than the limits allow.
+        """
+        model = self._model
+        check_causal(model.info.classes)
+        orders = [
+            order for number, own in enumerate(questions) for order in _orders(self._profile, number, own, permutations)
+        ]
+        check_count(orders, model.limits.max_items, "questions")
+        front, behind = self._around(state)
+        yield
+        tails = [self._tail(questions[order.question], order) + behind for order in orders]
+        for tail in tails:
+            check_characters(len(front) + len(tail), model.max_text_characters, "state")
+        check_work(sum(len(front) + len(tail) for tail in tails), model.max_request_characters, "questions")
+        joined = Joined(self._tokenizer, front, add_special_tokens=not self._profile.chat, many=len(tails) > 1)
+        prompts: list[Prompt] = []
+        answers: list[Answers] = []
+        errors: dict[int, ScoringError] = {}
+        total = 0
+        for order, tail, ids in zip(orders, tails, joined.each(tails), strict=True):
+            yield
+            if order.question in errors:
+                continue
+            check_ids(ids, model.info.vocab_size, "state", of_text=True)
+            own = self._answers_after(front + tail, ids, order.words)
+            if (long := len(ids) + own.layout.depth) > model.max_prompt_tokens:
+                errors[order.question] = InvalidRequestError(
+                    f"state and question make a prompt of {long} tokens; this model reads at most "
+                    f"{model.max_prompt_tokens}; shorten the state or the question",
+                    param="questions",
+                    index=order.question,
+                )
+                continue
+            total += len(ids) * len(own.layout.continuations)
+            if total > model.limits.max_request_tokens:
+                raise too_many_tokens(total, model.limits.max_request_tokens, "questions", order.question)
+            prompts.append(Prompt(order.question, np.asarray(ids, np.int32), own.layout))
+            answers.append(own)
+        kept = [(prompt, own) for prompt, own in zip(prompts, answers, strict=True) if prompt.index not in errors]
+        prompts = [prompt for prompt, _ in kept]
+        made = packed(prompts, (), joined.query_tokens, vocab_logprobs=True, classes=False, pad=None)
+        judge = _Judge(self._profile, questions, made, [own for _, own in kept], errors)
+        return PreparedRequest(
+            made.batch, made.query_tokens, len(questions), len(made.parts), lambda result: answer(judge.decided(result))
+        )
+
+    def _around(self, state: str) -> tuple[str, str]:
+        """The prompt's text before the question, and the text after it.
+
+        Raises:
+            InvalidRequestError: the chat template refuses the state.
+        """
+        front = self._profile.front(state)
+        if self._chat is None:
+            return self._tokenizer.plain.guard(front), self._profile.opening
+        place = next((each for each in _PLACES if each not in front), None)
+        if place is None:
+            raise InvalidRequestError("state has all of the noncharacters U+FDD4 to U+FDEF; take one out", param="state")
+        messages = [{"role": "user", "content": front + place}]
+        if self._profile.system:
+            messages.insert(0, {"role": "system", "content": self._profile.system})
+        before, behind = self._chat.render(messages).split(place)
+        return before, behind + self._profile.opening
+
+    def _tail(self, question: Question, order: _Order) -> str:
+        """The prompt's text of a question with its options in this order."""
+        shown: list[ShownOption] = []
+        names = _codes(question)
+        for place, number in enumerate(order.options):
+            option, code = question.options[number], names[place if question.kind is Kind.CHOICE else number]
+            if question.kind is not Kind.NOUL:
+                text = option.name if option.description is None else f"{option.name} - {option.description}"
+                shown.append(ShownOption(code, text))
+            elif option.description is not None:
+                shown.append(ShownOption(option.name, option.description))
+        return self._tokenizer.plain.guard(self._profile.tail(question.kind.value, question.instructions, shown))
+
+    def _answers_after(self, text: str, ids: list[int], words: tuple[tuple[str, ...], ...]) -> Answers:
+        """The labels after a prompt. Prompts that end alike have the same ones.
+
+        Raises:
+            InvalidRequestError: see ``lay_out``.
+        """
+        tokenizer = self._tokenizer
+        end = text[tokenizer.last_boundary(text) :]
+        (last,) = tokenizer.encode([end], add_special_tokens=False)
+        if ids[len(ids) - len(last) :] != last:
+            return lay_out(
+                words, Ending(tokenizer, [], text, [], not self._profile.chat), ids, self._model.info.vocab_size
+            )
+        if (end, words) not in self._answers:
+            self._answers[end, words] = lay_out(
+                words, Ending(tokenizer, [], end, []), last, self._model.info.vocab_size
+            )
+            if len(self._answers) > _KNOWN_ANSWERS:
+                self._answers.popitem(last=False)
+        return self._answers[end, words]
+
+
+def _codes(question: Question) -> Sequence[str]:
+    """The codes of a question's options: a level's is its number, a choice's goes by the order in the prompt."""
+    return codes(len(question.options)) if question.kind is Kind.CHOICE else [*map(str, range(len(question.options)))]
+
+
+def _orders(profile: Profile, number: int, question: Question, permutations: int) -> Iterator[_Order]:
+    """The question with its options in evenly spaced cyclic orders, beginning with that of the request."""
+    count, names = len(question.options), _codes(question)
+    used = min(permutations, count)
+    for turn in range(used):
+        start = turn * count // used
+        options = [*range(start, count), *range(start)]
+        if question.kind is Kind.NOUL:
+            words = (profile.no, profile.yes)
+        else:
+            shown_at = {option: place for place, option in enumerate(options)}
+            own = [names[shown_at[option] if question.kind is Kind.CHOICE else option] for option in range(count)]
+            words = tuple(tuple(form.replace(CODE, code) for form in profile.codes) for code in own)
+        yield _Order(number, options, words)
+
+
+@dataclass(frozen=True, slots=True)
+class _Judge:
+    """Makes judgements from the engine's values.
+
+    Attributes:
+        answers: the labels of each prompt.
+        errors: the questions that have no answer, by number.
+    """
+
+    profile: Profile
+    questions: Sequence[Question]
+    prepared: PreparedItems
+    answers: Sequence[Answers]
+    errors: dict[int, ScoringError]
+
+    def decided(self, result: BatchResult) -> Decided:
+        """The answers to all questions."""
+        tokens = result.values[self.prepared.parts].astype(np.float64)
+        lengths = np.concatenate([np.zeros(0, np.int64), *(own.layout.lengths for own in self.answers)])
+        sums = (np.add.reduceat(tokens, np.cumsum(lengths) - lengths) if len(lengths) else tokens).tolist()
+        reads: list[list[tuple[list[float], float]]] = [[] for _ in self.questions]
+        at = 0
+        for prompt, own in zip(self.prepared.prompts, self.answers, strict=True):
+            values = sums[at : at + len(own.layout.lengths)]
+            at += len(values)
+            temperature = self.profile.temperature.get(self.questions[prompt.index].kind.value, 1.0)
+            reads[prompt.index].append(_read(values, own, temperature))
+        words = {
+            prompt.index: own.words
+            for prompt, own in reversed([*zip(self.prepared.prompts, self.answers, strict=True)])
+        }
+        judgements = [
+            self.errors.get(number) or _judgement(number, reads[number], words[number]) for number in range(len(reads))
+        ]
+        input_tokens = _input_tokens([prompt.ids for prompt in self.prepared.prompts])
+        computed = int(result.computed_tokens.sum())
+        return Decided(judgements, input_tokens, max(0, input_tokens - computed))
+
+
+def _read(values: Sequence[float], answers: Answers, temperature: float) -> tuple[list[float], float]:
+    """The log-probabilities of the answers, normalised over them, and the labels' probability over the vocabulary.
+
+    NaN if the model's output is not finite.
+    """
+    mass = math.fsum(map(math.exp, values))
+    if not mass > 0:  # NaN, too
+        return [math.nan], math.nan
+    logs = [_log_sum([values[label] for label in own]) / temperature for own in answers.groups]
+    total = _log_sum(logs)
+    return [value - total for value in logs], min(1.0, mass)
+
+
+def _judgement(
+    number: int, reads: Sequence[tuple[list[float], float]], words: tuple[tuple[str, ...], ...]
+) -> Judgement | InternalError:
+    """The mean of a question's log-probabilities over the orders of its options, normalised."""
+    masses = [mass for _, mass in reads]
+    if any(map(math.isnan, masses)):
+        return InternalError(
+            f"questions[{number}]: the model's output is not finite, so there is no answer; leave this question out",
+            param="questions",
+            index=number,
+        )
+    means = [math.fsum(values) / len(reads) for values in zip(*(logs for logs, _ in reads), strict=True)]
+    peak = max(means)
+    weights = [math.exp(value - peak) for value in means]
+    total = math.fsum(weights)
+    return Judgement(tuple(weight / total for weight in weights), math.fsum(masses) / len(masses), len(reads), words)
+
+
+def _log_sum(values: Sequence[float]) -> float:
+    """The logarithm of the summed exponentials."""
+    peak = max(values)
+    return peak if peak == -math.inf else peak + math.log(math.fsum(math.exp(value - peak) for value in values))
+
+
+def _input_tokens(prompts: Sequence[Int32]) -> int:
+    """The number of tokens, those that all prompts begin with counted once."""
+    if not prompts:
+        return 0
+    shared = min(common_prefix(prompts[0], other) for other in prompts)
+    return shared + sum(len(ids) - shared for ids in prompts)

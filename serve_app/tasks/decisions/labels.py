@@ -1,0 +1,93 @@
+"""Codes of options, and labels: the words after a prompt that stand for its answers."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, pairwise, product
+
+from serve_app.errors import InvalidRequestError
+from serve_app.tasks.labels import Layout, added_tokens, of_words, quoted
+from serve_app.tasks.tokenizer import Ending
+
+
+def codes(count: int) -> tuple[str, ...]:
+    """One code for each option: A to Z, and for more options AA, AB and so on, all of one length.
+
+    A code of two tokens is scored by the product of their probabilities, so the codes' probabilities always form one
+    distribution. No code begins another.
+    """
+    length = 1
+    while len(string.ascii_uppercase) ** length < count:
+        length += 1
+    return tuple("".join(letters) for letters in islice(product(string.ascii_uppercase, repeat=length), count))
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """The labels of a question's answers, laid out after a prompt.
+
+    Attributes:
+        layout: how the labels are read.
+        groups: the numbers of each answer's labels in the layout.
+        words: each answer's labels as text.
+    """
+
+    layout: Layout
+    groups: tuple[tuple[int, ...], ...]
+    words: tuple[tuple[str, ...], ...]
+
+
+def lay_out(words: Sequence[Sequence[str]], ending: Ending, prompt: list[int], vocab_size: int) -> Answers:
+    """Lay out the labels of each answer after a prompt.
+
+    Args:
+        words: each answer's labels. The first counts in any case; the others where they are single tokens that no
+            other answer has.
+        ending: the end of the prompt.
+        prompt: the prompt's tokens.
+
+    Raises:
+        InvalidRequestError: a first label adds no token, changes the prompt's tokens, or begins another answer's.
+    """
+    flat = [word for own in words for word in own]
+    found = dict(zip(flat, (added_tokens(prompt, ids) for ids in ending.followed_by(flat)), strict=True))
+    firsts = [found[own[0]] for own in words]
+    for own, tokens in zip(words, firsts, strict=True):
+        if not tokens or max(tokens) >= vocab_size:
+            raise InvalidRequestError(
+                f"this model's tokenizer has no tokens for the label {quoted(own[0])} after this profile's prompt; "
+                "serve the model with another decision_profile"
+            )
+    if clash := next(_beginnings(firsts), None):
+        one, other = (quoted(words[number][0]) for number in clash)
+        raise InvalidRequestError(
+            f"the labels {one} and {other} are not distinct for this model's tokenizer; "
+            "serve the model with another decision_profile"
+        )
+    labels: list[tuple[int, ...]] = []
+    groups: list[tuple[int, ...]] = []
+    kept: list[tuple[str, ...]] = []
+    begun = {tokens[0]: number for number, tokens in enumerate(firsts)}
+    for number, own in enumerate(words):
+        start, texts = len(labels), [own[0]]
+        labels.append(firsts[number])
+        for word in own[1:]:
+            tokens = found[word]
+            # A token that begins another label is a part of that label's probability.
+            if len(tokens) == 1 and tokens[0] < vocab_size and tokens[0] not in begun:
+                begun[tokens[0]] = number
+                labels.append(tokens)
+                texts.append(word)
+        groups.append(tuple(range(start, len(labels))))
+        kept.append(tuple(texts))
+    return Answers(of_words(labels), tuple(groups), tuple(kept))
+
+
+def _beginnings(labels: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, int]]:
+    """Each pair of labels of which the first begins the second, or equals it."""
+    ordered = sorted(range(len(labels)), key=labels.__getitem__)
+    for one, other in pairwise(ordered):
+        if labels[other][: len(labels[one])] == labels[one]:
+            yield one, other

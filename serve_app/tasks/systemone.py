@@ -1,0 +1,301 @@
+"""Decisions in TypeSafe's shape, ``POST /v1/systemone``: questions by name, answers by the same names.
+
+What is beyond TypeSafe's own service: ``permutations``, ``on_error``, ``cache_salt`` and ``timeout_s`` in a request;
+names that begin with ``x_`` in an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, WithJsonSchema
+
+from serve_app import compat
+from serve_app.errors import SYSTEM_ONE, ScoringError
+from serve_app.schemas import ResponseBody, Text
+from serve_app.tasks.decisions import decide
+from serve_app.tasks.decisions.answers import Read, choice_confidence, expected_level, read_of, score_confidence
+from serve_app.tasks.decisions.bodies import (
+    LEAST_OPTIONS,
+    MOST_CHOICES,
+    MOST_LEVELS,
+    MOST_QUESTIONS,
+    DecisionRequest,
+    Part,
+    noul,
+    one_of,
+    parse,
+)
+from serve_app.tasks.decisions.questions import Decided, Judgement, Kind, Option, Question, as_text
+from serve_app.tasks.model_facts import ModelFacts
+from serve_app.tasks.steps import Steps
+from serve_app.tasks.task import PreparedRequest, Task
+
+_TEXT_OR_DATA: dict[str, Any] = {"anyOf": [{"type": kind} for kind in ("string", "object", "array")]}
+
+Content = Annotated[
+    Any,
+    AfterValidator(one_of(str, dict, list, expected="text, an object or a list")),
+    WithJsonSchema(_TEXT_OR_DATA),
+]
+"""A text; or an object or a list, which the model sees as JSON."""
+
+
+class NoulCriteria(Part):
+    """What counts as yes, and what as no."""
+
+    true: Content | None = None
+    false: Content | None = None
+
+
+class NoulQuestion(Part):
+    """A question whose answer is yes or no. It has instructions, or says what counts as one of the two."""
+
+    type: Literal["noul"]
+    instructions: Content | None = None
+    criteria: NoulCriteria | None = None
+
+
+class ChoiceQuestion(Part):
+    """A question whose answer is one of several options.
+
+    Attributes:
+        criteria: the options' names, each with a description or null.
+    """
+
+    type: Literal["choice"]
+    instructions: Content | None = None
+    criteria: Annotated[dict[Text, Content | None], Field(min_length=LEAST_OPTIONS, max_length=MOST_CHOICES)]
+
+
+class ScoreQuestion(Part):
+    """A question whose answer is a level of a scale.
+
+    Attributes:
+        criteria: what each level means, lowest first.
+    """
+
+    type: Literal["score"]
+    instructions: Content | None = None
+    criteria: Annotated[list[Content], Field(min_length=LEAST_OPTIONS, max_length=MOST_LEVELS)]
+
+
+AnyQuestion = Annotated[NoulQuestion | ChoiceQuestion | ScoreQuestion, Field(discriminator="type")]
+
+
+class SystemOneRequest(DecisionRequest):
+    """Typed questions about a state: ``POST /v1/systemone``.
+
+    Attributes:
+        state: what all questions are about.
+        questions: by names that the model never sees; the answers have the same names.
+        on_error: ``"item"``: a question that cannot be answered has an answer of the type ``error``. ``"fail"``: it
+            fails the request.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    foreign = compat.SYSTEM_ONE
+
+    model: Text = "default"
+    state: Content
+    questions: Annotated[dict[Text, AnyQuestion], Field(min_length=1, max_length=MOST_QUESTIONS)]
+    on_error: Literal["fail", "item"] = "fail"
+
+
+class NoulAnswer(Read):
+    """The probability of yes."""
+
+    type: Literal["noul"] = "noul"
+    noul: float
+
+
+class ChoiceAnswer(Read):
+    """The most probable option, the first of equals, and the probabilities of all."""
+
+    type: Literal["choice"] = "choice"
+    choice: str
+    probabilities: dict[str, float]
+    confidence: float
+
+
+class ScoreAnswer(Read):
+    """The mean level, counted from 0, and the probabilities of all levels by their numbers.
+
+    Attributes:
+        legend: the levels as the request has them, by their numbers.
+    """
+
+    type: Literal["score"] = "score"
+    score: float
+    legend: dict[str, Content]
+    probabilities: dict[str, float]
+    confidence: float
+
+
+class QuestionError(ResponseBody):
+    """Why a question has no answer.
+
+    Attributes:
+        code: the HTTP status of a request with this question alone.
+    """
+
+    code: int
+    message: str
+
+
+class ErrorAnswer(ResponseBody):
+    """In place of an answer, with ``on_error: "item"``."""
+
+    type: Literal["error"] = "error"
+    x_error: QuestionError
+
+
+class SystemOneUsage(ResponseBody):
+    """The number of tokens of the prompts, what they all begin with counted once. Nothing is ever generated."""
+
+    input_tokens: int
+    output_tokens: int = 0
+
+
+AnyAnswer = NoulAnswer | ChoiceAnswer | ScoreAnswer | ErrorAnswer
+
+
+class SystemOneResponse(ResponseBody):
+    """One answer for each question.
+
+    Attributes:
+        x_cached_tokens: how many of ``usage.input_tokens`` did not have to be computed.
+    """
+
+    model: str
+    answers: dict[str, AnyAnswer]
+    usage: SystemOneUsage
+    x_cached_tokens: int
+
+
+class ValidationDetail(ResponseBody):
+    """What is wrong with a request, and where in it."""
+
+    loc: list[str | int]
+    msg: str
+    type: str
+
+
+class ErrorDetail(ResponseBody):
+    """Any other error."""
+
+    error_type: str
+    message: str
+
+
+class SystemOneErrorResponse(ResponseBody):
+    """TypeSafe's error object, with OpenAI's beside it."""
+
+    detail: list[ValidationDetail] | ErrorDetail
+    error: dict[str, str | int | None]
+
+
+def questions(request: SystemOneRequest) -> list[Question]:
+    """The request's questions, free of its shape.
+
+    Raises:
+        InvalidRequestError: a question asks nothing.
+    """
+    return [_question(asked, ("questions", name)) for name, asked in request.questions.items()]
+
+
+def _question(asked: NoulQuestion | ChoiceQuestion | ScoreQuestion, where: tuple[str | int, ...]) -> Question:
+    instructions = _given(asked.instructions)
+    match asked:
+        case NoulQuestion(criteria=criteria):
+            no, yes = (_given(criteria.false), _given(criteria.true)) if criteria else (None, None)
+            return noul(instructions, no, yes, where)
+        case ChoiceQuestion(criteria=criteria):
+            options = tuple(Option(name, _given(described)) for name, described in criteria.items())
+            return Question(Kind.CHOICE, instructions, options, where)
+        case ScoreQuestion(criteria=criteria):
+            levels = tuple(Option(as_text(level)) for level in criteria)
+            return Question(Kind.SCORE, instructions, levels, where)
+
+
+def _given(content: Any) -> str | None:
+    """The content as text; None if it says nothing."""
+    return as_text(content) if content and (not isinstance(content, str) or content.strip()) else None
+
+
+def prepare(model: ModelFacts, request: SystemOneRequest) -> Steps[PreparedRequest[SystemOneResponse]]:
+    """Build the prompts of all questions, see ``decide.prepare``."""
+    answer = partial(_answer, request, model.name)
+    return decide.prepare(model, as_text(request.state), questions(request), request.permutations, answer)
+
+
+def _answer(request: SystemOneRequest, model: str, decided: Decided) -> SystemOneResponse:
+    """Put the judgements into TypeSafe's shape.
+
+    Raises:
+        ScoringError: a question cannot be answered, and the request does not have ``on_error: "item"``.
+    """
+    answers: dict[str, AnyAnswer] = {}
+    for (name, asked), judged in zip(request.questions.items(), decided.judgements, strict=True):
+        if not isinstance(judged, ScoringError):
+            answers[name] = _answered(asked, judged)
+        elif request.on_error == "item":
+            code, _ = judged.answer_on(SYSTEM_ONE)
+            answers[name] = ErrorAnswer(x_error=QuestionError(code=code, message=judged.message))
+        else:
+            raise judged.at(judged.where or ("questions", name))
+    return SystemOneResponse(
+        model=model,
+        answers=answers,
+        usage=SystemOneUsage(input_tokens=decided.input_tokens),
+        x_cached_tokens=decided.cached_tokens,
+    )
+
+
+def _answered(
+    asked: NoulQuestion | ChoiceQuestion | ScoreQuestion, judged: Judgement
+) -> NoulAnswer | ChoiceAnswer | ScoreAnswer:
+    p = judged.probabilities
+    read: Mapping[str, Any] = read_of(judged)
+    match asked:
+        case NoulQuestion():
+            return NoulAnswer(noul=p[1], **read)
+        case ChoiceQuestion(criteria=criteria):
+            names = list(criteria)
+            return ChoiceAnswer(
+                choice=names[judged.top],
+                probabilities=dict(zip(names, p, strict=True)),
+                confidence=choice_confidence(p),
+                **read,
+            )
+        case ScoreQuestion(criteria=criteria):
+            return ScoreAnswer(
+                score=expected_level(p),
+                legend=_by_level(criteria),
+                probabilities=_by_level(p),
+                confidence=score_confidence(p),
+                **read,
+            )
+
+
+def _by_level(values: Sequence[Any]) -> dict[str, Any]:
+    return {str(level): value for level, value in enumerate(values)}
+
+
+SYSTEMONE = Task[SystemOneRequest, SystemOneResponse](
+    name="systemone",
+    paths=(SYSTEM_ONE,),
+    description="""Typed questions about a state, in TypeSafe's shape: a probability for each option of each question.
+
+The models' names `jev-latest` and `jev-preview` mean the default model. Unknown fields of the request itself are
+ignored.""",
+    request=SystemOneRequest,
+    response=SystemOneResponse,
+    builder=lambda model: lambda request, _: prepare(model, request),
+    error=SystemOneErrorResponse,
+    parse=parse,
+    aliases=("jev-latest", "jev-preview"),
+)

@@ -1,0 +1,159 @@
+"""Probabilities of decisions against transformers' float32 softmax at the same position of the same tokens."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from model import loading
+from serve_app.settings import ModelSettings
+from serve_app.tasks.decisions.decider import Decider
+from serve_app.tasks.decisions.questions import Decided, Judgement, Kind, Option, Question
+from serve_app.tasks.model_facts import ModelFacts
+from serve_app.tasks.steps import finish
+from serve_app.tasks.tokenizer import TextTokenizer
+from tests.parity.cases import HAVE_TORCH
+from tests.tiny_families import make_family
+
+pytestmark = [pytest.mark.heavy, pytest.mark.skipif(not HAVE_TORCH, reason="torch is not installed")]
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+STATE = "The parcel never came. Nobody answers! I want my money back."
+QUESTIONS = (
+    Question(Kind.NOUL, "Is the customer angry?", (Option("no"), Option("yes")), ()),
+    Question(Kind.NOUL, None, (Option("no", "all is well"), Option("yes", "there is a fault")), ()),
+    Question(Kind.CHOICE, "Which team?", (Option("Billing", "money"), Option("Shipping"), Option("Returns")), ()),
+    Question(Kind.SCORE, "How urgent?", tuple(map(Option, ("not", "a bit", "very"))), ()),
+    Question(Kind.CHOICE, "Which queue?", tuple(Option(f"Queue {n}") for n in range(30)), ()),
+)
+TEXTS = (
+    ("Question: Is the customer angry?", {}, "yes or no"),
+    ("", {"no": "all is well", "yes": "there is a fault"}, "yes or no"),
+    ("Question: Which team?", {"A": "Billing - money", "B": "Shipping", "C": "Returns"}, "the letter of one option"),
+    ("Question: How urgent?", {"0": "not", "1": "a bit", "2": "very"}, "the number of one level"),
+    (
+        "Question: Which queue?",
+        {f"A{chr(65 + n)}" if n < 26 else f"B{chr(65 + n - 26)}": f"Queue {n}" for n in range(30)},
+        "the code of one option",
+    ),
+)
+"""What each question's prompt says: its first line, its options by code, and how the answer is asked for."""
+WORDS = {"chat-v1": ("", " "), "plain-v1": (" ",)}
+"""What may be before a label."""
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a chat template. Some answers are one token of its tokenizer, others are several."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=290,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" yes Yes no AC AD AF BA"] * 50, trainer)
+    made = make_family(tmp_path_factory.mktemp("decides") / "judge", request.param)
+    tokenizer.save(str(made / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHATML}
+    (made / "tokenizer_config.json").write_text(json.dumps(config))
+    return made
+
+
+def decide(folder: Path, profile: str, permutations: int, *, state: str = STATE) -> Decided:
+    tokenizer = TextTokenizer.load(folder)
+    scorer = loading.load(folder, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
+    facts = ModelFacts.of(ModelSettings(decision_profile=profile), tokenizer, scorer.info, folder)
+    prepared = finish(Decider.of(facts).prepare(state, QUESTIONS, permutations, lambda decided: decided))
+    return prepared.answer(scorer.score(prepared.batch))
+
+
+class Reference:
+    """transformers' model and tokenizer."""
+
+    def __init__(self, folder: Path, profile: str) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self._torch, self._profile = torch, profile
+        load: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
+        self._model = load(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+
+    def prompt(self, number: int, turn: int) -> str:
+        """The prompt of a question with its options turned by so many places."""
+        first, shown, asked = TEXTS[number]
+        kind, codes = QUESTIONS[number].kind, [*shown]
+        order = codes[turn:] + codes[:turn]
+        lines = [first] if first else []
+        for place, code in enumerate(order):
+            lines.append(f"{codes[place] if kind is Kind.CHOICE else code}: {shown[code]}")
+        if self._profile == "plain-v1":
+            return "\n".join([STATE, "", *lines, f"Answer ({asked}):"])
+        ask = asked if kind is Kind.NOUL else f"with {asked}"
+        content = "\n".join([STATE, "", *lines, f"Answer {ask} only."])
+        messages = [{"role": "user", "content": content}]
+        return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+    def probabilities(self, number: int, turn: int) -> tuple[list[float], float]:
+        """The probability of each option, in the request's order, normalised; and before that, of all together."""
+        question, codes = QUESTIONS[number], [*TEXTS[number][1]]
+        if question.kind is Kind.NOUL:
+            words = [["no", "No", "NO"], ["yes", "Yes", "YES"]]
+        else:
+            count = len(codes)
+            own = [codes[(place - turn) % count if question.kind is Kind.CHOICE else place] for place in range(count)]
+            words = [[code] for code in own]
+        text = self.prompt(number, turn)
+        ids = self._ids(text)
+        firsts = [self._added(text, ids, WORDS[self._profile][0] + each[0]) for each in words]
+        taken = {tokens[0] for tokens in firsts}
+        labels = [[tokens] for tokens in firsts]
+        for place, each in enumerate(words):
+            for word in [before + word for before in WORDS[self._profile] for word in each]:
+                if len(tokens := self._added(text, ids, word)) == 1 and tokens[0] not in taken:
+                    taken.add(tokens[0])
+                    labels[place].append(tokens)
+        sums = [math.fsum(self._probability(ids, tokens) for tokens in own) for own in labels]
+        return [each / math.fsum(sums) for each in sums], math.fsum(sums)
+
+    def _ids(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=self._profile == "plain-v1").input_ids
+
+    def _added(self, text: str, ids: Sequence[int], word: str) -> list[int]:
+        whole = self._ids(text + word)
+        assert whole[: len(ids)] == ids
+        return whole[len(ids) :]
+
+    def _probability(self, ids: list[int], tokens: list[int]) -> float:
+        with self._torch.no_grad():
+            logits = self._model(self._torch.tensor([ids + tokens[:-1]])).logits[0].double()
+        logprobs = self._torch.log_softmax(logits, dim=-1)
+        return math.exp(sum(float(logprobs[len(ids) - 1 + at, token]) for at, token in enumerate(tokens)))
+
+
+@pytest.mark.parametrize("profile", ["chat-v1", "plain-v1"])
+@pytest.mark.parametrize("permutations", [1, 2])
+def test_probabilities_are_transformers(folder: Path, profile: str, permutations: int):
+    decided, reference = decide(folder, profile, permutations), Reference(folder, profile)
+    for number, (question, judgement) in enumerate(zip(QUESTIONS, decided.judgements, strict=True)):
+        assert isinstance(judgement, Judgement)
+        count = len(question.options)
+        turns = [turn * count // permutations for turn in range(permutations)]
+        wanted = [reference.probabilities(number, turn) for turn in turns]
+        logs = np.mean([np.log(own) for own, _ in wanted], axis=0)
+        expected = np.exp(logs) / np.exp(logs).sum()
+        np.testing.assert_allclose(judgement.probabilities, expected, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(judgement.label_mass, np.mean([mass for _, mass in wanted]), rtol=1e-4)
+        assert judgement.permutations == permutations
+        assert np.ptp(judgement.probabilities) > 1e-3
