@@ -61,8 +61,8 @@ class TokenBatch:
         common: shape [n, 2], for each sequence what its request's sequences have in common, in this batch and others:
             how many tokens at the front, and in how many sequences. It decides what is worth a page of the prefix
             cache, by the whole request and not by how it was cut into batches. None: not known.
-        salts: for each sequence a number, ``0 <= salt < 2**SALT_BITS``. Sequences of different salts share no prefix, in
-            this batch or another. None: all are 0.
+        salts: for each sequence a number, ``0 <= salt < 2**SALT_BITS``. Sequences with different salts share no prefix,
+            in this batch or another. None: all are 0.
         shared: for each sequence, how many leading tokens it shares with the one before it in this batch, its last
             token never counted; 0 for the first. Engines do not need it. None: not measured.
     """

@@ -9,6 +9,7 @@ from pathlib import Path
 from serve_app.contract import ModelInfo
 from serve_app.profiles.profile import CHAT, PLAIN, PROFILES, Profile
 from serve_app.settings import Limits, ModelSettings
+from serve_app.tasks.chat import ChatTemplate
 from serve_app.tasks.template_choice import UNNAMED, Choice, choose
 from serve_app.tasks.tokenizer import Joined, TextTokenizer
 from serve_app.tasks.validation import check_characters, check_work
@@ -33,6 +34,7 @@ class ModelFacts:
         limits: the limits of a request.
         rerank: the template of ``/v1/rerank``.
         profile: how the decision routes ask.
+        chat: the model's chat template; None if its files have none.
     """
 
     name: str
@@ -41,6 +43,7 @@ class ModelFacts:
     limits: Limits
     rerank: Choice = UNNAMED
     profile: Profile = PROFILES[PLAIN]
+    chat: ChatTemplate | None = None
 
     @classmethod
     def of(
@@ -51,7 +54,9 @@ class ModelFacts:
         Args:
             folder: the folder with the model's files, by which the template is chosen. None: its name decides.
         """
-        return cls(settings.name, tokenizer, info, settings.limits, choose(settings, folder))
+        chat = ChatTemplate.load(tokenizer)
+        name = settings.decision_profile or (CHAT if chat else PLAIN)
+        return cls(settings.name, tokenizer, info, settings.limits, choose(settings, folder), PROFILES[name], chat)
 
     @property
     def can_decide(self) -> bool:

@@ -15,7 +15,7 @@ from serve_app import compat
 from serve_app.errors import DECISIONS, ScoringError
 from serve_app.schemas import ResponseBody, Text
 from serve_app.tasks.completions import OpenAIErrorResponse
-from serve_app.tasks.decisions import conversation, decide
+from serve_app.tasks.decisions import conversation
 from serve_app.tasks.decisions.answers import Read, choice_confidence, expected_level, read_of, score_confidence
 from serve_app.tasks.decisions.bodies import (
     LEAST_OPTIONS,
@@ -30,10 +30,11 @@ from serve_app.tasks.decisions.bodies import (
     wrong,
 )
 from serve_app.tasks.decisions.conversation import Content, Input, transcript
+from serve_app.tasks.decisions.decider import Decider
 from serve_app.tasks.decisions.questions import Decided, Judgement, Kind, Option, Question, as_text
 from serve_app.tasks.model_facts import ModelFacts
 from serve_app.tasks.steps import Steps
-from serve_app.tasks.task import PreparedRequest, Task
+from serve_app.tasks.task import Prepare, PreparedRequest, Task
 
 MOST_IDENTIFIER = 128
 """The most characters of a ``safety_identifier``, as OpenAI has it."""
@@ -110,7 +111,7 @@ class DecisionsRequest(DecisionRequest):
     Attributes:
         input: what all questions are about: a text, or a conversation, which the model reads as a plain transcript.
         questions: their names are returned, and the model never sees them.
-        prompt_cache_key: separates cached prompts, as ``cache_salt`` does.
+        prompt_cache_key: OpenAI's name for ``cache_salt``.
         prompt_cache_options: accepted, and of no effect.
         safety_identifier: accepted, and of no effect.
     """
@@ -247,10 +248,15 @@ def _question(asked: PredicateQuestion | ChoiceQuestion | ScoreQuestion, where: 
             return Question(Kind.SCORE, said, tuple(Option(level.label, level.description) for level in levels), where)
 
 
-def prepare(model: ModelFacts, request: DecisionsRequest) -> Steps[PreparedRequest[DecisionsResponse]]:
-    """Build the prompts of all questions, see ``decide.prepare``."""
-    answer = partial(_answer, request, model.name)
-    return decide.prepare(model, transcript(request.input), questions(request), request.permutations, answer)
+def _builder(model: ModelFacts) -> Prepare[DecisionsRequest, DecisionsResponse]:
+    """Build ``prepare`` for one model, see ``Decider.of``."""
+    decider = Decider.of(model)
+
+    def prepare(request: DecisionsRequest, _: str) -> Steps[PreparedRequest[DecisionsResponse]]:
+        answer = partial(_answer, request, model.name)
+        return decider.prepare(transcript(request.input), questions(request), request.permutations, answer)
+
+    return prepare
 
 
 def _answer(request: DecisionsRequest, model: str, decided: Decided) -> DecisionsResponse:
@@ -309,7 +315,7 @@ OPENAI_DECISIONS = Task[DecisionsRequest, DecisionsResponse](
     description="Typed questions about an input, in OpenAI's shape: a probability for each option of each question.",
     request=DecisionsRequest,
     response=DecisionsResponse,
-    builder=lambda model: lambda request, _: prepare(model, request),
+    builder=_builder,
     error=OpenAIErrorResponse,
     parse=parse,
 )

@@ -15,7 +15,6 @@ from pydantic import AfterValidator, ConfigDict, Field, WithJsonSchema
 from serve_app import compat
 from serve_app.errors import SYSTEM_ONE, ScoringError
 from serve_app.schemas import ResponseBody, Text
-from serve_app.tasks.decisions import decide
 from serve_app.tasks.decisions.answers import Read, choice_confidence, expected_level, read_of, score_confidence
 from serve_app.tasks.decisions.bodies import (
     LEAST_OPTIONS,
@@ -28,10 +27,11 @@ from serve_app.tasks.decisions.bodies import (
     one_of,
     parse,
 )
+from serve_app.tasks.decisions.decider import Decider
 from serve_app.tasks.decisions.questions import Decided, Judgement, Kind, Option, Question, as_text
 from serve_app.tasks.model_facts import ModelFacts
 from serve_app.tasks.steps import Steps
-from serve_app.tasks.task import PreparedRequest, Task
+from serve_app.tasks.task import Prepare, PreparedRequest, Task
 
 _TEXT_OR_DATA: dict[str, Any] = {"anyOf": [{"type": kind} for kind in ("string", "object", "array")]}
 
@@ -226,10 +226,15 @@ def _given(content: Any) -> str | None:
     return as_text(content) if content and (not isinstance(content, str) or content.strip()) else None
 
 
-def prepare(model: ModelFacts, request: SystemOneRequest) -> Steps[PreparedRequest[SystemOneResponse]]:
-    """Build the prompts of all questions, see ``decide.prepare``."""
-    answer = partial(_answer, request, model.name)
-    return decide.prepare(model, as_text(request.state), questions(request), request.permutations, answer)
+def _builder(model: ModelFacts) -> Prepare[SystemOneRequest, SystemOneResponse]:
+    """Build ``prepare`` for one model, see ``Decider.of``."""
+    decider = Decider.of(model)
+
+    def prepare(request: SystemOneRequest, _: str) -> Steps[PreparedRequest[SystemOneResponse]]:
+        answer = partial(_answer, request, model.name)
+        return decider.prepare(as_text(request.state), questions(request), request.permutations, answer)
+
+    return prepare
 
 
 def _answer(request: SystemOneRequest, model: str, decided: Decided) -> SystemOneResponse:
@@ -294,7 +299,7 @@ The models' names `jev-latest` and `jev-preview` mean the default model. Unknown
 ignored.""",
     request=SystemOneRequest,
     response=SystemOneResponse,
-    builder=lambda model: lambda request, _: prepare(model, request),
+    builder=_builder,
     error=SystemOneErrorResponse,
     parse=parse,
     aliases=("jev-latest", "jev-preview"),

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from serve_app.batches import common_prefix
 from serve_app.tasks import shared_query, tokenizer_files
+from serve_app.tasks.plain_text import PlainText, is_marked
 from serve_app.tasks.tokenizer_files import TokenizerFacts
 
 _CHUNK_CHARACTERS = 2**16
@@ -91,6 +94,9 @@ class TextTokenizer:
         backend: the Rust tokenizer; its truncation and padding are switched off.
         bos_id: the id of the begin-of-sequence token, or None.
         facts: facts that the service returns to clients; nothing here depends on them.
+
+    Attributes:
+        plain: the guard of text that is put into a prompt's markup.
     """
 
     def __init__(self, backend: Tokenizer, bos_id: int | None, facts: TokenizerFacts | None = None) -> None:
@@ -98,6 +104,8 @@ class TextTokenizer:
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
+        self.plain = PlainText(backend)
+        self._reads_marks = False
         self._local = shared_query.is_local(backend)
         # Only a tokenizer that adds a BOS by itself can put a second one before the one in the text.
         self._added_bos = bos_id if backend.encode("").ids[:1] == [bos_id] else None
@@ -113,9 +121,23 @@ class TextTokenizer:
         """
         return cls(*tokenizer_files.load(folder))
 
+    @cached_property
+    def guarded(self) -> TextTokenizer:
+        """The same tokenizer for text that ``plain.guard`` made, joined or put into a template."""
+        guarded = copy.copy(self)
+        guarded._reads_marks = True
+        return guarded
+
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
-        """Tokenise each text. There is at most one BOS at the front, even if the text begins with one too."""
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        """Tokenise each text. There is at most one BOS at the front, even if the text begins with one too.
+
+        Raises:
+            InvalidRequestError: a guarded text cannot be spelt without control tokens.
+        """
+        if any(map(self._has_marks, texts)):
+            encodings = [self._encoding(text, add_special_tokens) for text in texts]
+        else:
+            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return self._with_one_bos([encoding.ids for encoding in encodings], add_special_tokens)
 
     def encode_with_ends(self, text: str, *, add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
@@ -123,7 +145,7 @@ class TextTokenizer:
 
         Tokens that are added in front end at 0. Tokens that are added at the end have an end past the text's.
         """
-        encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        encoding = self._encoding(text, add_special_tokens)
         ends = [end for _, end in encoding.offsets]
         behind = len(ends)
         while behind and encoding.special_tokens_mask[behind - 1]:
@@ -143,7 +165,7 @@ class TextTokenizer:
             The query's tokens, the number of its characters with tokens that never depend on the text after it, and the
             tokens that are added after every text.
         """
-        if not self._local or self._around is None:
+        if not self._local or self._around is None or self._has_marks(query):
             return None
         whole = shared_query.ids(self.backend, query)
         if whole[:1] == [self._added_bos]:
@@ -154,7 +176,7 @@ class TextTokenizer:
 
     def ending(self, text: str, ids: Sequence[int], *, add_special_tokens: bool) -> Ending | None:
         """The end of ``text``, which has the tokens ``ids``; None if it is not much shorter than the whole text."""
-        if not self._local or len(text) < shared_query.WORTHWHILE or self._around is None:
+        if not self._local or len(text) < shared_query.WORTHWHILE or self._around is None or self._has_marks(text):
             return None
         behind = self._around[1] if add_special_tokens else []
         own = list(ids[: len(ids) - len(behind)])
@@ -178,6 +200,13 @@ class TextTokenizer:
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The pieces of the vocabulary that the ids stand for."""
         return [self.backend.id_to_token(i) or "" for i in ids]
+
+    def _has_marks(self, text: str) -> bool:
+        return self._reads_marks and is_marked(text)
+
+    def _encoding(self, text: str, add_special_tokens: bool) -> Encoding:
+        encode = self.plain.encode if self._has_marks(text) else self.backend.encode
+        return encode(text, add_special_tokens=add_special_tokens)
 
     def _with_one_bos(self, sequences: list[list[int]], added: bool) -> list[list[int]]:
         if added and self._added_bos is not None:

@@ -68,6 +68,7 @@ def _facts(folder: Path) -> TokenizerFacts:
     elif isinstance(template, list):  # named templates: one for chats, others for tools and documents
         named: list[Any] = [each for each in template if isinstance(each, dict)]
         template = next((each.get("template") for each in named if each.get("name") == "default"), None)
+    template = template or _object(folder, "chat_template.json").get("chat_template")  # a processor's file
     return TokenizerFacts(
         tokenizer_class=_content(declared.get("tokenizer_class")),
         bos_token=_content(declared.get("bos_token")),

@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from serve_app import compat
 from serve_app.errors import InvalidRequestError, Place
-from serve_app.schemas import RequestBody, Text, refused, shown
+from serve_app.schemas import RequestBody, refused, shown
 from serve_app.tasks.decisions.questions import Kind, Option, Question
 
 MOST_QUESTIONS = 400
@@ -47,7 +47,6 @@ class DecisionRequest(RequestBody):
     Attributes:
         permutations: the number of cyclic orders of its options in which each question is asked, at most as many as it
             has options; their probabilities are averaged. 1: the order of the request alone.
-        cache_salt: separates cached prompts.
         timeout_s: seconds after which the request gets a 504, see ``ScoreRequest``.
     """
 
@@ -55,7 +54,6 @@ class DecisionRequest(RequestBody):
     model_config = ConfigDict(strict=False)
 
     permutations: Annotated[int, Strict(), Field(ge=1, le=MOST_CHOICES)] = 1
-    cache_salt: Text | None = None
     timeout_s: Annotated[float, Strict(), Field(gt=0)] | None = None
 
 

@@ -6,16 +6,18 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
 
 from serve_app.contract import BatchResult, Int32, common_prefix
-from serve_app.errors import InternalError, InvalidRequestError, ScoringError
+from serve_app.errors import InternalError, InvalidRequestError, ScoringError, TooLargeError
 from serve_app.profiles.profile import CODE, PLAIN, Profile, ShownOption
 from serve_app.tasks.chat import ChatTemplate
-from serve_app.tasks.decisions.labels import Answers, codes, lay_out
-from serve_app.tasks.decisions.questions import Decided, Judgement, Kind, Question
+from serve_app.tasks.decisions.labels import PAIRS, Answers, codes, lay_out
+from serve_app.tasks.decisions.questions import Decided, Judgement, Kind, Option, Question
+from serve_app.tasks.labels import added_tokens
 from serve_app.tasks.model_facts import ModelFacts
 from serve_app.tasks.prompts import PreparedItems, Prompt, packed
 from serve_app.tasks.steps import Steps
@@ -24,7 +26,6 @@ from serve_app.tasks.tokenizer import Ending, Joined
 from serve_app.tasks.validation import (
     check_causal,
     check_characters,
-    check_count,
     check_ids,
     check_work,
     too_many_tokens,
@@ -44,12 +45,12 @@ class _Order:
 
     Attributes:
         question: the question's number in the request.
-        options: the numbers of the options in the order in which the prompt shows them.
+        text: the prompt's text of the question.
         words: the labels of each option, in the request's order.
     """
 
     question: int
-    options: Sequence[int]
+    text: str
     words: tuple[tuple[str, ...], ...]
 
 
@@ -96,16 +97,14 @@ class Decider:
         """
         model = self._model
         check_causal(model.info.classes)
-        orders = [
-            order for number, own in enumerate(questions) for order in _orders(self._profile, number, own, permutations)
-        ]
-        check_count(orders, model.limits.max_items, "questions")
+        self._check_work(len(state), questions, permutations)
         front, behind = self._around(state)
-        yield
-        tails = [self._tail(questions[order.question], order) + behind for order in orders]
-        for tail in tails:
-            check_characters(len(front) + len(tail), model.max_text_characters, "state")
-        check_work(sum(len(front) + len(tail) for tail in tails), model.max_request_characters, "questions")
+        orders: list[_Order] = []
+        for number, question in enumerate(questions):
+            for order in self._orders(number, question, permutations):
+                yield
+                orders.append(order)
+        tails = [order.text + behind for order in orders]
         joined = Joined(self._tokenizer, front, add_special_tokens=not self._profile.chat, many=len(tails) > 1)
         prompts: list[Prompt] = []
         answers: list[Answers] = []
@@ -138,6 +137,24 @@ class Decider:
             made.batch, made.query_tokens, len(questions), len(made.parts), lambda result: answer(judge.decided(result))
         )
 
+    def _check_work(self, state: int, questions: Sequence[Question], permutations: int) -> None:
+        """Check before any prompt is built that they are not too many or too long; ``state`` is its length."""
+        prompts = characters = 0
+        for number, question in enumerate(questions):
+            own = state + len(question.instructions or "")
+            own += sum(len(option.name) + len(option.description or "") for option in question.options)
+            check_characters(own, self._model.max_text_characters, "questions", number)
+            used = min(permutations, len(question.options))
+            prompts += used
+            characters += used * own
+        if prompts > self._model.limits.max_items:
+            raise TooLargeError(
+                f"questions make {prompts} prompts, one for each order of a question's options; this service takes at "
+                f"most {self._model.limits.max_items}; send fewer, or lower permutations",
+                param="questions",
+            )
+        check_work(characters, self._model.max_request_characters, "questions")
+
     def _around(self, state: str) -> tuple[str, str]:
         """The prompt's text before the question, and the text after it.
 
@@ -149,25 +166,66 @@ class Decider:
             return self._tokenizer.plain.guard(front), self._profile.opening
         place = next((each for each in _PLACES if each not in front), None)
         if place is None:
-            raise InvalidRequestError("state has all of the noncharacters U+FDD4 to U+FDEF; take one out", param="state")
+            raise InvalidRequestError(
+                "state has all of the noncharacters U+FDD4 to U+FDEF; take one out", param="state"
+            )
         messages = [{"role": "user", "content": front + place}]
         if self._profile.system:
             messages.insert(0, {"role": "system", "content": self._profile.system})
         before, behind = self._chat.render(messages).split(place)
         return before, behind + self._profile.opening
 
-    def _tail(self, question: Question, order: _Order) -> str:
-        """The prompt's text of a question with its options in this order."""
-        shown: list[ShownOption] = []
-        names = _codes(question)
-        for place, number in enumerate(order.options):
-            option, code = question.options[number], names[place if question.kind is Kind.CHOICE else number]
+    def _orders(self, number: int, question: Question, permutations: int) -> Iterator[_Order]:
+        """The question with its options in evenly spaced cyclic orders, beginning with that of the request."""
+        count = len(question.options)
+        used = min(permutations, count)
+        for turn in range(used):
+            start = turn * count // used
+            order = [*range(start, count), *range(start)]
+            match question.kind:
+                case Kind.NOUL:
+                    shown = [option.name for option in question.options]
+                    words = (self._profile.no, self._profile.yes)
+                case Kind.SCORE:
+                    shown = [str(level) for level in range(count)]
+                    words = self._labels(shown)
+                case Kind.CHOICE:
+                    # A code belongs to a place in the prompt.
+                    by_place = codes(count, self._single)
+                    shown = [by_place[(option - start) % count] for option in range(count)]
+                    words = self._labels(shown)
+            yield _Order(number, self._tail(question, order, shown), words)
+
+    def _labels(self, shown: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+        return tuple(tuple(form.replace(CODE, code) for form in self._profile.codes) for code in shown)
+
+    def _tail(self, question: Question, order: Sequence[int], shown: Sequence[str]) -> str:
+        """The prompt's text of a question.
+
+        Args:
+            order: the numbers of the options in the order in which they are shown.
+            shown: the code of each option.
+        """
+        options: list[ShownOption] = []
+        for number in order:
+            option, code = question.options[number], shown[number]
             if question.kind is not Kind.NOUL:
                 text = option.name if option.description is None else f"{option.name} - {option.description}"
-                shown.append(ShownOption(code, text))
+                options.append(ShownOption(code, text))
             elif option.description is not None:
-                shown.append(ShownOption(option.name, option.description))
-        return self._tokenizer.plain.guard(self._profile.tail(question.kind.value, question.instructions, shown))
+                options.append(ShownOption(code, option.description))
+        return self._tokenizer.plain.guard(self._profile.tail(question.kind.value, question.instructions, options))
+
+    @cached_property
+    def _single(self) -> Sequence[str]:
+        """The pairs of letters that are one token each where the answer begins."""
+        front, behind = self._around("")
+        question = Question(Kind.CHOICE, None, (Option(""),) * len(PAIRS), ())
+        text = front + self._tail(question, range(len(PAIRS)), PAIRS) + behind
+        end = text[self._tokenizer.last_boundary(text) :]
+        words = [own[0] for own in self._labels(PAIRS)]
+        prompt, *labelled = self._tokenizer.encode([end, *(end + word for word in words)], add_special_tokens=False)
+        return [pair for pair, ids in zip(PAIRS, labelled, strict=True) if len(added_tokens(prompt, ids)) == 1]
 
     def _answers_after(self, text: str, ids: list[int], words: tuple[tuple[str, ...], ...]) -> Answers:
         """The labels after a prompt. Prompts that end alike have the same ones.
@@ -189,27 +247,6 @@ class Decider:
             if len(self._answers) > _KNOWN_ANSWERS:
                 self._answers.popitem(last=False)
         return self._answers[end, words]
-
-
-def _codes(question: Question) -> Sequence[str]:
-    """The codes of a question's options: a level's is its number, a choice's goes by the order in the prompt."""
-    return codes(len(question.options)) if question.kind is Kind.CHOICE else [*map(str, range(len(question.options)))]
-
-
-def _orders(profile: Profile, number: int, question: Question, permutations: int) -> Iterator[_Order]:
-    """The question with its options in evenly spaced cyclic orders, beginning with that of the request."""
-    count, names = len(question.options), _codes(question)
-    used = min(permutations, count)
-    for turn in range(used):
-        start = turn * count // used
-        options = [*range(start, count), *range(start)]
-        if question.kind is Kind.NOUL:
-            words = (profile.no, profile.yes)
-        else:
-            shown_at = {option: place for place, option in enumerate(options)}
-            own = [names[shown_at[option] if question.kind is Kind.CHOICE else option] for option in range(count)]
-            words = tuple(tuple(form.replace(CODE, code) for form in profile.codes) for code in own)
-        yield _Order(number, options, words)
 
 
 @dataclass(frozen=True, slots=True)

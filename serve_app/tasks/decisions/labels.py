@@ -5,23 +5,29 @@ from __future__ import annotations
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise, product
+from itertools import pairwise, product
 
 from serve_app.errors import InvalidRequestError
 from serve_app.tasks.labels import Layout, added_tokens, of_words, quoted
 from serve_app.tasks.tokenizer import Ending
 
+PAIRS = tuple(map("".join, product(string.ascii_uppercase, repeat=2)))
+"""AA to ZZ."""
 
-def codes(count: int) -> tuple[str, ...]:
-    """One code for each option: A to Z, and for more options AA, AB and so on, all of one length.
 
-    A code of two tokens is scored by the product of their probabilities, so the codes' probabilities always form one
-    distribution. No code begins another.
+def codes(count: int, single: Sequence[str]) -> Sequence[str]:
+    """One code for each option: A to Z; for more options, two letters each.
+
+    Codes of one token are cheaper, and the demo model answers with them better (docs/measurements.md). Where there are
+    too few of them, a code of two tokens is scored by the product of their probabilities. In either case the codes'
+    probabilities form one distribution, since no code begins another.
+
+    Args:
+        single: the pairs of letters that are one token each.
     """
-    length = 1
-    while len(string.ascii_uppercase) ** length < count:
-        length += 1
-    return tuple("".join(letters) for letters in islice(product(string.ascii_uppercase, repeat=length), count))
+    if count <= len(string.ascii_uppercase):
+        return string.ascii_uppercase[:count]
+    return (single if count <= len(single) else PAIRS)[:count]
 
 
 @dataclass(frozen=True, slots=True)
