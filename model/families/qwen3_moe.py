@@ -5,6 +5,7 @@ Source: transformers' ``modeling_qwen3_moe``.
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -15,7 +16,7 @@ from model.checkpoint import Target, Targets
 from model.config import ModelConfig, common_config, with_window
 from model.families.llama import NORMS
 from model.fields import IGNORED, NEUTRAL, ConfigError, Fields
-from model.layers import Linear, activate, row_dots, summed
+from model.layers import Linear, activate, summed
 from model.sharding import MODEL
 
 BLOCK_ROWS = 32
@@ -68,11 +69,7 @@ class Experts(nnx.Module):
 
     def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
         tokens, per_token = x.shape[0], self.config.experts_per_token
-        scores = self.router(x)
-        exponentials = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-        shares, chosen = lax.top_k(self._parts(exponentials), per_token)
-        if self.config.norm_expert_weights:
-            shares = self._parts(shares)
+        shares, chosen = self._in_blocks(x) if self.config.native else self._chosen(x)
         places, experts, used = _blocks(chosen.reshape(-1), self.config.experts)
         pairs = jnp.zeros((experts.size * BLOCK_ROWS, x.shape[1]), x.dtype)
         pairs = pairs.at[places].set(jnp.repeat(x, per_token, axis=0))
@@ -87,9 +84,19 @@ class Experts(nnx.Module):
         # Each device holds some of every expert's channels: as with an MLP, one sum over the devices.
         return mixed if self.config.shards == 1 else summed(mixed, MODEL, self.router.dtype)
 
-    def _parts(self, x: Float[Array, "M n"]) -> Float[Array, "M n"]:
-        """Each number's part of its row's sum."""
-        return x / row_dots(x, jnp.ones_like(x), native=self.config.native)[:, None]
+    def _chosen(self, x: Float[Array, "M D"]) -> tuple[Float[Array, "M chosen"], Int[Array, "M chosen"]]:
+        """The shares and the numbers of each token's experts."""
+        shares, chosen = lax.top_k(jax.nn.softmax(self.router(x), axis=-1), self.config.experts_per_token)
+        if self.config.norm_expert_weights:
+            shares = shares / shares.sum(axis=-1, keepdims=True)
+        return shares, chosen
+
+    def _in_blocks(self, x: Float[Array, "M D"]) -> tuple[Float[Array, "M chosen"], Int[Array, "M chosen"]]:
+        """The same in blocks of one size: of few experts, XLA's CPU backend rounds otherwise in other sizes."""
+        padded = jnp.pad(x, ((0, -len(x) % BLOCK_ROWS), (0, 0)))
+        blocks = lax.map(self._chosen, padded.reshape(-1, BLOCK_ROWS, x.shape[1]))
+        shares, chosen = (part.reshape(len(padded), -1)[: len(x)] for part in blocks)
+        return shares, chosen
 
     def _expert(self, x: Float[Array, "M D"], number: Int[Array, ""]) -> Float[Array, "M D"]:
         """One block of tokens through one expert."""

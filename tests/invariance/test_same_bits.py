@@ -22,7 +22,7 @@ from serve_app.contract import TokenBatch
 from serve_app.frontend.service import ModelService
 from serve_app.jobs.local_replicas import LocalReplicas
 from serve_app.schemas import ScoreRequest
-from serve_app.settings import ModelSettings
+from serve_app.settings import Limits, ModelSettings
 from serve_app.tasks.score import SCORE
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.batches import reads_batch
@@ -170,7 +170,13 @@ async def test_a_request_is_answered_with_the_same_bits_alone_and_beside_20_othe
 ) -> None:
     """Through the service: texts, a queue whose batches are small, and a softmax or the whole vocabulary."""
     engine = loading.load(model_folder, dtype=dtype, implementation="native")
-    settings = ModelSettings(model=str(model_folder), dtype=dtype, max_batch_tokens=600, timeout_s=600)
+    settings = ModelSettings(
+        model=str(model_folder),
+        dtype=dtype,
+        max_batch_tokens=600,
+        timeout_s=600,
+        limits=Limits(max_queued_tokens=100_000),
+    )
     rng = np.random.default_rng(20)
     words = ["Yes", "No", "the", "in", "other", "tourist", "Yesterday", "he", "a"]
 
