@@ -32,7 +32,7 @@ from tests.tiny_families import make_family
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler is installed")
 
-SMALL: dict[str, Any] = {"max_row_tokens": 96, "call_tokens": 160, "chunks": (64, 96, 160)}
+SMALL: dict[str, Any] = {"max_segment_tokens": 96, "call_tokens": 160, "chunks": (64, 96, 160)}
 """Prompts are cut more often, and there are fewer programs to compile."""
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
