@@ -60,6 +60,8 @@ class ResponseBody(BaseModel):
 class TextPart(RequestBody):
     """A part of a message."""
 
+    model_config = ConfigDict(extra="allow")  # what is more is refused by the message
+
     type: Literal["text"]
     text: Text
 
@@ -71,13 +73,18 @@ class Message(RequestBody):
         content: its text; of several parts, each is a line or more.
     """
 
+    model_config = ConfigDict(extra="allow")  # clients send many fields as null
+
     role: Literal["system", "user", "assistant"]
     content: Text | list[TextPart]
 
     @model_validator(mode="after")
     def _has_nothing_more(self) -> Self:
         parts = [] if isinstance(self.content, str) else self.content
-        for name in (name for each in (self, *parts) for name, value in (each.model_extra or {}).items() if value):
+        more = [
+            name for each in (self, *parts) for name, value in (each.model_extra or {}).items() if value is not None
+        ]
+        for name in more:
             raise PydanticCustomError("more", "a role and a content of text, without {name}", {"name": name[:_SHOWN]})
         return self
 
