@@ -242,7 +242,7 @@ class TokenizeRequest(RequestBody):
     Attributes:
         prompt: one text or several.
         messages: a conversation in place of a prompt, made into text by the model's chat template.
-        add_generation_prompt: end the conversation's text where the model's answer begins.
+        add_generation_prompt: end the conversation's text where the model's answer begins. None: true.
         add_special_tokens: add the tokenizer's special tokens. None: to a prompt, since a chat template has them.
     """
 
@@ -251,7 +251,7 @@ class TokenizeRequest(RequestBody):
     model: Text = "default"
     prompt: Annotated[Text | Texts | None, Field(union_mode="left_to_right")] = None
     messages: Messages | None = None
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
     add_special_tokens: bool | None = None
 
 
