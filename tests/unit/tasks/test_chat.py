@@ -252,6 +252,7 @@ def test_a_template_whose_answer_does_not_follow_directly_is_refused(folder: Pat
 DOUBLED = "{% set ns = namespace(a='ab') %}{% for i in range(60) %}%s{% endfor %}"
 HOSTILE = {
     "loops": "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}",
+    "loops over one list": "{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
     "long loop bodies": "{% for a in range(90000) %}{% for b in range(90000) %}"
     + "{% if b %}{% endif %}" * 2_000
     + "{% endfor %}{% endfor %}",
