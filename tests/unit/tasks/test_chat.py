@@ -214,6 +214,24 @@ def test_a_model_without_a_template_has_none(folder: Path) -> None:
     assert ChatTemplate.load(TextTokenizer(TextTokenizer.load(folder).backend, 0)) is None
 
 
+def test_where_a_template_is_read(tmp_path: Path) -> None:
+    """From a file of its own, else the tokenizer's configuration, else a processor's file."""
+    folder = save_tokenizer(tmp_path, adds_bos=False)
+
+    def found() -> str | None:
+        return TextTokenizer.load(folder).facts.chat_template
+
+    assert found() is None
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "a processor's"}))
+    assert found() == "a processor's"
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    named = [{"name": "tool_use", "template": "for tools"}, {"name": "default", "template": "for chats"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": named}))
+    assert found() == "for chats"
+    (folder / "chat_template.jinja").write_text("its own")
+    assert found() == "its own"
+
+
 OPENING = "{{- '<|im_start|>assistant\n' -}}"
 REASONING = {
     "left open": (CHATML.replace(OPENING, "{{- '<|im_start|>assistant\n<think>\n' -}}"), "opens a block of reasoning"),
