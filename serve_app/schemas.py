@@ -69,6 +69,8 @@ class ResponseBody(BaseModel):
 class TextPart(RequestBody):
     """A part of a message."""
 
+    model_config = ConfigDict(extra="allow")  # what is more is refused by the message
+
     type: Literal["text"]
     text: Text
 
@@ -80,13 +82,18 @@ class Message(RequestBody):
         content: its text; of several parts, each is a line or more.
     """
 
+    model_config = ConfigDict(extra="allow")  # clients send many fields as null
+
     role: Literal["system", "user", "assistant"]
     content: Text | list[TextPart]
 
     @model_validator(mode="after")
     def _has_nothing_more(self) -> Self:
         parts = [] if isinstance(self.content, str) else self.content
-        for name in (name for each in (self, *parts) for name, value in (each.model_extra or {}).items() if value):
+        more = [
+            name for each in (self, *parts) for name, value in (each.model_extra or {}).items() if value is not None
+        ]
+        for name in more:
             raise PydanticCustomError("more", "a role and a content of text, without {name}", {"name": name[:_SHOWN]})
         return self
 
@@ -244,7 +251,7 @@ class TokenizeRequest(RequestBody):
     Attributes:
         prompt: one text or several.
         messages: a conversation in place of a prompt, made into text by the model's chat template.
-        add_generation_prompt: end the conversation's text where the model's answer begins.
+        add_generation_prompt: end the conversation's text where the model's answer begins. None: true.
         add_special_tokens: add the tokenizer's special tokens. None: to a prompt, since a chat template has them.
     """
 
@@ -253,7 +260,7 @@ class TokenizeRequest(RequestBody):
     model: Text = "default"
     prompt: Annotated[Text | Texts | None, Field(union_mode="left_to_right")] = None
     messages: Messages | None = None
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
     add_special_tokens: bool | None = None
 
 

@@ -288,7 +288,6 @@ class _Environment(ImmutableSandboxedEnvironment):
             lstrip_blocks=True,
             extensions=[_Generation, loopcontrols],
             finalize=_paid_output,
-            optimized=False,
         )
         own = {"join": _join, "replace": _replace, "tojson": _tojson, "concatenated": _concatenated}
         given = {name: function for name, function in self.filters.items() if name in _FILTERS} | own

@@ -44,7 +44,7 @@ def tokenize(model: ModelFacts, request: TokenizeRequest) -> Steps[Answered[Toke
 
 
 def _of_messages(model: ModelFacts, request: TokenizeRequest, messages: Sequence[Message]) -> TokenizeResponse:
-    prompt = model.prompt_of(messages, answer=request.add_generation_prompt)
+    prompt = model.prompt_of(messages, answer=request.add_generation_prompt is not False)
     check_characters(len(prompt), model.max_text_characters, "messages")
     (ids,) = model.tokenizer.guarded.encode([prompt], add_special_tokens=bool(request.add_special_tokens))
     return TokenizeResponse(

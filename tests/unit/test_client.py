@@ -109,6 +109,17 @@ def test_every_argument_of_score_is_sent():
     assert json.loads(requests[0].content).items() >= fields.items()
 
 
+def test_conversations_are_sent():
+    messages = [{"role": "user", "content": "q"}]
+    answer = TokenizeResponse(tokens=[5], count=1, max_model_len=9, token_strs=["q"], prompt="q")
+    asking, requests = client(good(ANSWER), good(answer))
+    with asking:
+        asking.score(None, "", messages=messages, labels=["a"])
+        assert asking.tokenize(messages=messages) == answer
+    for request in requests:
+        assert json.loads(request.content)["messages"] == messages
+
+
 def test_tokens_and_back():
     tokens = TokenizeResponse(tokens=[5, 6], count=2, max_model_len=9, token_strs=["a", "b"])
     asking, requests = client(good(tokens), good(DetokenizeResponse(prompt="ab")))

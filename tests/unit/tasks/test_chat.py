@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,17 @@ from tokenizers import AddedToken
 
 from serve_app import model_source
 from serve_app.errors import InvalidRequestError
+from serve_app.schemas import ScoreRequest, TokenizeRequest, TokenizeResponse, parse
+from serve_app.scorer.fake_engine import FakeEngine
+from serve_app.settings import Limits, ModelSettings
 from serve_app.tasks.chat import ChatTemplate
+from serve_app.tasks.model_facts import ModelFacts
+from serve_app.tasks.prompts import PromptBuilder
 from serve_app.tasks.sandbox import BoundedTemplate
+from serve_app.tasks.steps import finish
+from serve_app.tasks.tokenize import tokenize
 from serve_app.tasks.tokenizer import TextTokenizer
-from tests.local import save_tokenizer
+from tests.local import CONTEXT, VOCAB_SIZE, save_tokenizer
 
 CONVERSATIONS = [
     [{"role": "user", "content": "Is the sky blue?"}],
@@ -204,6 +214,24 @@ def test_a_model_without_a_template_has_none(folder: Path) -> None:
     assert ChatTemplate.load(TextTokenizer(TextTokenizer.load(folder).backend, 0)) is None
 
 
+def test_where_a_template_is_read(tmp_path: Path) -> None:
+    """From a file of its own, else the tokenizer's configuration, else a processor's file."""
+    folder = save_tokenizer(tmp_path, adds_bos=False)
+
+    def found() -> str | None:
+        return TextTokenizer.load(folder).facts.chat_template
+
+    assert found() is None
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "a processor's"}))
+    assert found() == "a processor's"
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    named = [{"name": "tool_use", "template": "for tools"}, {"name": "default", "template": "for chats"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": named}))
+    assert found() == "for chats"
+    (folder / "chat_template.jinja").write_text("its own")
+    assert found() == "its own"
+
+
 OPENING = "{{- '<|im_start|>assistant\n' -}}"
 REASONING = {
     "left open": (CHATML.replace(OPENING, "{{- '<|im_start|>assistant\n<think>\n' -}}"), "opens a block of reasoning"),
@@ -242,6 +270,7 @@ def test_a_template_whose_answer_does_not_follow_directly_is_refused(folder: Pat
 DOUBLED = "{% set ns = namespace(a='ab') %}{% for i in range(60) %}%s{% endfor %}"
 HOSTILE = {
     "loops": "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}",
+    "loops over one list": "{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
     "long loop bodies": "{% for a in range(90000) %}{% for b in range(90000) %}"
     + "{% if b %}{% endif %}" * 2_000
     + "{% endfor %}{% endfor %}",
@@ -324,3 +353,127 @@ def test_what_messages_say_is_never_markup(folder: Path, name: str) -> None:
     assert [id for id in ids if id in control.values()] == [id for id in usual if id in control.values()]
     for message in evil:
         assert message["content"].strip() in tokenizer.decode(ids)
+
+
+QUESTION = {"role": "user", "content": "Is the sky blue? <|im_end|>"}
+INFO = FakeEngine(VOCAB_SIZE, CONTEXT).info
+
+
+def facts(folder: Path, source: str = WITH_SYSTEM) -> ModelFacts:
+    (folder / "chat_template.jinja").write_text(source)
+    return ModelFacts.of(ModelSettings(engine="fake"), with_tokens(folder), INFO)
+
+
+def prompts(model: ModelFacts, **fields: Any) -> list[list[int]]:
+    batch = finish(PromptBuilder(ScoreRequest(**fields), model).rest()).batch
+    return [batch.tokens[a:b].tolist() for a, b in pairwise(batch.offsets.tolist())]
+
+
+class TestScore:
+    def test_messages_are_the_query(self, folder: Path) -> None:
+        """The prompt is the conversation's, then the item, tokenised together as transformers would."""
+        model = facts(folder)
+        assert model.chat is not None
+        front = model.chat.render([QUESTION])
+        items = ["", "yes", "</s> no", "é"]
+        wanted = [
+            model.tokenizer.guarded.encode([front + model.tokenizer.plain.guard(item)], add_special_tokens=False)[0]
+            for item in items
+        ]
+        assert prompts(model, messages=[QUESTION], items=items, label_token_ids=[1, 2]) == wanted
+        for ids in wanted:
+            control = [id for id in ids if id in model.tokenizer.plain.control.values()]
+            assert model.tokenizer.pieces(control) == ["<|im_start|>", "<|im_end|>"] * 2 + ["<|im_start|>"]
+
+    def test_content_in_parts_is_lines(self, folder: Path) -> None:
+        model, fields = facts(folder), {"items": "", "label_token_ids": [1]}
+        parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+        assert prompts(model, messages=[{"role": "user", "content": parts}], **fields) == prompts(
+            model, messages=[{"role": "user", "content": "a\nb"}], **fields
+        )
+
+    def test_labels_are_text_too(self, folder: Path) -> None:
+        model = facts(folder)
+        made = finish(PromptBuilder(ScoreRequest(messages=[QUESTION], items="", labels=["yes", "</s>"]), model).rest())
+        assert made.prompts[0].spelling is not None
+        assert ["".join(spelling) for spelling in made.prompts[0].spelling] == ["yes", "</s>"]
+        assert len(made.prompts[0].spelling[1]) > 1
+
+    def test_a_long_item_is_cut_before_nothing_else(self, folder: Path) -> None:
+        model = facts(folder)
+        fields = {"messages": [QUESTION], "label_token_ids": [1], "truncate": "item"}
+        (whole,) = prompts(model, items="", **fields)
+        (cut,) = prompts(model, items="<|im_end|> fox" * 1_000, **fields)
+        assert len(cut) == model.max_prompt_tokens
+        assert cut[: len(whole)] == whole
+
+    def test_a_wrong_item_is_its_own_error(self, folder: Path) -> None:
+        fields = {"messages": [QUESTION], "labels": ["a"], "on_error": "item"}
+        request = parse(ScoreRequest, json.dumps(fields | {"items": ["a", "\ud800", "b"]}).encode())
+        made = finish(PromptBuilder(request, facts(folder)).rest())
+        assert [prompt.index for prompt in made.prompts] == [0, 2]
+        assert [error.index for error in made.errors] == [1]
+
+    @pytest.mark.parametrize(
+        ("fields", "param", "said"),
+        [
+            ({"query": "q"}, "query", "query and messages are both given"),
+            ({"item_first": True}, "item_first", "items follow the messages"),
+            ({"items": [[1]]}, "items", "items must be text"),
+            ({"messages": []}, "messages", "send at least one message"),
+            ({"messages": [{"role": "user", "content": "x" * 600_000}]}, "messages", "600,000 characters"),
+        ],
+    )
+    def test_what_does_not_go_with_messages(self, folder: Path, fields: dict[str, Any], param: str, said: str) -> None:
+        usual = {"messages": [QUESTION], "items": [""], "label_token_ids": [1]}
+        with pytest.raises(InvalidRequestError, match=said) as refused:
+            prompts(facts(folder), **usual | fields)
+        assert refused.value.param == param
+
+    def test_a_model_without_a_template_says_so(self, folder: Path) -> None:
+        model = ModelFacts("m", with_tokens(folder), INFO, Limits())
+        with pytest.raises(InvalidRequestError, match=r"no chat template.*send the whole prompt as text"):
+            prompts(model, messages=[QUESTION], items=[""], label_token_ids=[1])
+
+    @pytest.mark.parametrize(
+        ("message", "said"),
+        [
+            ({"role": "tool", "content": "x"}, "role must be 'system', 'user' or 'assistant', not \"tool\""),
+            ({"role": "user"}, "content is required"),
+            ({"role": "user", "content": "x", "tool_calls": []}, "without tool_calls"),
+            ({"role": "user", "content": [{"type": "image_url"}]}, "type must be 'text', not \"image_url\""),
+        ],
+    )
+    def test_wrong_messages_are_named(self, message: dict[str, Any], said: str) -> None:
+        body = json.dumps({"messages": [QUESTION, message], "items": ""}).encode()
+        with pytest.raises(InvalidRequestError, match=rf"^messages\[1\].*{re.escape(said)}"):
+            parse(ScoreRequest, body)
+
+
+class TestTokenize:
+    def answer(self, model: ModelFacts, **fields: Any) -> TokenizeResponse:
+        return finish(tokenize(model, TokenizeRequest(**fields))).value
+
+    def test_messages_show_what_the_model_sees(self, folder: Path) -> None:
+        model = facts(folder)
+        answer = self.answer(model, messages=[QUESTION])
+        assert answer.prompt == (
+            "<|im_start|>system\nYou are a helper.<|im_end|>\n"
+            "<|im_start|>user\nIs the sky blue? <|im_end|><|im_end|>\n<|im_start|>assistant\n"
+        )
+        assert [answer.tokens] == prompts(model, messages=[QUESTION], items="", label_token_ids=[1])
+        assert answer.token_strs.count("<|im_end|>") == 2
+        assert answer.count == len(answer.token_strs)
+        whole = self.answer(model, messages=[QUESTION], add_generation_prompt=False)
+        assert answer.prompt == f"{whole.prompt}<|im_start|>assistant\n"
+        assert self.answer(model, messages=[QUESTION], add_special_tokens=True).tokens == [0, *answer.tokens]
+
+    def test_a_prompt_is_as_it_was(self, folder: Path) -> None:
+        answer = self.answer(facts(folder), prompt="a<|im_end|>")
+        assert answer.token_strs == ["<s>", "a", "<|im_end|>"]
+        assert answer.prompt is None
+
+    @pytest.mark.parametrize("fields", [{}, {"prompt": "a", "messages": [QUESTION]}])
+    def test_either_is_needed(self, folder: Path, fields: dict[str, Any]) -> None:
+        with pytest.raises(InvalidRequestError, match="send either prompt or messages"):
+            self.answer(facts(folder), **fields)

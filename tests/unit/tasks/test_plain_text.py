@@ -49,14 +49,16 @@ KINDS = {name: shape.make for name, shape in SHAPES.items()} | {
 @cache
 def tokenizer_of(kind: str) -> TextTokenizer:
     backend = KINDS[kind]()
-    backend.add_tokens([AddedToken(token, normalized=False) for token in ("<think>", "</think>", *TEXTUAL)])
+    more = [token for token in ("<think>", "</think>", *TEXTUAL) if backend.token_to_id(token) is None]
+    backend.add_tokens([AddedToken(token, normalized=False) for token in more])
     return TextTokenizer(backend, None)
 
 
 def texts() -> st.SearchStrategy[str]:
     """Texts that are full of control tokens, of their parts, and of what normalisers make control tokens."""
     parts = [token[at:end] for token in CONTROL for at in range(len(token)) for end in range(at + 1, len(token) + 1)]
-    hostile = st.sampled_from([*CONTROL, *parts, *(token.translate(WIDE) for token in CONTROL), "<THINK>", "[INST]"])
+    whole = [*CONTROL, *(token.translate(WIDE) for token in CONTROL), "<THINK>", "[INST]"]
+    hostile = st.sampled_from(whole) | st.sampled_from(parts)
     plain = st.sampled_from([" ", "\n", "  ", "yes", " the", "1", "\u0301", "火星", "\ufdd0", "\ufdd1", "\ufdd2", "▁"])
     other = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
     return st.lists(hostile | plain | other, max_size=8).map("".join)
