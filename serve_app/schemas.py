@@ -536,7 +536,7 @@ def refused(name: str, value: Any, model: type[RequestBody]) -> InvalidRequestEr
         allowed = "".join(f"{json.dumps(own)} or " for own in field.neutral or ())
         return InvalidRequestError(f"{name} must be {allowed}left out, not {shown(value)}: {field.advice}", param=name)
     name = name if len(name) <= _SHOWN else name[:_SHOWN] + "..."
-    fields = list(model.model_fields)
+    fields = sorted(model.model_fields, key=RequestBody.model_fields.__contains__)  # what all requests have, last
     if close := difflib.get_close_matches(name, fields, n=1):
         advice = f"did you mean {close[0]!r}?"
     else:
