@@ -75,7 +75,7 @@ async def test_bad_json(http: Http, body: bytes, said: str):
         ({"return_token_logprobs": []}, "return_token_logprobs", "not a list of 0"),
         ({"temperature": -1}, "temperature", "must be greater than 0, not -1"),
         ({"label_tokens_ids": [1]}, "label_tokens_ids", "did you mean 'label_token_ids'?"),
-        ({"banana": 1}, "banana", "the fields are query, items"),
+        ({"banana": 1}, "banana", "the fields are query, messages, items"),
         ({"label": ["yes"]}, "label", "did you mean 'labels'?"),
         ({"documents": ["a"]}, "documents", "/v1/rerank"),
         ({"text_1": "a", "text_2": "b"}, "text_1", "/v1/rerank"),
