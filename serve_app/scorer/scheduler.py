@@ -27,9 +27,9 @@ SMALLEST_PIECE = 64
 """Tokens of the smallest batch, however slow the device is."""
 
 AHEAD_TOKENS = 1_024
-"""A sequence that takes much longer than a piece is prefilled in pieces that end at multiples of this. A CPU's
-native engine cuts it there anyway, so its scores have the same bits as if it were prefilled at once; elsewhere they
-differ by float32's rounding. The pages are kept, and other jobs' batches go between."""
+"""A sequence that takes much longer than a piece is prefilled in pieces that end at multiples of this. On a CPU's
+kernels its scores have the same bits wherever it is cut; elsewhere they differ by the dtype's rounding. The pages are
+kept, and other jobs' batches go between."""
 
 IN_ENGINE = 2
 """Device batches in the engine at once: the host plans the second and unpacks the first while the device works.

@@ -17,7 +17,7 @@ from model.engine import Engine
 from serve_app.batches import cut
 from serve_app.scorer.scheduler import AHEAD_TOKENS
 from tests.batches import label_batch, reads_batch
-from tests.invariance.rows import BFLOAT16_TOLERANCE, LABELS, TOLERANCE, VOCAB, prompts, values
+from tests.invariance.rows import BFLOAT16_TOLERANCE, BITS, LABELS, TOLERANCE, VOCAB, prompts, values
 from tests.tiny import make_llama
 
 
@@ -40,7 +40,7 @@ def test_alone_equals_among_500(scorer: Engine) -> None:
     sequences = prompts(500, query=40)
     together = values(scorer, sequences)
     alone = np.concatenate([values(scorer, [sequence]) for sequence in sequences[::25]])
-    np.testing.assert_allclose(alone, together[::25], rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(alone, together[::25], rtol=0, atol=BITS)
 
 
 def test_bfloat16_values_vary_by_its_rounding_alone(scorer: Engine, folder: Path) -> None:
@@ -69,14 +69,14 @@ def test_order_does_not_matter(scorer: Engine) -> None:
     sequences = prompts(60, seed=1, query=150)
     order = np.random.default_rng(2).permutation(60)
     shuffled = values(scorer, [sequences[i] for i in order])
-    np.testing.assert_allclose(shuffled, values(scorer, sequences)[order], rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(shuffled, values(scorer, sequences)[order], rtol=0, atol=BITS)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_batch_sizes_agree(scorer: Engine, count: int) -> None:
     sequences = prompts(8, seed=3)
     batched = [values(scorer, sequences[at : at + count]) for at in range(0, 8, count)]
-    np.testing.assert_allclose(np.concatenate(batched), values(scorer, sequences), rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(np.concatenate(batched), values(scorer, sequences), rtol=0, atol=BITS)
 
 
 @pytest.mark.parametrize(("widest", "call"), [(16, 16), (32, 96), (128, 128)])
@@ -98,9 +98,9 @@ def test_chunked_prefill_agrees_with_one_long_segment(folder: Path, chunk: int) 
     whole = loading.load(folder, max_segment_tokens=1024, call_tokens=1024)
     chunked = loading.load(folder, max_segment_tokens=32, call_tokens=64, chunks=(chunk,))
     sequences = [prompt for seed in (70, 71) for prompt in prompts(1, seed=seed, query=700, longest=300)]
-    np.testing.assert_allclose(values(chunked, sequences), values(whole, sequences), rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(values(chunked, sequences), values(whole, sequences), rtol=0, atol=BITS)
     shared = prompts(4, seed=72, query=300, longest=40)
-    np.testing.assert_allclose(values(chunked, shared), values(whole, shared), rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(values(chunked, shared), values(whole, shared), rtol=0, atol=BITS)
 
 
 @pytest.mark.parametrize("implementation", ["native", "paged"])
@@ -118,7 +118,7 @@ def test_a_prompt_that_comes_alone_is_kept_the_second_time(folder: Path) -> None
     assert computed == [lengths[0], lengths[1], lengths[2] - 2 * PAGE_TOKENS, lengths[3] - 2 * PAGE_TOKENS]
     got = np.concatenate([values(scorer, [query + item]) for item in items])
     wanted = values(loading.load(folder, max_segment_tokens=512, call_tokens=512), [query + item for item in items])
-    np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=BITS)
 
 
 def test_a_prefix_of_items_in_several_batches_is_computed_once(folder: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_prefix_of_items_in_several_batches_is_computed_once(folder: Path) -> 
     own = [sum(len(sequence) - 2 * PAGE_TOKENS - 4 for sequence in sequences[at : at + 20]) for at in (0, 20, 40)]
     assert [int(result.computed_tokens.sum()) for result in results] == [2 * PAGE_TOKENS + 4 + own[0], *own[1:]]
     together = loading.load(folder).score(whole).values
-    np.testing.assert_allclose(np.concatenate([result.values for result in results]), together, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(np.concatenate([result.values for result in results]), together, rtol=0, atol=BITS)
 
 
 def test_two_threads_get_what_one_gets(folder: Path) -> None:
@@ -145,9 +145,9 @@ def test_two_threads_get_what_one_gets(folder: Path) -> None:
     with ThreadPoolExecutor(2) as threads:
         got = list(threads.map(lambda batch: values(shared, batch), batches * 2))
     for number, one in enumerate(got):
-        np.testing.assert_allclose(one, got[number % len(batches)], rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(one, got[number % len(batches)], rtol=0, atol=BITS)
     for one, right in zip(got, wanted, strict=False):
-        np.testing.assert_allclose(one, right, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(one, right, rtol=0, atol=BITS)
 
 
 def test_cold_warm_and_evicted_prefixes_agree(folder: Path) -> None:
@@ -170,7 +170,7 @@ def test_prefixes_that_evict_each_other_within_a_batch_agree(scorer: Engine, fol
     """Seven queries of three pages use a cache of twelve: pages are rewritten while earlier calls may still run."""
     small = loading.load(folder, max_segment_tokens=64, call_tokens=64, prefix_cache_bytes=0)
     sequences = [prompt for seed in range(40, 47) for prompt in prompts(3, seed=seed, query=380, longest=20)]
-    np.testing.assert_allclose(values(small, sequences), values(scorer, sequences), rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(values(small, sequences), values(scorer, sequences), rtol=0, atol=BITS)
     assert small.cache_stats.evicted_pages > 0
 
 
@@ -195,7 +195,7 @@ def test_requests_with_queries_of_their_own_share_calls(folder: Path, monkeypatc
     together = [prompt for request in requests for prompt in request]
     cold = values(scorer, together)
     assert launched == [1, 1]
-    np.testing.assert_allclose(cold, np.concatenate(alone), rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(cold, np.concatenate(alone), rtol=0, atol=BITS)
     np.testing.assert_array_equal(values(scorer, together), cold)
     assert launched == [1, 2]
 
@@ -213,14 +213,14 @@ def test_pages_that_could_not_be_written_are_not_kept(folder: Path, monkeypatch:
     assert scorer.cache_stats.pages_used == 0
     monkeypatch.undo()
     alone = np.concatenate([values(scorer, [sequence]) for sequence in sequences])
-    np.testing.assert_allclose(values(scorer, sequences), alone, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(values(scorer, sequences), alone, rtol=0, atol=BITS)
 
 
 @pytest.mark.parametrize("query", [PAGE_TOKENS - 1, PAGE_TOKENS, PAGE_TOKENS + 1, 2 * PAGE_TOKENS])
 def test_prefixes_around_a_page_agree_with_no_sharing(scorer: Engine, query: int) -> None:
     sequences = prompts(4, seed=query, query=query, longest=20)
     alone = np.concatenate([values(scorer, [sequence]) for sequence in sequences])
-    np.testing.assert_allclose(values(scorer, sequences), alone, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(values(scorer, sequences), alone, rtol=0, atol=BITS)
 
 
 def test_computed_tokens_count_each_token_of_the_tree_once(folder: Path) -> None:
@@ -238,7 +238,7 @@ def test_pad_and_eos_ids_are_tokens_like_any_other(scorer: Engine) -> None:
     together = values(scorer, sequences)
     assert len(np.unique(together[:, 0].round(4))) > 30
     np.testing.assert_allclose(
-        together[::7], np.concatenate([values(scorer, [s]) for s in sequences[::7]]), rtol=0, atol=TOLERANCE
+        together[::7], np.concatenate([values(scorer, [s]) for s in sequences[::7]]), rtol=0, atol=BITS
     )
 
 
@@ -247,7 +247,7 @@ def test_label_counts_may_differ(scorer: Engine) -> None:
     labels = [tuple(range(1 + i)) for i in range(9)]
     mixed = scorer.score(label_batch(sequences, labels)).values
     alone = [scorer.score(label_batch([s], [own])).values for s, own in zip(sequences, labels, strict=True)]
-    np.testing.assert_allclose(mixed, np.concatenate(alone), rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(mixed, np.concatenate(alone), rtol=0, atol=BITS)
 
 
 def test_logits_without_the_vocabulary_give_the_same_label_softmax(scorer: Engine) -> None:
@@ -267,7 +267,7 @@ def test_a_read_anywhere_equals_the_read_at_the_end_of_the_cut_prompt(scorer: En
     positions = [0, 1, 77, 127, 128, 199, 200, len(sequence) - 1]
     together = scorer.score(reads_batch([sequence], [[(p, LABELS) for p in positions]])).values
     cut = values(scorer, [sequence[: p + 1] for p in positions])
-    np.testing.assert_allclose(together.reshape(cut.shape), cut, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(together.reshape(cut.shape), cut, rtol=0, atol=BITS)
 
 
 def test_all_labels_of_the_vocabulary_sum_to_one(scorer: Engine) -> None:
@@ -292,7 +292,7 @@ def test_a_prompt_with_broken_arithmetic_harms_only_itself(tmp_path: Path) -> No
     bad = [0, 4, 5]
     assert np.isnan(got[bad]).all()
     good = [i for i in range(12) if i not in bad]
-    np.testing.assert_allclose(got[good], wanted[good], rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(got[good], wanted[good], rtol=0, atol=BITS)
 
 
 def test_a_page_with_a_broken_tail_serves_the_prefix_before_it(tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_a_page_with_a_broken_tail_serves_the_prefix_before_it(tmp_path: Path) -
     assert np.isnan(got[-1]).all()
     alone = loading.load(whole, max_segment_tokens=64, call_tokens=64)
     wanted = values(alone, [query + item for item in items])
-    np.testing.assert_allclose(got[:-1], wanted, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(got[:-1], wanted, rtol=0, atol=BITS)
 
 
 def test_without_a_compiler_layers_are_xlas_or_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,7 +394,7 @@ def test_a_prompt_prefilled_in_pieces_scores_as_at_once(folder: Path) -> None:
     assert pieces.computed_tokens.tolist() == [512]
     at_once = other.score(batch)
     assert at_once.computed_tokens.tolist() == [900]
-    np.testing.assert_allclose(pieces.values, at_once.values, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(pieces.values, at_once.values, rtol=0, atol=BITS)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from model import loading, sharding
 from model.engine import Engine
-from tests.invariance.rows import TOLERANCE, prompts, values
+from tests.invariance.rows import BITS, TOLERANCE, prompts, values
 from tests.tiny_families import FAMILIES, make_family
 
 Families = Callable[[str], tuple[Path, Engine]]
@@ -25,10 +25,10 @@ def test_alone_cold_and_warm_equal_among_many(family: str, families: Families) -
     hits = scorer.cache_stats.hit_tokens
     warm = values(scorer, sequences[::-1])[::-1]
     assert scorer.cache_stats.hit_tokens > hits
-    np.testing.assert_allclose(warm, cold, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(warm, cold, rtol=0, atol=BITS)
     scorer._forget_prefixes()  # pyright: ignore[reportPrivateUsage]
     alone = np.concatenate([values(scorer, [sequence]) for sequence in sequences[::4]])
-    np.testing.assert_allclose(alone, cold[::4], rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(alone, cold[::4], rtol=0, atol=BITS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -68,4 +68,4 @@ def test_a_prompt_with_broken_arithmetic_spoils_no_neighbour_in_its_experts(fami
     got = values(broken, sequences)
     assert np.isnan(got[2]).all()
     others = [0, 1, 3, 4, 5]
-    np.testing.assert_allclose(got[others], wanted[others], rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(got[others], wanted[others], rtol=0, atol=BITS)
