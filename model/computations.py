@@ -51,7 +51,7 @@ class Kind(StrEnum):
     LAST = "last"
     READ = "read"
     # Only where they run in a loop.
-    ROWS = "rows"
+    SEGMENTS = "segments"
     PREFILL = "prefill"
     # Everywhere.
     WRITE = "write"
@@ -168,7 +168,7 @@ def read(
     return model.final_norm(ends, model.block(weights).forward_reads(x, angles, context, number, reads))
 
 
-def rows(
+def segments(
     model: Model,
     ends: State,
     layers: State,
@@ -296,8 +296,8 @@ def definition(model: Model, weights: Weights, kind: Kind, size: Size) -> Defini
             return Definition(partial(last, model), (layers, x, angles), kept.spec)
         case Kind.READ:
             return Definition(partial(read, model), (ends, layers, x, angles, context, number, reads), WHOLE)
-        case Kind.ROWS:
-            return Definition(partial(rows, model), (ends, layers, ids, ids, context, reads), WHOLE)
+        case Kind.SEGMENTS:
+            return Definition(partial(segments, model), (ends, layers, ids, ids, context, reads), WHOLE)
         case Kind.PREFILL:
             return Definition(partial(prefill, model), (ends, layers, ids, ids, context), kept.spec)
         case Kind.WRITE:

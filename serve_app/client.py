@@ -104,6 +104,7 @@ class ScoreClient:
         query: str | list[int] | None,
         items: str | list[str] | list[list[int]],
         *,
+        messages: Sequence[Mapping[str, str]] | None = None,
         label_token_ids: list[int] | list[list[int]] | None = None,
         labels: list[str] | list[list[str]] | None = None,
         length_normalize: bool = False,
@@ -122,6 +123,7 @@ class ScoreClient:
         request = _checked(
             ScoreRequest,
             query=query,
+            messages=None if messages is None else list(messages),
             items=items,
             label_token_ids=label_token_ids,
             labels=labels,
@@ -140,9 +142,21 @@ class ScoreClient:
         )
         return self.ask(request)
 
-    def tokenize(self, prompt: str | list[str], *, add_special_tokens: bool = True) -> TokenizeResponse:
-        """Turn text into token ids and pieces, as the model sees it."""
-        request = _checked(TokenizeRequest, prompt=prompt, add_special_tokens=add_special_tokens, model=self._model)
+    def tokenize(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        add_special_tokens: bool | None = None,
+    ) -> TokenizeResponse:
+        """Turn text, or a conversation, into token ids and pieces, as the model sees it."""
+        request = _checked(
+            TokenizeRequest,
+            prompt=prompt,
+            messages=None if messages is None else list(messages),
+            add_special_tokens=add_special_tokens,
+            model=self._model,
+        )
         return self._ask(TokenizeResponse, "POST", "/tokenize", request)
 
     def detokenize(self, tokens: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""The page at ``/`` and the API's documentation, in a real browser, on the fake engine."""
+"""The page at ``/`` and the API documentation in a real browser, on the fake engine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def open_page(browser: Browser) -> Iterator[Open]:
-    """Opens an address of a service; afterwards, nothing may have been asked of elsewhere nor have failed."""
+    """Open an address of a service. Afterwards no request may have failed or gone to another server."""
     context = browser.new_context()
     context.set_default_timeout(10_000)
     requested: list[str] = []
@@ -58,7 +58,7 @@ def open_page(browser: Browser) -> Iterator[Open]:
 
 
 def ask(page: Page, *, items: list[str] = ITEMS, labels: str = "yes, no", query: str = "q: ") -> Response:
-    """Fill the form, and wait for what it is answered."""
+    """Fill the form, and wait for its answer."""
     page.uncheck("#live")
     page.uncheck("#item_first")
     page.fill("#query", query)
@@ -68,7 +68,7 @@ def ask(page: Page, *, items: list[str] = ITEMS, labels: str = "yes, no", query:
 
 
 def press(page: Page) -> Response:
-    """Press "Score", and wait for the answer and until it is shown."""
+    """Press "Score", and wait until the answer is shown."""
     with page.expect_response("**/v1/score") as got:
         page.get_by_role("button", name="Score").click()
     page.wait_for_selector("#rows[aria-busy=false]")
@@ -80,7 +80,7 @@ def sent(answer: Response) -> dict[str, Any]:
 
 
 def percentages(page: Page) -> list[list[float]]:
-    """What stands behind the bars, row by row."""
+    """The percentages beside the bars, row by row."""
     rows = page.locator("#rows > li").all()
     return [[float(text.removesuffix("%")) for text in row.locator("dd").all_inner_texts()] for row in rows]
 
@@ -127,8 +127,8 @@ def test_the_label_mass_is_over_the_whole_vocabulary(open_page: Open, served: Se
         assert float(text.split()[2].removesuffix("%")) == pytest.approx(100 * sum(row), rel=0.1, abs=0.06)
 
 
-def test_labels_that_are_all_unlikely_are_told(open_page: Open, served: Served):
-    """Of which the bars, that compare the labels with each other, show nothing."""
+def test_a_warning_is_shown_when_all_labels_are_unlikely(open_page: Open, served: Served):
+    """The bars do not show it, since they compare the labels with each other."""
     words = ["yes", "no", "text", "fox", "dog", "quick", "the", "lazy", "over", "brown"]
     body = {"query": "q: ", "items": ITEMS, "labels": [f" {word}" for word in words]}
     rows = httpx.post(f"{served.url}/v1/score", json=body).json()["scores"]
@@ -153,7 +153,7 @@ def test_labels_that_are_all_unlikely_are_told(open_page: Open, served: Served):
     assert page.locator(".weak").count() == 0
     page.uncheck("#spaced")
     ask(page, labels=low)
-    ask(page, labels="yes, yes")  # an error, which is about no scores
+    ask(page, labels="yes, yes")  # an error has no scores to warn about
     assert page.locator("#weak").is_hidden()
 
 
@@ -192,13 +192,13 @@ def test_rows_can_be_sorted_by_a_label(open_page: Open, served: Served):
     order = sorted(range(len(items)), key=lambda item: -scores[item][1])
     assert order != list(range(len(items)))
     assert page.locator(".item").all_inner_texts() == [items[item] for item in order]
-    press(page)  # the choice outlives the next answer
+    press(page)  # the choice is kept for the next answer
     assert page.locator(".item").all_inner_texts() == [items[item] for item in order]
     page.select_option("#sort", label="given order")
     assert page.locator(".item").all_inner_texts() == items
 
 
-def test_the_tokens_that_the_model_saw(open_page: Open, served: Served):
+def test_the_models_tokens_are_shown(open_page: Open, served: Served):
     page = open_page(served.url)
     ask(page, query="the\n", items=["quick \u72d0"])
     page.click("summary")
@@ -284,7 +284,7 @@ def test_errors_are_shown_in_the_services_words(open_page: Open, served: Served,
     assert page.get_attribute(field, "aria-invalid") is None
 
 
-def test_a_service_that_has_gone_is_told(open_page: Open, served: Served):
+def test_a_lost_service_is_reported(open_page: Open, served: Served):
     page = open_page(served.url)
     ask(page)
     page.route("**/tokenize", lambda route: route.abort())
@@ -306,7 +306,7 @@ def test_an_api_key_is_asked_for_where_one_is_needed(open_page: Open, served: Se
     ask(page)
     assert len(percentages(page)) == 3
     assert "fake-judge" in page.inner_text("#model")
-    page.reload()  # kept for as long as the tab is
+    page.reload()  # kept as long as the tab is open
     expect(page.locator("#model")).to_contain_text("fake-judge")
     assert page.locator("#key").is_hidden()
 
@@ -320,7 +320,7 @@ def test_items_are_text_and_never_markup(open_page: Open, served: Served):
     assert page.title() == "score-serve"
 
 
-def test_many_items_are_shown_in_part_until_all_are_asked_for(open_page: Open, served: Served):
+def test_many_items_are_shown_in_part_until_all_are_requested(open_page: Open, served: Served):
     page = open_page(served.url)
     ask(page, items=[f"fox {number}" for number in range(230)])
     assert page.locator("#rows > li").count() == 200

@@ -23,12 +23,12 @@ def dtype(request: pytest.FixtureRequest, kernels: Kernels) -> str:
 
 
 def normal(dtype: str, *shape: int, seed: int = 0) -> np.ndarray:
-    """Of the dtype."""
+    """Random values of the dtype."""
     values = np.random.default_rng((seed, *shape)).normal(size=shape)
     return np.array(jnp.asarray(values, jnp.float32).astype(dtype))
 
 
-# A new function for every call: jax would find the program of another build.
+# A new function for every call; else jax would reuse the program of another build.
 
 
 def products(x: np.ndarray, *kernels: np.ndarray) -> list[np.ndarray]:
@@ -44,7 +44,7 @@ def gated(x: np.ndarray, gate: np.ndarray, up: np.ndarray, activation: Activatio
 
 @pytest.mark.parametrize("rows", [*range(1, 14), 80, 1000])
 def test_products_equal_float64(rows: int, dtype: str) -> None:
-    """Of kernels that fill their last panel and that do not, side by side."""
+    """Some weights fill their last panel, and others do not."""
     x, kernels = normal(dtype, rows, 574), [normal(dtype, 574, width) for width in (576, 64, 1, 130)]
     for got, kernel in zip(products(x, *kernels), kernels, strict=True):
         wanted = x.astype(np.float64) @ kernel.astype(np.float64)
@@ -63,21 +63,21 @@ ACTIVATIONS = {
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize(("rows", "width"), [(5, 64), (7, 100), (301, 576)])
-def test_gated_equals_float64_behind_the_products(rows: int, width: int, activation: Activation, dtype: str) -> None:
+def test_gated_equals_float64_after_the_products(rows: int, width: int, activation: Activation, dtype: str) -> None:
     x, gate, up = normal(dtype, rows, 48), normal(dtype, 48, width), normal(dtype, 48, width, seed=1)
     got = gated(x, gate, up, activation)
     gates, ups = (y.astype(np.float64) for y in products(x, gate, up))
-    assert gates.max() > 12  # far out on both sides, as well as about 0
+    assert gates.max() > 12  # far from 0 on both sides, and near it
     assert gates.min() < -12
     wanted = ACTIVATIONS[activation](gates) * ups
     assert got.dtype == dtype
     rounding = 2**-8 if dtype == "bfloat16" else 3e-6
-    # 1 + tanh far below 0 is the rest of two numbers near 1.
+    # Far below 0, 1 + tanh is the small difference of two numbers near 1.
     absolute = 1e-5 if activation == "gelu_tanh" else 1e-30
     np.testing.assert_allclose(got.astype(np.float64), wanted, rtol=rounding, atol=absolute)
 
 
-def test_a_row_has_the_same_bits_whatever_is_beside_it(dtype: str) -> None:
+def test_a_row_has_the_same_bits_among_any_others(dtype: str) -> None:
     x, kernel = normal(dtype, 101, 96), normal(dtype, 96, 70)
     (among,) = products(x, kernel)
     for first, last in ((0, 1), (50, 53), (90, 101)):
