@@ -143,7 +143,7 @@ def layout(
     stored = jnp.dtype(jnp.uint16 if dtype == jnp.bfloat16 else dtype)  # see attention.to_pool
     pages = 1 + max(slots, sizes.prefix_cache_bytes // (int(np.prod(page)) * stored.itemsize))
     call_tokens = max(sizes.call_tokens, width)
-    cheap = config.native and not config.experts  # ``cpu.linear`` passes over padding, XLA multiplies it
+    cheap = config.packed and not config.experts  # ``cpu.linear`` passes over padding, XLA multiplies it
     if implementation == NATIVE:
         prefixes, ladder = NATIVE_PREFIXES, plan.flat_shapes(call_tokens, padding_is_cheap=cheap)
     else:

@@ -22,10 +22,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-FILES = ["README.md", *(f"docs/{name}.md" for name in ("quickstart", "api", "recipes", "migration", "clients"))]
+FILES = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("quickstart", "api", "recipes", "decisions", "migration", "clients")),
+]
 ADDRESS = "http://127.0.0.1:8000"
 COMMANDS = ("curl", "score-serve")
-CHANGING = {"id", "created", "cached_tokens", "version", "buckets", "max_queued_tokens"}
+CHANGING = {"id", "created", "cached_tokens", "x_cached_tokens", "version", "buckets", "max_queued_tokens"}
 """Fields that have other values each time, or on each machine."""
 TOLERANCE = 1e-3
 """Relative difference of a number in JSON: logprobs differ by at most 1e-4 between machines."""

@@ -32,6 +32,7 @@ from serve_app.settings import DEFAULT_NAME, ModelSettings, ServiceSettings, che
 from serve_app.tasks.chat import ChatTemplate
 from serve_app.tasks.profile_choice import choose_profile
 from serve_app.tasks.score import SCORE
+from serve_app.tasks.systemone import SYSTEMONE, SystemOneRequest, SystemOneResponse
 from serve_app.tasks.template_choice import choose
 from serve_app.tasks.tokenizer import TextTokenizer
 
@@ -107,6 +108,15 @@ class Ingress:
         """
         timing.begin()
         return await self._models.of(request.model).answer(SCORE, request, request_id=uuid.uuid4().hex)
+
+    async def decide(self, request: SystemOneRequest) -> SystemOneResponse:
+        """Decide like ``POST /v1/systemone``, for callers inside the Ray cluster.
+
+        Raises:
+            ScoringError: see ``ModelService.answer``.
+        """
+        timing.begin()
+        return await self._models.of(request.model).answer(SYSTEMONE, request, request_id=uuid.uuid4().hex)
 
     async def info(self, model: str = DEFAULT_NAME) -> InfoResponse:
         """Answer like ``GET /v1/info``, for callers inside the Ray cluster."""

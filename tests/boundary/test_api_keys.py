@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from serve_app.frontend import pages
 from serve_app.frontend.auth import ApiKeys
 from serve_app.frontend.models import Models
 from serve_app.frontend.routes import create_app
@@ -71,7 +72,14 @@ async def test_completions_refuse_in_openais_shape(closed: Http):
     assert (await closed.client.post("/v1/completions", json=body, headers=KEY)).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready", "/", "/docs", "/docs/swagger-ui.css", "/openapi.json"])
+PAGE_FILES = sorted(
+    f"/static/{file.name}" for file in Path(pages.__file__).with_name("static").iterdir() if file.suffix != ".html"
+)
+
+
+@pytest.mark.parametrize(
+    "path", ["/health", "/ready", "/", *PAGE_FILES, "/docs", "/docs/swagger-ui.css", "/openapi.json"]
+)
 async def test_probes_and_pages_need_no_key(closed: Http, path: str):
     assert (await closed.client.get(path)).status_code == 200
 

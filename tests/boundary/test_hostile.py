@@ -193,7 +193,7 @@ api = schemathesis.openapi.from_asgi("/openapi.json", create_app(lambda: Models(
 @settings(max_examples=100, suppress_health_check=list(HealthCheck))
 def test_answers_as_its_openapi_says(case: schemathesis.Case):
     # A body that fits the schema may still be refused: the vocabulary's size, the limits and the models' names are not
-    # in the schema. And the caller may set a deadline that is over at once; without it a wrong body may be a right one.
+    # in the schema. And the caller may set a deadline that is over at once: without it a wrong request may be right.
     excluded = [CHECKS.get_one("positive_data_acceptance")]
     if isinstance(case.body, dict) and isinstance(case.body.get("timeout_s"), float | int):
         del case.body["timeout_s"]

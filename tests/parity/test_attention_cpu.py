@@ -156,3 +156,41 @@ def test_a_broken_token_harms_none_before_it(dtype: str) -> None:
         got = attended(*(x.at[token].set(jnp.nan) for x in (q, k, v)), context)
         np.testing.assert_array_equal(got[:token], whole[:token])
         assert np.isnan(got[token:]).all()
+
+
+@pytest.mark.parametrize("rule", [(None, None), (20, None), (90, 1.5), (300, None)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bits_do_not_depend_on_where_a_sequence_is_cut(dtype: str, rule: tuple[int | None, float | None]) -> None:
+    """Into a prefix in pages and a segment, of which a query of one token is another."""
+    window, softcap = rule
+    asked = MaskSpec(None if window is None else jnp.int32(window), softcap)
+    length, kv_heads = 3 * PAGE_TOKENS + 9, 2
+    q, k, v, context = inputs(bins=1, width=length, head_width=24, longest=60, heads=6, kv_heads=kv_heads)
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    stored = np.array(context.pool)
+    for page, at in zip(np.asarray(context.page_table), range(0, length, PAGE_TOKENS), strict=False):
+        for half, x in enumerate((k, v)):
+            own = np.asarray(x[at : at + PAGE_TOKENS], np.float32)
+            stored[page, 1, half, :, : len(own)] = own.transpose(1, 0, 2)
+
+    def behind_a_prefix(cut: int, *, beside: int) -> np.ndarray:
+        """The tokens from ``cut`` on, behind those before it, twice, after another segment of ``beside`` tokens."""
+        tokens = np.concatenate([np.arange(beside), np.arange(cut, length), np.arange(cut, length)])
+        segments = np.repeat([0, 1, 2], [beside, length - cut, length - cut])
+        here = context._replace(
+            segments=jnp.asarray(segments[None], jnp.int32),
+            positions=jnp.asarray(tokens, jnp.int32),
+            prefixes=jnp.asarray(segments > 0, jnp.int32),
+            pool=jnp.asarray(stored).astype(dtype),
+            page_tables=jnp.tile(context.page_table, (2, 1)),
+            prefix_lengths=jnp.array([0, cut], jnp.int32),
+        )
+        _, first, second = np.split(
+            attended(q[tokens], k[tokens], v[tokens], here, asked), [beside, beside + length - cut]
+        )
+        np.testing.assert_array_equal(first, second)
+        return first
+
+    whole = behind_a_prefix(0, beside=0)
+    for cut in (1, 5, 63, 64, 65, 127, PAGE_TOKENS, 191, 2 * PAGE_TOKENS + 33, length - 1):
+        np.testing.assert_array_equal(behind_a_prefix(cut, beside=cut % 50), whole[cut:])

@@ -112,32 +112,62 @@ def test_rows_of_zeros_give_zeros(dtype: str) -> None:
     np.testing.assert_array_equal(got[rest], whole[rest])
 
 
-def normalizers(x: np.ndarray, head: np.ndarray, softcap: float | None = None) -> np.ndarray:
-    return np.asarray(jax.jit(lambda x, head: linear.log_normalizer(x, head, softcap))(x, head))
+def argmax(x: np.ndarray, head: np.ndarray, softcap: float | None = None) -> list[np.ndarray]:
+    return [np.asarray(y) for y in jax.jit(lambda x, head: linear.argmax(x, head, softcap))(x, head)]
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def head_dtype(request: pytest.FixtureRequest, kernels: Kernels) -> str:  # noqa: ARG001
+    """A head is multiplied in both on all processors."""
+    return request.param
 
 
 @pytest.mark.parametrize("softcap", [None, 8.0])
 @pytest.mark.parametrize(("rows", "vocabulary"), [(1, 5), (2, 1000), (17, 385), (130, 2000)])
-def test_normalizers_equal_float64(rows: int, vocabulary: int, softcap: float | None, dtype: str) -> None:
-    x, head = normal(dtype, rows, 96), normal(dtype, vocabulary, 96)
+def test_normalizers_and_highest_logits_equal_float64(
+    rows: int, vocabulary: int, softcap: float | None, head_dtype: str
+) -> None:
+    x, head = normal(head_dtype, rows, 96), normal(head_dtype, vocabulary, 96)
     head[vocabulary // 2] *= 4  # a logit far above the others, now and then
     logits = x.astype(np.float64) @ head.astype(np.float64).T
     if softcap is not None:
         logits = softcap * np.tanh(logits / softcap)
     highest = logits.max(axis=1)
     wanted = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
-    got = normalizers(x, head, softcap)
+    got, ids, logit = found = argmax(x, head, softcap)
     np.testing.assert_allclose(got, wanted, rtol=5e-7, atol=2e-6)
+    np.testing.assert_allclose(logit, highest, rtol=5e-7, atol=2e-6)
+    np.testing.assert_allclose(np.take_along_axis(logits, ids[:, None], axis=1)[:, 0], highest, rtol=5e-7, atol=2e-6)
     for row in (0, rows - 1):
-        np.testing.assert_array_equal(normalizers(x[row : row + 1], head, softcap), got[row : row + 1])
+        for own, all_rows in zip(argmax(x[row : row + 1], head, softcap), found, strict=True):
+            np.testing.assert_array_equal(own, all_rows[row : row + 1])
 
 
-def test_a_broken_state_has_no_normalizer_and_harms_no_other(dtype: str) -> None:
-    x, head = normal(dtype, 9, 96), normal(dtype, 500, 96)
-    whole = normalizers(x, head)
+def test_of_equal_logits_the_first_is_found(head_dtype: str) -> None:
+    x, head = normal(head_dtype, 70, 96), normal(head_dtype, 500, 96)
+    _, once, _ = argmax(x, head)
+    _, again, _ = argmax(x, np.concatenate([head, head]))
+    np.testing.assert_array_equal(again, once)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("width", [1, 7, 48, 576, 1030])
+def test_dots_equal_float64(width: int) -> None:
+    a, b = normal("float32", 300, width), normal("float32", 300, width, seed=1)
+    got = np.asarray(jax.jit(lambda a, b: linear.dots(a, b))(a, b))
+    magnitudes = (np.abs(a).astype(np.float64) * np.abs(b)).sum(axis=1)
+    assert (np.abs(got - (a.astype(np.float64) * b).sum(axis=1)) / magnitudes).max() < 4e-7
+
+
+def test_a_broken_state_has_no_normalizer_and_harms_no_other(head_dtype: str) -> None:
+    x, head = normal(head_dtype, 9, 96), normal(head_dtype, 500, 96)
+    whole, _, whole_highest = argmax(x, head)
     x[4] = np.nan
-    got = normalizers(x, head)
+    got, ids, highest = argmax(x, head)
     assert np.isnan(got[4])
+    assert np.isnan(highest[4])
+    assert 0 <= ids[4] < 500
+    np.testing.assert_array_equal(np.delete(highest, 4), np.delete(whole_highest, 4))
     np.testing.assert_array_equal(np.delete(got, 4), np.delete(whole, 4))
 
 

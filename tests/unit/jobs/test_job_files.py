@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from serve_app.jobs.columns import Column
 from serve_app.jobs.files import Block, Format, JobError, Reader, Rows, inferred, plan, write
 
 ROWS: list[dict[str, Any]] = [
@@ -98,7 +99,7 @@ def test_kept_rows_are_written_with_their_results(tmp_path: Path, suffix: str, t
     kept = [0, 3, 8]
     results = {"scores": [[0.25, 0.75]] * 3, "label_mass": [0.5, 0.125, 1.0]}
     out = tmp_path / f"out.{target}"
-    write(out, target, rows, kept, results, [" yes", " no"])
+    write(out, target, rows, kept, results, {"scores": Column(float, [" yes", " no"]), "label_mass": Column(float)})
     if target == "csv":
         with out.open(encoding="utf-8", newline="") as file:
             found = list(csv.DictReader(file))
@@ -120,8 +121,9 @@ def test_parquet_keeps_its_types_and_has_the_same_ones_without_a_row(tmp_path: P
     pq.write_table(table, tmp_path / "in.parquet")
     source = plan([tmp_path / "in.parquet"], 10)
     rows = Reader(source.format, source.columns).read(*source.blocks)
+    columns = {"scores": Column(float, ["a"])}
     for kept in ([1], []):
-        write(tmp_path / "out", "parquet", rows, kept, {"scores": [[1.0]] * len(kept)}, ["a"])
+        write(tmp_path / "out", "parquet", rows, kept, {"scores": [[1.0]] * len(kept)}, columns)
         written = pq.read_table(tmp_path / "out")
         assert written.drop_columns("scores") == table.take(pa.array(kept, pa.int64()))
         assert written.schema.field("scores").type == pa.list_(pa.float64())
@@ -138,9 +140,9 @@ def test_a_row_that_does_not_fit_the_others_is_reported(tmp_path: Path):
 
 def test_nothing_that_json_can_hold_stops_the_writing(tmp_path: Path):
     rows = Rows(("a", "b"), [1], [{"a": "\ud800", "b": [1, {"c": "ä"}]}])
-    write(tmp_path / "out.jsonl", "jsonl", rows, [0], {}, [])
+    write(tmp_path / "out.jsonl", "jsonl", rows, [0], {}, {})
     assert json.loads((tmp_path / "out.jsonl").read_text()) == rows.values[0]
-    write(tmp_path / "out.csv", "csv", rows, [0], {}, [])
+    write(tmp_path / "out.csv", "csv", rows, [0], {}, {})
     assert '[1, {""c"": ""ä""}]' in (tmp_path / "out.csv").read_text()
 
 

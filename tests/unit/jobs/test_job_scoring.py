@@ -67,7 +67,7 @@ def test_each_row_has_the_scores_that_it_has_alone(bos_tokenizer: TextTokenizer,
     for at, query, item in asked:
         answer = alone(request.model_copy(update={"query": query, "items": [item]}))
         tokens += answer.usage.prompt_tokens
-        wanted = {name: getattr(answer, name)[0] for name in columns.requested(request)}
+        wanted = {name: getattr(answer, name)[0] for name in columns.of_scores(request)}
         assert found[at] == wanted
     assert cost.prompt_tokens == tokens
 
