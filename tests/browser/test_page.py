@@ -1,4 +1,4 @@
-"""The page at ``/`` and the API's documentation, in a real browser, on the fake engine: its form for scores, and all of it."""
+"""The page at ``/`` and the API's documentation, in a real browser, on the fake engine."""
 
 from __future__ import annotations
 
