@@ -123,7 +123,7 @@ def test_the_form_becomes_the_request_and_bars_the_answer(page: Page, served: Se
         assert float(mass[1]) == pytest.approx(100 * own["x_label_mass"], rel=0.1, abs=0.06)
         assert ("confidence" in note) == ("confidence" in own)
         assert "2 orders" in note
-        assert (row.locator(".warning").count() == 1) == (own["x_label_mass"] < 0.5)
+        assert (row.locator(".low").count() == 1) == (own["x_label_mass"] < 0.5)
     status = page.inner_text(STATUS)
     assert status.startswith("4 questions in ")
     assert f" ms \u00b7 {wanted['usage']['input_tokens']} input tokens, " in status
@@ -272,9 +272,10 @@ def test_a_low_label_mass_is_told_and_a_high_one_is_not(page: Page):
     page.route("**/v1/systemone", answer)
     page.click("[data-add=noul]")
     press(page)
-    assert "Only 31.0%" in page.inner_text(f"{ROWS} .warning")
+    assert "Low label mass" in page.inner_text(f"{ROWS} .low")
+    assert "label mass 31.0%" in page.inner_text(f"{ROWS} .note")
     press(page)
-    assert page.locator(f"{ROWS} .warning").count() == 0
+    assert page.locator(f"{ROWS} .low").count() == 0
     assert "cached" not in page.inner_text(STATUS)
 
 
