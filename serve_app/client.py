@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, overload
 from urllib.parse import urlencode
 
 import httpx
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
 from serve_app.errors import (
     BY_STATUS,
+    SYSTEM_ONE,
     DeadlineExceededError,
     InternalError,
     InvalidRequestError,
@@ -31,6 +33,8 @@ from serve_app.schemas import (
     TokenizeResponse,
     invalid,
 )
+from serve_app.tasks.decisions import bodies
+from serve_app.tasks.systemone import AnyQuestion, SystemOneRequest, SystemOneResponse
 
 LONGEST_WAIT_S = 30.0
 """Most seconds between two attempts, whatever Retry-After says."""
@@ -47,6 +51,15 @@ given to another thread: ``httpx.ReadError: [Errno 9] Bad file descriptor``."""
 
 R = TypeVar("R", bound=BaseModel)
 Q = TypeVar("Q", bound=RequestBody)
+
+
+class _NestedError(BaseModel):
+    """An error of the routes that answer in another service's shape."""
+
+    error: ErrorResponse
+
+
+_ERROR: TypeAdapter[ErrorResponse | _NestedError] = TypeAdapter(ErrorResponse | _NestedError)
 
 
 class ScoreClient:
@@ -95,8 +108,16 @@ class ScoreClient:
         self._timeout_s = timeout_s
         self._attempts = attempts
 
-    def ask(self, request: ScoreRequest) -> ScoreResponse:
+    @overload
+    def ask(self, request: ScoreRequest) -> ScoreResponse: ...
+
+    @overload
+    def ask(self, request: SystemOneRequest) -> SystemOneResponse: ...
+
+    def ask(self, request: ScoreRequest | SystemOneRequest) -> ScoreResponse | SystemOneResponse:
         """Send a request as it is, with its own ``model``."""
+        if isinstance(request, SystemOneRequest):
+            return self._ask(SystemOneResponse, "POST", SYSTEM_ONE, request)
         return self._ask(ScoreResponse, "POST", "/v1/score", request)
 
     def score(
@@ -104,6 +125,7 @@ class ScoreClient:
         query: str | list[int] | None,
         items: str | list[str] | list[list[int]],
         *,
+        messages: Sequence[Mapping[str, str]] | None = None,
         label_token_ids: list[int] | list[list[int]] | None = None,
         labels: list[str] | list[list[str]] | None = None,
         length_normalize: bool = False,
@@ -122,6 +144,7 @@ class ScoreClient:
         request = _checked(
             ScoreRequest,
             query=query,
+            messages=None if messages is None else list(messages),
             items=items,
             label_token_ids=label_token_ids,
             labels=labels,
@@ -140,9 +163,50 @@ class ScoreClient:
         )
         return self.ask(request)
 
-    def tokenize(self, prompt: str | list[str], *, add_special_tokens: bool = True) -> TokenizeResponse:
-        """Turn text into token ids and pieces, as the model sees it."""
-        request = _checked(TokenizeRequest, prompt=prompt, add_special_tokens=add_special_tokens, model=self._model)
+    def decide(
+        self,
+        state: Any,
+        questions: Mapping[str, AnyQuestion | Mapping[str, Any]],
+        *,
+        permutations: int = 1,
+        cache_salt: str | None = None,
+        on_error: Literal["fail", "item"] = "fail",
+        timeout_s: float | None = None,
+    ) -> SystemOneResponse:
+        """Decide typed questions about a state. The arguments are the fields of ``SystemOneRequest``.
+
+        For example ``decide(text, {"urgent": {"type": "noul", "instructions": "Is it urgent?"}})``.
+        """
+        fields = {
+            "state": state,
+            "questions": dict(questions),
+            "permutations": permutations,
+            "cache_salt": cache_salt,
+            "on_error": on_error,
+            "timeout_s": timeout_s,
+            "model": self._model,
+        }
+        try:
+            request = SystemOneRequest.model_validate(fields)
+        except ValidationError as error:
+            raise bodies.invalid(error, fields) from None
+        return self.ask(request)
+
+    def tokenize(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        add_special_tokens: bool | None = None,
+    ) -> TokenizeResponse:
+        """Turn text, or a conversation, into token ids and pieces, as the model sees it."""
+        request = _checked(
+            TokenizeRequest,
+            prompt=prompt,
+            messages=None if messages is None else list(messages),
+            add_special_tokens=add_special_tokens,
+            model=self._model,
+        )
         return self._ask(TokenizeResponse, "POST", "/tokenize", request)
 
     def detokenize(self, tokens: list[int]) -> str:
@@ -234,7 +298,8 @@ def _error(response: httpx.Response) -> ScoringError:
         kind = BY_STATUS.get(status, InvalidRequestError if status < 500 else InternalError)
     retry_after = response.headers.get("retry-after", "")
     try:
-        flat = ErrorResponse.model_validate_json(response.content)
+        found = _ERROR.validate_json(response.content)
+        flat = found.error if isinstance(found, _NestedError) else found
     except ValidationError:
         kind = OverloadedError if status == _FRONT_END_DIED else kind
         flat = ErrorResponse(message=f"HTTP {status}: {response.text[:200]}", type="", param=None, code=status)

@@ -1,4 +1,4 @@
-"""The commands that send requests to a running service: ``score-serve score`` and ``score-serve models``."""
+"""Commands that send requests to a running service: ``score-serve score`` and ``models``; ``decide.py`` is another."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def score(
     if bool(label) == bool(label_id):
         raise typer.BadParameter("name labels either by --label or by --label-id")
     texts = _items(items, items_file)
-    with _asking(url, model) as client:
+    with asking(url, model) as client:
         ask = partial(
             client.score, query, labels=label or None, label_token_ids=label_id or None, item_first=item_first
         )
@@ -104,14 +104,14 @@ def models(url: Url = "http://127.0.0.1:8000", as_json: Json = False) -> None:
 
     The exit codes are those of "score".
     """
-    with _asking(url, "default") as client:
+    with asking(url, "default") as client:
         listed = client.models()
     if as_json:
         sys.stdout.write(listed.model_dump_json(exclude_none=True) + "\n")
         return
     table = Table("model", "longest prompt (tokens)")
     for card in listed.data:
-        table.add_row(_printable(card.id), f"{card.max_model_len:,}")
+        table.add_row(printable(card.id), f"{card.max_model_len:,}")
     Console().print(table)
 
 
@@ -120,13 +120,18 @@ def complain(message: str) -> None:
     Console(stderr=True, highlight=False).print(f"error: {message}", markup=False, soft_wrap=True)
 
 
+def warn(message: str) -> None:
+    """Print a warning as one line on standard error."""
+    Console(stderr=True, highlight=False).print(f"warning: {message}", markup=False, soft_wrap=True)
+
+
 def api_key() -> str | None:
     """The first API key in the environment."""
     return os.environ.get(auth.VARIABLE, "").split(",")[0].strip() or None
 
 
 @contextmanager
-def _asking(url: str, model: str) -> Generator[ScoreClient]:
+def asking(url: str, model: str) -> Generator[ScoreClient]:
     """Yield a client; turn its errors into a line and an exit code. It does not retry: the user can."""
     try:
         with ScoreClient(url, model=model, api_key=api_key(), attempts=1) as client:
@@ -164,13 +169,11 @@ def _warn_of_low_mass(ask: Callable[..., ScoreResponse], items: list[str]) -> No
         return
     low = [mass for mass in masses if mass is not None and mass < LOW_MASS]
     if low:
-        Console(stderr=True, highlight=False).print(
-            f"warning: the labels together hold only {100 * min(low):.2g}% of the probability ({len(low)} of the first "
+        warn(
+            f"the labels together hold only {100 * min(low):.2g}% of the probability ({len(low)} of the first "
             f"{len(masses)} items are under {LOW_MASS:.0%}): the model would say something else, and these scores "
             "compare improbable words. Try a query that asks for the labels and ends where they begin, the model's own "
-            "chat template around it, other labels, or labels with or without a space before them.",
-            markup=False,
-            soft_wrap=True,
+            "chat template around it, other labels, or labels with or without a space before them."
         )
 
 
@@ -180,12 +183,12 @@ def _table(items: list[str], labels: list[str], answer: ScoreResponse) -> Table:
     table = Table(caption=f"{usage.prompt_tokens:,} prompt tokens, {cached:,} cached")
     table.add_column("item", overflow="ellipsis", no_wrap=True, ratio=1)
     for label in labels:
-        table.add_column(_printable(label.strip() or repr(label)), justify="right", no_wrap=True)
+        table.add_column(printable(label.strip() or repr(label)), justify="right", no_wrap=True)
     for item, row in zip(items, answer.scores, strict=True):
-        table.add_row(_printable(item), *(f"{value:.4g}" for value in row or ()))
+        table.add_row(printable(item), *(f"{value:.4g}" for value in row or ()))
     return table
 
 
-def _printable(text: str) -> Text:
+def printable(text: str) -> Text:
     """Text on one line, without control characters for the terminal."""
     return Text("".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text))

@@ -1,4 +1,4 @@
-"""``score-serve dataset``: scores all rows of a data set into files."""
+"""``score-serve dataset``: scores all rows of a data set, or decides questions about them, into files."""
 
 import importlib.util
 import json
@@ -7,26 +7,31 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 from pydantic import ValidationError
 from rich.console import Console
 
+from serve_app.cli import questions
 from serve_app.cli.client import REFUSED, TRY_AGAIN, api_key, checked_url, complain
 from serve_app.errors import DeadlineExceededError, OverloadedError, ScoringError
 from serve_app.schemas import ScoreRequest, invalid
 from serve_app.settings import ModelSettings
+from serve_app.tasks.decisions import bodies
+from serve_app.tasks.systemone import SystemOneRequest
 
 if TYPE_CHECKING:
-    from serve_app.jobs.batch_job import Job, Summary
+    from serve_app.jobs.batch_job import Summary
+    from serve_app.jobs.job import AnyJob
     from serve_app.jobs.targets import Target
 
 Dtype = Literal["float32", "bfloat16"]
 Engine = Literal["jax", "fake"]
 
 _URL = "http://127.0.0.1:8000"
-_REQUEST: dict[str, Any] = {"rich_help_panel": "The request for each row"}
+_SCORES: dict[str, Any] = {"rich_help_panel": "Scores of labels for each row"}
+_DECISIONS: dict[str, Any] = {"rich_help_panel": "Or answers to questions for each row"}
 _SCORER: dict[str, Any] = {"rich_help_panel": "What scores (one of --url, --app and --model)"}
 
 
@@ -44,11 +49,24 @@ class Options:
         Path, typer.Option("--output", "-o", help="Folder for the output: a new one, or this job's own, to resume it.")
     ]
     item: Annotated[
-        str, typer.Option(help="Template of each row's item: {column} is the column's value, {{ and }} are braces.")
-    ]
+        str | None,
+        typer.Option(
+            help="Template of each row's item: {column} is the column's value, {{ and }} are braces.", **_SCORES
+        ),
+    ] = None
     query: Annotated[
-        str, typer.Option(help="Template of each row's query. A query that rows share is computed once.")
+        str, typer.Option(help="Template of each row's query. A query that rows share is computed once.", **_SCORES)
     ] = ""
+    state: Annotated[
+        str | None, typer.Option(help="Template of each row's state, like --item: '{text}'.", **_DECISIONS)
+    ] = None
+    questions: Annotated[
+        Path | None,
+        typer.Option(help="JSON file of questions by name, as 'score-serve decide --help' describes it.", **_DECISIONS),
+    ] = None
+    permutations: Annotated[
+        int, typer.Option(min=1, help="Ask with the options in this many orders, and average.", **_DECISIONS)
+    ] = 1
     workers: Annotated[
         int | None,
         typer.Option(min=1, help="Blocks scored at once; with --model, engines.", show_default="2; with --model 1"),
@@ -61,39 +79,39 @@ class Options:
 
     labels: Annotated[
         list[str] | None,
-        typer.Option("--label", "-l", help="A label, with the space before it: ' yes'. Repeatable.", **_REQUEST),
+        typer.Option("--label", "-l", help="A label, with the space before it: ' yes'. Repeatable.", **_SCORES),
     ] = None
     label_token_ids: Annotated[
         list[int] | None,
-        typer.Option("--label-id", help="A label as a token id, instead of --label. Repeatable.", **_REQUEST),
+        typer.Option("--label-id", help="A label as a token id, instead of --label. Repeatable.", **_SCORES),
     ] = None
     apply_softmax: Annotated[
-        bool, typer.Option("--softmax", help="Compare the labels only with each other.", **_REQUEST)
+        bool, typer.Option("--softmax", help="Compare the labels only with each other.", **_SCORES)
     ] = False
-    temperature: Annotated[float, typer.Option(help="Temperature of the softmax.", **_REQUEST)] = 1.0
+    temperature: Annotated[float, typer.Option(help="Temperature of the softmax.", **_SCORES)] = 1.0
     item_first: Annotated[
-        bool, typer.Option("--item-first", help="Item + query instead of query + item.", **_REQUEST)
+        bool, typer.Option("--item-first", help="Item + query instead of query + item.", **_SCORES)
     ] = False
     length_normalize: Annotated[
         bool,
         typer.Option(
             "--length-normalize",
             help="For labels of several tokens: the mean of their logprobs, not the sum.",
-            **_REQUEST,
+            **_SCORES,
         ),
     ] = False
     no_special_tokens: Annotated[
-        bool, typer.Option("--no-special-tokens", help="Add no special tokens, such as BOS.", **_REQUEST)
+        bool, typer.Option("--no-special-tokens", help="Add no special tokens, such as BOS.", **_SCORES)
     ] = False
     return_token_logprobs: Annotated[
-        bool, typer.Option("--token-logprobs", help="Also write the labels' logprobs.", **_REQUEST)
+        bool, typer.Option("--token-logprobs", help="Also write the labels' logprobs.", **_SCORES)
     ] = False
     return_label_mass: Annotated[
-        bool, typer.Option("--label-mass", help="Also write the labels' total probability.", **_REQUEST)
+        bool, typer.Option("--label-mass", help="Also write the labels' total probability.", **_SCORES)
     ] = False
     truncate: Annotated[
         Literal["error", "item"],
-        typer.Option(help="'item': shorten items that are too long, and write how many tokens they lost.", **_REQUEST),
+        typer.Option(help="'item': shorten items that are too long, and write how many tokens they lost.", **_SCORES),
     ] = "error"
 
     url: Annotated[str | None, typer.Option(help="A running service.", show_default=_URL, **_SCORER)] = None
@@ -119,16 +137,28 @@ class Options:
     )
     engine: Annotated[Engine, typer.Option(help="With --model: 'fake' is for tests.", hidden=True, **_SCORER)] = "jax"
 
-    def request(self) -> ScoreRequest:
+    def request(self) -> ScoreRequest | SystemOneRequest:
         """The request for each row.
 
         Raises:
             typer.BadParameter: two options contradict each other, or a value is out of range.
         """
-        if self.labels and self.label_token_ids:
-            raise typer.BadParameter("name labels either by --label or by --label-id")
         if sum(scorer is not None for scorer in (self.url, self.app, self.model)) > 1:
             raise typer.BadParameter("name one of --url, --app and --model")
+        scores, decisions = self._scores(), self._decisions()
+        if decisions is None:
+            if self.item is None or self.state is not None or self.permutations != 1:
+                raise typer.BadParameter("name --item for scores of labels, or --state and --questions for decisions")
+            return scores
+        if self.state is None:
+            raise typer.BadParameter("--questions needs --state, such as --state '{text}'")
+        if self.item is not None or self.query or scores != ScoreRequest(items=[], model=scores.model):
+            raise typer.BadParameter("--questions goes with none of the options for scores of labels")
+        return decisions
+
+    def _scores(self) -> ScoreRequest:
+        if self.labels and self.label_token_ids:
+            raise typer.BadParameter("name labels either by --label or by --label-id")
         try:
             return ScoreRequest(
                 items=[],
@@ -142,24 +172,38 @@ class Options:
                 return_token_logprobs=self.return_token_logprobs,
                 return_label_mass=self.return_label_mass,
                 truncate=self.truncate,
-                model="default" if self.model else self.served_model,
+                model=self._served,
             )
         except ValidationError as error:
             raise typer.BadParameter(invalid(error, ScoreRequest).message) from None
 
-    def job(self, request: ScoreRequest) -> "Job":
-        """What is to be done."""
-        from serve_app.jobs.batch_job import Job
+    def _decisions(self) -> SystemOneRequest | None:
+        if self.questions is None:
+            return None
+        fields = {
+            "state": "",
+            "questions": questions.of_file(self.questions),
+            "permutations": self.permutations,
+            "model": self._served,
+        }
+        try:
+            return SystemOneRequest.model_validate(fields)
+        except ValidationError as error:
+            raise typer.BadParameter(f"{self.questions}: {bodies.invalid(error, fields).message}") from None
 
-        return Job(
-            inputs=tuple(self.inputs),
-            output=self.output.absolute(),
-            item=self.item,
-            request=request,
-            query=self.query,
-            output_format=self.format,
-            block_rows=self.block_rows,
-        )
+    @property
+    def _served(self) -> str:
+        return "default" if self.model else self.served_model
+
+    def job(self, request: ScoreRequest | SystemOneRequest) -> "AnyJob":
+        """What is to be done."""
+        from serve_app.jobs.job import DecisionJob, Job
+
+        inputs, output = tuple(self.inputs), self.output.absolute()
+        more: dict[str, Any] = {"output_format": self.format, "block_rows": self.block_rows}
+        if isinstance(request, SystemOneRequest):
+            return DecisionJob(inputs, output, cast(str, self.state), request, **more)
+        return Job(inputs, output, cast(str, self.item), request, self.query, **more)
 
     def target(self) -> "Target":
         """What scores. Fetches the model of ``--model``, once for all workers."""
@@ -179,13 +223,16 @@ class Options:
 
 @wraps(Options, assigned=(), updated=())  # Typer reads the dataclass's fields as the command's parameters
 def dataset(**given: Any) -> None:
-    """Score every row of a data set into files; a job that was stopped resumes.
+    """Score every row of a data set, or decide questions about it; a job that was stopped resumes.
 
     For example:
     score-serve dataset reviews.parquet -o scored --item 'Review: {text}' --query 'Sentiment:' --item-first
     -l ' positive' -l ' negative' --softmax
 
-    The output has the input's columns and "scores". Rows that cannot be scored are in OUTPUT/bad, with the reason.
+    score-serve dataset tickets.parquet -o decided --state '{text}' --questions questions.json
+
+    The output has the input's columns, and after them "scores" or the answers. Rows without an answer are in
+    OUTPUT/bad, with the reason.
     After a kill the same command does what is left. An API key is read from SCORE_SERVE_API_KEY.
     Exit codes: 0 done; 1 failed, or no row could be scored; 2 wrong command;
     3 unreachable, overloaded or timed out, retry later to resume; 130 stopped by Ctrl-C.

@@ -29,7 +29,10 @@ from serve_app.frontend.service import ModelService
 from serve_app.metrics import REPORT_S, FrontMetrics
 from serve_app.schemas import InfoResponse, ScoreRequest, ScoreResponse
 from serve_app.settings import DEFAULT_NAME, ModelSettings, ServiceSettings, check_names
+from serve_app.tasks.chat import ChatTemplate
+from serve_app.tasks.profile_choice import choose_profile
 from serve_app.tasks.score import SCORE
+from serve_app.tasks.systemone import SYSTEMONE, SystemOneRequest, SystemOneResponse
 from serve_app.tasks.template_choice import choose
 from serve_app.tasks.tokenizer import TextTokenizer
 
@@ -106,6 +109,15 @@ class Ingress:
         timing.begin()
         return await self._models.of(request.model).answer(SCORE, request, request_id=uuid.uuid4().hex)
 
+    async def decide(self, request: SystemOneRequest) -> SystemOneResponse:
+        """Decide like ``POST /v1/systemone``, for callers inside the Ray cluster.
+
+        Raises:
+            ScoringError: see ``ModelService.answer``.
+        """
+        timing.begin()
+        return await self._models.of(request.model).answer(SYSTEMONE, request, request_id=uuid.uuid4().hex)
+
     async def info(self, model: str = DEFAULT_NAME) -> InfoResponse:
         """Answer like ``GET /v1/info``, for callers inside the Ray cluster."""
         return self._models.info(model)
@@ -141,11 +153,13 @@ def load_tokenizers(models: Iterable[ModelSettings]) -> list[tuple[Path, TextTok
     loaded: list[tuple[Path, TextTokenizer]] = []
     for each in models:
         folder = model_source.resolve(each.model, each.revision, say=logger.info)
-        loaded.append((folder, TextTokenizer.load(folder)))
-        choice = choose(each, folder)
-        logger.info("%s: %s", each.name, choice)
-        if choice.doubt:
-            logger.warning("%s: %s", each.name, choice.doubt)
+        tokenizer = TextTokenizer.load(folder)
+        loaded.append((folder, tokenizer))
+        template, profile = choose(each, folder), choose_profile(each, ChatTemplate.load(tokenizer))
+        for choice, doubt in ((template, template.doubt), (profile, profile.problem)):
+            logger.info("%s: %s", each.name, choice)
+            if doubt:
+                logger.warning("%s: %s", each.name, doubt)
     return loaded
 
 

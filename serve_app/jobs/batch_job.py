@@ -1,7 +1,7 @@
-"""Scores a data set on Ray Data, block by block, and resumes where it was stopped.
+"""Runs a job on Ray Data, block by block, and resumes where it was stopped.
 
 The job cuts its input into blocks, always the same for the same input. Ray Data distributes only the blocks' positions:
-a worker reads the rows of a block, scores them and writes them, and so never holds more than one block in memory.
+a worker reads the rows of a block, asks about them and writes them, and so never holds more than one block in memory.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ import logging
 import math
 import os
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, cast
 
 from serve_app.errors import ScoringError
-from serve_app.jobs.columns import COLUMNS, requested
 from serve_app.jobs.files import (
     Block,
     Format,
@@ -32,37 +30,14 @@ from serve_app.jobs.files import (
     write_lines,
 )
 from serve_app.jobs.folder import Done, JobFolder, appearing
+from serve_app.jobs.job import AnyJob, Values
 from serve_app.jobs.progress import Progress
 from serve_app.jobs.row_template import RowTemplate
-from serve_app.jobs.scoring import score
 from serve_app.jobs.targets import App, Target
 from serve_app.local_ray import reason, start_ray
-from serve_app.schemas import ScoreRequest
 
 _CAUSED = "\n\nThe above exception"
 """Ray Data writes this after the error, and its own comments after this."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to score, how, and where to write it.
-
-    Attributes:
-        inputs: files or folders of one format.
-        output: the output folder.
-        query, item: templates of each row's query and item.
-        request: the other fields of the request for each row; its query and items are not used.
-        output_format: None for the input's.
-        block_rows: rows that are read, scored and written together.
-    """
-
-    inputs: tuple[Path, ...]
-    output: Path
-    item: str
-    request: ScoreRequest
-    query: str = ""
-    output_format: Format | None = None
-    block_rows: int = 1_000
 
 
 @dataclass(frozen=True)
@@ -95,8 +70,8 @@ class Summary:
         }
 
 
-def run(job: Job, target: Target, *, workers: int = 2, progress: Progress | None = None) -> Summary:
-    """Score what is left of the job.
+def run(job: AnyJob, target: Target, *, workers: int = 2, progress: Progress | None = None) -> Summary:
+    """Do what is left of the job.
 
     Uses the Ray that this process is connected to. Without one it starts its own; a Serve application must be in the
     Ray of ``RAY_ADDRESS`` or of this machine.
@@ -111,9 +86,9 @@ def run(job: Job, target: Target, *, workers: int = 2, progress: Progress | None
                 f"the output {job.output} is inside the input {path} and would be read as input; name another folder"
             )
     source = plan(job.inputs, job.block_rows)
-    queries, items = _templates(job)
+    templates = _templates(job)
     format_ = job.output_format or source.format
-    _check_columns(source.columns, source.format, (queries, items))
+    _check_columns(source.columns, source.format, templates, _added(job))
     schema = inferred(source) if format_ == "parquet" != source.format else None
     progress = progress or Progress()
     folder = JobFolder(job.output)
@@ -137,7 +112,7 @@ def run(job: Job, target: Target, *, workers: int = 2, progress: Progress | None
     return summary
 
 
-def _computed(left: list[Block], worker: tuple[Job, Target, Reader, Format], workers: int) -> Generator[Done]:
+def _computed(left: list[Block], worker: tuple[AnyJob, Target, Reader, Format], workers: int) -> Generator[Done]:
     """Yield each block's figures as it is finished."""
     import ray.data
     from ray.exceptions import RayError
@@ -158,22 +133,22 @@ def _computed(left: list[Block], worker: tuple[Job, Target, Reader, Format], wor
 
 
 class Worker:
-    """Scores one block after another, in an actor of Ray Data.
+    """Does one block after another, in an actor of Ray Data.
 
     Args:
         format_: the output's format.
     """
 
-    def __init__(self, job: Job, target: Target, reader: Reader, format_: Format) -> None:
+    def __init__(self, job: AnyJob, target: Target, reader: Reader, format_: Format) -> None:
         self._job = job
-        self._queries, self._items = _templates(job)
+        self._templates = _templates(job)
         self._reader = reader
         self._format: Format = format_
         self._folder = JobFolder(job.output)
-        self._ask = target.connect()
+        self._ask = job.connect(target)
 
     def __call__(self, place: dict[str, Any]) -> dict[str, Any]:
-        """Read, score and write a block. In the result ``stop`` says why the whole job must end, if it must."""
+        """Read, ask about and write a block. In the result ``stop`` says why the whole job must end, if it must."""
         block = Block(**place)
         try:
             return {**asdict(self._do(block)), "stop": ""}
@@ -182,22 +157,22 @@ class Worker:
 
     def _do(self, block: Block) -> Done:
         rows = self._reader.read(block)
-        asked: list[tuple[int, str, str]] = []
+        asked: list[tuple[int, list[str]]] = []
         for at, values in enumerate(rows.values):
             if at not in rows.problems:
                 try:
-                    asked.append((at, self._queries.fill(values), self._items.fill(values)))
+                    asked.append((at, [template.fill(values) for template in self._templates]))
                 except ValueError as error:
                     rows.problems[at] = str(error)
-        found, cost = score(self._job.request, asked, self._ask)
+        found, cost = self._ask(asked)
         rows.problems |= {at: one for at, one in found.items() if isinstance(one, str)}
         kept = [at for at in range(len(rows.values)) if at not in rows.problems]
-        self._write(block, rows, kept, [cast(dict[str, Any], found[at]) for at in kept])
+        self._write(block, rows, kept, [cast(Values, found[at]) for at in kept])
         done = Done(len(kept), len(rows.problems), cost.prompt_tokens, cost.cached_tokens)
         self._folder.finish_block(block.index, done)
         return done
 
-    def _write(self, block: Block, rows: Rows, kept: list[int], answers: list[dict[str, Any]]) -> None:
+    def _write(self, block: Block, rows: Rows, kept: list[int], answers: list[Values]) -> None:
         bad = [
             {
                 "file": block.path,
@@ -212,26 +187,29 @@ class Worker:
                 write_lines(path, bad)
         else:
             self._folder.bad(block.index).unlink(missing_ok=True)
-        results: Results = {name: [answer[name] for answer in answers] for name in requested(self._job.request)}
+        columns = self._job.columns(answers)
+        results: Results = {name: [answer[name] for answer in answers] for name in columns}
         with appearing(self._folder.part(block.index, self._format)) as path:
-            write(path, self._format, rows, kept, results, _label_names(self._job.request, results))
+            write(path, self._format, rows, kept, results, columns)
 
 
-def _label_names(request: ScoreRequest, results: Results) -> list[str]:
-    """Names for the values of a column per label: the labels, or the classes' numbers."""
-    given = request.labels or request.label_token_ids
-    width = max((len(row) for row in results["scores"]), default=0)
-    return [str(label) for label in given or range(width)]
-
-
-def _templates(job: Job) -> tuple[RowTemplate, RowTemplate]:
+def _templates(job: AnyJob) -> list[RowTemplate]:
     try:
-        return RowTemplate(job.query), RowTemplate(job.item)
+        return [RowTemplate(text) for text in job.templates.values()]
     except ValueError as error:
         raise JobError(str(error)) from None
 
 
-def _check_columns(columns: Sequence[str], source: Format, templates: Sequence[RowTemplate]) -> None:
+def _added(job: AnyJob) -> Iterable[str]:
+    try:
+        return job.columns()
+    except ValueError as error:
+        raise JobError(str(error)) from None
+
+
+def _check_columns(
+    columns: Sequence[str], source: Format, templates: Sequence[RowTemplate], added: Iterable[str]
+) -> None:
     for template in templates:
         for name in template.columns:
             if name not in columns:
@@ -242,24 +220,23 @@ def _check_columns(columns: Sequence[str], source: Format, templates: Sequence[R
                 )
     if not any(template.columns for template in templates):
         raise JobError(
-            "neither template names a column, so all rows would have the same prompt; write {column} for its value"
+            f"{'neither template names' if len(templates) > 1 else 'the template does not name'} a column, so all rows "
+            "would have the same prompt; write {column} for its value"
         )
-    for name in COLUMNS:
+    for name in added:
         if name in columns:
             raise JobError(f"the input has a column {name!r}, which is the name of an output column; rename it")
 
 
-def _manifest(job: Job, source: Source, target: Target) -> dict[str, Any]:
+def _manifest(job: AnyJob, source: Source, target: Target) -> dict[str, Any]:
     """Everything that the output depends on, for ``job.json``."""
-    request = job.request.model_dump(exclude={"query", "items", "stream", "on_error", "timeout_s"}, exclude_none=True)
     return {
         "files": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in source.files],
-        "query": job.query,
-        "item": job.item,
-        "request": request,
+        **job.templates,
+        **job.settings(),
         "output_format": job.output_format,
         "block_rows": job.block_rows,
-        "model": target.identity(job.request.model),
+        "model": target.identity(job.model, *job.facts),
     }
 
 

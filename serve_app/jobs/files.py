@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, cast
@@ -19,7 +19,7 @@ from typing import IO, Any, Literal, cast
 import pyarrow as pa  # pyright: ignore[reportMissingTypeStubs]
 import pyarrow.parquet as pq  # pyright: ignore[reportMissingTypeStubs]
 
-from serve_app.jobs.columns import COLUMNS, Column
+from serve_app.jobs.columns import Column
 
 Format = Literal["parquet", "jsonl", "csv"]
 
@@ -337,12 +337,12 @@ def inferred(source: Source) -> pa.Schema:
 
 
 def write(
-    path: Path, format_: Format, rows: Rows, kept: Sequence[int], results: Results, labels: Sequence[str]
+    path: Path, format_: Format, rows: Rows, kept: Sequence[int], results: Results, columns: Mapping[str, Column]
 ) -> None:
     """Write the rows at the positions ``kept``, each with its results.
 
     Args:
-        labels: names for the values of a column per label; CSV has a column for each, such as ``scores[ yes]``.
+        columns: the columns of the results.
     """
     if format_ == "parquet":
         table = rows.table
@@ -350,11 +350,11 @@ def write(
             table = pa.Table.from_pylist([row or {} for row in rows.values], rows.schema)
         table = table.take(pa.array(kept, pa.int64()))
         for name, values in results.items():
-            table = table.append_column(name, pa.array(values, _arrow_type(COLUMNS[name])))
+            table = table.append_column(name, pa.array(values, _arrow_type(columns[name])))
         pq.write_table(table, path)
         return
     if format_ == "csv":
-        results = _flat(results, labels)
+        results = _flat(results, columns)
     values = [rows.values[at] | {name: own[i] for name, own in results.items()} for i, at in enumerate(kept)]
     if format_ == "jsonl":
         write_lines(path, values)
@@ -368,9 +368,12 @@ def write(
             )
 
 
+_ARROW_TYPES = {float: pa.float64(), int: pa.int64(), str: pa.string()}
+
+
 def _arrow_type(column: Column) -> pa.DataType:
-    number = pa.float64() if column.number is float else pa.int64()
-    return pa.list_(number) if column.per_label else number
+    value = _ARROW_TYPES[column.value]
+    return value if column.labels is None else pa.list_(value)
 
 
 def write_lines(path: Path, rows: Sequence[Row]) -> None:
@@ -385,11 +388,12 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _flat(results: Results, labels: Sequence[str]) -> Results:
+def _flat(results: Results, columns: Mapping[str, Column]) -> Results:
     """Replace each column of lists by one column per label."""
     flat: Results = {}
     for name, values in results.items():
-        if COLUMNS[name].per_label:
+        labels = columns[name].labels
+        if labels is not None:
             flat |= {f"{name}[{label}]": [own[at] for own in values] for at, label in enumerate(labels)}
         else:
             flat[name] = values

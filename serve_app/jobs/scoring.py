@@ -10,7 +10,7 @@ from typing import Any
 from serve_app.errors import DeadlineExceededError, InternalError, TooLargeError
 from serve_app.jobs import columns
 from serve_app.jobs.targets import Ask
-from serve_app.schemas import ScoreRequest
+from serve_app.schemas import ScoreRequest, ScoreResponse
 
 _ITEM = re.compile(r"items\[\d+\]")
 """An item's index in a request, which means nothing to the job's user."""
@@ -33,7 +33,7 @@ class Cost:
 
 
 def score(
-    request: ScoreRequest, asked: Sequence[tuple[int, str, str]], ask: Ask
+    request: ScoreRequest, asked: Sequence[tuple[int, str, str]], ask: Ask[ScoreRequest, ScoreResponse]
 ) -> tuple[dict[int, dict[str, Any] | str], Cost]:
     """Score rows: the results by position, or the reason why a row has none.
 
@@ -88,7 +88,7 @@ def _score(
     request: ScoreRequest,
     query: str,
     rows: list[tuple[int, str]],
-    ask: Ask,
+    ask: Ask[ScoreRequest, ScoreResponse],
     found: dict[int, dict[str, Any] | str],
     cost: Cost,
 ) -> None:
@@ -107,4 +107,4 @@ def _score(
     cost.cached_tokens += answer.usage.prompt_tokens_details.cached_tokens
     errors = {error.index: _ITEM.sub("the item", error.message) for error in answer.errors or []}
     for index, (at, _) in enumerate(rows):
-        found[at] = errors[index] if index in errors else columns.values(request, answer, index)
+        found[at] = errors[index] if index in errors else columns.scored(request, answer, index)

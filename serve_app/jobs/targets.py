@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from threading import Thread
+from typing import Any, Protocol, TypeVar, cast
 
 from ray import serve
 from ray.serve.exceptions import RayServeException
@@ -18,10 +19,12 @@ from serve_app.errors import OverloadedError, ScoringError
 from serve_app.frontend.replicas import NO_ANSWER, cause_of
 from serve_app.frontend.service import ModelService
 from serve_app.jobs.local_replicas import LocalReplicas
-from serve_app.schemas import InfoResponse, ScoreRequest, ScoreResponse
+from serve_app.schemas import InfoResponse, RequestBody
 from serve_app.scorer.engines import load_engine
 from serve_app.settings import ModelSettings
 from serve_app.tasks.score import SCORE
+from serve_app.tasks.systemone import SYSTEMONE
+from serve_app.tasks.task import Task
 from serve_app.tasks.tokenizer import TextTokenizer
 
 PATIENCE_S = 600.0
@@ -30,8 +33,13 @@ PATIENCE_S = 600.0
 LIGHT_CPUS = 0.25
 """CPUs of a worker that only sends requests."""
 
-Ask = Callable[[ScoreRequest], ScoreResponse]
-"""Sends a request and returns the answer. Raises ``ScoringError``."""
+R = TypeVar("R", bound=RequestBody)
+A = TypeVar("A")
+Ask = Callable[[R], A]
+"""Sends a request and returns the answer; threads may share it. Raises ``ScoringError``."""
+
+_METHODS = {SCORE.name: "score", SYSTEMONE.name: "decide"}
+"""The method of a Serve application's handle for each task."""
 
 
 class Target(Protocol):
@@ -42,15 +50,18 @@ class Target(Protocol):
         """Ray's resource options for each worker."""
         ...
 
-    def identity(self, model: str) -> dict[str, Any]:
+    def identity(self, model: str, *more: str) -> dict[str, Any]:
         """What identifies the model, for ``job.json``.
+
+        Args:
+            more: names of other facts that the answers depend on.
 
         Raises:
             ScoringError: the service cannot be reached, or has no such model.
         """
         ...
 
-    def connect(self) -> Ask:
+    def connect(self, task: Task[R, A]) -> Ask[R, A]:
         """Connect, once in each worker."""
         ...
 
@@ -71,12 +82,12 @@ class Service:
     def resources(self) -> dict[str, Any]:
         return {"num_cpus": LIGHT_CPUS}
 
-    def identity(self, model: str) -> dict[str, Any]:
+    def identity(self, model: str, *more: str) -> dict[str, Any]:
         with ScoreClient(self.url, model=model, api_key=self.key, attempts=1) as client:
-            return _identity(client.info())
+            return _identity(client.info(), more)
 
-    def connect(self) -> Ask:
-        return _patient(ScoreClient(self.url, api_key=self.key, attempts=1).ask)
+    def connect(self, task: Task[R, A]) -> Ask[R, A]:  # noqa: ARG002 - the client sees it by the request
+        return _patient(cast(Ask[R, A], ScoreClient(self.url, api_key=self.key, attempts=1).ask))
 
 
 @dataclass(frozen=True)
@@ -89,12 +100,12 @@ class App:
     def resources(self) -> dict[str, Any]:
         return {"num_cpus": LIGHT_CPUS}
 
-    def identity(self, model: str) -> dict[str, Any]:
-        return _identity(_result(self._handle().info.remote(model)))
+    def identity(self, model: str, *more: str) -> dict[str, Any]:
+        return _identity(_result(self._handle().info.remote(model)), more)
 
-    def connect(self) -> Ask:
-        handle = self._handle()
-        return _patient(lambda request: _result(handle.score.remote(request)))
+    def connect(self, task: Task[R, A]) -> Ask[R, A]:
+        method = getattr(self._handle(), _METHODS[task.name])
+        return _patient(lambda request: _result(method.remote(request)))
 
     def _handle(self) -> Any:
         try:
@@ -119,13 +130,18 @@ class Engines:
     def resources(self) -> dict[str, Any]:
         return scorer_resources(self.settings)
 
-    def identity(self, model: str) -> dict[str, Any]:  # noqa: ARG002 - there is one model
-        return self.settings.model_dump(include={"model", "revision", "dtype", "quantization", "engine"})
+    def identity(self, model: str, *more: str) -> dict[str, Any]:  # noqa: ARG002 - there is one model
+        return self.settings.model_dump(include={"model", "revision", "dtype", "quantization", "engine", *more})
 
-    def connect(self) -> Ask:
+    def connect(self, task: Task[R, A]) -> Ask[R, A]:
         loop = asyncio.new_event_loop()
         service = loop.run_until_complete(self._service())
-        return lambda request: loop.run_until_complete(service.answer(SCORE, request, request_id="dataset"))
+        Thread(target=loop.run_forever, name="requests", daemon=True).start()
+
+        def ask(request: R) -> A:
+            return asyncio.run_coroutine_threadsafe(service.answer(task, request, request_id="dataset"), loop).result()
+
+        return ask
 
     async def _service(self) -> ModelService:
         settings = self.settings
@@ -134,11 +150,11 @@ class Engines:
         return ModelService(settings, tokenizer, engine.info, LocalReplicas(engine, settings))
 
 
-def _identity(info: InfoResponse) -> dict[str, Any]:
-    return info.model_dump(include={"model", "architecture", "dtype", "vocab_size", "classes", "context_length"})
+def _identity(info: InfoResponse, more: Iterable[str]) -> dict[str, Any]:
+    return info.model_dump(include={"model", "architecture", "dtype", "vocab_size", "classes", "context_length", *more})
 
 
-def _patient(ask: Ask) -> Ask:
+def _patient(ask: Ask[R, A]) -> Ask[R, A]:
     """Retry for ``PATIENCE_S`` while the service is overloaded or unreachable."""
     retrying = Retrying(
         retry=retry_if_exception_type(OverloadedError), stop=stop_after_delay(PATIENCE_S), wait=wait, reraise=True

@@ -1,4 +1,4 @@
-"""API keys over HTTP: which routes need one, and what is answered without."""
+"""API keys over HTTP: the routes that need one, and the answers without one."""
 
 from __future__ import annotations
 
@@ -80,11 +80,11 @@ PAGE_FILES = sorted(
 @pytest.mark.parametrize(
     "path", ["/health", "/ready", "/", *PAGE_FILES, "/docs", "/docs/swagger-ui.css", "/openapi.json"]
 )
-async def test_probes_and_pages_need_none(closed: Http, path: str):
+async def test_probes_and_pages_need_no_key(closed: Http, path: str):
     assert (await closed.client.get(path)).status_code == 200
 
 
-async def test_each_key_opens(closed: Http):
+async def test_each_key_is_accepted(closed: Http):
     for key in ("a-key", "another-key"):
         response = await closed.client.post("/v1/score", json=BODY, headers={"authorization": f"Bearer {key}"})
         assert len(response.json()["scores"]) == 1

@@ -1,4 +1,4 @@
-"""The page at ``/`` and the API's documentation, in a real browser, on the fake engine."""
+"""The page at ``/`` and the API documentation in a real browser, on the fake engine: the form for scores."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Open = Callable[..., Page]
 
 
 def ask(page: Page, *, items: list[str] = ITEMS, labels: str = "yes, no", query: str = "q: ") -> Response:
-    """Fill the form, and wait for what it is answered."""
+    """Fill the form, and wait for its answer."""
     page.uncheck("#live")
     page.uncheck("#item_first")
     page.fill("#query", query)
@@ -34,7 +34,7 @@ def ask(page: Page, *, items: list[str] = ITEMS, labels: str = "yes, no", query:
 
 
 def press(page: Page) -> Response:
-    """Press "Score", and wait for the answer and until it is shown."""
+    """Press "Score", and wait until the answer is shown."""
     with page.expect_response("**/v1/score") as got:
         page.get_by_role("button", name="Score", exact=True).click()
     page.wait_for_selector(f"{ROWS}[aria-busy=false]")
@@ -46,7 +46,7 @@ def sent(answer: Response) -> dict[str, Any]:
 
 
 def percentages(page: Page) -> list[list[float]]:
-    """What stands behind the bars, row by row."""
+    """The percentages beside the bars, row by row."""
     rows = page.locator(f"{ROWS} > li").all()
     return [[float(text.removesuffix("%")) for text in row.locator("dd").all_inner_texts()] for row in rows]
 
@@ -93,8 +93,8 @@ def test_the_label_mass_is_over_the_whole_vocabulary(open_page: Open, served: Se
         assert float(text.split()[2].removesuffix("%")) == pytest.approx(100 * sum(row), rel=0.1, abs=0.06)
 
 
-def test_labels_that_are_all_unlikely_are_told(open_page: Open, served: Served):
-    """Of which the bars, that compare the labels with each other, show nothing."""
+def test_a_warning_is_shown_when_all_labels_are_unlikely(open_page: Open, served: Served):
+    """The bars do not show it, since they compare the labels with each other."""
     words = ["yes", "no", "text", "fox", "dog", "quick", "the", "lazy", "over", "brown"]
     body = {"query": "q: ", "items": ITEMS, "labels": [f" {word}" for word in words]}
     rows = httpx.post(f"{served.url}/v1/score", json=body).json()["scores"]
@@ -119,7 +119,7 @@ def test_labels_that_are_all_unlikely_are_told(open_page: Open, served: Served):
     assert page.locator(".weak").count() == 0
     page.uncheck("#spaced")
     ask(page, labels=low)
-    ask(page, labels="yes, yes")  # an error, which is about no scores
+    ask(page, labels="yes, yes")  # an error has no scores to warn about
     assert page.locator(WARNING).is_hidden()
 
 
@@ -158,13 +158,13 @@ def test_rows_can_be_sorted_by_a_label(open_page: Open, served: Served):
     order = sorted(range(len(items)), key=lambda item: -scores[item][1])
     assert order != list(range(len(items)))
     assert page.locator(".item").all_inner_texts() == [items[item] for item in order]
-    press(page)  # the choice outlives the next answer
+    press(page)  # the choice is kept for the next answer
     assert page.locator(".item").all_inner_texts() == [items[item] for item in order]
     page.select_option("#sort", label="given order")
     assert page.locator(".item").all_inner_texts() == items
 
 
-def test_the_tokens_that_the_model_saw(open_page: Open, served: Served):
+def test_the_models_tokens_are_shown(open_page: Open, served: Served):
     page = open_page(served.url + SCORE)
     ask(page, query="the\n", items=["quick \u72d0"])
     page.click(f"{ROWS} summary")
@@ -272,7 +272,7 @@ def test_an_api_key_is_asked_for_where_one_is_needed(open_page: Open, served: Se
     ask(page)
     assert len(percentages(page)) == 3
     assert "fake-judge" in page.inner_text("#model")
-    page.reload()  # kept for as long as the tab is
+    page.reload()  # kept as long as the tab is open
     expect(page.locator("#model")).to_contain_text("fake-judge")
     assert page.locator("#key").is_hidden()
 

@@ -1,4 +1,4 @@
-"""The application as ``build`` makes it, through a real Ray Serve, on the fake engine."""
+"""The application of ``build`` through a real Ray Serve, on the fake engine."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from serve_app.app import build
-from serve_app.jobs.batch_job import Job, run
+from serve_app.jobs.batch_job import run
 from serve_app.jobs.files import JobError
+from serve_app.jobs.job import DecisionJob, Job
 from serve_app.jobs.targets import App, Engines
 from serve_app.local_ray import APP_NAME
 from serve_app.schemas import ScoreRequest, ScoreResponse
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import ModelSettings, ServiceSettings
+from serve_app.tasks.systemone import SystemOneRequest, SystemOneResponse
 from tests.batches import label_batch
 from tests.local import save_tokenizer, service_of
 from tests.processes import mapped_files, replica_process
@@ -87,7 +89,7 @@ def test_concurrent_requests_get_what_they_would_get_alone(client: httpx.Client)
         np.testing.assert_allclose(answer.json()["scores"], wanted, rtol=1e-6)
 
 
-def test_a_bad_request_leaves_the_service_whole(client: httpx.Client):
+def test_a_bad_request_does_the_service_no_harm(client: httpx.Client):
     bad = client.post("/v1/score", json={"query": [1], "items": [[2]], "label_token_ids": [49_152]})
     assert (bad.status_code, bad.json()["type"]) == (400, "BadRequestError")
     assert "49152" in bad.json()["message"]
@@ -115,7 +117,7 @@ def test_no_process_of_the_service_has_loaded_jax(client: httpx.Client):
     assert client.get("/ready").status_code == 200
     for deployment in ("Ingress", "Scorer"):
         loaded = mapped_files(replica_process(deployment))
-        assert "numpy" in loaded  # the look would find what there is
+        assert "numpy" in loaded  # the check itself finds loaded modules
         assert "jaxlib" not in loaded
 
 
@@ -150,6 +152,30 @@ def test_a_dataset_is_scored_by_handle_or_by_its_own_engines_as_the_service_does
     assert (bad["row"], bad["reason"], bad["values"]["id"]) == (61, "film is null", 60)
     assert run(job, Engines(settings) if engines else App(APP_NAME)).blocks_here == 0
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["rows"] == 60
+
+
+def test_decisions_by_handle_and_of_a_dataset_are_those_of_http(client: httpx.Client, reviews: Path, tmp_path: Path):
+    from ray import serve
+
+    questions = {
+        "good": {"type": "noul", "instructions": "Is it good?"},
+        "kind": {"type": "choice", "criteria": {"a": None, "b": None}},
+    }
+    request = SystemOneRequest.model_validate({"state": "review 7", "questions": questions})
+    handle = serve.get_app_handle(APP_NAME)
+    answer = handle.decide.remote(request).result(timeout_s=60)
+    assert isinstance(answer, SystemOneResponse)
+    over_http = client.post("/v1/systemone", json={"state": "review 7", "questions": questions}).json()
+    assert answer.model_dump()["answers"] == over_http["answers"]
+    job = DecisionJob((reviews,), tmp_path / "out", "{text}", request, block_rows=30)
+    summary = run(job, App(APP_NAME), workers=1)
+    assert (summary.total.rows, summary.total.bad, summary.blocks) == (61, 0, 3)
+    found = pq.read_table(sorted((tmp_path / "out").glob("part-*"))).to_pylist()
+    assert [row["id"] for row in found] == [*range(61)]
+    good, kind = over_http["answers"].values()
+    assert (found[7]["good"], found[7]["kind"]) == (good["noul"], kind["choice"])
+    assert found[7]["kind.probabilities"] == [kind["probabilities"][name] for name in "ab"]
+    assert run(job, App(APP_NAME)).blocks_here == 0
 
 
 def test_a_worker_that_cannot_start_ends_the_job_with_the_reason(

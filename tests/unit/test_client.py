@@ -16,6 +16,7 @@ import pytest
 from serve_app.client import LONGEST_WAIT_S, ScoreClient
 from serve_app.errors import (
     ERRORS,
+    SYSTEM_ONE,
     AuthenticationError,
     DeadlineExceededError,
     InvalidRequestError,
@@ -24,6 +25,7 @@ from serve_app.errors import (
     TooLargeError,
 )
 from serve_app.schemas import DetokenizeResponse, PromptTokensDetails, ScoreResponse, TokenizeResponse, Usage
+from serve_app.tasks.systemone import SystemOneResponse
 
 USAGE = Usage(prompt_tokens=4, total_tokens=4, prompt_tokens_details=PromptTokensDetails(cached_tokens=1))
 ANSWER = ScoreResponse(scores=[[0.25, 0.75]], model="m", usage=USAGE)
@@ -31,7 +33,7 @@ ANSWER = ScoreResponse(scores=[[0.25, 0.75]], model="m", usage=USAGE)
 
 @pytest.fixture(autouse=True)
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that were waited between attempts, without waiting."""
+    """Seconds that the client would wait between attempts; it does not wait."""
     slept: list[float] = []
     monkeypatch.setattr("tenacity.nap.time.sleep", slept.append)
     return slept
@@ -90,7 +92,7 @@ def test_score_sends_the_fields_and_returns_the_response():
     }
 
 
-def test_all_that_score_takes_is_sent():
+def test_every_argument_of_score_is_sent():
     asking, requests = client(good())
     fields: dict[str, Any] = {
         "labels": [" yes"],
@@ -128,6 +130,75 @@ def test_a_wrong_request_is_not_sent():
     assert not requests
 
 
+QUESTIONS: dict[str, Any] = {
+    "urgent": {"type": "noul", "instructions": "Is it urgent?", "criteria": {"true": {"hours": 1}}},
+    "team": {"type": "choice", "criteria": {"billing": None, "shipping": "parcels"}},
+}
+
+
+def test_decide_sends_the_fields_and_returns_the_typed_answers():
+    read: dict[str, Any] = {"x_label_mass": 0.5, "x_permutations": 1, "x_reads": [["no"], ["yes"]]}
+    answer = SystemOneResponse.model_validate(
+        {
+            "model": "m",
+            "answers": {
+                "urgent": {"type": "noul", "noul": 0.75, **read},
+                "team": {
+                    "type": "choice",
+                    "choice": "billing",
+                    "probabilities": {"billing": 0.9, "shipping": 0.1},
+                    "confidence": 0.8,
+                    **read,
+                },
+            },
+            "usage": {"input_tokens": 20, "output_tokens": 0},
+            "x_cached_tokens": 3,
+        }
+    )
+    asking, requests = client(good(answer))
+    with asking:
+        found = asking.decide({"text": "lost", "n": None}, QUESTIONS, permutations=2, on_error="item", timeout_s=2.5)
+    assert found == answer
+    urgent, team = found.answers["urgent"], found.answers["team"]
+    assert (urgent.type, team.type) == ("noul", "choice")
+    assert (urgent.noul, team.probabilities["shipping"]) == (0.75, 0.1)
+    assert str(requests[0].url) == "http://judge/v1/systemone"
+    sent = json.loads(requests[0].content)
+    questions = sent.pop("questions")
+    assert {
+        name: {key: value for key, value in own.items() if value is not None} for name, own in questions.items()
+    } == QUESTIONS
+    assert list(questions["team"]["criteria"]) == ["billing", "shipping"]
+    assert sent == {
+        "state": {"text": "lost", "n": None},
+        "model": "default",
+        "permutations": 2,
+        "on_error": "item",
+        "timeout_s": 2.5,
+    }
+
+
+def test_a_wrong_question_is_not_sent():
+    asking, requests = client()
+    wrong = QUESTIONS | {"team": {"type": "choice", "criteria": {"billing": None}}}
+    with asking, pytest.raises(InvalidRequestError, match=r"questions.team.criteria has 1 entries") as caught:
+        asking.decide("lost", wrong)
+    assert caught.value.param == "questions"
+    assert not requests
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_errors_of_other_services_shapes_are_the_services_classes(kind: type[ScoringError]):
+    error = kind("what is wrong", param="questions")
+    status, body = error.answer_on(SYSTEM_ONE)
+    assert "detail" in body
+    asking, _ = client(httpx.Response(status, json=body), attempts=1)
+    with asking, pytest.raises(kind, match="what is wrong") as caught:
+        asking.decide("lost", QUESTIONS)
+    assert type(caught.value) is kind
+    assert caught.value.param == "questions"
+
+
 @pytest.mark.parametrize("kind", ERRORS)
 def test_errors_are_the_services_classes(kind: type[ScoringError]):
     asking, _ = client(failed(kind("what is wrong", param="items")), attempts=1)
@@ -153,7 +224,7 @@ def test_errors_of_a_proxy(status: int, kind: type[ScoringError]):
         asking.models()
 
 
-def test_overload_is_retried_after_what_the_service_says(waits: list[float]):
+def test_overload_is_retried_after_the_time_in_retry_after(waits: list[float]):
     asking, requests = client(
         failed(OverloadedError("full"), retry_after="7"),
         failed(OverloadedError("full"), retry_after="86400"),
@@ -224,7 +295,7 @@ def test_closing_closes_the_connections():
 
 @contextmanager
 def server(threads: int) -> Iterator[tuple[str, list[Any]]]:
-    """A server that answers when ``threads`` requests are there; its address, and the connections that it accepted."""
+    """A server that answers when ``threads`` requests have come. Yields its address and the connections it accepts."""
     accepted: list[Any] = []
     together = threading.Barrier(threads)
 

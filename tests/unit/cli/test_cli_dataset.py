@@ -1,7 +1,8 @@
-"""``score-serve dataset``: what the options make of a job."""
+"""``score-serve dataset``: the job that the options make."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,16 @@ from typer.testing import CliRunner
 
 from serve_app.cli import launcher, main
 from serve_app.jobs import batch_job
-from serve_app.jobs.batch_job import Job
 from serve_app.jobs.folder import Done
+from serve_app.jobs.job import AnyJob, DecisionJob, Job
 from serve_app.jobs.targets import App, Service, Target
 from serve_app.schemas import ScoreRequest
+from serve_app.tasks.systemone import SystemOneRequest
 
 
 @pytest.fixture
 def jobs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Job, Target, int]]:
-    """What was to be run, instead of running it."""
+    """The jobs that the command would run; none is run."""
     got: list[tuple[Job, Target, int]] = []
 
     def run(job: Job, target: Target, *, workers: int) -> batch_job.Summary:
@@ -72,3 +74,53 @@ def test_the_options_make_the_job_and_its_target(jobs: list[tuple[Job, Target, i
     assert (target, workers) == (Service("http://127.0.0.1:8000"), 2)
     assert (app, three) == (App("score"), 3)
     assert service == Service("http://judge:1", "one")
+
+
+QUESTIONS = {"urgent": {"type": "noul", "instructions": "Is it urgent?"}}
+
+
+def decisions(folder: Path, *options: str, questions: Any = QUESTIONS) -> Any:
+    (folder / "questions.json").write_text(json.dumps(questions))
+    arguments = ["dataset", "a.csv", "-o", "/out", "--questions", str(folder / "questions.json"), *options]
+    return CliRunner(env={"COLUMNS": "300"}).invoke(main.app, arguments)
+
+
+def test_a_questions_file_makes_a_job_of_decisions(jobs: list[tuple[AnyJob, Target, int]], tmp_path: Path):
+    result = decisions(
+        tmp_path, "--state", "{text}", "--permutations", "2", "--served-model", "judge", "--block-rows", "7"
+    )
+    assert result.exit_code == 0, result.output
+    fields = {"state": "", "questions": QUESTIONS, "permutations": 2, "model": "judge"}
+    wanted = DecisionJob(
+        (Path("a.csv"),), Path("/out"), "{text}", SystemOneRequest.model_validate(fields), block_rows=7
+    )
+    assert [job for job, _, _ in jobs] == [wanted]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "--questions needs --state"),
+        (["--state", "{text}", "--item", "{text}"], "none of the options for scores of labels"),
+        (["--state", "{text}", "-l", " yes"], "none of the options for scores of labels"),
+        (["--state", "{text}", "--query", "x"], "none of the options for scores of labels"),
+    ],
+)
+def test_options_of_scores_and_of_decisions_do_not_go_together(
+    jobs: list[tuple[AnyJob, Target, int]], tmp_path: Path, options: list[str], said: str
+):
+    result = decisions(tmp_path, *options)
+    assert (result.exit_code, said in result.stderr) == (2, True), result.output
+    for without_questions in (["--state", "{text}"], ["--item", "{a}", "--permutations", "2"], []):
+        result = CliRunner(env={"COLUMNS": "300"}).invoke(
+            main.app, ["dataset", "a.csv", "-o", "/out", *without_questions]
+        )
+        assert (result.exit_code, "name --item for scores" in result.stderr) == (2, True), result.output
+    assert not jobs
+
+
+def test_a_wrong_question_is_named_with_its_file(jobs: list[tuple[AnyJob, Target, int]], tmp_path: Path):
+    result = decisions(tmp_path, "--state", "{text}", questions={"team": {"type": "choice", "criteria": {"a": None}}})
+    assert result.exit_code == 2
+    assert "questions.json: questions.team.criteria has 1 entries" in result.stderr
+    assert not jobs

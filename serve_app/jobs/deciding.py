@@ -1,0 +1,65 @@
+"""Asks a job's questions about rows, several rows at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+from serve_app.errors import DeadlineExceededError, InternalError, InvalidRequestError, TooLargeError
+from serve_app.jobs import columns
+from serve_app.jobs.scoring import Cost
+from serve_app.jobs.targets import Ask
+from serve_app.tasks.systemone import ErrorAnswer, SystemOneRequest, SystemOneResponse
+
+AT_ONCE = 16
+"""Rows that a worker asks about at once: the service computes them together."""
+
+_OF_THE_ROW = (TooLargeError, DeadlineExceededError, InternalError)
+"""Errors of which one row may be the cause."""
+
+
+def decide(
+    request: SystemOneRequest, asked: Sequence[tuple[int, str]], ask: Ask[SystemOneRequest, SystemOneResponse]
+) -> tuple[dict[int, dict[str, Any] | str], Cost]:
+    """Decide the request's questions for each row: the results by position, or the reason why a row has none.
+
+    Args:
+        asked: position and state of each row.
+        ask: sends a request; threads share it.
+
+    Raises:
+        ScoringError: no row can be answered, since a question is wrong, the model is unknown or the service is
+            unreachable.
+    """
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        answers = list(pool.map(partial(_decide, request, ask), [state for _, state in asked]))
+    found = {at: _values(answer) for (at, _), answer in zip(asked, answers, strict=True)}
+    answered = [answer for answer in answers if not isinstance(answer, str)]
+    tokens = sum(answer.usage.input_tokens for answer in answered)
+    return found, Cost(tokens, sum(answer.x_cached_tokens for answer in answered))
+
+
+def _decide(
+    request: SystemOneRequest, ask: Ask[SystemOneRequest, SystemOneResponse], state: str
+) -> SystemOneResponse | str:
+    """A row's answer, or the reason why it has none."""
+    try:
+        return ask(request.model_copy(update={"state": state, "on_error": "item"}))
+    except _OF_THE_ROW as error:
+        return error.message
+    except InvalidRequestError as error:
+        if error.param != "state":
+            raise
+        return error.message
+
+
+def _values(answer: SystemOneResponse | str) -> dict[str, Any] | str:
+    """A row's values; the reason if a question has no answer."""
+    if isinstance(answer, str):
+        return answer
+    wrong = [f"{name}: {own.x_error.message}" for name, own in answer.answers.items() if isinstance(own, ErrorAnswer)]
+    if wrong:
+        return "; ".join(wrong)
+    return columns.decided(answer.answers)
