@@ -27,7 +27,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def open_page(browser: Browser) -> Iterator[Open]:
-    """Opens an address of a service; afterwards, nothing may have been asked of elsewhere nor have failed."""
+    """Open an address of a service. Afterwards no request may have failed or gone to another server."""
     context = browser.new_context()
     context.set_default_timeout(10_000)
     requested: list[str] = []

@@ -257,9 +257,7 @@ function answered(question, answer) {
   else row.append(bars(drawn));
   row.append(element("p", "soft note", facts(answer)));
   if (answer.x_label_mass < LOW) {
-    const said = `Only ${percent(answer.x_label_mass)} of the model’s next-token probability is on these answers: it would ` +
-      "rather say something else. Try other words for the question or the options.";
-    row.append(element("p", "warning", said));
+    row.append(element("p", "low", "Low label mass: the model would rather say something else. Try other words for the question."));
   }
   return row;
 }

@@ -136,8 +136,8 @@ function saidBy(packed) {
 }
 
 function fill(name, saved) {
-  opened.add(name);
   FORMS[name].fill(saved);
+  opened.add(name);
   send(name);
 }
 
