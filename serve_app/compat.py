@@ -118,9 +118,9 @@ DETOKENIZE: Mapping[str, Foreign] = {
     "skip_special_tokens": Foreign("special tokens are returned as text", (False,)),
 }
 
-_READS_TEXT = "this service reads text; it takes no images"
+READS_TEXT = "this service reads text; it takes no images"
 
-SYSTEM_ONE: Mapping[str, Foreign] = {"assets": Foreign(_READS_TEXT, ({},))}
+SYSTEM_ONE: Mapping[str, Foreign] = {"assets": Foreign(READS_TEXT, ({},))}
 """All other unknown fields are ignored, as TypeSafe's own service does."""
 
 DECISIONS: Mapping[str, Foreign] = {
@@ -130,7 +130,7 @@ DECISIONS: Mapping[str, Foreign] = {
     "instructions": Foreign("each question has its own"),
 }
 
-NOT_HERE: Mapping[str, str] = {"box": _READS_TEXT, "input_image": _READS_TEXT}
+NOT_HERE: Mapping[str, str] = {"box": READS_TEXT, "input_image": READS_TEXT}
 """Types of questions and of parts of a text that other services have, and why they are refused."""
 
 _GENERATES = "this service scores text and generates none; score answers with POST /v1/score, whole texts with POST "

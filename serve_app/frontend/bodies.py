@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from backports import zstd
 from starlette.requests import Request
 
+from serve_app import compat
 from serve_app.errors import InvalidRequestError, TooLargeError, UnsupportedEncodingError
 
 STEP_BYTES = 2**18
@@ -30,7 +31,8 @@ async def read(request: Request, limit: int) -> bytes:
     """
     content_type = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if content_type != "application/json":
-        raise InvalidRequestError(f"Content-Type is {content_type[:60]!r}; send JSON as 'application/json'")
+        advice = f"; {compat.READS_TEXT}" if content_type.startswith("multipart/") else ""
+        raise InvalidRequestError(f"Content-Type is {content_type[:60]!r}; send JSON as 'application/json'{advice}")
     encoding = _encoding(request)
     body = await _received(request, limit)
     if encoding and body:

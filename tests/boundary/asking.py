@@ -48,6 +48,24 @@ class Http:
         assert error["message"]
         return error
 
+    def typesafe(self, response: httpx.Response, status: int) -> dict[str, Any]:
+        """The error of a body in TypeSafe's shape, which has OpenAI's beside it."""
+        assert response.status_code == status, response.text
+        body = response.json()
+        assert set(body) == {"detail", "error"}
+        if status == 422:
+            (found,) = body["detail"]
+            assert set(found) == {"loc", "msg", "type"}
+            assert found["loc"][0] == "body"
+            message = found["msg"]
+        else:
+            assert set(body["detail"]) == {"error_type", "message"}
+            message = body["detail"]["message"]
+        assert message == body["error"]["message"] != ""
+        assert set(body["error"]) == {"message", "type", "param", "code"}
+        assert body["error"]["code"] == status
+        return body
+
     async def ids(self, text: str) -> list[int]:
         response = await self.client.post("/tokenize", json={"prompt": text})
         return response.json()["tokens"]
