@@ -169,13 +169,13 @@ def test_a_handle_decides_as_http_does(client: httpx.Client):
     assert answer.model_dump()["answers"] == client.post("/v1/systemone", json=body).json()["answers"]
 
 
-@pytest.mark.parametrize("target", ["handle", "address", "engines"])
+@pytest.mark.parametrize("target", ["handle", "address"])
 def test_questions_about_a_dataset_are_answered_as_the_service_does(
-    client: httpx.Client, settings: ModelSettings, reviews: Path, tmp_path: Path, target: str
+    client: httpx.Client, reviews: Path, tmp_path: Path, target: str
 ):
     request = SystemOneRequest.model_validate({"state": "", "questions": DECISIONS})
     job = DecisionJob((reviews,), tmp_path / "out", "{text}", request, block_rows=30)
-    asked = {"handle": App(APP_NAME), "address": Service(str(client.base_url)), "engines": Engines(settings)}[target]
+    asked = App(APP_NAME) if target == "handle" else Service(str(client.base_url))
     summary = run(job, asked, workers=1)
     assert (summary.total.rows, summary.total.bad, summary.blocks) == (61, 0, 3)
     found = pq.read_table(sorted((tmp_path / "out").glob("part-*"))).to_pylist()
