@@ -115,8 +115,8 @@ def fused(
     def flat(x: Float[Array, "M heads H"]) -> Float[Array, "M features"]:
         return jnp.pad(x, ((0, 0), (0, 0), (0, width - head_width))).reshape(tokens, -1)
 
-    rows = jnp.pad(segments.reshape(-1), (0, tiles * tile - tokens), constant_values=-1)
-    rows, key_rows = rows.reshape(tiles, -1, fold), rows.reshape(tiles, -1, span)
+    padded = jnp.pad(segments.reshape(-1), (0, tiles * tile - tokens), constant_values=-1)
+    query_segments, key_segments = padded.reshape(tiles, -1, fold), padded.reshape(tiles, -1, span)
     # No query is before the prefix's end, and none sees further back than its window.
     skipped = 0 if window is None else lax.div(jnp.maximum(prefix_length + 1 - window, 0), step)
     numbers = (prefix_length, layer, skipped, 0 if window is None else window)
@@ -165,7 +165,7 @@ def fused(
         ),
         interpret=interpret,
         name="fused_attention",
-    )(page_table, scalars, flat(q), flat(k), flat(v), rows, key_rows, *[pool] * STEP_PAGES, *places)
+    )(page_table, scalars, flat(q), flat(k), flat(v), query_segments, key_segments, *[pool] * STEP_PAGES, *places)
     return result.reshape(tokens, heads, width)[:, :, :head_width]
 
 
@@ -182,8 +182,8 @@ def _kernel(
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
-    row_ref: Any,
-    key_row_ref: Any,
+    query_segment_ref: Any,
+    key_segment_ref: Any,
     *refs: Any,
 ) -> None:
     """One tile of queries, one step of keys."""
@@ -231,10 +231,10 @@ def _kernel(
             begins = (number - bin_number * (span // fold)) * fold  # in its bin, or tile of a bin
             queries = pl.ds(pl.multiple_of(number * fold, 16), fold)
             own_keys = pl.ds(pl.multiple_of(bin_number * span, 16), span)
-            rows = jnp.broadcast_to(row_ref[pl.ds(number, 1), :], (LANES, fold)).T[:, :1]
+            segments = jnp.broadcast_to(query_segment_ref[pl.ds(number, 1), :], (LANES, fold)).T[:, :1]
             back = lax.broadcasted_iota(jnp.int32, (fold, span), 0) + (begins + later)
             back -= lax.broadcasted_iota(jnp.int32, (fold, span), 1)
-            mask = (rows == key_row_ref[pl.ds(bin_number, 1), :]) & (back >= 0)
+            mask = (segments == key_segment_ref[pl.ds(bin_number, 1), :]) & (back >= 0)
             if windowed:
                 mask &= back < window
             add(queries, k_ref[own_keys, :], v_ref[own_keys, :], mask)

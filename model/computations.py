@@ -51,7 +51,7 @@ class Kind(StrEnum):
     LAST = "last"
     READ = "read"
     # Only where they run in a loop.
-    ROWS = "rows"
+    SEGMENTS = "segments"
     PREFILL = "prefill"
     # Everywhere.
     WRITE = "write"
@@ -168,7 +168,7 @@ def read(
     return model.final_norm(ends, model.block(weights).forward_reads(x, angles, context, number, reads))
 
 
-def rows(
+def segments(
     model: Model,
     ends: State,
     layers: State,
@@ -226,7 +226,8 @@ def write(pool: jax.Array, keys_values: KeysValues, spans: jax.Array, count: jax
 def targets(model: Model, ends: State, hidden: jax.Array, ids: jax.Array) -> jax.Array:
     """Logits of one id per hidden state."""
     head = model.ends(ends)
-    return target_logits(hidden, ids, head.head_weights(), model.config.logit_softcap, head.head_split())
+    softcap, native = model.config.logit_softcap, model.config.native
+    return target_logits(hidden, ids, head.head_weights(), softcap, head.head_split(), native=native)
 
 
 def normalizer(model: Model, ends: State, hidden: jax.Array) -> jax.Array:
@@ -234,14 +235,17 @@ def normalizer(model: Model, ends: State, hidden: jax.Array) -> jax.Array:
     head = model.ends(ends)
     weights = head.head_weights()
     if model.config.native:
-        return linear.log_normalizer(hidden.astype(weights.dtype), weights, model.config.logit_softcap)
+        return linear.argmax(hidden.astype(weights.dtype), weights, model.config.logit_softcap)[0]
     return log_normalizer(hidden, weights, model.config.logit_softcap, head.head_split())
 
 
 def highest(model: Model, ends: State, hidden: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``normalizer``'s values, and per hidden state the id of the highest logit, and that logit."""
     head = model.ends(ends)
-    return argmax(hidden, head.head_weights(), model.config.logit_softcap, head.head_split())
+    weights = head.head_weights()
+    if model.config.native:
+        return linear.argmax(hidden.astype(weights.dtype), weights, model.config.logit_softcap)
+    return argmax(hidden, weights, model.config.logit_softcap, head.head_split())
 
 
 def _cut(layers: State, number: jax.Array | int) -> State:
@@ -296,8 +300,8 @@ def definition(model: Model, weights: Weights, kind: Kind, size: Size) -> Defini
             return Definition(partial(last, model), (layers, x, angles), kept.spec)
         case Kind.READ:
             return Definition(partial(read, model), (ends, layers, x, angles, context, number, reads), WHOLE)
-        case Kind.ROWS:
-            return Definition(partial(rows, model), (ends, layers, ids, ids, context, reads), WHOLE)
+        case Kind.SEGMENTS:
+            return Definition(partial(segments, model), (ends, layers, ids, ids, context, reads), WHOLE)
         case Kind.PREFILL:
             return Definition(partial(prefill, model), (ends, layers, ids, ids, context), kept.spec)
         case Kind.WRITE:

@@ -82,7 +82,8 @@ class ModelConfig:
         pad_token_id: classes are read at a prompt's last token that is another; None: at its last.
         shards: devices that every layer is split over; heads, key/value heads and F are one device's.
         int8: the kernels of attention and MLP are stored so, see ``layers.quantized``.
-        native: matmuls are those of ``cpu.linear``, with kernels stored packed.
+        native: sums over a token's channels, and over the vocabulary, are those of ``cpu.linear``.
+        packed: matmuls are, too, with kernels stored packed.
     """
 
     architecture: str
@@ -119,6 +120,7 @@ class ModelConfig:
     shards: int = 1
     int8: bool = False
     native: bool = False
+    packed: bool = False
 
 
 def common_config(

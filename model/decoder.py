@@ -31,7 +31,15 @@ def windows(config: ModelConfig) -> tuple[int, ...] | None:
 
 
 def norm(config: ModelConfig, width: int, dtype: jnp.dtype, axis: str = "embed") -> RMSNorm:
-    return RMSNorm(width, eps=config.norm_eps, dtype=dtype, offset=config.norm_offset, axis=axis, shards=config.shards)
+    return RMSNorm(
+        width,
+        eps=config.norm_eps,
+        dtype=dtype,
+        offset=config.norm_offset,
+        axis=axis,
+        shards=config.shards,
+        native=config.native,
+    )
 
 
 def gated_mlp(config: ModelConfig, dtype: jnp.dtype) -> GatedMLP:
@@ -43,7 +51,7 @@ def gated_mlp(config: ModelConfig, dtype: jnp.dtype) -> GatedMLP:
         activation=config.activation,
         shards=config.shards,
         int8=config.int8,
-        packed=config.native,
+        packed=config.packed,
     )
 
 
@@ -72,7 +80,7 @@ class Attention(nnx.Module):
                 axes=axes,
                 shards=config.shards,
                 int8=config.int8,
-                packed=config.native,
+                packed=config.packed,
             )
 
         self.q = linear(config.width, heads, bias=config.attention_bias, axes=("embed", "heads"))

@@ -216,7 +216,7 @@ class Engine:
                         break
                     waiting.popleft()
                 self._prefill(held)
-                launched += self._rows(held, work)
+                launched += self._segments(held, work)
         return launched
 
     def _hold(self, group: plan.Group, work: "_Work", pins: ExitStack) -> PinnedPrefix:
@@ -236,7 +236,7 @@ class Engine:
             self._pool = self._programs.write(self._pool, written, call.size, call.spans)
             self._count(call.tokens, call.size)
 
-    def _rows(self, held: Sequence[PinnedPrefix], work: "_Work") -> list[tuple[jax.Array, list[list[int]]]]:
+    def _segments(self, held: Sequence[PinnedPrefix], work: "_Work") -> list[tuple[jax.Array, list[list[int]]]]:
         """Start the calls of groups after their prefixes are in their pages; see ``_launch``."""
         if not (held := [each for each in held if each.group.segments]):
             return []
@@ -245,7 +245,7 @@ class Engine:
         for calls in plan.batch_calls(self._layout.calls([each.group for each in held]), self._programs.model.at_once):
             inputs, numbers = zip(*map(work.inputs, calls), strict=True)
             self._wait_for_last()
-            self._launched = self._programs.layers.rows(calls[0].shape, inputs, prefixes)
+            self._launched = self._programs.layers.segments(calls[0].shape, inputs, prefixes)
             launched.append((self._launched, list(numbers)))
             placements = [placement for call in calls for placement in call.placements]
             real = sum(placement.segment.length for placement in placements)
@@ -280,7 +280,7 @@ class Engine:
         repeats = np.diff(batch.target_offsets)
         values = np.empty(len(batch.targets), np.float32)
         rows = np.repeat(np.arange(len(hidden)), repeats)
-        for at, size, count in plan.blocks(len(values), self._layout.sizes.target_rows):
+        for at, size, count in plan.blocks(len(values), self._layout.sizes.target_sizes):
             inputs, ids = np.zeros((size, hidden.shape[1]), np.float32), np.zeros(size, np.int32)
             inputs[:count] = hidden[rows[at : at + count]]
             ids[:count] = batch.targets[at : at + count]
@@ -289,7 +289,7 @@ class Engine:
         normalizers = np.zeros(len(hidden), np.float32)
         argmax, argmax_values = np.empty(tops, np.int32), np.empty(tops, np.float32)
         if batch.argmax or batch.vocab_logprobs:
-            sizes = self._layout.sizes.argmax_rows if batch.argmax else self._layout.sizes.head_rows
+            sizes = self._layout.sizes.argmax_sizes if batch.argmax else self._layout.sizes.head_sizes
             for at, size, count in plan.blocks(len(hidden), sizes):
                 inputs, place = np.zeros((size, hidden.shape[1]), np.float32), slice(at, at + count)
                 inputs[:count] = hidden[place]

@@ -90,11 +90,13 @@ def load(
         raise ConfigError(f"{config.architecture}: mixtures of experts are not quantised; leave out {quantization}")
     platform = jax.default_backend()
     implementation, kernels = _implementation(implementation, platform, compiled_folder)
-    native = kernels is not None and mesh is None and not quantization
+    native = packed = kernels is not None and mesh is None
     if kernels is not None and dtype == "bfloat16":  # two numbers make one operand
-        native = native and kernels.bfloat16 and config.width % 2 == config.ff_width % 2 == 0
+        native = native and config.width % 2 == 0
+        packed = native and kernels.bfloat16 and config.ff_width % 2 == 0
+    packed = packed and not quantization
     choice = choose(
-        replace(config, int8=quantization == "int8", native=native),
+        replace(config, int8=quantization == "int8", native=native, packed=packed),
         dtype=dtype,
         implementation=implementation,
         by_layer=platform == "cpu" if by_layer is None else by_layer,

@@ -8,6 +8,8 @@ from jax import lax
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Int
 
+from model.layers import row_dots
+
 LOGITS_BUDGET_BYTES = 32 * 2**20
 """The largest block of vocabulary logits that ever exists, on the device; none reaches the host."""
 
@@ -35,18 +37,24 @@ def target_logits(
     head: Float[Array, "rows D"],
     softcap: float | None = None,
     split: Split | None = None,
+    *,
+    native: bool = False,
 ) -> Float[Array, " R"]:
-    """The logit of one target id per row: float32. Touches R rows of the head, never the vocabulary."""
+    """The logit of one target id per row: float32. Touches R rows of the head, never the vocabulary.
+
+    Args:
+        native: the sums are ``cpu.linear``'s; of a head that is not split.
+    """
     if split is None:
-        return softcapped(_dots(hidden, head[targets]), softcap)
+        return softcapped(_dots(hidden, head[targets], native=native), softcap)
     rows = targets - _first(head, split)
     local = (rows >= 0) & (rows < head.shape[0])
     logits = _dots(hidden, head[jnp.where(local, rows, 0)])
     return softcapped(lax.psum(jnp.where(local, logits, 0.0), split.axis), softcap)
 
 
-def _dots(hidden: Float[Array, "R D"], rows: Float[Array, "R D"]) -> Float[Array, " R"]:
-    return jnp.sum(hidden.astype(rows.dtype).astype(jnp.float32) * rows.astype(jnp.float32), axis=-1)
+def _dots(hidden: Float[Array, "R D"], rows: Float[Array, "R D"], *, native: bool = False) -> Float[Array, " R"]:
+    return row_dots(hidden.astype(rows.dtype).astype(jnp.float32), rows.astype(jnp.float32), native=native)
 
 
 def _first(head: Float[Array, "rows D"], split: Split) -> Int[Array, ""]:

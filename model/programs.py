@@ -56,7 +56,7 @@ class Layers(Protocol):
         """Kinds and sizes of all programs that the two others can call."""
         ...
 
-    def rows(self, shape: Shape, inputs: Sequence[Inputs], prefixes: Prefixes) -> jax.Array:
+    def segments(self, shape: Shape, inputs: Sequence[Inputs], prefixes: Prefixes) -> jax.Array:
         """Final normalised hidden states at the reads of up to ``Model.at_once`` calls: float32 [calls * R, D]."""
         ...
 
@@ -81,7 +81,7 @@ class LayerByLayer:
         wanted += [(Kind.READ, tokens) for tokens in called]
         return wanted + [(Kind.EMBED, tokens) for tokens in sorted({*layout.sizes.chunks, *called})]
 
-    def rows(self, shape: Shape, inputs: Sequence[Inputs], prefixes: Prefixes) -> jax.Array:
+    def segments(self, shape: Shape, inputs: Sequence[Inputs], prefixes: Prefixes) -> jax.Array:
         stacked = _stacked(self._model, inputs)
         x, angles, context = self.begin(stacked, prefixes)
         # What is read sees no bins, only segments: one program serves all shapes of as many tokens.
@@ -119,20 +119,20 @@ class LayersInLoop:
 
     def wanted(self) -> list[tuple[Kind, Size]]:
         layout = self._model.layout
-        wanted: list[tuple[Kind, Size]] = [(Kind.ROWS, shape) for shape in layout.ladder]
+        wanted: list[tuple[Kind, Size]] = [(Kind.SEGMENTS, shape) for shape in layout.ladder]
         return wanted + [(Kind.PREFILL, size) for size in layout.sizes.chunks]
 
-    def rows(self, shape: Shape, inputs: Sequence[Inputs], prefixes: Prefixes) -> jax.Array:
+    def segments(self, shape: Shape, inputs: Sequence[Inputs], prefixes: Prefixes) -> jax.Array:
         stacked = _stacked(self._model, inputs)
         reads = _put(self._model, stacked.reads, CALLS)
-        return self._compiler.get(Kind.ROWS, shape)(*self._arguments(stacked, prefixes), reads)
+        return self._compiler.get(Kind.SEGMENTS, shape)(*self._arguments(stacked, prefixes), reads)
 
     def prefill(self, size: int, inputs: Inputs, prefixes: Prefixes) -> KeysValues:
         stacked = _stacked(self._model, [inputs] * self._model.at_once)
         return self._compiler.get(Kind.PREFILL, size)(*self._arguments(stacked, prefixes))
 
     def _arguments(self, inputs: Inputs, prefixes: Prefixes) -> tuple[Any, ...]:
-        """The arguments that ``rows`` and ``prefill`` share."""
+        """The arguments that ``segments`` and ``prefill`` share."""
         tokens, context = _on_device(self._model, inputs, prefixes)
         [stack] = self._weights.layers
         return self._weights.ends, stack, tokens, context.positions, context
@@ -163,9 +163,9 @@ class Programs:
         sizes = self.model.layout.sizes
         head = (
             (Kind.WRITE, sizes.chunks),
-            (Kind.NORMALIZER, sizes.head_rows),
-            (Kind.ARGMAX, sizes.argmax_rows),
-            (Kind.TARGETS, sizes.target_rows),
+            (Kind.NORMALIZER, sizes.head_sizes),
+            (Kind.ARGMAX, sizes.argmax_sizes),
+            (Kind.TARGETS, sizes.target_sizes),
         )
         return self.layers.wanted() + [(kind, size) for kind, calls in head for size in calls]
 

@@ -27,22 +27,22 @@ class Sizes:
     """What an engine compiles and keeps. The defaults are a CPU's.
 
     Attributes:
-        max_row_tokens: the longest segment; longer ones are computed in chunks.
+        max_segment_tokens: tokens of the longest segment; earlier tokens of a prompt are computed in chunks.
         call_tokens: tokens in a full call.
         chunks: sizes of prefix prefill calls, in tokens, ascending; empty: by what padding costs.
-        head_rows: sizes of head calls, in hidden states, ascending.
-        argmax_rows: the same for head calls that also find the top-1 tokens.
-        target_rows: sizes of target-logit calls, in (hidden state, target) pairs, ascending.
+        head_sizes: sizes of head calls, in hidden states, ascending.
+        argmax_sizes: the same for head calls that also find the top-1 tokens.
+        target_sizes: sizes of target-logit calls, in (hidden state, target) pairs, ascending.
         prefix_cache_bytes: device memory for prefixes; more where one prompt of the longest kind needs it.
         large_calls: the smallest calls are an eighth of a full one, see ``plan.large_shapes``.
     """
 
-    max_row_tokens: int = 512
+    max_segment_tokens: int = 512
     call_tokens: int = 1024
     chunks: tuple[int, ...] = ()
-    head_rows: tuple[int, ...] = (1, 8, 32, 128)
-    argmax_rows: tuple[int, ...] = (8, 128)
-    target_rows: tuple[int, ...] = (8, 64, 512)
+    head_sizes: tuple[int, ...] = (1, 8, 32, 128)
+    argmax_sizes: tuple[int, ...] = (8, 128)
+    target_sizes: tuple[int, ...] = (8, 64, 512)
     prefix_cache_bytes: int = 384 * 2**20
     large_calls: bool = False
 
@@ -53,12 +53,12 @@ BY_PLATFORM = {
     # tokens XLA keeps what is between matmuls on the chip: 1.1 MB a token go to and from HBM (Qwen3-0.6B's sizes), and
     # 2.5 MB of a call of 10,080.
     "tpu": Sizes(
-        max_row_tokens=1024,
+        max_segment_tokens=1024,
         call_tokens=4096,
         chunks=(256, 512, 1024, 2048),
-        head_rows=(8, 64, 512),
-        argmax_rows=(64, 512),
-        target_rows=(64, 512, 4096),
+        head_sizes=(8, 64, 512),
+        argmax_sizes=(64, 512),
+        target_sizes=(64, 512, 4096),
         prefix_cache_bytes=4 * 2**30,
         large_calls=True,
     ),
@@ -74,7 +74,7 @@ class Layout:
         sizes: as they were given, without chunks that no prompt fills.
         longest: the longest sequence, in tokens.
         ladder: shapes of the calls that compute segments, ascending.
-        row_tokens: the longest segment.
+        segment_tokens: tokens of the longest segment.
         prefixes: how many prefixes the segments of a call see at most.
         slots: entries of a page table.
         pool: shape and dtype of the page pool, [pages, L, 2, K, page, H].
@@ -83,7 +83,7 @@ class Layout:
     sizes: Sizes
     longest: int
     ladder: tuple[Shape, ...]
-    row_tokens: int
+    segment_tokens: int
     prefixes: int
     slots: int
     pool: jax.ShapeDtypeStruct
@@ -109,7 +109,7 @@ class Layout:
         return plan.groups(
             sequences,
             reads,
-            max_width=self.row_tokens,
+            max_width=self.segment_tokens,
             max_reads=min(shape.reads for shape in self.ladder),
             min_saving=PAGE_TOKENS,
             page=PAGE_TOKENS,
@@ -136,14 +136,14 @@ def layout(
         max_prompt_tokens: the longest sequence; None: the model's context. A long context costs memory at start-up.
     """
     longest = min(config.context_length, max_prompt_tokens or config.context_length)
-    width = min(sizes.max_row_tokens, -(-longest // 16) * 16)
+    width = min(sizes.max_segment_tokens, -(-longest // 16) * 16)
     slots = -(-longest // PAGE_TOKENS) + 1
     head_width = pool_head_width(implementation, config.head_width)
     page = (config.layers, 2, config.kv_heads, PAGE_TOKENS, head_width)
     stored = jnp.dtype(jnp.uint16 if dtype == jnp.bfloat16 else dtype)  # see attention.to_pool
     pages = 1 + max(slots, sizes.prefix_cache_bytes // (int(np.prod(page)) * stored.itemsize))
     call_tokens = max(sizes.call_tokens, width)
-    cheap = config.native and not config.experts  # ``cpu.linear`` passes over padding, XLA multiplies it
+    cheap = config.packed and not config.experts  # ``cpu.linear`` passes over padding, XLA multiplies it
     if implementation == NATIVE:
         prefixes, ladder = NATIVE_PREFIXES, plan.flat_shapes(call_tokens, padding_is_cheap=cheap)
     else:
@@ -153,5 +153,5 @@ def layout(
     sizes = replace(sizes, chunks=chunks[: bisect.bisect_left(chunks, longest) + 1])
     if dtype == jnp.bfloat16:
         # XLA's CPU backend multiplies a single row in float32, and widens the whole head for it.
-        sizes = replace(sizes, head_rows=(max(2, sizes.head_rows[0]), *sizes.head_rows[1:]))
+        sizes = replace(sizes, head_sizes=(max(2, sizes.head_sizes[0]), *sizes.head_sizes[1:]))
     return Layout(sizes, longest, ladder, width, prefixes, slots, jax.ShapeDtypeStruct((pages, *page), stored))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, overload
 from urllib.parse import urlencode
@@ -125,6 +125,7 @@ class ScoreClient:
         query: str | list[int] | None,
         items: str | list[str] | list[list[int]],
         *,
+        messages: Sequence[Mapping[str, str]] | None = None,
         label_token_ids: list[int] | list[list[int]] | None = None,
         labels: list[str] | list[list[str]] | None = None,
         length_normalize: bool = False,
@@ -143,6 +144,7 @@ class ScoreClient:
         request = _checked(
             ScoreRequest,
             query=query,
+            messages=None if messages is None else list(messages),
             items=items,
             label_token_ids=label_token_ids,
             labels=labels,
@@ -190,9 +192,21 @@ class ScoreClient:
             raise bodies.invalid(error, fields) from None
         return self.ask(request)
 
-    def tokenize(self, prompt: str | list[str], *, add_special_tokens: bool = True) -> TokenizeResponse:
-        """Turn text into token ids and pieces, as the model sees it."""
-        request = _checked(TokenizeRequest, prompt=prompt, add_special_tokens=add_special_tokens, model=self._model)
+    def tokenize(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        add_special_tokens: bool | None = None,
+    ) -> TokenizeResponse:
+        """Turn text, or a conversation, into token ids and pieces, as the model sees it."""
+        request = _checked(
+            TokenizeRequest,
+            prompt=prompt,
+            messages=None if messages is None else list(messages),
+            add_special_tokens=add_special_tokens,
+            model=self._model,
+        )
         return self._ask(TokenizeResponse, "POST", "/tokenize", request)
 
     def detokenize(self, tokens: list[int]) -> str:

@@ -110,7 +110,10 @@ TOKENIZE: Mapping[str, Foreign] = {
     **EVERYWHERE,
     "return_token_strs": Foreign("they are always returned", None),
     "truncate_prompt_tokens": Foreign("all tokens are returned"),
-    "messages": Foreign("no chat template is applied; send the text with its markup as prompt"),
+    "continue_final_message": Foreign("the answer begins after the messages", (False,)),
+    "chat_template": Foreign("the model's own chat template is used"),
+    "chat_template_kwargs": Foreign("the chat template is used without reasoning", ({}, {"enable_thinking": False})),
+    "tools": Foreign("the chat template is used without tools", ([],)),
 }
 
 DETOKENIZE: Mapping[str, Foreign] = {

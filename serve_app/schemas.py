@@ -9,10 +9,10 @@ import difflib
 import json
 import re
 from collections.abc import Mapping, Set
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, cast, get_args
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from serve_app import compat
@@ -66,11 +66,47 @@ class ResponseBody(BaseModel):
     model_config = ConfigDict(allow_inf_nan=False)
 
 
+class TextPart(RequestBody):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class Message(RequestBody):
+    """A message of a conversation, in OpenAI's shape.
+
+    Attributes:
+        content: its text; of several parts, each is a line or more.
+    """
+
+    role: Literal["system", "user", "assistant"]
+    content: Text | list[TextPart]
+
+    @model_validator(mode="after")
+    def _has_nothing_more(self) -> Self:
+        parts = [] if isinstance(self.content, str) else self.content
+        for name in (name for each in (self, *parts) for name, value in (each.model_extra or {}).items() if value):
+            raise PydanticCustomError("more", "a role and a content of text, without {name}", {"name": name[:_SHOWN]})
+        return self
+
+    @property
+    def text(self) -> str:
+        """The text of the whole message."""
+        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+
+
+Messages = Annotated[list[Message], Field(fail_fast=True)]
+
+
 class ScoreRequest(RequestBody):
     """Request for the probability of each label after each prompt: ``POST /v1/score``.
 
     Attributes:
         query: text or token ids, the same kind as ``items``. None: empty.
+        messages: a conversation in place of a query. The query is the text that the model's chat template makes of it,
+            up to where the model's answer begins, without reasoning. The items, often one empty text, are then
+            beginnings of the answer. Items and labels are plain text here: control tokens in them are spelt out.
         items: texts or lists of token ids, one prompt each. A single string is one item; for an empty list the answer
             has no scores.
         label_token_ids: the labels as tokens, one list for all items or one list per item. Send either these or
@@ -87,7 +123,7 @@ class ScoreRequest(RequestBody):
         return_label_mass: also return how much of the model's distribution the labels cover, 0 to 1 per item.
         return_prompt_token_ids: also return the tokens that the model saw.
         add_special_tokens: add the tokenizer's special tokens to text, for most models a BOS token. Token ids are used
-            as they are.
+            as they are, and ``messages`` have those of the chat template.
         truncate: ``"item"``: a prompt that is too long loses tokens from the end of its item, never from the query.
             ``"error"``: it is an error.
         on_error: ``"item"``: an item that is wrong, or for which the model's output is not finite, has null for a row
@@ -100,6 +136,7 @@ class ScoreRequest(RequestBody):
     foreign = compat.SCORE
 
     query: Annotated[Text | Ids | None, Field(union_mode="left_to_right")] = None
+    messages: Messages | None = None
     items: Annotated[Texts | IdLists | Text, Field(union_mode="left_to_right")]
     label_token_ids: Annotated[Ids | IdLists | None, Field(union_mode="left_to_right")] = None
     labels: Annotated[Texts | TextLists | None, Field(union_mode="left_to_right")] = None
@@ -202,22 +239,36 @@ class ScoreResponse(ResponseBody):
 
 
 class TokenizeRequest(RequestBody):
-    """Request to tokenise text: ``POST /tokenize``."""
+    """Request to tokenise text or a conversation: ``POST /tokenize``.
+
+    Attributes:
+        prompt: one text or several.
+        messages: a conversation in place of a prompt, made into text by the model's chat template.
+        add_generation_prompt: end the conversation's text where the model's answer begins.
+        add_special_tokens: add the tokenizer's special tokens. None: to a prompt, since a chat template has them.
+    """
 
     foreign = compat.TOKENIZE
 
     model: Text = "default"
-    prompt: Annotated[Text | Texts, Field(union_mode="left_to_right")]
-    add_special_tokens: bool = True
+    prompt: Annotated[Text | Texts | None, Field(union_mode="left_to_right")] = None
+    messages: Messages | None = None
+    add_generation_prompt: bool = True
+    add_special_tokens: bool | None = None
 
 
 class TokenizeResponse(ResponseBody):
-    """Token ids, and each token as the vocabulary spells it. If ``prompt`` was a list, one list per prompt."""
+    """Token ids, and each token as the vocabulary spells it. If ``prompt`` was a list, one list per prompt.
+
+    Attributes:
+        prompt: with ``messages``: the text that the tokens are of.
+    """
 
     tokens: list[int] | list[list[int]]
     count: int | list[int]
     max_model_len: int
     token_strs: list[str] | list[list[str]]
+    prompt: str | None = None
 
 
 class DetokenizeRequest(RequestBody):

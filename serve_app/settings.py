@@ -6,10 +6,19 @@ Serve passes ``args:`` of a YAML file, or ``key=value`` words of ``serve run``, 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails
 
 from serve_app.profiles.profile import PROFILES
 from serve_app.templates import TEMPLATES, RerankTemplate
@@ -237,21 +246,28 @@ class ServiceSettings(_Frozen):
     """Origins of web pages that may call the service from a browser, such as ``https://example.org``; ``*`` allows
     all."""
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _complete_models(cls, given: Any) -> Any:
+    def _complete_models(cls, given: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
         if not isinstance(given, Mapping) or not given.keys() - cls.model_fields.keys():
-            return given
+            return validate(given)
         service = {name: value for name, value in given.items() if name in cls.model_fields}
         common = {name: value for name, value in given.items() if name not in cls.model_fields}
         if "models" not in service:
-            return {**service, "models": [common]}
-        if own := common.keys() & _OF_ONE:
+            models = [common]
+        elif own := common.keys() & _OF_ONE:
             raise ValueError(f"{', '.join(sorted(own))}: models cannot share it; set it in each of models")
+        else:
+            try:
+                models = [_completed(each, common) for each in service["models"]]
+            except TypeError:
+                raise ValueError(
+                    "models must be a list of mappings, and limits a mapping, from name to value"
+                ) from None
         try:
-            return {**service, "models": [_completed(each, common) for each in service["models"]]}
-        except TypeError:
-            raise ValueError("models must be a list of mappings, and limits a mapping, from name to value") from None
+            return validate({**service, "models": models})
+        except ValidationError as error:
+            raise _located_as_given(error, service.get("models")) from None
 
     @field_validator("models")
     @classmethod
@@ -286,3 +302,22 @@ class ServiceSettings(_Frozen):
 def _completed(model: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
     """Complete a model's settings with the common ones. Limits are completed one by one."""
     return {**common, **model, "limits": {**common.get("limits", {}), **model.get("limits", {})}}
+
+
+def _located_as_given(error: ValidationError, models: Sequence[Mapping[str, Any]] | None) -> ValidationError:
+    """Return ``error`` with each setting at its place in the configuration: in ``models``, if given there."""
+    details: dict[tuple[object, ...], InitErrorDetails] = {}
+    for each in error.errors():
+        location = each["loc"]
+        match location:
+            case ("models", int(), *rest) if models is None:
+                location = tuple(rest)
+            case ("models", int(number), str(name), *rest) if models:
+                own = models[number]
+                if name not in own or (name == "limits" and rest and rest[0] not in own[name]):
+                    location = (name, *rest)
+            case _:
+                pass
+        detail = InitErrorDetails(type=each["type"], loc=location, input=each["input"], ctx=each.get("ctx", {}))
+        details.setdefault((location, each["type"]), detail)
+    return ValidationError.from_exception_data(error.title, [*details.values()])

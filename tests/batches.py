@@ -10,14 +10,14 @@ from serve_app.contract import TokenBatch
 def label_batch(
     sequences: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], *, vocab_logprobs: bool = True
 ) -> TokenBatch:
-    """One read a sequence, at its last token, of its own labels."""
+    """A batch with one read per sequence, at its last token, of its own labels."""
     return pack_labels(sequences, labels, vocab_logprobs=vocab_logprobs)
 
 
 def batch_of(
     sequences: Sequence[Sequence[int]], labels: Sequence[int] = (1, 2), *, vocab_logprobs: bool = True
 ) -> TokenBatch:
-    """As ``label_batch``, all of the same labels."""
+    """A ``label_batch`` with the same labels for all sequences."""
     return label_batch(sequences, [labels] * len(sequences), vocab_logprobs=vocab_logprobs)
 
 
@@ -32,7 +32,7 @@ def reads_batch(
     *,
     vocab_logprobs: bool = True,
 ) -> TokenBatch:
-    """Any (position, target ids) reads of each sequence."""
+    """A batch with any (position, target ids) reads of each sequence."""
     return pack(
         sequences,
         [

@@ -31,7 +31,7 @@ from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas, save_tokenizer
 from tests.served import KEY, Served, serving
 from tests.tiny import make_llama
 
-# However busy the machine is, how long an example takes is no reason to fail.
+# An example may take long on a busy machine; that is no reason to fail.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
@@ -47,19 +47,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _ctrl_c_works() -> None:
-    """A shell's background jobs ignore SIGINT, and so would all that tests start."""
+    """Handle SIGINT: a shell's background jobs ignore it, and so would all processes that tests start."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
-    """Adds no BOS, as SmolLM's."""
+    """A tokenizer that adds no BOS, like SmolLM's."""
     return TextTokenizer.load(save_tokenizer(tmp_path_factory.mktemp("plain"), adds_bos=False))
 
 
 @pytest.fixture(scope="session")
 def bos_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
-    """Adds a BOS, as Llama's."""
+    """A tokenizer that adds a BOS, like Llama's."""
     return TextTokenizer.load(save_tokenizer(tmp_path_factory.mktemp("bos"), adds_bos=True))
 
 
@@ -70,7 +70,7 @@ def settings() -> ModelSettings:
 
 @pytest.fixture
 async def service(settings: ModelSettings, tokenizer: TextTokenizer) -> AsyncIterator[ModelService]:
-    """The whole service but for HTTP and Serve."""
+    """The whole service without HTTP and Serve."""
     engine = FakeEngine(VOCAB_SIZE, CONTEXT)
     replicas = LocalReplicas(engine, settings)
     service = ModelService(settings, tokenizer, engine.info, replicas)
@@ -81,7 +81,7 @@ async def service(settings: ModelSettings, tokenizer: TextTokenizer) -> AsyncIte
 
 @pytest.fixture(scope="session")
 def fake_service(tokenizer: TextTokenizer) -> Iterator[ModelService]:
-    """Without a queue: it may be asked from any event loop."""
+    """The service without a queue: it may be asked from any event loop."""
     engine = FakeEngine(VOCAB_SIZE, CONTEXT)
     service = ModelService(
         ModelSettings(model="fake-judge", engine="fake"), tokenizer, engine.info, DirectReplicas(engine)
@@ -92,15 +92,15 @@ def fake_service(tokenizer: TextTokenizer) -> Iterator[ModelService]:
 
 @pytest.fixture(scope="session")
 def served(fake_service: ModelService) -> Iterator[Served]:
-    """The service behind a real HTTP server."""
-    services = Models(fake_service)  # one for all requests, as a front end has it
+    """The service on a real HTTP server."""
+    services = Models(fake_service)  # one for all requests, as in a front end
     with serving(create_app(lambda: services)) as served:
         yield served
 
 
 @pytest.fixture(scope="session")
 def judge(tokenizer: TextTokenizer) -> Iterator[Served]:
-    """The same with a model that has three classes."""
+    """The service on a real HTTP server, with a model that has three classes."""
     engine = FakeEngine(VOCAB_SIZE, CONTEXT, classes=3)
     service = ModelService(
         ModelSettings(model="fake-judge", engine="fake"), tokenizer, engine.info, DirectReplicas(engine)
@@ -113,7 +113,7 @@ def judge(tokenizer: TextTokenizer) -> Iterator[Served]:
 
 @pytest.fixture(scope="session")
 def locked(fake_service: ModelService, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """The same, and it wants ``KEY``."""
+    """The service on a real HTTP server, which needs ``KEY``."""
     file = tmp_path_factory.mktemp("keys") / "keys"
     file.write_text(KEY)
     services = Models(fake_service)
@@ -139,7 +139,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
         from tests.tiny_families import make_family
 
         folder = make_family(tmp_path_factory.mktemp(family), family)
-        scorer = loading.load(folder, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
+        scorer = loading.load(folder, max_segment_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
         scorer.warmup()  # several programs at a time
         return folder, scorer
 
@@ -154,7 +154,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def nodes() -> Iterator[Cluster]:
-    """One Ray cluster in this process tree for all tests that need one, of one node; tests may add others."""
+    """One Ray cluster in this process tree for all tests that need one. It has one node; tests may add others."""
     import ray
 
     yield start_cluster(8, _system_config={"metrics_report_interval_ms": 500})
@@ -163,7 +163,7 @@ def nodes() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def cluster(nodes: Cluster) -> str:  # noqa: ARG001 - Serve runs on it
-    """Serve on that cluster; the address that it listens on."""
+    """The address of Serve, which runs on that cluster."""
     from ray import serve
 
     port = free_port()
@@ -177,7 +177,7 @@ def cluster(nodes: Cluster) -> str:  # noqa: ARG001 - Serve runs on it
 
 @pytest.fixture(scope="module")
 def deploy(cluster: str) -> Iterator[Callable[[Any], httpx.Client]]:
-    """Deploys an application in place of the last one; returns a client of it."""
+    """Deploy an application in place of the last one. Returns a client of it."""
     from ray import serve
 
     with httpx.Client(base_url=cluster, timeout=120, limits=SHARED_BY_THREADS) as client:

@@ -1,7 +1,7 @@
-"""The examples of the documentation: what can be run is run, and what follows as its answer is compared.
+"""The examples of the documentation: they are run, and the answers that follow them are compared.
 
-A ``python`` block is run, and a ``sh`` block whose first word is ``curl`` or ``score-serve``. A ``json`` or ``text``
-block that follows is what it printed.
+A ``python`` block is run, and a ``sh`` block that begins with ``curl`` or ``score-serve``. A ``json`` or ``text``
+block that follows is its output.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ FILES = [
 ADDRESS = "http://127.0.0.1:8000"
 COMMANDS = ("curl", "score-serve")
 CHANGING = {"id", "created", "cached_tokens", "x_cached_tokens", "version", "buckets", "max_queued_tokens"}
-"""Fields whose values are others each time, or on each machine."""
+"""Fields that have other values each time, or on each machine."""
 TOLERANCE = 1e-3
-"""Of a number in JSON, relative: logprobs are within 1e-4 of each other on any machine."""
+"""Relative difference of a number in JSON: logprobs differ by at most 1e-4 between machines."""
 LAST_DIGIT = 1.1e-4
-"""Of a number with four decimals in a line of text."""
+"""Difference of a number with four decimals in a line of text."""
 
 _FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Example:
-    """A block that is run, and the answer that the document shows, if it shows one."""
+    """A block to run, and the answer that the document shows, if any."""
 
     name: str
     language: str
@@ -49,7 +49,7 @@ class Example:
 
 
 def examples() -> Iterator[Example]:
-    """All that can be run, in the documents' order."""
+    """All examples that can be run, in the documents' order."""
     for file in FILES:
         text = (ROOT / file).read_text()
         blocks = list(_FENCED.finditer(text))
@@ -63,7 +63,7 @@ def examples() -> Iterator[Example]:
 
 
 def run(example: Example, url: str) -> str:
-    """What the example prints, asked of the service at ``url``."""
+    """Run the example against the service at ``url``. Returns its output."""
     code = example.code.replace(ADDRESS, url)
     if example.language == "python":
         printed = io.StringIO()
@@ -83,7 +83,7 @@ def run(example: Example, url: str) -> str:
 
 
 def check(printed: str, shown: str) -> None:
-    """What was printed must be what the document shows, but for the last digits of its numbers."""
+    """Check that the output is what the document shows, except for the last digits of numbers."""
     try:
         same(json.loads(printed), json.loads(shown))
     except json.JSONDecodeError:  # lines of text, or of JSON
@@ -97,13 +97,13 @@ def check(printed: str, shown: str) -> None:
 
 
 def _parts(line: str) -> list[Any]:
-    """A line's words and numbers."""
+    """The words and numbers of a line."""
     found = re.findall(r"-?\d+\.\d+|[^\s\d]+|\d+", line)
     return [float(part) if re.fullmatch(r"-?\d+\.\d+", part) else part for part in found]
 
 
 def same(printed: Any, shown: Any, where: str = "", absolute: float = 0.0) -> None:
-    """Raise AssertionError where two answers differ, but for ``CHANGING`` fields."""
+    """Raise AssertionError if two answers differ, except in ``CHANGING`` fields."""
     if isinstance(shown, float) and isinstance(printed, int | float):
         near = math.isclose(printed, shown, rel_tol=TOLERANCE, abs_tol=absolute)
         assert near, f"{where}: {printed}, and the document shows {shown}"

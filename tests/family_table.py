@@ -1,6 +1,6 @@
-"""What each family's tiny checkpoint gives on this machine: the table of docs/measurements.md.
+"""Measures each family's tiny checkpoint on this machine, for the table of docs/measurements.md.
 
-Run as ``python -m tests.family_table``; takes some minutes.
+Run as ``python -m tests.family_table``; it takes some minutes.
 """
 
 import os
@@ -26,7 +26,7 @@ from tests.invariance.rows import prompts, values
 from tests.parity import cases
 from tests.tiny_families import CONFIGS, config_of, make_family
 
-SIZES: dict[str, Any] = {"max_row_tokens": 32, "call_tokens": 64, "chunks": (64,), "prefix_cache_bytes": 2**21}
+SIZES: dict[str, Any] = {"max_segment_tokens": 32, "call_tokens": 64, "chunks": (64,), "prefix_cache_bytes": 2**21}
 
 
 def errors(folder: Path) -> tuple[float, float, float]:
@@ -47,11 +47,11 @@ def errors(folder: Path) -> tuple[float, float, float]:
 
 
 def compiles(family: str) -> str:
-    """For how many v6e chips the rows program compiles, with the attention kernel in every layer."""
+    """The numbers of v6e chips for which the segments program compiles, with the attention kernel in every layer."""
     config, chips, found = from_hf(config_of(family)), devices("v6e", "2x2"), list[str]()
     for over in (sharding.mesh(1, 1, chips[:1]), sharding.mesh(2, 2, chips)):
         programs, laid = loading.without_weights(config, over, BY_PLATFORM["tpu"])
-        traced = programs.compiler.trace(Kind.ROWS, laid.ladder[0])
+        traced = programs.compiler.trace(Kind.SEGMENTS, laid.ladder[0])
         _, kernels = program_cost(traced, traced.lower().compile(), trips=config.layers - 1)
         assert kernels == config.layers, family
         found.append(str(over.size))

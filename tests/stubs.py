@@ -8,7 +8,7 @@ from serve_app.scorer.fake_engine import FakeEngine
 
 
 class HeldEngine(FakeEngine):
-    """Computes nothing until ``gate`` opens.
+    """An engine that computes nothing until ``gate`` opens.
 
     Attributes:
         entered: a batch has come.
@@ -29,10 +29,10 @@ class HeldEngine(FakeEngine):
 
 
 class HangingReplicas:
-    """Never answer, and remember who stopped waiting.
+    """Replicas that never answer, and notice when a caller stops waiting.
 
     Attributes:
-        jobs: all that came.
+        jobs: all jobs that came.
         started: a job has come.
         cancelled: a caller has left.
     """

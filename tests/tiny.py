@@ -1,6 +1,6 @@
 """Tiny random Llama checkpoints in Hugging Face layout, made with numpy alone.
 
-The default constants are awkward on purpose: a field that nobody reads (theta, eps, head width that is not D/N, K that
+The default constants are awkward on purpose: a field that is not read (theta, eps, head width that is not D/N, K that
 is not N, biases) changes the scores, and a comparison shows it.
 """
 
@@ -61,7 +61,7 @@ def make_llama(
         folder: made if absent.
         seed: the same arguments give the same bytes.
         width: a multiple of ``heads``, which transformers asks for, though ``head_width`` is set apart.
-        shards: more than 1 writes that many files and an index.
+        shards: the number of files; more than 1 have an index.
         tokenizer: also a byte-level BPE with a few merges; ``vocab`` must be at least ``SMALLEST_VOCAB``, and any rows
             above it have no token.
     """
@@ -96,7 +96,7 @@ def make_llama(
 
 
 def _tensors(rng: np.random.Generator, config: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Scaled so that attention is far from uniform and logits spread by about 3, as a trained model's are."""
+    """Random tensors, scaled like a trained model's: attention is far from uniform, and logits spread by about 3."""
     width, vocab, ff = config["hidden_size"], config["vocab_size"], config["intermediate_size"]
     queries = config["num_attention_heads"] * config["head_dim"]
     keys = config["num_key_value_heads"] * config["head_dim"]

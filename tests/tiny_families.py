@@ -125,7 +125,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
 }
 
 FAMILIES = tuple(name for name in CONFIGS if name != "llama")
-"""Those that have no tests of their own."""
+"""Families that have no tests of their own."""
 CLASSIFIERS: Mapping[str, str] = {
     "llama": "LlamaForSequenceClassification",
     "qwen2": "Qwen2ForSequenceClassification",
@@ -133,7 +133,7 @@ CLASSIFIERS: Mapping[str, str] = {
     "gemma2": "Gemma2ForSequenceClassification",
     "gemma3": "Gemma3TextForSequenceClassification",
 }
-"""Families that may have a classification head, and their architecture then."""
+"""Families that may have a classification head, and their architecture with it."""
 
 NORMS: Mapping[str, tuple[str, ...]] = {
     "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm"),
@@ -142,7 +142,7 @@ NORMS: Mapping[str, tuple[str, ...]] = {
         ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
     ),
 }
-"""Of a layer, where they are not Llama's."""
+"""Norms of a layer, if they are not Llama's."""
 QK_NORMS: Mapping[str, str] = {
     "qwen3": "one head",
     "qwen3_moe": "one head",
@@ -155,7 +155,7 @@ def make_family(folder: Path, family: str, *, classes: int = 0) -> Path:
     """Write ``config.json`` and random safetensors into ``folder`` and return it.
 
     Args:
-        classes: of a classification head in place of the output head; 0: the model is causal.
+        classes: number of classes of a head in place of the output head; 0: the model is causal.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = config_of(family)
@@ -173,7 +173,7 @@ def config_of(family: str) -> dict[str, Any]:
 
 
 def _tensors(rng: np.random.Generator, config: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Scaled so that attention is far from uniform and logits spread by about 3."""
+    """Random tensors, scaled so that attention is far from uniform and logits spread by about 3."""
     kind, width = config["model_type"], config["hidden_size"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head = config.get("head_dim", width // heads)

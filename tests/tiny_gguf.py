@@ -45,7 +45,7 @@ def interleave(tensor: np.ndarray, heads: int) -> np.ndarray:
 def write_gguf(
     source: Path, path: Path, *, edit: Edit = lambda *_: None, quantised: gguf.GGMLQuantizationType | None = None
 ) -> Path:
-    """What llama.cpp's own converter makes of a tiny checkpoint. ``edit`` changes keys and tensors before writing."""
+    """Write a tiny checkpoint as llama.cpp's own converter does. ``edit`` changes keys and tensors before."""
     config = json.loads((source / "config.json").read_text())
     tokens = list(json.loads((source / "tokenizer.json").read_text())["model"]["vocab"])
     keys: dict[str, Any] = {
@@ -100,7 +100,7 @@ SENTENCEPIECE = (*CONTROLS, *USER_DEFINED, *(f"<0x{byte:02X}>" for byte in range
 
 
 def write_gemma3_gguf(source: Path, path: Path, *, edit: Edit = lambda *_: None) -> Path:
-    """The same of a tiny Gemma 3 (``tests.tiny_families``), with a tokenizer of SentencePiece's type."""
+    """Write a tiny Gemma 3 (``tests.tiny_families``) likewise, with a tokenizer of SentencePiece's type."""
     config = json.loads((source / "config.json").read_text())
     kinds = (
         [gguf.TokenType.CONTROL] * len(CONTROLS)

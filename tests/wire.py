@@ -1,4 +1,4 @@
-"""Bytes over a socket, as no HTTP library sends them, and the answers as they come."""
+"""Requests over a socket, in ways that no HTTP library sends them, and their answers."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def post(
 
 
 class Wire:
-    """One connection."""
+    """One connection to a server."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
 
     def send(self, *packets: bytes) -> None:
-        """In packets of their own."""
+        """Send each part in a packet of its own."""
         for number, packet in enumerate(packets):
             if number:
                 time.sleep(0.1)
@@ -60,13 +60,13 @@ class Wire:
         return response.status, json.loads(response.read() or "null")
 
     def ends(self) -> bool:
-        """Whether the other end has closed, and sent nothing more."""
+        """Return whether the other end has closed without sending more."""
         return self.socket.recv(1) == b""
 
 
 @contextmanager
 def connected(url: str) -> Iterator[Wire]:
-    """A connection to the service."""
+    """Open a connection to the service."""
     address = urlsplit(url)
     with socket.create_connection((address.hostname or "", address.port or 80), timeout=60) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

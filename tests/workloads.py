@@ -11,7 +11,7 @@ from tests.batches import label_batch
 def with_reference(
     workload: str, variant: int, *, most: int | None = None
 ) -> tuple[TokenBatch, npt.NDArray[np.float64]]:
-    """Each query of a variant with at most so many of its items, and every label's log-probability, flat."""
+    """Each query of a variant with at most ``items`` of its items, and every label's log-probability, flat."""
     asked = load(workload, most=variant + 1)[variant]
     assert asked.reference is not None
     prompts = [prompt for request in asked.requests for prompt in request.prompts[:most]]

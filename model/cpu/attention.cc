@@ -1,18 +1,18 @@
-// Attention of packed rows, each over a paged prefix and over itself, on a CPU: what model/attention.py describes, in
-// one call. A query folds its own row's keys, then the prefix's, into a running softmax, 64 keys at a time
-// (FlashAttention, arXiv 2205.14135, section 3.1), so that scores and weights never leave the first cache.
+// Attention of packed segments, each over a paged prefix and over itself, on a CPU: what model/attention.py describes, in
+// one call. A query folds the keys it sees into a running softmax, 64 at a time (FlashAttention, arXiv 2205.14135,
+// section 3.1), so that scores and weights never leave the first cache.
 //
-// A query's arithmetic does not depend on what else is in the call: keys are cut into blocks from their row's first
-// token and from the prefix's, every sum runs in the order of the keys, and what is masked adds an exact zero.
+// A query's bits depend on nothing but the tokens before it: not on what else is in the call, and not on how many of
+// these tokens are in the prefix. Keys come in the order of their positions in the sequence, in blocks that begin at
+// multiples of 64, wherever they are stored; every sum runs in the order of the keys, and what is masked adds an exact
+// zero.
 //
 // Sizes by the letters of model/__init__.py.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <functional>
 #include <limits>
-#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -23,19 +23,6 @@ constexpr int kKeys = 64;       // of one block
 constexpr int64_t kSteps = 32;  // of one sum
 constexpr int kTileRows = 384;  // queries that share a packed block: their running sums stay in the second cache
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-template <int distance, int... lane>
-Floats Swapped(Floats x, std::integer_sequence<int, lane...>) {
-  return __builtin_shufflevector(x, x, (lane ^ distance)...);
-}
-
-// In every lane what `join` makes of all of them, in pairs, then pairs of pairs.
-template <int distance = kLanes / 2, typename Join>
-Floats Across(Floats x, Join join) {
-  x = join(x, Swapped<distance>(x, std::make_integer_sequence<int, kLanes>()));
-  if constexpr (distance > 1) x = Across<distance / 2>(x, join);
-  return x;
-}
 
 Floats Larger(Floats a, Floats b) { return a > b ? a : b; }
 
@@ -73,7 +60,7 @@ class Worker {
     sums_.resize(rows * padded_);
     totals_.resize(rows * kLanes);
     highest_.resize(rows);
-    places_.resize(rows);
+    positions_.resize(rows);
   }
 
   // Attends from queries first:last of one key/value head's group.
@@ -90,92 +77,106 @@ class Worker {
     std::fill_n(sums_.begin(), (rows + 2 * kRows) * padded_, 0.0f);
     std::fill_n(totals_.begin(), (rows + 2 * kRows) * kLanes, 0.0f);
     std::fill_n(highest_.begin(), rows + 2 * kRows, -kInfinity);
-    std::fill_n(places_.begin(), rows + 2 * kRows, 0);
-    for (int64_t from = first; from < last;) from = Own(head, first, from, last);
-    for (int64_t from = first; from < last;) from = Prefix(head, first, from, last);
+    std::fill_n(positions_.begin(), rows + 2 * kRows, -1);
+    for (int64_t from = first; from < last;) from = Behind(head, first, from, last);
     Write(head, first, all);
   }
 
  private:
-  // Folds in the own row of query `from` and of those after it that are of the same row; returns the first that is not.
-  int64_t Own(int64_t head, int64_t first, int64_t from, int64_t last) {
+  // Queries of one segment, which follow each other.
+  struct Segment {
+    int64_t begin, end;    // their rows
+    int64_t start, count;  // the segment's first token, and how many of its tokens the last of them sees
+  };
+
+  // Folds all keys into query `from` and into those after it that see the same prefix; returns the first that does not.
+  int64_t Behind(int64_t head, int64_t first, int64_t from, int64_t last) {
+    const int64_t groups = p_.groups(), number = p_.prefixes[p_.reads[from]], length = p_.lengths[number];
+    segments_.clear();
+    int64_t until = from;
+    while (until < last && p_.prefixes[p_.reads[until]] == number) until = Collect(first, until, last, length);
+    const int64_t shared = length / kKeys * kKeys;  // whole blocks, which all of these queries see
+    int64_t key = std::max<int64_t>(length + 1 - p_.window, 0) / kKeys * kKeys;  // no query sees further back
+    for (; key < shared; key += kKeys) {
+      PackPrefix(head, number, key, kKeys);
+      Fold((from - first) * groups, (until - first) * groups, key, kKeys);
+    }
+    // The block that the prefix ends in goes on with the segment's own keys: of that, only these are packed anew.
+    const int64_t rest = length - shared, room = kKeys - rest;
+    if (rest > 0) PackPrefix(head, number, shared, rest);
+    for (const Segment& own : segments_) FoldOwn(head, own, 0, std::min(room, own.count), shared, rest);
+    for (const Segment& own : segments_) {
+      for (int64_t done = room; done < own.count; done += kKeys) {
+        FoldOwn(head, own, done, std::min<int64_t>(kKeys, own.count - done), length + done, 0);
+      }
+    }
+    return until;
+  }
+
+  // Adds to `segments_` that of query `from` and of those after it that are of the same; returns the first that is not.
+  int64_t Collect(int64_t first, int64_t from, int64_t last, int64_t length) {
     const int64_t groups = p_.groups(), token = p_.reads[from];
     const int32_t segment = p_.segments[token];
     int64_t start = token, until = from, latest = token;
     while (start > 0 && p_.segments[start - 1] == segment) --start;
     for (; until < last && p_.segments[p_.reads[until]] == segment; ++until) {
-      latest = std::max<int64_t>(latest, p_.reads[until]);
-      for (int64_t group = 0; group < groups; ++group) {
-        places_[(until - first) * groups + group] = static_cast<int32_t>(p_.reads[until] - start);
-      }
+      const int64_t place = p_.reads[until];
+      latest = std::max(latest, place);
+      const int64_t position = segment < 0 ? -1 : length + place - start;  // padding sees nothing
+      std::fill_n(positions_.begin() + (until - first) * groups, groups, static_cast<int32_t>(position));
     }
-    if (segment < 0) return until;  // padding
-    const int64_t stride = p_.kv_heads * p_.width, at = start * stride + head * p_.width;
-    const auto *k = static_cast<const Stored*>(p_.k) + at, *v = static_cast<const Stored*>(p_.v) + at;
-    const int64_t begin = (from - first) * groups, end = (until - first) * groups;
-    for (int64_t key = 0; key <= latest - start; key += kKeys) {
-      const int count = static_cast<int>(std::min<int64_t>(kKeys, latest - start + 1 - key));
-      Pack(k + key * stride, v + key * stride, stride, count);
-      Fold(begin, end, key, count, true);
-    }
+    if (segment >= 0) segments_.push_back({(from - first) * groups, (until - first) * groups, start, latest + 1 - start});
     return until;
   }
 
-  // Folds the prefix of query `from` into it and into those after it that see the same; returns the first that does not.
-  int64_t Prefix(int64_t head, int64_t first, int64_t from, int64_t last) {
-    const int64_t groups = p_.groups(), number = p_.prefixes[p_.reads[from]], length = p_.lengths[number];
-    int64_t until = from + 1;
-    while (until < last && p_.prefixes[p_.reads[until]] == number) ++until;
-    const auto* pool = static_cast<const Stored*>(p_.pool);
-    int64_t key = std::max<int64_t>(length + 1 - p_.window, 0) / kKeys * kKeys;  // no query sees further back
-    for (; key < length; key += kKeys) {
-      const int64_t page = p_.tables[number * p_.slots + key / p_.page];
-      const int64_t half = p_.kv_heads * p_.page * p_.width;  // from keys to values
-      const Stored* k = pool + ((page * p_.layers + p_.layer) * 2 * p_.kv_heads + head) * p_.page * p_.width +
-                        key % p_.page * p_.width;
-      const int count = static_cast<int>(std::min<int64_t>(kKeys, length - key));
-      Pack(k, k + half, p_.width, count);
-      Fold((from - first) * groups, (until - first) * groups, key - length, count, false);
-    }
-    return until;
+  // Packs `count` of a prefix's keys from `key` on, which a page holds one after the other.
+  void PackPrefix(int64_t head, int64_t number, int64_t key, int64_t count) {
+    const int64_t page = p_.tables[number * p_.slots + key / p_.page];
+    const int64_t half = p_.kv_heads * p_.page * p_.width;  // from keys to values
+    const Stored* k = static_cast<const Stored*>(p_.pool) +
+                      ((page * p_.layers + p_.layer) * 2 * p_.kv_heads + head) * p_.page * p_.width +
+                      key % p_.page * p_.width;
+    Pack(k, k + half, p_.width, 0, count);
   }
 
-  // Up to kKeys keys [step][key] and values [key / kPacked][channel], as the micro-kernel reads them. A value that is
-  // not finite becomes 0: weighted by the 0 of a query that may not see it, it would spoil that query all the same.
-  void Pack(const Stored* k, const Stored* v, int64_t stride, int count) {
-    for (int key = 0; key < count; ++key) {
+  // Folds in `count` of the segment's own keys, from its `done`-th on, which stand in the block at position `block` after
+  // `rest` others.
+  void FoldOwn(int64_t head, const Segment& own, int64_t done, int64_t count, int64_t block, int64_t rest) {
+    const int64_t stride = p_.kv_heads * p_.width, at = (own.start + done) * stride + head * p_.width;
+    Pack(static_cast<const Stored*>(p_.k) + at, static_cast<const Stored*>(p_.v) + at, stride, rest, count);
+    Fold(own.begin, own.end, block, static_cast<int>(rest + count));
+  }
+
+  // `count` keys [step][key] and values [key / kPacked][channel], as the micro-kernel reads them, into the block from
+  // place `first` on; what else is in it stays. A value that is not finite becomes 0: weighted by the 0 of a query that
+  // may not see it, it would spoil that query all the same.
+  void Pack(const Stored* k, const Stored* v, int64_t stride, int64_t first, int64_t count) {
+    for (int64_t key = 0; key < count; ++key) {
       for (int64_t step = 0; step < steps_; ++step) {
-        keys_[step * kKeys + key] = D::Pack(k + key * stride + step * D::kPacked);
+        keys_[step * kKeys + first + key] = D::Pack(k + key * stride + step * D::kPacked);
       }
     }
-    for (int64_t step = 0; step < steps_; ++step) {
-      std::fill(keys_.begin() + step * kKeys + count, keys_.begin() + (step + 1) * kKeys, Unit{});
-    }
-    Stored pair[2] = {};
-    for (int key = 0; key < kKeys; key += D::kPacked) {
-      Unit* to = &values_[key / D::kPacked * padded_];
+    for (int64_t key = 0; key < count; ++key) {
+      const int64_t place = first + key;
+      Unit* to = &values_[place / D::kPacked * padded_];
       for (int64_t channel = 0; channel < p_.width; ++channel) {
-        for (int part = 0; part < D::kPacked; ++part) {
-          const Stored value = key + part < count ? v[(key + part) * stride + channel] : Stored{};
-          pair[part] = std::isfinite(D::Wide(value)) ? value : Stored{};
-        }
-        to[channel] = D::Pack(pair);
+        const Stored value = v[key * stride + channel];
+        D::Put(&to[channel], place % D::kPacked, std::isfinite(D::Wide(value)) ? value : Stored{});
       }
     }
   }
 
-  // Folds the packed keys into the running softmax of rows begin:end. Key 0 of the block stands at `place` from the row's
-  // first token on; in a row's own keys, a query sees none after its own place.
-  void Fold(int64_t begin, int64_t end, int64_t place, int count, bool causal) {
+  // Folds the first `count` keys of the packed block into the running softmax of rows begin:end. The block begins at
+  // position `block`; a query sees what is in its window, up to its own position.
+  void Fold(int64_t begin, int64_t end, int64_t block, int count) {
     alignas(64) float scores[kRows][kKeys];
     alignas(64) Unit weights[kRows][kKeys / D::kPacked];
     for (int64_t row = begin; row < end; row += kRows) {
       int from[kRows], until[kRows], most = 0, least = kKeys, latest_from = 0;
       for (int i = 0; i < kRows; ++i) {
-        const int64_t own = places_[row + i];
-        until[i] = row + i < end ? count : 0;
-        if (causal) until[i] = static_cast<int>(std::clamp<int64_t>(own + 1 - place, 0, until[i]));
-        from[i] = static_cast<int>(std::clamp<int64_t>(own - p_.window + 1 - place, 0, kKeys));
+        const int64_t after = positions_[row + i] + 1 - block;
+        until[i] = row + i < end ? static_cast<int>(std::clamp<int64_t>(after, 0, count)) : 0;
+        from[i] = static_cast<int>(std::clamp<int64_t>(after - p_.window, 0, kKeys));
         most = std::max(most, from[i] < until[i] ? until[i] : 0);
         least = std::min(least, until[i]);
         latest_from = std::max(latest_from, from[i]);
@@ -270,7 +271,7 @@ class Worker {
     for (int i = 0; i < kRows; ++i) {
       for (int j = 0; j < vectors; ++j) {
         float* sum = to.sums + i * to.stride + column + j * kLanes;
-        Store(sum, to.kept[i] == 0 ? tile[i][j] : to.kept[i] * Load(sum) + tile[i][j]);
+        Store(sum, to.kept[i] == 0 ? tile[i][j] : Fused(All(to.kept[i]), Load(sum), tile[i][j]));
       }
     }
   }
@@ -282,7 +283,7 @@ class Worker {
     for (int64_t row = 0; row < rows; ++row) {
       Stored* to = out + ((first + row / groups) * p_.heads + head * groups + row % groups) * p_.width;
       const bool padding = p_.segments[p_.reads[first + row / groups]] < 0;
-      const float total = Across(Load(&totals_[row * kLanes]), std::plus<Floats>())[0];
+      const float total = Across(Load(&totals_[row * kLanes]), Plus)[0];
       for (int64_t channel = 0; channel < p_.width; ++channel) {
         to[channel] = padding ? Stored{} : D::Narrow(sums_[row * padded_ + channel] / total);
       }
@@ -293,7 +294,8 @@ class Worker {
   int64_t padded_, steps_;
   std::vector<Unit> queries_, keys_, values_;
   std::vector<float> sums_, totals_, highest_;  // running: weighted values, sums by lane, and maxima
-  std::vector<int32_t> places_;                 // of each query's token in its row
+  std::vector<int32_t> positions_;              // of each query in its sequence
+  std::vector<Segment> segments_;               // of the queries at hand
 };
 
 template <typename D>

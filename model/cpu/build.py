@@ -26,9 +26,11 @@ SYMBOLS = {
     "products": "ScoreProducts",
     "gated": "ScoreGated",
     "normalizers": "ScoreNormalizers",
+    "dots": "ScoreDots",
 }
 """A kernel's name here -> its name in the sources."""
-OPTIONS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared")
+OPTIONS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared")
+"""Products and sums are fused where the sources say so: where a compiler chooses, bits depend on its choice."""
 
 PREFIX = "score_serve"
 

@@ -13,9 +13,12 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <utility>
 
 #if defined(__FMA__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "xla/ffi/api/ffi.h"
@@ -37,14 +40,14 @@ constexpr int kVectors = 2;
 constexpr int kRows = 6;
 
 using Floats = float __attribute__((vector_size(4 * kLanes), aligned(4)));
-using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
+using Ints = int32_t __attribute__((vector_size(4 * kLanes), aligned(4)));
 
 Floats All(float x) { return x - Floats{}; }
 Floats Load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
 void Store(float* to, Floats x) { *reinterpret_cast<Floats*>(to) = x; }
 
-// a * b + sum, rounded once where the processor can, whatever the compiler would make of it: GCC fuses the two for some
-// numbers of rows and not for others, by what is faster, and a row's bits would depend on what is beside it.
+// a * b + sum, rounded once where the processor can. Nothing else is fused, see model/cpu/build.py: GCC fuses the two in
+// some copies of a loop and not in others, by what is faster, and a row's bits would depend on what is beside it.
 Floats Fused(Floats a, Floats b, Floats sum) {
 #if defined(__AVX512F__)
   return std::bit_cast<Floats>(
@@ -52,10 +55,27 @@ Floats Fused(Floats a, Floats b, Floats sum) {
 #elif defined(__FMA__)
   return std::bit_cast<Floats>(
       _mm256_fmadd_ps(std::bit_cast<__m256>(a), std::bit_cast<__m256>(b), std::bit_cast<__m256>(sum)));
+#elif defined(__aarch64__)
+  return vfmaq_f32(sum, a, b);
 #else
   return a * b + sum;
 #endif
 }
+
+template <int distance, int... lane>
+Floats Swapped(Floats x, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(x, x, (lane ^ distance)...);
+}
+
+// In every lane what `join` makes of all of them, in pairs, then pairs of pairs.
+template <int distance = kLanes / 2, typename Join>
+Floats Across(Floats x, Join join) {
+  x = join(x, Swapped<distance>(x, std::make_integer_sequence<int, kLanes>()));
+  if constexpr (distance > 1) x = Across<distance / 2>(x, join);
+  return x;
+}
+
+Floats Plus(Floats a, Floats b) { return a + b; }
 
 float Widened(uint16_t x) { return std::bit_cast<float>(uint32_t{x} << 16); }
 
@@ -73,11 +93,11 @@ Floats Exponential(Floats x) {
   // Adding 1.5 * 2^23 rounds to an integer, and leaves it in the lowest bits; 127 more, and they are 2^n's exponent.
   const Floats magic = All(12582912.0f + 127.0f), shifted = kept + magic, f = kept - (shifted - magic);
   Floats p = All(1.3264723896e-3f);  // 2^f for -0.5 <= f <= 0.5: minimax of (2^f - 1) / f, relative error 9.2e-8
-  p = p * f + 9.6715128699e-3f;
-  p = p * f + 5.5507337542e-2f;
-  p = p * f + 2.4022242080e-1f;
-  p = p * f + 6.9314697759e-1f;
-  p = p * f + 1.0f;
+  p = Fused(p, f, All(9.6715128699e-3f));
+  p = Fused(p, f, All(5.5507337542e-2f));
+  p = Fused(p, f, All(2.4022242080e-1f));
+  p = Fused(p, f, All(6.9314697759e-1f));
+  p = Fused(p, f, All(1.0f));
   return p * std::bit_cast<Floats>(std::bit_cast<Ints>(shifted) << 23);
 }
 
@@ -95,6 +115,7 @@ struct Float32 {
   static float Wide(Stored x) { return x; }
   static Stored Narrow(float x) { return x; }
   static Unit Pack(const Stored* x) { return *x; }
+  static void Put(Unit* to, int64_t, Stored x) { *to = x; }  // as one of those that a Unit packs
   static Floats Add(Floats sum, const Unit* a, const Unit* b) { return Fused(All(*a), Load(b), sum); }
   // Stores weights as operands, and gives them as they were stored.
   static Floats Round(float* to, Floats x) {
@@ -111,6 +132,9 @@ struct BFloat16 {
   static float Wide(Stored x) { return Widened(x); }
   static Stored Narrow(float x) { return Narrowed(x); }
   static Unit Pack(const Stored* x) { return x[0] | uint32_t{x[1]} << 16; }
+  static void Put(Unit* to, int64_t part, Stored x) {
+    *to = part == 0 ? (*to & 0xffff0000) | x : (*to & 0xffff) | uint32_t{x} << 16;
+  }
   static Floats Add(Floats sum, const Unit* a, const Unit* b) {
     const __m512i all = _mm512_set1_epi32(static_cast<int>(*a));
     return std::bit_cast<Floats>(_mm512_dpbf16_ps(std::bit_cast<__m512>(sum), std::bit_cast<__m512bh>(all),
@@ -128,6 +152,7 @@ struct BFloat16 : Float32 {  // multiplied as float32
   static float Wide(Stored x) { return Widened(x); }
   static Stored Narrow(float x) { return Narrowed(x); }
   static Unit Pack(const Stored* x) { return Widened(*x); }
+  static void Put(Unit* to, int64_t, Stored x) { *to = Widened(x); }
   static Floats Round(float* to, Floats x) {
     for (int lane = 0; lane < kLanes; ++lane) to[lane] = Widened(Narrowed(x[lane]));
     return Load(to);

@@ -20,6 +20,7 @@ namespace {
 constexpr int kPanel = 64;           // columns of a kernel that lie beside each other
 constexpr int64_t kBlock = 96;       // rows that a thread takes at once
 constexpr int64_t kHeadBlock = 384;  // the same of the head's
+constexpr int64_t kDots = 65536;     // numbers that a thread sums up at once
 constexpr int64_t kLine = 64;        // bytes that the memory hands out together
 constexpr int64_t kSteps = 192;      // of one sum: sums of such sums are more exact, and cost 1%
 
@@ -206,63 +207,88 @@ void Gated(ffi::ThreadPool& pool, const Input& x, const void* gate, const Linear
   });
 }
 
+// Rows as they are multiplied, `steps` units each. Where a dtype is multiplied as another they are made in `room`.
+template <typename D>
+const typename D::Unit* Units(const typename D::Stored* rows, int64_t count, std::vector<typename D::Unit>& room) {
+  if constexpr (sizeof(typename D::Unit) == D::kPacked * sizeof(typename D::Stored)) {
+    return reinterpret_cast<const typename D::Unit*>(rows);
+  } else {
+    room.resize(count);
+    for (int64_t i = 0; i < count; ++i) room[i] = D::Pack(rows + i * D::kPacked);
+    return room.data();
+  }
+}
+
 // Rows packed as a panel's columns.
 template <typename D>
 std::vector<typename D::Unit> Packed(const Input& x) {
   const int64_t panels = (x.count + kPanel - 1) / kPanel;
   std::vector<typename D::Unit> packed(panels * x.steps * kPanel);
   for (int64_t row = 0; row < x.count; ++row) {
-    const auto* from = static_cast<const typename D::Unit*>(x.rows) + row * x.steps;
+    const auto* from = static_cast<const typename D::Stored*>(x.rows) + row * x.steps * D::kPacked;
     auto* to = packed.data() + row / kPanel * x.steps * kPanel + row % kPanel;
-    for (int64_t step = 0; step < x.steps; ++step) to[step * kPanel] = from[step];
+    for (int64_t step = 0; step < x.steps; ++step) to[step * kPanel] = D::Pack(from + step * D::kPacked);
   }
   return packed;
 }
 
-// Of a panel's columns the highest logit so far, and the sum of exponentials of the distances from it.
+// Of a panel's columns the highest logit so far, the first row that has it, and the sum of exponentials of the distances
+// from it.
 struct Sums {
   float highest[kPanel], total[kPanel];
+  int32_t best[kPanel];
 
-  void Fold(float (*logits)[kPanel], int64_t rows, int64_t columns, float softcap) {
+  void Fold(float (*logits)[kPanel], int64_t first, int64_t rows, int64_t columns, float softcap) {
     for (int64_t at = 0; at < columns; at += kLanes) {
       const Floats before = Load(&highest[at]);
       Floats now = before;
+      Ints row = *reinterpret_cast<const Ints*>(&best[at]);
       for (int64_t i = 0; i < rows; ++i) {
         Floats logit = Load(&logits[i][at]);
         if (softcap > 0) Store(&logits[i][at], logit = softcap * HyperbolicTangent(logit / softcap));
+        row = logit > now ? static_cast<int32_t>(first + i) - Ints{} : row;
         now = logit > now ? logit : now;
       }
       Floats sum = Load(&total[at]) * Exponential(before - now);
       for (int64_t i = 0; i < rows; ++i) sum += Exponential(Load(&logits[i][at]) - now);
       Store(&highest[at], now);
       Store(&total[at], sum);
+      *reinterpret_cast<Ints*>(&best[at]) = row;
     }
   }
 };
 
-// log(sum(exp(logits))) of each row of x, where the logits are x times the head's [vocabulary, steps] rows. These are
-// the rows of the products here, and x's become a panel's columns, so that the head is read as it lies.
+// Of each row of x: log(sum(exp(logits))), the number of the first of the highest logits, and that logit.
+struct Found {
+  float* normalizers;
+  int32_t* best;
+  float* highest;
+};
+
+// The logits are x times the head's [vocabulary, steps] rows. These are the rows of the products here, and x's become a
+// panel's columns, so that the head is read as it lies.
 template <typename D>
-void Normalizers(ffi::ThreadPool& pool, const Input& x, const Input& head, float softcap, float* out) {
+void Normalizers(ffi::ThreadPool& pool, const Input& x, const Input& head, float softcap, const Found& out) {
   using Unit = typename D::Unit;
+  using Stored = typename D::Stored;
   const int64_t panels = (x.count + kPanel - 1) / kPanel, blocks = (head.count + kHeadBlock - 1) / kHeadBlock;
   const auto packed = std::make_shared<const std::vector<Unit>>(Packed<D>(x));
   Sums none{};
   std::fill_n(none.highest, kPanel, -std::numeric_limits<float>::infinity());
   const auto parts = std::make_shared<std::vector<Sums>>(blocks * panels, none);
   Share(pool, blocks, [=] {
-    return [=](int64_t block) {
-      const int64_t last = std::min(head.count, (block + 1) * kHeadBlock);
+    return [=, room = std::vector<Unit>()](int64_t block) mutable {
+      const int64_t last = std::min(head.count, (block + 1) * kHeadBlock), width = x.steps * D::kPacked;
       for (int64_t panel = 0; panel < panels; ++panel) {
         const Unit* states = packed->data() + panel * x.steps * kPanel;
         const int64_t columns = std::min<int64_t>(kPanel, x.count - panel * kPanel);
         for (int64_t row = block * kHeadBlock; row < last; row += kRows) {
           alignas(64) float logits[kRows][kPanel];
           const int64_t rows = std::min<int64_t>(kRows, last - row);
-          const Unit* from = static_cast<const Unit*>(head.rows) + row * x.steps;
-          const Ahead<Unit> ahead{from + 2 * kRows * x.steps, kRows};
-          Multiply<D>(rows, from, x.steps, states, logits[0], columns, ahead);
-          (*parts)[block * panels + panel].Fold(logits, rows, columns, softcap);
+          const Stored* stored = static_cast<const Stored*>(head.rows) + row * width;
+          const Ahead<Unit> ahead{reinterpret_cast<const Unit*>(stored + 2 * kRows * width), kRows};
+          Multiply<D>(rows, Units<D>(stored, rows * x.steps, room), x.steps, states, logits[0], columns, ahead);
+          (*parts)[block * panels + panel].Fold(logits, row, rows, columns, softcap);
         }
       }
     };
@@ -270,13 +296,46 @@ void Normalizers(ffi::ThreadPool& pool, const Input& x, const Input& head, float
   for (int64_t row = 0; row < x.count; ++row) {
     const int64_t panel = row / kPanel, column = row % kPanel;
     float highest = none.highest[0], total = 0;
+    int32_t best = 0;
     const auto part = [&](int64_t block) -> const Sums& { return (*parts)[block * panels + panel]; };
-    for (int64_t block = 0; block < blocks; ++block) highest = std::max(highest, part(block).highest[column]);
+    for (int64_t block = 0; block < blocks; ++block) {
+      if (part(block).highest[column] > highest) {
+        highest = part(block).highest[column];
+        best = part(block).best[column];
+      }
+    }
     for (int64_t block = 0; block < blocks; ++block) {
       total += part(block).total[column] * std::exp(part(block).highest[column] - highest);
     }
-    out[row] = highest + std::log(total);
+    out.normalizers[row] = highest + std::log(total);
+    out.best[row] = best;
+    out.highest[row] = std::isnan(total) ? total : highest;
   }
+}
+
+// The sum of a * b, in one order for each count.
+float Dot(const float* a, const float* b, int64_t count) {
+  Floats sums[4] = {};
+  int64_t at = 0;
+  for (; at + 4 * kLanes <= count; at += 4 * kLanes) {
+    for (int j = 0; j < 4; ++j) sums[j] = Fused(Load(a + at + j * kLanes), Load(b + at + j * kLanes), sums[j]);
+  }
+  for (; at + kLanes <= count; at += kLanes) sums[0] = Fused(Load(a + at), Load(b + at), sums[0]);
+  float total = Across((sums[0] + sums[1]) + (sums[2] + sums[3]), Plus)[0];
+  for (; at < count; ++at) total += a[at] * b[at];
+  return total;
+}
+
+// The sum of each row of a * b.
+void Dots(ffi::ThreadPool& pool, const float* a, const float* b, int64_t rows, int64_t width, float* out) {
+  const int64_t most = std::max<int64_t>(1, kDots / width);
+  Share(pool, (rows + most - 1) / most, [=] {
+    return [=](int64_t unit) {
+      for (int64_t row = unit * most; row < std::min(rows, (unit + 1) * most); ++row) {
+        out[row] = Dot(a + row * width, b + row * width, width);
+      }
+    };
+  });
 }
 
 template <typename D>
@@ -324,11 +383,23 @@ ffi::Error HandleGated(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer ga
 }
 
 ffi::Error HandleNormalizers(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer head, float softcap,
-                             ffi::ResultBuffer<ffi::F32> out) {
-  return ByDtype(x, [&]<typename D>(D) {
-    Normalizers<D>(pool, Of<D>(x), Of<D>(head), softcap, out->typed_data());
-    return ffi::Error::Success();
-  });
+                             ffi::ResultBuffer<ffi::F32> normalizers, ffi::ResultBuffer<ffi::S32> best,
+                             ffi::ResultBuffer<ffi::F32> highest) {
+  const Found out{normalizers->typed_data(), best->typed_data(), highest->typed_data()};
+  if (x.element_type() == ffi::F32) {
+    Normalizers<Float32>(pool, Of<Float32>(x), Of<Float32>(head), softcap, out);
+  } else if (x.element_type() == ffi::BF16) {
+    Normalizers<BFloat16>(pool, Of<BFloat16>(x), Of<BFloat16>(head), softcap, out);
+  } else {
+    return ffi::Error::InvalidArgument("a head is float32 or bfloat16");
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error HandleDots(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> a, ffi::Buffer<ffi::F32> b,
+                      ffi::ResultBuffer<ffi::F32> out) {
+  Dots(pool, a.typed_data(), b.typed_data(), a.dimensions()[0], a.dimensions()[1], out->typed_data());
+  return ffi::Error::Success();
 }
 
 }  // namespace
@@ -354,6 +425,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ScoreNormalizers, HandleNormalizers,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Attr<float>("softcap")
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ScoreDots, HandleDots,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
 // Whether the processor multiplies bfloat16 faster than float32.

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from model.config import Activation
 from model.cpu import build
@@ -70,7 +70,17 @@ def gated(
     return kernel(x, gate, up, activation=activation)
 
 
-def log_normalizer(x: Float[Array, "R D"], head: Float[Array, "V D"], softcap: float | None) -> Float[Array, " R"]:
-    """The same as ``logprobs.log_normalizer``, with x in the head's dtype; the head is not packed; see ``products``."""
-    kernel = jax.ffi.ffi_call(build.target("normalizers"), jax.ShapeDtypeStruct(x.shape[:1], jnp.float32))
-    return kernel(x, head, softcap=np.float32(softcap or 0))
+def dots(a: Float[Array, "M D"], b: Float[Array, "M D"]) -> Float[Array, " M"]:
+    """The sum of each row of a * b, float32."""
+    return jax.ffi.ffi_call(build.target("dots"), jax.ShapeDtypeStruct(a.shape[:1], jnp.float32))(a, b)
+
+
+def argmax(
+    x: Float[Array, "R D"], head: Float[Array, "V D"], softcap: float | None
+) -> tuple[Float[Array, " R"], Int[Array, " R"], Float[Array, " R"]]:
+    """The same as ``logprobs.argmax``, with x in the head's dtype; the head is not packed; see ``products``."""
+    results = [jax.ShapeDtypeStruct(x.shape[:1], dtype) for dtype in (jnp.float32, jnp.int32, jnp.float32)]
+    normalizers, ids, highest = jax.ffi.ffi_call(build.target("normalizers"), results)(
+        x, head, softcap=np.float32(softcap or 0)
+    )
+    return normalizers, ids, highest

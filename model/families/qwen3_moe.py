@@ -69,9 +69,7 @@ class Experts(nnx.Module):
 
     def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
         tokens, per_token = x.shape[0], self.config.experts_per_token
-        shares, chosen = lax.top_k(jax.nn.softmax(self.router(x), axis=-1), per_token)
-        if self.config.norm_expert_weights:
-            shares = shares / shares.sum(axis=-1, keepdims=True)
+        shares, chosen = self._in_blocks(x) if self.config.native else self._chosen(x)
         places, experts, used = _blocks(chosen.reshape(-1), self.config.experts)
         pairs = jnp.zeros((experts.size * BLOCK_ROWS, x.shape[1]), x.dtype)
         pairs = pairs.at[places].set(jnp.repeat(x, per_token, axis=0))
@@ -85,6 +83,20 @@ class Experts(nnx.Module):
         mixed = jnp.sum(results * shares[..., None], axis=1)
         # Each device holds some of every expert's channels: as with an MLP, one sum over the devices.
         return mixed if self.config.shards == 1 else summed(mixed, MODEL, self.router.dtype)
+
+    def _chosen(self, x: Float[Array, "M D"]) -> tuple[Float[Array, "M chosen"], Int[Array, "M chosen"]]:
+        """The shares and the numbers of each token's experts."""
+        shares, chosen = lax.top_k(jax.nn.softmax(self.router(x), axis=-1), self.config.experts_per_token)
+        if self.config.norm_expert_weights:
+            shares = shares / shares.sum(axis=-1, keepdims=True)
+        return shares, chosen
+
+    def _in_blocks(self, x: Float[Array, "M D"]) -> tuple[Float[Array, "M chosen"], Int[Array, "M chosen"]]:
+        """The same in blocks of one size: of few experts, XLA's CPU backend rounds otherwise in other sizes."""
+        padded = jnp.pad(x, ((0, -len(x) % BLOCK_ROWS), (0, 0)))
+        blocks = lax.map(self._chosen, padded.reshape(-1, BLOCK_ROWS, x.shape[1]))
+        shares, chosen = (part.reshape(len(padded), -1)[: len(x)] for part in blocks)
+        return shares, chosen
 
     def _expert(self, x: Float[Array, "M D"], number: Int[Array, ""]) -> Float[Array, "M D"]:
         """One block of tokens through one expert."""

@@ -152,10 +152,10 @@ def launches(config: ModelConfig, laid: Layout, request: Request) -> Counter[Lau
             found[Launch(Kind.WRITE, size, 0)] += 1
             cached += size
         for call in plan.pack_bins(group.segments, laid.ladder):
-            found[Launch(Kind.ROWS, call.shape, group.prefix_length)] += 1
-    reads_of_head = [(Kind.TARGETS, len(sequences) * (config.classes or 2), laid.sizes.target_rows)]
+            found[Launch(Kind.SEGMENTS, call.shape, group.prefix_length)] += 1
+    reads_of_head = [(Kind.TARGETS, len(sequences) * (config.classes or 2), laid.sizes.target_sizes)]
     if not config.classes:
-        reads_of_head.append((Kind.NORMALIZER, len(sequences), laid.sizes.head_rows))
+        reads_of_head.append((Kind.NORMALIZER, len(sequences), laid.sizes.head_sizes))
     for kind, count, sizes in reads_of_head:
         for _, size, _ in plan.blocks(count, sizes):
             found[Launch(kind, size, 0)] += 1

@@ -33,8 +33,10 @@ from serve_app.frontend import auth
 from serve_app.local_ray import APP_NAME, free_port, reason, set_environment, start_ray
 from serve_app.schemas import ErrorResponse
 from serve_app.settings import ServiceSettings
-from serve_app.tasks import tokenizer_files
+from serve_app.tasks.chat import ChatTemplate
+from serve_app.tasks.profile_choice import choose_profile
 from serve_app.tasks.template_choice import choose
+from serve_app.tasks.tokenizer import TextTokenizer
 
 MIN_FREE_BYTES = 2 * 2**30
 """Free space for Ray's temporary files: logs and, if memory is short, requests."""
@@ -63,7 +65,7 @@ def run(settings: ServiceSettings, *, host: str, port: int, fast_front: bool = F
             answers 500 at once; Serve's proxy would let requests wait.
 
     Raises:
-        LaunchError: the port is taken, the disk is full, or a replica cannot start.
+        LaunchError: the port is taken, the disk is full, the settings do not fit the model, or a replica cannot start.
         LimitError: the system allows this user too few processes or open files.
         ApiKeyError: the API keys are unusable.
         ModelSourceError: the model is not available, or has no usable tokenizer.
@@ -96,11 +98,16 @@ def run(settings: ServiceSettings, *, host: str, port: int, fast_front: bool = F
         process_limits.check(settings.ingress_replicas + scorers, _cpus(settings))
         for each in settings.models:
             folder = model_source.resolve(each.model, each.revision, say=say)
-            tokenizer_files.load(folder)
-            choice = choose(each, folder)
-            say(f"{each.name}: {choice}")
-            if choice.doubt:
-                console.print(f"warning: {each.name}: {choice.doubt}", soft_wrap=True, markup=False)
+            tokenizer = TextTokenizer.load(folder)
+            template = choose(each, folder)
+            try:
+                profile = choose_profile(each, ChatTemplate.load(tokenizer))
+            except ValueError as error:
+                raise LaunchError(str(error)) from error
+            for choice, doubt in ((template, template.doubt), (profile, profile.problem)):
+                say(f"{each.name}: {choice}")
+                if doubt:
+                    console.print(f"warning: {each.name}: {doubt}", soft_wrap=True, markup=False)
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         with ending.watched() as end, _service(settings, host, port, say, end) as logs:
             end.at_end.append(status.stop)

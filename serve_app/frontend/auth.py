@@ -24,6 +24,14 @@ VARIABLE = "SCORE_SERVE_API_KEY"
 
 PUBLIC_ROUTES = (
     "/",
+    "/static/common.js",
+    "/static/decide.js",
+    "/static/examples.json",
+    "/static/page.css",
+    "/static/page.js",
+    "/static/rerank.js",
+    "/static/score.js",
+    "/static/snippets.js",
     "/docs",
     "/docs/swagger-ui.css",
     "/docs/swagger-ui-bundle.js",

@@ -1,4 +1,7 @@
-"""The door of a front end. Once it is closed, requests inside are still answered, and later ones must retry."""
+"""The door of a front end. Once it is closed, requests inside are still answered, and later ones must retry.
+
+``/health`` has no door: a liveness probe must not restart a front end that is still answering.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import asyncio
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.errors import RETRY_AFTER_S, OverloadedError
+
+ALIVE = "/health"
 
 
 class Door:
@@ -24,10 +29,10 @@ class Door:
         await self._empty.wait()
 
     def before(self, app: ASGIApp) -> ASGIApp:
-        """Put this door before ``app``. The result raises OverloadedError once the door is closed."""
+        """Put this door before ``app``. Once it is closed, the result raises OverloadedError, except for ``ALIVE``."""
 
         async def enter(scope: Scope, receive: Receive, send: Send) -> None:
-            if scope["type"] != "http":
+            if scope["type"] != "http" or scope["path"].removeprefix(scope.get("root_path", "")) == ALIVE:
                 await app(scope, receive, send)
                 return
             if self._closed:

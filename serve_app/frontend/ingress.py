@@ -29,6 +29,8 @@ from serve_app.frontend.service import ModelService
 from serve_app.metrics import REPORT_S, FrontMetrics
 from serve_app.schemas import InfoResponse, ScoreRequest, ScoreResponse
 from serve_app.settings import DEFAULT_NAME, ModelSettings, ServiceSettings, check_names
+from serve_app.tasks.chat import ChatTemplate
+from serve_app.tasks.profile_choice import choose_profile
 from serve_app.tasks.score import SCORE
 from serve_app.tasks.systemone import SYSTEMONE, SystemOneRequest, SystemOneResponse
 from serve_app.tasks.template_choice import choose
@@ -151,11 +153,13 @@ def load_tokenizers(models: Iterable[ModelSettings]) -> list[tuple[Path, TextTok
     loaded: list[tuple[Path, TextTokenizer]] = []
     for each in models:
         folder = model_source.resolve(each.model, each.revision, say=logger.info)
-        loaded.append((folder, TextTokenizer.load(folder)))
-        choice = choose(each, folder)
-        logger.info("%s: %s", each.name, choice)
-        if choice.doubt:
-            logger.warning("%s: %s", each.name, choice.doubt)
+        tokenizer = TextTokenizer.load(folder)
+        loaded.append((folder, tokenizer))
+        template, profile = choose(each, folder), choose_profile(each, ChatTemplate.load(tokenizer))
+        for choice, doubt in ((template, template.doubt), (profile, profile.problem)):
+            logger.info("%s: %s", each.name, choice)
+            if doubt:
+                logger.warning("%s: %s", each.name, doubt)
     return loaded
 
 

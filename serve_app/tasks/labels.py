@@ -13,6 +13,7 @@ import numpy as np
 
 from serve_app.contract import Int32, Int64
 from serve_app.errors import InvalidRequestError
+from serve_app.tasks.plain_text import original
 from serve_app.tasks.tokenizer import Ending
 from serve_app.tasks.validation import check_ids
 
@@ -251,6 +252,7 @@ def wrong_lists(
 
 def quoted(text: str) -> str:
     """The text as a JSON string, shortened for a message; a newline is visible as an escape."""
+    text = original(text)
     return json.dumps(text if len(text) <= _SHOWN else text[:_SHOWN] + "...", ensure_ascii=False)
 
 

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serve_app.contract import ModelInfo
-from serve_app.profiles.profile import CHAT, PLAIN, PROFILES, Profile
+from serve_app.errors import InvalidRequestError
+from serve_app.profiles.profile import PLAIN, PROFILES, Profile
+from serve_app.schemas import Message
 from serve_app.settings import Limits, ModelSettings
 from serve_app.tasks.chat import ChatTemplate
+from serve_app.tasks.profile_choice import choose_profile
 from serve_app.tasks.template_choice import UNNAMED, Choice, choose
 from serve_app.tasks.tokenizer import Joined, TextTokenizer
 from serve_app.tasks.validation import check_characters, check_work
@@ -53,10 +56,13 @@ class ModelFacts:
 
         Args:
             folder: the folder with the model's files, by which the template is chosen. None: its name decides.
+
+        Raises:
+            ValueError: see ``choose_profile``.
         """
         chat = ChatTemplate.load(tokenizer)
-        name = settings.decision_profile or (CHAT if chat else PLAIN)
-        return cls(settings.name, tokenizer, info, settings.limits, choose(settings, folder), PROFILES[name], chat)
+        profile = choose_profile(settings, chat).profile
+        return cls(settings.name, tokenizer, info, settings.limits, choose(settings, folder), profile, chat)
 
     @property
     def can_decide(self) -> bool:
@@ -84,6 +90,24 @@ class ModelFacts:
     def max_request_characters(self) -> int:
         """The most characters that may be tokenised for one request."""
         return CHARACTERS_PER_TOKEN * self.limits.max_request_tokens
+
+    def prompt_of(self, messages: Sequence[Message], *, answer: bool = True) -> str:
+        """The prompt of a conversation, see ``ChatTemplate.render``.
+
+        Raises:
+            InvalidRequestError: the model has no chat template, or it cannot show these messages.
+        """
+        if self.chat is None:
+            raise InvalidRequestError(
+                "this model's files have no chat template, so it takes no messages; send the whole prompt as text",
+                param="messages",
+            )
+        if not messages:
+            raise InvalidRequestError("messages is empty; send at least one message", param="messages")
+        check_characters(sum(len(message.text) for message in messages), self.max_text_characters, "messages")
+        return self.chat.render(
+            [{"role": message.role, "content": message.text} for message in messages], answer=answer
+        )
 
     def encoded(self, texts: Sequence[str], param: str, *, add_special_tokens: bool = True) -> Iterator[list[int]]:
         """Tokenise the texts, each when it is asked for. Lengths are checked before the first one.

@@ -249,7 +249,7 @@ def _question(asked: PredicateQuestion | ChoiceQuestion | ScoreQuestion, where: 
 
 
 def _builder(model: ModelFacts) -> Prepare[DecisionsRequest, DecisionsResponse]:
-    """Build ``prepare`` for one model, see ``Decider.of``."""
+    """Build ``prepare`` for one model."""
     decider = Decider.of(model)
 
     def prepare(request: DecisionsRequest, _: str) -> Steps[PreparedRequest[DecisionsResponse]]:

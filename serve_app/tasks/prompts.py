@@ -93,17 +93,24 @@ class PromptBuilder:
         self._wrong: dict[int, InvalidRequestError] = {}
         """The errors of items that are known to be wrong, by index."""
         self._check_counts()
+        self._tokenizer, self._special = model.tokenizer, request.add_special_tokens
+        # Text is joined as a string first, then tokenised once, so that the tokens at the join are as in training.
+        self._query = request.query if isinstance(request.query, str) else ""
+        if request.messages is not None:
+            self._check_messages()
+            self._tokenizer, self._special = model.tokenizer.guarded, False
+            self._query = model.prompt_of(request.messages)
         self._words, self._layouts = self._checked_labels()
         self._in_context = Words(model.tokenizer.pieces, model.info.vocab_size)
         self._text = self._checked_kind()
         self._check_characters()
-        # Text is joined as a string first, then tokenised once, so that the tokens at the join are as in training.
-        self._query = request.query if isinstance(request.query, str) else ""
+        if request.messages is not None:
+            self._guard()
         self._most_tokens = model.max_prompt_tokens
         self._joined = Joined(
-            model.tokenizer,
+            self._tokenizer,
             "" if request.item_first else self._query,
-            add_special_tokens=request.add_special_tokens,
+            add_special_tokens=self._special,
             many=len(self._items) > 1 or bool(self._words),
         )
 
@@ -198,6 +205,26 @@ class PromptBuilder:
                     param=name,
                 )
 
+    def _check_messages(self) -> None:
+        request, items = self._request, self._items
+        if request.query is not None:
+            raise InvalidRequestError("query and messages are both given; send one of them", param="query")
+        if request.item_first:
+            raise InvalidRequestError(
+                "item_first needs a query: items follow the messages; leave it out", param="item_first"
+            )
+        if items and not isinstance(items[0], str):
+            raise InvalidRequestError("with messages, items must be text, not token ids", param="items")
+
+    def _guard(self) -> None:
+        """Keep control tokens out of the items and labels that follow a conversation."""
+        guard = self._tokenizer.plain.guard
+        self._items = [
+            own if index in self._wrong else guard(own) for index, own in enumerate(cast(list[str], self._items))
+        ]
+        shared = {id(words): [guard(word) for word in words] for words in self._words}
+        self._words = [shared[id(words)] for words in self._words]
+
     def _checked_labels(self) -> tuple[Sequence[list[str]], Sequence[Layout]]:
         """Check the labels, and return each item's words, to be laid out after its prompt, or each item's layout."""
         if self._model.info.classes:
@@ -258,7 +285,7 @@ class PromptBuilder:
         """Check before tokenising that it will not take too long."""
         if not self._text:
             return
-        items, query = cast(list[str], self._items), len(self._request.query or "")
+        items, query = cast(list[str], self._items), len(self._query)
         words = self._words or [list[str]()] * len(items)
         longest = [query + max(map(len, own), default=0) for own in words]
         self._refuse(wrong_texts(items, longest, self._model.max_text_characters, "items"))
@@ -361,8 +388,7 @@ class PromptBuilder:
             return shortened(ids, start, stop, room, index), layout, spelling
         item = cast(str, self._items[index])
         text = item + self._query if item_first else self._query + item
-        special = self._request.add_special_tokens
-        tokenizer = self._model.tokenizer
+        special, tokenizer = self._special, self._tokenizer
         _, ends = tokenizer.encode_with_ends(text, add_special_tokens=special)
         start, stop = item_span(ends, self._query, item, item_first=item_first)
         kept = shortened(ids, start, stop, room, index)

@@ -3,7 +3,8 @@
 A template (``templates.py``) asks a causal model a question, and the score is ``p_yes / (p_yes + p_no)``. A model with
 a classification head reads the same prompt, and its score comes from its classes, see ``relevance``. The prompt up to
 the document's end is joined, then tokenised, unless the template has it in parts. The template's end is tokenised by
-itself, as in the model card of Qwen3-Reranker, so that a long document can be cut before it.
+itself, as in the model card of Qwen3-Reranker, so that a long document can be cut before it. Nothing in a request's
+texts becomes a control token (``plain_text.py``).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from serve_app.schemas import LOWEST, RequestBody, ResponseBody, Text, Usage
 from serve_app.tasks import labels
 from serve_app.tasks.labels import Layout
 from serve_app.tasks.model_facts import MOST_CLASSES, ModelFacts
+from serve_app.tasks.plain_text import original
 from serve_app.tasks.prompts import PreparedItems, Prompt, packed
 from serve_app.tasks.scores import class_logits, label_scores, usage
 from serve_app.tasks.steps import Steps
@@ -132,7 +134,9 @@ def prepare(model: ModelFacts, request: RerankRequest, request_id: str) -> Steps
     template = model.rerank.template
     documents = [document if isinstance(document, str) else document.text for document in request.documents]
     check_count(documents, model.limits.max_items, "documents")
-    apart, before, behind = template.around(request.query, request.instruct)
+    guard, tokenizer = model.tokenizer.plain.guard, model.tokenizer.guarded
+    instruct = None if request.instruct is None else guard(request.instruct)
+    apart, before, behind = template.around(guard(request.query), instruct)
     most = model.max_text_characters
     check_characters(sum(map(len, (*apart, before, *behind))), most, "query")
     for index, document in enumerate(documents):
@@ -142,7 +146,7 @@ def prepare(model: ModelFacts, request: RerankRequest, request_id: str) -> Steps
     end, layout = _answers(model, behind)
     whole = isinstance(template.prompt, str)
     opening = _each_apart(model, apart)
-    (front,) = model.tokenizer.encode([before], add_special_tokens=whole)
+    (front,) = tokenizer.encode([before], add_special_tokens=whole)
     front = opening + front
     most, limited = model.max_prompt_tokens, "this model reads"
     if request.truncate_prompt_tokens is not None and 0 <= request.truncate_prompt_tokens < most:
@@ -154,10 +158,10 @@ def prepare(model: ModelFacts, request: RerankRequest, request_id: str) -> Steps
             param="query",
         )
     longest = most - len(end)
-    joined = Joined(model.tokenizer, before, add_special_tokens=whole, many=len(documents) > 1)
+    joined = Joined(tokenizer, before, add_special_tokens=whole, many=len(documents) > 1)
     prompts: list[Prompt] = []
     total = 0
-    for index, own in enumerate(joined.each(documents)):
+    for index, own in enumerate(joined.each(map(guard, documents))):
         yield
         ids = opening + own
         # The tokenizer may have more tokens than the model.
@@ -209,7 +213,7 @@ def _builder(model: ModelFacts) -> Prepare[RerankRequest, RerankResponse]:
 
 def _each_apart(model: ModelFacts, texts: Sequence[str]) -> list[int]:
     """Ids of the texts, each tokenised by itself, one after the other."""
-    return [id for ids in model.tokenizer.encode(texts, add_special_tokens=False) for id in ids]
+    return [id for ids in model.tokenizer.guarded.encode(texts, add_special_tokens=False) for id in ids]
 
 
 def _answers(model: ModelFacts, behind: Sequence[str]) -> tuple[list[int], Layout]:
@@ -227,7 +231,7 @@ def _answers(model: ModelFacts, behind: Sequence[str]) -> tuple[list[int], Layou
             )
         return _each_apart(model, behind), labels.of_tokens(range(model.info.classes))
     words, last = (model.rerank.template.yes, model.rerank.template.no), behind[-1]
-    end, *answered = model.tokenizer.encode([last, *(last + word for word in words)], add_special_tokens=False)
+    end, *answered = model.tokenizer.guarded.encode([last, *(last + word for word in words)], add_special_tokens=False)
     found: list[int] = []
     for word, ids in zip(words, answered, strict=True):
         added = labels.added_tokens(end, ids)
@@ -235,8 +239,8 @@ def _answers(model: ModelFacts, behind: Sequence[str]) -> tuple[list[int], Layou
         if len(added) != 1:
             pieces = model.tokenizer.pieces(ids[-4:])
             raise InvalidRequestError(
-                f"the answer {word!r} is not one token of this model after {last[-20:]!r} (both together end in "
-                f"{pieces}); serve the model with a rerank_template that has other words"
+                f"the answer {word!r} is not one token of this model after {original(last)[-20:]!r} (both together end "
+                f"in {pieces}); serve the model with a rerank_template that has other words"
             )
     check_ids(found, model.info.vocab_size, "model", of_text=True)
     return _each_apart(model, behind[:-1]) + end, labels.of_tokens(found)

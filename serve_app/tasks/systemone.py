@@ -227,7 +227,7 @@ def _given(content: Any) -> str | None:
 
 
 def _builder(model: ModelFacts) -> Prepare[SystemOneRequest, SystemOneResponse]:
-    """Build ``prepare`` for one model, see ``Decider.of``."""
+    """Build ``prepare`` for one model."""
     decider = Decider.of(model)
 
     def prepare(request: SystemOneRequest, _: str) -> Steps[PreparedRequest[SystemOneResponse]]:

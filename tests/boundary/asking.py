@@ -1,4 +1,4 @@
-"""Asking the service over HTTP, with the checks that hold of every answer."""
+"""Requests to the service over HTTP, with the checks that hold for every answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import httpx
 
 @dataclass
 class Http:
-    """Asks the service, and checks what holds of every answer."""
+    """A client of the service that checks what holds for every answer."""
 
     client: httpx.AsyncClient
     info: dict[str, Any]
@@ -25,11 +25,11 @@ class Http:
         return response.json()
 
     async def refused(self, path: str = "/v1/score", *, status: int = 400, **body: Any) -> dict[str, Any]:
-        """The error that a JSON body gets."""
+        """Return the error that a JSON body gets."""
         return self.flat(await self.client.post(path, json=body), status)
 
     def flat(self, response: httpx.Response, status: int) -> dict[str, Any]:
-        """The error body, which must have the one shape."""
+        """Return the error body, which must have the service's own shape."""
         error = response.json()
         assert response.status_code == status, error
         assert set(error) == {"object", "message", "type", "param", "code"}
@@ -39,7 +39,7 @@ class Http:
         return error
 
     def nested(self, response: httpx.Response, status: int) -> dict[str, Any]:
-        """The error of a body in OpenAI's shape."""
+        """Return the error of a body, which must have OpenAI's shape."""
         assert response.status_code == status, response.text
         assert set(response.json()) == {"error"}
         error = response.json()["error"]
@@ -71,6 +71,6 @@ class Http:
         return response.json()["tokens"]
 
     async def post(self, body: str | bytes, path: str = "/v1/score", **headers: str) -> httpx.Response:
-        """Send a body as it is."""
+        """Send a body unchanged."""
         headers = {"content-type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
         return await self.client.post(path, content=body, headers=headers)

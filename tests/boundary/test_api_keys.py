@@ -1,4 +1,4 @@
-"""API keys over HTTP: which routes need one, and what is answered without."""
+"""API keys over HTTP: the routes that need one, and the answers without one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from serve_app.frontend import pages
 from serve_app.frontend.auth import ApiKeys
 from serve_app.frontend.models import Models
 from serve_app.frontend.routes import create_app
@@ -71,12 +72,19 @@ async def test_completions_refuse_in_openais_shape(closed: Http):
     assert (await closed.client.post("/v1/completions", json=body, headers=KEY)).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready", "/", "/docs", "/docs/swagger-ui.css", "/openapi.json"])
-async def test_probes_and_pages_need_none(closed: Http, path: str):
+PAGE_FILES = sorted(
+    f"/static/{file.name}" for file in Path(pages.__file__).with_name("static").iterdir() if file.suffix != ".html"
+)
+
+
+@pytest.mark.parametrize(
+    "path", ["/health", "/ready", "/", *PAGE_FILES, "/docs", "/docs/swagger-ui.css", "/openapi.json"]
+)
+async def test_probes_and_pages_need_no_key(closed: Http, path: str):
     assert (await closed.client.get(path)).status_code == 200
 
 
-async def test_each_key_opens(closed: Http):
+async def test_each_key_is_accepted(closed: Http):
     for key in ("a-key", "another-key"):
         response = await closed.client.post("/v1/score", json=BODY, headers={"authorization": f"Bearer {key}"})
         assert len(response.json()["scores"]) == 1

@@ -42,14 +42,14 @@ async def test_an_encoded_body_is_decoded(http: Http, name: str):
     plain = (await http.post(GOOD)).json()
     answer = await http.post(encode(GOOD), content_encoding=encoding)
     assert (answer.status_code, answer.json()) == (200, plain)
-    # More than one step's, and hardly compressible.
+    # More than one step decodes, and hardly compressible.
     large = json.dumps(ASK | {"query": list(range(256)) * 300, "items": [[1]]}).encode()
     wrong = http.flat(await http.post(encode(large), content_encoding=encoding), 400)
     assert "76801 tokens" in wrong["message"]
 
 
 @pytest.mark.parametrize("name", COMPRESSED)
-async def test_what_is_not_whole_or_not_so_encoded_is_refused(http: Http, name: str):
+async def test_incomplete_or_wrongly_encoded_bodies_are_refused(http: Http, name: str):
     encoding, encode = ENCODED[name]
     whole = encode(GOOD)
     for wrong in (whole[:-3], whole[:5], whole + b"more", whole + whole, GOOD, b"\x00\x01"):
@@ -115,7 +115,7 @@ async def test_a_lone_surrogate_is_named_with_its_field_and_item(http: Http):
         assert error["param"] == where.split("[")[0]
 
 
-async def test_a_lone_surrogate_is_its_own_rows_fault(http: Http):
+async def test_a_lone_surrogate_is_an_error_of_its_own_item_alone(http: Http):
     right = await http.score(**ASK)
     for stream in (False, True):
         response = await http.post(json.dumps(json.loads(LONE) | {"on_error": "item", "stream": stream}))
@@ -131,7 +131,7 @@ async def test_a_lone_surrogate_is_its_own_rows_fault(http: Http):
         assert "items[1] must be text without lone surrogates" in fault["message"]
 
 
-async def test_what_else_is_wrong_is_told_beside_a_lone_surrogate(http: Http):
+async def test_other_errors_are_reported_despite_a_lone_surrogate(http: Http):
     lone = json.loads(LONE)
     assert (await http.refused(**ASK | {"items": 3}))["param"] == "items"
     assert http.flat(await http.post(json.dumps(lone | {"banana": 1})), 400)["param"] == "banana"

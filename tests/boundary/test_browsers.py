@@ -43,7 +43,7 @@ async def test_head_is_get_without_a_body_on_every_route(http: Http):
 
 @pytest.fixture
 async def client(service: ModelService, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    """Of a service that wants a key and knows one page."""
+    """A client of a service that needs a key and allows one page."""
     (tmp_path / "keys").write_text(KEY)
     app = create_app(
         lambda: Models(service), keys=ApiKeys(str(tmp_path / "keys")), cors_origins=("https://other.example", PAGE)
@@ -87,7 +87,7 @@ async def test_it_is_off_by_default(http: Http):
 
 
 @pytest.mark.parametrize("origin", ["page.example", "https://page.example/", "https://*.example", "https://a b", ""])
-def test_what_is_no_origin_is_refused(origin: str):
+def test_invalid_origins_are_refused(origin: str):
     with pytest.raises(ValidationError, match="is not an origin"):
         ServiceSettings(cors_origins=(origin,))
 

@@ -1,4 +1,4 @@
-"""Packages that people have in their code already, as they come from PyPI, over real HTTP."""
+"""Client packages that users already have, unchanged from PyPI, over real HTTP."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
 
 @pytest.fixture(autouse=True)
 def _connections() -> Iterator[None]:
-    """These packages leave closing to the garbage collector, which would warn in some later test."""
+    """Close connections: these packages leave them to the garbage collector, which would warn in a later test."""
     yield
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
@@ -61,7 +61,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def ranking(url: str) -> list[tuple[int, float]]:
-    """What the service itself says."""
+    """The ranking by the service's own route."""
     answer = httpx.post(f"{url}/v1/rerank", json={"query": QUERY, "documents": DOCUMENTS}).json()
     return [(result["index"], result["relevance_score"]) for result in answer["results"]]
 
@@ -155,7 +155,7 @@ class TestLmEval:
 
     @pytest.mark.parametrize("tokenized", [True, False])
     def test_its_completions_with_the_services_tokenizer(self, url: str, tokenized: bool):
-        """Which it finds by itself."""
+        """lm-eval finds the tokenizer by itself."""
         api = pytest.importorskip("lm_eval.models.openai_completions")
         from lm_eval.api.instance import Instance
 

@@ -1,4 +1,4 @@
-"""Bodies and routes as clients of other services send them, on the fake or on a running service."""
+"""Bodies and routes that clients of other services send, on the fake or on a running service."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class TestCompletions:
                 "presence_penalty": 0, "seed": 7, "stop": None, "stream": False, "stream_options": None,
                 "suffix": None, "temperature": 0, "top_p": 1, "user": "me",
             },
-            # LangChain's OpenAI, and what it sent before.
+            # LangChain's OpenAI, also in older versions.
             {"temperature": 0, "top_p": 1, "frequency_penalty": 0, "presence_penalty": 0, "n": 1, "logit_bias": {}},
             # vLLM's own client
             {"temperature": 0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": True, "stop": [],
@@ -49,7 +49,7 @@ class TestCompletions:
 
     @pytest.mark.parametrize("left_out", [{}, {"max_tokens": None}])
     async def test_max_tokens_left_out(self, http: Http, left_out: dict[str, Any]):
-        """Where the prompt's own logprobs are asked for, nothing more is; elsewhere OpenAI's 16 cannot be had."""
+        """With the prompt's own logprobs it means 0; elsewhere OpenAI's default of 16 is refused."""
         rated = PROMPT | {"echo": True, "logprobs": 1}
         answer = await post(http, "/v1/completions", rated | left_out)
         assert answer["choices"] == (await post(http, "/v1/completions", rated | {"max_tokens": 0}))["choices"]
@@ -102,7 +102,7 @@ class TestRerank:
         assert (await http.refused("/rerank", query=QUERY, texts=["a", 3]))["param"] == "texts"
         both = await http.refused("/rerank", **plain, documents=["a"])
         assert both["param"] == "texts"
-        # These words as texts are no fields.
+        # In texts these words are no fields.
         assert len(await post(http, "/rerank", {"query": '"documents":', "texts": ["documents", "texts"]})) == 2
         assert len((await post(http, "/rerank", {"query": 'the "texts":', "documents": ["texts"]}))["results"]) == 1
 
@@ -199,8 +199,8 @@ class TestRoutes:
         error = http.nested(await http.client.post(path, json={}), 404)
         assert "POST /v1/completions" in error["message"]
 
-    async def test_openais_clients_get_openais_errors_behind_a_prefix(self, service: ModelService):
-        """As Serve mounts an application with a ``route_prefix``."""
+    async def test_openais_clients_get_openais_errors_under_a_prefix(self, service: ModelService):
+        """Serve mounts an application with a ``route_prefix`` like this."""
         app = create_app(lambda: Models(service), metrics=no_metrics)
         transport = httpx.ASGITransport(app, root_path="/judge")
         async with httpx.AsyncClient(base_url="http://fake/judge", transport=transport) as client:
@@ -233,7 +233,7 @@ async def test_one_model(http: Http):
     assert (await http.client.get("/v1/models/default")).json()["id"] == "default"
     error = http.flat(await http.client.get("/v1/models/org/none"), 404)
     assert "'org/none' is not served here; the names are" in error["message"]
-    # The answer of this route, whatever the model's name looks like.
+    # The error is this route's own, even if the model's name looks like an OpenAI route.
     http.flat(await http.client.get("/v1/models/completions"), 404)
 
 

@@ -24,7 +24,7 @@ async def refused(http: Http, *, status: int = 400, **body: Any) -> dict[str, An
 
 
 async def next_token(http: Http, ids: list[int]) -> tuple[int, float]:
-    """The likeliest token after a prompt and its logprob, by asking ``/v1/score`` about every token."""
+    """The top-1 token after a prompt and its logprob, found by scoring every token with ``/v1/score``."""
     step, size = http.info["limits"]["max_labels"], http.vocab_size
     logprobs: list[float] = []
     for start in range(0, size, step):
@@ -48,7 +48,7 @@ async def test_envelope(http: Http):
     assert usage["total_tokens"] == usage["prompt_tokens"] + 1
 
 
-async def test_as_an_evaluation_harness_asks(http: Http):
+async def test_the_request_of_an_evaluation_harness(http: Http):
     ids = await http.ids(PROMPT)
     body = {"prompt": [ids], "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
     [choice] = (await complete(http, **body))["choices"]
@@ -65,7 +65,7 @@ async def test_as_an_evaluation_harness_asks(http: Http):
         assert max(top.values()) == pytest.approx(highest, abs=2e-5)
         own = logprobs["token_logprobs"][position]
         assert (own == max(top.values())) == ([*ids, token][position] == token)
-    # The last is the likeliest token after the whole prompt.
+    # The last is the top-1 token after the whole prompt.
     assert choice["text"].startswith(PROMPT)
     assert choice["text"] == "".join(logprobs["tokens"])
     assert logprobs["top_logprobs"][-1] == {logprobs["tokens"][-1]: logprobs["token_logprobs"][-1]}

@@ -1,4 +1,4 @@
-"""What HTTP says when the service is at its limits or broken, on the fake in this process."""
+"""HTTP answers when the service is at its limits or broken, on the fake in this process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FAKE = ModelSettings(model="fake-judge", engine="fake")
 
 
 class Failing:
-    """Raises what it is given."""
+    """Replicas that raise a given error."""
 
     count = 1
 
@@ -44,7 +44,7 @@ class Failing:
 
 
 class Mixing(FakeEngine):
-    """Gives every sequence its batch's first values: rows that were mixed up."""
+    """An engine that mixes up sequences: each gets the first values of its batch."""
 
     def score(self, batch: TokenBatch) -> BatchResult:
         result = super().score(batch)
@@ -138,7 +138,7 @@ class TestLimits:
         length = b"%d" % (Models(service).max_body_bytes + 1)
 
         async def receive() -> dict[str, Any]:
-            raise AssertionError("nothing is to be read")
+            raise AssertionError("the body was read")
 
         async def send(message: Any) -> None:
             sent.append(message)
@@ -150,7 +150,7 @@ class TestLimits:
 
 
 class TestFaults:
-    async def test_a_fault_of_ours_gives_its_request_id_and_nothing_else(self, tokenizer: TextTokenizer, caplog: Any):
+    async def test_an_internal_fault_gives_its_request_id_and_nothing_else(self, tokenizer: TextTokenizer, caplog: Any):
         async with serving(tokenizer, Failing(RuntimeError("secret /some/path"))) as http:
             response = await http.post(json.dumps(ASK), x_request_id="find-me")
             error = http.flat(response, 500)
@@ -178,7 +178,7 @@ class TestFaults:
             assert "items[1]" in error["message"]
             await http.score(**ASK | {"items": [[3]]})
 
-    async def test_who_waits_for_a_tokenizer_that_hangs_is_told_when_it_is_noticed(
+    async def test_requests_that_wait_for_a_hanging_tokenizer_fail_when_it_is_noticed(
         self, tokenizer: TextTokenizer, replicas: DirectReplicas
     ):
         settings = FAKE.model_copy(update={"stall_s": 0.05, "tokenizer_threads": 1})
@@ -202,9 +202,7 @@ class TestFaults:
         gate.set()
         service.close()
 
-    async def test_other_limits_hold_for_what_comes_from_now_on(
-        self, tokenizer: TextTokenizer, replicas: DirectReplicas
-    ):
+    async def test_new_limits_hold_for_later_requests(self, tokenizer: TextTokenizer, replicas: DirectReplicas):
         service = ModelService(FAKE, tokenizer, INFO, replicas)
         services = Models(service)
         transport = httpx.ASGITransport(create_app(lambda: services))
@@ -235,7 +233,7 @@ class TestFaults:
             assert replicas.cancelled.is_set()
 
     @pytest.mark.parametrize("given", ["soon", "0", "-1", "nan", ""])
-    async def test_a_deadline_that_is_none(self, tokenizer: TextTokenizer, replicas: DirectReplicas, given: str):
+    async def test_an_invalid_deadline(self, tokenizer: TextTokenizer, replicas: DirectReplicas, given: str):
         async with serving(tokenizer, replicas) as http:
             response = await http.post(json.dumps(ASK), x_request_timeout_seconds=given)
             assert f"x-request-timeout-seconds is {given!r}" in http.flat(response, 400)["message"]
@@ -311,7 +309,7 @@ class TestRequestId:
         ("given", "kept"),
         [('a b\tc;d"<é>', "abcd"), ("x" * 500, "x" * 128), ("ok/1:2.3_4@5=6+7-8", "ok/1:2.3_4@5=6+7-8")],
     )
-    async def test_is_freed_of_what_could_harm_a_log(
+    async def test_characters_that_could_harm_a_log_are_removed(
         self, tokenizer: TextTokenizer, replicas: DirectReplicas, given: str, kept: str
     ):
         async with serving(tokenizer, replicas) as http:

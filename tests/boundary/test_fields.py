@@ -1,4 +1,4 @@
-"""The fields beyond sglang's, labels aside, on the fake or on a running service."""
+"""Fields that sglang does not have, except labels, on the fake or on a running service."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ async def test_truncation_leaves_room_for_labels_of_several_tokens(http: Http):
     ask: dict[str, Any] = {"items": ["fox", long], "labels": [" yes", " zzqq"], "return_prompt_token_ids": True}
     whole = (await http.refused(**ask, query="the "))["message"]
     assert "; this model reads at most" in whole
-    assert "a label" not in whole  # labels are not looked at where the prompt alone is too long
+    assert "a label" not in whole  # labels are not read if the prompt alone is too long
     ids = await http.ids("the fox" + " yes" * limit(http))
     just = (await http.client.post("/detokenize", json={"tokens": ids[: limit(http)]})).json()["prompt"]
     refused = await http.refused(items=[just], labels=[" yes", " zzqq"])
@@ -92,7 +92,7 @@ async def test_the_query_is_never_truncated(http: Http, kind: str):
         assert "shorten the query" in error["message"]
 
 
-async def test_items_that_are_wrong_harm_themselves_alone(http: Http):
+async def test_wrong_items_harm_no_others(http: Http):
     items = [[1], [http.vocab_size], [], [2], [3] * (limit(http) + 1)]
     ask: dict[str, Any] = {"items": items, "label_token_ids": LABELS, "return_token_logprobs": True}
     await http.refused(**ask)
@@ -115,7 +115,7 @@ async def test_labels_that_are_wrong_for_one_item(http: Http):
     assert [row and len(row) for row in answer["scores"]] == [1, None, 2]
     assert answer["errors"][0]["index"] == 1
     assert "label_token_ids[1] names 2 more than once" in answer["errors"][0]["message"]
-    # What is wrong with the whole request fails it.
+    # An error of the whole request fails it.
     for fields in ({"label_token_ids": [1, 1]}, {"label_token_ids": [[1]]}, {"query": [1], "label_token_ids": [1]}):
         await http.refused(**ask, **fields)
 

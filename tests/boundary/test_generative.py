@@ -1,4 +1,4 @@
-"""``POST /generative_scoring``: vLLM's shape around the scores of ``/v1/score``."""
+"""``POST /generative_scoring``: the scores of ``/v1/score`` in vLLM's shape."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def test_envelope(http: Http):
     assert (await ask(http, **ASK))["id"] != (await ask(http, **ASK))["id"]
 
 
-async def test_special_tokens_may_be_left_out(http: Http):
+async def test_without_special_tokens_in_vllms_shape(http: Http):
     plain = (await http.client.post("/tokenize", json={"prompt": "the fox", "add_special_tokens": False})).json()
     answer = await ask(http, query="the ", items=["fox"], label_token_ids=[5, 7], add_special_tokens=False)
     ids = await ask(http, query=[], items=[plain["tokens"]], label_token_ids=[5, 7])

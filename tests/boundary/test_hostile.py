@@ -1,4 +1,4 @@
-"""Thousands of requests that nobody should send: never a 5xx, and a good one is answered right afterwards."""
+"""Thousands of malformed requests: never a 5xx, and a good request is answered right afterwards."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 FAKE = ModelSettings(model="fake-judge", engine="fake")
 PATHS = st.sampled_from(["/v1/score", "/tokenize", "/detokenize", *OTHERS])
 
-# The fixture is one service for all examples, on purpose: it must survive them.
+# All examples use one service on purpose: it must survive them.
 HOSTILE = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     phases=[Phase.explicit, Phase.generate, Phase.shrink],
@@ -122,7 +122,7 @@ def almost_right(draw: st.DrawFn, good: Mapping[str, Any] = GOOD) -> dict[str, A
 
 @st.composite
 def damaged(draw: st.DrawFn) -> bytes:
-    """A good body with bytes cut out and others put in."""
+    """A good body with some bytes removed and others inserted."""
     body = bytearray(json.dumps(draw(st.sampled_from([GOOD, *OTHERS.values()]))).encode())
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, len(body)))
@@ -143,7 +143,7 @@ async def survives(http: Http, path: str, body: bytes) -> None:
                 assert row is None or all(0 <= value <= 1 for value in row)
     else:
         invalid = 422 if path == "/v1/systemone" else 400
-        # A deadline may be as short as one wants.
+        # A deadline may be as short as the caller likes.
         assert response.status_code in (invalid, 404, 413, 504 if b"timeout_s" in body else invalid), response.text
         shapes = {"/v1/completions": http.nested, "/v1/decisions": http.nested, "/v1/systemone": http.typesafe}
         shapes.get(path, http.flat)(response, response.status_code)
@@ -179,7 +179,7 @@ async def test_almost_right_requests_of_other_routes(http: Http, path: str, data
 
 @cache
 def service() -> ModelService:
-    """Without a queue: schemathesis gives each request an event loop of its own."""
+    """The service without a queue: schemathesis gives each request an event loop of its own."""
     engine = FakeEngine(VOCAB_SIZE, CONTEXT)
     with TemporaryDirectory() as folder:
         tokenizer = TextTokenizer.load(save_tokenizer(Path(folder), adds_bos=False))
@@ -192,9 +192,8 @@ api = schemathesis.openapi.from_asgi("/openapi.json", create_app(lambda: Models(
 @api.parametrize()
 @settings(max_examples=100, suppress_health_check=list(HealthCheck))
 def test_answers_as_its_openapi_says(case: schemathesis.Case):
-    # Not checked: that whatever fits the schema is accepted. The vocabulary's size, the limits and the models' names
-    # are not in the schema. And a deadline that is over at once is the caller's own; without it a wrong request may
-    # be a right one.
+    # A body that fits the schema may still be refused: the vocabulary's size, the limits and the models' names are not
+    # in the schema. And the caller may set a deadline that is over at once: without it a wrong request may be right.
     excluded = [CHECKS.get_one("positive_data_acceptance")]
     if isinstance(case.body, dict) and isinstance(case.body.get("timeout_s"), float | int):
         del case.body["timeout_s"]

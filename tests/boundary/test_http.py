@@ -193,7 +193,7 @@ class TestRoutes:
         assert (await http.refused("/detokenize", tokens=[True]))["param"] == "tokens"
         assert (await http.client.post("/detokenize", json={"tokens": []})).json() == {"prompt": ""}
 
-    async def test_tokenize_refuses_what_it_does_not_know(self, http: Http):
+    async def test_tokenize_refuses_unknown_fields(self, http: Http):
         assert (await http.refused("/tokenize", text="a"))["param"] == "text"
         assert (await http.refused("/tokenize", prompt=[1]))["param"] == "prompt"
 
@@ -208,7 +208,7 @@ class TestRoutes:
 
 
 def timings(response: httpx.Response) -> dict[str, float]:
-    """What ``Server-Timing`` says, in milliseconds; the header must be there once, and well-formed."""
+    """The stages in ``Server-Timing``, in milliseconds; there must be one such header, and well-formed."""
     (header,) = response.headers.get_list("server-timing")
     found = re.findall(r"(\w+);dur=(\d+\.\d)", header)
     assert ", ".join(f"{stage};dur={value}" for stage, value in found) == header
@@ -226,19 +226,19 @@ class TestServerTiming:
             ("/generative_scoring", {"query": "a", "items": ["b"], "label_token_ids": [1, 2]}),
         ],
     )
-    async def test_every_answer_of_the_model_tells_its_stages(self, http: Http, path: str, body: dict[str, Any]):
+    async def test_every_answer_of_the_model_has_its_stages(self, http: Http, path: str, body: dict[str, Any]):
         response = await http.client.post(path, json=body)
         assert response.status_code == 200, response.text
         told = timings(response)
         assert list(told) == ["tokenise", "queue", "device", "total"]
         assert told["total"] >= told["tokenise"]
 
-    async def test_other_answers_tell_the_total(self, http: Http):
+    async def test_other_answers_have_the_total(self, http: Http):
         assert list(timings(await http.client.get("/health"))) == ["total"]
         assert list(timings(await http.client.get("/nothing"))) == ["total"]
         assert list(timings(await http.post("{"))) == ["total"]
 
-    async def test_a_request_that_ends_early_tells_what_it_reached(self, http: Http):
+    async def test_a_request_that_ends_early_has_the_stages_that_it_reached(self, http: Http):
         response = await http.client.post("/v1/score", json={"items": [[1]], "label_token_ids": [http.vocab_size]})
         assert response.status_code == 400
         assert "device" not in timings(response)

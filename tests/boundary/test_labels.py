@@ -1,4 +1,4 @@
-"""Labels in words: scored by the tokens that they add in context, on the fake or on a running service."""
+"""Labels in words are scored by the tokens that they add in context, on the fake or on a running service."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from tests.boundary.asking import Http
 QUERY = "Is this text positive?"
 ITEMS = ["the fox is lazy", "yes", "no no no"]
 ONE = [" yes", " no"]
-"""One token each."""
+"""Labels of one token each."""
 SEVERAL = [" yes", " zzqq", " no", " zzqx", " zz"]
-"""Labels that begin alike, one of which is the beginning of others."""
+"""Labels with a common beginning, one of which is the beginning of others."""
 
 
 async def added(http: Http, prompt: str, label: str) -> tuple[list[int], list[int]]:
-    """The prompt's tokens, and those that the label adds."""
+    """The tokens of the prompt, and the tokens that the label adds."""
     alone, together = await http.ids(prompt), await http.ids(prompt + label)
     assert together[: len(alone)] == alone
     return alone, together[len(alone) :]
 
 
 async def token_logprobs(http: Http, prompt: str, label: str) -> list[float]:
-    """Of each token of a label, asked for one by one as token ids."""
+    """The logprob of each token of a label, requested one by one as token ids."""
     alone, tokens = await added(http, prompt, label)
     items = [alone + tokens[:at] for at in range(len(tokens))]
     ids = [[token] for token in tokens]
@@ -98,7 +98,7 @@ async def test_label_mass_is_what_the_labels_cover(http: Http):
     plain = await http.score(**ask, label_token_ids=[5, 7, 11])
     mass = await http.score(**ask, label_token_ids=[5, 7, 11], apply_softmax=True, return_label_mass=True)
     assert mass["label_mass"] == pytest.approx([sum(row) for row in plain["scores"]], rel=1e-5)
-    # What begins with " zz" is a part of it.
+    # The mass of " zz" includes labels that begin with it.
     words = await http.score(**ask, labels=SEVERAL, length_normalize=True, return_label_mass=True)
     whole = await http.score(**ask, labels=[" yes", " no", " zz"])
     assert words["label_mass"] == pytest.approx([sum(row) for row in whole["scores"]], rel=1e-4)

@@ -1,4 +1,4 @@
-"""Several models behind one address: each request is answered by the model that it names, as if there were no other."""
+"""Several models at one address: the model that a request names answers it, as if there were no other."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def small(tokenizer: TextTokenizer) -> ModelService:
 
 
 def large(tokenizer: TextTokenizer) -> ModelService:
-    """With another tokenizer, a larger vocabulary and a shorter context."""
+    """A model with another tokenizer, a larger vocabulary and a shorter context."""
     engine = FakeEngine(VOCAB_SIZE + 88, CONTEXT // 2)
     settings = ModelSettings(model="org/large", served_name="judge", engine="fake", limits=Limits(max_items=2))
     return ModelService(settings, tokenizer, engine.info, DirectReplicas(engine))
@@ -86,7 +86,7 @@ async def test_every_route_answers_by_the_named_model(
             assert content(await client.post(path, json=body, headers=headers)) == wanted
         answers.append(wanted)
     assert content(await client.post(path, json=ASKED[path], headers=headers)) == answers[0]
-    assert path == "/detokenize" or answers[0] != answers[1]  # the two would be told apart
+    assert path == "/detokenize" or answers[0] != answers[1]  # their answers differ
 
 
 async def test_a_stream_comes_from_the_named_model(client: httpx.AsyncClient):
@@ -166,7 +166,7 @@ async def test_outcomes_are_counted_by_model(both: Models, client: httpx.AsyncCl
 
 
 async def test_one_model_is_full_while_another_takes_work(tokenizer: TextTokenizer):
-    """Admission is each model's own."""
+    """Each model has its own admission."""
     limits = Limits(max_queued_tokens=3)
     engine = FakeEngine(VOCAB_SIZE, CONTEXT)
     settings = ModelSettings(model="full", engine="fake", limits=limits)

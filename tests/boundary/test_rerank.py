@@ -1,4 +1,4 @@
-"""``POST /v1/rerank``: what the contract promises, on the fake or on a running service."""
+"""``POST /v1/rerank``: its contract, on the fake or on a running service."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ async def test_a_long_document_is_cut_and_the_answer_says_so(http: Http):
     assert len(answer["results"]) == 3
     [warning] = answer["meta"]["warnings"]
     assert "documents[1], documents[2]" in warning
-    # What was cut away cannot be seen.
+    # The end that was cut off does not count.
     scores = {result["index"]: result["relevance_score"] for result in answer["results"]}
     assert scores[1] == pytest.approx(scores[2], rel=1e-4)
 
@@ -83,7 +83,7 @@ async def test_a_long_document_is_cut_and_the_answer_says_so(http: Http):
 async def test_max_tokens_per_doc(http: Http):
     short, long = "lazy", "lazy dog and fox and the end"
     [whole] = (await rerank(http, query="q", documents=[short]))["results"]
-    count = len(await http.ids(" " + short))  # as behind the template
+    count = len(await http.ids(" " + short))  # as after the template
     cut = await rerank(http, query="q", documents=[short + " fox", long], max_tokens_per_doc=count)
     assert "meta" in cut
     assert "documents[0], documents[1]" in cut["meta"]["warnings"][0]

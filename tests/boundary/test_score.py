@@ -1,4 +1,4 @@
-"""``POST /v1/score``: what the contract promises, on the fake or on a running service."""
+"""``POST /v1/score``: its contract, on the fake or on a running service."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ ASK: dict[str, Any] = {
     "label_token_ids": LABELS,
 }
 TOLERANCE = 1e-5
-"""In logprob, float32, between two batch compositions."""
+"""Difference in logprob between two batch compositions, in float32."""
 
 
 def assert_same(a: list[list[float]], b: list[list[float]]) -> None:
-    """Probabilities that agree within ``TOLERANCE`` in logprob."""
+    """Check that probabilities agree within ``TOLERANCE`` in logprob."""
     assert len(a) == len(b)
     for row_a, row_b in zip(a, b, strict=True):
         assert row_a == pytest.approx(row_b, rel=TOLERANCE, abs=1e-30)

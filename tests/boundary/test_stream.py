@@ -1,4 +1,4 @@
-"""Streamed answers: the same rows as unstreamed ones, as they finish, with bounded work ahead of the reader."""
+"""Streamed answers: the rows of unstreamed ones as they finish, with bounded work ahead of the reader."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ async def test_a_streamed_answer_is_the_unstreamed_one(http: Http, fields: dict[
         {"model": "none"},
     ],
 )
-async def test_what_is_wrong_with_the_request_has_a_status(http: Http, fields: dict[str, Any]):
+async def test_an_error_of_the_request_has_a_status(http: Http, fields: dict[str, Any]):
     response = await http.client.post("/v1/score", json=ASK | fields | {"stream": True})
     http.flat(response, 404 if "model" in fields else 400)
 
@@ -109,7 +109,7 @@ async def test_an_error_after_the_first_row_is_the_last_line(tokenizer: TextToke
 
 
 class FailsLater(DirectReplicas):
-    """Answers a few jobs; when those answers are on their way, raises what it is given, or hangs."""
+    """Replicas that answer ``good`` jobs. When those answers are on their way, they raise ``error``, or hang."""
 
     def __init__(self, good: int, error: Exception | None) -> None:
         super().__init__(FakeEngine(VOCAB_SIZE, CONTEXT))
@@ -199,7 +199,7 @@ async def test_the_first_rows_come_after_a_small_part_of_the_work(tokenizer: Tex
     assert rows
     done = sum(job.batch.num_sequences for job in replicas.jobs)
     assert done < 0.05 * len(items)
-    # Nobody reads on, so nothing more is done than what was begun.
+    # No more is read, so no more work starts.
     for _ in range(200):
         await asyncio.sleep(0.001)
     assert len(replicas.jobs) <= PIECES_AT_ONCE
@@ -222,7 +222,7 @@ async def test_pieces_are_device_batches_and_go_to_all_replicas(tokenizer: TextT
     assert len({job.affinity.key for job in replicas.jobs if job.affinity}) == 1
 
 
-async def test_through_the_queue(tokenizer: TextTokenizer):
+async def test_streams_through_the_queue(tokenizer: TextTokenizer):
     replicas = LocalReplicas(FakeEngine(VOCAB_SIZE, CONTEXT), FAKE)
     async with serving(tokenizer, replicas, FAKE) as http:
         both = await asyncio.gather(*(streamed(http, **ASK) for _ in range(3)))

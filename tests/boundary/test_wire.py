@@ -1,4 +1,4 @@
-"""What comes over a connection besides plain requests, through the HTTP protocol that Serve's servers are given."""
+"""Connections with more than plain requests, through the HTTP protocol that Serve's servers use here."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_request_to_upgrade_is_served_with_its_body_and_the_connection_goes_on
 
 
 @pytest.mark.parametrize("upgrade", UPGRADES)
-def test_no_header_of_a_request_to_upgrade_is_lost_but_the_wish(served: Served, upgrade: str):
+def test_a_request_to_upgrade_loses_only_its_upgrade_headers(served: Served, upgrade: str):
     with connected(served.url) as wire:
         wire.send(*post(*UPGRADES[upgrade], "X-Request-Timeout-Seconds: never"))
         status, answer = wire.answer()
@@ -52,7 +52,7 @@ def test_requests_in_one_packet_are_each_answered_whichever_wants_to_upgrade(ser
         assert received.count(b"HTTP/1.1 200 OK") == received.count(b"HTTP/1.1") == 4
 
 
-def test_connect_is_refused_and_what_is_no_http_too(served: Served):
+def test_connect_and_invalid_http_are_refused(served: Served):
     for wrong in (b"CONNECT here:80 HTTP/1.1\r\nHost: here\r\n\r\n", b"nonsense\r\n\r\n"):
         with connected(served.url) as wire:
             wire.send(wrong)
@@ -70,7 +70,7 @@ def test_a_client_that_sends_no_more_gets_its_answer(served: Served, upgrade: tu
 
 
 class Holding(DirectReplicas):
-    """Answers when it is told to, and knows who stopped waiting."""
+    """Replicas that answer when the test says so, and notice when a caller stops waiting."""
 
     def __init__(self) -> None:
         super().__init__(FakeEngine(VOCAB_SIZE, CONTEXT))
@@ -97,7 +97,7 @@ def held(tokenizer: TextTokenizer) -> Iterator[tuple[Holding, Served]]:
     service.close()
 
 
-def test_one_that_waits_longer_is_asked_whether_it_is_there_and_gets_its_answer(held: tuple[Holding, Served]):
+def test_a_waiting_client_that_is_still_there_gets_its_answer(held: tuple[Holding, Served]):
     replicas, served = held
     with connected(served.url) as wire:
         wire.send(b"".join(post()))
@@ -110,7 +110,7 @@ def test_one_that_waits_longer_is_asked_whether_it_is_there_and_gets_its_answer(
 
 
 @pytest.mark.parametrize("version", ["1.1", "1.0"])
-def test_one_that_has_left_ends_its_work(held: tuple[Holding, Served], version: str):
+def test_a_client_that_has_left_ends_its_work(held: tuple[Holding, Served], version: str):
     replicas, served = held
     with connected(served.url) as wire:
         wire.send(b"".join(post(version=version)))
@@ -118,7 +118,7 @@ def test_one_that_has_left_ends_its_work(held: tuple[Holding, Served], version: 
     assert replicas.left.wait(60)
 
 
-def test_half_a_request_is_none(served: Served):
+def test_half_a_request_is_not_answered(served: Served):
     with connected(served.url) as wire:
         head, body = post()
         wire.send(head + body[:5])

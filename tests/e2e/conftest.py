@@ -1,4 +1,4 @@
-"""What the end-to-end tests deploy."""
+"""Settings that the end-to-end tests deploy."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from serve_app.settings import ModelSettings
 
 @pytest.fixture(scope="module")
 def settings(model_folder: Path) -> ModelSettings:
-    """For the fake engine, with room for several replicas on any machine."""
+    """Settings for the fake engine, with room for several replicas on any machine."""
     return ModelSettings(model=str(model_folder), engine="fake", scorer_cpus=0.1)

@@ -1,4 +1,4 @@
-"""From none to three replicas and back to none, by the tokens that wait, through a real Ray Serve."""
+"""Autoscaling from none to three replicas and back by the waiting tokens, through a real Ray Serve."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ASK: dict[str, Any] = {"query": [1], "items": ITEMS, "label_token_ids": [1, 2]}
 
 
 def states() -> dict[str, int]:
-    """How many replicas are in each."""
+    """The number of replicas in each state."""
     from ray import serve
 
     found = serve.status().applications[APP_NAME].deployments["Scorer"].replica_states
@@ -32,7 +32,7 @@ def states() -> dict[str, int]:
 
 def running() -> int:
     now = states()
-    print(f"{time.monotonic():.1f} s: {now}")  # by pytest -rP
+    print(f"{time.monotonic():.1f} s: {now}")  # shown by pytest -rP
     return now.get("RUNNING", 0)
 
 
@@ -48,7 +48,7 @@ def test_replicas_come_with_the_work_and_go_with_it(deploy: Callable[[Any], http
         wait_for(lambda: running() == 3)
         assert all(answer.result().json()["scores"] == right for answer in answers)
 
-    # A request is cut for the replicas that run now, not for those of the settings.
+    # A request is split between the replicas that run now, not those of the settings.
     before = [stats.sequences for stats in scorer_stats()]
     assert client.post("/v1/score", json=ASK).json()["scores"] == right
     after = [stats.sequences for stats in scorer_stats()]

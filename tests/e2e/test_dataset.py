@@ -27,14 +27,14 @@ ROWS = 240
 OPTIONS = ["--query", "{film}: ", "--item", "{text}", "-l", " yes", "-l", " no", "--softmax", "--block-rows", "4"]
 
 
-def test_after_a_kill_the_same_command_does_what_is_left_and_no_row_is_lost_or_doubled(
+def test_after_a_kill_the_same_command_finishes_and_no_row_is_lost_or_doubled(
     served: Served,
     nodes: Cluster,  # noqa: ARG001 - the second run uses it
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
     source = [{"id": i, "film": f"film {i // 3}", "text": f"the fox saw {i}"} for i in range(ROWS)]
-    source[7]["text"] = "x" * 1_000  # longer than the model reads
+    source[7]["text"] = "x" * 1_000  # longer than the model's context
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in source))
     out = tmp_path / "out"
     command = ["dataset", str(tmp_path / "in.jsonl"), "-o", str(out), *OPTIONS, "--url", served.url]
@@ -87,7 +87,7 @@ def test_100_000_rows_are_scored_in_bounded_memory(tmp_path: Path):
     code = (
         f"import sys; sys.argv = {['score-serve', *command, *options]!r}; from serve_app.cli.main import main; main()"
     )
-    most: dict[bool, int] = {False: 0, True: 0}  # of all processes together, in the first and in the second half
+    most: dict[bool, int] = {False: 0, True: 0}  # memory of all processes together, in the first and in the second half
     with subprocess.Popen([sys.executable, "-c", code]) as process:
         while process.poll() is None:
             second_half = len([*out.glob("done/*.json")]) > 50

@@ -1,4 +1,4 @@
-"""The real model through a real Ray Serve: what a user of the demo sees, against transformers in float32."""
+"""The real model through a real Ray Serve, as a user of the demo sees it, against transformers in float32."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def workload(name: str, variant: int) -> tuple[dict[str, Any], list[int], np.nda
     return content["variants"][variant], content["label_ids"], np.array(wanted)
 
 
-def test_a_sentiment_question_is_answered_with_sense(client: httpx.Client) -> None:
+def test_a_sentiment_question_is_answered_sensibly(client: httpx.Client) -> None:
     tokens = client.post("/tokenize", json={"prompt": [" positive", " negative"], "add_special_tokens": False}).json()
     labels = [ids[0] for ids in tokens["tokens"]]
     body = {"query": QUESTION, "items": REVIEWS[:2], "item_first": True, "label_token_ids": labels}
@@ -58,7 +58,7 @@ def test_a_sentiment_question_is_answered_with_sense(client: httpx.Client) -> No
 
 @pytest.fixture(scope="module")
 def transformers() -> Callable[[str], tuple[list[int], np.ndarray]]:
-    """A text's ids, and the logprobs over the vocabulary after each of them, [T, V], by transformers in float32."""
+    """The ids of a text, and the logprobs over the vocabulary after each, [T, V], by transformers in float32."""
     if not HAVE_TORCH:
         pytest.skip("torch, the reference, is not installed")
     import torch
@@ -113,7 +113,7 @@ def test_w1_over_http_equals_the_reference(client: httpx.Client, kind: str) -> N
     np.testing.assert_allclose(answer["token_logprobs"], wanted, rtol=0, atol=1e-4)
     lengths = [len(inputs["query_ids"]) + len(item) for item in inputs["items_ids"]]
     assert answer["usage"]["prompt_tokens"] == sum(lengths)
-    # The query was computed once at most; the other 99 times, and the second time all of it, it was shared.
+    # The query was computed at most once: 99 items shared it, and the second request computed nothing of it.
     assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] >= 99 * len(inputs["query_ids"])
 
 
@@ -127,10 +127,10 @@ def test_softmax_is_over_the_labels_alone(client: httpx.Client) -> None:
     np.testing.assert_allclose(answer.scores[0], weights / weights.sum(), rtol=2e-4)
 
 
-def test_the_right_document_mostly_comes_first(client: httpx.Client) -> None:
-    """Of a model that was not trained to rerank: 17 of these 20, measured; at random it would be 7."""
+def test_the_right_document_is_usually_first(client: httpx.Client) -> None:
+    """The model was not trained to rerank, and still has 17 of these 20 right (measured); at random it would be 7."""
     lines = Path(__file__).with_name("rerank_queries.jsonl").read_text().splitlines()
-    asked = [json.loads(line) for line in lines[40:]]  # on which the template was not chosen
+    asked = [json.loads(line) for line in lines[40:]]  # the template was not chosen with these
 
     def first(query: dict[str, Any]) -> int:
         body = {"query": query["query"], "documents": query["documents"], "top_n": 1}
@@ -148,13 +148,13 @@ def test_the_documentations_examples(client: httpx.Client, example: documents.Ex
         documents.check(printed, example.shown)
 
 
-def test_the_front_end_never_loads_jax_and_the_scorer_does(client: httpx.Client) -> None:
+def test_the_scorer_loads_jax_and_the_front_end_never_does(client: httpx.Client) -> None:
     assert client.get("/ready").status_code == 200
     assert "jaxlib" not in mapped_files(replica_process("Ingress"))
     assert "jaxlib" in mapped_files(replica_process("Scorer"))
 
 
-def test_info_shows_what_was_compiled(client: httpx.Client) -> None:
+def test_info_shows_the_compiled_programs(client: httpx.Client) -> None:
     info = client.get("/v1/info").json()
     assert (info["architecture"], info["vocab_size"], info["context_length"]) == ("LlamaForCausalLM", 49_152, 8_192)
     assert "1x64" in info["buckets"]
@@ -208,4 +208,4 @@ def test_lm_eval_has_the_log_likelihoods_of_its_own_huggingface_backend(client: 
         choices = [choice for sample in found["samples"] for choice in sample]
         np.testing.assert_allclose([c[0] for c in choices], [c[0] for c in wanted], rtol=0, atol=1e-3)
         assert [c[1] for c in choices] == [c[1] for c in wanted]
-    assert by_hf["acc"] > 0.5  # the model was asked, and answered with sense
+    assert by_hf["acc"] > 0.5  # the model was asked, and answered sensibly

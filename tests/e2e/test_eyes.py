@@ -1,4 +1,4 @@
-"""What a request leaves behind in Ray Serve: lines in the logs, spans of a trace, headers; on the fake engine."""
+"""Traces of a request in Ray Serve: log lines, spans, headers; on the fake engine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def logs(client: httpx.Client) -> Path:  # noqa: ARG001 - Ray runs, and writes t
 
 
 def spans(folder: Path) -> Iterator[dict[str, Any]]:
-    """All that were written: JSON objects, one behind the other."""
+    """All spans that were written, as JSON objects."""
     decoder = json.JSONDecoder()
     for file in (folder / "spans").glob("*"):
         text = file.read_text().strip()
@@ -54,12 +54,12 @@ def test_a_trace_leads_from_the_proxy_to_the_device(client: httpx.Client, logs: 
     def found() -> dict[str, dict[str, Any]]:
         return {s["context"]["span_id"]: s for s in spans(logs) if s["context"]["trace_id"] == f"0x{TRACE}"}
 
-    while not any(span["name"].startswith("proxy") for span in found().values()):  # it ends last
+    while not any(span["name"].startswith("proxy") for span in found().values()):  # this span ends last
         time.sleep(0.1)
     own = found()
 
     def above(span: dict[str, Any]) -> list[str]:
-        """Names of the spans that this one is in, from the outermost."""
+        """Names of the spans that contain this one, from the outermost."""
         outer = own.get(span["parent_id"])
         return [*above(outer), outer["name"]] if outer else [span["parent_id"]]
 

@@ -1,4 +1,4 @@
-"""``score-serve serve`` as a user runs it: a process that starts everything, and leaves nothing."""
+"""``score-serve serve`` as a user runs it: one process that starts all others, and leaves none."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import urljoin
 
 import httpx
 import psutil
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.ray
 
 @contextmanager
 def launched(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """The command, in a process group of its own, as a terminal would start it."""
+    """Run the command in a process group of its own, as a terminal does."""
     command = [
         sys.executable,
         "-c",
@@ -60,13 +61,13 @@ def read_until(process: subprocess.Popen[str], wanted: str) -> list[str]:
 
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
-"""Of systemd and ``timeout``, Ctrl-C, and a terminal that closes. All of the group gets them, Ray's processes, too."""
+"""From systemd and ``timeout``, Ctrl-C, and a terminal that closes. The whole group gets them, Ray's processes too."""
 SOON = 30
-"""Seconds, on a machine however busy; Ray's own patience with a Ray that is gone is 60."""
+"""Seconds that suffice on a busy machine; Ray itself waits 60 s for a Ray that is gone."""
 
 
 def ended_by(process: subprocess.Popen[str], number: int) -> str:
-    """What it says after the whole group got a signal, which leaves no process."""
+    """Send the whole group a signal, and check that no process is left. Returns what was printed after it."""
     started = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, number)
     _, rest = process.communicate(timeout=SOON)
@@ -77,7 +78,7 @@ def ended_by(process: subprocess.Popen[str], number: int) -> str:
 
 
 def refuses_later_requests(route: str) -> None:
-    """Wait until the service, which is told to stop, lets no more requests in."""
+    """Wait until the stopping service refuses new requests."""
     asked = {"json": BODY, "headers": {"authorization": "Bearer a-key"}}
     while (late := httpx.post(route, **asked)).status_code == 200:
         time.sleep(0.05)
@@ -85,9 +86,7 @@ def refuses_later_requests(route: str) -> None:
     assert "shutting down" in late.json()["message"]
 
 
-def test_it_serves_until_ctrl_c_which_waits_for_the_last_request_and_leaves_no_process(
-    model_folder: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_ctrl_c_waits_for_the_last_request_and_leaves_no_process(model_folder: Path, monkeypatch: pytest.MonkeyPatch):
     port = free_port()
     monkeypatch.setenv(auth.VARIABLE, "a-key")  # reaches the front end through Ray
     with launched("--model", str(model_folder), "--port", str(port)) as process:
@@ -107,9 +106,11 @@ def test_it_serves_until_ctrl_c_which_waits_for_the_last_request_and_leaves_no_p
         with connected(words[1]) as wire:
             wire.send(head + body[:5])
             time.sleep(1)
-            os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal, which reaches the whole group
+            os.killpg(process.pid, signal.SIGINT)  # like Ctrl-C in a terminal, which reaches the whole group
             read_until(process, "stopping")
             refuses_later_requests(words[1])
+            probes = {path: httpx.get(urljoin(words[1], path)).status_code for path in ("/health", "/ready")}
+            assert probes == {"/health": 200, "/ready": 503}
             time.sleep(3)  # idle scorers would have left
             wire.send(body[5:])
             status, answer = wire.answer()
@@ -124,7 +125,7 @@ def test_it_serves_until_ctrl_c_which_waits_for_the_last_request_and_leaves_no_p
 def test_calls_by_grpc_take_large_jobs_and_outlive_a_replica_but_not_ray(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The job is 36 MB, gRPC's usual limit 4 MiB; and with a proxy for the network gRPC asks it for this host, too."""
+    """The job is 36 MB, above gRPC's usual 4 MiB. And gRPC would use a proxy of the environment for this host, too."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     port, ask = free_port(), {"query": [*range(1000)], "label_token_ids": [1]}
     with (
@@ -139,7 +140,7 @@ def test_calls_by_grpc_take_large_jobs_and_outlive_a_replica_but_not_ray(
         assert [child.environ()["RAY_SERVE_USE_GRPC_BY_DEFAULT"] for child in scorers] == ["1", "1"]
         scorers[0].kill()
         assert [client.post("/v1/score", json=ask | {"items": [[i]]}).status_code for i in range(20)] == [200] * 20
-        # Ray that dies by itself ends it with the reason.
+        # If Ray dies by itself, the command ends with the reason.
         started = psutil.Process(process.pid).children(recursive=True)
         (raylet,) = [child for child in started if child.name() == "raylet"]
         raylet.kill()
@@ -152,7 +153,7 @@ def test_calls_by_grpc_take_large_jobs_and_outlive_a_replica_but_not_ray(
 
 
 def check_the_wire(url: str) -> None:
-    """What HTTP libraries send besides plain requests, to the port itself."""
+    """Check what HTTP libraries send besides plain requests, on the port itself."""
     for split in SPLITS.values():
         upgrade_is_ignored(url, "h2c", split)
         upgrade_is_ignored(url, "websocket", split)
@@ -166,7 +167,7 @@ def check_the_wire(url: str) -> None:
     assert (late.status_code, late.json()["error"]["type"]) == (504, "TimeoutError")
 
 
-def test_serves_own_proxy_answers_as_we_do_until_a_second_ctrl_c(model_folder: Path):
+def test_serves_own_proxy_gives_our_answers_until_a_second_ctrl_c(model_folder: Path):
     port = free_port()
     page = ("--cors-origin", "https://page.example")
     with launched("--model", str(model_folder), "--port", str(port), *page) as process:
@@ -183,7 +184,7 @@ def test_serves_own_proxy_answers_as_we_do_until_a_second_ctrl_c(model_folder: P
             wire.socket.shutdown(socket.SHUT_WR)
             assert wire.answer()[0] == 200
             assert wire.ends()
-        # A second Ctrl-C does not wait for the request that has not come whole.
+        # A second Ctrl-C does not wait for a request that is still incomplete.
         with connected(url) as wire:
             head, body = post()
             wire.send(head + body[:5])
@@ -196,7 +197,7 @@ def test_serves_own_proxy_answers_as_we_do_until_a_second_ctrl_c(model_folder: P
 
 
 @pytest.mark.slow
-def test_haproxy_in_front_answers_the_same_and_listens_only_where_it_was_told(model_folder: Path):
+def test_haproxy_in_front_gives_the_same_answers_and_listens_only_on_the_given_address(model_folder: Path):
     port = free_port()
     with launched("--model", str(model_folder), "--port", str(port), "--fast-front") as process:
         assert any("HAProxy" in line for line in read_until(process, "curl"))
@@ -256,7 +257,7 @@ def test_a_signal_to_the_whole_group_ends_a_service_with_requests_in_flight(numb
         rest = ended_by(process, number)
         assert process.returncode == 0
         assert rest.startswith("stopping")
-        assert ("the signal reached Ray, too" in rest) == (number != signal.SIGINT)  # which Ray's processes ignore
+        assert ("the signal reached Ray, too" in rest) == (number != signal.SIGINT)  # Ray's processes ignore SIGINT
         for caller in callers:
             caller.result()
 
@@ -286,7 +287,7 @@ def test_a_scorer_that_cannot_load_its_weights_ends_the_start_with_the_reason(tm
 
 
 def test_a_scorer_that_dies_while_it_starts_ends_the_start(model_folder: Path):
-    """As the system ends a process for which there is no memory."""
+    """The system kills a process in the same way when memory is short."""
     with launched("--model", str(model_folder), "--port", str(free_port())) as process:
         read_until(process, "starting the service")
         launcher = psutil.Process(process.pid)

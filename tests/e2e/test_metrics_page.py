@@ -21,14 +21,14 @@ from tests.local import service_of
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.timeout(600),  # two replicas compile everything side by side, if nothing was compiled before
+    pytest.mark.timeout(600),  # two replicas compile everything at the same time, if nothing was compiled before
 ]
 
 REPLICAS = 2
 
 
 EARLIER: set[str] = set()
-"""Replicas of the applications before this one, whose numbers Ray's agents show for a while."""
+"""Replicas of earlier applications; Ray's agents keep their numbers for a while."""
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def client(deploy: Callable[[Any], httpx.Client], model_folder: Path) -> httpx.C
 
 
 def read(client: httpx.Client, name: str, **tags: str) -> dict[str, float]:
-    """The samples of a metric that have these tags, by replica; histograms' by their count."""
+    """The samples of a metric with these tags, by replica; of a histogram, its count."""
     response = client.get("/metrics")
     assert response.status_code == 200, response.text
     assert response.headers["content-type"].startswith("text/plain")
@@ -58,13 +58,13 @@ def read(client: httpx.Client, name: str, **tags: str) -> dict[str, float]:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    """Ray collects now and then; the test's own time limit ends a wait that is in vain."""
+    """Wait until ``condition`` holds: Ray collects now and then. The test's own time limit ends a vain wait."""
     while not condition():
         time.sleep(0.1)
 
 
 def requests(rng: random.Random, vocab: int) -> list[dict[str, Any]]:
-    """Of all kinds and lengths, some with a query that comes again and fills a page."""
+    """Send requests of all kinds and lengths, some with a query that comes again and fills a page."""
     long_query = [rng.randrange(vocab) for _ in range(150)]
     made: list[dict[str, Any]] = []
     for i in range(60):

@@ -1,4 +1,4 @@
-"""Prefixes and replicas, through a real Ray Serve: told apart by what each replica has counted."""
+"""Prefixes and their replicas, found by each replica's counters, through a real Ray Serve."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def ask(client: httpx.Client, query: list[int] | str, items: list[Any]) -> None:
 
 
 def replicas_of(client: httpx.Client, counted: Callable[[], list[int]], query: Any, requests: list[list[Any]]) -> set:
-    """Which replicas scored a query's requests."""
+    """The replicas that scored a query's requests."""
     before = counted()
     for items in requests:
         ask(client, query, items)

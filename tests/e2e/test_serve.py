@@ -1,4 +1,4 @@
-"""The application as ``build`` makes it, through a real Ray Serve, on the fake engine."""
+"""The application of ``build`` through a real Ray Serve, on the fake engine."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_concurrent_requests_get_what_they_would_get_alone(client: httpx.Client)
         np.testing.assert_allclose(answer.json()["scores"], wanted, rtol=1e-6)
 
 
-def test_a_bad_request_leaves_the_service_whole(client: httpx.Client):
+def test_a_bad_request_does_the_service_no_harm(client: httpx.Client):
     bad = client.post("/v1/score", json={"query": [1], "items": [[2]], "label_token_ids": [49_152]})
     assert (bad.status_code, bad.json()["type"]) == (400, "BadRequestError")
     assert "49152" in bad.json()["message"]
@@ -117,7 +117,7 @@ def test_no_process_of_the_service_has_loaded_jax(client: httpx.Client):
     assert client.get("/ready").status_code == 200
     for deployment in ("Ingress", "Scorer"):
         loaded = mapped_files(replica_process(deployment))
-        assert "numpy" in loaded  # the look would find what there is
+        assert "numpy" in loaded  # the check itself finds loaded modules
         assert "jaxlib" not in loaded
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong, through a real Ray Serve, on a fake engine that takes its time."""
+"""Faults, through a real Ray Serve, on a slow fake engine."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ QUEUE_LIMIT = 6_000
 
 
 def application(settings: ModelSettings, *, scorers: int) -> Any:
-    """As ``app.build``, with the slow engine."""
+    """The application of ``app.build`` with a slow engine."""
     from ray import serve
     from ray.serve.config import RequestRouterConfig
 
     def slow_engine(
         _settings: ModelSettings,
-    ) -> Engine:  # local, so that replicas, which lack this module, get its code
+    ) -> Engine:  # local: its code is sent to the replicas, which lack this module
         return FakeEngine(seconds_per_token=SECONDS_PER_TOKEN, nan_token=POISON)
 
     options: dict[str, Any] = {
@@ -66,7 +66,7 @@ def client(deploy: Callable[[Any], httpx.Client], settings: ModelSettings) -> ht
 
 @pytest.fixture(scope="module")
 def one_scorer(
-    client: httpx.Client,  # noqa: ARG001 - the tests before need two
+    client: httpx.Client,  # noqa: ARG001 - the earlier tests need two
     deploy: Callable[[Any], httpx.Client],
     settings: ModelSettings,
 ) -> httpx.Client:
@@ -79,8 +79,8 @@ def ask(client: httpx.Client, items: list[list[int]], **more: Any) -> httpx.Resp
 
 @contextmanager
 def under_load(client: httpx.Client, failures: list[str]) -> Iterator[Callable[[], int]]:
-    """Eight callers in a closed loop; yields how many answers came so far, and adds all that is not right."""
-    items = [[i, i + 1] for i in range(100, 160)]  # 0.12 s of a device: no scorer is ever idle
+    """Run eight callers in a closed loop. Yields the count of answers so far; wrong ones go to ``failures``."""
+    items = [[i, i + 1] for i in range(100, 160)]  # 0.12 s on a device: no scorer is ever idle
     right = ask(client, items).json()["scores"]
     stop = threading.Event()
     done = 0
@@ -108,7 +108,7 @@ def under_load(client: httpx.Client, failures: list[str]) -> Iterator[Callable[[
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    """The test's own time limit ends a wait that is in vain."""
+    """Wait until ``condition`` holds; the test's own time limit ends a vain wait."""
     while not condition():
         time.sleep(0.05)
 
@@ -154,7 +154,7 @@ def test_jobs_of_clients_that_leave_are_not_sent_again(client: httpx.Client):
     assert 0 < cancelled() - before <= 30
 
 
-def test_a_client_that_leaves_takes_its_queued_work_along(one_scorer: httpx.Client):
+def test_the_queued_work_of_a_client_that_leaves_is_removed(one_scorer: httpx.Client):
     with pytest.raises(httpx.ReadTimeout):
         ask(one_scorer, [[i] * 100 for i in range(100, 150)], timeout=1)
     wait_for(lambda: [each.cancelled for each in scorer_stats()] == [1])

@@ -36,7 +36,7 @@ def tpu_host(cluster: Cluster, kind: Tpu, chips: int) -> Iterator[None]:
 
 
 def application(settings: ModelSettings) -> Any:
-    """As ``build`` makes it, but that an engine's ``info`` shows what libtpu would read in its process."""
+    """Build the application. Its engine's ``info`` shows the variables that libtpu would read in its process."""
 
     def seeing_engine(_settings: ModelSettings) -> Engine:
         import dataclasses
@@ -64,12 +64,12 @@ def nodes_of(deployment: str) -> list[str]:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    """The test's own time limit ends a wait that is in vain."""
+    """Wait until ``condition`` holds; the test's own time limit ends a vain wait."""
     while not condition():
         time.sleep(0.1)
 
 
-def test_replicas_wait_in_words_for_their_chips_and_then_see_no_others(
+def test_replicas_wait_for_their_chips_with_a_log_line_and_see_no_others(
     nodes: Cluster, cluster: str, settings: ModelSettings, tmp_path: Path
 ):
     import ray
@@ -100,6 +100,6 @@ def test_replicas_wait_in_words_for_their_chips_and_then_see_no_others(
             assert sorted(seen) == [("0,1", "1,2,1"), ("2,3", "1,2,1")]
             labels = {node["NodeID"]: node["Labels"] for node in ray.nodes()}
             assert all(HALF_A_HOST.labels.items() <= labels[node].items() for node in nodes_of("Scorer"))
-            assert nodes_of("Ingress") == [nodes.head_node.node_id]  # though hosts with chips had room for it
+            assert nodes_of("Ingress") == [nodes.head_node.node_id]  # hosts with chips also had room for it
         finally:
             serve.delete(APP_NAME)

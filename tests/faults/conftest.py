@@ -1,4 +1,4 @@
-"""Load on an application, and what went wrong under it."""
+"""Load on an application, and a record of the failures under it."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import ModelSettings
 from tests.local import service_of
 
-ITEMS = [[i, i + 1] for i in range(100, 160)]  # 0.12 s of a device: no scorer is idle under load
+ITEMS = [[i, i + 1] for i in range(100, 160)]  # 0.12 s on a device: no scorer is idle under load
 SECONDS_PER_TOKEN = 0.001
 
 
 @pytest.fixture(scope="module")
 def settings(model_folder: Path) -> ModelSettings:
-    """For the fake engine, with room for several replicas on any machine."""
+    """Settings for the fake engine, with room for several replicas on any machine."""
     return ModelSettings(model=str(model_folder), engine="fake", scorer_cpus=0.1, max_batch_tokens=128)
 
 
 def application(settings: ModelSettings, *, gate: Path | None = None, front_ends: int = 1) -> Any:
-    """As ``build`` makes it, with an engine that takes its time.
+    """Build the application with a slow engine.
 
     Args:
         gate: an engine is not warm before this file is there.
@@ -50,14 +50,14 @@ def application(settings: ModelSettings, *, gate: Path | None = None, front_ends
 
 
 def loading_with(load: Callable[[Any], Engine], settings: ModelSettings, front_ends: int = 1) -> Any:
-    """As ``build`` makes it, with ``load`` in place of ``engines.load_engine``."""
+    """Build the application with ``load`` in place of ``engines.load_engine``."""
     service = service_of(settings, front_ends=front_ends)
     front = build(service)._bound_deployment
     return front.bind(service, front.init_args[1]._bound_deployment.bind(settings, load))
 
 
 def actors(deployment: str) -> list[Any]:
-    """Ray's handles of its replicas."""
+    """Ray's handles of the deployment's replicas."""
     import ray
 
     named = ray.util.list_named_actors(all_namespaces=True)
@@ -66,7 +66,7 @@ def actors(deployment: str) -> list[Any]:
 
 
 def inside(actor: Any, call: Callable[[Any], Any]) -> Any:
-    """What ``call`` returns in the actor's process, which lacks the tests' modules and gets its code."""
+    """Run ``call`` in the actor's process. It lacks the tests' modules, so the code is sent with the call."""
     import ray
     from ray import cloudpickle
 
@@ -79,23 +79,23 @@ def inside(actor: Any, call: Callable[[Any], Any]) -> Any:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    """The test's own time limit ends a wait that is in vain."""
+    """Wait until ``condition`` holds; the test's own time limit ends a vain wait."""
     while not condition():
         time.sleep(0.05)
 
 
 @dataclass
 class Load:
-    """What came of the calls so far."""
+    """Results of the calls so far."""
 
     done: int = 0
     failures: list[str] = field(default_factory=list)
     longest_s: float = 0.0
-    """Of one call."""
+    """The longest time of one call."""
     silent_s: float = 0.0
-    """The longest time without a right answer to any."""
+    """The longest time without a right answer to any call."""
     answered: float = field(default_factory=time.monotonic)
-    """When the last was right."""
+    """Time of the last right answer."""
 
     def right(self) -> None:
         now = time.monotonic()
@@ -115,8 +115,7 @@ class Load:
 
 @contextmanager
 def under_load(ask: Callable[[], Any], callers: int = 4) -> Iterator[Load]:
-    """So many callers in a closed loop. Whatever ``ask`` raises, or returns that is not what it first did, is a
-    failure."""
+    """Run ``callers`` closed loops of ``ask``. An error, or an answer that differs from the first one, is a failure."""
     right = ask()
     load, stop = Load(), threading.Event()
 

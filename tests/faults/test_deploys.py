@@ -80,7 +80,7 @@ def test_a_version_that_cannot_start_leaves_the_old_one_at_work(
         assert pids("Ingress") == fronts
 
 
-def test_settings_that_need_no_restart_change_under_load_and_wrong_ones_harm_nobody(
+def test_settings_that_need_no_restart_change_under_load_and_wrong_ones_do_no_harm(
     cluster: str, settings: ModelSettings
 ):
     from ray.serve.context import _get_global_client
@@ -89,7 +89,7 @@ def test_settings_that_need_no_restart_change_under_load_and_wrong_ones_harm_nob
     name = settings.name
 
     def apply(*overrides: dict[str, Any]) -> None:
-        """What ``serve deploy`` does with a file."""
+        """Deploy as ``serve deploy`` does from a file."""
         application = {
             "name": APP_NAME,
             "import_path": "serve_app.app:build",

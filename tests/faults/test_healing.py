@@ -35,14 +35,14 @@ def process_of(actor: Any) -> int:
 
 
 def the(kind: str) -> Any:
-    """The only object of this class in the process."""
-    gc.unfreeze()  # Serve freezes what is there when a replica is ready
+    """Return the only object of this class in the process."""
+    gc.unfreeze()  # Serve freezes the objects that exist when a replica is ready
     (found,) = [each for each in gc.get_objects() if type(each).__name__ == kind]
     return found
 
 
 def batching_dies(_: Any) -> None:
-    """As a fault in Serve's batching leaves a replica: calls wait for ever, and nobody says so."""
+    """Leave the replica as a fault in Serve's batching does: calls wait for ever, without an error."""
     type(the("Scorer")).score.__globals__["INTAKE_LIMIT_S"] = 1.0
     for task in gc.get_objects():
         if isinstance(task, asyncio.Task) and "_process_batches" in repr(task):
@@ -63,11 +63,11 @@ def tokenizer_hangs(_: Any) -> None:
         service._threads._submit(lambda: time.sleep(1_000))
 
 
-def test_scorers_whose_batching_or_device_stops_are_replaced_and_lose_no_request(client: httpx.Client):
+def test_scorers_with_a_stopped_batching_or_device_are_replaced_and_lose_no_request(client: httpx.Client):
     faults = [batching_dies, device_hangs, device_threads_are_gone]
     body = {"query": [1], "items": ITEMS, "label_token_ids": [1, 2]}
     with under_load(lambda: client.post("/v1/score", json=body).raise_for_status().json()["scores"]) as load:
-        # One after the other: a job is not tried more than three times, and so many at once could each take it.
+        # One after the other: a job is tried three times at most, and several faults at once could hit all three.
         for broken, fault in zip(actors("Scorer"), faults, strict=False):
             load.wait_for_more(10)
             pid = process_of(broken)
@@ -78,7 +78,7 @@ def test_scorers_whose_batching_or_device_stops_are_replaced_and_lose_no_request
     assert load.failures == []
 
 
-def test_a_front_end_whose_tokenizer_hangs_is_replaced(client: httpx.Client):
+def test_a_front_end_with_a_hanging_tokenizer_is_replaced(client: httpx.Client):
     (front,) = actors("Ingress")
     pid = process_of(front)
     items: Any = ITEMS

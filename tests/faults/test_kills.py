@@ -26,7 +26,7 @@ BODY = {"query": [1], "items": ITEMS, "label_token_ids": [1, 2]}
 
 
 def asking(client: httpx.Client) -> Callable[[], Any]:
-    """Without any help of the client's."""
+    """Requests without the client's retries."""
     return lambda: client.post("/v1/score", json=BODY).raise_for_status().json()["scores"]
 
 
@@ -35,7 +35,7 @@ def add_host(nodes: Cluster) -> Any:
 
 
 def kill_host(nodes: Cluster, host: Any) -> None:
-    """Every process of the node at once, as when a machine loses its power."""
+    """Kill every process of the node at once, as in a power failure."""
     raylet = psutil.Process(host.all_processes["raylet"][0].process.pid)
     for process in [raylet, *raylet.children(recursive=True)]:
         with suppress(psutil.NoSuchProcess):

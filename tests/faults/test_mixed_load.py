@@ -1,4 +1,4 @@
-"""Callers of small and large requests at once: all of them are answered, and rightly."""
+"""Callers of small and large requests at once: all get right answers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def client(deploy: Callable[[Any], httpx.Client], settings: ModelSettings) -> ht
 
 @pytest.fixture(scope="module")
 def asks(client: httpx.Client) -> list[Ask]:
-    """With what the engine itself says of the prompts."""
+    """Requests, each with the scores that the engine itself gives its prompts."""
 
     async def each_alone() -> list[Ask]:
         async with httpx.AsyncClient(base_url=client.base_url, timeout=60) as asking:

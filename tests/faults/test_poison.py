@@ -1,4 +1,4 @@
-"""One bad item beside 99 good ones in the same device batch: 99 rows as transformers has them."""
+"""One bad item beside 99 good ones in the same device batch: the 99 have transformers' scores."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ torch = pytest.importorskip("torch")
 
 CONTEXT, VOCAB = 128, 307
 POISON = 5
-"""Its embedding is NaN: whatever reads it is, too."""
+"""A token with a NaN embedding: every sequence with it is NaN, too."""
 QUERY = [11, 12, 13, 14, 15, 16]
 LABELS = [40, 41, 42]
 GOOD = [[20 + i % 90, 30 + i, *[7 + i % 3] * (i % 9)] for i in range(99)]
@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(folder: Path) -> Engine:
     from model.loading import load
 
-    return load(folder, max_row_tokens=64, call_tokens=128)
+    return load(folder, max_segment_tokens=64, call_tokens=128)
 
 
 @pytest.fixture(scope="module")

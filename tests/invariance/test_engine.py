@@ -1,4 +1,4 @@
-"""A row's values depend on its own tokens alone: not on its batch, its place, the cache, the chunks or the shapes."""
+"""A sequence's values depend only on its own tokens: not on its batch, place, the cache, the chunks or the shapes."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,7 @@ from tests.tiny import make_llama
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The head is halved: logprobs of -4 to -8, as of a real model's labels; at -13 float32 itself rounds by 1e-6."""
+    """A model with a halved head: logprobs of -4 to -8, as real labels have; at -13 float32 itself rounds by 1e-6."""
     folder = make_llama(tmp_path_factory.mktemp("llama"), context=1024)
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] *= 0.5
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def scorer(folder: Path) -> Engine:
-    return loading.load(folder, max_row_tokens=64, call_tokens=128)
+    return loading.load(folder, max_segment_tokens=64, call_tokens=128)
 
 
 def test_alone_equals_among_500(scorer: Engine) -> None:
@@ -43,10 +43,10 @@ def test_alone_equals_among_500(scorer: Engine) -> None:
     np.testing.assert_allclose(alone, together[::25], rtol=0, atol=TOLERANCE)
 
 
-def test_bfloat16_rows_vary_by_its_rounding_alone(scorer: Engine, folder: Path) -> None:
-    """Alone, among 500 in any order, in other shapes, and in chunks behind a prefix that is cold, then warm."""
-    rounded = loading.load(folder, dtype="bfloat16", max_row_tokens=64, call_tokens=128)
-    other = loading.load(folder, dtype="bfloat16", max_row_tokens=32, call_tokens=96, chunks=(17,))
+def test_bfloat16_values_vary_by_its_rounding_alone(scorer: Engine, folder: Path) -> None:
+    """Alone, among 500 in any order, in other shapes, and in chunks after a prefix that is cold, then warm."""
+    rounded = loading.load(folder, dtype="bfloat16", max_segment_tokens=64, call_tokens=128)
+    other = loading.load(folder, dtype="bfloat16", max_segment_tokens=32, call_tokens=96, chunks=(17,))
     sequences = prompts(500, seed=8, query=40)
     order = np.random.default_rng(9).permutation(500)
     together = values(rounded, sequences)
@@ -62,7 +62,7 @@ def test_bfloat16_rows_vary_by_its_rounding_alone(scorer: Engine, folder: Path) 
     ]
     worst = max(float(np.abs(one - same).max()) for one, same in seen)
     assert worst <= BFLOAT16_TOLERANCE
-    assert worst < np.abs(together - values(scorer, sequences)).max()  # what the batch changes is less than the dtype's
+    assert worst < np.abs(together - values(scorer, sequences)).max()  # the batch changes less than the dtype does
 
 
 def test_order_does_not_matter(scorer: Engine) -> None:
@@ -84,19 +84,19 @@ def test_batch_sizes_agree(scorer: Engine, count: int) -> None:
 def test_any_buckets_and_chunks_agree(
     scorer: Engine, folder: Path, implementation: str, widest: int, call: int
 ) -> None:
-    """Within an implementation of attention. Two of them sum in other orders, by which 1.05e-5 was seen here."""
+    """They agree within one implementation of attention. Two of them sum in other orders: 1.05e-5 was seen here."""
     if implementation == "paged":
-        scorer = loading.load(folder, implementation=implementation, max_row_tokens=64, call_tokens=128)
-    other = loading.load(folder, implementation=implementation, max_row_tokens=widest, call_tokens=call)
+        scorer = loading.load(folder, implementation=implementation, max_segment_tokens=64, call_tokens=128)
+    other = loading.load(folder, implementation=implementation, max_segment_tokens=widest, call_tokens=call)
     sequences = [*prompts(12, seed=4, query=70), *prompts(2, seed=5, query=300, longest=300)]
     np.testing.assert_allclose(values(other, sequences), values(scorer, sequences), rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("chunk", [17, 64, 256])
-def test_chunked_prefill_agrees_with_one_long_row(folder: Path, chunk: int) -> None:
-    """The same prompts in one row of up to 1,024 tokens, and cut into chunks that end anywhere in a page."""
-    whole = loading.load(folder, max_row_tokens=1024, call_tokens=1024)
-    chunked = loading.load(folder, max_row_tokens=32, call_tokens=64, chunks=(chunk,))
+def test_chunked_prefill_agrees_with_one_long_segment(folder: Path, chunk: int) -> None:
+    """The same prompts in one segment of up to 1,024 tokens, and cut into chunks that end anywhere in a page."""
+    whole = loading.load(folder, max_segment_tokens=1024, call_tokens=1024)
+    chunked = loading.load(folder, max_segment_tokens=32, call_tokens=64, chunks=(chunk,))
     sequences = [prompt for seed in (70, 71) for prompt in prompts(1, seed=seed, query=700, longest=300)]
     np.testing.assert_allclose(values(chunked, sequences), values(whole, sequences), rtol=0, atol=TOLERANCE)
     shared = prompts(4, seed=72, query=300, longest=40)
@@ -105,24 +105,24 @@ def test_chunked_prefill_agrees_with_one_long_row(folder: Path, chunk: int) -> N
 
 @pytest.mark.parametrize("implementation", ["native", "paged"])
 def test_one_launch_a_layer_and_one_a_model_agree(scorer: Engine, folder: Path, implementation: str) -> None:
-    looped = loading.load(folder, implementation=implementation, by_layer=False, max_row_tokens=64, call_tokens=128)
+    looped = loading.load(folder, implementation=implementation, by_layer=False, max_segment_tokens=64, call_tokens=128)
     sequences = [*prompts(20, seed=73, query=150), *prompts(1, seed=74, query=400, longest=300)]
     np.testing.assert_allclose(values(looped, sequences), values(scorer, sequences), rtol=0, atol=TOLERANCE)
 
 
 def test_a_prompt_that_comes_alone_is_kept_the_second_time(folder: Path) -> None:
-    scorer = loading.load(folder, max_row_tokens=512, call_tokens=512)
+    scorer = loading.load(folder, max_segment_tokens=512, call_tokens=512)
     query, items = prompts(1, seed=75, query=300, longest=1)[0], prompts(4, seed=76, longest=20)
     computed = [int(scorer.score(label_batch([query + item], [LABELS])).computed_tokens.sum()) for item in items]
     lengths = [len(query + item) for item in items]
     assert computed == [lengths[0], lengths[1], lengths[2] - 2 * PAGE_TOKENS, lengths[3] - 2 * PAGE_TOKENS]
     got = np.concatenate([values(scorer, [query + item]) for item in items])
-    wanted = values(loading.load(folder, max_row_tokens=512, call_tokens=512), [query + item for item in items])
+    wanted = values(loading.load(folder, max_segment_tokens=512, call_tokens=512), [query + item for item in items])
     np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE)
 
 
-def test_what_the_items_of_several_batches_begin_with_is_computed_once(folder: Path) -> None:
-    """A request in three batches: two pages, then four tokens that 20 items alone are not worth a page for."""
+def test_a_prefix_of_items_in_several_batches_is_computed_once(folder: Path) -> None:
+    """A request in three batches begins with two pages and four tokens, which 20 items alone would not share."""
     scorer = loading.load(folder)
     sequences = prompts(60, seed=77, query=2 * PAGE_TOKENS + 4, longest=12)
     whole = label_batch(sequences, [LABELS] * 60)
@@ -138,10 +138,10 @@ def test_what_the_items_of_several_batches_begin_with_is_computed_once(folder: P
 
 
 def test_two_threads_get_what_one_gets(folder: Path) -> None:
-    """Small cache: both evict what the other reads."""
-    shared = loading.load(folder, max_row_tokens=64, call_tokens=64, prefix_cache_bytes=0)
+    """The cache is small: both evict pages that the other reads."""
+    shared = loading.load(folder, max_segment_tokens=64, call_tokens=64, prefix_cache_bytes=0)
     batches = [prompts(5, seed=seed, query=250 + 100 * (seed % 3), longest=40) for seed in range(80, 92)]
-    wanted = [values(loading.load(folder, max_row_tokens=64, call_tokens=64), batch) for batch in batches[:3]]
+    wanted = [values(loading.load(folder, max_segment_tokens=64, call_tokens=64), batch) for batch in batches[:3]]
     with ThreadPoolExecutor(2) as threads:
         got = list(threads.map(lambda batch: values(shared, batch), batches * 2))
     for number, one in enumerate(got):
@@ -151,7 +151,7 @@ def test_two_threads_get_what_one_gets(folder: Path) -> None:
 
 
 def test_cold_warm_and_evicted_prefixes_agree(folder: Path) -> None:
-    scorer = loading.load(folder, max_row_tokens=64, call_tokens=64, prefix_cache_bytes=0)
+    scorer = loading.load(folder, max_segment_tokens=64, call_tokens=64, prefix_cache_bytes=0)
     sequences = prompts(6, seed=6, query=3 * PAGE_TOKENS)
     cold = values(scorer, sequences)
     hits = scorer.cache_stats.hit_tokens
@@ -167,16 +167,16 @@ def test_cold_warm_and_evicted_prefixes_agree(folder: Path) -> None:
 
 
 def test_prefixes_that_evict_each_other_within_a_batch_agree(scorer: Engine, folder: Path) -> None:
-    """Seven queries of three pages in a cache of twelve: pages are rewritten while earlier calls may still run."""
-    small = loading.load(folder, max_row_tokens=64, call_tokens=64, prefix_cache_bytes=0)
+    """Seven queries of three pages use a cache of twelve: pages are rewritten while earlier calls may still run."""
+    small = loading.load(folder, max_segment_tokens=64, call_tokens=64, prefix_cache_bytes=0)
     sequences = [prompt for seed in range(40, 47) for prompt in prompts(3, seed=seed, query=380, longest=20)]
     np.testing.assert_allclose(values(small, sequences), values(scorer, sequences), rtol=0, atol=TOLERANCE)
     assert small.cache_stats.evicted_pages > 0
 
 
 def test_requests_with_queries_of_their_own_share_calls(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Six are one prefill and one call of rows; each is answered as alone, cold and warm."""
-    sizes: dict[str, Any] = {"implementation": "native", "max_row_tokens": 64, "call_tokens": 512}
+    """Six requests are one prefill and one call of segments; each is answered as alone, cold and warm."""
+    sizes: dict[str, Any] = {"implementation": "native", "max_segment_tokens": 64, "call_tokens": 512}
     scorer = loading.load(folder, chunks=(64, 1024), **sizes)
     lengths = (130, 200, 150, 140, 256, 130)
     requests = [prompts(4, seed=90 + number, query=query, longest=20) for number, query in enumerate(lengths)]
@@ -191,7 +191,7 @@ def test_requests_with_queries_of_their_own_share_calls(folder: Path, monkeypatc
         return count
 
     monkeypatch.setattr(programs.layers, "prefill", counted(0, programs.layers.prefill))
-    monkeypatch.setattr(programs.layers, "rows", counted(1, programs.layers.rows))
+    monkeypatch.setattr(programs.layers, "segments", counted(1, programs.layers.segments))
     together = [prompt for request in requests for prompt in request]
     cold = values(scorer, together)
     assert launched == [1, 1]
@@ -200,8 +200,8 @@ def test_requests_with_queries_of_their_own_share_calls(folder: Path, monkeypatc
     assert launched == [1, 2]
 
 
-def test_pages_whose_writing_failed_are_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scorer = loading.load(folder, max_row_tokens=64, call_tokens=64)
+def test_pages_that_could_not_be_written_are_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = loading.load(folder, max_segment_tokens=64, call_tokens=64)
     sequences = prompts(3, seed=50, query=300)
 
     def failing(*_: object) -> None:
@@ -224,7 +224,7 @@ def test_prefixes_around_a_page_agree_with_no_sharing(scorer: Engine, query: int
 
 
 def test_computed_tokens_count_each_token_of_the_tree_once(folder: Path) -> None:
-    scorer = loading.load(folder, max_row_tokens=64, call_tokens=128)
+    scorer = loading.load(folder, max_segment_tokens=64, call_tokens=128)
     sequences = prompts(10, seed=8, query=300)
     batch = label_batch(sequences, [LABELS] * 10)
     unique = 300 + sum(len(sequence) - 300 for sequence in sequences)
@@ -233,7 +233,7 @@ def test_computed_tokens_count_each_token_of_the_tree_once(folder: Path) -> None
 
 
 def test_pad_and_eos_ids_are_tokens_like_any_other(scorer: Engine) -> None:
-    """Token 0 fills padding inside; a prompt that is made of it is still scored by its length."""
+    """The engine pads with token 0; a prompt made of token 0 still counts with its own length."""
     sequences = [[7, *([0] * n)] for n in range(1, 40)]
     together = values(scorer, sequences)
     assert len(np.unique(together[:, 0].round(4))) > 30
@@ -275,16 +275,16 @@ def test_all_labels_of_the_vocabulary_sum_to_one(scorer: Engine) -> None:
     np.testing.assert_allclose(np.exp(result.values.reshape(2, -1)).sum(axis=1), 1, atol=1e-5)
 
 
-def test_a_prompt_whose_arithmetic_breaks_harms_only_itself(tmp_path: Path) -> None:
-    """Token 5's embedding is NaN: every prompt that holds it is NaN, its neighbours in the same bins are whole."""
+def test_a_prompt_with_broken_arithmetic_harms_only_itself(tmp_path: Path) -> None:
+    """Token 5's embedding is NaN: every prompt with it is NaN, its neighbours in the same bins are finite."""
     whole = make_llama(tmp_path)
-    clean = loading.load(whole, max_row_tokens=64, call_tokens=64)
+    clean = loading.load(whole, max_segment_tokens=64, call_tokens=64)
     sequences = [[token for token in sequence if token != 5] + [1] for sequence in prompts(12, seed=13, longest=20)]
     wanted = values(clean, sequences)
     tensors = load_file(whole / "model.safetensors")
     tensors["model.embed_tokens.weight"][5] = np.nan
     save_file(tensors, whole / "model.safetensors")
-    broken = loading.load(whole, max_row_tokens=64, call_tokens=64)
+    broken = loading.load(whole, max_segment_tokens=64, call_tokens=64)
     poisoned = [list(sequence) for sequence in sequences]
     for index in (0, 4, 5):
         poisoned[index].insert(len(poisoned[index]) // 2, 5)
@@ -295,8 +295,8 @@ def test_a_prompt_whose_arithmetic_breaks_harms_only_itself(tmp_path: Path) -> N
     np.testing.assert_allclose(got[good], wanted[good], rtol=0, atol=TOLERANCE)
 
 
-def test_a_page_whose_tail_is_broken_serves_the_prefix_before_it(tmp_path: Path) -> None:
-    """A long prompt's NaN lies in the page that holds the end of the query which thirty others share."""
+def test_a_page_with_a_broken_tail_serves_the_prefix_before_it(tmp_path: Path) -> None:
+    """A long prompt's NaN is in the page with the end of the query that thirty others share."""
     whole = make_llama(tmp_path, context=1024)
     rng = np.random.default_rng(60)
     query = [t if t != 5 else 6 for t in rng.integers(0, VOCAB, 200).tolist()]
@@ -305,19 +305,19 @@ def test_a_page_whose_tail_is_broken_serves_the_prefix_before_it(tmp_path: Path)
     tensors = load_file(whole / "model.safetensors")
     tensors["model.embed_tokens.weight"][5] = np.nan
     save_file(tensors, whole / "model.safetensors")
-    broken = loading.load(whole, max_row_tokens=64, call_tokens=64)
+    broken = loading.load(whole, max_segment_tokens=64, call_tokens=64)
     got = values(broken, [*(query + item for item in items), long])
     assert np.isnan(got[-1]).all()
-    alone = loading.load(whole, max_row_tokens=64, call_tokens=64)
+    alone = loading.load(whole, max_segment_tokens=64, call_tokens=64)
     wanted = values(alone, [query + item for item in items])
     np.testing.assert_allclose(got[:-1], wanted, rtol=0, atol=TOLERANCE)
 
 
 def test_without_a_compiler_layers_are_xlas_or_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = values(loading.load(folder, max_row_tokens=64, call_tokens=64), prompts(5))
+    wanted = values(loading.load(folder, max_segment_tokens=64, call_tokens=64), prompts(5))
     monkeypatch.setattr(loading.cpu_build, "load", lambda _: None)
-    scorer = loading.load(folder, max_row_tokens=64, call_tokens=64)
-    assert "2x32" in scorer.info.buckets  # bins, which the kernel has not
+    scorer = loading.load(folder, max_segment_tokens=64, call_tokens=64)
+    assert "2x32" in scorer.info.buckets  # only XLA's layers have bins
     np.testing.assert_allclose(values(scorer, prompts(5)), wanted, rtol=0, atol=TOLERANCE)
     with pytest.raises(RuntimeError, match="'native' cannot be built here"):
         loading.load(folder, implementation="native")
@@ -341,7 +341,7 @@ def test_a_shorter_longest_prompt_needs_fewer_pages(folder: Path) -> None:
 
 @pytest.mark.parametrize("implementation", ["native", "paged"])
 def test_nothing_compiles_after_warmup(implementation: str, folder: Path) -> None:
-    scorer = loading.load(folder, implementation=implementation, max_row_tokens=32, call_tokens=64)
+    scorer = loading.load(folder, implementation=implementation, max_segment_tokens=32, call_tokens=64)
     told: list[tuple[int, int, str]] = []
     scorer.warmup(lambda *progress: told.append(progress))
     assert told[-1][0] == told[-1][1] == len(told) == scorer.compilations
@@ -372,14 +372,14 @@ def test_the_whole_context_fits(scorer: Engine) -> None:
 
 
 def test_no_decode_exists() -> None:
-    """The source has no step that feeds a token back; the likeliest one is told (``/v1/completions``), and no more."""
+    """The source has no step that feeds a token back; ``/v1/completions`` only answers the top-1 token."""
     sources = "".join(path.read_text() for path in Path(loading.__file__).parent.rglob("*.py"))
     for word in ("generate(", "random", "multinomial", "categorical"):
         assert word not in sources
 
 
 def test_a_prompt_prefilled_in_pieces_scores_as_at_once(folder: Path) -> None:
-    """The pieces are kept by whole pages, and no prefix is computed again; the longest row is of 512 tokens."""
+    """Pieces are kept in whole pages, and no prefix is computed again; the longest segment has 512 tokens."""
     scorer, other = loading.load(folder), loading.load(folder)
     [whole] = np.random.default_rng(3).integers(0, VOCAB, (1, 900)).tolist()
     computed: list[int] = []
@@ -399,8 +399,10 @@ def test_a_prompt_prefilled_in_pieces_scores_as_at_once(folder: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("step", [AHEAD_TOKENS, 2 * AHEAD_TOKENS])
-def test_pieces_that_end_where_a_cpu_cuts_a_prompt_anyway_leave_its_bits(dtype: Any, step: int, tmp_path: Path) -> None:
-    """At the sizes that are served: a call's longest row divides the queue's pieces."""
+def test_pieces_that_end_where_a_cpu_cuts_a_prompt_do_not_change_its_bits(
+    dtype: Any, step: int, tmp_path: Path
+) -> None:
+    """With the sizes that are served: the longest segment divides the queue's pieces."""
     scorer = loading.load(make_llama(tmp_path, context=4096), dtype=dtype, implementation="native")
     [whole] = np.random.default_rng(3).integers(0, VOCAB, (1, 3000)).tolist()
     for upto in range(step, 2500, step):

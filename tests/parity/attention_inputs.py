@@ -21,10 +21,10 @@ def inputs(
     stored: int | None = None,
     seed: int = 0,
 ) -> tuple[jax.Array, jax.Array, jax.Array, AttentionContext]:
-    """Rows of 1 to ``longest`` tokens in every bin, the last positions of each left empty, and a full page table.
+    """Make segments of 1 to ``longest`` tokens in every bin, with empty last positions, and a full page table.
 
     Args:
-        stored: width of a head in the pool, zeros beyond ``head_width``; None: as it is.
+        stored: width of a head in the pool, zeros beyond ``head_width``; None: ``head_width``.
     """
     rng = np.random.default_rng(seed)
     segments, positions = np.full((bins, width), -1, np.int32), np.zeros((bins, width), np.int32)
@@ -48,6 +48,6 @@ def inputs(
     return jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), context
 
 
-def behind(context: AttentionContext, length: int) -> AttentionContext:
-    """The same rows over a prefix."""
+def over_prefix(context: AttentionContext, length: int) -> AttentionContext:
+    """The same segments over a prefix."""
     return context._replace(prefix_lengths=jnp.array([length], jnp.int32), positions=context.positions + length)

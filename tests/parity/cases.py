@@ -1,7 +1,7 @@
-"""The tiny checkpoints and inputs of the parity tests, and what transformers says of them in float32.
+"""The tiny checkpoints and inputs of the parity tests, and transformers' float32 answers.
 
 Each case changes one thing that a wrong implementation could miss. The answers are computed live where torch is
-installed; elsewhere the stored ones are used. ``python -m tests.parity.cases`` writes them anew.
+installed; elsewhere the stored ones are used. ``python -m tests.parity.cases`` writes them again.
 """
 
 import importlib.util
@@ -57,7 +57,7 @@ def reference(folder: Path) -> list[list[float]]:
 
 
 def expected(case: str, folder: Path) -> list[list[float]]:
-    """Live from transformers, or stored."""
+    """The reference, computed by transformers or stored."""
     return reference(folder) if HAVE_TORCH else json.loads(GOLDENS.read_text())[case]
 
 

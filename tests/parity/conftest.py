@@ -1,4 +1,4 @@
-"""The CPU's kernels, built for this processor and for lesser ones."""
+"""The CPU's kernels, built for this processor and for older ones."""
 
 import platform
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from model.cpu import build
 from model.cpu.build import Kernels
 
 PROCESSORS = ["native", "x86-64-v3", "x86-64-v2"] if platform.machine() == "x86_64" else ["native"]
-"""v3 has AVX2, v2 SSE, neither has bfloat16."""
+"""Kinds of processors: v3 has AVX2, v2 has SSE, neither has bfloat16."""
 
 FLAGS = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
 
@@ -21,13 +21,13 @@ def runs_here(processor: str) -> bool:
 
 @pytest.fixture(scope="module", params=PROCESSORS)
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernels]:
-    """The CPU's kernels as they are built for another processor, under names of their own."""
+    """The CPU's kernels, built for one kind of processor, under names of their own."""
     if not runs_here(request.param):
-        pytest.skip(f"this processor has not the instructions of {request.param}")
+        pytest.skip(f"this processor does not have the instructions of {request.param}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CXXFLAGS", f"-march={request.param}")
         patch.setattr(build, "PREFIX", f"for_{request.param}_{request.module.__name__}")
-        # One folder for all files of tests, and all of xdist's workers: they need the same builds.
+        # One folder for all test files and all xdist workers: they need the same builds.
         built = build.register(tmp_path_factory.getbasetemp().parent / "kernels")
         assert built is not None
         yield built

@@ -9,7 +9,7 @@ import pytest
 
 from model.attention import AttentionContext, MaskSpec, attend, to_pool
 from model.contract import PAGE_TOKENS
-from tests.parity.attention_inputs import behind, inputs
+from tests.parity.attention_inputs import inputs, over_prefix
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler is installed"),
@@ -25,7 +25,7 @@ def attended(
     rule: MaskSpec | None = None,
     reads: jax.Array | None = None,
 ) -> np.ndarray:
-    """By the kernel, in layer 1; its pool is stored as the engine does."""
+    """Attention by the kernel, in layer 1; the pool is stored as the engine stores it."""
     context = context._replace(pool=to_pool(context.pool))
     query, asked = q if reads is None else q[reads], rule or MaskSpec()
     result = jax.jit(lambda *a: attend(*a, 1, asked, implementation="native", reads=reads))(query, k, v, context)
@@ -33,7 +33,7 @@ def attended(
 
 
 def exact(q: jax.Array, k: jax.Array, v: jax.Array, context: AttentionContext, rule: MaskSpec) -> np.ndarray:
-    """The same of all tokens in float64."""
+    """Attention of all tokens in float64."""
     segments, positions = (np.asarray(x).reshape(-1) for x in (context.segments, context.positions))
     length = int(context.prefix_length)
     pages = np.asarray(context.pool, np.float64)[np.asarray(context.page_table), 1]
@@ -55,8 +55,8 @@ def exact(q: jax.Array, k: jax.Array, v: jax.Array, context: AttentionContext, r
     ("shape", "heads", "kv_heads", "head_width", "longest", "window", "softcap"),
     [
         pytest.param((1, 1024), 9, 3, 64, 60, None, None, id="the demo model's heads"),
-        pytest.param((5, 96), 4, 4, 80, 40, 20, 1.5, id="a window shorter than a row, and a soft cap"),
-        pytest.param((1, 700), 8, 1, 72, 600, 300, None, id="a row longer than a window, one key for all heads"),
+        pytest.param((5, 96), 4, 4, 80, 40, 20, 1.5, id="a window shorter than a segment, and a soft cap"),
+        pytest.param((1, 700), 8, 1, 72, 600, 300, None, id="a segment longer than a window, one key for all heads"),
         pytest.param((3, 64), 2, 2, 24, 30, None, 5.0, id="narrow heads"),
         pytest.param((2, 256), 4, 2, 256, 200, None, None, id="wide heads"),
     ],
@@ -76,7 +76,7 @@ def test_kernel_equals_float64(
     rule = MaskSpec(None if window is None else jnp.int32(window), softcap)
     reads = jnp.asarray([3, 17, 18, 18, 60, 0])
     for length in (0, 65, 5 * PAGE_TOKENS + 3):
-        here = behind(context, length)
+        here = over_prefix(context, length)
         got = attended(q, k, v, here, rule)
         np.testing.assert_allclose(got[real], exact(q, k, v, here, rule)[real], rtol=3e-6, atol=3e-6)
         assert not got[~real].any()
@@ -88,10 +88,10 @@ def test_kernel_equals_float64(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_row_has_the_same_bits_whatever_is_beside_it(dtype: str) -> None:
+def test_a_segment_has_the_same_bits_among_any_others(dtype: str) -> None:
     q, k, v, context = inputs(bins=1, width=640, head_width=64, longest=90, heads=6, kv_heads=2)
     q, k, v = (x.astype(dtype) for x in (q, k, v))
-    context = behind(context._replace(pool=context.pool.astype(dtype)), 200)
+    context = over_prefix(context._replace(pool=context.pool.astype(dtype)), 200)
     among = attended(q, k, v, context)
     segments = np.asarray(context.segments)[0]
     for segment in range(segments.max() + 1):
@@ -106,7 +106,7 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it(dtype: str) -> None:
 
 @pytest.mark.parametrize("window", [None, 90])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rows_over_prefixes_of_their_own_have_the_bits_of_a_call_with_one(dtype: str, window: int | None) -> None:
+def test_segments_over_several_prefixes_have_the_bits_of_a_call_with_one(dtype: str, window: int | None) -> None:
     q, k, v, context = inputs(bins=1, width=640, head_width=64, longest=90, heads=6, kv_heads=2)
     q, k, v = (x.astype(dtype) for x in (q, k, v))
     lengths, rule = (0, 65, 5 * PAGE_TOKENS + 3, 200), MaskSpec(None if window is None else jnp.int32(window))
@@ -126,15 +126,15 @@ def test_rows_over_prefixes_of_their_own_have_the_bits_of_a_call_with_one(dtype:
     for number, length in enumerate(lengths):
         own = (seen == number) & (segments >= 0)
         assert own.sum() > 60
-        alone = behind(context._replace(pool=together.pool, page_tables=tables[number : number + 1]), length)
+        alone = over_prefix(context._replace(pool=together.pool, page_tables=tables[number : number + 1]), length)
         np.testing.assert_array_equal(attended(q, k, v, alone, rule)[own], got[own])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_broken_row_harms_only_itself(dtype: str) -> None:
+def test_a_broken_segment_harms_only_itself(dtype: str) -> None:
     q, k, v, context = inputs(bins=2, width=128, head_width=64, longest=40)
     q, k, v = (x.astype(dtype) for x in (q, k, v))
-    context = behind(context._replace(pool=context.pool.astype(dtype)), 130)
+    context = over_prefix(context._replace(pool=context.pool.astype(dtype)), 130)
     segments = np.asarray(context.segments).reshape(-1)
     whole = attended(q, k, v, context)
     broken = segments == segments[0]
@@ -147,7 +147,7 @@ def test_a_broken_row_harms_only_itself(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_broken_token_harms_none_before_it(dtype: str) -> None:
-    """Queries multiplied together see different keys: what one may not see is not in its sum, even as 0 * NaN."""
+    """Queries multiplied together see different keys: a masked key is not in a query's sum, not even as 0 * NaN."""
     q, k, v, context = inputs(bins=1, width=64, head_width=64, longest=60)
     q, k, v = (x.astype(dtype) for x in (q, k, v))
     context = context._replace(segments=jnp.zeros((1, 64), jnp.int32), pool=context.pool.astype(dtype))
@@ -156,3 +156,41 @@ def test_a_broken_token_harms_none_before_it(dtype: str) -> None:
         got = attended(*(x.at[token].set(jnp.nan) for x in (q, k, v)), context)
         np.testing.assert_array_equal(got[:token], whole[:token])
         assert np.isnan(got[token:]).all()
+
+
+@pytest.mark.parametrize("rule", [(None, None), (20, None), (90, 1.5), (300, None)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bits_do_not_depend_on_where_a_sequence_is_cut(dtype: str, rule: tuple[int | None, float | None]) -> None:
+    """Into a prefix in pages and a segment, of which a query of one token is another."""
+    window, softcap = rule
+    asked = MaskSpec(None if window is None else jnp.int32(window), softcap)
+    length, kv_heads = 3 * PAGE_TOKENS + 9, 2
+    q, k, v, context = inputs(bins=1, width=length, head_width=24, longest=60, heads=6, kv_heads=kv_heads)
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    stored = np.array(context.pool)
+    for page, at in zip(np.asarray(context.page_table), range(0, length, PAGE_TOKENS), strict=False):
+        for half, x in enumerate((k, v)):
+            own = np.asarray(x[at : at + PAGE_TOKENS], np.float32)
+            stored[page, 1, half, :, : len(own)] = own.transpose(1, 0, 2)
+
+    def behind_a_prefix(cut: int, *, beside: int) -> np.ndarray:
+        """The tokens from ``cut`` on, behind those before it, twice, after another segment of ``beside`` tokens."""
+        tokens = np.concatenate([np.arange(beside), np.arange(cut, length), np.arange(cut, length)])
+        segments = np.repeat([0, 1, 2], [beside, length - cut, length - cut])
+        here = context._replace(
+            segments=jnp.asarray(segments[None], jnp.int32),
+            positions=jnp.asarray(tokens, jnp.int32),
+            prefixes=jnp.asarray(segments > 0, jnp.int32),
+            pool=jnp.asarray(stored).astype(dtype),
+            page_tables=jnp.tile(context.page_table, (2, 1)),
+            prefix_lengths=jnp.array([0, cut], jnp.int32),
+        )
+        _, first, second = np.split(
+            attended(q[tokens], k[tokens], v[tokens], here, asked), [beside, beside + length - cut]
+        )
+        np.testing.assert_array_equal(first, second)
+        return first
+
+    whole = behind_a_prefix(0, beside=0)
+    for cut in (1, 5, 63, 64, 65, 127, PAGE_TOKENS, 191, 2 * PAGE_TOKENS + 33, length - 1):
+        np.testing.assert_array_equal(behind_a_prefix(cut, beside=cut % 50), whole[cut:])

@@ -1,4 +1,4 @@
-"""The TPU kernel, interpreted on this machine, against the plain softmax over everything."""
+"""The TPU kernel, interpreted on this machine, against a plain softmax over all keys."""
 
 from collections.abc import Callable
 
@@ -10,13 +10,13 @@ import pytest
 from model.attention import AttentionContext, MaskSpec, attend, to_pool
 from model.attention_tpu import stored_width
 from model.contract import PAGE_TOKENS
-from tests.parity.attention_inputs import behind, inputs
+from tests.parity.attention_inputs import inputs, over_prefix
 
 Attend = Callable[..., jax.Array]
 
 
 def both(head_width: int, window: int | None = None, softcap: float | None = None) -> tuple[Attend, Attend]:
-    """Kernel and reference, compiled once for all prefix lengths; the reference's pool has heads as they are."""
+    """Kernel and reference, compiled once for all prefix lengths; the reference's pool has unpadded heads."""
     rule = MaskSpec(None if window is None else jnp.int32(window), softcap)
 
     def kernel(
@@ -39,7 +39,7 @@ def both(head_width: int, window: int | None = None, softcap: float | None = Non
     ("bins", "width", "head_width", "longest", "window", "softcap"),
     [
         pytest.param(9, 160, 80, 60, None, None, id="narrow heads, a tile that is not filled"),
-        pytest.param(9, 160, 80, 60, 40, 1.5, id="a window shorter than a row, and a soft cap"),
+        pytest.param(9, 160, 80, 60, 40, 1.5, id="a window shorter than a segment, and a soft cap"),
         pytest.param(1, 2048, 128, 1500, 700, None, id="a bin of two tiles, a window over both"),
     ],
 )
@@ -52,19 +52,19 @@ def test_kernel_equals_reference(
     real = np.asarray(context.segments).reshape(-1) >= 0
     kernel, reference = both(head_width, window, softcap)
     for length in (0, 1, 4 * PAGE_TOKENS, 5 * PAGE_TOKENS + 3, 8 * PAGE_TOKENS - 5):
-        here = behind(context, length)
+        here = over_prefix(context, length)
         got, wanted = (np.asarray(run(q, k, v, here))[real] for run in (kernel, reference))
         np.testing.assert_allclose(got, wanted, rtol=0, atol=3e-6)
 
 
 def test_bfloat16_reads_and_a_broken_neighbour() -> None:
-    """Only reads are asked, in bfloat16; one row's values are NaN, and nobody else's result is."""
+    """Only reads are compared, in bfloat16; one segment's values are NaN, and no other result is."""
     q, k, v, context = inputs(bins=3, width=128, head_width=64, longest=40, stored=stored_width(64))
     segments = np.asarray(context.segments).reshape(-1)
     broken = segments == segments[0]
     v = v.at[np.flatnonzero(broken)].set(jnp.nan)
     reads = jnp.asarray([50, 51, 127 + 30, 300])
-    context = behind(context, 130)
+    context = over_prefix(context, 130)
     kernel, reference = both(64)
     wanted = np.asarray(reference(q, k, v, context, reads))
     q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))

@@ -23,8 +23,8 @@ from tests.tiny_families import CLASSIFIERS, config_of, make_family
 
 
 def load(folder: Path) -> Engine:
-    """With the shapes that the causal models of ``tests.conftest`` have, so that most programs are compiled already."""
-    return loading.load(folder, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
+    """Load with the shapes of the causal models of ``tests.conftest``, so that most programs are already compiled."""
+    return loading.load(folder, max_segment_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
 
 
 @pytest.mark.skipif(not HAVE_TORCH, reason="torch is not installed, and class logits are not stored")
@@ -54,20 +54,20 @@ def test_class_logits_equal_transformers(family: str, tmp_path: Path) -> None:
 
 
 def class_batch(prompts: Sequence[Sequence[int]], pad: int | None) -> TokenBatch:
-    """As the front end makes it of a model with three classes."""
+    """A batch as the front end makes it for a model with three classes."""
     layout = labels.of_tokens(range(3))
     made = [Prompt(index, np.array(tokens, np.int32), layout) for index, tokens in enumerate(prompts)]
     return packed(made, (), 0, vocab_logprobs=False, classes=True, pad=pad).batch
 
 
 def test_an_output_head_that_is_left_among_the_tensors_changes_nothing(tmp_path: Path) -> None:
-    """Some that make a classifier of a causal model keep its head: transformers reads the file without it."""
+    """Some classifiers made from a causal model keep its head; transformers ignores it in the file."""
     folder = make_family(tmp_path, "qwen2", classes=3)
     batch = class_batch(sequences(), None)
     plain = load(folder).score(batch).values
     tensors = {name: np.array(tensor) for name, tensor in load_file(folder / "model.safetensors").items()}
     head = np.random.default_rng(0).normal(size=tensors["model.embed_tokens.weight"].shape).astype(np.float32)
-    (folder / "model.safetensors").unlink()  # which numpy has mapped
+    (folder / "model.safetensors").unlink()  # not in place: numpy has mapped the file
     save_file({**tensors, "lm_head.weight": head}, folder / "model.safetensors", {"format": "pt"})
     np.testing.assert_array_equal(load(folder).score(batch).values, plain)
 

@@ -72,7 +72,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def decide(folder: Path, profile: str, permutations: int, *, state: str = STATE) -> Decided:
     tokenizer = TextTokenizer.load(folder)
-    scorer = loading.load(folder, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
+    scorer = loading.load(folder, max_segment_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
     facts = ModelFacts.of(ModelSettings(decision_profile=profile), tokenizer, scorer.info, folder)
     prepared = finish(Decider.of(facts).prepare(state, QUESTIONS, permutations, lambda decided: decided))
     return prepared.answer(scorer.score(prepared.batch))

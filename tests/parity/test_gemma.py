@@ -1,7 +1,7 @@
 """Gemma 3 270M, a second real model, from its GGUF file: tokens and log-probabilities as stored.
 
-The stored answers are transformers' float32 forward's, on the weights that the file's 4 to 8 bits stand for. The
-queries have 256, 16 and 512 tokens: behind the last, items lie beyond the sliding layers' window of 512.
+The stored answers are from transformers' float32 forward, on the weights that the file's 4 to 8 bits stand for. The
+queries have 256, 16 and 512 tokens: after the last, items are beyond the sliding layers' window of 512.
 """
 
 import json

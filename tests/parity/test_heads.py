@@ -1,4 +1,4 @@
-"""An output head that is stored beside the embedding that it is said to be tied to, against transformers."""
+"""A stored output head that differs from the embedding that it should be tied to, against transformers."""
 
 import logging
 from pathlib import Path
@@ -15,17 +15,17 @@ from tests.batches import label_batch
 from tests.parity.cases import HAVE_TORCH, LABELS, reference, sequences
 from tests.tiny_families import make_family
 
-SIZES: dict[str, Any] = {"max_row_tokens": 32, "call_tokens": 64, "chunks": (64,), "prefix_cache_bytes": 2**21}
+SIZES: dict[str, Any] = {"max_segment_tokens": 32, "call_tokens": 64, "chunks": (64,), "prefix_cache_bytes": 2**21}
 
 
 def with_head(folder: Path, family: str, offset: float) -> Path:
-    """A tied checkpoint, its head stored too, with its last row raised by ``offset``."""
+    """A tied checkpoint with a stored head, in which the last row is raised by ``offset``."""
     made = make_family(folder, family)
     tensors = load_file(made / "model.safetensors")
     head = tensors["model.embed_tokens.weight"].copy()
     head[-1] += offset
     tensors = {name: np.array(tensor) for name, tensor in tensors.items()}
-    (made / "model.safetensors").unlink()  # which numpy has mapped
+    (made / "model.safetensors").unlink()  # not in place: numpy has mapped the file
     save_file({**tensors, "lm_head.weight": head}, made / "model.safetensors", {"format": "pt"})
     return made
 

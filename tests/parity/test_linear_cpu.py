@@ -23,12 +23,12 @@ def dtype(request: pytest.FixtureRequest, kernels: Kernels) -> str:
 
 
 def normal(dtype: str, *shape: int, seed: int = 0) -> np.ndarray:
-    """Of the dtype."""
+    """Random values of the dtype."""
     values = np.random.default_rng((seed, *shape)).normal(size=shape)
     return np.array(jnp.asarray(values, jnp.float32).astype(dtype))
 
 
-# A new function for every call: jax would find the program of another build.
+# A new function for every call; else jax would reuse the program of another build.
 
 
 def products(x: np.ndarray, *kernels: np.ndarray) -> list[np.ndarray]:
@@ -44,7 +44,7 @@ def gated(x: np.ndarray, gate: np.ndarray, up: np.ndarray, activation: Activatio
 
 @pytest.mark.parametrize("rows", [*range(1, 14), 80, 1000])
 def test_products_equal_float64(rows: int, dtype: str) -> None:
-    """Of kernels that fill their last panel and that do not, side by side."""
+    """Some weights fill their last panel, and others do not."""
     x, kernels = normal(dtype, rows, 574), [normal(dtype, 574, width) for width in (576, 64, 1, 130)]
     for got, kernel in zip(products(x, *kernels), kernels, strict=True):
         wanted = x.astype(np.float64) @ kernel.astype(np.float64)
@@ -63,21 +63,21 @@ ACTIVATIONS = {
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize(("rows", "width"), [(5, 64), (7, 100), (301, 576)])
-def test_gated_equals_float64_behind_the_products(rows: int, width: int, activation: Activation, dtype: str) -> None:
+def test_gated_equals_float64_after_the_products(rows: int, width: int, activation: Activation, dtype: str) -> None:
     x, gate, up = normal(dtype, rows, 48), normal(dtype, 48, width), normal(dtype, 48, width, seed=1)
     got = gated(x, gate, up, activation)
     gates, ups = (y.astype(np.float64) for y in products(x, gate, up))
-    assert gates.max() > 12  # far out on both sides, as well as about 0
+    assert gates.max() > 12  # far from 0 on both sides, and near it
     assert gates.min() < -12
     wanted = ACTIVATIONS[activation](gates) * ups
     assert got.dtype == dtype
     rounding = 2**-8 if dtype == "bfloat16" else 3e-6
-    # 1 + tanh far below 0 is the rest of two numbers near 1.
+    # Far below 0, 1 + tanh is the small difference of two numbers near 1.
     absolute = 1e-5 if activation == "gelu_tanh" else 1e-30
     np.testing.assert_allclose(got.astype(np.float64), wanted, rtol=rounding, atol=absolute)
 
 
-def test_a_row_has_the_same_bits_whatever_is_beside_it(dtype: str) -> None:
+def test_a_row_has_the_same_bits_among_any_others(dtype: str) -> None:
     x, kernel = normal(dtype, 101, 96), normal(dtype, 96, 70)
     (among,) = products(x, kernel)
     for first, last in ((0, 1), (50, 53), (90, 101)):
@@ -112,32 +112,62 @@ def test_rows_of_zeros_give_zeros(dtype: str) -> None:
     np.testing.assert_array_equal(got[rest], whole[rest])
 
 
-def normalizers(x: np.ndarray, head: np.ndarray, softcap: float | None = None) -> np.ndarray:
-    return np.asarray(jax.jit(lambda x, head: linear.log_normalizer(x, head, softcap))(x, head))
+def argmax(x: np.ndarray, head: np.ndarray, softcap: float | None = None) -> list[np.ndarray]:
+    return [np.asarray(y) for y in jax.jit(lambda x, head: linear.argmax(x, head, softcap))(x, head)]
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def head_dtype(request: pytest.FixtureRequest, kernels: Kernels) -> str:  # noqa: ARG001
+    """A head is multiplied in both on all processors."""
+    return request.param
 
 
 @pytest.mark.parametrize("softcap", [None, 8.0])
 @pytest.mark.parametrize(("rows", "vocabulary"), [(1, 5), (2, 1000), (17, 385), (130, 2000)])
-def test_normalizers_equal_float64(rows: int, vocabulary: int, softcap: float | None, dtype: str) -> None:
-    x, head = normal(dtype, rows, 96), normal(dtype, vocabulary, 96)
+def test_normalizers_and_highest_logits_equal_float64(
+    rows: int, vocabulary: int, softcap: float | None, head_dtype: str
+) -> None:
+    x, head = normal(head_dtype, rows, 96), normal(head_dtype, vocabulary, 96)
     head[vocabulary // 2] *= 4  # a logit far above the others, now and then
     logits = x.astype(np.float64) @ head.astype(np.float64).T
     if softcap is not None:
         logits = softcap * np.tanh(logits / softcap)
     highest = logits.max(axis=1)
     wanted = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
-    got = normalizers(x, head, softcap)
+    got, ids, logit = found = argmax(x, head, softcap)
     np.testing.assert_allclose(got, wanted, rtol=5e-7, atol=2e-6)
+    np.testing.assert_allclose(logit, highest, rtol=5e-7, atol=2e-6)
+    np.testing.assert_allclose(np.take_along_axis(logits, ids[:, None], axis=1)[:, 0], highest, rtol=5e-7, atol=2e-6)
     for row in (0, rows - 1):
-        np.testing.assert_array_equal(normalizers(x[row : row + 1], head, softcap), got[row : row + 1])
+        for own, all_rows in zip(argmax(x[row : row + 1], head, softcap), found, strict=True):
+            np.testing.assert_array_equal(own, all_rows[row : row + 1])
 
 
-def test_a_broken_state_has_no_normalizer_and_harms_no_other(dtype: str) -> None:
-    x, head = normal(dtype, 9, 96), normal(dtype, 500, 96)
-    whole = normalizers(x, head)
+def test_of_equal_logits_the_first_is_found(head_dtype: str) -> None:
+    x, head = normal(head_dtype, 70, 96), normal(head_dtype, 500, 96)
+    _, once, _ = argmax(x, head)
+    _, again, _ = argmax(x, np.concatenate([head, head]))
+    np.testing.assert_array_equal(again, once)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("width", [1, 7, 48, 576, 1030])
+def test_dots_equal_float64(width: int) -> None:
+    a, b = normal("float32", 300, width), normal("float32", 300, width, seed=1)
+    got = np.asarray(jax.jit(lambda a, b: linear.dots(a, b))(a, b))
+    magnitudes = (np.abs(a).astype(np.float64) * np.abs(b)).sum(axis=1)
+    assert (np.abs(got - (a.astype(np.float64) * b).sum(axis=1)) / magnitudes).max() < 4e-7
+
+
+def test_a_broken_state_has_no_normalizer_and_harms_no_other(head_dtype: str) -> None:
+    x, head = normal(head_dtype, 9, 96), normal(head_dtype, 500, 96)
+    whole, _, whole_highest = argmax(x, head)
     x[4] = np.nan
-    got = normalizers(x, head)
+    got, ids, highest = argmax(x, head)
     assert np.isnan(got[4])
+    assert np.isnan(highest[4])
+    assert 0 <= ids[4] < 500
+    np.testing.assert_array_equal(np.delete(highest, 4), np.delete(whole_highest, 4))
     np.testing.assert_array_equal(np.delete(got, 4), np.delete(whole, 4))
 
 

@@ -19,16 +19,16 @@ from tests.tiny import make_llama
 )
 def test_float32_logprobs_equal_transformers(case: str, implementation: str, tmp_path: Path) -> None:
     folder = make_llama(tmp_path, **CASES[case])
-    scorer = loading.load(folder, implementation=implementation, max_row_tokens=64, call_tokens=64)
+    scorer = loading.load(folder, implementation=implementation, max_segment_tokens=64, call_tokens=64)
     prompts = sequences()
     values = scorer.score(label_batch(prompts, [LABELS] * len(prompts))).values
     wanted = np.array(expected(case, folder))
-    assert wanted.std() > 1, "the case must tell right from wrong"
+    assert wanted.std() > 1, "the reference must vary, or the case shows nothing"
     np.testing.assert_allclose(values.reshape(wanted.shape), wanted, rtol=0, atol=1e-4)
 
 
 @pytest.mark.skipif(not HAVE_TORCH, reason="torch, the reference, is not installed")
-def test_every_token_of_a_prompt_and_the_likeliest_ones(tmp_path: Path) -> None:
+def test_every_token_of_a_prompt_and_the_top_ones(tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -36,7 +36,7 @@ def test_every_token_of_a_prompt_and_the_likeliest_ones(tmp_path: Path) -> None:
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     prompts = [sequences()[i] for i in (0, 6, 12)]
     reads = [[*((at, [token]) for at, token in enumerate(tokens[1:])), (len(tokens) - 1, [])] for tokens in prompts]
-    scorer = loading.load(folder, max_row_tokens=64, call_tokens=64)
+    scorer = loading.load(folder, max_segment_tokens=64, call_tokens=64)
     result = scorer.score(replace(reads_batch(prompts, reads), argmax=True))
     with torch.no_grad():
         logprobs = [torch.log_softmax(reference(torch.tensor([tokens])).logits[0], -1).numpy() for tokens in prompts]
@@ -58,6 +58,6 @@ def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
     folder = make_llama(tmp_path)
     prompts = sequences()
     batch = label_batch(prompts, [LABELS] * len(prompts))
-    values = loading.load(folder, dtype="bfloat16", max_row_tokens=64, call_tokens=64).score(batch).values
+    values = loading.load(folder, dtype="bfloat16", max_segment_tokens=64, call_tokens=64).score(batch).values
     difference = np.abs(values - np.array(expected("untied", folder)).ravel())
     assert 1e-5 < difference.max() < 0.5

@@ -1,4 +1,4 @@
-"""Scores of ``/v1/rerank`` by a published reranker's template, against its own library's way to compute them."""
+"""Scores of ``/v1/rerank`` with a published reranker's template, against the reranker's own library."""
 
 import math
 from pathlib import Path
@@ -23,7 +23,7 @@ DOCUMENTS = ["It is Paris.", "Berlin", "", "Paris?\n", "火星"]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A tiny Qwen 2 whose tokenizer has tokens that end in a line break."""
+    """A tiny Qwen 2; its tokenizer has tokens that end in a line break."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -59,7 +59,7 @@ async def test_mxbai_scores_equal_the_librarys(folder: Path, query: str, instruc
             prompt = mxbai.prompt(folder, instruct, query, document, 512)
             logits = model(torch.tensor([prompt])).logits[0, -1].double()
             wanted.append(float(logits[yes] - logits[no]))
-    scorer = loading.load(folder, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
+    scorer = loading.load(folder, max_segment_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
     settings = ModelSettings(model="mixedbread-ai/mxbai-rerank-base-v2")
     service = ModelService(settings, tokenizer, scorer.info, DirectReplicas(scorer), folder=folder)
     answer = await service.answer(

@@ -52,7 +52,7 @@ ROPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ),
     "phi4-partial": ("phi3", {"hidden_size": 512, "rope_theta": 1e4, "partial_rotary_factor": 0.75}),
 }
-"""As published models have them: a family's tiny checkpoint, and what is changed in its config."""
+"""Ropes of published models: a family's tiny checkpoint, and the changes to its config."""
 LENGTH = 32_768
 
 
@@ -62,7 +62,7 @@ def config(name: str) -> dict[str, Any]:
 
 
 def ours(parsed: ModelConfig) -> list[np.ndarray]:
-    """The frequencies of each of the model's ropes."""
+    """Frequencies of each of the model's ropes."""
     width = parsed.rotary_width or parsed.head_width
     found = [rope_frequencies(parsed.rope, width)]
     if parsed.local_rope is not None:
@@ -73,7 +73,7 @@ def ours(parsed: ModelConfig) -> list[np.ndarray]:
 
 
 def theirs(values: Mapping[str, Any]) -> list[np.ndarray]:
-    """The same of transformers' model."""
+    """Frequencies of transformers' model."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -97,14 +97,13 @@ def test_frequencies_are_transformers(name: str) -> None:
     assert len(mine) == len(reference)
     for own, wanted in zip(mine, reference, strict=True):
         assert own.dtype == wanted.dtype == np.float32
-        assert np.sum(own != wanted) <= 1  # of JAX's own ``pow`` a third
+        assert np.sum(own != wanted) <= 1  # with JAX's own ``pow`` a third of them differ
         np.testing.assert_array_max_ulp(own, wanted, maxulp=1)
 
 
 @pytest.mark.parametrize(("theta", "width"), [(1e4, 64), (5e5, 64), (1e6, 128)])
 def test_angles_err_as_transformers_do(theta: float, width: int) -> None:
-    """Both are off from float64 by float32's rounding, which grows with the distance; from each other by no more than
-    the last bits of a cosine."""
+    """Both differ from float64 by float32's rounding, which grows with distance; from each other by last bits."""
     import torch
 
     reference = theirs({**config("smollm2"), "head_dim": width, "rope_theta": theta})[0]
@@ -113,20 +112,20 @@ def test_angles_err_as_transformers_do(theta: float, width: int) -> None:
     angles = torch.tensor(positions).float()[:, None] * torch.tensor(reference)
     pairs = zip(jax.jit(lambda p: rope_angles(Rope(theta), width, p))(positions), (np.cos, np.sin), strict=True)
     for (own, exactly), wanted in zip(pairs, (angles.cos().numpy(), angles.sin().numpy()), strict=True):
-        np.testing.assert_allclose(own, wanted, rtol=0, atol=2e-6)  # of JAX's own ``pow`` 2.0e-3
+        np.testing.assert_allclose(own, wanted, rtol=0, atol=2e-6)  # with JAX's own ``pow`` 2.0e-3
         for found in (own, wanted):
             np.testing.assert_allclose(found, exactly(exact), rtol=0, atol=2.5e-3)
 
 
 def test_long_prompts_equal_transformers(tmp_path: Path) -> None:
-    """Of a model that attends far, with Qwen's rope: by JAX's own ``pow`` it differs by 1.2e-4 here."""
+    """The model attends far, with Qwen's rope: with JAX's own ``pow`` it would differ by 1.2e-4 here."""
     import torch
     from transformers import AutoModelForCausalLM
 
     folder = make_llama(tmp_path, seed=1, width=64, heads=4, head_width=128, theta=1e6, context=2048)
     rng = np.random.default_rng(7)
     prompts = [rng.integers(0, 307, length).tolist() for length in (1000, 1300, 1600, 1900)]
-    scorer = loading.load(folder, max_row_tokens=256, call_tokens=256, chunks=(1024,), prefix_cache_bytes=2**24)
+    scorer = loading.load(folder, max_segment_tokens=256, call_tokens=256, chunks=(1024,), prefix_cache_bytes=2**24)
     got = scorer.score(label_batch(prompts, [LABELS] * len(prompts))).values.reshape(-1, len(LABELS))
     auto: Any = AutoModelForCausalLM
     model = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()

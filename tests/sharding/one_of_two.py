@@ -1,4 +1,4 @@
-"""One of the processes that hold a model together: scores prompts in step with the others, and writes the values.
+"""One of several processes that hold a model together: scores prompts in step with the others, and writes the values.
 
 Run as ``python -m tests.sharding.one_of_two FOLDER COORDINATOR PROCESSES NUMBER RESULT``.
 """
@@ -14,12 +14,12 @@ from model import loading, sharding
 from tests.invariance.rows import prompts, values
 
 SIZES: dict[str, Any] = {
-    "max_row_tokens": 32,
+    "max_segment_tokens": 32,
     "call_tokens": 64,
     "chunks": (64,),
-    "head_rows": (32,),
-    "argmax_rows": (32,),
-    "target_rows": (64,),
+    "head_sizes": (32,),
+    "argmax_sizes": (32,),
+    "target_sizes": (64,),
     "prefix_cache_bytes": 2**21,
 }
 

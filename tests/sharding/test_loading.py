@@ -1,4 +1,4 @@
-"""What a sharded load needs of the host's memory."""
+"""The host memory that a sharded load needs."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The same scores on every mesh, through the whole engine, on devices that the test session forces on the CPU."""
+"""The same scores on every mesh, through the whole engine, on simulated devices of the CPU."""
 
 import re
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from tests.sharding.one_of_two import SIZES
 from tests.tiny import make_llama
 
 MESHES = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 4), (1, 8), (2, 4)]
-"""data x model. Llama below has two key/value heads: split, whole, and copied. Nothing divides its 307 ids."""
+"""data x model. The Llama below has two key/value heads: split, whole and copied. Nothing divides its 307 ids."""
 
 
 def mesh(data: int, model: int) -> jax.sharding.Mesh:
@@ -33,7 +33,7 @@ def mesh(data: int, model: int) -> jax.sharding.Mesh:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a halved head, see ``tests.invariance``."""
+    """A checkpoint with a halved head, see ``tests.invariance``."""
     folder = make_llama(
         tmp_path_factory.mktemp("llama"),
         heads=8,
@@ -53,11 +53,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def everything(scorer: Engine) -> list[np.ndarray]:
-    """Cold, warm, chunked and packed; over the vocabulary and over labels alone; uneven numbers of rows; argmax."""
-    behind = prompts(7, seed=1, query=290, longest=30)
-    found = [values(scorer, behind), values(scorer, behind)]
+    """Score cold, warm, chunked and packed; over the vocabulary and over labels alone; uneven batch sizes; argmax."""
+    shared = prompts(7, seed=1, query=290, longest=30)
+    found = [values(scorer, shared), values(scorer, shared)]
     found += [values(scorer, prompts(count, seed=count, longest=30)) for count in (1, 2, 3, 5)]
-    labels = label_batch(behind[:3], [LABELS] * 3, vocab_logprobs=False)
+    labels = label_batch(shared[:3], [LABELS] * 3, vocab_logprobs=False)
     found.append(scorer.score(labels).values)
     texts = prompts(4, seed=9, longest=30)
     reads = [[(position, [position % VOCAB]) for position in range(len(tokens))] for tokens in texts]
@@ -67,7 +67,7 @@ def everything(scorer: Engine) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def wanted(folder: Path) -> tuple[list[np.ndarray], int]:
-    """Of one device: ``everything``, and how many tokens the cache had."""
+    """``everything`` on one device, and how many tokens were cached."""
     alone = loading.load(folder, **SIZES)
     return everything(alone), alone.stats.prefix_hit_tokens
 
@@ -83,7 +83,7 @@ def test_every_mesh_gives_the_same_scores(
 
 
 def test_bfloat16_is_no_further_from_float32_on_a_mesh(folder: Path, wanted: tuple[list[np.ndarray], int]) -> None:
-    """Though devices exchange their sums in bfloat16: against one device's error, which comes from rounded operands."""
+    """Devices exchange sums in bfloat16, yet the error is about one device's, which comes from rounded operands."""
     errors: list[float] = []
     for over in (mesh(1, 1), mesh(1, 4)):
         scorer = loading.load(folder, mesh=over, dtype="bfloat16", **SIZES)
@@ -91,8 +91,8 @@ def test_bfloat16_is_no_further_from_float32_on_a_mesh(folder: Path, wanted: tup
     assert 0 < errors[1] < 1.5 * errors[0]
 
 
-def test_what_lies_where(folder: Path) -> None:
-    """Parameters are split as the rules say, and the pool by key/value heads; nothing that is split is held whole."""
+def test_parameters_and_pages_are_split(folder: Path) -> None:
+    """Parameters are split by the rules, and the pool by key/value heads; no split array is held whole."""
     spread = loading.load(folder, mesh=mesh(2, 4), **SIZES)
     programs: Any = spread._programs  # pyright: ignore[reportPrivateUsage]
     block = programs.weights.layers[0]
@@ -126,7 +126,7 @@ def test_two_sums_a_layer_and_no_weight_is_gathered(folder: Path) -> None:
     text = programs.compiler.get(Kind.LAYER, shape).as_text()
     collectives = re.findall(r"= \S+ (all-\w+|reduce-scatter|collective-permute)(?:-start)?\(", text)
     assert collectives == ["all-reduce", "all-reduce"]
-    # Embedding, and of the head: a sum of logits; maximum and sum of exponentials.
+    # One sum for the embedding, one of the head's logits; a maximum and a sum of exponentials for the normaliser.
     for kind, size, count in ((Kind.EMBED, shape.tokens, 1), (Kind.TARGETS, 64, 1), (Kind.NORMALIZER, 32, 2)):
         text = programs.compiler.get(kind, size).as_text()
         assert len(re.findall(r"= \S+ all-reduce(?:-start)?\(", text)) == count, kind
@@ -135,7 +135,7 @@ def test_two_sums_a_layer_and_no_weight_is_gathered(folder: Path) -> None:
 
 @contextmanager
 def bytes_read() -> Iterator[list[int]]:
-    """Of every cut of a checkpoint's tensors."""
+    """Bytes of every part that is read of a checkpoint's tensors."""
     read: list[int] = []
     original = checkpoint._Reader.part  # pyright: ignore[reportPrivateUsage]
 
@@ -150,7 +150,7 @@ def bytes_read() -> Iterator[list[int]]:
 
 
 def test_no_more_is_read_than_the_devices_hold(folder: Path) -> None:
-    """At once never more than one device's part of one parameter."""
+    """At most one device's part of one parameter is read at once."""
     with bytes_read() as read:
         loading.load(folder, mesh=mesh(1, 8), **SIZES)
     embedding = 307 * 48 * 4

@@ -19,7 +19,7 @@ from tests.tiny import make_llama
 @pytest.mark.timeout(180)
 def test_two_processes_score_as_one(tmp_path: Path) -> None:
     folder = make_llama(tmp_path / "llama", heads=4, ff=32, layers=2)
-    # Logprobs of -2 to -8, as of a real model's labels: at -16 float32 itself rounds by 2e-6.
+    # Logprobs of -2 to -8, as a real model's labels have: at -16 float32 itself rounds by 2e-6.
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] *= 0.5
     save_file(tensors, folder / "model.safetensors")

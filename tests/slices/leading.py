@@ -1,4 +1,4 @@
-"""A leader as Serve has it, an actor of its own, and hosts of a slice on this machine."""
+"""The leader of a slice as an actor, like Serve's replica, and the slice's hosts on this machine."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ TWO_HOSTS, FOUR_HOSTS = Tpu(chip="v5p", topology="2x2x2"), Tpu(chip="v6e", topol
 
 
 def on_cpu(data: int = 1, **sizes: Any) -> LoadPart:
-    """As ``engines.load_part``, on the devices that XLA is told to play on a CPU.
+    """A ``load_part`` like that of ``engines``, on devices that XLA simulates on a CPU.
 
     Args:
-        data: of the mesh's axes; neighbours on the other one are on different hosts.
+        data: size of the mesh's data axis; neighbours on the other axis are on different hosts.
     """
 
-    def load(settings: Any, place: Place) -> Engine:  # local, so that the hosts, which lack this module, get its code
+    def load(settings: Any, place: Place) -> Engine:  # local: its code is sent to the hosts, which lack this module
         import jax
         import numpy as np
 
@@ -48,9 +48,9 @@ def on_cpu(data: int = 1, **sizes: Any) -> LoadPart:
 
 @contextmanager
 def slice_of(nodes: Cluster, tpu: Tpu, devices: int) -> Iterator[list[Any]]:
-    """Hosts with so many devices each; what the test leaves of them is removed."""
+    """Start hosts with so many devices each. They are removed after the test."""
     flags = f"--xla_backend_optimization_level=1 --xla_force_host_platform_device_count={devices}"
-    # A device waits for others in a thread of XLA's pool; of as few threads as there are cores, they may get none.
+    # Each device waits for the others in a thread of XLA's pool; with one thread per core some would get none.
     hosts = start_slice(nodes, tpu, "a-slice", XLA_FLAGS=flags, NPROC="16", JAX_COMPILATION_CACHE_DIR="")
     try:
         yield hosts
@@ -61,7 +61,7 @@ def slice_of(nodes: Cluster, tpu: Tpu, devices: int) -> Iterator[list[Any]]:
 
 @contextmanager
 def leader_of(settings: ModelSettings, load: LoadPart) -> Iterator[Any]:
-    """An actor that holds the engine, when it is warm; its methods are the engine's."""
+    """Start an actor that holds the engine, and wait until it is warm. Its methods are the engine's."""
     import ray
 
     class Leader:
@@ -71,7 +71,7 @@ def leader_of(settings: ModelSettings, load: LoadPart) -> Iterator[Any]:
             from serve_app.scorer.slice_group import SliceGroup
 
             self.engine = SliceGroup(settings, load)
-            self.threads = ThreadPoolExecutor(2)  # as the queue's
+            self.threads = ThreadPoolExecutor(2)  # like the queue's
             self.told: list[tuple[int, int, str]] = []
             self.engine.warmup(lambda *progress: self.told.append(progress))
 
@@ -90,10 +90,10 @@ def leader_of(settings: ModelSettings, load: LoadPart) -> Iterator[Any]:
         def save_coverage(self) -> None:
             import coverage
 
-            if measuring := coverage.Coverage.current():  # a process that is killed saves nothing
+            if measuring := coverage.Coverage.current():  # a killed process saves nothing
                 measuring.save()
 
-    # As a replica of Serve's: detached, or the slice would stay reserved until the test's own process ends.
+    # Detached, like a replica of Serve; else the slice would stay reserved until the test's own process ends.
     actor = ray.remote(max_concurrency=4, num_cpus=0.1, lifetime="detached")(Leader)
     leader = actor.options(name=uuid.uuid4().hex).remote()
     try:
@@ -106,8 +106,10 @@ def leader_of(settings: ModelSettings, load: LoadPart) -> Iterator[Any]:
 
 
 def alone(folder: Path, batches: list[Any], **sizes: Any) -> list[Any]:
-    """What an engine in one process says, on a mesh of one device, which multiplies as a slice's do. The process is
-    none of the test's: jax and the starting of nodes do not go together."""
+    """Values of an engine in one process, on a mesh of one device, which multiplies as a slice's devices do.
+
+    It runs in a process of its own: one that has loaded jax cannot start nodes.
+    """
     import ray
 
     @ray.remote(num_cpus=0.1)
@@ -123,7 +125,7 @@ def alone(folder: Path, batches: list[Any], **sizes: Any) -> list[Any]:
 
 
 def workers_of(host: Any) -> list[psutil.Process]:
-    """The processes that compute on a host: one, once a slice has started."""
+    """The processes that compute on a host; a started slice has one per host."""
     raylet = psutil.Process(host.all_processes["raylet"][0].process.pid)
     found: list[psutil.Process] = []
     for process in raylet.children(recursive=True):
@@ -134,6 +136,6 @@ def workers_of(host: Any) -> list[psutil.Process]:
 
 
 def worker_of(host: Any) -> psutil.Process:
-    """The only one."""
+    """The only process that computes on a host."""
     (found,) = workers_of(host)
     return found

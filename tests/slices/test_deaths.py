@@ -1,4 +1,4 @@
-"""Processes and hosts of a slice that die, hang or part company, on the fake engine: the leader starts all anew."""
+"""Processes and hosts of a slice die, hang or lose touch, on the fake engine: the leader restarts them all."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_death_while_nothing_is_computed_is_noticed(hosts: list[Any]):
         _, stats, _, _ = ray.get(leader.state.remote())
         assert stats.computed_tokens == 2 * FakeEngine().score(BATCH).computed_tokens.sum()
         processes = [worker_of(host) for host in hosts]
-    wait_for(lambda: not any(process.is_running() for process in processes))  # they end with their leader
+    wait_for(lambda: not any(process.is_running() for process in processes))  # the processes end with their leader
 
 
 def test_a_host_that_hangs_has_its_process_replaced_and_the_batch_computed_again(hosts: list[Any], tmp_path: Path):
@@ -75,13 +75,13 @@ def test_a_host_that_hangs_has_its_process_replaced_and_the_batch_computed_again
         return Hanging()
 
     with leader_of(SETTINGS.model_copy(update={"stall_s": 1000}), hanging) as leader:
-        ray.get(leader.set_batch_timeout.remote(3))  # as a running replica is told
+        ray.get(leader.set_batch_timeout.remote(3))  # as in a running replica
         stuck = worker_of(hosts[1])
         assert_scores(leader)
         assert not psutil.pid_exists(stuck.pid)
 
 
-def test_a_start_that_takes_too_long_is_told_by_the_health_check(hosts: list[Any], tmp_path: Path):
+def test_a_start_that_takes_too_long_fails_the_health_check(hosts: list[Any], tmp_path: Path):
     import ray
 
     first = tmp_path / "first"

@@ -31,7 +31,7 @@ def test_hosts_score_as_one_process(nodes: Cluster, tmp_path: Path, tpu: Tpu, de
     folder = make_llama(tmp_path / "llama", heads=4, ff=32, layers=2)
     batches = [
         batch_of(sequences(), LABELS),
-        batch_of(prompts(3, longest=300, seed=5), LABELS),  # longer than a call: in chunks
+        batch_of(prompts(3, longest=300, seed=5), LABELS),  # longer than a call, so computed in chunks
         batch_of(prompts(40, query=20, seed=6), LABELS),
     ]
     wanted = alone(folder, batches, **SIZES)
@@ -58,11 +58,11 @@ def test_the_demo_model_over_two_hosts_equals_the_reference(nodes: Cluster):
     import ray
 
     asked, references = zip(with_reference("W1", 1, most=12), with_reference("W2", 1, most=6), strict=True)
-    sizes = {**SIZES, "max_row_tokens": 128, "call_tokens": 256, "chunks": (256,), "prefix_cache_bytes": 2**26}
+    sizes = {**SIZES, "max_segment_tokens": 128, "call_tokens": 256, "chunks": (256,), "prefix_cache_bytes": 2**26}
     settings = ModelSettings(model="demo", tpu=TWO_HOSTS, scorer_cpus=0.1)
     with slice_of(nodes, TWO_HOSTS, 3), leader_of(settings, on_cpu(data=2, **sizes)) as leader:
         for _ in range(2):
-            found = ray.get(leader.score.remote(join(asked)))  # W2's items are longer than a row, and than W1's
+            found = ray.get(leader.score.remote(join(asked)))  # W2's items are longer than a segment, and than W1's
             np.testing.assert_allclose(found.values, np.concatenate(references), rtol=0, atol=1e-4)
         _, stats, _, _ = ray.get(leader.state.remote())
         assert stats.prefix_hit_tokens >= 256, "W1's query"

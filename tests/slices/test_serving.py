@@ -48,7 +48,7 @@ def hosts(nodes: Cluster) -> Iterator[list[Any]]:
 
 
 def application(settings: ModelSettings, part: LoadPart) -> Any:
-    """As ``build`` makes it, with other parts on the hosts."""
+    """Build the application with ``part`` on each host."""
 
     def load(settings: ModelSettings) -> Engine:
         from serve_app.scorer.slice_group import SliceGroup
@@ -61,7 +61,7 @@ def application(settings: ModelSettings, part: LoadPart) -> Any:
 
 
 def asking(client: httpx.Client) -> Callable[[], Any]:
-    """Without any help of the client's: are the scores the first answer's?"""
+    """A request without the client's retries. It returns whether its scores are the first answer's."""
 
     def logprobs() -> np.ndarray:
         return np.log(client.post("/v1/score", json=BODY).raise_for_status().json()["scores"])
@@ -71,7 +71,7 @@ def asking(client: httpx.Client) -> Callable[[], Any]:
 
 
 def killed_under_load(client: httpx.Client, victims: list[Callable[[], Any]], calls: int) -> float:
-    """Kill one after the other; in between, and in the end, so many calls are answered, all rightly."""
+    """Kill one victim after the other, each followed by ``calls`` right answers. Returns the longest call's time."""
     with under_load(asking(client)) as load:
         for victim in victims:
             load.wait_for_more(10)
@@ -90,7 +90,7 @@ def test_a_replica_is_a_whole_slice_and_outlives_its_processes(
 
     client = deploy(build(service_of(settings)))
     details = serve.context._get_global_client().get_serve_details()
-    for name in ("Scorer", "Ingress"):  # though the hosts with chips had room for them
+    for name in ("Scorer", "Ingress"):  # the hosts with chips also had room for them
         replicas = details["applications"][APP_NAME]["deployments"][name]["replicas"]
         assert [replica["node_id"] for replica in replicas] == [nodes.head_node.node_id]
     assert ray.available_resources().get("TPU", 0) == 0
@@ -102,7 +102,7 @@ def test_a_replica_is_a_whole_slice_and_outlives_its_processes(
 
 
 @pytest.mark.slow
-def test_a_second_replica_waits_in_words_for_a_slice_of_its_own(
+def test_a_second_replica_waits_for_its_own_slice_and_the_log_says_so(
     nodes: Cluster, hosts: list[Any], deploy: Callable[[Any], httpx.Client], settings: ModelSettings, tmp_path: Path
 ):
     from ray import serve
@@ -136,7 +136,7 @@ def test_a_second_replica_waits_in_words_for_a_slice_of_its_own(
 def test_the_processes_of_a_model_are_killed_under_load(
     hosts: list[Any], deploy: Callable[[Any], httpx.Client], settings: ModelSettings, tmp_path: Path
 ):
-    """A follower, host 0's, the leader: 200 requests each, no help of the client's."""
+    """First a follower's process dies, then host 0's, then the leader: 200 requests after each, without retries."""
     folder = make_llama(tmp_path / "llama", heads=4, ff=32, layers=2, tokenizer=True)
     of_jax = settings.model_copy(update={"model": str(folder), "engine": "jax"})
     client = deploy(application(of_jax, on_cpu(**SIZES)))
@@ -146,23 +146,25 @@ def test_the_processes_of_a_model_are_killed_under_load(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_slices_come_whole_with_the_work_and_go_with_it(
+def test_whole_slices_are_taken_and_released_with_the_work(
     nodes: Cluster, hosts: list[Any], deploy: Callable[[Any], httpx.Client], settings: ModelSettings
 ):
     import ray
 
     def slowly(_settings: Any, _place: Place) -> Engine:
-        return FakeEngine(seconds_per_token=0.004)  # what waits is in the replicas, not on its way to them
+        return FakeEngine(seconds_per_token=0.004)  # waiting requests are in the replicas, not on their way to them
 
-    bounds = BOUNDS.model_copy(update={"tokens_per_replica": 100})  # a request has 83
+    bounds = BOUNDS.model_copy(update={"tokens_per_replica": 100})  # one request has 83
     every = [*hosts, *start_slice(nodes, TWO_HOSTS, "b-slice"), *start_slice(nodes, TWO_HOSTS, "c-slice")]
     looks: list[tuple[float, dict[str, int], float]] = []
 
     def at(replicas: int) -> bool:
-        """So many run, and their slices are taken."""
+        """Return whether so many replicas run and their slices are taken."""
         look = time.monotonic(), states(), ray.available_resources().get("TPU", 0)
         if not looks or look[1:] != looks[-1][1:]:
-            print(f"{look[0] - began:5.1f} s: {look[1] or 'no replica'}, {look[2]:.0f} chips are free")  # by pytest -rP
+            print(
+                f"{look[0] - began:5.1f} s: {look[1] or 'no replica'}, {look[2]:.0f} chips are free"
+            )  # shown by pytest -rP
         looks.append(look)
         return look[1:] == ({"RUNNING": replicas} if replicas else {}, (3 - replicas) * TWO_HOSTS.chips)
 
@@ -183,7 +185,7 @@ def test_slices_come_whole_with_the_work_and_go_with_it(
             assert load.failures == []
         cut = [now - before for (before, _, one), (now, _, other) in pairwise(looks) if one % 8 and other % 8]
         print(f"for {sum(cut):.2f} s of {looks[-1][0] - began:.0f} a slice was free in part")
-        assert sum(cut) < 1  # its hosts tell of themselves one after the other
+        assert sum(cut) < 1  # its hosts report one after the other
     finally:
         deploy(build(service_of(settings.model_copy(update={"tpu": None}))))
         for host in every[2:]:

@@ -1,6 +1,6 @@
-"""The engine's real programs compile for TPUs, on a machine without one, and cost what they should.
+"""The engine's real programs compile for TPUs, on a machine without one, at the expected cost.
 
-Nothing runs here: libtpu compiles for a described topology, and its compiler refuses what the chip cannot do.
+Nothing runs here: libtpu compiles for a described topology, and its compiler refuses programs that the chip cannot run.
 """
 
 import importlib.util
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def _without_cache() -> Iterator[None]:
-    """jax writes what it compiled for a described chip into its cache, and cannot read it there."""
+    """Turn jax's cache off: it cannot read back programs that were compiled for a described chip."""
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
     yield
@@ -115,8 +115,8 @@ def test_loops_and_on_chip_arrays_are_counted_rightly() -> None:
     loop, plain = costs
     assert loop.flops == pytest.approx(5 * 2 * 2 * 2048 * 1024 * 4096, rel=0.02)
     assert loop.flops == pytest.approx(plain.flops, rel=0.02)
-    # All between the products stays on the chip: what moves is the input, the result, and the weights, once for both of
-    # a step's products or once for each.
+    # Values between the products stay on the chip: only the input, the result and the weights move, the weights once
+    # for both of a step's products or once for each.
     ends, stack = 2 * 2 * 2048 * 1024, 2 * 5 * 1024 * 4096
     for cost in (loop, plain):
         assert ends + stack <= cost.bytes < 1.05 * (ends + 2 * stack)
@@ -125,7 +125,7 @@ def test_loops_and_on_chip_arrays_are_counted_rightly() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_ranking_on_one_v6e_is_near_the_floor(tmp_path: Path) -> None:
-    """By the planner's command: Qwen3-0.6B's sizes, a cold query of 2,000 tokens, 500 items of 20 tokens."""
+    """The planner's command with Qwen3-0.6B's sizes: a cold query of 2,000 tokens, 500 items of 20 tokens."""
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_06B_JSON))
     told, picture = tmp_path / "plan.json", tmp_path / "plan.png"
     result = CliRunner().invoke(app, [str(tmp_path), "--price", "2.7", "--json", str(told), "--plot", str(picture)])
@@ -161,14 +161,17 @@ def test_an_8b_model_and_a_long_query_fit_eight_v6e() -> None:
 def test_windows_caps_ropes_and_experts_compile(family: str) -> None:
     config = from_hf(config_of(family))
     programs, laid = without_weights(config, one("v6e"), BY_PLATFORM["tpu"])
-    traced = programs.compiler.trace(Kind.ROWS, laid.ladder[0])
+    traced = programs.compiler.trace(Kind.SEGMENTS, laid.ladder[0])
     _, kernels = program_cost(traced, traced.lower().compile(), trips=config.layers - 1)
     assert kernels == config.layers
 
 
 def assert_no_scores_move(cost: Cost, whole: ModelConfig, programs: Programs, laid: Layout, call: Shape) -> None:
-    """Attention over a prefix of 8,000 tokens that is not fused writes and reads a float32 matrix of scores in each
-    layer. That alone would be more than all that the layer moves beside its weights, the kernel's copies included."""
+    """Check that attention over a prefix of 8,000 tokens is fused.
+
+    Else it would write and read a float32 matrix of scores in each layer. That alone is more than all that a layer
+    moves besides its weights, including the kernel's copies.
+    """
     part = divided(whole, programs.model.config.shards)
     _, copied = work(call.tokens, call.width, part.heads, laid.pool, 8000, None)
     ends = 2 * part.vocab_size * part.width * (1 if part.tied_head else 2) // part.shards
@@ -185,7 +188,7 @@ def assert_no_scores_move(cost: Cost, whole: ModelConfig, programs: Programs, la
 )
 def test_programs_fit_one_chip_and_attention_is_fused(config: ModelConfig, chip: str, call: Shape) -> None:
     programs, laid = without_weights(config, one(chip), BY_PLATFORM["tpu"], max_prompt_tokens=8192)
-    traced = programs.compiler.trace(Kind.ROWS, call)
+    traced = programs.compiler.trace(Kind.SEGMENTS, call)
     compiled = traced.lower().compile()
     memory = compiled.memory_analysis()
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
@@ -206,11 +209,11 @@ def test_programs_fit_one_chip_and_attention_is_fused(config: ModelConfig, chip:
     ],
 )
 def test_programs_compile_for_slices_and_their_attention_is_fused(config: ModelConfig, topology: str) -> None:
-    """Of four hosts where the topology is 4x4."""
+    """The topology 4x4 has four hosts."""
     chips = devices("v6e", topology)
     assert len({chip.process_index for chip in chips}) == {"2x2": 1, "4x4": 4}[topology]
     programs, laid = without_weights(config, mesh(1, len(chips), chips), BY_PLATFORM["tpu"], max_prompt_tokens=8192)
-    traced = programs.compiler.trace(Kind.ROWS, laid.ladder[0])
+    traced = programs.compiler.trace(Kind.SEGMENTS, laid.ladder[0])
     compiled = traced.lower().compile()
     memory = compiled.memory_analysis()
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
@@ -241,7 +244,7 @@ def test_programs_compile_for_slices_and_their_attention_is_fused(config: ModelC
         ([], {"architectures": ["OtherForCausalLM"]}, "implemented: Gemma2ForCausalLM"),
     ],
 )
-def test_what_cannot_be_planned_is_refused(
+def test_plans_that_cannot_be_made_are_refused(
     arguments: list[str], changes: dict[str, object], said: str, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_06B_JSON | changes))
@@ -250,7 +253,7 @@ def test_what_cannot_be_planned_is_refused(
     assert said in " ".join(result.output.split())
 
 
-def test_what_does_not_fit_is_said_without_compiling() -> None:
+def test_a_plan_that_does_not_fit_is_reported_without_compiling() -> None:
     found = estimate(LLAMA_31_8B, "v5e", "1x1", RANKING)
     weights = found.bytes_per_chip["weights"]
     assert weights == pytest.approx(16.06e9, rel=0.01)
@@ -261,7 +264,7 @@ def test_what_does_not_fit_is_said_without_compiling() -> None:
 def test_launches_are_the_planner_s() -> None:
     _, laid = without_weights(QWEN3_06B, one("v6e"), BY_PLATFORM["tpu"], max_prompt_tokens=8192)
     found = launches(QWEN3_06B, laid, RANKING.request())
-    rows = {launch: count for launch, count in found.items() if launch.kind == "rows"}
-    assert {launch.prefix_length for launch in rows} <= {1920, 2000}
-    assert sum(launch.size.tokens * count for launch, count in rows.items()) <= 1.05 * 500 * 20
+    segments = {launch: count for launch, count in found.items() if launch.kind == "segments"}
+    assert {launch.prefix_length for launch in segments} <= {1920, 2000}
+    assert sum(launch.size.tokens * count for launch, count in segments.items()) <= 1.05 * 500 * 20
     assert sum(launch.size * count for launch, count in found.items() if launch.kind == "prefill") == 2048

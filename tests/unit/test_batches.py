@@ -49,7 +49,7 @@ def test_labels_are_read_at_the_last_token_of_each_sequence():
     assert_equal(pack_labels([[5, 6, 7], [8]], [[1, 2], [3]]), pack([[5, 6, 7], [8]], reads))
 
 
-def test_nothing_is_packed_to_a_batch_of_no_sequences():
+def test_an_empty_list_is_packed_to_a_batch_without_sequences():
     empty = pack([], [])
     assert (empty.num_sequences, len(empty.targets), empty.target_offsets.tolist()) == (0, 0, [0])
     assert empty.target_offsets.dtype == np.int64
@@ -82,7 +82,7 @@ def test_cut_then_join_gives_the_batch_back(rows: list[list[int]], data: st.Data
 
 
 @given(sequences, st.data())
-def test_what_sequences_share_travels_through_cut_and_join(rows: list[list[int]], data: st.DataObject):
+def test_shared_tokens_are_kept_by_cut_and_join(rows: list[list[int]], data: st.DataObject):
     batch = label_batch(rows, [[1]] * len(rows))
     batch = replace(batch, shared=shared_tokens(batch))
     bounds = st.tuples(st.integers(0, len(rows)), st.integers(0, len(rows))).map(sorted)

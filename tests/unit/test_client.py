@@ -33,7 +33,7 @@ ANSWER = ScoreResponse(scores=[[0.25, 0.75]], model="m", usage=USAGE)
 
 @pytest.fixture(autouse=True)
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that were waited between attempts, without waiting."""
+    """Seconds that the client would wait between attempts; it does not wait."""
     slept: list[float] = []
     monkeypatch.setattr("tenacity.nap.time.sleep", slept.append)
     return slept
@@ -92,7 +92,7 @@ def test_score_sends_the_fields_and_returns_the_response():
     }
 
 
-def test_all_that_score_takes_is_sent():
+def test_every_argument_of_score_is_sent():
     asking, requests = client(good())
     fields: dict[str, Any] = {
         "labels": [" yes"],
@@ -224,7 +224,7 @@ def test_errors_of_a_proxy(status: int, kind: type[ScoringError]):
         asking.models()
 
 
-def test_overload_is_retried_after_what_the_service_says(waits: list[float]):
+def test_overload_is_retried_after_the_time_in_retry_after(waits: list[float]):
     asking, requests = client(
         failed(OverloadedError("full"), retry_after="7"),
         failed(OverloadedError("full"), retry_after="86400"),
@@ -295,7 +295,7 @@ def test_closing_closes_the_connections():
 
 @contextmanager
 def server(threads: int) -> Iterator[tuple[str, list[Any]]]:
-    """A server that answers when ``threads`` requests are there; its address, and the connections that it accepted."""
+    """A server that answers when ``threads`` requests have come. Yields its address and the connections it accepts."""
     accepted: list[Any] = []
     together = threading.Barrier(threads)
 

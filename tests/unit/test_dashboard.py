@@ -22,7 +22,7 @@ RAYS = {"application", "deployment", "replica"}
 
 @pytest.fixture(scope="module")
 def exported() -> dict[str, set[str]]:
-    """The labels of each metric, under the name that Prometheus knows."""
+    """The labels of each metric, by its name in Prometheus."""
     made: dict[str, set[str]] = {}
     held = [*vars(ScorerMetrics("m")).values(), *vars(FrontMetrics()).values()]
     for metric in (getattr(each, "_counter", each) for each in held):
@@ -39,7 +39,7 @@ def exported() -> dict[str, set[str]]:
 
 
 def parsed(expression: str) -> Any:
-    """By Prometheus' own grammar, with values in the place of Grafana's variables."""
+    """Parse by Prometheus' own grammar, with values in place of Grafana's variables."""
     return promql_parser.parse(expression.replace("$__rate_interval", "1m").replace("$model", ".*"))
 
 
@@ -67,21 +67,21 @@ def used(expression: str) -> tuple[set[str], set[str]]:
             case promql_parser.NumberLiteral():
                 pass
             case _:
-                raise AssertionError(f"what is {node}?")
+                raise AssertionError(f"unexpected node {node}")
 
     visit(parsed(expression))
     return names, labels
 
 
 @pytest.mark.parametrize(("panel", "target"), TARGETS, ids=[f"{panel}-{each['refId']}" for panel, each in TARGETS])
-def test_a_panel_asks_for_what_is_exported(panel: str, target: dict[str, Any], exported: dict[str, set[str]]):
+def test_a_panel_uses_exported_metrics(panel: str, target: dict[str, Any], exported: dict[str, set[str]]):
     names, labels = used(target["expr"])
     assert names
     assert names <= exported.keys(), panel
     assert all(labels <= exported[name] for name in names), panel
     shown = set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
-    assert shown <= labels, "a legend shows what the expression groups by"
-    assert "model" in labels, "the choice of the model holds for every panel"
+    assert shown <= labels, "a legend may only show labels that the expression groups by"
+    assert "model" in labels, "every panel must follow the choice of the model"
 
 
 def test_every_metric_is_on_a_panel(exported: dict[str, set[str]]):

@@ -1,4 +1,4 @@
-"""The check of the documentation's examples finds what is wrong with an answer, and the links lead somewhere."""
+"""The check of the documentation's examples finds wrong answers, and all links have a target."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHOWN = '{"scores": [[0.84128, 0.15872]], "model": "demo", "usage": {"prompt_tok
 @pytest.mark.parametrize(
     ("old", "new"), [("0.84128", "0.84134"), ("0.15872", "0.158721"), ('"cached_tokens": 0', '"cached_tokens": 7')]
 )
-def test_last_digits_and_what_is_cached_may_differ(old: str, new: str):
+def test_last_digits_and_cached_tokens_may_differ(old: str, new: str):
     check(SHOWN.replace(old, new), SHOWN)
 
 
@@ -29,7 +29,7 @@ def test_last_digits_and_what_is_cached_may_differ(old: str, new: str):
         ('"cached_tokens": 0', '"cached": 0'),
     ],
 )
-def test_anything_else_is_found(old: str, new: str):
+def test_any_other_difference_is_found(old: str, new: str):
     with pytest.raises(AssertionError):
         check(SHOWN.replace(old, new), SHOWN)
 
@@ -54,7 +54,7 @@ PAGES = [
 
 
 @pytest.mark.parametrize("file", PAGES)
-def test_links_lead_somewhere(file: str):
+def test_links_have_a_target(file: str):
     text = (ROOT / file).read_text()
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)", text):
         path = (ROOT / file).parent / target if target else ROOT / file

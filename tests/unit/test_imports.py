@@ -1,4 +1,4 @@
-"""What loads what: import rules that only a fresh process can show."""
+"""Import rules that only a fresh process can show."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ SERVICE = sorted(
 
 
 def modules_after(code: str) -> set[str]:
-    """Modules in a process that ran ``code``."""
+    """Modules loaded in a process that ran ``code``."""
     script = f"{code}\nimport sys\nprint('loaded:', *sys.modules)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
     return set(result.stdout.rsplit("loaded:", 1)[1].split())
 
 
 def loaded_after(code: str) -> set[str]:
-    """Top-level packages in a process that ran ``code``."""
+    """Top-level packages loaded in a process that ran ``code``."""
     return {name.partition(".")[0] for name in modules_after(code)}
 
 
 def assert_loads_no_model(code: str, *wanted: str) -> None:
-    """Of the model package, ``code`` loads the contract alone; and no jax, but the packages ``wanted``."""
+    """Check that ``code`` loads the packages ``wanted``, but no jax, and of the model package only the contract."""
     modules = modules_after(code)
     assert {name for name in modules if name.startswith("model.")} == {"model.contract"}
     packages = {name.partition(".")[0] for name in modules}
@@ -64,7 +64,7 @@ def test_unpickling_what_crosses_a_handle_does_not_load_jax():
 
 
 def test_a_slices_processes_do_without_serve_when_they_start():
-    # It and what it brings are a third of the time that these imports take with it.
+    # Serve and its imports would take a third of the time of all these imports.
     loaded = loaded_after("import serve_app.scorer.slice_worker, serve_app.scorer.engines")
     assert "ray" in loaded
     assert loaded.isdisjoint({"fastapi", "starlette", "pandas", "jax"})
@@ -88,7 +88,7 @@ def test_help_does_not_wait_for_ray():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, so that the checkout stays clean; without isolation, so that no network is needed."""
+    """A wheel built from a copy, which keeps the checkout clean, and without isolation, which needs no network."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
@@ -137,7 +137,7 @@ def test_the_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path):
 
 
 def test_everything_imported_is_declared():
-    """The plain install, without the test extra, must find all that the packages import."""
+    """The plain install, without extras, must include all that the packages import."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.match(r"[\w-]+", line)[0].lower().replace("-", "_") for line in project["dependencies"]}
     brought = {

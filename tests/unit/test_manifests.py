@@ -1,7 +1,7 @@
-"""The Kubernetes manifests and the Dockerfile: names as KubeRay and Kubernetes have them, and numbers that agree.
+"""The Kubernetes manifests and the Dockerfile: their fields are KubeRay's and Kubernetes', and their numbers agree.
 
 The models below hold the fields that the manifests use, after KubeRay's ``ray-operator/apis/ray/v1`` and Kubernetes'
-``core/v1``, and refuse all others: the API server drops an unknown field without a word.
+``core/v1``, and refuse all others: the API server drops an unknown field without a warning.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ def test_the_replicas_fit_on_the_chips_of_their_group(service: RayService):
     assert model.most_replicas * tpu.chips == chips
 
 
-def test_the_image_holds_what_it_copies_and_installs_what_there_is():
+def test_the_image_copies_and_installs_only_what_exists():
     text = (ROOT / "configs" / "Dockerfile").read_text()
     stages = re.findall(r"^FROM \S+ AS (\w+)$", text, re.MULTILINE)
     assert {"cpu", "tpu"} <= set(stages)

@@ -1,4 +1,4 @@
-"""What is recorded into Ray, and what is made of the pages of its agents."""
+"""Metrics recorded with Ray, and the page made from those of its agents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Record = tuple[str, float, dict[str, str]]
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Record]:
-    """What Ray's metrics would hand to its agent."""
+    """Collect the values that Ray's metrics would send to its agent."""
     records: list[Record] = []
 
     def record(metric: ray.util.metrics.Metric, value: float, tags: dict[str, str] | None = None) -> None:
@@ -25,7 +25,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Record]:
     return records
 
 
-def test_a_counter_gets_what_was_added_and_a_gauge_what_is(recorded: list[Record]):
+def test_a_counter_gets_increments_and_a_gauge_the_current_value(recorded: list[Record]):
     metrics = ScorerMetrics("judge")
     metrics.update(QueueStats(batches=2, refused=1, queued_tokens=7), EngineStats(compilations=5))
     assert ("score_batches", 2, {}) in recorded
@@ -91,7 +91,7 @@ def test_the_pages_of_several_nodes_become_one_with_each_family_once():
     ]
 
 
-async def test_an_agent_that_does_not_answer_is_an_error_not_a_gap(monkeypatch: pytest.MonkeyPatch):
+async def test_an_agent_that_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyPatch):
     node = {"Alive": True, "NodeManagerAddress": "127.0.0.1", "MetricsExportPort": 1}
     monkeypatch.setattr(ray, "nodes", lambda: [node])
     with pytest.raises(OverloadedError, match="agent"):

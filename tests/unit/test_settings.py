@@ -1,4 +1,4 @@
-"""The one configuration, and the Serve config files that carry it."""
+"""The settings, and the Serve config files that hold them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_config_files_are_what_serve_and_the_builder_take(path: Path):
+def test_serve_and_the_builder_accept_the_config_files(path: Path):
     content: dict[str, Any] = yaml.safe_load(path.read_text())
     schema = ServeDeploySchema.model_validate(content)
     assert schema.applications
@@ -36,7 +36,7 @@ def test_there_is_a_config_file():
 
 
 def test_serve_can_parse_the_builders_argument():
-    # Serve reads the class itself; a postponed annotation is a string, and it would pass a plain dict.
+    # Serve needs the class itself; a postponed annotation is a string, and Serve would pass a plain dict.
     (parameter,) = inspect.signature(build).parameters.values()
     assert parameter.annotation is ServiceSettings
 
@@ -75,8 +75,33 @@ def test_wrong_settings_are_refused_by_name(arguments: dict[str, Any], named: st
         ServiceSettings.model_validate(arguments)
 
 
-def test_words_of_serve_run_are_parsed():
-    # ``serve run serve_app.app:build scorer_replicas=2`` hands over strings.
+@pytest.mark.parametrize(
+    ("arguments", "places"),
+    [
+        ({"modle": "demo"}, ["modle"]),
+        (
+            {"limits": {"max_item": 5}, "timeout_s": 0, "ingress_replicas": 0},
+            ["timeout_s", "limits.max_item", "ingress_replicas"],
+        ),
+        ({"scorer_replicas": 3, "autoscaling": {"max_replicas": 2}}, [""]),
+        ({"modle": "demo", "models": [{"model": "a"}, {"model": "b"}]}, ["modle"]),
+        (
+            {"limits": {"max_item": 5}, "models": [{"model": "a", "limits": {"max_items": 0}}]},
+            ["models.0.limits.max_items", "limits.max_item"],
+        ),
+        ({"models": [{"modle": "demo"}]}, ["models.0.modle"]),
+        ({"engine": "fake", "models": [{"model": "a"}, {"modle": "b"}]}, ["models.1.modle"]),
+        ({"engine": "fake", "models": [{"engine": "torch"}]}, ["models.0.engine"]),
+    ],
+)
+def test_a_wrong_setting_is_named_where_it_was_given(arguments: dict[str, Any], places: list[str]):
+    with pytest.raises(ValidationError) as caught:
+        ServiceSettings.model_validate(arguments)
+    assert [".".join(map(str, each["loc"])) for each in caught.value.errors()] == places
+
+
+def test_string_arguments_of_serve_run_are_parsed():
+    # ``serve run serve_app.app:build scorer_replicas=2`` passes strings.
     assert ServiceSettings.model_validate({"scorer_replicas": "2", "timeout_s": "1.5"}).models[0].scorer_replicas == 2
 
 
@@ -102,7 +127,7 @@ def test_the_served_name(model: str, served_name: str | None, name: str):
 TWO = [{"model": "demo"}, {"model": "org/name", "served_name": "judge", "scorer_replicas": 2}]
 
 
-def test_what_is_set_outside_of_models_holds_for_all_that_do_not_say_otherwise():
+def test_settings_outside_of_models_are_the_default_of_each_model():
     settings = ServiceSettings.model_validate(
         {
             "engine": "fake",
@@ -121,7 +146,7 @@ def test_what_is_set_outside_of_models_holds_for_all_that_do_not_say_otherwise()
     assert (first.limits.max_labels, second.limits.max_labels) == (2, 1_000)
 
 
-def test_the_settings_of_one_model_may_stand_beside_those_of_the_service():
+def test_the_settings_of_one_model_may_be_among_those_of_the_service():
     given = {"model": "org/name", "aliases": ["judge"], "scorer_replicas": 2, "ingress_replicas": 3}
     model = ModelSettings(model="org/name", aliases=("judge",), scorer_replicas=2)
     settings = ServiceSettings.model_validate(given)
@@ -169,7 +194,7 @@ def test_each_model_has_a_scorer_deployment_of_its_own():
         ({"models": [{"model": "a", "ingress_replicas": 2}]}, "ingress_replicas"),
     ],
 )
-def test_models_that_do_not_go_together_are_refused(arguments: dict[str, Any], said: str):
+def test_models_that_conflict_are_refused(arguments: dict[str, Any], said: str):
     with pytest.raises(ValidationError, match=said):
         ServiceSettings.model_validate(arguments)
 
@@ -193,7 +218,7 @@ def test_chips_of_all_models_are_counted_together():
     assert front.ray_actor_options["label_selector"] == {CHIP_LABEL: "!in(TPU-V5LITEPOD,TPU-V6E)"}
 
 
-def test_what_a_running_replica_can_take_keeps_all_else():
+def test_reconfiguring_a_replica_keeps_all_other_settings():
     settings = ModelSettings(model="org/name", limits=Limits(max_items=5, max_labels=6), timeout_s=3)
     live = settings.live({"limits": {"max_items": 7}, "aliases": ["judge"]})
     assert live == ModelSettings(
@@ -203,7 +228,7 @@ def test_what_a_running_replica_can_take_keeps_all_else():
 
 
 @pytest.mark.parametrize("fixed", ["model", "dtype", "scorer_replicas", "ingress_replicas", "modle"])
-def test_what_a_running_replica_cannot_take_is_named_with_what_it_can(fixed: str):
+def test_settings_that_need_a_restart_are_named_with_those_that_do_not(fixed: str):
     with pytest.raises(ValueError, match=rf"^{fixed}: cannot change in a running replica, only aliases, limits,"):
         ModelSettings().live({fixed: 1, "timeout_s": 3})
     with pytest.raises(ValueError, match=r"limits\.max_body_bytes: a body is read"):
@@ -211,7 +236,7 @@ def test_what_a_running_replica_cannot_take_is_named_with_what_it_can(fixed: str
 
 
 @pytest.mark.parametrize("percent", [0, 25])
-def test_one_more_front_end_while_a_new_version_comes_and_as_many_scorers_as_are_asked_for(percent: int):
+def test_an_update_adds_one_front_end_and_the_configured_share_of_scorers(percent: int):
     front = build(ServiceSettings(models=(ModelSettings(max_surge_percent=percent),)))._bound_deployment
     scorer = front.init_args[1]._bound_deployment
     assert [each._deployment_config.max_surge_percent for each in (front, scorer)] == [1, percent]

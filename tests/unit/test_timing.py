@@ -1,4 +1,4 @@
-"""The stages of a request: how their times add up, and the spans that they leave."""
+"""The stages of a request: the sums of their times, and their spans."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from serve_app import timing
 
 @pytest.fixture
 def spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
-    """Keeps the spans that end."""
+    """The spans that have ended."""
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
@@ -29,7 +29,7 @@ def seconds(span: ReadableSpan) -> tuple[float, float]:
     return span.start_time / 1e9, span.end_time / 1e9
 
 
-async def test_what_tasks_of_a_request_add_is_the_requests_and_no_others():
+async def test_times_that_a_requests_tasks_add_count_for_this_request_alone():
     async def request(stages: list[float]) -> timing.Timings:
         begun = timing.begin()
 
@@ -47,7 +47,7 @@ async def test_what_tasks_of_a_request_add_is_the_requests_and_no_others():
     assert one.header().startswith("queue;dur=3000.0, total;dur=")
 
 
-def test_outside_of_a_request_there_is_nothing_to_add_to():
+def test_outside_of_a_request_no_time_is_counted():
     timing.current().add(timing.DEVICE, 1.0)
     assert timing.current().seconds == {}
 

@@ -1,4 +1,4 @@
-"""What TPU chips can be asked for, compared with Ray's own tables, and what a cluster is said to lack."""
+"""TPU chips that can be requested, compared with Ray's own tables, and the messages about chips that are missing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.tiny import make_llama
 
 
 @pytest.mark.parametrize("chip", HOSTS)
-def test_the_hosts_are_those_that_ray_knows(chip: Any):
+def test_the_hosts_are_rays(chip: Any):
     version = get_tpu_version_from_type(Tpu(chip=chip, topology=next(iter(HOSTS[chip]))).labels[CHIP_LABEL])
     on_one_host = {
         topology: chips
@@ -44,7 +44,7 @@ def test_the_hosts_are_those_that_ray_knows(chip: Any):
 
 
 @pytest.mark.parametrize("chip", SLICES)
-def test_the_slices_are_those_that_ray_knows(chip: Any):
+def test_the_slices_are_rays(chip: Any):
     version = get_tpu_version_from_type(Tpu(chip=chip, topology=SLICES[chip][0]).labels[CHIP_LABEL])
     for topology in SLICES[chip]:
         assert topology in rays.VALID_TPU_TOPOLOGY[version]
@@ -64,9 +64,7 @@ def test_the_slices_are_those_that_ray_knows(chip: Any):
         ("v6e", "v6e-16", "4x4"),
     ],
 )
-def test_the_labels_are_those_that_ray_gives_a_tpu_host(
-    chip: Any, gkes: str, topology: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_labels_are_those_of_rays_tpu_hosts(chip: Any, gkes: str, topology: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TPU_ACCELERATOR_TYPE", gkes)
     monkeypatch.setenv("TPU_TOPOLOGY", topology)
     monkeypatch.setenv("TPU_NAME", "a-slice")
@@ -91,7 +89,7 @@ def test_the_labels_are_those_that_ray_gives_a_tpu_host(
         ({"chip": "v6e", "topology": "2x2", "chip_count": 1}, "chip_count"),
     ],
 )
-def test_what_does_not_exist_is_refused_with_what_does(asked: dict[str, Any], possible: str):
+def test_chips_that_do_not_exist_are_refused_with_those_that_do(asked: dict[str, Any], possible: str):
     with pytest.raises(ValidationError, match=possible):
         ModelSettings.model_validate({"tpu": asked})
 
@@ -123,7 +121,7 @@ PLAIN = {"Alive": True, "Labels": {}, "Resources": {"CPU": 4.0}}
         (1, [node(4, chip="TPU-V5LITEPOD")], "the nodes have 4 of TPU-V5LITEPOD in topology 2x2"),
     ],
 )
-def test_what_a_cluster_lacks_is_named(replicas: int, nodes: list[dict[str, Any]], said: str | None):
+def test_chips_that_a_cluster_lacks_are_named(replicas: int, nodes: list[dict[str, Any]], said: str | None):
     lacking = Tpu(chip="v6e", topology="2x2", chips=2).lacking(replicas, nodes)
     if said is None:
         assert lacking is None
@@ -153,7 +151,7 @@ def host(name: str, number: int, chips: int = 4) -> dict[str, Any]:
         (1, [node(4)], "no node has chips of v6e in topology 4x4; the nodes have 4 of TPU-V6E in topology 2x2"),
     ],
 )
-def test_what_a_cluster_lacks_of_slices_is_named(replicas: int, nodes: list[dict[str, Any]], said: str | None):
+def test_slices_that_a_cluster_lacks_are_named(replicas: int, nodes: list[dict[str, Any]], said: str | None):
     lacking = Tpu(chip="v6e", topology="4x4").lacking(replicas, nodes)
     assert lacking is None if said is None else said in (lacking or "")
 

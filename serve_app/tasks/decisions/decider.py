@@ -13,7 +13,7 @@ import numpy as np
 
 from serve_app.contract import BatchResult, Int32, common_prefix
 from serve_app.errors import InternalError, InvalidRequestError, ScoringError, TooLargeError
-from serve_app.profiles.profile import CODE, PLAIN, Profile, ShownOption
+from serve_app.profiles.profile import CODE, Profile, ShownOption
 from serve_app.tasks.chat import ChatTemplate
 from serve_app.tasks.decisions.labels import PAIRS, Answers, codes, lay_out
 from serve_app.tasks.decisions.questions import Decided, Judgement, Kind, Option, Question
@@ -69,18 +69,8 @@ class Decider:
 
     @classmethod
     def of(cls, model: ModelFacts) -> Decider:
-        """The decider of a served model.
-
-        Raises:
-            ValueError: the settings name a profile for chat models, and the model has no chat template.
-        """
-        chat = model.chat if model.profile.chat else None
-        if model.profile.chat and chat is None:
-            raise ValueError(
-                f"decision_profile: {model.profile.name} is for chat models, and this one has no chat template; "
-                f"use {PLAIN}"
-            )
-        return cls(model, model.profile, chat)
+        """The decider of a served model."""
+        return cls(model, model.profile, model.chat if model.profile.chat else None)
 
     def prepare(
         self, state: str, questions: Sequence[Question], permutations: int, answer: Callable[[Decided], A]
@@ -122,6 +112,7 @@ class Decider:
                     f"{model.max_prompt_tokens}; shorten the state or the question",
                     param="questions",
                     index=order.question,
+                    where=questions[order.question].where,
                 )
                 continue
             total += len(ids) * len(own.layout.continuations)
@@ -281,7 +272,8 @@ class _Judge:
             for prompt, own in reversed([*zip(self.prepared.prompts, self.answers, strict=True)])
         }
         judgements = [
-            self.errors.get(number) or _judgement(number, reads[number], words[number]) for number in range(len(reads))
+            self.errors.get(number) or _judgement(number, own, reads[number], words[number])
+            for number, own in enumerate(self.questions)
         ]
         input_tokens = _input_tokens([prompt.ids for prompt in self.prepared.prompts])
         computed = int(result.computed_tokens.sum())
@@ -294,7 +286,7 @@ def _read(values: Sequence[float], answers: Answers, temperature: float) -> tupl
     NaN if the model's output is not finite.
     """
     mass = math.fsum(map(math.exp, values))
-    if not mass > 0:  # NaN, too
+    if not 0 < mass < math.inf:  # NaN, too
         return [math.nan], math.nan
     logs = [_log_sum([values[label] for label in own]) / temperature for own in answers.groups]
     total = _log_sum(logs)
@@ -302,7 +294,7 @@ def _read(values: Sequence[float], answers: Answers, temperature: float) -> tupl
 
 
 def _judgement(
-    number: int, reads: Sequence[tuple[list[float], float]], words: tuple[tuple[str, ...], ...]
+    number: int, question: Question, reads: Sequence[tuple[list[float], float]], words: tuple[tuple[str, ...], ...]
 ) -> Judgement | InternalError:
     """The mean of a question's log-probabilities over the orders of its options, normalised."""
     masses = [mass for _, mass in reads]
@@ -311,6 +303,7 @@ def _judgement(
             f"questions[{number}]: the model's output is not finite, so there is no answer; leave this question out",
             param="questions",
             index=number,
+            where=question.where,
         )
     means = [math.fsum(values) / len(reads) for values in zip(*(logs for logs, _ in reads), strict=True)]
     peak = max(means)

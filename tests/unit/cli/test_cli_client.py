@@ -1,4 +1,4 @@
-"""``score-serve score`` and ``models``, against the service on the fake engine behind a real HTTP server."""
+"""``score-serve score`` and ``models``, against the fake engine's service on a real HTTP server."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def test_the_table_shows_items_labels_and_scores(served: Served):
 
 
 def labels_with(served: Served, wanted: Callable[[float], bool]) -> list[str]:
-    """Arguments for a label whose probability after "q the fox" is as wanted."""
+    """Arguments for a label that has the wanted probability after "q the fox"."""
     ask = {"query": "q ", "items": ["the fox"], "label_token_ids": [*range(300)]}
     (row,) = httpx.post(f"{served.url}/v1/score", json=ask).json()["scores"]
     return ["--label-id", str(next(label for label, value in enumerate(row) if wanted(value)))]
 
 
 @pytest.mark.parametrize("softmax", [[], ["--softmax"]])
-def test_labels_that_are_all_unlikely_are_warned_of_beside_the_answer(served: Served, softmax: list[str]):
+def test_a_warning_follows_the_answer_when_all_labels_are_unlikely(served: Served, softmax: list[str]):
     low = labels_with(served, lambda value: value < 0.005)
     result = run(served, "score", "q ", "the fox", *low, *softmax, "--json")
     assert result.exit_code == 0
@@ -136,7 +136,7 @@ def test_a_wrong_command_is_a_line_and_an_exit_code(served: Served, arguments: l
     assert "Traceback" not in result.stderr
 
 
-def test_a_service_that_is_not_there_may_be_asked_again():
+def test_an_unreachable_service_may_be_asked_again():
     result = runner.invoke(main.app, ["models", "--url", "http://127.0.0.1:9"])
     assert result.exit_code == 3
     assert "cannot be reached" in result.stderr
@@ -144,20 +144,20 @@ def test_a_service_that_is_not_there_may_be_asked_again():
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host", "http://", "http://a:port"])
-def test_what_is_no_address_is_a_wrong_command(url: str):
+def test_an_invalid_address_is_a_wrong_command(url: str):
     result = runner.invoke(main.app, ["models", "--url", url])
     assert result.exit_code == 2, result.output
     assert "Traceback" not in result.stderr
 
 
 def test_another_server_is_named(served: Served):
-    # The page at / of the service itself is as good as any other server's.
+    # The service's own page at / stands for another server's.
     result = runner.invoke(main.app, ["models", "--url", f"{served.url}/docs?"], env={"COLUMNS": "300"})
     assert result.exit_code == 1
     assert "Traceback" not in result.stderr
 
 
-def test_items_that_are_no_text_are_a_wrong_command(served: Served, tmp_path: Path):
+def test_items_that_are_not_text_are_a_wrong_command(served: Served, tmp_path: Path):
     path = tmp_path / "items"
     path.write_bytes(b"\xff\xfe\n")
     result = run(served, "score", "q", "--label-id", "5", "--items", str(path))

@@ -1,4 +1,4 @@
-"""``score-serve dataset``: what the options make of a job."""
+"""``score-serve dataset``: the job that the options make."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from serve_app.tasks.systemone import SystemOneRequest
 
 @pytest.fixture
 def jobs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Job, Target, int]]:
-    """What was to be run, instead of running it."""
+    """The jobs that the command would run; none is run."""
     got: list[tuple[Job, Target, int]] = []
 
     def run(job: Job, target: Target, *, workers: int) -> batch_job.Summary:

@@ -1,4 +1,4 @@
-"""``score-serve bench`` and ``plan``, and that every wrong command is a line and an exit code."""
+"""``score-serve bench`` and ``plan``; and every wrong command gets one line and an exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The launcher's parts that need no Ray, and what the command line says of user errors."""
+"""The launcher's parts that need no Ray, and the command line's messages about user errors."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_loopback(host: str, loopback: bool):
 @pytest.mark.parametrize(
     ("host", "key", "warned"), [("0.0.0.0", "", True), ("0.0.0.0", "a-key", False), ("127.0.0.1", "", False)]
 )
-def test_a_service_open_to_the_network_without_a_key_is_warned_of(
+def test_a_service_open_to_the_network_without_a_key_gets_a_warning(
     host: str, key: str, warned: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     def stop(_: Path) -> None:
@@ -184,7 +184,7 @@ def test_sigterm_and_sighup_interrupt_as_ctrl_c_does():
         for each in launcher.STOPPING:
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(each)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
         launcher.interrupt_on_signals()
         signal.raise_signal(signal.SIGHUP)
     finally:
@@ -194,7 +194,7 @@ def test_sigterm_and_sighup_interrupt_as_ctrl_c_does():
 
 
 def test_an_interrupt_where_python_ignores_exceptions_is_not_lost():
-    """In a finalizer, and after a fork, as Ray's start makes many; Ray's handler of SIGTERM raises SystemExit."""
+    """It comes in a finalizer, or after a fork; Ray's start has many. Ray's handler of SIGTERM raises SystemExit."""
     program = """
 import os, signal, sys, time
 from serve_app.cli import launcher
@@ -276,7 +276,7 @@ def test_several_models_share_the_options_and_have_names(monkeypatch: pytest.Mon
         (["--model", "a/x", "--model", "b/x"], 1, "'a/x' and 'b/x' are both named 'x'"),
     ],
 )
-def test_models_that_cannot_be_told_apart_are_refused(arguments: list[str], code: int, said: str):
+def test_models_with_equal_names_are_refused(arguments: list[str], code: int, said: str):
     result = CliRunner(env={"COLUMNS": "300"}).invoke(main.app, ["serve", *arguments])
     assert result.exit_code == code, result.output
     assert said in result.stderr

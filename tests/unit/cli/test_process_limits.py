@@ -1,4 +1,4 @@
-"""Limits of the system that would end Ray with a native stack trace are found before it starts."""
+"""System limits that would end Ray with a native stack trace are reported before Ray starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NOBODY = 65_534
 
 
 def start(limit: str) -> subprocess.CompletedProcess[str]:
-    """``score-serve serve`` under a limit, on a model that there is not: it ends before it starts anything."""
+    """Run ``score-serve serve`` under a limit, with a missing model: it ends before it starts anything."""
     command = [sys.executable, "-c", "from serve_app.cli.main import main; main()", "serve", "--engine", "fake"]
     return subprocess.run(
         ["prlimit", limit, *command, "--port", "18123", "--model", "/no/such/model"],
@@ -35,7 +35,7 @@ def test_too_few_open_files_are_named_with_the_need_and_the_remedy():
 
 def test_a_low_soft_limit_of_open_files_is_raised():
     ended = start("--nofile=120:9000")
-    assert "no/such/model" in ended.stderr  # which comes after
+    assert "no/such/model" in ended.stderr  # the check of the model comes later
 
 
 def test_the_limit_that_ray_gets_is_the_hard_one():
@@ -48,7 +48,7 @@ def test_the_limit_that_ray_gets_is_the_hard_one():
 
 
 def checked_as_nobody(soft: int, hard: int) -> subprocess.CompletedProcess[str]:
-    """The check under a limit of processes; root, to whom it does not apply, becomes another user first."""
+    """Run the check under a limit of processes. It does not apply to root, who first becomes another user."""
     code = f"""
 import os, resource
 from serve_app.cli import process_limits
@@ -58,7 +58,7 @@ os.setuid({NOBODY}) if os.geteuid() == 0 else None
 process_limits.check(2, 2)
 print(resource.getrlimit(resource.RLIMIT_NPROC))
 """
-    # Without coverage, whose file the other user cannot write.
+    # No coverage: the other user cannot write its file.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
 
@@ -71,7 +71,7 @@ def test_too_few_processes_are_named_with_the_need_and_the_remedy():
     assert checked_as_nobody(300, 90_000).stdout.strip() == "(90000, 90000)"
 
 
-def test_a_control_groups_limit_is_found_at_any_height(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_control_groups_limit_is_found_at_any_level(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(process_limits, "GROUPS", tmp_path)
     process_limits.check(2, 2)
     (tmp_path / "pids.max").write_text("max\n")

@@ -30,7 +30,7 @@ def enter(door: Admission, tokens: int, replicas: int) -> AbstractContextManager
     return door.inside(tokens)
 
 
-def test_what_fits_comes_in_and_the_rest_is_refused_with_the_numbers():
+def test_requests_that_fit_are_admitted_and_others_are_refused_with_the_numbers():
     door = Admission(1_000)
     with enter(door, 600, 1):
         with pytest.raises(OverloadedError, match=r"600 tokens .* adds 500; the limit is 1,000"), enter(door, 500, 1):
@@ -41,7 +41,7 @@ def test_what_fits_comes_in_and_the_rest_is_refused_with_the_numbers():
     door.check(1_000, 1)
 
 
-def test_there_is_room_for_each_replica_that_runs_and_without_any_for_one():
+def test_there_is_room_for_each_running_replica_and_for_one_if_none_runs():
     door = Admission(1_000)
     with enter(door, 900, 3):
         door.check(2_100, 3)
@@ -51,7 +51,7 @@ def test_there_is_room_for_each_replica_that_runs_and_without_any_for_one():
                 door.check(101, replicas)
 
 
-def test_a_request_that_is_larger_than_the_limit_comes_in_alone():
+def test_a_request_that_is_larger_than_the_limit_is_admitted_alone():
     door = Admission(1_000)
     with enter(door, 5_000, 1), pytest.raises(OverloadedError):
         door.check(1, 1)
@@ -65,7 +65,7 @@ def test_a_request_that_fails_makes_room_too():
 
 
 def refused_for(door: Admission, tokens: int) -> int | None:
-    """Retry-After while ``tokens`` are inside; they are not answered."""
+    """Retry-After while ``tokens`` are admitted and not answered."""
     with pytest.raises(OverloadedError) as caught, enter(door, tokens, 1):
         door.check(1_000, 1)
     return caught.value.retry_after_s
@@ -73,9 +73,9 @@ def refused_for(door: Admission, tokens: int) -> int | None:
 
 def test_retry_after_is_when_the_work_will_be_done(clock: Clock):
     door = Admission(1_000)
-    assert refused_for(door, 900) == 1  # nothing is known yet
+    assert refused_for(door, 900) == 1  # no speed is known yet
     door = Admission(1_000)
-    clock.now += 1_000  # idle time is not time of work
+    clock.now += 1_000  # idle time is not counted
     with enter(door, 400, 1):
         clock.now += 2  # 200 tokens/s
     clock.now += 1_000
@@ -83,7 +83,7 @@ def test_retry_after_is_when_the_work_will_be_done(clock: Clock):
     assert refused_for(door, 10) == 1
 
 
-def test_retry_after_has_an_end_and_failures_are_no_speed(clock: Clock):
+def test_retry_after_is_bounded_and_failures_do_not_count_as_speed(clock: Clock):
     door = Admission(1_000)
     with enter(door, 1, 1):
         clock.now += 20
@@ -98,4 +98,4 @@ def test_old_work_is_forgotten(clock: Clock):
     for tokens in (*[1] * 10, *[100] * 5):  # from 0.1 to 10 tokens/s
         with enter(door, tokens, 1):
             clock.now += 10
-    assert 10 <= (refused_for(door, 100) or 0) <= 12  # on the average of all it would be 30
+    assert 10 <= (refused_for(door, 100) or 0) <= 12  # by the average of all requests it would be 30

@@ -51,7 +51,7 @@ def test_keys_come_from_the_environment_and_a_file(file: Path, monkeypatch: pyte
     ["", "Bearer", "Bearer ", "first-key", "Basic first-key", "Bearer first-ke", "Bearer first-key2", "Bearer #",
      "Bearer FIRST-KEY", "Bearer first-key second/key=", "Bearer \u00e9\u00ff", "Bearer " + "x" * 100_000],
 )  # fmt: skip
-def test_what_is_no_key_is_refused(file: Path, header: str):
+def test_invalid_keys_are_refused(file: Path, header: str):
     with pytest.raises(AuthenticationError) as caught:
         ApiKeys(str(file)).check(header)
     assert "first-key" not in str(caught.value)
@@ -106,7 +106,7 @@ def test_a_changed_file_is_read_again(file: Path):
     assert [opens(keys, key) for key in ("first-key", "third-key")] == [False, True]
     other = file.with_name("new")
     other.write_text("fourthkey\n")
-    other.replace(file)  # as editors and Kubernetes do
+    other.replace(file)  # editors and Kubernetes do so
     assert [opens(keys, key) for key in ("third-key", "fourthkey")] == [False, True]
 
 

@@ -1,16 +1,20 @@
-"""The way into a front end that stops: requests inside are answered, later ones are refused."""
+"""The door of a front end that stops: requests inside are answered, later ones are refused."""
 
 from __future__ import annotations
 
 import asyncio
 
+import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
 
 from serve_app.errors import OverloadedError
 from serve_app.frontend.door import Door
+from serve_app.frontend.models import Models
+from serve_app.frontend.routes import create_app
+from serve_app.frontend.service import ModelService
 
-HTTP: Scope = {"type": "http"}
+HTTP: Scope = {"type": "http", "path": "/v1/score"}
 
 
 async def nothing() -> dict[str, str]:
@@ -66,3 +70,17 @@ async def test_the_lifespan_goes_through_a_closed_door():
     await door.close()
     await door.before(app)({"type": "lifespan"}, nothing, nowhere)
     assert passed == ["lifespan"]
+
+
+@pytest.mark.parametrize("prefix", ["", "/judge"])
+async def test_with_a_closed_door_the_front_end_is_alive_but_not_ready(fake_service: ModelService, prefix: str):
+    door = Door()
+    transport = httpx.ASGITransport(create_app(lambda: Models(fake_service), door=door), root_path=prefix)
+    async with httpx.AsyncClient(base_url=f"http://fake{prefix}", transport=transport) as client:
+        assert (await client.get("/ready")).status_code == 200
+        await door.close()
+        for method in ("GET", "HEAD"):
+            assert (await client.request(method, "/health")).status_code == 200
+            assert (await client.request(method, "/ready")).status_code == 503
+        refused = await client.post("/v1/score", json={"items": [[1]], "label_token_ids": [1]})
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")

@@ -1,4 +1,4 @@
-"""Splitting a request between replicas, and putting it together again."""
+"""Splitting a request between replicas, and merging the results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def assert_equal(a: TokenBatch, b: TokenBatch) -> None:
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[TokenBatch, int]:
-    """A batch, and the length of the prefix that it was built with."""
+    """A batch, and the length of the prefix that its sequences share."""
     prefix = draw(st.lists(st.integers(0, 9), max_size=12))
     tails = draw(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=12), min_size=1, max_size=12))
     labels = [draw(st.lists(st.integers(0, 9), min_size=1, max_size=3)) for _ in tails]
@@ -56,7 +56,7 @@ def test_parts_are_the_batch_in_order_and_each_is_worth_it(made: tuple[TokenBatc
         # Each part computes the prefix once more.
         min_tokens = max(min_tokens, shared)
         assert all(own_tokens(part, shared) >= min_tokens for part in split)
-        # No part is larger than its share by more than one sequence and what was left over.
+        # A part exceeds its share by at most one sequence and the remainder.
         share = own_tokens(batch, shared) / len(split)
         longest = int(batch.lengths.max()) - shared
         assert all(own_tokens(part, shared) <= share + longest + max(min_tokens, share) for part in split)
@@ -86,7 +86,7 @@ def test_even_items_go_to_all_replicas_evenly():
         (batch_of([[*range(20), i, 1] for i in range(19)]), 1),  # two parts would save less than their prefix costs
     ],
 )
-def test_what_is_not_worth_it_stays_whole(batch: TokenBatch, min_tokens: int):
+def test_a_batch_that_is_not_worth_a_split_stays_whole(batch: TokenBatch, min_tokens: int):
     assert fanout.split(batch, 2, min_tokens, shared_prefix(batch)) == [batch]
 
 
@@ -101,7 +101,7 @@ def test_a_prefix_that_comes_again_has_the_same_key_whatever_follows():
     assert len(one.key) == 16
 
 
-def test_what_fills_no_page_has_no_affinity():
+def test_a_prefix_that_fills_no_page_has_no_affinity():
     assert fanout.affinities([batch_of([[*range(200)]])] * 2, 127) == [None, None]
 
 

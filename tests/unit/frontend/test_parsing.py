@@ -39,13 +39,13 @@ def outcome(call: Any, *given: Any) -> Any:
 
 
 @given(requests, st.sampled_from(MODELS), st.sampled_from([1, 4, 12]))
-def test_it_makes_no_difference(text: str, model: type[RequestBody], piece_bytes: int):
+def test_pieces_parse_as_the_whole(text: str, model: type[RequestBody], piece_bytes: int):
     body = text.encode()
     assert outcome(parse_in_pieces, model, body, piece_bytes) == outcome(parse, model, body)
 
 
 @given(requests, st.sampled_from(MODELS), st.data())
-def test_it_makes_no_difference_in_what_is_no_json(text: str, model: type[RequestBody], data: st.DataObject):
+def test_pieces_of_invalid_json_fail_as_the_whole(text: str, model: type[RequestBody], data: st.DataObject):
     at = data.draw(st.integers(0, len(text) - 1))
     broken = text[:at] + data.draw(st.sampled_from(["", ",", '"', "[", "]", "}", "\\", "1,"])) + text[at + 1 :]
     assert outcome(parse_in_pieces, model, broken.encode(), 1) == outcome(parse, model, broken.encode())
@@ -81,7 +81,7 @@ async def test_the_event_loop_goes_on_while_a_large_body_is_parsed():
 
 
 def test_no_more_than_a_piece_is_parsed_at_once(monkeypatch: pytest.MonkeyPatch):
-    """Else nobody is answered meanwhile."""
+    """Between the pieces the event loop answers other requests."""
     seen: list[int] = []
     whole = RequestBody.model_validate_json.__func__  # pyright: ignore
 

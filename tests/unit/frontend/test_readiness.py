@@ -1,4 +1,4 @@
-"""The self-test behind ``/ready``: healthy models of every kind pass it, broken ones are refused with the reason."""
+"""The self-test of ``/ready``: healthy models of every kind pass it, broken ones are refused with the reason."""
 
 from __future__ import annotations
 
@@ -42,18 +42,20 @@ async def refused(tokenizer: TextTokenizer, scorer: Engine) -> str:
 
 
 def load(folder: Path, **options: Any) -> Any:
-    return loading.load(folder, max_row_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21, **options)
+    return loading.load(
+        folder, max_segment_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21, **options
+    )
 
 
 def change(folder: Path, kept: Callable[[str, np.ndarray], np.ndarray]) -> Path:
-    """Write what ``kept`` makes of each tensor in its place."""
+    """Replace each tensor with what ``kept`` makes of it."""
     file = folder / "model.safetensors"
     save_file({name: kept(name, tensor) for name, tensor in load_file(file).items()}, file, {"format": "pt"})
     return folder
 
 
 class Answering(FakeEngine):
-    """Answers what it is told in place of its own scores."""
+    """An engine with the given scores in place of its own."""
 
     def __init__(self, answer: Answer, classes: int = 0) -> None:
         super().__init__(VOCAB_SIZE, CONTEXT, classes=classes)
@@ -102,7 +104,7 @@ class Saturated:
 
 @pytest.mark.heavy
 async def test_a_classifier_that_is_sure_of_one_class_passes(tmp_path: Path, tokenizer: TextTokenizer) -> None:
-    """Its softmax is 1 and 0 for whatever prompt; the logits tell that it is alive."""
+    """Its softmax is 1 and 0 for every prompt; only the logits show that it works."""
     await ready(tokenizer, Saturated(load(make_family(tmp_path, "llama", classes=2))))
 
 
@@ -133,7 +135,7 @@ async def test_a_checkpoint_with_dead_weights_is_refused(what: str, tmp_path: Pa
 @pytest.mark.heavy
 @pytest.mark.parametrize("family", ["qwen2", "gemma2"])
 async def test_biases_and_caps_hide_no_dead_embedding(family: str, tmp_path: Path, tokenizer: TextTokenizer) -> None:
-    """With biases a zero embedding still gives numbers, which are then the same for every prompt."""
+    """With biases a zero embedding still gives numbers, but the same ones for every prompt."""
     folder = change(make_family(tmp_path, family, classes=2), lambda name, kept: kept * ("embed_tokens" not in name))
     assert "does not depend on the prompt" in await refused(tokenizer, load(folder))
 
@@ -169,8 +171,8 @@ async def test_the_demo_is_known_by_its_answer(tokenizer: TextTokenizer) -> None
     service.close()
 
 
-async def test_what_passes_by_itself_is_no_failed_test(tokenizer: TextTokenizer) -> None:
-    """A replica that is away for a moment: the launcher goes on waiting."""
+async def test_a_fault_that_passes_is_no_failed_test(tokenizer: TextTokenizer) -> None:
+    """A replica is unreachable for a moment: the launcher keeps waiting."""
 
     class Away(DirectReplicas):
         async def score(self, _job: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which replica gets a job: the pure part of the router."""
+"""The choice of a replica for a job: the pure part of the router."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REPLICAS = [f"replica{i}" for i in range(5)]
 IDLE = dict.fromkeys(REPLICAS, 0)
 
 
-async def test_what_serves_own_copy_of_the_router_hears_reaches_the_front_end():
+async def test_updates_to_serves_own_copy_of_the_router_reach_the_front_end():
     config = RequestRouterConfig(request_router_class=PrefixRouter)  # pickles the class, for another process
     router = config.get_request_router_class()(DeploymentID("Scorer", "heard"), DeploymentHandleSource.REPLICA)
     handle = DeploymentHandle("Scorer", "heard")

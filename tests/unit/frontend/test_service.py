@@ -1,4 +1,4 @@
-"""The life of a request: scores, usage, fan-out, deadlines, and Ray's failures as the service's errors."""
+"""A request from start to end: scores, usage, fan-out, deadlines, and Ray's failures as the service's errors."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ MANY = ScoreRequest(query=[1] * 20, items=[[2 + i] * 10 for i in range(40)], lab
 
 
 async def hangs(service: ModelService, replicas: HangingReplicas) -> asyncio.Task[Any]:
-    """A request that has reached the replicas."""
+    """Start a request, and wait until it has reached the replicas."""
     before = len(replicas.jobs)
     task = asyncio.create_task(service.answer(SCORE, ASK, request_id="hangs"))
     while len(replicas.jobs) == before:  # noqa: ASYNC110 - there is no event to wait for
@@ -231,7 +231,7 @@ class TestOutcomes:
 class TestNumbers:
     async def test_items_documents_and_prompts_are_counted(self, tokenizer: TextTokenizer):
         service = service_on(DirectReplicas(ENGINE), tokenizer)
-        labels = ["yes", "no", "the quick brown fox"]  # the last is a sequence more for each item
+        labels = ["yes", "no", "the quick brown fox"]  # the last label adds one sequence for each item
         await service.answer(SCORE, ScoreRequest(query="is it ", items=["a", "b"], labels=labels), request_id="r")
         assert service.items == 2
         await service.answer(RERANK, RerankRequest(query="the", documents=["fox", "dog", "a"]), request_id="r")
@@ -320,7 +320,7 @@ class TestFanOut:
             await task
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
-    async def test_a_timeout_of_someone_else_is_not_the_deadline(self, tokenizer: TextTokenizer):
+    async def test_a_timeout_raised_elsewhere_is_not_the_deadline(self, tokenizer: TextTokenizer):
         class Timing:
             count = 1
 
@@ -331,7 +331,7 @@ class TestFanOut:
             await service_on(Timing(), tokenizer).answer(SCORE, ASK, request_id="r")
 
 
-async def test_the_bound_of_what_is_let_in_follows_the_speed_that_answers_tell(tokenizer: TextTokenizer):
+async def test_the_limit_of_admitted_tokens_follows_the_speed_in_the_answers(tokenizer: TextTokenizer):
     class Timed(DirectReplicas):
         async def score(self, job: ScoreJob) -> JobResult:
             answer = await super().score(job)
@@ -346,7 +346,7 @@ async def test_the_bound_of_what_is_let_in_follows_the_speed_that_answers_tell(t
 
 
 class Scorer:
-    """Looks like a Serve handle: ``score.remote(job)`` gives what can be awaited and cancelled."""
+    """A stand-in for a Serve handle: ``score.remote(job)`` can be awaited and cancelled."""
 
     def __init__(self, *answers: Any) -> None:
         self.answers = list(answers)
@@ -372,7 +372,7 @@ class Scorer:
 
 
 def task_error(cause: Exception) -> Exception:
-    """As Ray hands it to the caller, after its trip between processes."""
+    """The error as Ray passes it between processes and raises it in the caller."""
     error = RayTaskError("score", "Traceback: /secret/path", cause, "proctitle", 1, "127.0.0.1")
     return pickle.loads(pickle.dumps(error)).as_instanceof_cause()
 
@@ -384,7 +384,7 @@ LOST = (
     RequestCancelledError("r"),
     task_error(ActorDiedError()),
     AioRpcError(StatusCode.INTERNAL, Metadata(), Metadata()),
-    asyncio.CancelledError(),  # the replica's own, as gRPC brings it
+    asyncio.CancelledError(),  # the replica's own, as gRPC passes it on
 )
 CANCELLED = (
     RequestCancelledError("r"),
@@ -437,7 +437,7 @@ class TestScorerReplicas:
             assert vars(caught.value) == vars(sent)
             assert caught.value.body() == sent.body()
 
-    async def test_a_fault_in_the_scorer_tells_nothing(self):
+    async def test_a_fault_in_the_scorer_reveals_nothing(self):
         for error in (ValueError("/secret"), task_error(ValueError("/secret"))):
             with pytest.raises(InternalError) as caught:
                 await ScorerReplicas(Scorer(error)).score(JOB)

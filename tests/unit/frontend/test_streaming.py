@@ -16,7 +16,7 @@ from serve_app.tasks.scores import usage
 
 
 class Work:
-    """Calls that end when they are told, in the order of their numbers or another."""
+    """Calls that end when the test ends them, in any order."""
 
     def __init__(self, calls: int) -> None:
         self.left = calls
@@ -49,7 +49,7 @@ async def test_results_come_as_they_finish_and_no_more_are_started_than_fit():
     work.ends[1].set_result(1)
     assert await first == 1
     await asyncio.sleep(0.01)
-    assert len(work.ends) == 2  # nothing is started while nobody asks
+    assert len(work.ends) == 2  # nothing is started while no result is requested
     second = asyncio.create_task(anext(results))
     await asyncio.sleep(0.01)
     work.ends[2].set_result(2)
@@ -64,7 +64,7 @@ async def test_results_come_as_they_finish_and_no_more_are_started_than_fit():
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
-async def test_what_is_finished_comes_before_an_error(failing: int):
+async def test_finished_results_come_before_an_error(failing: int):
     work = Work(9)
     results = work.results(window=3)
     following = asyncio.create_task(anext(results))
@@ -78,10 +78,10 @@ async def test_what_is_finished_comes_before_an_error(failing: int):
     with pytest.raises(ValueError, match="bad"):
         await anext(results)
     assert came == {0, 1, 2} - {failing}
-    assert len(work.ends) == 3  # nothing is started after it
+    assert len(work.ends) == 3  # nothing is started after the error
 
 
-async def test_an_error_or_the_end_of_interest_cancels_the_rest():
+async def test_an_error_or_closing_cancels_the_rest():
     work = Work(9)
     async with aclosing(work.results(window=3)) as results:
         following = asyncio.create_task(anext(results))
@@ -93,7 +93,7 @@ async def test_an_error_or_the_end_of_interest_cancels_the_rest():
     following = asyncio.create_task(anext(work.results(window=3)))
     await asyncio.sleep(0.01)
     work.ends[0].set_exception(ValueError("bad"))
-    work.ends[1].set_exception(ValueError("worse"))  # that nobody asks for this one is no fault
+    work.ends[1].set_exception(ValueError("worse"))  # this error is never raised, and no warning follows
     with pytest.raises(ValueError, match=r"bad|worse"):
         await following
     assert work.cancelled == 1
@@ -136,7 +136,7 @@ def test_no_piece_is_long():
     assert most < 80 * PIECE_VALUES
 
 
-def test_values_deep_in_an_entry_count():
+def test_nested_values_count_towards_a_piece():
     told = CompletionLogprobs(tokens=["a"] * 1000, token_logprobs=[-0.5] * 1000, text_offset=[0] * 1000)
     choices = [CompletionChoice(text="a", index=index, logprobs=told) for index in range(8)]
     used = usage(1, 1)

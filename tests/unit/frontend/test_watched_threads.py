@@ -1,4 +1,4 @@
-"""Threads that are stuck, or gone, are seen; busy ones are left alone."""
+"""Watched threads: stuck and ended ones are noticed, busy ones are left alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 async def begun(threads: WatchedThreads, call: Callable[[], T]) -> asyncio.Task[T]:
-    """The call, handed to the threads."""
+    """Hand the call to the threads."""
     task = asyncio.create_task(threads.run(call))
     await asyncio.sleep(0)
     return task
@@ -25,7 +25,7 @@ async def begun(threads: WatchedThreads, call: Callable[[], T]) -> asyncio.Task[
 
 @pytest.fixture
 def gate() -> Iterator[threading.Event]:
-    """Opens at the end: no thread outlives its test."""
+    """A gate that opens when the test ends, so that no thread outlives it."""
     gate = threading.Event()
     yield gate
     gate.set()
@@ -40,7 +40,7 @@ async def test_a_call_gives_its_result_or_its_error():
     threads.close()
 
 
-async def test_idle_threads_are_well_however_long_they_have_been():
+async def test_threads_are_healthy_however_long_they_are_idle():
     threads = WatchedThreads(2, "test")
     for _ in range(3):
         threads.check(STALL_S)
@@ -56,7 +56,7 @@ async def test_one_stuck_thread_is_seen_while_the_other_works(gate: threading.Ev
         await threads.run(lambda: time.sleep(0.001))
     with pytest.raises(RuntimeError, match=r"stall_s is 0\.05"):
         threads.check(STALL_S)
-    stuck.cancel()  # its caller has left, and the thread hangs all the same
+    stuck.cancel()  # its caller has left, but the thread still hangs
     with pytest.raises(RuntimeError, match="has not finished"):
         threads.check(STALL_S)
     gate.set()
@@ -75,10 +75,10 @@ async def test_a_long_queue_that_moves_is_no_standstill():
     threads.close()
 
 
-async def test_a_thread_that_has_ended_is_seen_by_what_waits_for_it():
+async def test_a_thread_that_has_ended_is_noticed_by_the_calls_that_wait():
     threads = WatchedThreads(1, "test")
     await threads.run(lambda: None)
-    threads._pool._work_queue.put(None)  # what tells a thread to look whether it should end
+    threads._pool._work_queue.put(None)  # a thread that gets None checks whether to end
     threads._pool._shutdown = True
     (thread,) = threads._pool._threads
     await asyncio.to_thread(thread.join)
@@ -91,10 +91,10 @@ async def test_a_thread_that_has_ended_is_seen_by_what_waits_for_it():
     threads.close()
 
 
-async def test_what_waits_can_be_cancelled(gate: threading.Event):
+async def test_a_waiting_call_can_be_cancelled(gate: threading.Event):
     threads = WatchedThreads(1, "test")
     first = await begun(threads, gate.wait)
-    second = await begun(threads, lambda: pytest.fail("it was cancelled"))
+    second = await begun(threads, lambda: pytest.fail("a cancelled call was made"))
     second.cancel()
     gate.set()
     assert await first
@@ -103,20 +103,20 @@ async def test_what_waits_can_be_cancelled(gate: threading.Event):
     threads.close()
 
 
-async def test_who_waits_or_comes_can_be_told_that_nothing_is_done(gate: threading.Event):
+async def test_abandoned_threads_fail_the_calls_that_wait_or_come_later(gate: threading.Event):
     threads = WatchedThreads(1, "test")
-    stuck, behind = await begun(threads, gate.wait), await begun(threads, lambda: None)
+    stuck, queued = await begun(threads, gate.wait), await begun(threads, lambda: None)
     threads.abandon(LookupError("gone"))
-    for waiting in (stuck, behind, threads.run(lambda: 4)):
+    for waiting in (stuck, queued, threads.run(lambda: 4)):
         with pytest.raises(LookupError, match="gone"):
             await waiting
     gate.set()
-    threads._pool.submit(lambda: None).result()  # behind what was stuck
+    threads._pool.submit(lambda: None).result()  # runs after the stuck call
     assert await threads.run(lambda: 5) == 5
     threads.close()
 
 
-async def test_a_closed_pool_is_no_pool():
+async def test_a_closed_pool_fails_its_check():
     threads = WatchedThreads(1, "test")
     threads.close()
     with pytest.raises(RuntimeError):

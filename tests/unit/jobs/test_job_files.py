@@ -64,7 +64,7 @@ def test_blocks_hold_every_row_once_in_any_order_of_reading(tmp_path: Path, suff
     assert plan([tmp_path], block_rows) == source
 
 
-def test_a_wrong_row_is_told_and_the_others_are_read(tmp_path: Path):
+def test_a_wrong_row_is_reported_and_the_others_are_read(tmp_path: Path):
     path = tmp_path / "in.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n{bad\n\n[1]\n  \n\xff\n{"a": 2, "b": null}')
     source = plan([path], 100)
@@ -92,7 +92,7 @@ def test_a_wrong_row_is_told_and_the_others_are_read(tmp_path: Path):
 
 @pytest.mark.parametrize("target", ["parquet", "jsonl", "csv"])
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv"])
-def test_what_is_kept_is_written_with_its_results(tmp_path: Path, suffix: str, target: Format):
+def test_kept_rows_are_written_with_their_results(tmp_path: Path, suffix: str, target: Format):
     source = plan([save(tmp_path / f"in.{suffix}")], 100)
     schema = inferred(source) if target == "parquet" != suffix else None
     rows = Reader(source.format, source.columns, fixed=True, schema=schema).read(*source.blocks)
@@ -129,7 +129,7 @@ def test_parquet_keeps_its_types_and_has_the_same_ones_without_a_row(tmp_path: P
         assert written.schema.field("scores").type == pa.list_(pa.float64())
 
 
-def test_a_row_that_does_not_fit_the_others_is_told(tmp_path: Path):
+def test_a_row_that_does_not_fit_the_others_is_reported(tmp_path: Path):
     rows = [{"a": 1, "b": "x"}] * 1_000 + [{"a": "1"}, {"c": 1}, {"b": "y"}]
     source = plan([save(tmp_path / "in.jsonl", rows)], 2_000)
     for schema, wrong in ((inferred(source), [1_000, 1_001]), (None, [1_001])):
@@ -146,7 +146,7 @@ def test_nothing_that_json_can_hold_stops_the_writing(tmp_path: Path):
     assert '[1, {""c"": ""ä""}]' in (tmp_path / "out.csv").read_text()
 
 
-def test_what_cannot_be_read_is_refused_with_the_reason(tmp_path: Path):
+def test_files_that_cannot_be_read_are_refused_with_the_reason(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "other.txt").touch()
     (tmp_path / "not.parquet").write_text("x")

@@ -1,4 +1,4 @@
-"""A job's folder: what is done stays done, and nobody else's files are touched."""
+"""A job's folder: finished work stays finished, and no other files are touched."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from serve_app.jobs.folder import Done, JobFolder, appearing
 JOB: dict[str, Any] = {"files": [["/a", 1]], "item": "{text}", "request": {"apply_softmax": True, "labels": [" yes"]}}
 
 
-def test_what_was_done_is_found_again(tmp_path: Path):
+def test_finished_work_is_found_again(tmp_path: Path):
     folder = JobFolder(tmp_path / "new" / "out")
     with folder.opened(JOB) as done:
         assert done == {}
@@ -33,7 +33,7 @@ def test_what_was_done_is_found_again(tmp_path: Path):
         ({"more": "x" * 1_000}, 'started with more = null, and this job has "x+\\.\\.\\.'),
     ],
 )
-def test_another_job_is_refused_by_what_differs(tmp_path: Path, changed: dict[str, Any], said: str):
+def test_another_job_is_refused_with_the_differences(tmp_path: Path, changed: dict[str, Any], said: str):
     with JobFolder(tmp_path).opened(JOB):
         pass
     with pytest.raises(JobError, match=said), JobFolder(tmp_path).opened(JOB | changed):

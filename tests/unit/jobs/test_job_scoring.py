@@ -1,4 +1,4 @@
-"""Rows as requests: grouped by query, halved around what is wrong, and with the scores that each row has alone."""
+"""Rows as requests: grouped by query, halved around errors, and with the scores that each row has alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REQUEST = ScoreRequest(items=[], labels=[" yes", " no"], apply_softmax=True)
 
 
 class Asked:
-    """The service in this process, which remembers what it was asked."""
+    """The service in this process, with a list of its requests."""
 
     def __init__(self, tokenizer: TextTokenizer, limits: Limits | None = None) -> None:
         engine = FakeEngine(VOCAB_SIZE, CONTEXT)
@@ -128,7 +128,7 @@ def test_a_request_that_is_too_much_is_halved(tokenizer: TextTokenizer):
         assert [at for at, one in found.items() if one == "refused"] == [7]
 
 
-def test_what_is_wrong_with_every_row_ends_the_job(tokenizer: TextTokenizer):
+def test_an_error_of_every_row_ends_the_job(tokenizer: TextTokenizer):
     for fields, said in (
         ({"labels": [" yes", " yes"]}, "more than once"),
         ({"labels": None}, "label_token_ids is required"),

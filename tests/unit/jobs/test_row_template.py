@@ -1,4 +1,4 @@
-"""Texts made of a row's columns."""
+"""Texts made from the columns of a row."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_name_is_only_a_name():
 @pytest.mark.parametrize(
     ("row", "said"), [({}, "text is missing"), ({"text": None}, "text is null"), ({"text": "a\ud800"}, "character 4")]
 )
-def test_a_row_without_a_text_is_told(row: dict[str, str | None], said: str):
+def test_a_row_without_a_text_is_reported(row: dict[str, str | None], said: str):
     with pytest.raises(ValueError, match=said):
         RowTemplate("> {text}").fill(row)
 

@@ -53,7 +53,7 @@ def test_values_transforms_and_dtypes(tmp_path: Path, dtype: Any) -> None:
     np.testing.assert_array_equal(loaded["y",], B.astype(dtype))
 
 
-def test_bfloat16_is_read_where_nothing_else_taught_numpy_its_name(tmp_path: Path) -> None:
+def test_bfloat16_is_read_before_another_package_registers_it_with_numpy(tmp_path: Path) -> None:
     save_file({"b": B.astype(ml_dtypes.bfloat16)}, tmp_path / SINGLE)
     code = (
         "import sys, pathlib; from model.checkpoint import Target, load; "
@@ -102,7 +102,7 @@ def test_a_fused_tensor_becomes_its_parts(tmp_path: Path) -> None:
 
 
 def test_stacked_tensors_become_one_parameter_in_their_order(tmp_path: Path) -> None:
-    """Its members may lie in several files, in any order; nothing is kept before all are there."""
+    """The tensors may lie in several files, in any order; nothing is returned before all have been read."""
     experts = [A + 10 * number for number in range(3)]
     targets = {f"e{number}": Target(("experts",), (2, 3), "transpose", (number, 3)) for number in range(3)}
     sharded(

@@ -1,4 +1,4 @@
-"""Programs on disk: found again by what decides them, made anew where they cannot be read."""
+"""Compiled programs on disk: found by everything that determines them, compiled again if they cannot be read."""
 
 import os
 import pickle
@@ -19,10 +19,10 @@ PROMPTS = [[7, 8, 9], [7, 8, 10, 11], [5]]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """Of the programs, empty; jax's own cache is off."""
+    """An empty folder for the programs; jax's own cache is off."""
     before: str | None = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_compilation_cache_dir", None)  # pyright: ignore[reportUnknownMemberType]
-    compilation_cache.reset_cache()  # jax goes on using a cache that it has opened
+    compilation_cache.reset_cache()  # jax keeps using a cache that it has opened
     yield tmp_path / "programs"
     jax.config.update("jax_compilation_cache_dir", before)  # pyright: ignore[reportUnknownMemberType]
     compilation_cache.reset_cache()
@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def score(model: Path, folder: Path | None) -> np.ndarray:
-    scorer = loading.load(model, compiled_folder=folder, max_row_tokens=16, call_tokens=16)
+    scorer = loading.load(model, compiled_folder=folder, max_segment_tokens=16, call_tokens=16)
     return scorer.score(label_batch(PROMPTS, [(3, 4)] * 3)).values
 
 
@@ -53,7 +53,7 @@ def test_the_second_engine_compiles_nothing(folder: Path, model: Path, monkeypat
 def test_another_constant_is_another_program(
     folder: Path, model: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same shapes throughout: only the base of the rotary positions differs."""
+    """All shapes are equal: only the base of the rotary positions differs."""
     score(model, folder)
     other = make_llama(tmp_path_factory.mktemp("other"), layers=2, theta=99.0)
     wanted = score(other, folder)
@@ -63,18 +63,18 @@ def test_another_constant_is_another_program(
 
 
 def test_another_order_of_the_devices_is_another_program(folder: Path, model: Path) -> None:
-    """Their numbers and the sharding's text are the same."""
+    """The devices' count and the text of the sharding are the same."""
     devices = jax.devices()[:2]
     wanted = score(model, folder)
     for order in (devices, devices[::-1]):
         scorer = loading.load(
-            model, compiled_folder=folder, max_row_tokens=16, call_tokens=16, mesh=sharding.mesh(1, 2, order)
+            model, compiled_folder=folder, max_segment_tokens=16, call_tokens=16, mesh=sharding.mesh(1, 2, order)
         )
         found = scorer.score(label_batch(PROMPTS, [(3, 4)] * 3)).values
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
 
 
-def test_a_broken_file_is_made_anew(folder: Path, model: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_broken_file_is_compiled_again(folder: Path, model: Path, caplog: pytest.LogCaptureFixture) -> None:
     wanted = score(model, folder)
     for file in folder.iterdir():
         file.write_bytes(file.read_bytes()[:1000])
@@ -84,24 +84,24 @@ def test_a_broken_file_is_made_anew(folder: Path, model: Path, caplog: pytest.Lo
     assert all(file.stat().st_size > 1000 for file in folder.iterdir())
 
 
-@pytest.mark.parametrize("whose", ["everyone's", "another user's"])
-def test_a_file_that_others_can_have_written_is_not_run(
-    folder: Path, model: Path, whose: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("owner", ["everyone", "another user"])
+def test_a_file_that_another_user_may_have_written_is_not_run(
+    folder: Path, model: Path, owner: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = score(model, folder)
     for file in folder.iterdir():
-        if whose == "everyone's":
+        if owner == "everyone":
             file.chmod(0o666)
         elif os.getuid() == 0:
             os.chown(file, 12_345, -1)
-    if whose == "another user's" and os.getuid() != 0:
+    if owner == "another user" and os.getuid() != 0:
         monkeypatch.setattr(os, "getuid", lambda: 12_345)
     monkeypatch.setattr(pickle, "loads", refuse)
     np.testing.assert_array_equal(score(model, folder), wanted)
     assert "belongs to another user, or everyone may write it" in caplog.text
 
 
-def test_a_folder_that_cannot_be_written_costs_only_the_keeping(
+def test_without_a_writable_folder_programs_run_but_are_not_stored(
     folder: Path, model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder.write_text("a file, not a folder")
@@ -110,7 +110,7 @@ def test_a_folder_that_cannot_be_written_costs_only_the_keeping(
     assert folder.read_text() == "a file, not a folder"
 
 
-def test_nothing_is_kept_where_jax_keeps_it(folder: Path, model: Path, tmp_path: Path) -> None:
+def test_nothing_is_stored_where_jax_has_its_own_cache(folder: Path, model: Path, tmp_path: Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "jax"))  # pyright: ignore[reportUnknownMemberType]
     score(model, folder)
     assert not folder.exists()

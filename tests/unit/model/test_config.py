@@ -1,4 +1,4 @@
-"""``config.json``: what is read, what may stand there, and what is refused by name."""
+"""``config.json``: keys that are read, that are ignored, and that are refused by name."""
 
 import json
 from pathlib import Path
@@ -138,7 +138,7 @@ def test_unknown_keys_are_refused_all_at_once() -> None:
     assert "use_cache" not in str(refusal.value)
 
 
-def test_keys_that_change_nothing_may_stand_there() -> None:
+def test_keys_that_change_nothing_are_accepted() -> None:
     harmless = {
         "model_type": "llama",
         "torch_dtype": "bfloat16",

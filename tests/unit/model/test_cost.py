@@ -1,4 +1,4 @@
-"""What a compiled program is said to cost: loops as often as they run, chip memory apart, kernels left to others."""
+"""Costs counted in a compiled program: each trip of a loop, no on-chip memory, and of kernels only their number."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ LAYER = 64 * 128 * 2
 
 def test_bytes_follow_loops_cuts_and_memory_spaces() -> None:
     moved, collective, kernels = hbm_bytes(HLO, trips=5)
-    # Each trip cuts one layer from the stack into chip memory; at the end the sum is read, written, and read once more.
+    # Each trip copies one layer of the stack into on-chip memory; then the sum is read, written and read once more.
     assert moved == 5 * LAYER + 2 * X + X
     assert collective == X
     assert kernels == 5
@@ -62,7 +62,7 @@ def test_bytes_follow_loops_cuts_and_memory_spaces() -> None:
     ],
 )
 def test_a_collective_goes_around_a_ring(collective: str, sent: float) -> None:
-    """A sum: every chip passes all parts but one on, once to be summed and once as sums."""
+    """In a sum every chip passes on all parts but one, twice: first to be added up, then as sums."""
     text = HLO.replace("all-reduce(%y), replica_groups={{0,1}}", collective)
     assert hbm_bytes(text, trips=5)[1] == sent * X
 

@@ -1,4 +1,4 @@
-"""``config.json`` of the model families: what each reads beside Llama's keys, and what it refuses by name."""
+"""``config.json`` of the model families: the keys that each reads besides Llama's, and those it refuses by name."""
 
 import json
 from collections.abc import Mapping
@@ -101,8 +101,8 @@ def test_longrope() -> None:
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_an_architecture_that_is_not_of_the_model_type(architecture: str) -> None:
-    """transformers' classes go by the model type: a Mistral called llama would lose its window, or gain one."""
+def test_an_architecture_of_another_model_type_is_refused(architecture: str) -> None:
+    """transformers chooses a class by the model type: a Mistral called llama would lose its window, or gain one."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSES
 

@@ -62,7 +62,7 @@ def test_quantised_tensors_are_expanded(tmp_path: Path, kind: gguf.GGMLQuantizat
 
 
 def tiny_gemma(folder: Path) -> Path:
-    """With the constants that a GGUF file of Gemma 3 does not hold at the values that all of them have."""
+    """A tiny Gemma 3. The constants that are not in its GGUF file have the values of all published models."""
     source = make_family(folder / "source", "gemma3")
     config = config_of("gemma3") | {"rope_local_base_freq": 1e4, "sliding_window_pattern": 6}
     write_json(source / "config.json", config | {"query_pre_attn_scalar": config["head_dim"]})
@@ -75,7 +75,7 @@ def test_gemma_3_there_and_back(tmp_path: Path) -> None:
     expected, found = load_file(source / "model.safetensors"), load_file(made / "model.safetensors")
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
-        # A norm's scale is stored with 1 added: that rounds it.
+        # A norm's scale is stored with 1 added, which rounds it.
         atol = 1e-7 if name.endswith("norm.weight") else 0
         np.testing.assert_allclose(found[name], tensor, rtol=0, atol=atol, err_msg=name)
     assert from_hf(read_config(made)) == from_hf(read_config(source))
@@ -260,7 +260,7 @@ def test_the_conversion_loads_no_jax() -> None:
 
 @pytest.mark.demo
 def test_the_tokenizer_of_the_demo_model() -> None:
-    """Ids as stored in the fixed workloads, with their reference scores: digits apart, and the space before them."""
+    """The fixed workloads store these ids with their scores: each digit is a token, the space before it too."""
     folder = resolve("demo")
     assert from_hf(read_config(folder)).vocab_size == 49152
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -29,7 +29,7 @@ def test_built_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 
 
 @pytest.mark.parametrize("spoil", [lambda file: file.write_bytes(b"\x7fELF"), lambda file: file.chmod(0o666)])
-def test_a_file_that_is_broken_or_anybodys_is_not_run(
+def test_a_file_that_is_broken_or_writable_by_everyone_is_not_run(
     spoil: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(build, "PREFIX", f"spoilt_attention_{id(spoil)}")
@@ -43,7 +43,7 @@ def test_a_file_that_is_broken_or_anybodys_is_not_run(
     assert kept.stat().st_ino != before
 
 
-def test_a_folder_that_cannot_be_written_costs_only_the_keeping(
+def test_without_a_writable_folder_kernels_run_but_are_not_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(build, "PREFIX", "homeless_attention")

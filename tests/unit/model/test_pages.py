@@ -10,7 +10,7 @@ from model.pages import Node, OutOfPagesError, PrefixCache
 
 
 def tokens(*pieces: tuple[int, int]) -> np.ndarray:
-    """Runs of (token, length)."""
+    """Make runs of equal tokens from (token, length) pairs."""
     return np.concatenate([np.full(length, token, np.int32) for token, length in pieces])
 
 
@@ -63,7 +63,7 @@ def test_pages_that_are_held_are_never_given_up() -> None:
             pass
         with pytest.raises(OutOfPagesError, match="3 more"), cache.hold(np.concatenate([prefix, three])):
             pass
-        assert cache.lookup(tokens((3, 5))), "nothing was given up for what has no room"
+        assert cache.lookup(tokens((3, 5))), "no page was given up for a prefix that has no room"
         with cache.hold(three[: 2 * PAGE_TOKENS]):
             assert cache.stats.evicted_pages == 1
         assert cache.lookup(prefix) == path
@@ -76,7 +76,7 @@ def test_pages_that_are_held_are_never_given_up() -> None:
 @settings(max_examples=200)
 @given(st.lists(st.lists(st.tuples(st.integers(0, 2), st.sampled_from([1, 64, 128])), min_size=1, max_size=4)))
 def test_no_page_ever_has_two_meanings(prefixes: list[list[tuple[int, int]]]) -> None:
-    """Whatever is stored and given up, what a lookup returns holds exactly the prefix's tokens."""
+    """After any stores and evictions, the pages that a lookup returns hold exactly the prefix's tokens."""
     cache = PrefixCache(6)
     contents: dict[int, bytes] = {}
     for pieces in prefixes:

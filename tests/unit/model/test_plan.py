@@ -30,7 +30,7 @@ def batches(draw: st.DrawFn) -> tuple[list[np.ndarray], list[list[int]]]:
 
 @settings(max_examples=300)
 @given(batches(), st.integers(1, 64))
-def test_every_read_is_in_exactly_one_row_over_its_own_prefix(
+def test_every_read_is_in_exactly_one_segment_over_its_own_prefix(
     batch: tuple[list[np.ndarray], list[list[int]]], min_saving: int
 ) -> None:
     sequences, reads = batch
@@ -51,7 +51,7 @@ def test_every_read_is_in_exactly_one_row_over_its_own_prefix(
 
 @settings(max_examples=300)
 @given(st.lists(st.tuples(st.integers(1, 128), st.integers(1, 4)), min_size=1, max_size=150), st.sampled_from(LADDERS))
-def test_packed_rows_do_not_overlap_and_fit(sizes: list[tuple[int, int]], ladder: tuple[plan.Shape, ...]) -> None:
+def test_packed_segments_do_not_overlap_and_fit(sizes: list[tuple[int, int]], ladder: tuple[plan.Shape, ...]) -> None:
     segments = [plan.Segment(i, 0, length, min(length, reads)) for i, (length, reads) in enumerate(sizes)]
     calls = plan.pack_bins(segments, ladder)
     placed = [placement.segment for call in calls for placement in call.placements]
@@ -66,13 +66,13 @@ def test_packed_rows_do_not_overlap_and_fit(sizes: list[tuple[int, int]], ladder
         assert used.max() == 1
 
 
-row_sizes = st.lists(st.tuples(st.integers(1, 128), st.sampled_from([1, 4, 64])), min_size=1, max_size=40)
+segment_sizes = st.lists(st.tuples(st.integers(1, 128), st.sampled_from([1, 4, 64])), min_size=1, max_size=40)
 
 
 @settings(max_examples=300)
-@given(st.lists(row_sizes, min_size=1, max_size=5), st.sampled_from([128, 200, 1024, 2048]), st.booleans())
-def test_rows_of_several_groups_fill_calls(sizes: list[list[tuple[int, int]]], largest: int, cheap: bool) -> None:
-    """The longest of a group first, group after group; a call is closed when nothing of what follows has room in it."""
+@given(st.lists(segment_sizes, min_size=1, max_size=5), st.sampled_from([128, 200, 1024, 2048]), st.booleans())
+def test_segments_of_several_groups_fill_calls(sizes: list[list[tuple[int, int]]], largest: int, cheap: bool) -> None:
+    """Groups come in order, the longest segment first; a call is closed when no later segment fits into it."""
     ladder, number = plan.flat_shapes(largest, padding_is_cheap=cheap), 0
     groups: list[plan.Group] = []
     for of_group in sizes:
@@ -103,7 +103,7 @@ def test_a_query_shared_by_many_items_is_one_group() -> None:
 
 
 def test_a_tree_of_prefixes_is_shared_at_both_levels() -> None:
-    """Two queries behind one system prompt: the deeper prefixes continue the common one."""
+    """Two queries follow one system prompt: the deeper prefixes continue the common one."""
     rng = np.random.default_rng(1)
     system = rng.integers(0, 1000, 200)
     queries = [np.concatenate([system, [q], rng.integers(0, 1000, 99)]) for q in (1, 2)]
@@ -116,15 +116,15 @@ def test_a_tree_of_prefixes_is_shared_at_both_levels() -> None:
     assert {length for _, length, _ in shared} == {300}
 
 
-def test_sharing_that_saves_too_little_is_left() -> None:
+def test_a_prefix_that_saves_too_little_is_not_shared() -> None:
     sequences = [np.array([1, 2, 3, i, 9], np.int32) for i in range(4)]
     groups = plan.groups(sequences, [[4]] * 4, max_width=64, max_reads=4, min_saving=10, page=1)
     assert [(g.prefix_length, len(g.segments)) for g in groups] == [(0, 4)]
 
 
 @pytest.mark.parametrize(("query", "kept"), [(257, 256), (259, 256), (300, 300), (256, 256)])
-def test_a_page_that_holds_little_is_not_begun(query: int, kept: int) -> None:
-    """A hundred items of 32 tokens: one token more than two pages is not worth a third, forty-four are."""
+def test_a_partial_page_that_holds_little_is_not_shared(query: int, kept: int) -> None:
+    """For a hundred items of 32 tokens, one token beyond two pages is not worth a third page; 44 tokens are."""
     head = list(range(query))
     sequences = [np.array([*head, 1000 + i, *range(31)], np.int32) for i in range(100)]
     reads = [[query + 31]] * 100
@@ -163,7 +163,7 @@ def test_a_partial_page_is_worth_its_cost_by_all_sequences_of_the_request(
     assert group.prefix_length == kept
 
 
-def test_a_long_prompt_leaves_its_last_tokens_as_the_row() -> None:
+def test_a_long_prompt_leaves_its_last_tokens_as_the_segment() -> None:
     (group,) = plan.groups(
         [np.arange(1000, dtype=np.int32)], [[999]], max_width=128, max_reads=4, min_saving=64, page=1
     )
@@ -201,7 +201,7 @@ def test_realistic_lengths_waste_little(
     assert plan.padding_waste(packed(segments)) <= most
 
 
-def test_a_row_wider_than_every_bin_is_refused() -> None:
+def test_a_segment_wider_than_every_bin_is_refused() -> None:
     with pytest.raises(ValueError, match="129 tokens does not fit the widest bin of 128"):
         plan.pack_bins([plan.Segment(0, 0, 129, 1)], LADDERS[0])
     with pytest.raises(

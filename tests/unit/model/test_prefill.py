@@ -1,4 +1,4 @@
-"""Prefill calls: together they fill every page, and none attends to what it writes."""
+"""Prefill calls: together they fill every page, and no call attends to the pages that it writes."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def held(cache: PrefixCache, prefix: list[int]) -> PinnedPrefix:
 
 @st.composite
 def prefixes(draw: st.DrawFn) -> list[list[int]]:
-    """Some continue what others begin with."""
+    """Prefixes, some of which continue the beginning of another."""
     made: list[list[int]] = [[]]
     for number in range(draw(st.integers(1, 8))):
         stem = draw(st.sampled_from(made))

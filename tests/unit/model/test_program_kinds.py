@@ -1,4 +1,4 @@
-"""Which programs an engine needs."""
+"""The programs that an engine needs."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("by_layer", "count"), [(True, 66), (False, 34)])
 def test_a_warm_up_compiles_each_program_once(folder: Path, by_layer: bool, count: int) -> None:
-    """On a CPU with its kernels: more would cost every start its time and 2 MiB of memory each."""
+    """On a CPU with its kernels. Each further program costs every start compile time and 2 MiB of memory."""
     scorer = loading.load(folder, implementation="native", by_layer=by_layer, prefix_cache_bytes=0)
     wanted = scorer._programs.wanted()  # pyright: ignore[reportPrivateUsage]
     assert len(wanted) == len(set(wanted)) == count

@@ -30,7 +30,7 @@ def test_every_weight_is_within_half_a_step() -> None:
 @pytest.mark.skipif(not cases.HAVE_TORCH, reason="torch is the reference")
 @pytest.mark.parametrize("model", [1, 2])
 def test_scores_are_those_of_a_model_with_such_weights(tmp_path: Path, model: int) -> None:
-    """The reference is transformers, given the weights that int8 and scales stand for, by numpy."""
+    """The reference is transformers with the weights that int8 and scales stand for, which numpy computes."""
     folder = make_llama(tmp_path / "stored", heads=4, ff=32, layers=2)
     rounded = make_llama(tmp_path / "rounded", heads=4, ff=32, layers=2)
     tensors = load_file(rounded / "model.safetensors")
@@ -48,7 +48,7 @@ def test_scores_are_those_of_a_model_with_such_weights(tmp_path: Path, model: in
 
 
 def _rounded(weight: np.ndarray) -> np.ndarray:
-    """[out, in], a scale for each row."""
+    """Round a weight [out, in] to int8, with a scale for each row."""
     scales = np.abs(weight).max(axis=1, keepdims=True) / np.float32(127)
     return np.round(weight / scales) * scales
 

@@ -22,7 +22,7 @@ PROMPTS = [[*QUERY, *range(start, start + 9)] for start in (20, 40, 60)]
 @pytest.fixture
 def engine(tmp_path: Path) -> Engine:
     return loading.load(
-        make_llama(tmp_path), max_row_tokens=320, call_tokens=320, chunks=(64,), prefix_cache_bytes=2**21
+        make_llama(tmp_path), max_segment_tokens=320, call_tokens=320, chunks=(64,), prefix_cache_bytes=2**21
     )
 
 

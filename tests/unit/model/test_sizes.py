@@ -1,4 +1,4 @@
-"""What follows from a model and the platform's sizes."""
+"""The layout that follows from a model and the platform's sizes."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +19,8 @@ SMALL = {
 
 
 @pytest.mark.parametrize(("implementation", "kept"), [("native", 306), ("paged", 256)])
-def test_a_page_that_is_begun_costs_what_is_read_of_it(implementation: str, kept: int) -> None:
-    """Four items behind two pages and 50 tokens: of the third, ``native`` reads the 50, ``paged`` the whole page."""
+def test_a_partial_page_costs_the_tokens_that_are_read_of_it(implementation: str, kept: int) -> None:
+    """Four items follow two pages and 50 tokens: ``native`` reads 50 tokens of the third page, ``paged`` all of it."""
     laid = layout(from_hf(SMALL), Sizes(), dtype=jnp.dtype(jnp.float32), implementation=implementation)
     query = np.arange(306) % 100
     sequences = [np.array([*query, item, *range(19)], np.int32) for item in range(4)]

@@ -1,4 +1,4 @@
-"""How many replicas the work needs, and what Serve's context becomes on the way to it."""
+"""The number of replicas that the work needs, computed from Serve's context."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_serve_gets_the_bounds_and_the_policy():
     config = scorer._deployment_config.autoscaling_config
     assert (config.min_replicas, config.initial_replicas, config.max_replicas) == (0, 2, 7)
     assert (config.upscale_delay_s, config.downscale_delay_s, config.metrics_interval_s) == (1, 2, LOAD_PERIOD_S)
-    policy = config.policy.get_policy()(**config.policy.policy_kwargs)  # as Serve's controller makes it
+    policy = config.policy.get_policy()(**config.policy.policy_kwargs)  # the controller creates it in the same way
     assert policy(context({"a": [246]}, 1.0)) == (2, {})
 
 

@@ -1,4 +1,4 @@
-"""The scorer's class without Ray: Serve's batching needs no more of a replica than its context."""
+"""The scorer's class without Ray: of a replica, Serve's batching needs only its context."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from tests.stubs import HeldEngine
 from tests.tiny import make_llama
 
 SPEED = 20_000.0
-"""Tokens a second, as if measured."""
+"""Tokens a second, used in place of a measurement."""
 
 
 @pytest.fixture(autouse=True)
 def replica_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Serve gives a replica: a context, and a process in which nobody has used the batching yet."""
+    """Give the test what a replica has: a context, and a process in which the batching is unused."""
     batching = Scorer._intake._get_max_batch_size.__self__
     monkeypatch.setattr(batching, "_queue", None)
     config = SimpleNamespace(max_ongoing_requests=MAX_ONGOING)
@@ -88,7 +88,7 @@ async def test_the_intake_does_not_wait_for_the_device():
 
 
 async def one_leaves(leave: Callable[[Any, asyncio.Task[JobResult]], Awaitable[None]]) -> None:
-    """A call behind another is cancelled by ``leave``: its two sequences are never computed."""
+    """Check that a waiting call that ``leave`` cancels is never computed; it has two sequences."""
     engine = HeldEngine()
     async with started(engine) as replica:
         first = asyncio.create_task(replica.score(job([1])))
@@ -103,7 +103,7 @@ async def one_leaves(leave: Callable[[Any, asyncio.Task[JobResult]], Awaitable[N
     assert engine.scored == [1, 1]
 
 
-async def test_a_call_that_is_cancelled_takes_its_queued_work_along():
+async def test_a_cancelled_call_removes_its_queued_work():
     async def leave(replica: Any, left: asyncio.Task[JobResult]) -> None:
         await until(lambda: replica._queue.stats().queued_jobs == 2)
         left.cancel()
@@ -111,7 +111,7 @@ async def test_a_call_that_is_cancelled_takes_its_queued_work_along():
     await one_leaves(leave)
 
 
-async def test_a_call_that_is_cancelled_before_the_intake_never_reaches_the_queue():
+async def test_a_call_cancelled_before_the_intake_never_reaches_the_queue():
     engine = HeldEngine()
     async with started(engine) as replica:
         left = asyncio.create_task(replica.score(job([2], [3])))
@@ -124,7 +124,7 @@ async def test_a_call_that_is_cancelled_before_the_intake_never_reaches_the_queu
     assert engine.scored == [1]
 
 
-async def test_a_call_that_is_cancelled_within_the_intake_takes_its_work_along(monkeypatch: pytest.MonkeyPatch):
+async def test_a_call_cancelled_within_the_intake_removes_its_work(monkeypatch: pytest.MonkeyPatch):
     submit = Dispatcher.submit
     callers: list[asyncio.Task[JobResult]] = []
 
@@ -175,11 +175,11 @@ async def test_a_job_that_cannot_be_queued_harms_only_its_caller(monkeypatch: py
 
 
 class EndedError(Exception):
-    """In place of the process's end."""
+    """Raised in place of the process's end."""
 
 
 async def ending(call: Awaitable[Any]) -> str:
-    """What the replica says when this call ends the process."""
+    """Make a call that ends the process. Returns the message that the replica logs."""
     said: list[str] = []
 
     def end(_status: int) -> None:
@@ -194,12 +194,12 @@ async def ending(call: Awaitable[Any]) -> str:
     return said[0]
 
 
-async def test_a_replica_whose_intake_is_stuck_ends(monkeypatch: pytest.MonkeyPatch):
+async def test_a_replica_with_a_stuck_intake_ends_itself(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(deployment, "INTAKE_LIMIT_S", 0.02)
     async with started(FakeEngine()) as replica:
         await replica.check_health()
         await replica.score(job([1]))
-        # What a fault in Serve's batching leaves behind: its task is dead, and calls wait for ever.
+        # After a fault in Serve's batching its task is dead, and calls wait for ever.
         (batching,) = [task for task in asyncio.all_tasks() if "_process_batches" in repr(task)]
         batching.cancel()
         assert "was not queued" in await ending(replica.score(job([1])))
@@ -207,7 +207,7 @@ async def test_a_replica_whose_intake_is_stuck_ends(monkeypatch: pytest.MonkeyPa
 
 
 class LimitedEngine(FakeEngine):
-    """Knows what it was told last."""
+    """An engine that keeps the timeout that it was given last."""
 
     stall_s: float
 
@@ -216,7 +216,7 @@ class LimitedEngine(FakeEngine):
 
 
 class BrokenEngine(FakeEngine):
-    """Raises until it is mended."""
+    """An engine that raises until ``broken`` is False."""
 
     broken = True
 
@@ -240,7 +240,7 @@ async def test_health_fails_when_every_batch_does_and_recovers_with_the_next_goo
         await replica.check_health()
 
 
-async def test_a_replica_whose_queue_has_stopped_ends_with_the_jobs_that_waited():
+async def test_a_replica_with_a_stopped_queue_ends_with_its_waiting_jobs():
     engine = HeldEngine()
     async with started(engine) as replica:
         computing = asyncio.create_task(replica.score(job([1])))
@@ -254,7 +254,7 @@ async def test_a_replica_whose_queue_has_stopped_ends_with_the_jobs_that_waited(
         assert "dispatcher has stopped" in await ending(replica.check_health())
 
 
-async def test_a_replica_whose_device_hangs_ends():
+async def test_a_replica_with_a_hanging_device_ends_itself():
     engine = HeldEngine()
     async with started(engine, ModelSettings(engine="fake", stall_s=0.05)) as replica:
         call = asyncio.create_task(replica.score(job([1])))
@@ -314,7 +314,7 @@ def test_the_models_engine_answers_in_the_contracts_classes(tmp_path: Path, monk
     assert (result.values < 0).all()
 
 
-async def test_what_can_change_while_it_runs_does_and_all_else_is_refused(caplog: pytest.LogCaptureFixture):
+async def test_reconfigurable_settings_change_and_all_others_are_refused(caplog: pytest.LogCaptureFixture):
     settings = ModelSettings(engine="fake", stall_s=7, max_batch_tokens=512)
     engine = LimitedEngine()
     async with started(engine, settings) as replica:
@@ -338,14 +338,14 @@ async def test_what_can_change_while_it_runs_does_and_all_else_is_refused(caplog
         assert now() == (7, 7, 512, settings.queued_tokens(SPEED))
 
 
-async def test_the_measured_speed_bounds_the_queue_and_is_told():
+async def test_the_measured_speed_limits_the_queue_and_is_in_info():
     settings = ModelSettings(engine="fake", timeout_s=60)
     async with started(FakeEngine(), settings) as replica:
         assert (await replica.info()).tokens_per_s == SPEED
         assert replica._queue._max_queued_tokens == 20_000 * 60 / 2
 
 
-async def test_the_queues_bound_follows_the_speed_that_batches_tell(monkeypatch: pytest.MonkeyPatch):
+async def test_the_queues_limit_follows_the_speed_of_its_batches(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(deployment, "REPORT_S", 0.01)
     async with started(FakeEngine(seconds_per_token=1e-6), ModelSettings(engine="fake", timeout_s=60)) as replica:
         await replica.score(job([1] * 5_000))
@@ -361,11 +361,11 @@ def test_the_speed_is_measured_by_a_batch():
 @pytest.mark.parametrize(
     ("limits", "tokens_per_s", "tokens"),
     [
-        (Limits(), 1_850, 555_000),  # two cores: five minutes' work, where 4,000,000 tokens are 36
+        (Limits(), 1_850, 555_000),  # two cores: five minutes of work; 4,000,000 tokens would take 36
         (Limits(), 1e6, 4_000_000),
-        (Limits(), 1, 8_192),  # a batch, at least
+        (Limits(), 1, 8_192),  # one batch at least
         (Limits(max_queued_tokens=7), 1_850, 7),
     ],
 )
-def test_what_may_wait_is_done_in_half_the_time_that_a_request_has(limits: Limits, tokens_per_s: float, tokens: int):
+def test_waiting_work_takes_at_most_half_a_requests_time(limits: Limits, tokens_per_s: float, tokens: int):
     assert ModelSettings(limits=limits).queued_tokens(tokens_per_s) == tokens

@@ -1,4 +1,4 @@
-"""The dispatcher before the device, with engines that tests can hold, break and watch."""
+"""The dispatcher of device batches, with engines that tests can hold, break and watch."""
 
 import asyncio
 import threading
@@ -25,12 +25,12 @@ POISON = 666
 
 
 class WatchedEngine(HeldEngine):
-    """Raises on ``POISON``; its gate is open."""
+    """An engine that raises on ``POISON``. Its gate is open."""
 
     def __init__(self, seconds_per_token: float = 0.0) -> None:
         super().__init__(nan_token=667, seconds_per_token=seconds_per_token)
         self.batches: list[TokenBatch] = []
-        """In the order in which the queue formed them: two threads may call the engine in another."""
+        """Batches in the order in which the queue formed them; its two threads may call the engine in another."""
         self.gate.set()
         self.threads: set[str] = set()
 
@@ -43,7 +43,7 @@ class WatchedEngine(HeldEngine):
 
 
 class WatchedQueue(Dispatcher):
-    """Tells the engine's ``batches``."""
+    """A dispatcher that adds each batch to its engine's ``batches``."""
 
     async def _compute(self, parts: Sequence[_Part]) -> None:
         if isinstance(self._engine, WatchedEngine):
@@ -62,7 +62,7 @@ async def opened(engine: FakeEngine, *, budget: int = 64, queued: int = 10_000) 
         await queue.close()
 
 
-async def test_how_full_each_batch_was_is_told():
+async def test_the_fill_of_each_batch_is_observed():
     fills: list[float] = []
     queue = Dispatcher(FakeEngine(), max_batch_tokens=64, max_queued_tokens=1_000, observe=fills.append)
     asked = [ask(queue, batch_of([[1, 2, 3], [1, 2, 4]])), ask(queue, batch_of([[5] * 40] * 3))]
@@ -82,7 +82,7 @@ def ask(
 
 
 async def hold(engine: WatchedEngine, queue: Dispatcher) -> asyncio.Future[JobResult]:
-    """Keep the device busy until the gate opens."""
+    """Keep the device busy until the gate opens. Returns the answer of the job that does."""
     engine.gate.clear()
     engine.entered.clear()
     busy = ask(queue, batch_of([[9]]))
@@ -92,12 +92,12 @@ async def hold(engine: WatchedEngine, queue: Dispatcher) -> asyncio.Future[JobRe
 
 
 async def formed(engine: WatchedEngine, batches: int) -> None:
-    """Until so many batches were formed since ``hold``."""
+    """Wait until so many batches have been formed since ``hold``."""
     while len(engine.batches) < batches:  # noqa: ASYNC110 - a few turns of the loop
         await asyncio.sleep(0)
 
 
-async def test_a_job_gets_what_the_engine_says_of_it_alone():
+async def test_a_job_gets_the_values_that_it_has_alone():
     engine = FakeEngine()
     big = batch_of([[1, 2, 3, i] for i in range(100)])
     small = batch_of([[5, 6], [7]], labels=(3,))
@@ -126,7 +126,7 @@ async def test_a_job_that_fills_much_of_a_batch_does_not_wait_for_a_large_one(le
         await big
 
 
-async def test_a_batch_that_leaves_out_a_small_job_is_the_smaller():
+async def test_a_batch_that_leaves_out_a_small_job_is_smaller():
     engine = WatchedEngine()
     async with opened(engine, budget=64, queued=20_000) as queue:
         busy = await hold(engine, queue)
@@ -152,7 +152,7 @@ async def test_a_big_job_is_not_starved_by_a_stream_of_small_ones():
                 small += 1
 
         await asyncio.gather(big, *(client() for _ in range(20)))
-    # What has just come goes before a sequence that fills a batch, and not twice in a row.
+    # New jobs go before a sequence that fills a batch, but not twice in a row.
     assert 0 < small <= 2 * 10 * 20 + 20
 
 
@@ -162,12 +162,12 @@ async def test_a_batch_is_about_a_second_at_the_measured_speed():
     await ask(queue, batch_of([[i, 1] for i in range(1_000, 2_500)]))
     tokens = [len(batch.tokens) for batch in engine.batches]
     assert tokens[0] <= 200
-    # The engine does 1,000 a second: that is learnt, and not exceeded by much.
+    # The engine does 1,000 tokens a second: the dispatcher learns this, and does not exceed it by much.
     assert 500 < max(tokens) < 1_500
     await queue.close()
 
 
-async def test_the_second_batch_is_formed_late_so_that_it_holds_what_comes_meanwhile():
+async def test_the_second_batch_is_formed_late_so_that_it_holds_new_jobs():
     engine = WatchedEngine()
     queue = WatchedQueue(engine, max_batch_tokens=8_192, max_queued_tokens=100_000, tokens_per_s=2_000)
     engine.gate.clear()
@@ -221,7 +221,7 @@ async def test_two_long_sequences_take_turns_with_their_pieces(monkeypatch: pyte
 
 
 async def formed_by(engine: WatchedEngine, batches: int) -> None:
-    """Until so many batches were formed, which takes its time."""
+    """Wait until so many batches have been formed; the engine takes its time."""
     while len(engine.batches) < batches:  # noqa: ASYNC110 - there is no event to wait for
         await asyncio.sleep(0.01)
 
@@ -239,7 +239,7 @@ async def test_jobs_of_the_two_kinds_do_not_share_a_batch_and_neither_starves():
         np.testing.assert_array_equal(answer.result.values, FakeEngine().score(job).values)
 
 
-async def test_jobs_that_ask_for_the_likeliest_token_get_it_in_their_order():
+async def test_jobs_that_ask_for_the_top_token_get_it_in_their_order():
     engine = WatchedEngine()
     async with opened(engine, budget=64) as queue:
         busy = await hold(engine, queue)
@@ -268,7 +268,7 @@ async def test_cancelled_jobs_never_reach_the_device():
     assert [sequences_of(batch) for batch in engine.batches] == [[[1]]]
 
 
-async def test_what_waits_for_callers_that_left_takes_no_room():
+async def test_jobs_of_callers_that_left_take_no_room():
     engine = WatchedEngine()
     async with opened(engine, queued=100) as queue:
         busy = await hold(engine, queue)
@@ -286,7 +286,7 @@ async def test_what_waits_for_callers_that_left_takes_no_room():
         await asyncio.gather(busy, behind, kept)
 
 
-async def test_a_job_whose_caller_left_before_it_came_is_not_queued():
+async def test_a_job_of_a_caller_that_has_left_is_not_queued():
     async with opened(FakeEngine()) as queue:
         answer: asyncio.Future[JobResult] = asyncio.get_running_loop().create_future()
         answer.cancel()
@@ -354,7 +354,7 @@ async def test_retry_after_follows_the_speed_so_far():
     engine = WatchedEngine()
     async with opened(engine, queued=2_000) as queue:
         busy = await hold(engine, queue)
-        await asyncio.sleep(0.05)  # one token took at least this long
+        await asyncio.sleep(0.05)  # each token took at least this long
         engine.gate.set()
         await busy
         busy = await hold(engine, queue)
@@ -388,7 +388,7 @@ async def test_a_job_that_fails_in_one_batch_is_not_computed_further():
             await ask(queue, batch_of([[POISON], *[[i] * 30 for i in range(50)]]))
         await ask(queue, batch_of([[1]]))
         assert queue.stats().queued_jobs == 0
-    assert len(engine.batches) == 3  # one of its batches was in the engine behind the one that failed
+    assert len(engine.batches) == 3  # one of its batches was in the engine after the one that failed
 
 
 async def test_values_that_are_not_finite_stay_with_their_sequence():
@@ -397,7 +397,7 @@ async def test_values_that_are_not_finite_stay_with_their_sequence():
     assert np.isnan(answer.result.values).tolist() == [False, False, True, True, False, False]
 
 
-async def test_a_second_batch_is_formed_behind_the_first_when_half_a_batch_waits_and_no_third():
+async def test_a_second_batch_but_no_third_is_formed_when_half_a_batch_waits():
     engine = WatchedEngine()
     async with opened(engine, budget=64) as queue:
         busy = await hold(engine, queue)
@@ -422,19 +422,19 @@ async def test_time_on_the_device_is_not_counted_twice():
     began = time.monotonic()
     async with opened(engine, budget=64) as queue:
         busy = await hold(engine, queue)
-        behind = ask(queue, batch_of([[1] * 40]))
+        second = ask(queue, batch_of([[1] * 40]))
         await formed(engine, 1)
         await asyncio.sleep(0.1)
         engine.gate.set()
-        answers = await asyncio.gather(busy, behind)
+        answers = await asyncio.gather(busy, second)
         seconds = queue.stats().device_seconds
         assert 0.1 <= seconds <= time.monotonic() - began
         assert sum(answer.device_seconds for answer in answers) == pytest.approx(seconds)
-        # What the second waited for the first is waiting, too.
+        # The time that the second waits for the first is queue time, too.
         assert answers[1].queue_seconds >= 0.1 or answers[0].queue_seconds >= 0.1
 
 
-async def test_a_batch_that_fails_leaves_the_one_behind_it_whole():
+async def test_a_batch_that_fails_does_not_harm_the_next_one():
     engine = WatchedEngine()
     async with opened(engine, budget=64) as queue:
         busy = await hold(engine, queue)
@@ -459,7 +459,7 @@ async def test_a_job_without_sequences_is_answered():
         assert queue.stats().queued_jobs == 0
 
 
-async def test_close_answers_those_who_wait_and_those_who_come():
+async def test_close_answers_jobs_that_wait_and_jobs_that_come_later():
     engine = WatchedEngine()
     async with opened(engine) as queue:
         busy = await hold(engine, queue)
@@ -478,7 +478,7 @@ async def test_close_answers_those_who_wait_and_those_who_come():
         assert not queue.running
 
 
-async def test_a_fault_of_the_loop_is_seen_and_answers_those_who_wait():
+async def test_a_fault_of_the_loop_stops_it_and_answers_the_jobs_that_wait():
     class Short(FakeEngine):
         def score(self, batch: TokenBatch) -> BatchResult:
             result = super().score(batch)

@@ -1,4 +1,4 @@
-"""The fake engine is a proper language model as far as anything outside a model can tell."""
+"""The fake engine: from outside it looks like a real language model."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ def test_logits_are_logprobs_up_to_a_constant_of_the_read():
 
 @pytest.mark.parametrize("vocab", [False, True])
 @pytest.mark.parametrize("vocab_size", [1, 2, V, 49_152])
-def test_argmax_is_the_likeliest_of_all_targets(vocab_size: int, vocab: bool):
+def test_argmax_has_the_highest_logprob_of_all_targets(vocab_size: int, vocab: bool):
     engine, sequences = FakeEngine(vocab_size), [[0], [0, 0], [0, 0, 0]]
     batch = read(sequences, [*range(vocab_size)], vocab=vocab)
     values = engine.score(batch).values.reshape(3, -1)

@@ -1,4 +1,4 @@
-"""Who goes to the device next: the scheduler alone, without an engine or a clock."""
+"""The scheduler alone, without an engine or a clock: which jobs go to the device next."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def scheduler_of(*jobs: QueuedJob, budget: int = 64, tokens_per_s: float = 0.0) 
 
 
 def held(budget: int = 64) -> tuple[Scheduler[QueuedJob], Batch]:
-    """A scheduler with one batch on the device, which is returned, too."""
+    """A scheduler, and the batch that it has on the device."""
     scheduler = scheduler_of(job_of([[9]]), budget=budget)
     return scheduler, due(scheduler)
 
@@ -43,7 +43,7 @@ def due(scheduler: Scheduler[QueuedJob], now: float = 0.0) -> Batch:
 
 
 def run(scheduler: Scheduler[QueuedJob], *in_engine: Batch, count: int = 10_000) -> list[Batch]:
-    """The batches that are formed, at most ``count``, when each leaves the engine in the order in which it came."""
+    """Form batches, at most ``count``, while they leave the engine in the order in which they came."""
     formed: list[Batch] = []
     running = deque(in_engine)
     while len(formed) < count:
@@ -80,7 +80,7 @@ def test_a_batch_holds_several_jobs_and_keeps_their_order_within_the_budget():
         assert seen == [[100 * j, 1, 2, 3, i] for i in range(30)]
 
 
-def test_what_sequences_share_is_measured_only_where_the_job_does_not_tell():
+def test_shared_tokens_are_measured_only_if_the_job_does_not_have_them():
     batch = label_batch([[1, 2, 3], [1, 2, 4], [1, 2, 5, 6]], [[1]] * 3)
     assert QueuedJob(batch).costs == [3, 1, 2]
     assert QueuedJob(replace(batch, shared=np.array([0, 1, 1], np.int64))).costs == [3, 2, 3]
@@ -163,7 +163,7 @@ def test_a_batch_is_about_a_second_at_the_measured_speed_and_at_most_the_budget(
     assert batch.expected == 1.0
 
 
-def test_the_second_batch_is_formed_late_so_that_it_holds_what_comes_meanwhile():
+def test_the_second_batch_is_formed_late_so_that_it_holds_new_jobs():
     scheduler = scheduler_of(job_of([[1_000 + i, 1] for i in range(5_000)]), budget=8_192, tokens_per_s=2_000)
     due(scheduler, now=10.0)
     assert scheduler.next_batch(10.2) is None
@@ -184,7 +184,7 @@ def test_the_second_batch_is_formed_only_when_half_a_batch_waits():
     assert scheduler.next_batch(0.0) is None
 
 
-def test_what_is_read_early_or_shared_is_not_prefilled_ahead():
+def test_sequences_with_early_reads_or_shared_tokens_are_not_prefilled_ahead():
     def ahead(job: QueuedJob) -> list[TokenBatch]:
         scheduler = scheduler_of(job, budget=8_192, tokens_per_s=1_100)
         batches = [packed(batch) for batch in run(scheduler)]
@@ -213,8 +213,8 @@ def test_small_jobs_go_between_the_pieces_of_a_long_sequence():
     assert [sum(lengths_of(batch)) for batch in batches] == [1_024, 1, *(1_024 * i for i in range(2, 8)), 8_000]
 
 
-def test_what_a_batch_is_expected_to_take_is_no_standstill():
-    scheduler = scheduler_of(job_of([[1] * 100]), tokens_per_s=50)  # two seconds, by that speed
+def test_a_batchs_expected_time_is_no_standstill():
+    scheduler = scheduler_of(job_of([[1] * 100]), tokens_per_s=50)  # two seconds at that speed
     batch = due(scheduler, now=5.0)
     assert scheduler.overdue(5.1) == 0.0
     assert scheduler.overdue(5.0 + 2 * PATIENCE) == 0.0
@@ -223,7 +223,7 @@ def test_what_a_batch_is_expected_to_take_is_no_standstill():
     assert scheduler.overdue(100.0) == 0.0
 
 
-def test_a_batch_behind_another_stands_still_from_when_the_device_is_its_own():
+def test_a_second_batchs_standstill_counts_from_when_the_device_is_free():
     scheduler, first = held()
     scheduler.add(job_of([[1] * 40]))
     second = due(scheduler)
@@ -231,7 +231,7 @@ def test_a_batch_behind_another_stands_still_from_when_the_device_is_its_own():
     assert second.overdue(1_000.0) == 0.0
     scheduler.finish(first, 5.0)
     assert second.begun == 5.0
-    assert scheduler.overdue(7.0) == 2.0  # no speed is known: nothing explains a second of it
+    assert scheduler.overdue(7.0) == 2.0  # no speed is known, so all its time counts
 
 
 def test_a_job_with_a_long_prefix_gets_a_whole_turn_for_it():
@@ -244,7 +244,7 @@ def test_a_job_with_a_long_prefix_gets_a_whole_turn_for_it():
     assert len([sequence for sequence in first if sequence[0] == 0]) >= 50 // TURNS_PER_BATCH
 
 
-def test_a_job_whose_prefix_fills_the_batch_gets_a_turn_all_the_same():
+def test_a_job_with_a_prefix_that_fills_the_batch_still_gets_a_turn():
     batches = run(scheduler_of(job_of([[*range(64), i] for i in range(100)])))
     assert len(batches) <= 1 + 100 // (32 // TURNS_PER_BATCH)
     assert len(sequences_of(batches[0])) == 1 + 64 // TURNS_PER_BATCH

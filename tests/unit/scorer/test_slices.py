@@ -1,4 +1,4 @@
-"""What keeps the hosts of a slice in step, without Ray."""
+"""The hosts of a slice stay in step; without Ray."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_batch_that_all_hosts_refuse_leaves_them_in_step():
     assert agreed([host.score(1, DeltaBatch.of(BATCH)) for host in hosts]).result
 
 
-def test_the_leader_is_told_of_a_failure_without_the_exceptions_class():
+def test_the_leader_gets_a_failure_without_the_exceptions_class():
     import jax
 
     class Failing(FakeEngine):
@@ -88,7 +88,7 @@ def test_a_delta_batch_becomes_the_whole_one_again(rows: list[list[int]]):
     assert len(delta.batch.tokens) + delta.shared.sum() == len(batch.tokens)
 
 
-def test_a_query_travels_once():
+def test_a_query_is_sent_once():
     batch = label_batch([[*range(300), n] for n in range(100)], [[1]] * 100)
     assert len(DeltaBatch.of(batch).batch.tokens) == 301 + 99
     requests = [QueuedJob(cut(batch, start, start + 25)).batch for start in range(0, 100, 25)]

@@ -1,4 +1,4 @@
-"""What is made of pip-audit's answers: findings fail, a service that is away does not, and neither is silent."""
+"""The verdict on pip-audit's answers: findings fail, an unreachable service does not, and both are reported."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_finding_with_a_reason_does_not_fail_and_is_shown():
     assert verdict(answer(BAD), "", {"PYSEC-2021-143": "another"}).failed
 
 
-def test_what_was_not_looked_up_is_named():
+def test_packages_that_were_not_looked_up_are_named():
     assert verdict(answer(FINE, UNKNOWN), "", {}).lines[1].endswith("unknown to the advisory service: torch")
 
 
@@ -53,11 +53,11 @@ def test_what_was_not_looked_up_is_named():
         ("", "Traceback ...\nConnectionError: Could not connect to PyPI's vulnerability feed\n", "Could not connect"),
         ("", "", "no output"),
         ("{}", "", "no output"),
-        # A mirror that has files alone: pip-audit itself says "No known vulnerabilities found".
+        # A mirror with packages only: pip-audit itself says "No known vulnerabilities found".
         (answer(UNKNOWN, EDITABLE), "No known vulnerabilities found", "knows none of the 1 packages"),
     ],
 )
-def test_without_the_service_it_is_said_and_nothing_fails(output: str, trouble: str, said: str):
+def test_an_unreachable_service_is_reported_and_nothing_fails(output: str, trouble: str, said: str):
     failed, (line,) = verdict(output, trouble, {})
     assert not failed
     assert line.startswith("NOT AUDITED")

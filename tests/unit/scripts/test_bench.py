@@ -1,4 +1,4 @@
-"""The benchmark's own arithmetic: what it times is only as right as this."""
+"""The benchmark's own arithmetic, on which its results depend."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_floor_counts_each_token_once_and_the_last_layer_and_head_only_where_rea
     assert floor_flops(Variant([request(2, 1, 3)], None), sizes) == first_layer + last_layer + 2 * 10 * 2
     two = Variant([request(2, 1, 3), request(2, 1, 3)], None)
     assert floor_flops(two, sizes) == 2 * (first_layer + last_layer + 2 * 10 * 2)
-    # The first layer's tokens see two keys, but for the query's first; the last layer's reads three.
+    # In the first layer tokens see two keys, except the query's first; in the last layer the reads see three.
     windowed = replace(sizes, windows=(2, 3))
     fewer = 4 * (1 + 2 + 2 + 2 + 2 + 2 + 3 + 3) - 4 * (1 + 2 + 3 + 3 + 4 + 5 + 3 + 5)
     assert floor_flops(two, windowed) - floor_flops(two, sizes) == 2 * fewer
@@ -49,7 +49,7 @@ def test_cut_workloads_have_their_lengths_and_their_texts_are_their_ids(
         assert tokenizer().encode(one.query_text + text, add_special_tokens=False).ids == prompt
 
 
-def test_the_table_is_whole_whatever_the_terminal(
+def test_the_table_is_whole_on_any_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "20")

@@ -1,4 +1,4 @@
-"""The open-loop load: when requests are sent, and what is said of their latencies."""
+"""The open-loop load: the times of its requests, and the report of their latencies."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_percentiles_are_latencies_of_answered_requests() -> None:
     }
 
 
-def test_where_nothing_was_answered_there_is_no_latency() -> None:
+def test_without_an_answer_there_is_no_latency() -> None:
     assert summary([Sent("W4", "503", 0.1, 0.2)], seconds=4)["latency_ms"] is None
     assert summary([], seconds=4) == {
         "sent": 0,
@@ -63,7 +63,7 @@ async def test_requests_wait_for_no_answer_and_latency_counts_from_the_schedule(
     all_here = asyncio.Event()
 
     async def score(request: Request) -> Response:
-        """Answer nobody before all four are here: a client that waits for answers never sends the fourth."""
+        """Answer only when all four requests are here: a client that waits for answers never sends the fourth."""
         nonlocal waiting
         waiting += 1
         if waiting == 4:

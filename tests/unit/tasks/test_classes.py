@@ -1,4 +1,4 @@
-"""A service whose model has a classification head: class logits or their softmax, whatever labels are sent."""
+"""A service with a classification head: it answers class logits or their softmax, whatever labels are sent."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ async def test_one_class(tokenizer: TextTokenizer):
 
 
 @pytest.mark.parametrize("field", ["return_token_logprobs", "return_label_mass"])
-async def test_what_needs_a_vocabulary_is_refused(tokenizer: TextTokenizer, field: str):
+async def test_fields_that_need_a_vocabulary_are_refused(tokenizer: TextTokenizer, field: str):
     engine = FakeEngine(VOCAB_SIZE, CONTEXT, classes=3)
     with pytest.raises(InvalidRequestError, match="this one has 3 classes") as refusal:
         await score(tokenizer, engine, **{field: True})
@@ -107,8 +107,8 @@ async def test_a_logit_that_is_not_finite_is_an_error(tokenizer: TextTokenizer, 
 
 
 @pytest.mark.parametrize("classes", [1, 2])
-async def test_reranks_by_its_own_score(tokenizer: TextTokenizer, classes: int):
-    own = RerankTemplate(prompt="{query} {document}.", yes="no such", no="answers")  # which no class needs
+async def test_a_classifier_reranks_by_its_own_score(tokenizer: TextTokenizer, classes: int):
+    own = RerankTemplate(prompt="{query} {document}.", yes="no such", no="answers")  # a classifier does not need them
     engine = FakeEngine(VOCAB_SIZE, CONTEXT, classes=classes)
     settings = SETTINGS.model_copy(update={"rerank_template": own})
     service = ModelService(settings, tokenizer, engine.info, DirectReplicas(engine))

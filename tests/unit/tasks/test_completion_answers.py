@@ -1,4 +1,4 @@
-"""What becomes of values that are not finite, and of texts that are alike, on the way to a completion."""
+"""Completions and rankings from values that are not finite, and from texts that are alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fields of other services: each is taken where it asks for nothing, and refused by name where it asks for more."""
+"""Fields of other services: a value that asks for nothing is accepted, one that asks for more is refused by name."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_true_is_not_one():
         (RerankRequest, {"rank_fields": ["title"]}, 'rank_fields must be ["text"] or left out, not a list of 1: '),
         (RerankRequest, {"instruction": "j"}, 'instruction must be left out, not "j": send instruct or instruction'),
         (RerankRequest, {"texts": ["a"]}, "texts must be left out, not a list of 1: send documents or texts"),
-        # What is wrong with a known field does not hide an unknown one, nor does a field that asks for nothing.
+        # Neither an error in a known field nor a field that asks for nothing hides an unknown field.
         (CompletionRequest, {"max_tokens": 16, "user": "me"}, "max_tokens must be 0 or 1"),
         (CompletionRequest, {"max_tokens": 16, "user": "me", "logprob": 1}, "unknown field 'logprob'"),
         (CompletionRequest, {"max_tokens": 16, "n": 3}, "n must be 1"),
@@ -96,6 +96,6 @@ def test_messages(schema: type[RequestBody], fields: dict[str, Any], message: st
     assert caught.value.message.startswith(message)
 
 
-def test_every_request_knows_what_is_sent_everywhere():
+def test_every_request_knows_the_fields_that_clients_send_everywhere():
     for schema in ASKED:
         assert EVERYWHERE.items() <= schema.foreign.items()

@@ -1,4 +1,4 @@
-"""What an error says of a label that changes its prompt's tokens: which labels would work. With a real tokenizer."""
+"""Suggestions for a label that changes its prompt's tokens: the labels that would work, by a real tokenizer."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def demo() -> TextTokenizer:
 
 
 def refusal(tokenizer: TextTokenizer, prompt: str, word: str) -> str | None:
-    """Why a word is no label behind a prompt; None: it is one."""
+    """The error of a word as the label after a prompt; None if the label is valid."""
     ending = Ending(tokenizer, [], prompt, [], special=True)
     (ids,), labelled = tokenizer.encode([prompt]), next(ending.followed_by([word]))
     try:
@@ -52,7 +52,7 @@ def refusal(tokenizer: TextTokenizer, prompt: str, word: str) -> str | None:
 
 
 class TestAdvice:
-    """A label that changes the prompt's tokens is refused with labels that do not."""
+    """The error of a label that changes the prompt's tokens suggests labels that do not."""
 
     @pytest.mark.parametrize(
         ("prompt", "word", "said"),

@@ -1,4 +1,4 @@
-"""Layouts of labels, and truncation: what is read where, against asking for every token by itself."""
+"""Layouts of labels, compared with asking for every token by itself; and truncation."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_every_token_of_every_label_is_read_once_in_its_context(words: list[tupl
         assert context not in read
         read[context] = layout.targets[start:stop].tolist()
         assert len(set(read[context])) == stop - start
-    # Reads are ordered by sequence, then by position; no sequence is the front of another.
+    # Reads are ordered by sequence, then by position; no sequence is a prefix of another.
     order = list(zip(layout.read_sequences, layout.read_depths, strict=True))
     assert order == sorted(order)
     assert {number for number, _ in order} == set(range(len(layout.continuations)))
@@ -68,7 +68,7 @@ def test_labels_of_one_token_need_one_sequence():
 
 
 def test_a_long_label_takes_memory_in_proportion_to_its_tokens():
-    """All its beginnings together have 3.2 GB at 40,000 tokens."""
+    """All its prefixes together would take 3.2 GB at 40,000 tokens."""
     peaks: list[int] = []
     for length in (2_000, 40_000):
         tracemalloc.start()
@@ -216,7 +216,7 @@ class TestTruncation:
         rest = tokenizer.decode(ids[:start] + ids[stop:]).removeprefix("<s>")
         assert query in rest
         assert len(rest) + len(own) == len(text)
-        # No more is kept than the token at the join.
+        # Besides the query, only the token at the join may be left.
         assert len(tokenizer.encode([rest], add_special_tokens=False)[0]) <= len(tokenizer.encode([query])[0]) + 1
 
     def test_shortened(self):

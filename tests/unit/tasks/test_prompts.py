@@ -143,7 +143,7 @@ class TestText:
 
 
 def counted(tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """All texts that are tokenised from now on."""
+    """Collect every text that is tokenised after this call."""
     seen: list[str] = []
     backend = tokenizer.backend
 
@@ -164,13 +164,13 @@ def counted(tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch) -> list[s
 
 
 class TestWork:
-    """What is tokenised is bounded before it is, and no more of it than has to be."""
+    """Texts are bounded before they are tokenised, and no more text is tokenised than necessary."""
 
     def model(self, tokenizer: TextTokenizer, context: int = 64 * CONTEXT, **limits: int) -> ModelFacts:
         return ModelFacts("m", tokenizer, FakeEngine(VOCAB_SIZE, context).info, Limits(**limits))
 
     @pytest.mark.parametrize("item_first", [False, True])
-    def test_of_a_prompt_with_labels_its_end_alone_comes_again(
+    def test_with_labels_only_the_end_of_a_prompt_is_tokenised_again(
         self, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch, item_first: bool
     ):
         words = [f" {number}" for number in range(300)]
@@ -214,7 +214,7 @@ class TestWork:
             {"items": ["a", "a"], "labels": [["b"], ["x" * 2**19 + "y"]]},
         ],
     )
-    def test_a_text_beyond_all_bounds_is_refused_unread(
+    def test_a_text_beyond_all_bounds_is_refused_untokenised(
         self, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
     ):
         seen = counted(tokenizer, monkeypatch)
@@ -236,7 +236,7 @@ class TestWork:
                 finish(PromptBuilder(ScoreRequest(**{"labels": [" yes"]} | fields), model).rest())
         assert not seen
 
-    def test_it_is_done_in_steps(self, tokenizer: TextTokenizer):
+    def test_long_items_are_tokenised_in_steps(self, tokenizer: TextTokenizer):
         items = ["the quick brown fox. " * 20] * 500
         builder = PromptBuilder(ScoreRequest(items=items, labels=[" yes", " no"]), self.model(tokenizer))
         steps = builder.rest()
@@ -251,7 +251,7 @@ class TestWork:
 
 
 class TestQueryTokens:
-    """Those that another request may have, too."""
+    """The query's tokens that another request may share."""
 
     @pytest.mark.parametrize(
         ("fields", "tokens"),
@@ -266,12 +266,12 @@ class TestQueryTokens:
             ({"query": "the", "items": [" fox"], "item_first": True}, 0),
         ],
     )
-    def test_of_ids(self, tokenizer: TextTokenizer, fields: dict[str, Any], tokens: int):
+    def test_ids_are_shared_whole(self, tokenizer: TextTokenizer, fields: dict[str, Any], tokens: int):
         assert prepared(tokenizer, **fields).query_tokens == tokens
 
     @pytest.mark.parametrize("query", ["the quick brown f", "the quick brown fox jumps over a dog " * 10 + " brown f"])
     @pytest.mark.parametrize("items", [["jumps"], [" yes", " no"], ["ox"], ["ox", " yes", ""]])
-    def test_of_text_end_where_the_join_begins(self, bos_tokenizer: TextTokenizer, query: str, items: list[str]):
+    def test_tokens_of_text_end_where_the_join_begins(self, bos_tokenizer: TextTokenizer, query: str, items: list[str]):
         made = prepared(bos_tokenizer, query=query, items=items)
         [whole] = bos_tokenizer.encode([query])
         common = 0

@@ -1,4 +1,4 @@
-"""The wire types in Python, and the errors that their callers get there."""
+"""The wire types in Python, and the errors that callers get there."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_an_unknown_field_is_named_before_a_missing_one():
 @pytest.mark.parametrize(
     "body", [b'{"prompt": "\\u00e9"}', b'{"prompt": "\\u0000 \\"prompt\\""}', b'{"prompt": "prompt"}']
 )
-def test_what_only_looks_like_a_field_given_twice(body: bytes):
+def test_text_that_only_looks_like_a_field_given_twice(body: bytes):
     parse(TokenizeRequest, body)
 
 
@@ -96,7 +96,7 @@ GOOD: dict[str, Any] = {
     "query": "q", "items": ["a"], "label_token_ids": [1], "documents": ["a"], "prompt": "a", "max_tokens": 1,
     "tokens": [1], "texts": ["a"],
 }  # fmt: skip
-"""A right value of every field that a request must have."""
+"""A valid value for every required field."""
 KINDS = {
     "a valid string": (str,),
     "a valid integer": (int,),
@@ -107,7 +107,7 @@ KINDS = {
     "an object": (dict,),
 }
 OTHER = r"'\w+'( or '\w+')?|greater than( or equal to)? \d+|(0|1|false|true)( or [^,]+)?(, since .+)?"
-"""What is expected of values of the right kind."""
+"""Expectations in the errors of values of the right kind."""
 
 
 def requests() -> list[type[RequestBody]]:
@@ -116,7 +116,7 @@ def requests() -> list[type[RequestBody]]:
 
 @pytest.mark.parametrize("schema", requests(), ids=lambda schema: schema.__name__)
 def test_every_field_of_every_request_says_what_is_wrong_where(schema: type[RequestBody]):
-    """The message names a place that has the value that it shows, and kinds that this value is not of."""
+    """The message names the place of the value that it shows, and the kinds that it expects, which the value is not."""
     good = {name: GOOD[name] for name, field in schema.model_fields.items() if field.is_required()}
     parse(schema, json.dumps(good).encode())
     for field in schema.model_fields:

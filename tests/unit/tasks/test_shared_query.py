@@ -1,4 +1,4 @@
-"""The shared part of a query is tokenised once, and never differently from each joined string."""
+"""The shared part of a query is tokenised once, with the same tokens as in each joined string."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def texts(shortest: int, longest: int) -> st.SearchStrategy[str]:
 
 @pytest.fixture(scope="module")
 def llama3() -> TextTokenizer:
-    """The demo's vocabulary behind Llama 3's word pattern."""
+    """The demo's vocabulary with Llama 3's word pattern."""
     backend = Tokenizer.from_file(str(model_source.resolve("demo") / "tokenizer.json"))
     split = pre_tokenizers.Split(pattern=_regex(LLAMA3), behavior="isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -114,7 +114,7 @@ def test_a_long_query_is_cut_near_its_end(demo: TextTokenizer) -> None:
 
 @pytest.fixture(scope="module")
 def qwen() -> TextTokenizer:
-    """The demo's vocabulary behind Qwen's normaliser and word pattern."""
+    """The demo's vocabulary with Qwen's normaliser and word pattern."""
     backend = Tokenizer.from_file(str(model_source.resolve("demo") / "tokenizer.json"))
     backend.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(pattern=_regex(LLAMA3.replace("{1,3}", "")), behavior="isolated")
@@ -127,7 +127,7 @@ def qwen() -> TextTokenizer:
 @pytest.mark.demo
 @pytest.mark.parametrize("kind", ["demo", "llama3", "qwen"])
 @pytest.mark.parametrize("query", QUERIES)
-def test_words_behind_a_long_text_are_tokenised_by_its_end(
+def test_words_after_a_long_text_are_tokenised_by_its_end(
     request: pytest.FixtureRequest, kind: str, query: str
 ) -> None:
     tokenizer: TextTokenizer = request.getfixturevalue(kind)
@@ -146,7 +146,7 @@ def test_words_behind_a_long_text_are_tokenised_by_its_end(
 @pytest.mark.demo
 @settings(max_examples=300)
 @given(text=texts(300, 700), words=st.lists(texts(0, 40), min_size=2, max_size=4))
-def test_words_behind_any_text(qwen: TextTokenizer, demo: TextTokenizer, text: str, words: list[str]) -> None:
+def test_words_after_any_text(qwen: TextTokenizer, demo: TextTokenizer, text: str, words: list[str]) -> None:
     for tokenizer in (qwen, demo):
         (ids,) = tokenizer.encode([text])
         if ending := tokenizer.ending(text, ids, add_special_tokens=True):

@@ -1,4 +1,4 @@
-"""Which rerank template a model gets, by what is in its folder and by its name."""
+"""The rerank template that a model gets by the files in its folder and by its name."""
 
 from __future__ import annotations
 
@@ -191,8 +191,8 @@ class TestPlain:
         assert chosen(tmp_path, QWEN3, files).name == PLAIN
 
 
-class TestTold:
-    """The name in ``/v1/info`` and the log."""
+class TestReported:
+    """The template's name in ``/v1/info`` and the log."""
 
     @pytest.mark.parametrize(
         ("fields", "classes", "name"),
@@ -225,6 +225,7 @@ class TestTold:
         said = [(record.levelname, record.getMessage()) for record in caplog.records]
         assert said[0][0] == "INFO"
         assert said[0][1].startswith(f"judge: /v1/rerank uses the template {PLAIN} (")
+        assert said.pop() == ("INFO", "judge: decisions use the profile plain-v1 (the model has no chat template)")
         assert [level for level, _ in said[1:]] == ["WARNING"] * doubtful
         assert all("judge: its name says that this is a reranker" in line for _, line in said[1:])
 

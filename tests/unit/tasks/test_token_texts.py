@@ -1,4 +1,4 @@
-"""Tokens as parts of a text, with the decoders that vocabularies have."""
+"""Tokens as parts of a text, with all kinds of decoders."""
 
 from __future__ import annotations
 
@@ -76,12 +76,12 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 class Alternating(FakeEngine):
-    """Holds tokens to be the likeliest that differ from each other."""
+    """An engine with a different top-1 token at each position."""
 
     def score(self, batch):  # type: ignore[no-untyped-def]
         result = super().score(batch)
-        likeliest = (np.arange(len(result.argmax)) * 7 + batch.tokens.sum()) % self.info.vocab_size
-        return BatchResult(result.values, result.computed_tokens, likeliest.astype(np.int32), result.argmax_values)
+        best = (np.arange(len(result.argmax)) * 7 + batch.tokens.sum()) % self.info.vocab_size
+        return BatchResult(result.values, result.computed_tokens, best.astype(np.int32), result.argmax_values)
 
 
 def choice(
@@ -103,7 +103,7 @@ def raw(name: str) -> bytes:
 
 
 def check(told: CompletionChoice, *, whole: bool) -> None:
-    """Offsets into the text, at which the tokens stand.
+    """Check that the text has each token at the token's offset.
 
     Args:
         whole: the text is valid, so that all its characters are found in the names.
@@ -120,7 +120,7 @@ def check(told: CompletionChoice, *, whole: bool) -> None:
         if name.startswith("bytes:"):
             found += raw(name)
         elif stop > start:
-            # Others are before the text, such as a begin-of-sequence token.
+            # Other tokens are before the text, such as a begin-of-sequence token.
             assert text[start:stop] == name or (not whole and text.startswith(name, start))
             found += name.encode()
     assert not whole or found.decode() == text
@@ -155,17 +155,17 @@ def test_different_tokens_in_a_place_have_different_names(tokenizer: TextTokeniz
     told = choice(tokenizer, ids, 0)
     assert told.logprobs is not None
     engine_says = [(sum(ids) + 7 * place) % size for place in range(len(ids) - 1)]
-    for name, top, own, likeliest in zip(
+    for name, top, own, best in zip(
         told.logprobs.tokens[1:], (told.logprobs.top_logprobs or [])[1:], ids[1:], engine_says, strict=True
     ):
         assert top is not None
         assert name in top
-        assert len(top) == 1 + (own != likeliest)
+        assert len(top) == 1 + (own != best)
 
 
 @given(text=texts)
-def test_starts_are_those_of_decoding_every_front(bos_tokenizer: TextTokenizer, text: str):
-    """Against a byte-level decoder itself: the characters of a front that stay as they are whatever follows."""
+def test_starts_are_those_of_decoding_every_prefix(bos_tokenizer: TextTokenizer, text: str):
+    """A token starts after the characters of the decoded prefix that stay the same in the whole text."""
     tokenizer = bos_tokenizer
     (ids,) = tokenizer.encode([text])
     told = TokenReader(tokenizer.backend).read(ids)

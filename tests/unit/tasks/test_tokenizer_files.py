@@ -59,7 +59,7 @@ def digits() -> pre_tokenizers.PreTokenizer:
 def byte_level(
     steps: pre_tokenizers.PreTokenizer, normalizer: normalizers.Normalizer | None = None, *, bos: bool = False
 ) -> Tokenizer:
-    """A byte-level BPE, as GPT-2's children have it."""
+    """A byte-level BPE, as models derived from GPT-2 have it."""
     made = Tokenizer(models.BPE())
     made.normalizer = normalizer  # pyright: ignore[reportAttributeAccessIssue]
     made.pre_tokenizer = steps
@@ -78,7 +78,7 @@ def spaced(
     bos: bool = True,
     rstrip: bool = False,
 ) -> Tokenizer:
-    """A BPE with bytes to fall back on and a sign for a space, as SentencePiece makes them."""
+    """A BPE with byte fallback and a symbol for the space, as SentencePiece makes them."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     trained.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, show_progress=False))
@@ -178,7 +178,7 @@ def refusal(folder: Path) -> str:
 
 
 def in_file(folder: Path) -> Tokenizer:
-    """The reference: the library that the file is of, without any other file."""
+    """The reference: ``tokenizers`` itself, which reads this file and no other."""
     return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
@@ -201,7 +201,7 @@ class TestShapes:
 
 
 class TestOtherFiles:
-    """What tokenizer.json does not say, and tokenizer_config.json does."""
+    """Settings that tokenizer.json lacks and tokenizer_config.json has."""
 
     @pytest.mark.parametrize(
         "token", ["<s>", {"__type": "AddedToken", "content": "<s>", "normalized": False}], ids=["text", "object"]
@@ -220,7 +220,7 @@ class TestOtherFiles:
         assert loaded.encode(["<s>the"]) == loaded.encode(["the"])
 
     @pytest.mark.parametrize("legacy", [False, True])
-    def test_tokens_that_were_added_beside_it(self, legacy: bool, tmp_path: Path):
+    def test_tokens_that_another_file_adds(self, legacy: bool, tmp_path: Path):
         folder = write(tmp_path, SHAPES["SmolLM2 from the hub"])
         size = in_file(folder).get_vocab_size()
         if legacy:
@@ -259,7 +259,7 @@ class TestOtherFiles:
             ({"add_bos_token": True, "add_eos_token": False}, None),
         ],
     )
-    def test_flags_that_contradict_it_are_told(
+    def test_flags_that_contradict_it_are_logged(
         self, flags: dict[str, bool], said: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ):
         folder = write(tmp_path, SHAPES["Llama 3"]._replace(more=flags))
