@@ -70,6 +70,7 @@ def run(example: Example, url: str) -> str:
         names: dict[str, Any] = {"__name__": "__example__"}
         with contextlib.redirect_stdout(printed), warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)  # a short example leaves its client open
+            warnings.filterwarnings("ignore", ".*is in beta")  # LangChain's decisions
             exec(compile(code, example.name, "exec"), names)
             names.clear()
             gc.collect()

@@ -21,7 +21,7 @@ from serve_app.app import build
 from serve_app.jobs.batch_job import run
 from serve_app.jobs.files import JobError
 from serve_app.jobs.job import DecisionJob, Job
-from serve_app.jobs.targets import App, Engines
+from serve_app.jobs.targets import App, Engines, Service
 from serve_app.local_ray import APP_NAME
 from serve_app.schemas import ScoreRequest, ScoreResponse
 from serve_app.scorer.fake_engine import FakeEngine
@@ -154,28 +154,38 @@ def test_a_dataset_is_scored_by_handle_or_by_its_own_engines_as_the_service_does
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["rows"] == 60
 
 
-def test_decisions_by_handle_and_of_a_dataset_are_those_of_http(client: httpx.Client, reviews: Path, tmp_path: Path):
+DECISIONS: dict[str, Any] = {
+    "good": {"type": "noul", "instructions": "Is it good?"},
+    "kind": {"type": "choice", "criteria": {"a": None, "b": None}},
+}
+
+
+def test_a_handle_decides_as_http_does(client: httpx.Client):
     from ray import serve
 
-    questions = {
-        "good": {"type": "noul", "instructions": "Is it good?"},
-        "kind": {"type": "choice", "criteria": {"a": None, "b": None}},
-    }
-    request = SystemOneRequest.model_validate({"state": "review 7", "questions": questions})
-    handle = serve.get_app_handle(APP_NAME)
-    answer = handle.decide.remote(request).result(timeout_s=60)
+    body = {"state": "review 7", "questions": DECISIONS}
+    answer = serve.get_app_handle(APP_NAME).decide.remote(SystemOneRequest.model_validate(body)).result(timeout_s=60)
     assert isinstance(answer, SystemOneResponse)
-    over_http = client.post("/v1/systemone", json={"state": "review 7", "questions": questions}).json()
-    assert answer.model_dump()["answers"] == over_http["answers"]
+    assert answer.model_dump()["answers"] == client.post("/v1/systemone", json=body).json()["answers"]
+
+
+@pytest.mark.parametrize("target", ["handle", "address"])
+def test_questions_about_a_dataset_are_answered_as_the_service_does(
+    client: httpx.Client, reviews: Path, tmp_path: Path, target: str
+):
+    request = SystemOneRequest.model_validate({"state": "", "questions": DECISIONS})
     job = DecisionJob((reviews,), tmp_path / "out", "{text}", request, block_rows=30)
-    summary = run(job, App(APP_NAME), workers=1)
+    asked = App(APP_NAME) if target == "handle" else Service(str(client.base_url))
+    summary = run(job, asked, workers=1)
     assert (summary.total.rows, summary.total.bad, summary.blocks) == (61, 0, 3)
     found = pq.read_table(sorted((tmp_path / "out").glob("part-*"))).to_pylist()
     assert [row["id"] for row in found] == [*range(61)]
-    good, kind = over_http["answers"].values()
-    assert (found[7]["good"], found[7]["kind"]) == (good["noul"], kind["choice"])
-    assert found[7]["kind.probabilities"] == [kind["probabilities"][name] for name in "ab"]
-    assert run(job, App(APP_NAME)).blocks_here == 0
+    for row in found[::20]:
+        body = {"state": row["text"], "questions": DECISIONS}
+        good, kind = client.post("/v1/systemone", json=body).json()["answers"].values()
+        assert (row["good"], row["kind"]) == (good["noul"], kind["choice"])
+        assert row["kind.probabilities"] == [kind["probabilities"][name] for name in "ab"]
+    assert run(job, asked).blocks_here == 0
 
 
 def test_a_worker_that_cannot_start_ends_the_job_with_the_reason(
