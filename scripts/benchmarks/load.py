@@ -28,6 +28,10 @@ VARIANTS = 40
 """Most variants of each workload; then its requests repeat."""
 
 
+Body = tuple[str, bytes]
+"""The route of a request, and its JSON."""
+
+
 @dataclass(frozen=True)
 class Sent:
     """One request: what it was, how it ended (an HTTP status or an exception's name), and when, in seconds.
@@ -79,16 +83,15 @@ def summary(sent: Sequence[Sent], seconds: float) -> dict[str, Any]:
     }
 
 
-async def offer(client: httpx.AsyncClient, schedule: Sequence[tuple[float, str, bytes]]) -> list[Sent]:
+async def offer(client: httpx.AsyncClient, schedule: Sequence[tuple[float, str, Body]]) -> list[Sent]:
     """Send each (time, workload, body) at its time, and wait for all answers."""
     loop = asyncio.get_running_loop()
     began = loop.time()
 
-    async def one(at: float, workload: str, content: bytes) -> Sent:
+    async def one(at: float, workload: str, sent: Body) -> Sent:
         await asyncio.sleep(began + at - loop.time())
         try:
-            headers = {"Content-Type": "application/json"}
-            outcome = str((await client.post("/v1/score", content=content, headers=headers)).status_code)
+            outcome = str((await _post(client, sent)).status_code)
         except httpx.HTTPError as error:
             outcome = type(error).__name__
         finished = loop.time() - began
@@ -124,7 +127,7 @@ def load_test(
             times = arrivals(each, seconds, rng).tolist()
             names = rng.choice(list(shares), len(times), p=list(shares.values())).tolist()
             turn = Counter[str]()
-            schedule: list[tuple[float, str, bytes]] = []
+            schedule: list[tuple[float, str, Body]] = []
             for at, name in zip(times, names, strict=True):
                 schedule.append((at, name, bodies[name][turn[name] % len(bodies[name])]))
                 turn[name] += 1
@@ -141,12 +144,12 @@ def load_test(
         json_file.write_text(json.dumps(report | {"results": results}, indent=1) + "\n")
 
 
-def _bodies(workload: str) -> list[bytes]:
+def _bodies(workload: str) -> list[Body]:
     requests = [request for variant in load(workload, most=VARIANTS) for request in variant.requests]
-    return [json.dumps(body(request)).encode() for request in requests]
+    return [(path, json.dumps(content).encode()) for path, content in map(body, requests)]
 
 
-async def _run(url: str, schedule: Sequence[tuple[float, str, bytes]], ceaseless: Sequence[bytes]) -> list[Sent]:
+async def _run(url: str, schedule: Sequence[tuple[float, str, Body]], ceaseless: Sequence[Body]) -> list[Sent]:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         other = asyncio.create_task(_ceaselessly(client, ceaseless))
@@ -157,10 +160,15 @@ async def _run(url: str, schedule: Sequence[tuple[float, str, bytes]], ceaseless
             await asyncio.wait([other])
 
 
-async def _ceaselessly(client: httpx.AsyncClient, bodies: Sequence[bytes]) -> None:
+async def _ceaselessly(client: httpx.AsyncClient, bodies: Sequence[Body]) -> None:
     """Send the requests in turn, each as soon as the last is answered."""
-    for content in itertools.cycle(bodies):
-        await client.post("/v1/score", content=content, headers={"Content-Type": "application/json"})
+    for each in itertools.cycle(bodies):
+        await _post(client, each)
+
+
+async def _post(client: httpx.AsyncClient, sent: Body) -> httpx.Response:
+    path, content = sent
+    return await client.post(path, content=content, headers={"Content-Type": "application/json"})
 
 
 def show(report: dict[str, Any]) -> None:

@@ -51,7 +51,7 @@ class Measured:
 
 
 class References:
-    """Float32 log-probabilities to compare with: the stored ones and, for W6 and W7, transformers' of the same run."""
+    """Float32 log-probabilities to compare with: the stored ones, or transformers' of the same run where none are."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[str, int], Answer] = {}

@@ -65,8 +65,8 @@ def compare(
 
     The floor is the least arithmetic that answers the workload, at the matmul rate that the same run measures between
     the repeats. Every repeat has its own inputs, so no cache can help. W4's seconds are those of one request.
-    Answers are compared with transformers' in float32: stored ones for W1 to W5, hf-prefix's of the same run for W6
-    and W7.
+    Answers are compared with transformers' in float32: stored ones for W1 to W5, hf-prefix's of the same run for the
+    others. D1 to D3 are decisions; they are compared by the options' probabilities.
     """
     if context.invoked_subcommand is not None:
         return

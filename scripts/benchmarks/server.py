@@ -91,9 +91,12 @@ def vllm(dtype: str) -> contextlib.AbstractContextManager[Server]:
     return _serving(command, "/health", lambda _: True, environment)
 
 
-def body(request: Request) -> dict[str, Any]:
-    """The body for ``POST /v1/score``: text, with log-probabilities over the whole vocabulary as the answer."""
-    return {
+def body(request: Request) -> tuple[str, dict[str, Any]]:
+    """The route and the body of a request: text, with log-probabilities over the whole vocabulary as the answer; or a
+    decision."""
+    if request.decision is not None:
+        return "/v1/decisions", request.decision
+    return "/v1/score", {
         "query": request.query_text,
         "items": request.items_text,
         "label_token_ids": request.label_ids,

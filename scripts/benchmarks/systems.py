@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import httpx
 import psutil
 
+from scripts.benchmarks import decisions
 from scripts.benchmarks.server import Server, body, peak_mib, reset_peak, service, vllm
 from scripts.benchmarks.work import Request, Variant
 from serve_app import model_source
@@ -83,6 +84,9 @@ def _serve(system: str, dtype: str, pipe: Connection) -> None:
             for process in processes:
                 reset_peak(process)
             seconds, answer = run(variant)
+            # Of questions, all systems are compared by the options' probabilities.
+            pairs = zip(variant.requests, answer, strict=True)
+            answer = [decisions.probabilities(rows) if request.decision else rows for request, rows in pairs]
             pipe.send((seconds, answer, sum(map(peak_mib, processes))))
 
 
@@ -146,7 +150,11 @@ def _http(dtype: str, *options: str) -> Generator[tuple[Run, Sequence[int]]]:
     """
 
     def ask(client: httpx.Client, request: Request) -> list[list[float]]:
-        return client.post("/v1/score", json=body(request)).raise_for_status().json()["token_logprobs"]
+        path, asked = body(request)
+        answer = client.post(path, json=asked).raise_for_status().json()
+        if request.decision is None:
+            return answer["token_logprobs"]
+        return [[math.log(each["probability"]) for each in own["probabilities"]] for own in answer["answers"]]
 
     with service(dtype, *options) as server, _over_http(server, ask) as run:
         yield run, server.processes
@@ -160,7 +168,9 @@ def _vllm(dtype: str) -> Generator[tuple[Run, Sequence[int]]]:
     """
 
     def ask(client: httpx.Client, request: Request) -> list[list[float]]:
-        asked = body(request) | {"apply_softmax": False}
+        if request.decision is not None:
+            raise RuntimeError("vLLM's decision routes refuse the demo model's architecture; leave out D1 to D3")
+        asked = body(request)[1] | {"apply_softmax": False}
         del asked["return_token_logprobs"]
         answer = client.post("/generative_scoring", json=asked).raise_for_status().json()
         return [[math.log(item["score"])] for item in answer["data"]]

@@ -13,23 +13,29 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from scripts.benchmarks import decisions
 from serve_app import model_source
 
 FOLDER = Path(__file__).parents[1] / "workloads" / "smollm2-135m"
-NAMES = ("W1", "W2", "W3", "W4", "W5", "W6", "W7")
+NAMES = ("W1", "W2", "W3", "W4", "W5", "W6", "W7", *decisions.SHAPES)
 LABELS = [9230, 2838]
 """`` Yes`` and `` No``."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One scoring request, as ids and as text."""
+    """One scoring request, as ids and as text.
+
+    Attributes:
+        decision: the body for ``POST /v1/decisions``, if it is a decision request. Its items are the questions.
+    """
 
     query_ids: list[int]
     items_ids: list[list[int]]
     query_text: str
     items_text: list[str]
     label_ids: list[int]
+    decision: dict[str, Any] | None = None
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -54,6 +60,8 @@ def load(name: str, *, most: int) -> list[Variant]:
         return [_lognormal(seed) for seed in range(most)]
     if name == "W7":
         return [_ranking(seed) for seed in range(most)]
+    if name in decisions.SHAPES:
+        return [_deciding(name, seed) for seed in range(most)]
     content = json.loads((FOLDER / f"{name}.json").read_text())
     reference = json.loads((FOLDER / "ref_fp32.json").read_text())[name]
     variants: list[Variant] = []
@@ -112,6 +120,13 @@ def _lognormal(seed: int) -> Variant:
 def _ranking(seed: int) -> Variant:
     """W7, the canonical ranking shape: a 2,000-token query and 500 items of 20 tokens."""
     return Variant([cut_request(np.random.default_rng([7, seed]), 2000, [20] * 500)], None)
+
+
+def _deciding(name: str, seed: int) -> Variant:
+    """D1 to D3: each client's state has its own text."""
+    rng = np.random.default_rng([8, *name.encode(), seed])
+    clients, _, _ = decisions.SHAPES[name]
+    return Variant([decisions.as_decision(cut_request(rng, *decisions.lengths(name))) for _ in range(clients)], None)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 
+from scripts.benchmarks.decisions import probabilities
 from scripts.benchmarks.report import Measured, References, show
 from scripts.benchmarks.work import Request, Sizes, Variant, floor_flops, load, tokenizer
 
@@ -47,6 +49,25 @@ def test_cut_workloads_have_their_lengths_and_their_texts_are_their_ids(
     assert one.query_ids != second.requests[0].query_ids
     for prompt, text in list(zip(one.prompts, one.items_text, strict=True))[:200]:
         assert tokenizer().encode(one.query_text + text, add_special_tokens=False).ids == prompt
+
+
+@pytest.mark.demo
+@pytest.mark.parametrize(("workload", "clients", "state", "questions"), [("D1", 1, 300, 5), ("D2", 1, 2_000, 50)])
+def test_decisions_have_their_lengths(workload: str, clients: int, state: int, questions: int) -> None:
+    first, second = load(workload, most=2)
+    assert len(first.requests) == clients
+    (one,) = first.requests
+    assert one.decision
+    assert len(one.decision["questions"]) == len(one.items_ids) == questions
+    assert len(one.query_ids) == pytest.approx(state, abs=3)
+    assert [len(item) for item in one.items_ids] == pytest.approx([60] * questions, abs=3)
+    assert one.query_ids != second.requests[0].query_ids
+
+
+def test_the_options_of_a_question_are_compared_by_their_normalised_sums() -> None:
+    labels = [0.1, 0.2, 0.05, 0.05, 0.1, 0.0, 0.0, 0.0]
+    (options,) = probabilities([[math.log(label) if label else -math.inf for label in labels]])
+    assert [math.exp(option) for option in options] == pytest.approx([0.6, 0.2, 0.2, 0])
 
 
 def test_the_table_is_whole_on_any_terminal(

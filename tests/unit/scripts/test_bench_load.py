@@ -74,7 +74,12 @@ async def test_requests_wait_for_no_answer_and_latency_counts_from_the_schedule(
     app = Starlette(routes=[Route("/v1/score", score, methods=["POST"])])
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         # The first was due five seconds ago, as if the client had been late.
-        schedule = [(-5.0, "W1", b""), (0.0, "W4", b""), (0.0, "W4", b"refuse"), (0.01, "W4", b"")]
+        schedule = [
+            (-5.0, "W1", ("/v1/score", b"")),
+            (0.0, "W4", ("/v1/score", b"")),
+            (0.0, "W4", ("/v1/score", b"refuse")),
+            (0.01, "W4", ("/v1/score", b"")),
+        ]
         sent = await asyncio.wait_for(offer(client, schedule), 30)
     assert [(one.workload, one.outcome) for one in sent] == [("W1", "200"), ("W4", "200"), ("W4", "503"), ("W4", "200")]
     assert sent[0].latency >= 5.0
@@ -86,5 +91,5 @@ async def test_a_failed_connection_is_an_outcome() -> None:
         raise httpx.ConnectError("refused", request=request)
 
     async with httpx.AsyncClient(transport=httpx.MockTransport(refuse), base_url="http://test") as client:
-        (one,) = await offer(client, [(0.0, "W4", b"")])
+        (one,) = await offer(client, [(0.0, "W4", ("/v1/score", b""))])
     assert one.outcome == "ConnectError"
