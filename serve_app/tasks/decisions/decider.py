@@ -35,6 +35,8 @@ A = TypeVar("A")
 
 _KNOWN_ANSWERS = 256
 """Layouts of labels that are kept. Most prompts end alike, and their questions have few sets of labels."""
+_LONGEST_END = 1_024
+"""The most characters of a prompt's end whose layouts are kept: a longer one is of one state or question."""
 _PLACES = [chr(code) for code in range(0xFDD4, 0xFDF0)]
 """Noncharacters: one that the state does not have stands for the question, to find the prompt's text around it."""
 
@@ -105,7 +107,7 @@ class Decider:
             if order.question in errors:
                 continue
             check_ids(ids, model.info.vocab_size, "state", of_text=True)
-            own = self._answers_after(front + tail, ids, order.words)
+            own = yield from self._answers_after(joined, front, tail, ids, order.words)
             if (long := len(ids) + own.layout.depth) > model.max_prompt_tokens:
                 errors[order.question] = InvalidRequestError(
                     f"state and question make a prompt of {long} tokens; this model reads at most "
@@ -218,26 +220,30 @@ class Decider:
         prompt, *labelled = self._tokenizer.encode([end, *(end + word for word in words)], add_special_tokens=False)
         return [pair for pair, ids in zip(PAIRS, labelled, strict=True) if len(added_tokens(prompt, ids)) == 1]
 
-    def _answers_after(self, text: str, ids: list[int], words: tuple[tuple[str, ...], ...]) -> Answers:
-        """The labels after a prompt. Prompts that end alike have the same ones.
+    def _answers_after(
+        self, joined: Joined, front: str, tail: str, ids: list[int], words: tuple[tuple[str, ...], ...]
+    ) -> Steps[Answers]:
+        """The labels after the prompt ``front + tail``, which has the tokens ``ids``. Prompts that end alike have the
+        same ones.
 
         Raises:
             InvalidRequestError: see ``lay_out``.
         """
-        tokenizer = self._tokenizer
+        tokenizer, vocab_size = self._tokenizer, self._model.info.vocab_size
+        text = front + tail
         end = text[tokenizer.last_boundary(text) :]
-        (last,) = tokenizer.encode([end], add_special_tokens=False)
-        if ids[len(ids) - len(last) :] != last:
-            return lay_out(
-                words, Ending(tokenizer, [], text, [], not self._profile.chat), ids, self._model.info.vocab_size
-            )
-        if (end, words) not in self._answers:
-            self._answers[end, words] = lay_out(
-                words, Ending(tokenizer, [], end, []), last, self._model.info.vocab_size
-            )
-            if len(self._answers) > _KNOWN_ANSWERS:
-                self._answers.popitem(last=False)
-        return self._answers[end, words]
+        if len(end) <= _LONGEST_END:
+            (last,) = tokenizer.encode([end], add_special_tokens=False)
+            if ids[len(ids) - len(last) :] == last:
+                # Threads share what is known, and another may drop it.
+                known = self._answers.get((end, words))
+                if known is None:
+                    known = yield from lay_out(words, Ending(tokenizer, [], end, []), last, vocab_size)
+                    self._answers[end, words] = known
+                    if len(self._answers) > _KNOWN_ANSWERS:
+                        self._answers.popitem(last=False)
+                return known
+        return (yield from lay_out(words, joined.ending(tail, ids), ids, vocab_size))
 
 
 @dataclass(frozen=True, slots=True)

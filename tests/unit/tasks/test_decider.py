@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from serve_app.contract import BatchResult, TokenBatch
 from serve_app.errors import InternalError, InvalidRequestError, TooLargeError
@@ -212,3 +212,15 @@ class TestRefusals:
         own = tokenizer("yes", "no")
         with pytest.raises(TooLargeError, match="characters would have to be tokenised"):
             Asked(decider(own, limits=Limits(max_request_tokens=5)), own, [NOUL] * 9)
+
+    def test_labels_after_a_long_prompt_are_tokenised_a_step_at_a_time(self):
+        own = tokenizer(" yes", " no", chat=None)
+        own.backend.normalizer = normalizers.NFKC()  # so every label needs the whole prompt
+        made = decider(TextTokenizer(own.backend, None), context=200_000)
+        options = tuple(Option(f"team {number}") for number in range(20))
+        steps = made.prepare("abc def " * 10_000, [replace(CHOICE, options=options)], 1, lambda decided: decided)
+        assert sum(1 for _ in steps) >= len(options)
+
+    def test_labels_that_another_thread_has_dropped_do_not_fail_a_request(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr("serve_app.tasks.decisions.decider._KNOWN_ANSWERS", 0)
+        assert len(asked([NOUL, CHOICE, NOUL]).prompts) == 3
