@@ -134,9 +134,11 @@ class Decider:
         """Check before any prompt is built that they are not too many or too long; ``state`` is its length."""
         prompts = characters = 0
         for number, question in enumerate(questions):
-            own = state + len(question.instructions or "")
-            own += sum(len(option.name) + len(option.description or "") for option in question.options)
-            check_characters(own, self._model.max_text_characters, "questions", number)
+            asked = len(question.instructions or "")
+            asked += sum(len(option.name) + len(option.description or "") for option in question.options)
+            own = state + asked
+            place = ("state", None) if state > asked else ("questions", number)
+            check_characters(own, self._model.max_text_characters, *place)
             used = min(permutations, len(question.options))
             prompts += used
             characters += used * own
@@ -165,7 +167,18 @@ class Decider:
         messages = [{"role": "user", "content": front + place}]
         if self._profile.system:
             messages.insert(0, {"role": "system", "content": self._profile.system})
-        before, behind = self._chat.render(messages).split(place)
+        if self._chat.problem:
+            raise InvalidRequestError(self._chat.problem, param="model")
+        try:
+            parts = self._chat.render(messages).split(place)
+        except InvalidRequestError as error:
+            raise InvalidRequestError(error.message, param="state") from None
+        if len(parts) != 2:
+            raise InvalidRequestError(
+                f"this model's chat template shows this state {len(parts) - 1} times in place of once; send another",
+                param="state",
+            )
+        before, behind = parts
         return before, behind + self._profile.opening
 
     def _orders(self, number: int, question: Question, permutations: int) -> Iterator[_Order]:

@@ -224,3 +224,28 @@ class TestRefusals:
     def test_labels_that_another_thread_has_dropped_do_not_fail_a_request(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr("serve_app.tasks.decisions.decider._KNOWN_ANSWERS", 0)
         assert len(asked([NOUL, CHOICE, NOUL]).prompts) == 3
+
+    @pytest.mark.parametrize(
+        ("evil", "said"),
+        [
+            ("{% if 'boom' in messages[-1].content %}{{ raise_exception('no booms') }}{% endif %}", "no booms"),
+            (
+                "{% if 'boom' in messages[-1].content %}{{ messages[-1].content }}{% endif %}",
+                "2 times in place of once",
+            ),
+        ],
+    )
+    def test_a_state_that_the_template_cannot_show_is_the_states_fault(self, evil: str, said: str):
+        made = decider(tokenizer("yes", "no", chat=evil + CHATML))
+        with pytest.raises(InvalidRequestError, match=said) as refused:
+            finish(made.prepare("boom", [NOUL], 1, lambda decided: decided))
+        assert refused.value.param == "state"
+
+    @pytest.mark.parametrize(("state", "instructions", "param"), [(2**20, 9, "state"), (9, 2**20, "questions")])
+    def test_a_text_that_is_too_long_is_the_fault_of_its_longer_part(self, state: int, instructions: int, param: str):
+        made = decider(tokenizer("yes", "no"))
+        with pytest.raises(InvalidRequestError, match="at once; shorten it") as refused:
+            finish(
+                made.prepare("a" * state, [replace(NOUL, instructions="a" * instructions)], 1, lambda decided: decided)
+            )
+        assert refused.value.param == param
