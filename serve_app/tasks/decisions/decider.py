@@ -304,12 +304,11 @@ def _read(values: Sequence[float], answers: Answers, temperature: float) -> tupl
 
     NaN if the model's output is not finite.
     """
-    mass = math.fsum(map(math.exp, values))
-    if not 0 < mass < math.inf:  # NaN, too
+    if not math.isfinite(log_mass := _log_sum(values)):
         return [math.nan], math.nan
     logs = [_log_sum([values[label] for label in own]) / temperature for own in answers.groups]
     total = _log_sum(logs)
-    return [value - total for value in logs], min(1.0, mass)
+    return [value - total for value in logs], math.exp(min(0.0, log_mass))
 
 
 def _judgement(

@@ -172,6 +172,16 @@ class TestAnswers:
         assert error.where == NOUL.where
         assert judged == own.decided().judgements[1]
 
+    def test_labels_that_are_next_to_impossible_are_compared_all_the_same(self):
+        own = asked([SCORE])
+        result = FakeEngine(20_000).score(own.batch)
+        (judged,) = own.decided(replace(result, values=result.values - 1_000)).judgements
+        (usual,) = own.decided(result).judgements
+        assert isinstance(judged, Judgement)
+        assert isinstance(usual, Judgement)
+        assert judged.probabilities == pytest.approx(usual.probabilities, rel=1e-3)
+        assert judged.label_mass == 0
+
     def test_a_question_that_is_too_long_harms_no_other(self):
         own = tokenizer("yes", "no")
         long = replace(CHOICE, instructions="Which? " * 60)
