@@ -161,6 +161,14 @@ def _paying(function: Callable[..., Any]) -> Callable[..., Any]:
     return paying
 
 
+def _paying_each(function: Callable[..., Iterable[Any]]) -> Callable[..., Iterator[Any]]:
+    @wraps(function)
+    def paying(*args: Any, **named: Any) -> Iterator[Any]:
+        yield from map(_paid, function(*args, **named))
+
+    return paying
+
+
 def _each(entries: Iterable[Any], cost: int) -> Iterator[Any]:
     """The entries of a loop whose body costs this much each time."""
     for entry in entries:
@@ -290,7 +298,9 @@ class _Environment(ImmutableSandboxedEnvironment):
             finalize=_paid_output,
             optimized=False,
         )
+        own: dict[str, Callable[..., Any]]
         own = {"join": _join, "replace": _replace, "tojson": _tojson, "concatenated": _concatenated}
+        own["map"] = _paying_each(self.filters["map"])  # one list may be what every entry is mapped to
         given = {name: function for name, function in self.filters.items() if name in _FILTERS} | own
         self.filters = {name: _paying(function) for name, function in given.items()} | {"each": _each, "paid": _paid}
         self.globals = {

@@ -269,6 +269,7 @@ HOSTILE = {
     "bytes": "{% set x = (5).to_bytes(10000000, 'big') %}",
     "rounding": "{{ 5 | round(-100000) }}",
     "sum of lists": "{% set x = [[1], [2]] | sum(start=[]) %}",
+    "mapping to a list": "{{ range(1000) | map(attribute='x', default=range(9999) | list) | max }}",
     "digits": "{{ " + "9" * 5_000 + " }}",
     "loop that calls itself": "{% for x in [0] recursive %}{% if loop.depth == 1 %}{{ loop(range(99999)) }}{% endif %}"
     "{% endfor %}",
