@@ -27,6 +27,7 @@ from serve_app.tasks.validation import (
     check_causal,
     check_characters,
     check_ids,
+    check_text,
     check_work,
     too_many_tokens,
 )
@@ -84,11 +85,16 @@ class Decider:
             answer: makes the request's answer.
 
         Raises:
-            InvalidRequestError: the model is a classifier, or its tokenizer cannot tell this profile's labels apart.
+            InvalidRequestError: the model is a classifier, its tokenizer cannot tell this profile's labels apart, or a
+                text cannot be tokenised.
             TooLargeError: the questions have more prompts, characters or tokens than the limits allow.
         """
         model = self._model
         check_causal(model.info.classes)
+        check_text(state, "state")
+        for number, question in enumerate(questions):
+            options = (text for option in question.options for text in (option.name, option.description or ""))
+            check_text("".join((question.instructions or "", *options)), "questions", number)
         self._check_work(len(state), questions, permutations)
         front, behind = self._around(state)
         orders: list[_Order] = []

@@ -259,3 +259,15 @@ class TestRefusals:
                 made.prepare("a" * state, [replace(NOUL, instructions="a" * instructions)], 1, lambda decided: decided)
             )
         assert refused.value.param == param
+
+    @pytest.mark.parametrize(
+        ("state", "question", "place"),
+        [
+            ("\ud800", NOUL, "state"),
+            (STATE, replace(NOUL, instructions="\ud800"), r"questions\[0\]"),
+            (STATE, replace(CHOICE, options=(Option("a", "\ud800"), Option("b"))), r"questions\[0\]"),
+        ],
+    )
+    def test_lone_surrogates_are_refused_for_callers_without_json_too(self, state: str, question: Question, place: str):
+        with pytest.raises(InvalidRequestError, match=f"^{place} must be text without lone surrogates"):
+            finish(decider(tokenizer("yes", "no")).prepare(state, [question], 1, lambda decided: decided))
