@@ -394,10 +394,10 @@ def _outcome(error: BaseException) -> str:
 
 def _salt(request: RequestBody, tenant: str) -> int:
     """The salt of a request's prefixes in the cache, see ``TokenBatch.salts``; 0 without any."""
-    own = request.cache_salt or getattr(request, "prompt_cache_key", None)
-    if not own and not tenant:
+    parts = [tenant, request.cache_salt or "", getattr(request, "prompt_cache_key", None) or ""]
+    if not any(parts):
         return 0
-    digest = hashlib.blake2b(json.dumps([tenant, own]).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 8 * len(digest) - SALT_BITS
 
 

@@ -87,14 +87,19 @@ class ChatTemplate:
             answer: whether the prompt goes on to where the model's answer begins.
 
         Raises:
-            InvalidRequestError: the template is not used, or refuses the conversation.
+            InvalidRequestError: the template is not used, refuses the conversation, or makes markup of what it says.
         """
         if self.problem:
             raise InvalidRequestError(self.problem, param="messages")
-        guard = self._tokenizer.plain.guard
-        guarded = [{**message, "content": guard(message["content"])} for message in messages]
+        plain = self._tokenizer.plain
+        guarded = [{**message, "content": plain.guard(message["content"])} for message in messages]
+        neutral = [{**message, "content": "a" if message["content"].strip() else ""} for message in messages]
         try:
-            return self._rendered(guarded, self.off, answer)
+            prompt = self._rendered(guarded, self.off, answer)
+            # A template that removes a part of a text may put a control token together that the guard did not see.
+            if plain.count(prompt) > plain.count(self._rendered(neutral, self.off, answer)):
+                raise _RefusedError("it would make a control token of their text")
+            return prompt
         except _RefusedError as error:
             said = original(str(error))
             raise InvalidRequestError(

@@ -71,6 +71,10 @@ class PlainText:
             guarded = text[:1] + MARK + text[1:]
         return self._edges.guarded(guarded)
 
+    def count(self, text: str) -> int:
+        """The number of places in a guarded text at which a control token begins."""
+        return sum(1 for _ in self._begins.finditer(text)) if self._begins else 0
+
     def encode(self, text: str, *, add_special_tokens: bool) -> Encoding:
         """Tokenise text that consists of guarded texts and a template's own; offsets are of ``text`` with its marks.
 

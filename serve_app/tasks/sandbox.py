@@ -19,7 +19,7 @@ from jinja2 import TemplateError, meta, nodes, pass_environment
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Context, Macro
+from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
@@ -96,13 +96,11 @@ _FILTERS = frozenset(
         "rejectattr",
         "replace",
         "reverse",
-        "round",
         "safe",
         "select",
         "selectattr",
         "sort",
         "string",
-        "sum",
         "title",
         "trim",
         "unique",
@@ -163,6 +161,14 @@ def _paying(function: Callable[..., Any]) -> Callable[..., Any]:
     return paying
 
 
+def _paying_each(function: Callable[..., Iterable[Any]]) -> Callable[..., Iterator[Any]]:
+    @wraps(function)
+    def paying(*args: Any, **named: Any) -> Iterator[Any]:
+        yield from map(_paid, function(*args, **named))
+
+    return paying
+
+
 def _each(entries: Iterable[Any], cost: int) -> Iterator[Any]:
     """The entries of a loop whose body costs this much each time."""
     for entry in entries:
@@ -175,8 +181,10 @@ def _concatenated(values: Sequence[Any]) -> str:
 
 
 def _joined(separator: str, values: Iterable[Any]) -> str:
-    texts = [str(value) for value in values]
-    _spend(sum(map(len, texts)) + len(separator) * len(texts))
+    texts: list[str] = []
+    for value in values:
+        texts.append(str(value))
+        _spend(len(texts[-1]) + len(separator))
     return separator.join(texts)
 
 
@@ -289,7 +297,9 @@ class _Environment(ImmutableSandboxedEnvironment):
             extensions=[_Generation, loopcontrols],
             finalize=_paid_output,
         )
+        own: dict[str, Callable[..., Any]]
         own = {"join": _join, "replace": _replace, "tojson": _tojson, "concatenated": _concatenated}
+        own["map"] = _paying_each(self.filters["map"])  # one list may be what every entry is mapped to
         given = {name: function for name, function in self.filters.items() if name in _FILTERS} | own
         self.filters = {name: _paying(function) for name, function in given.items()} | {"each": _each, "paid": _paid}
         self.globals = {
@@ -301,7 +311,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         }
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        return super().is_safe_attribute(obj, attr, value) and (not isinstance(obj, str) or attr in _METHODS)
+        if isinstance(obj, str):
+            return attr in _METHODS
+        # An integer's to_bytes makes any number of bytes, and these can be multiplied.
+        return not isinstance(obj, int | float) and super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> None:
         if getattr(value, "__name__", "") in ("format", "format_map") and isinstance(
@@ -316,6 +329,8 @@ class _Environment(ImmutableSandboxedEnvironment):
             return _paid(own(text, *args))  # what is named are the scopes that Jinja passes to every call
         if isinstance(obj, Macro):
             _spend(self._size)
+        if isinstance(obj, LoopContext):
+            args = tuple(_each(entries, self._size) for entries in args)
         return _paid(super().call(context, obj, *args, **named))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:  # noqa: ARG002
@@ -363,8 +378,9 @@ class BoundedTemplate:
             parsed = environment.parse(source)
             self.variables = frozenset(meta.find_undeclared_variables(parsed))
             self._template = environment.from_string(_Bounded().visit(parsed))
-        except (RecursionError, SyntaxError, MemoryError) as error:  # Python's own limits on nesting
-            raise TemplateError(f"it is nested too deep ({type(error).__name__})") from None
+        except (RecursionError, SyntaxError, MemoryError, ValueError) as error:
+            # Python's own limits on nesting and on the digits of a number.
+            raise TemplateError(f"it is nested too deep, or has too long a number ({type(error).__name__})") from None
 
     def render(self, variables: Mapping[str, Any], characters: int) -> str:
         """Render the template.

@@ -84,13 +84,14 @@ def too_many_tokens(tokens: int, most: int, param: str, index: int, counted: str
     )
 
 
-def check_text(text: str, param: str, index: int) -> None:
+def check_text(text: str, param: str, index: int | None = None) -> None:
     """Raise InvalidRequestError when a text has a lone surrogate, which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
+        entry = param if index is None else f"{param}[{index}]"
         raise InvalidRequestError(
-            f"{param}[{index}] must be text without lone surrogates; it has one at character {error.start + 1}",
+            f"{entry} must be text without lone surrogates; it has one at character {error.start + 1}",
             param=param,
             index=index,
         ) from None

@@ -90,8 +90,8 @@ def loaded(body: bytes) -> Any:
     """The value of a JSON text.
 
     Raises:
-        InvalidRequestError: it is empty, invalid or nested too deep, it gives a field twice, or it has a number beyond
-            float64's range or text with a lone surrogate.
+        InvalidRequestError: it is empty, not UTF-8, invalid or nested too deep, it gives a field twice, or it has a
+            number beyond float64's range or text with a lone surrogate.
     """
     if not body.strip():
         raise InvalidRequestError("the body is empty; send a JSON object")
@@ -100,7 +100,8 @@ def loaded(body: bytes) -> Any:
             f"the body nests lists and objects {levels} deep; this service takes at most {MOST_NESTED}; send it flatter"
         )
     try:
-        value = json.loads(body, object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite)
+        # Not the bytes: from these it takes UTF-16, too, and encoded surrogates.
+        value = json.loads(body.decode(), object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"the body is not valid JSON: {error}") from None
     if b"\\u" in body and (where := _lone_surrogate(value)) is not None:

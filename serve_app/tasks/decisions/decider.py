@@ -27,6 +27,7 @@ from serve_app.tasks.validation import (
     check_causal,
     check_characters,
     check_ids,
+    check_text,
     check_work,
     too_many_tokens,
 )
@@ -35,6 +36,8 @@ A = TypeVar("A")
 
 _KNOWN_ANSWERS = 256
 """Layouts of labels that are kept. Most prompts end alike, and their questions have few sets of labels."""
+_LONGEST_END = 1_024
+"""The most characters of a prompt's end whose layouts are kept: a longer one is of one state or question."""
 _PLACES = [chr(code) for code in range(0xFDD4, 0xFDF0)]
 """Noncharacters: one that the state does not have stands for the question, to find the prompt's text around it."""
 
@@ -82,11 +85,16 @@ class Decider:
             answer: makes the request's answer.
 
         Raises:
-            InvalidRequestError: the model is a classifier, or its tokenizer cannot tell this profile's labels apart.
+            InvalidRequestError: the model is a classifier, its tokenizer cannot tell this profile's labels apart, or a
+                text cannot be tokenised.
             TooLargeError: the questions have more prompts, characters or tokens than the limits allow.
         """
         model = self._model
         check_causal(model.info.classes)
+        check_text(state, "state")
+        for number, question in enumerate(questions):
+            options = (text for option in question.options for text in (option.name, option.description or ""))
+            check_text("".join((question.instructions or "", *options)), "questions", number)
         self._check_work(len(state), questions, permutations)
         front, behind = self._around(state)
         orders: list[_Order] = []
@@ -105,7 +113,7 @@ class Decider:
             if order.question in errors:
                 continue
             check_ids(ids, model.info.vocab_size, "state", of_text=True)
-            own = self._answers_after(front + tail, ids, order.words)
+            own = yield from self._answers_after(joined, front, tail, ids, order.words)
             if (long := len(ids) + own.layout.depth) > model.max_prompt_tokens:
                 errors[order.question] = InvalidRequestError(
                     f"state and question make a prompt of {long} tokens; this model reads at most "
@@ -132,9 +140,11 @@ class Decider:
         """Check before any prompt is built that they are not too many or too long; ``state`` is its length."""
         prompts = characters = 0
         for number, question in enumerate(questions):
-            own = state + len(question.instructions or "")
-            own += sum(len(option.name) + len(option.description or "") for option in question.options)
-            check_characters(own, self._model.max_text_characters, "questions", number)
+            asked = len(question.instructions or "")
+            asked += sum(len(option.name) + len(option.description or "") for option in question.options)
+            own = state + asked
+            place = ("state", None) if state > asked else ("questions", number)
+            check_characters(own, self._model.max_text_characters, *place)
             used = min(permutations, len(question.options))
             prompts += used
             characters += used * own
@@ -163,7 +173,18 @@ class Decider:
         messages = [{"role": "user", "content": front + place}]
         if self._profile.system:
             messages.insert(0, {"role": "system", "content": self._profile.system})
-        before, behind = self._chat.render(messages).split(place)
+        if self._chat.problem:
+            raise InvalidRequestError(self._chat.problem, param="model")
+        try:
+            parts = self._chat.render(messages).split(place)
+        except InvalidRequestError as error:
+            raise InvalidRequestError(error.message, param="state") from None
+        if len(parts) != 2:
+            raise InvalidRequestError(
+                f"this model's chat template shows this state {len(parts) - 1} times in place of once; send another",
+                param="state",
+            )
+        before, behind = parts
         return before, behind + self._profile.opening
 
     def _orders(self, number: int, question: Question, permutations: int) -> Iterator[_Order]:
@@ -218,26 +239,30 @@ class Decider:
         prompt, *labelled = self._tokenizer.encode([end, *(end + word for word in words)], add_special_tokens=False)
         return [pair for pair, ids in zip(PAIRS, labelled, strict=True) if len(added_tokens(prompt, ids)) == 1]
 
-    def _answers_after(self, text: str, ids: list[int], words: tuple[tuple[str, ...], ...]) -> Answers:
-        """The labels after a prompt. Prompts that end alike have the same ones.
+    def _answers_after(
+        self, joined: Joined, front: str, tail: str, ids: list[int], words: tuple[tuple[str, ...], ...]
+    ) -> Steps[Answers]:
+        """The labels after the prompt ``front + tail``, which has the tokens ``ids``. Prompts that end alike have the
+        same ones.
 
         Raises:
             InvalidRequestError: see ``lay_out``.
         """
-        tokenizer = self._tokenizer
+        tokenizer, vocab_size = self._tokenizer, self._model.info.vocab_size
+        text = front + tail
         end = text[tokenizer.last_boundary(text) :]
-        (last,) = tokenizer.encode([end], add_special_tokens=False)
-        if ids[len(ids) - len(last) :] != last:
-            return lay_out(
-                words, Ending(tokenizer, [], text, [], not self._profile.chat), ids, self._model.info.vocab_size
-            )
-        if (end, words) not in self._answers:
-            self._answers[end, words] = lay_out(
-                words, Ending(tokenizer, [], end, []), last, self._model.info.vocab_size
-            )
-            if len(self._answers) > _KNOWN_ANSWERS:
-                self._answers.popitem(last=False)
-        return self._answers[end, words]
+        if len(end) <= _LONGEST_END:
+            (last,) = tokenizer.encode([end], add_special_tokens=False)
+            if ids[len(ids) - len(last) :] == last:
+                # Threads share what is known, and another may drop it.
+                known = self._answers.get((end, words))
+                if known is None:
+                    known = yield from lay_out(words, Ending(tokenizer, [], end, []), last, vocab_size)
+                    self._answers[end, words] = known
+                    if len(self._answers) > _KNOWN_ANSWERS:
+                        self._answers.popitem(last=False)
+                return known
+        return (yield from lay_out(words, joined.ending(tail, ids), ids, vocab_size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,12 +310,11 @@ def _read(values: Sequence[float], answers: Answers, temperature: float) -> tupl
 
     NaN if the model's output is not finite.
     """
-    mass = math.fsum(map(math.exp, values))
-    if not 0 < mass < math.inf:  # NaN, too
+    if not math.isfinite(log_mass := _log_sum(values)):
         return [math.nan], math.nan
     logs = [_log_sum([values[label] for label in own]) / temperature for own in answers.groups]
     total = _log_sum(logs)
-    return [value - total for value in logs], min(1.0, mass)
+    return [value - total for value in logs], math.exp(min(0.0, log_mass))
 
 
 def _judgement(

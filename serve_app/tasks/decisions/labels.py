@@ -9,6 +9,7 @@ from itertools import pairwise, product
 
 from serve_app.errors import InvalidRequestError
 from serve_app.tasks.labels import Layout, added_tokens, of_words, quoted
+from serve_app.tasks.steps import Steps
 from serve_app.tasks.tokenizer import Ending
 
 PAIRS = tuple(map("".join, product(string.ascii_uppercase, repeat=2)))
@@ -45,7 +46,7 @@ class Answers:
     words: tuple[tuple[str, ...], ...]
 
 
-def lay_out(words: Sequence[Sequence[str]], ending: Ending, prompt: list[int], vocab_size: int) -> Answers:
+def lay_out(words: Sequence[Sequence[str]], ending: Ending, prompt: list[int], vocab_size: int) -> Steps[Answers]:
     """Lay out the labels of each answer after a prompt.
 
     Args:
@@ -58,7 +59,10 @@ def lay_out(words: Sequence[Sequence[str]], ending: Ending, prompt: list[int], v
         InvalidRequestError: a first label adds no token, changes the prompt's tokens, or begins another answer's.
     """
     flat = [word for own in words for word in own]
-    found = dict(zip(flat, (added_tokens(prompt, ids) for ids in ending.followed_by(flat)), strict=True))
+    found: dict[str, tuple[int, ...]] = {}
+    for word, ids in zip(flat, ending.followed_by(flat), strict=True):
+        yield
+        found[word] = added_tokens(prompt, ids)
     firsts = [found[own[0]] for own in words]
     for own, tokens in zip(words, firsts, strict=True):
         if not tokens or max(tokens) >= vocab_size:

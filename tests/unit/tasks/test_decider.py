@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from serve_app.contract import BatchResult, TokenBatch
 from serve_app.errors import InternalError, InvalidRequestError, TooLargeError
@@ -172,6 +172,16 @@ class TestAnswers:
         assert error.where == NOUL.where
         assert judged == own.decided().judgements[1]
 
+    def test_labels_that_are_next_to_impossible_are_compared_all_the_same(self):
+        own = asked([SCORE])
+        result = FakeEngine(20_000).score(own.batch)
+        (judged,) = own.decided(replace(result, values=result.values - 1_000)).judgements
+        (usual,) = own.decided(result).judgements
+        assert isinstance(judged, Judgement)
+        assert isinstance(usual, Judgement)
+        assert judged.probabilities == pytest.approx(usual.probabilities, rel=1e-3)
+        assert judged.label_mass == 0
+
     def test_a_question_that_is_too_long_harms_no_other(self):
         own = tokenizer("yes", "no")
         long = replace(CHOICE, instructions="Which? " * 60)
@@ -212,3 +222,52 @@ class TestRefusals:
         own = tokenizer("yes", "no")
         with pytest.raises(TooLargeError, match="characters would have to be tokenised"):
             Asked(decider(own, limits=Limits(max_request_tokens=5)), own, [NOUL] * 9)
+
+    def test_labels_after_a_long_prompt_are_tokenised_a_step_at_a_time(self):
+        own = tokenizer(" yes", " no", chat=None)
+        own.backend.normalizer = normalizers.NFKC()  # so every label needs the whole prompt
+        made = decider(TextTokenizer(own.backend, None), context=200_000)
+        options = tuple(Option(f"team {number}") for number in range(20))
+        steps = made.prepare("abc def " * 10_000, [replace(CHOICE, options=options)], 1, lambda decided: decided)
+        assert sum(1 for _ in steps) >= len(options)
+
+    def test_labels_that_another_thread_has_dropped_do_not_fail_a_request(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr("serve_app.tasks.decisions.decider._KNOWN_ANSWERS", 0)
+        assert len(asked([NOUL, CHOICE, NOUL]).prompts) == 3
+
+    @pytest.mark.parametrize(
+        ("evil", "said"),
+        [
+            ("{% if 'boom' in messages[-1].content %}{{ raise_exception('no booms') }}{% endif %}", "no booms"),
+            (
+                "{% if 'boom' in messages[-1].content %}{{ messages[-1].content }}{% endif %}",
+                "2 times in place of once",
+            ),
+        ],
+    )
+    def test_a_state_that_the_template_cannot_show_is_the_states_fault(self, evil: str, said: str):
+        made = decider(tokenizer("yes", "no", chat=evil + CHATML))
+        with pytest.raises(InvalidRequestError, match=said) as refused:
+            finish(made.prepare("boom", [NOUL], 1, lambda decided: decided))
+        assert refused.value.param == "state"
+
+    @pytest.mark.parametrize(("state", "instructions", "param"), [(2**20, 9, "state"), (9, 2**20, "questions")])
+    def test_a_text_that_is_too_long_is_the_fault_of_its_longer_part(self, state: int, instructions: int, param: str):
+        made = decider(tokenizer("yes", "no"))
+        with pytest.raises(InvalidRequestError, match="at once; shorten it") as refused:
+            finish(
+                made.prepare("a" * state, [replace(NOUL, instructions="a" * instructions)], 1, lambda decided: decided)
+            )
+        assert refused.value.param == param
+
+    @pytest.mark.parametrize(
+        ("state", "question", "place"),
+        [
+            ("\ud800", NOUL, "state"),
+            (STATE, replace(NOUL, instructions="\ud800"), r"questions\[0\]"),
+            (STATE, replace(CHOICE, options=(Option("a", "\ud800"), Option("b"))), r"questions\[0\]"),
+        ],
+    )
+    def test_lone_surrogates_are_refused_for_callers_without_json_too(self, state: str, question: Question, place: str):
+        with pytest.raises(InvalidRequestError, match=f"^{place} must be text without lone surrogates"):
+            finish(decider(tokenizer("yes", "no")).prepare(state, [question], 1, lambda decided: decided))

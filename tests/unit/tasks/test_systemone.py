@@ -147,6 +147,8 @@ class TestBodies:
             (b"[]", "must be a JSON object, not a list of 0"),
             (b'{"state": "a", "questions": {', "the body is not valid JSON"),
             (b'{"state": "a\xff"}', "the body is not valid JSON"),
+            (b'{"state": "\xed\xa0\x80"}', "the body is not valid JSON"),
+            ('{"state": "\\ud800"}'.encode("utf-16"), "the body is not valid JSON"),
             (b'{"state": ["a", NaN]}', "the number NaN"),
             (b'{"state": [1e999]}', "the number 1e999"),
             (b'{"state": [' + b"1" * 5000 + b"]}", "the body is not valid JSON"),
