@@ -109,7 +109,7 @@ def forget(scorer: Engine) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_sequence_has_the_bits_that_it_has_alone(name: str, engines: Callable[[str], Engine]) -> None:
-    """Among any others, in any order, behind a prefix that is cold, warm or prefilled in pieces, with several reads."""
+    """Among any others, in any order, after a prefix that is cold, warm or prefilled in pieces, with several reads."""
     scorer, rng = engines(name), np.random.default_rng(len(name))
     longest = min(1000, scorer.info.max_prompt_tokens)
     sequences = of_random_lengths(rng, longest)
