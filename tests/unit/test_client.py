@@ -127,7 +127,7 @@ def test_tokens_and_back():
         assert asking.tokenize("ab", add_special_tokens=False) == tokens
         assert asking.detokenize([5, 6]) == "ab"
     assert [json.loads(request.content) for request in requests] == [
-        {"model": "default", "prompt": "ab", "add_generation_prompt": True, "add_special_tokens": False},
+        {"model": "default", "prompt": "ab", "add_special_tokens": False},
         {"model": "default", "tokens": [5, 6]},
     ]
     assert [request.url.path for request in requests] == ["/tokenize", "/detokenize"]
