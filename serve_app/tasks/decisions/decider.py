@@ -145,7 +145,7 @@ class Decider:
             own = state + asked
             place = ("state", None) if state > asked else ("questions", number)
             check_characters(own, self._model.max_text_characters, *place)
-            used = min(permutations, len(question.options))
+            used = min(permutations, _most_orders(question))
             prompts += used
             characters += used * own
         if prompts > self._model.limits.max_items:
@@ -190,7 +190,7 @@ class Decider:
     def _orders(self, number: int, question: Question, permutations: int) -> Iterator[_Order]:
         """The question with its options in evenly spaced cyclic orders, beginning with that of the request."""
         count = len(question.options)
-        used = min(permutations, count)
+        used = min(permutations, _most_orders(question))
         for turn in range(used):
             start = turn * count // used
             order = [*range(start, count), *range(start)]
@@ -263,6 +263,14 @@ class Decider:
                         self._answers.popitem(last=False)
                 return known
         return (yield from lay_out(words, joined.ending(tail, ids), ids, vocab_size))
+
+
+def _most_orders(question: Question) -> int:
+    """The number of cyclic orders in which a prompt can show the options. Outcomes without a description are not
+    shown."""
+    if question.kind is Kind.NOUL:
+        return max(1, sum(option.description is not None for option in question.options))
+    return len(question.options)
 
 
 @dataclass(frozen=True, slots=True)
