@@ -96,7 +96,7 @@ class TestSystemOne:
 
     async def test_orders_of_the_options(self, http: Http):
         answers = (await ask(http, permutations=3))["answers"]
-        assert [own["x_permutations"] for own in answers.values()] == [2, 3, 3]
+        assert [own["x_permutations"] for own in answers.values()] == [1, 3, 3]
 
     async def test_encoded_bodies(self, http: Http):
         body = json.dumps(SYSTEM_ONE).encode()
