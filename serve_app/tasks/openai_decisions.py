@@ -6,7 +6,6 @@ with ``x_`` in an answer. What it lacks: images.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, WithJsonSchema, model_serializer
@@ -30,11 +29,9 @@ from serve_app.tasks.decisions.bodies import (
     wrong,
 )
 from serve_app.tasks.decisions.conversation import Content, Input, transcript
-from serve_app.tasks.decisions.decider import Decider
+from serve_app.tasks.decisions.decider import builder
 from serve_app.tasks.decisions.questions import Decided, Judgement, Kind, Option, Question, as_text
-from serve_app.tasks.model_facts import ModelFacts
-from serve_app.tasks.steps import Steps
-from serve_app.tasks.task import Prepare, PreparedRequest, Task
+from serve_app.tasks.task import Task
 
 MOST_IDENTIFIER = 128
 """The most characters of a ``safety_identifier``, as OpenAI has it."""
@@ -248,17 +245,6 @@ def _question(asked: PredicateQuestion | ChoiceQuestion | ScoreQuestion, where: 
             return Question(Kind.SCORE, said, tuple(Option(level.label, level.description) for level in levels), where)
 
 
-def _builder(model: ModelFacts) -> Prepare[DecisionsRequest, DecisionsResponse]:
-    """Build ``prepare`` for one model."""
-    decider = Decider.of(model)
-
-    def prepare(request: DecisionsRequest, _: str) -> Steps[PreparedRequest[DecisionsResponse]]:
-        answer = partial(_answer, request, model.name)
-        return decider.prepare(transcript(request.input), questions(request), request.permutations, answer)
-
-    return prepare
-
-
 def _answer(request: DecisionsRequest, model: str, decided: Decided) -> DecisionsResponse:
     return DecisionsResponse(
         model=model,
@@ -315,7 +301,7 @@ OPENAI_DECISIONS = Task[DecisionsRequest, DecisionsResponse](
     description="Typed questions about an input, in OpenAI's shape: a probability for each option of each question.",
     request=DecisionsRequest,
     response=DecisionsResponse,
-    builder=_builder,
+    builder=builder(lambda request: transcript(request.input), questions, _answer),
     error=OpenAIErrorResponse,
     parse=parse,
 )

@@ -7,7 +7,6 @@ names that begin with ``x_`` in an answer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, WithJsonSchema
@@ -27,11 +26,9 @@ from serve_app.tasks.decisions.bodies import (
     one_of,
     parse,
 )
-from serve_app.tasks.decisions.decider import Decider
+from serve_app.tasks.decisions.decider import builder
 from serve_app.tasks.decisions.questions import Decided, Judgement, Kind, Option, Question, as_text
-from serve_app.tasks.model_facts import ModelFacts
-from serve_app.tasks.steps import Steps
-from serve_app.tasks.task import Prepare, PreparedRequest, Task
+from serve_app.tasks.task import Task
 
 _TEXT_OR_DATA: dict[str, Any] = {"anyOf": [{"type": kind} for kind in ("string", "object", "array")]}
 
@@ -226,17 +223,6 @@ def _given(content: Any) -> str | None:
     return as_text(content) if content and (not isinstance(content, str) or content.strip()) else None
 
 
-def _builder(model: ModelFacts) -> Prepare[SystemOneRequest, SystemOneResponse]:
-    """Build ``prepare`` for one model."""
-    decider = Decider.of(model)
-
-    def prepare(request: SystemOneRequest, _: str) -> Steps[PreparedRequest[SystemOneResponse]]:
-        answer = partial(_answer, request, model.name)
-        return decider.prepare(as_text(request.state), questions(request), request.permutations, answer)
-
-    return prepare
-
-
 def _answer(request: SystemOneRequest, model: str, decided: Decided) -> SystemOneResponse:
     """Put the judgements into TypeSafe's shape.
 
@@ -299,7 +285,7 @@ The models' names `jev-latest` and `jev-preview` mean the default model. Unknown
 ignored.""",
     request=SystemOneRequest,
     response=SystemOneResponse,
-    builder=_builder,
+    builder=builder(lambda request: as_text(request.state), questions, _answer),
     error=SystemOneErrorResponse,
     parse=parse,
     aliases=("jev-latest", "jev-preview"),

@@ -6,7 +6,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeVar
 
 import numpy as np
@@ -15,13 +15,14 @@ from serve_app.contract import BatchResult, Int32, common_prefix
 from serve_app.errors import InternalError, InvalidRequestError, ScoringError, TooLargeError
 from serve_app.profiles.profile import CODE, Profile, ShownOption
 from serve_app.tasks.chat import ChatTemplate
+from serve_app.tasks.decisions.bodies import DecisionRequest
 from serve_app.tasks.decisions.labels import PAIRS, Answers, codes, lay_out
 from serve_app.tasks.decisions.questions import Decided, Judgement, Kind, Option, Question
 from serve_app.tasks.labels import added_tokens
 from serve_app.tasks.model_facts import ModelFacts
 from serve_app.tasks.prompts import PreparedItems, Prompt, packed
 from serve_app.tasks.steps import Steps
-from serve_app.tasks.task import PreparedRequest
+from serve_app.tasks.task import Prepare, PreparedRequest
 from serve_app.tasks.tokenizer import Ending, Joined
 from serve_app.tasks.validation import (
     check_causal,
@@ -33,6 +34,7 @@ from serve_app.tasks.validation import (
 )
 
 A = TypeVar("A")
+R = TypeVar("R", bound=DecisionRequest)
 
 _KNOWN_ANSWERS = 256
 """Layouts of labels that are kept. Most prompts end alike, and their questions have few sets of labels."""
@@ -40,6 +42,31 @@ _LONGEST_END = 1_024
 """The most characters of a prompt's end whose layouts are kept: a longer one is of one state or question."""
 _PLACES = [chr(code) for code in range(0xFDD4, 0xFDF0)]
 """Noncharacters: one that the state does not have stands for the question, to find the prompt's text around it."""
+
+
+def builder(
+    state: Callable[[R], str],
+    questions: Callable[[R], Sequence[Question]],
+    answer: Callable[[R, str, Decided], A],
+) -> Callable[[ModelFacts], Prepare[R, A]]:
+    """The ``Task.builder`` of a decision route.
+
+    Args:
+        state: the text that a request's questions are about.
+        questions: the request's questions. It raises InvalidRequestError if one asks nothing.
+        answer: makes the answer to a request, given the model's name.
+    """
+
+    def build(model: ModelFacts) -> Prepare[R, A]:
+        decider = Decider.of(model)
+
+        def prepare(request: R, _: str) -> Steps[PreparedRequest[A]]:
+            made = partial(answer, request, model.name)
+            return decider.prepare(state(request), questions(request), request.permutations, made)
+
+        return prepare
+
+    return build
 
 
 @dataclass(frozen=True, slots=True)
