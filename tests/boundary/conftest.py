@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import gc
+import warnings
+from collections.abc import AsyncIterator, Iterator
 
 import httpx
 import pytest
@@ -12,6 +14,15 @@ from serve_app.frontend.routes import create_app
 from serve_app.frontend.service import ModelService
 from tests.boundary.asking import Http
 from tests.local import no_metrics
+
+
+@pytest.fixture
+def connections_closed() -> Iterator[None]:
+    """Close connections of clients that leave this to the garbage collector, which would warn in a later test."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
-import warnings
 from collections.abc import Iterator
 
 import httpx
@@ -20,7 +18,7 @@ from serve_app.settings import ModelSettings
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas, save_tokenizer
 
-pytestmark = pytest.mark.heavy  # the packages
+pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("connections_closed")]  # heavy: the packages
 
 QUERY = "who is lazy?"
 DOCUMENTS = ["the fox", "the dog", "yes", "a cat"]
@@ -28,15 +26,6 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
-
-
-@pytest.fixture(autouse=True)
-def _connections() -> Iterator[None]:
-    """Close connections: these packages leave them to the garbage collector, which would warn in a later test."""
-    yield
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,20 +19,11 @@ from serve_app.tasks.tokenizer import TextTokenizer
 from tests.local import VOCAB_SIZE, DirectReplicas
 from tests.served import KEY, serving
 
-pytestmark = pytest.mark.heavy  # the packages
+pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("connections_closed")]  # heavy: the packages
 
 STATE = "I was charged twice for March. Please refund one payment today, or I will dispute it."
 CONTEXT = 2**15
 """Tokens; 255 described options take most of them, since the small tokenizer knows few words."""
-
-
-@pytest.fixture(autouse=True)
-def _connections() -> Iterator[None]:
-    """These packages leave closing to the garbage collector, which would warn in some later test."""
-    yield
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
 
 
 @pytest.fixture(scope="module")
