@@ -33,6 +33,7 @@ from model.layers import quantized
 from model.programs import Programs
 from model.sharding import MODEL, by_device, divided, stacked
 from model.sizes import BY_PLATFORM, Layout, Sizes, layout
+from model.tensors.folder import Opened, differ, opened
 
 logger = logging.getLogger(__name__)
 
@@ -85,26 +86,28 @@ def load(
         CheckpointError: a tensor missing, unexpected or mis-shaped, or a broken file.
         RuntimeError: "native" attention is asked for where its kernel cannot be built.
     """
-    config = _with_stored_head(registry.from_hf(read_config(folder)), folder)
-    if quantization and config.experts:
-        raise ConfigError(f"{config.architecture}: mixtures of experts are not quantised; leave out {quantization}")
-    platform = jax.default_backend()
-    implementation, kernels = _implementation(implementation, platform, compiled_folder)
-    native = packed = kernels is not None and mesh is None
-    if kernels is not None and dtype == "bfloat16":  # two numbers make one operand
-        native = native and config.width % 2 == 0
-        packed = native and kernels.bfloat16 and config.ff_width % 2 == 0
-    packed = packed and not quantization
-    choice = choose(
-        replace(config, int8=quantization == "int8", native=native, packed=packed),
-        dtype=dtype,
-        implementation=implementation,
-        by_layer=platform == "cpu" if by_layer is None else by_layer,
-        sizes=replace(BY_PLATFORM.get(platform, BY_PLATFORM["tpu"]), **sizes),
-        max_prompt_tokens=max_prompt_tokens,
-        mesh=mesh,
-    )
-    weights = place(folder, choice, progress)
+    config = registry.from_hf(read_config(folder))
+    with opened(folder) as stored:
+        config = _with_stored_head(config, stored)
+        if quantization and config.experts:
+            raise ConfigError(f"{config.architecture}: mixtures of experts are not quantised; leave out {quantization}")
+        platform = jax.default_backend()
+        implementation, kernels = _implementation(implementation, platform, compiled_folder)
+        native = packed = kernels is not None and mesh is None
+        if kernels is not None and dtype == "bfloat16":  # two numbers make one operand
+            native = native and config.width % 2 == 0
+            packed = native and kernels.bfloat16 and config.ff_width % 2 == 0
+        packed = packed and not quantization
+        choice = choose(
+            replace(config, int8=quantization == "int8", native=native, packed=packed),
+            dtype=dtype,
+            implementation=implementation,
+            by_layer=platform == "cpu" if by_layer is None else by_layer,
+            sizes=replace(BY_PLATFORM.get(platform, BY_PLATFORM["tpu"]), **sizes),
+            max_prompt_tokens=max_prompt_tokens,
+            mesh=mesh,
+        )
+        weights = place(stored, choice, progress)
     return Engine(Programs(choice.model, weights, compiled_folder))
 
 
@@ -130,15 +133,15 @@ def choose(
     return Choice(config, family, Model(part, abstract, chosen, by_layer, mesh))
 
 
-def place(folder: Path, choice: Choice, progress: Progress | None = None) -> Weights:
+def place(stored: Opened, choice: Choice, progress: Progress | None = None) -> Weights:
     """Read all weights onto the devices, one tensor after the other.
 
     Raises:
-        CheckpointError: a tensor missing, unexpected or mis-shaped, or a broken file.
+        CheckpointError: a tensor missing, unexpected or mis-shaped.
     """
     placed = _Placed(choice)
     table = choice.family.weights(choice.whole)
-    checkpoint.load(folder, table, ignored=decoder.ignored(choice.whole), put=placed.put, progress=progress)
+    checkpoint.load(stored, table, ignored=decoder.ignored(choice.whole), put=placed.put, progress=progress)
     block = choice.model.abstract.block[1]
     places = [("blocks", layer) for layer in range(choice.whole.layers)] if choice.model.by_layer else [("blocks",)]
     return Weights(placed.state(choice.model.abstract.ends[1]), [placed.state(block, *each) for each in places])
@@ -217,10 +220,10 @@ def _insert(stack: jax.Array, array: jax.Array, layer: int) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(stack, array, layer, 0)
 
 
-def _with_stored_head(config: ModelConfig, folder: Path) -> ModelConfig:
+def _with_stored_head(config: ModelConfig, stored: Opened) -> ModelConfig:
     """``config``, untied where the checkpoint stores a head that differs from the embedding: transformers uses it."""
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if not config.tied_head or not checkpoint.differ(folder, head, embedding):
+    if not config.tied_head or not differ(stored.tensors, head, embedding):
         return config
     logger.warning(
         "config.json ties the output head to the embedding, and %s is stored with other numbers than %s: it is used, "

@@ -13,11 +13,12 @@ import pytest
 from jax.sharding import NamedSharding
 from safetensors.numpy import load_file, save_file
 
-from model import checkpoint, loading, sharding
+from model import loading, sharding
 from model.computations import Kind
 from model.engine import Engine
 from model.families.registry import from_hf
 from model.fields import ConfigError, read_config
+from model.tensors.safetensors_files import SafetensorsFiles
 from tests.batches import label_batch, reads_batch
 from tests.invariance.rows import LABELS, TOLERANCE, VOCAB, prompts, values
 from tests.sharding.one_of_two import SIZES
@@ -137,15 +138,15 @@ def test_two_sums_a_layer_and_no_weight_is_gathered(folder: Path) -> None:
 def bytes_read() -> Iterator[list[int]]:
     """Bytes of every part that is read of a checkpoint's tensors."""
     read: list[int] = []
-    original = checkpoint._Reader.part  # pyright: ignore[reportPrivateUsage]
+    original = SafetensorsFiles.part
 
-    def counted(self: Any, piece: Any, index: Any) -> Any:
-        values = original(self, piece, index)
+    def counted(self: Any, *what: Any) -> Any:
+        values = original(self, *what)
         read.append(values.nbytes)
         return values
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint._Reader, "part", counted)  # pyright: ignore[reportPrivateUsage]
+        patch.setattr(SafetensorsFiles, "part", counted)
         yield read
 
 

@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from model.checkpoint import INDEX, SINGLE, CheckpointError, Fused, Place, Target, Targets, load
+from model.checkpoint import Fused, Place, Target, Targets, load
 from model.families import llama
 from model.families.registry import from_hf
 from model.fields import read_config
+from model.tensors.folder import opened
+from model.tensors.safetensors_files import INDEX, SINGLE
+from model.tensors.stored import CheckpointError
 from tests.tiny import make_llama
 
 A = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -28,12 +31,14 @@ def keep(_: Place, tensor: np.ndarray) -> np.ndarray:
 
 
 def read(folder: Path, targets: Targets = TARGETS, **options: Any) -> dict[Place, np.ndarray]:
-    return load(folder, targets, put=keep, **options)
+    with opened(folder) as stored:
+        return load(stored, targets, put=keep, **options)
 
 
 def refusal(folder: Path, **options: Any) -> str:
-    with pytest.raises(CheckpointError) as error:
-        load(folder, TARGETS, put=lambda *_: pytest.fail("a tensor was read before the table was checked"), **options)
+    never = lambda *_: pytest.fail("a tensor was read before the table was checked")  # noqa: E731
+    with pytest.raises(CheckpointError) as error, opened(folder) as stored:
+        load(stored, TARGETS, put=never, **options)
     return str(error.value)
 
 
@@ -56,8 +61,8 @@ def test_values_transforms_and_dtypes(tmp_path: Path, dtype: Any) -> None:
 def test_bfloat16_is_read_before_another_package_registers_it_with_numpy(tmp_path: Path) -> None:
     save_file({"b": B.astype(ml_dtypes.bfloat16)}, tmp_path / SINGLE)
     code = (
-        "import sys, pathlib; from model.checkpoint import Target, load; "
-        "load(pathlib.Path(sys.argv[1]), {'b': Target(('b',), (2,), 'same')}, put=lambda _, b: print(b[:,].dtype))"
+        "import sys, pathlib; from model.tensors.folder import opened; from model.tensors.stored import whole\n"
+        "with opened(pathlib.Path(sys.argv[1])) as stored: print(whole(stored.tensors['b']).dtype)"
     )
     assert subprocess.check_output([sys.executable, "-c", code, str(tmp_path)], text=True).strip() == "bfloat16"
 
@@ -80,12 +85,13 @@ def test_a_whole_llama_from_one_file_and_from_shards(tmp_path: Path, tied: bool)
 def test_one_tensor_at_a_time_and_progress(tmp_path: Path) -> None:
     save_file({"a": A, "b": B}, tmp_path / SINGLE)
     events: list[object] = []
-    load(
-        tmp_path,
-        TARGETS,
-        put=lambda place, _: events.append(place),
-        progress=lambda done, total, what: events.append((done, total, what)),
-    )
+    with opened(tmp_path) as stored:
+        load(
+            stored,
+            TARGETS,
+            put=lambda place, _: events.append(place),
+            progress=lambda done, total, what: events.append((done, total, what)),
+        )
     assert events == [("x", 0), (1, 2, "a"), ("y",), (2, 2, "b")]
 
 
@@ -120,8 +126,8 @@ def test_everything_wrong_is_listed_in_one_error(tmp_path: Path) -> None:
     sharded(
         tmp_path,
         {
-            "1.safetensors": {"a": np.zeros((3, 2), np.float32), "extra": B, "rope.inv_freq": B},
-            "2.safetensors": {"a": np.zeros((2, 3), np.int64)},
+            "1.safetensors": {"a": np.zeros((3, 2), np.int64), "extra": B, "rope.inv_freq": B},
+            "2.safetensors": {"a": np.zeros((2, 3), np.float32)},
         },
         {"a": "1.safetensors", "extra": "1.safetensors", "rope.inv_freq": "1.safetensors", "z": "2.safetensors"},
     )

@@ -1,0 +1,57 @@
+"""The tensors of a checkpoint's folder, as the families name them, in a type of numbers that becomes a parameter."""
+
+import math
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from model.tensors.safetensors_files import SafetensorsFiles
+from model.tensors.stored import READ, Tensors
+
+_COMPARED = 2**22
+"""Numbers of each of two tensors that are compared at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A folder's tensors, while its files may be read.
+
+    Attributes:
+        problems: what is wrong with the folder, to be listed with what does not fit the model.
+    """
+
+    folder: Path
+    tensors: Tensors
+    problems: list[str]
+
+
+@contextmanager
+def opened(folder: Path) -> Generator[Opened]:
+    """Open a folder that has ``model.safetensors``, or shards and ``model.safetensors.index.json``.
+
+    Raises:
+        CheckpointError: a file is missing or broken.
+    """
+    with SafetensorsFiles() as files:
+        tensors, problems = files.tensors(folder)
+        yield Opened(folder, tensors, problems)
+
+
+def differ(tensors: Tensors, one: str, other: str) -> bool:
+    """Return whether both tensors are stored and hold different numbers; some rows are in memory at a time."""
+    if one not in tensors or other not in tensors:
+        return False
+    first, second = tensors[one], tensors[other]
+    if first.shape != second.shape or not {first.dtype, second.dtype}.issubset(READ):
+        return True  # and ``checkpoint.load`` refuses them
+    rows, *rest = first.shape
+    step = max(1, _COMPARED // max(1, math.prod(rest)))
+    for start in range(0, rows, step):
+        cut = (slice(start, min(start + step, rows)), *(slice(0, size) for size in rest))
+        x, y = (tensor.read(cut).astype(np.float32) for tensor in (first, second))
+        if not np.array_equal(x, y):
+            return True
+    return False
