@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,6 +69,39 @@ def probabilities(rows: list[list[float]]) -> list[list[float]]:
     values = np.array(rows).reshape(len(rows), len(OPTIONS), -1)
     options = np.logaddexp.reduce(values, axis=2)
     return (options - np.logaddexp.reduce(options, axis=1, keepdims=True)).tolist()
+
+
+def qwen3_folder() -> Path:
+    """A checkpoint of Qwen3's architecture, with the demo model's sizes, its tokenizer and random weights.
+
+    vLLM's decision routes take that architecture, and not the demo model's. The sizes are all that time depends on.
+    """
+    folder = model_source.cache_folder() / "qwen3-of-demo-sizes"
+    if not (folder / "config.json").exists():
+        import torch
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+
+        demo = model_source.resolve("demo")
+        sizes = json.loads((demo / "config.json").read_text())
+        config = Qwen3Config(**{key: sizes[key] for key in sizes.keys() - {"architectures", "model_type", "dtype"}})
+        torch.manual_seed(0)
+        Qwen3ForCausalLM(config).save_pretrained(folder)
+        for file in demo.glob("tokenizer*"):
+            shutil.copy(file, folder)
+    return folder
+
+
+def as_systemone(decision: dict[str, Any]) -> dict[str, Any]:
+    """The same request in TypeSafe's shape, which vLLM takes."""
+    questions = {
+        str(number): {
+            "type": "choice",
+            "instructions": question["instructions"],
+            "criteria": {choice["value"]: None for choice in question["choices"]},
+        }
+        for number, question in enumerate(decision["questions"])
+    }
+    return {"model": decision["model"], "state": decision["input"], "questions": questions}
 
 
 @cache

@@ -69,8 +69,8 @@ def service(dtype: str, *options: str) -> contextlib.AbstractContextManager[Serv
     return _serving(command, "/ready", lambda child: "ServeReplica:score:Scorer" in " ".join(child.cmdline()), {})
 
 
-def vllm(dtype: str) -> contextlib.AbstractContextManager[Server]:
-    """vLLM for CPU with the demo model, in a virtual environment that is made when it is first asked for (3.4 GB).
+def vllm(model: Path, dtype: str) -> contextlib.AbstractContextManager[Server]:
+    """vLLM for CPU, in a virtual environment that is made when it is first asked for (3.4 GB).
 
     Memory is that of its engine and workers. It starts in two to three minutes.
     """
@@ -85,7 +85,7 @@ def vllm(dtype: str) -> contextlib.AbstractContextManager[Server]:
         (folder / "installed").touch()
     # `vllm serve` does not start: it looks for a distribution named vllm.
     command = [str(folder / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(model_source.resolve("demo")), "--served-model-name", "demo", "--dtype", dtype]
+    command += ["--model", str(model), "--served-model-name", "default", "--dtype", dtype]
     # By default it leaves one core to its front end, and computes on the other.
     environment = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "4", "HF_HUB_OFFLINE": "1"}
     return _serving(command, "/health", lambda _: True, environment)

@@ -86,7 +86,7 @@ def _serve(system: str, dtype: str, pipe: Connection) -> None:
             seconds, answer = run(variant)
             # Of questions, all systems are compared by the options' probabilities.
             pairs = zip(variant.requests, answer, strict=True)
-            answer = [decisions.probabilities(rows) if request.decision else rows for request, rows in pairs]
+            answer = [decisions.probabilities(rows) if request.decision and rows else rows for request, rows in pairs]
             pipe.send((seconds, answer, sum(map(peak_mib, processes))))
 
 
@@ -162,38 +162,62 @@ def _http(dtype: str, *options: str) -> Generator[tuple[Run, Sequence[int]]]:
 
 @contextlib.contextmanager
 def _vllm(dtype: str) -> Generator[tuple[Run, Sequence[int]]]:
-    """vLLM with its prefix cache, asked with text by its own scoring route, which answers for the first label alone.
+    """vLLM with its prefix cache, asked with text: by its own scoring route, which answers for the first label alone.
 
-    While others are measured its processes are stopped: when they have nothing to do, they still take processor time.
+    Decisions are answered with a model of the demo's sizes, see ``decisions.qwen3_folder``: those answers are not
+    returned, since no other system has its weights.
     """
 
     def ask(client: httpx.Client, request: Request) -> list[list[float]]:
         if request.decision is not None:
-            raise RuntimeError("vLLM's decision routes refuse the demo model's architecture; leave out D1 to D3")
+            asked = decisions.as_systemone(request.decision)
+            answers = client.post("/v1/systemone", json=asked).raise_for_status().json()["answers"]
+            if any(set(each["probabilities"]) != set(decisions.OPTIONS) for each in answers.values()):
+                raise RuntimeError("vLLM did not answer every question with all its options")
+            return []
         asked = body(request)[1] | {"apply_softmax": False}
         del asked["return_token_logprobs"]
         answer = client.post("/generative_scoring", json=asked).raise_for_status().json()
         return [[math.log(item["score"])] for item in answer["data"]]
 
-    with vllm(dtype) as server, _over_http(server, ask) as run:
-        processes = [psutil.Process(process) for process in server.processes]
+    with contextlib.ExitStack() as stack:
+        running: dict[bool, Run] = {}
+        processes: list[int] = []
 
-        def each(do: Callable[[psutil.Process], None]) -> None:
-            for process in processes:
-                do(process)
+        def run(variant: Variant) -> tuple[float, Answer]:
+            decides = variant.requests[0].decision is not None
+            if decides not in running:  # it starts in two to three minutes
+                folder = decisions.qwen3_folder() if decides else model_source.resolve("demo")
+                server = stack.enter_context(vllm(folder, dtype))
+                processes[:] = server.processes
+                client = stack.enter_context(_over_http(server, ask))
+                running[decides] = stack.enter_context(_only_awake(client, server.processes))
+            return running[decides](variant)
 
-        def awake(variant: Variant) -> tuple[float, Answer]:
-            each(psutil.Process.resume)
-            try:
-                return run(variant)
-            finally:
-                each(psutil.Process.suspend)
+        yield run, processes
 
-        each(psutil.Process.suspend)
+
+@contextlib.contextmanager
+def _only_awake(run: Run, processes: Sequence[int]) -> Generator[Run]:
+    """Stop ``processes`` except while they run a variant: vLLM's take processor time when they have nothing to do."""
+    found = [psutil.Process(process) for process in processes]
+
+    def awake(variant: Variant) -> tuple[float, Answer]:
+        for process in found:
+            process.resume()
         try:
-            yield awake, server.processes
+            return run(variant)
         finally:
-            each(psutil.Process.resume)  # or they could not end
+            for process in found:
+                process.suspend()
+
+    for process in found:
+        process.suspend()
+    try:
+        yield awake
+    finally:
+        for process in found:
+            process.resume()  # or they could not end
 
 
 def _torch_model(dtype: str) -> tuple[Any, Any]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+from pydantic import BaseModel, Field
 
 from serve_app.frontend.auth import ApiKeys
 from serve_app.frontend.models import Models
@@ -167,3 +168,28 @@ def test_langchain(url: str):
     assert 0 <= answer.predicates["urgent"].probability <= 1
     assert answer.scores["anger"].legend == {0: "Calm", 1: "Angry"}
     assert answer.request_id
+
+
+class Handling(BaseModel):
+    """What Pydantic AI's agent fills in: one question a field."""
+
+    refund: bool = Field(description="Does the customer want money back?")
+    team: Literal["billing", "technical", "sales"] = Field(description="Which team takes it?")
+    urgency: float = Field(description="Must it be answered today?", ge=0, le=1)
+    topics: list[Literal["payment", "threat"]] = Field(description="What is it about?")
+
+
+async def test_pydantic_ai(url: str):
+    ai = pytest.importorskip("pydantic_ai")
+    models = pytest.importorskip("pydantic_ai.models.openai_decisions")
+    providers = pytest.importorskip("pydantic_ai.providers.openai")
+    openai = pytest.importorskip("openai")
+    async with openai.AsyncOpenAI(api_key="none", base_url=f"{url}/v1", max_retries=0) as client:
+        model = models.OpenAIDecisionsModel("fake-judge", provider=providers.OpenAIProvider(openai_client=client))
+        run = await ai.Agent(model, output_type=Handling, instructions="A support ticket.").run(STATE)
+    teams, topics = (run.response.provider_details["probabilities"][field] for field in ("team", "topics"))
+    assert set(teams) == {"billing", "technical", "sales"}
+    assert run.output.team == max(teams, key=teams.get)
+    assert run.output.topics == [topic for topic, probability in topics.items() if probability >= 0.5]
+    assert 0 <= run.output.urgency <= 1
+    assert run.usage.input_tokens > run.usage.cache_read_tokens > 0
