@@ -65,20 +65,50 @@ def _tiling(tokens: int, bin_width: int) -> Tiling:
     return Tiling(span, fold, tile, -(-tokens // tile), bin_width // span)
 
 
+class Folds(NamedTuple):
+    """How often one key/value head's kernel runs the bodies of its loops in a layer, each over ``Tiling.fold`` queries.
+
+    Attributes:
+        own: over keys of the queries' own bins, ``Tiling.span`` of them.
+        whole: over ``STEP_PAGES`` pages of the prefix.
+        partial: over the pages that the prefix ends in.
+    """
+
+    own: int
+    whole: int
+    partial: int
+
+
+def folds(tokens: int, bin_width: int, page: int, prefix_length: int, window: int | None) -> Folds:
+    """The folds of a call."""
+    _, fold, tile, tiles, own_steps = _tiling(tokens, bin_width)
+    of_tile = [min(tile, tokens - number * tile) // fold for number in range(tiles)]
+    own = sum(count * (number % own_steps + 1) for number, count in enumerate(of_tile))
+    whole, partial = _prefix_steps(page, prefix_length, window)
+    return Folds(own, whole * sum(of_tile), partial * sum(of_tile))
+
+
+def _prefix_steps(page: int, prefix_length: int, window: int | None) -> tuple[int, int]:
+    """Steps over a prefix: those of pages that it fills, and the one of pages that it ends in, if it does."""
+    step = STEP_PAGES * page
+    filled, rest = divmod(prefix_length, step)
+    skipped = 0 if window is None else max(prefix_length + 1 - window, 0) // step
+    return filled - skipped, min(rest, 1)
+
+
 def work(
     tokens: int, bin_width: int, heads: int, pool: jax.ShapeDtypeStruct, prefix_length: int, window: int | None
 ) -> tuple[float, float]:
     """FLOPs of the kernel's matrix products, masked ones too, and the bytes that its copies move, in one layer."""
     *_, kv_heads, page, width = pool.shape
-    span, _, tile, tiles, own_steps = _tiling(tokens, bin_width)
-    own_tiles = [number % own_steps + 1 for number in range(tiles)]
-    own = sum(count * min(tile, tokens - number * tile) for number, count in enumerate(own_tiles))
+    span, fold, tile, tiles, own_steps = _tiling(tokens, bin_width)
+    count = folds(tokens, bin_width, page, prefix_length, window)
     step = STEP_PAGES * page
-    skipped = 0 if window is None else max(prefix_length + 1 - window, 0) // step
-    prefix = (-(-prefix_length // step) - skipped) * step
-    scores = own * span + tokens * prefix
+    scores = fold * (count.own * span + (count.whole + count.partial) * step)
+    own_tiles = sum(number % own_steps + 1 for number in range(tiles))
+    fetched = max(sum(_prefix_steps(page, prefix_length, window)), 1)
     queries = 2 * tokens * heads * width
-    keys = 2 * kv_heads * width * (sum(own_tiles) * tile + tiles * max(prefix, step))
+    keys = 2 * kv_heads * width * (own_tiles * tile + tiles * fetched * step)
     positions = 0 if window is None else 4 * tokens * kv_heads * LANES
     return 4.0 * heads * width * scores, float((queries + keys) * pool.dtype.itemsize + positions)
 

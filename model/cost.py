@@ -2,13 +2,15 @@
 
 XLA's ``cost_analysis`` counts the body of a loop once, leaves out the work of Pallas kernels, and counts on-chip memory
 like HBM. So FLOPs are XLA's, plus the other trips of each loop from the traced program, plus the kernels' own; bytes
-are read off the compiled program, where the layout of each array names its memory.
+are read off the compiled program, where the layout of each array names its memory. There libtpu also writes how many
+cycles it expects each operation to take; it does not for a Pallas kernel.
 """
 
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
@@ -19,17 +21,31 @@ KERNEL = "fused_attention"
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Cost of one launch on one chip: floating-point operations, bytes to and from HBM, bytes sent to other chips."""
+    """Cost of one launch on one chip.
+
+    Attributes:
+        flops: floating-point operations.
+        bytes: to and from HBM.
+        collective_bytes: sent to other chips.
+        cycles: that libtpu expects its operations to take, by the operation's name; the Pallas kernel's and those of
+            collectives are left out.
+    """
 
     flops: float = 0
     bytes: float = 0
     collective_bytes: float = 0
+    cycles: Mapping[str, float] = field(default_factory=dict[str, float])
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.flops + other.flops, self.bytes + other.bytes, self.collective_bytes + other.collective_bytes)
+        cycles = Counter(self.cycles)
+        cycles.update(other.cycles)
+        return Cost(
+            self.flops + other.flops, self.bytes + other.bytes, self.collective_bytes + other.collective_bytes, cycles
+        )
 
     def __mul__(self, count: float) -> "Cost":
-        return Cost(self.flops * count, self.bytes * count, self.collective_bytes * count)
+        cycles = {name: cycles * count for name, cycles in self.cycles.items()}
+        return Cost(self.flops * count, self.bytes * count, self.collective_bytes * count, cycles)
 
 
 def program_cost(traced: Any, compiled: Any, *, trips: int) -> tuple[Cost, int]:
@@ -42,8 +58,8 @@ def program_cost(traced: Any, compiled: Any, *, trips: int) -> tuple[Cost, int]:
     """
     counted = float(compiled.cost_analysis()["flops"])
     once, whole = dot_flops(traced.jaxpr, trips=False), dot_flops(traced.jaxpr)
-    moved, collective, kernels = hbm_bytes(compiled.as_text(), trips=trips)
-    return Cost(counted * whole / once if once else counted, moved, collective), kernels
+    cost, kernels = hlo_cost(compiled.as_text(), trips=trips)
+    return cost + Cost(counted * whole / once if once else counted), kernels
 
 
 def dot_flops(jaxpr: ClosedJaxpr | Jaxpr, *, trips: bool = True) -> float:
@@ -100,8 +116,8 @@ class _Op:
         return found and found[1]
 
 
-def hbm_bytes(hlo: str, *, trips: int) -> tuple[float, float, int]:
-    """(bytes read from and written to HBM, bytes sent to other chips, runs of the Pallas kernel) of one launch.
+def hlo_cost(hlo: str, *, trips: int) -> tuple[Cost, int]:
+    """Bytes and cycles of one launch, without its FLOPs, and how many times it runs the Pallas kernel.
 
     Args:
         hlo: text of a compiled program.
@@ -111,6 +127,7 @@ def hbm_bytes(hlo: str, *, trips: int) -> tuple[float, float, int]:
     entry = re.search(r"^ENTRY %?([\w.\-]+)", hlo, re.MULTILINE)
     assert entry, "the text of a compiled program has an entry"
     moved = collective = 0.0
+    cycles = Counter[str]()
     kernels = 0
     pending = [(entry[1], 1)]
     while pending:
@@ -127,7 +144,16 @@ def hbm_bytes(hlo: str, *, trips: int) -> tuple[float, float, int]:
                 collective += times * taken * _sent(op)
             if op.kind not in _FREE and not op.kind.endswith("-done") and KERNEL not in op.name:
                 moved += times * _op_bytes(op, ops, computations)
-    return moved, collective, kernels
+            expected = re.search(r'"estimated_cycles":"(\d+)"', op.text)
+            if expected and op.kind.removesuffix("-start").removesuffix("-done") not in _COLLECTIVES:
+                cycles[_title(op)] += times * int(expected[1])
+    return Cost(0, moved, collective, cycles), kernels
+
+
+def _title(op: _Op) -> str:
+    """An operation by what was traced, where the text says so, and by its name in the program."""
+    traced = re.search(r'op_name="[^"]*?([^/"]+)"', op.text)
+    return f"{traced[1]} ({op.name})" if traced else op.name
 
 
 def _sent(op: _Op) -> float:

@@ -144,11 +144,14 @@ class Programs:
 
     Args:
         folder: of compiled programs, see ``model.compiled``.
+        compiler: of the programs; None: one that compiles them for the model's devices.
     """
 
-    def __init__(self, model: Model, weights: Weights, folder: Path | None) -> None:
+    def __init__(
+        self, model: Model, weights: Weights, folder: Path | None = None, compiler: Compiler | None = None
+    ) -> None:
         self.model, self.weights = model, weights
-        self.compiler = Compiler(model, weights, folder)
+        self.compiler = compiler or Compiler(model, weights, folder)
         layers = LayerByLayer if model.by_layer else LayersInLoop
         self.layers: Layers = layers(model, weights, self.compiler)
 

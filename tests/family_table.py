@@ -20,7 +20,7 @@ from model.computations import Kind
 from model.cost import program_cost
 from model.families.registry import from_hf
 from model.sizes import BY_PLATFORM
-from scripts.planning.estimate import devices
+from scripts.planning.chips import devices
 from tests.batches import label_batch
 from tests.invariance.rows import prompts, values
 from tests.parity import cases

@@ -1,7 +1,7 @@
-"""Estimates what a workload costs on a TPU, from programs compiled for it here: bytes of memory, FLOPs, bytes moved.
+"""Estimates what a workload costs on a TPU, from programs compiled for it here.
 
-The estimates are lower bounds. They leave out waits between launches, and how close to their peaks the chip's matrix,
-vector and copy units run.
+The time is what libtpu expects its own programs to take, plus the host's. The roofline beside it is FLOPs and bytes at
+the chip's peaks: no program reaches it.
 """
 
 from __future__ import annotations
@@ -9,16 +9,14 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import topologies
 
 from model import attention_tpu, decoder, plan
 from model.computations import Kind
@@ -30,37 +28,12 @@ from model.programs import Programs
 from model.sharding import mesh
 from model.sizes import BY_PLATFORM, Layout
 from scripts.benchmarks.work import Request, Sizes, Variant, floor_flops
+from scripts.planning.bundles import Kernel, fold_bundles
+from scripts.planning.chips import CHIPS, HOST_BANDWIDTH, RINGS, devices
+from scripts.planning.host import host_cost
 
-
-@dataclass(frozen=True, slots=True)
-class Chip:
-    """Peaks of one chip.
-
-    Attributes:
-        flops: bfloat16 operations a second.
-        hbm_bytes: memory.
-        bandwidth: of the memory, bytes a second.
-        link: one link to another chip, one direction, bytes a second.
-        smallest: the smallest topology that can be compiled for; its first chip stands for a single one.
-    """
-
-    flops: float
-    hbm_bytes: float
-    bandwidth: float
-    link: float
-    smallest: str
-
-
-CHIPS = {
-    "v5e": Chip(197e12, 16e9, 819e9, 50e9, "2x2"),
-    "v5p": Chip(459e12, 95e9, 2765e9, 100e9, "2x2x1"),
-    "v6e": Chip(918e12, 32e9, 1638e9, 100e9, "2x2"),
-}
-"""Source: https://docs.cloud.google.com/tpu/docs/v5e, .../v5p and .../v6e, read in November 2026. They give the links'
-rate of a whole chip in both directions, 400, 1,200 and 800 GB/s: of four links, of six, of four."""
-RINGS = 2
-"""The compiler turns a sum over all chips of a slice into two rings in opposite directions, so each chip sends over two
-links. The smallest slices have no more."""
+DEAREST = 10
+"""Operations that are named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +46,8 @@ class Workload:
     item_tokens: int
 
     def request(self) -> Request:
-        """Random token ids: only their lengths, and what they share, matter."""
-        rng = np.random.default_rng(0)
+        """Random token ids, others at each call: only their lengths, and what they share, matter."""
+        rng = np.random.default_rng()
         query = rng.integers(0, 2**31 - 1, self.query_tokens).tolist()
         items = rng.integers(0, 2**31 - 1, (self.items, self.item_tokens)).tolist()
         return Request(query, items, "", [], [])
@@ -88,6 +61,19 @@ class Launch(NamedTuple):
     prefix_length: int
 
 
+class LaunchCost(NamedTuple):
+    """The cost of one launch on one chip.
+
+    Attributes:
+        bundles: of the attention kernel's loops.
+        memory: beyond the program's arguments, in bytes.
+    """
+
+    cost: Cost
+    bundles: float
+    memory: int
+
+
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """The estimate of one request on one topology; figures are one chip's unless they say otherwise.
@@ -98,6 +84,7 @@ class Estimate:
         roofline_seconds: the sum over launches of the larger of FLOPs / peak and bytes / bandwidth, plus the time of
             the launch's collectives, since the next step waits for them.
         collective_seconds: the time of the collectives alone.
+        expected: the time by libtpu's estimate and the host's measurement.
     """
 
     chips: int
@@ -108,34 +95,31 @@ class Estimate:
     cost: Cost | None = None
     roofline_seconds: float | None = None
     collective_seconds: float | None = None
-    items_per_s: float | None = None
+    expected: Expected | None = None
 
 
-def libtpu_version() -> str | None:
-    """The installed version, or None."""
-    try:
-        return version("libtpu")
-    except PackageNotFoundError:
-        return None
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """The time of one request that comes alone, in seconds.
 
-
-@cache
-def devices(chip: str, topology: str) -> tuple[Any, ...]:
-    """The chips of a slice, to compile for. ``1x1`` is a single one.
-
-    Raises:
-        ValueError: libtpu is not installed, or does not know the topology.
+    Attributes:
+        operations: of XLA's operations, by libtpu's model of their cycles, and of the collectives.
+        attention: of the kernel's loops, a cycle for each bundle of its program: it waits for nothing.
+        transfers: between host and chips, at ``HOST_BANDWIDTH``.
+        host: of this machine's processor, see ``host.HostCost``.
+        dearest: operations that take longest, and their seconds.
     """
-    if libtpu_version() is None:
-        raise ValueError("libtpu is not installed; install this project with its extra tpu-compile")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is opened
-    single = topology in ("1x1", "1x1x1")
-    name = f"{chip}:{CHIPS[chip].smallest if single else topology}"
-    try:
-        described = topologies.get_topology_desc(name, platform="tpu").devices
-    except Exception as error:
-        raise ValueError(f"libtpu knows no topology {name}: {error}") from error
-    return tuple(described[:1] if single else described)
+
+    operations: float
+    attention: float
+    transfers: float
+    host: float
+    dearest: Sequence[tuple[str, float]]
+
+    @property
+    def total(self) -> float:
+        """All of it, one after the other."""
+        return self.operations + self.attention + self.transfers + self.host
 
 
 def launches(config: ModelConfig, laid: Layout, request: Request) -> Counter[Launch]:
@@ -176,17 +160,26 @@ def floor_sizes(config: ModelConfig) -> Sizes:
     )
 
 
-def launch_cost(programs: Programs, config: ModelConfig, laid: Layout, launch: Launch) -> tuple[Cost, int]:
-    """The cost of one launch, and the memory beyond its arguments that it takes, in bytes."""
+def launch_cost(programs: Programs, config: ModelConfig, laid: Layout, launch: Launch, chip: str) -> LaunchCost:
+    """The cost of one launch."""
     cost, runs, memory = _compiled(programs, launch.kind, launch.size, config.layers - 1)
+    bundles = 0.0
     if runs:
         heads = config.heads // programs.model.config.shards
         tokens, width = (
             (launch.size, launch.size) if launch.kind is Kind.PREFILL else (launch.size.tokens, launch.size.width)
         )
-        for window in (decoder.windows(config) or (None,) * config.layers)[:runs]:
+        windows = (decoder.windows(config) or (None,) * config.layers)[:runs]
+        for window in windows:
             cost += Cost(*attention_tpu.work(tokens, width, heads, laid.pool, launch.prefix_length, window))
-    return cost, memory
+        groups = config.heads // config.kv_heads
+        kernel = Kernel(chip, width, groups, config.head_width, any(windows), config.attention_softcap)
+        of_one = fold_bundles(kernel)
+        *_, kv_heads, page, _ = laid.pool.shape
+        for window in windows:
+            folds = attention_tpu.folds(tokens, width, page, launch.prefix_length, window)
+            bundles += kv_heads * sum(count * each for count, each in zip(folds, of_one, strict=True))
+    return LaunchCost(cost, bundles / CHIPS[chip].cores, memory)
 
 
 @cache
@@ -252,15 +245,24 @@ def estimate(
             future.result()
             if progress is not None:
                 progress(done, len(compiling))
-    for launch in needed:
-        cost, beyond = launch_cost(programs, config, laid, launch)
-        extra = max(extra, beyond)
-        total += cost * needed[launch]
-        exchange = cost.collective_bytes / (RINGS * peaks.link)
-        seconds += needed[launch] * (max(cost.flops / peaks.flops, cost.bytes / peaks.bandwidth) + exchange)
-        collective += needed[launch] * exchange
+    bundles, cycles = 0.0, Counter[str]()
+    for launch, count in needed.items():
+        one = launch_cost(programs, config, laid, launch, chip)
+        extra = max(extra, one.memory)
+        total += one.cost * count
+        bundles += count * one.bundles
+        cycles.update({f"{launch.kind}: {name}": count * each for name, each in one.cost.cycles.items()})
+        exchange = one.cost.collective_bytes / (RINGS * peaks.link)
+        seconds += count * (max(one.cost.flops / peaks.flops, one.cost.bytes / peaks.bandwidth) + exchange)
+        collective += count * exchange
     memory["temporaries"] = extra
     missing = max(0, int(sum(memory.values()) - peaks.hbm_bytes))
-    return Estimate(
-        len(here), memory, missing, floor, dict(counts), total, seconds, collective, workload.items / seconds
+    host = host_cost(config, sizes, longest, workload.request)
+    expected = Expected(
+        operations=cycles.total() / peaks.clock + collective,
+        attention=bundles / peaks.clock,
+        transfers=host.bytes / HOST_BANDWIDTH,
+        host=host.seconds,
+        dearest=[(name, each / peaks.clock) for name, each in cycles.most_common(DEAREST)],
     )
+    return Estimate(len(here), memory, missing, floor, dict(counts), total, seconds, collective, expected)

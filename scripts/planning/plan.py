@@ -20,7 +20,8 @@ from rich.table import Table
 from model.config import ModelConfig
 from model.families.registry import from_hf
 from model.fields import read_config
-from scripts.planning.estimate import CHIPS, Estimate, Workload, estimate, libtpu_version
+from scripts.planning.chips import CHIPS, libtpu_version
+from scripts.planning.estimate import Estimate, Workload, estimate
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 GB = 1e9
@@ -48,10 +49,11 @@ def plan_tpu(
 ) -> None:
     """Estimate whether a model and a workload fit a TPU slice, how fast it could be, and how many chips are needed.
 
-    The engine's own programs are compiled for the slice, which needs no TPU and takes a minute or two. The launches are
-    those that the engine's planner makes for the workload. Nothing is measured: the roofline is the time of these
-    programs' arithmetic and memory traffic at the chip's peaks, which no program reaches in full. Every request
-    has a query that no cache holds, and asks for full-vocabulary log-probabilities.
+    The engine's own programs are compiled for the slice, which needs no TPU and takes some minutes. The launches are
+    those that the engine's planner makes for the workload. The time is that of one request by itself: the cycles that
+    libtpu expects of its operations, the instructions of the attention kernel, the transfers, and this machine's time
+    for the host's part. Nothing ran on a TPU. The roofline is arithmetic and memory traffic at the chip's peaks, which
+    no program reaches. Every request has a query that no cache holds, and asks for full-vocabulary log-probabilities.
     """
     if chip not in CHIPS:
         raise typer.BadParameter(f"{chip!r} is not one of {', '.join(CHIPS)}", param_hint="--chip")
@@ -75,8 +77,12 @@ def plan_tpu(
         raise typer.Exit(1) from error
     rows = {name: figures(one, requests_per_s, items, price) for name, one in found.items()}
     console.print(table(chip, rows, workload, requests_per_s))
+    for name, row in rows.items():
+        if row["dearest"]:
+            console.print(f"{name}: the operations that take longest, ms a request:")
+            console.print("\n".join(f"{seconds * 1e3:8.2f}  {operation}" for operation, seconds in row["dearest"]))
     console.print(
-        "Estimates from programs compiled for the chip, at its peak rates; nothing ran on a TPU. "
+        "Estimates by libtpu of programs compiled for the chip; nothing ran on a TPU. "
         f"jax {version('jax')}, libtpu {libtpu_version()}."
     )
     if json_file:
@@ -108,7 +114,8 @@ def read(model: str) -> ModelConfig:
 def figures(found: Estimate, requests_per_s: float, items: int, price: float | None) -> dict[str, Any]:
     """The figures of one topology for the table and ``--json``; bytes, FLOPs and seconds are one chip's per request."""
     fits = not found.missing_bytes
-    per_chip = found.items_per_s and found.items_per_s / found.chips
+    expected = found.expected
+    per_chip = expected and items / expected.total / found.chips
     slices = per_chip and math.ceil(requests_per_s * items / (per_chip * found.chips))
     return {
         "chips": found.chips,
@@ -121,9 +128,15 @@ def figures(found: Estimate, requests_per_s: float, items: int, price: float | N
         "collective_seconds": found.collective_seconds,
         "floor_seconds": found.floor_seconds,
         "roofline_seconds": found.roofline_seconds,
-        "times_floor": found.roofline_seconds and found.roofline_seconds / found.floor_seconds,
+        "operations_seconds": expected and expected.operations,
+        "attention_seconds": expected and expected.attention,
+        "transfer_seconds": expected and expected.transfers,
+        "host_seconds": expected and expected.host,
+        "expected_seconds": expected and expected.total,
+        "times_floor": expected and expected.total / found.floor_seconds,
+        "dearest": list(expected.dearest) if expected else [],
         "items_per_s_per_chip": per_chip,
-        "items_per_s": found.items_per_s,
+        "items_per_s": per_chip and per_chip * found.chips,
         "chips_needed": slices * found.chips if fits and slices else None,
         "price_per_million_items": price / 3600 / per_chip * 1e6 if price and per_chip else None,
     }
@@ -154,7 +167,12 @@ def table(chip: str, rows: dict[str, dict[str, Any]], workload: Workload, reques
     line("GB moved a chip", number("bytes_moved", GB, 2))
     line("floor, ms", number("floor_seconds", 1e-3, 1))
     line("roofline, ms", number("roofline_seconds", 1e-3, 1))
-    line("of it collectives, ms", number("collective_seconds", 1e-3, 2))
+    line("collectives, ms", number("collective_seconds", 1e-3, 2))
+    line("operations and collectives, ms", number("operations_seconds", 1e-3, 1))
+    line("attention kernel, ms", number("attention_seconds", 1e-3, 1))
+    line("transfers, ms", number("transfer_seconds", 1e-3, 1))
+    line("host, ms", number("host_seconds", 1e-3, 1))
+    line("a request, ms", number("expected_seconds", 1e-3, 1))
     line("times the floor", number("times_floor", 1, 2))
     line("items/s a chip", number("items_per_s_per_chip", 1, 0))
     line("items/s a slice", number("items_per_s", 1, 0))
@@ -177,7 +195,7 @@ def draw(file: Path, chip: str, rows: dict[str, dict[str, Any]]) -> None:
         f"{topology}\n{f'{n:,.0f}' if row['fits'] else 'does not fit'}"
         for n, (topology, row) in zip(items, rows.items(), strict=True)
     ]
-    axes.bar(names, items, width=0.5, label="roofline of the compiled programs")
+    axes.bar(names, items, width=0.5, label="libtpu's estimate, one request at a time")
     floors = [n * row["times_floor"] if n else 0 for n, row in zip(items, rows.values(), strict=True)]
     axes.plot(names, floors, "_", markersize=24, color="black", label="the algorithm's floor")
     axes.margins(x=0.5, y=0.15)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from model.cost import dot_flops, hbm_bytes
+from model.cost import dot_flops, hlo_cost
 
 HLO = """
 HloModule jit_f, is_scheduled=true
@@ -21,7 +21,7 @@ HloModule jit_f, is_scheduled=true
   %n = s32[]{:T(128)S(1)} get-tuple-element(%arg), index=0
   %x = f32[60,100]{1,0:T(8,128)} get-tuple-element(%arg), index=1
   %w = bf16[5,64,128]{2,1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=2
-  %layer = bf16[64,128]{1,0:T(8,128)(2,1)S(1)} fusion(%w, %n), kind=kLoop, calls=%cut
+  %layer = bf16[64,128]{1,0:T(8,128)(2,1)S(1)} fusion(%w, %n), kind=kLoop, calls=%cut, SLICED
   %fused_attention.1 = f32[60,100]{1,0:T(8,128)} custom-call(%x, %layer), custom_call_target="tpu_custom_call"
   ROOT %out = (s32[]{:T(128)}, f32[60,100]{1,0:T(8,128)}) tuple(%n, %fused_attention.1, %w)
 }
@@ -34,20 +34,31 @@ ENTRY %main (x: f32[60,100], w: bf16[5,64,128]) -> f32[60,100] {
   %loop = (s32[]{:T(128)}, f32[60,100]{1,0:T(8,128)}) while(%init), condition=%less, body=%body
   %y = f32[60,100]{1,0:T(8,128)} get-tuple-element(%loop), index=1
   %sum = f32[60,100]{1,0:T(8,128)} all-reduce(%y), replica_groups={{0,1}}, to_apply=%add
-  ROOT %copy = f32[60,100]{1,0:T(8,128)S(1)} copy(%sum)
+  ROOT %copy = f32[60,100]{1,0:T(8,128)S(1)} copy(%sum), backend_config={"window_config":{"estimated_cycles":"90"}}
 }
-"""
+""".replace(
+    "SLICED",
+    'metadata={op_name="jit(f)/while/body/slice" stack_frame_id=2}, '
+    'backend_config={"window_config":{"estimated_cycles":"700","iteration_bounds":["2"]}}',
+)
 X = 64 * 128 * 4
 """Bytes of f32[60,100] with its padding to tiles of 8 x 128."""
 LAYER = 64 * 128 * 2
 
 
 def test_bytes_follow_loops_cuts_and_memory_spaces() -> None:
-    moved, collective, kernels = hbm_bytes(HLO, trips=5)
+    cost, kernels = hlo_cost(HLO, trips=5)
     # Each trip copies one layer of the stack into on-chip memory; then the sum is read, written and read once more.
-    assert moved == 5 * LAYER + 2 * X + X
-    assert collective == X
+    assert cost.bytes == 5 * LAYER + 2 * X + X
+    assert cost.collective_bytes == X
     assert kernels == 5
+
+
+def test_expected_cycles_follow_loops_and_are_named() -> None:
+    """A fusion's own operations are not counted again."""
+    cost, _ = hlo_cost(HLO, trips=5)
+    assert cost.cycles == {"slice (layer)": 5 * 700, "copy": 90}
+    assert (cost * 2 + cost).cycles == {"slice (layer)": 15 * 700, "copy": 270}
 
 
 @pytest.mark.parametrize(
@@ -64,7 +75,7 @@ def test_bytes_follow_loops_cuts_and_memory_spaces() -> None:
 def test_a_collective_goes_around_a_ring(collective: str, sent: float) -> None:
     """In a sum every chip passes on all parts but one, twice: first to be added up, then as sums."""
     text = HLO.replace("all-reduce(%y), replica_groups={{0,1}}", collective)
-    assert hbm_bytes(text, trips=5)[1] == sent * X
+    assert hlo_cost(text, trips=5)[0].collective_bytes == sent * X
 
 
 def test_matrix_products_of_a_loop_count_as_often_as_it_runs() -> None:

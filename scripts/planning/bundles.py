@@ -1,0 +1,111 @@
+"""Counts the bundles of the attention kernel's loops. libtpu gives no cycles of a Pallas kernel, but its program.
+
+A bundle is one instruction of the chip's core and takes a cycle at least: a loop's bundles times its runs are a lower
+bound of its time. libtpu writes a kernel's final program into a folder if its flags ask for it when it is loaded, so
+this compiles in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from model import attention_tpu
+from model.contract import PAGE_TOKENS
+from scripts.planning.chips import devices
+
+_LINE = re.compile(r"\s*(?:0x[0-9a-f]+|\d+)\s+([A-Z]{2})?\s*:\s*(>*)")
+_SMALLEST = 200
+"""Bundles of the smallest loop that is a fold; others copy a few rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """All that the kernel's loops depend on.
+
+    Attributes:
+        chip: a key of ``chips.CHIPS``.
+        width: tokens of a bin.
+        groups: query heads of a key/value head.
+        head_width: channels of a head.
+    """
+
+    chip: str
+    width: int
+    groups: int
+    head_width: int
+    windowed: bool
+    softcap: float | None
+
+
+@cache
+def fold_bundles(kernel: Kernel) -> attention_tpu.Folds:
+    """Bundles of one run of each of the kernel's loops, in bfloat16.
+
+    Raises:
+        RuntimeError: the kernel does not compile, or its program has not three such loops.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ("--xla_jf_dump_llo_text=true", "--xla_jf_dump_llo_pass_label_regex=final_bundles")
+        environment = os.environ | {"LIBTPU_INIT_ARGS": " ".join((f"--xla_jf_dump_to={folder}", *flags))}
+        command = [sys.executable, "-m", "scripts.planning.bundles", json.dumps(asdict(kernel))]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"the attention kernel does not compile for {kernel}:\n{done.stderr[-2000:]}")
+        (file,) = (
+            each for each in Path(folder).glob("*fused_attention*final_bundles.txt") if "schedule" not in each.name
+        )
+        found = list(loops(file.read_text()))
+    if len(found) != len(attention_tpu.Folds._fields):
+        raise RuntimeError(f"the kernel's program for {kernel} has folds of {found} bundles; expected are three")
+    return attention_tpu.Folds(*found)  # in the order of the kernel's text
+
+
+def loops(program: str) -> Iterator[int]:
+    """Bundles of each loop in the kernel's loop over its grid that does more than copy."""
+    count = 0
+    for line in program.splitlines():
+        if not (found := _LINE.match(line)):
+            continue
+        label, depth = found[1], len(found[2])
+        if label in ("LB", "PF") or depth < 2:
+            if count >= _SMALLEST:
+                yield count
+            count = int(label == "LB" and depth >= 2)
+        elif count:
+            count += 1
+
+
+def _compile(kernel: Kernel) -> None:
+    here = SingleDeviceSharding(devices(kernel.chip, "1x1")[0])
+
+    def array(shape: tuple[int, ...], dtype: jnp.dtype | type = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+
+    tokens, kv_heads = max(kernel.width, attention_tpu.TILE_TOKENS // kernel.width * kernel.width), 2
+    stored = attention_tpu.stored_width(kernel.head_width)
+    window = array(()) if kernel.windowed else None
+
+    def attention(*arguments: jax.Array, window: jax.Array | None = None) -> jax.Array:
+        return attention_tpu.fused(*arguments, window, kernel.softcap, interpret=False)
+
+    heads = [array((tokens, count, kernel.head_width), jnp.bfloat16) for count in (kernel.groups * kv_heads, 2, 2)]
+    places = array((tokens // kernel.width, kernel.width)), array((tokens,))
+    pool = array((8, 1, 2, kv_heads, PAGE_TOKENS, stored), jnp.uint16)
+    jax.jit(attention).lower(*heads, *places, pool, array((9,)), array(()), array(()), window=window).compile()
+
+
+if __name__ == "__main__":
+    _compile(Kernel(**json.loads(sys.argv[1])))

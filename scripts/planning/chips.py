@@ -1,0 +1,75 @@
+"""TPU chips: their documented peaks, and how to compile for them without one."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from jax.experimental import topologies
+
+
+@dataclass(frozen=True, slots=True)
+class Chip:
+    """Peaks of one chip.
+
+    Attributes:
+        flops: bfloat16 operations a second.
+        hbm_bytes: memory.
+        bandwidth: of the memory, bytes a second.
+        link: one link to another chip, one direction, bytes a second.
+        clock: cycles a second: the peak over the operations that its matrix units do in a cycle.
+        cores: that share a kernel's grid.
+        smallest: the smallest topology that can be compiled for; its first chip stands for a single one.
+    """
+
+    flops: float
+    hbm_bytes: float
+    bandwidth: float
+    link: float
+    clock: float
+    cores: int
+    smallest: str
+
+
+CHIPS = {
+    "v5e": Chip(197e12, 16e9, 819e9, 50e9, 1.5e9, 1, "2x2"),
+    "v5p": Chip(459e12, 95e9, 2765e9, 100e9, 1.75e9, 2, "2x2x1"),
+    "v6e": Chip(918e12, 32e9, 1638e9, 100e9, 1.75e9, 1, "2x2"),
+}
+"""Source: https://docs.cloud.google.com/tpu/docs/v5e, .../v5p and .../v6e, read in November 2026. They give the links'
+rate of a whole chip in both directions, 400, 1,200 and 800 GB/s: of four links, of six, of four."""
+HOST_BANDWIDTH = 10e9
+"""Bytes a second between a host and its chips: assumed, no document gives it."""
+RINGS = 2
+"""The compiler turns a sum over all chips of a slice into two rings in opposite directions, so each chip sends over two
+links. The smallest slices have no more."""
+
+
+def libtpu_version() -> str | None:
+    """The installed version, or None."""
+    try:
+        return version("libtpu")
+    except PackageNotFoundError:
+        return None
+
+
+@cache
+def devices(chip: str, topology: str) -> tuple[Any, ...]:
+    """The chips of a slice, to compile for. ``1x1`` is a single one.
+
+    Raises:
+        ValueError: libtpu is not installed, or does not know the topology.
+    """
+    if libtpu_version() is None:
+        raise ValueError("libtpu is not installed; install this project with its extra tpu-compile")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is opened
+    single = topology in ("1x1", "1x1x1")
+    name = f"{chip}:{CHIPS[chip].smallest if single else topology}"
+    try:
+        described = topologies.get_topology_desc(name, platform="tpu").devices
+    except Exception as error:
+        raise ValueError(f"libtpu knows no topology {name}: {error}") from error
+    return tuple(described[:1] if single else described)
