@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from model.attention_tpu import fused, stored_width
+from model.attention_tpu import LANES, fused, stored_width
 from model.contract import PAGE_TOKENS
 from model.cpu.attention import attend_native
 from model.logprobs import softcapped
@@ -298,6 +298,11 @@ def _fold_prefix_reference(
 NATIVE = "native"
 FUSED = ("fused", "fused-interpreted")
 FOLD_PREFIX = {"paged": _fold_prefix_paged, "reference": _fold_prefix_reference}
+
+
+def segment_step(implementation: str) -> int:
+    """What the width of a bin is a multiple of."""
+    return LANES if implementation in FUSED else 16
 
 
 def pool_head_width(implementation: str, head_width: int) -> int:

@@ -126,7 +126,7 @@ def large_shapes(max_width: int, call_tokens: int) -> tuple[Shape, ...]:
     Segments of one length leave 7% (8 to 128 tokens) to 12% (256 to 1,024) of the positions on padding on average,
     mixed lengths 4% (computed).
     """
-    widths = sorted({min(width, max_width) for width in (128, 160, 256, 384, 512, 768, 1024)} | {max_width})
+    widths = sorted({min(width, max_width) for width in (128, 256, 384, 512, 768, 1024)} | {max_width})
     return tuple(sorted({Shape(w, -(-call_tokens // (part * w))) for w in widths for part in (1, 2, 4, 8)}))
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model import plan
-from model.attention import NATIVE, PARTIAL_PAGES, pool_head_width
+from model.attention import NATIVE, PARTIAL_PAGES, pool_head_width, segment_step
 from model.config import ModelConfig
 from model.contract import PAGE_TOKENS
 from model.plan import Shape
@@ -136,7 +136,8 @@ def layout(
         max_prompt_tokens: the longest sequence; None: the model's context. A long context costs memory at start-up.
     """
     longest = min(config.context_length, max_prompt_tokens or config.context_length)
-    width = min(sizes.max_segment_tokens, -(-longest // 16) * 16)
+    step = segment_step(implementation)
+    width = -(-min(sizes.max_segment_tokens, longest) // step) * step
     slots = -(-longest // PAGE_TOKENS) + 1
     head_width = pool_head_width(implementation, config.head_width)
     page = (config.layers, 2, config.kv_heads, PAGE_TOKENS, head_width)

@@ -38,8 +38,9 @@ def both(head_width: int, window: int | None = None, softcap: float | None = Non
 @pytest.mark.parametrize(
     ("bins", "width", "head_width", "longest", "window", "softcap"),
     [
-        pytest.param(9, 160, 80, 60, None, None, id="narrow heads, a tile that is not filled"),
-        pytest.param(9, 160, 80, 60, 40, 1.5, id="a window shorter than a segment, and a soft cap"),
+        pytest.param(9, 128, 80, 60, None, None, id="narrow heads, a tile that is not filled"),
+        pytest.param(9, 128, 80, 60, 40, 1.5, id="a window shorter than a segment, and a soft cap"),
+        pytest.param(3, 384, 128, 300, None, None, id="folds over the prefix that end within a bin"),
         pytest.param(1, 2048, 128, 1500, 700, None, id="a bin of two tiles, a window over both"),
     ],
 )
@@ -54,7 +55,8 @@ def test_kernel_equals_reference(
     for length in (0, 1, 4 * PAGE_TOKENS, 5 * PAGE_TOKENS + 3, 8 * PAGE_TOKENS - 5):
         here = over_prefix(context, length)
         got, wanted = (np.asarray(run(q, k, v, here))[real] for run in (kernel, reference))
-        np.testing.assert_allclose(got, wanted, rtol=0, atol=3e-6)
+        # Sums over a thousand keys in another order differ by the square root of that many roundings.
+        np.testing.assert_allclose(got, wanted, rtol=2e-6, atol=3e-6)
 
 
 def test_bfloat16_reads_and_a_broken_neighbour() -> None:

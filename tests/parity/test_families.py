@@ -36,7 +36,8 @@ def test_all_attentions_know_windows_and_caps(implementation: str, families: Fam
         implementation=implementation,
         max_segment_tokens=32,
         call_tokens=64,
-        chunks=(64,),
+        chunks=(128,),
+        large_calls=True,
         prefix_cache_bytes=2**21,
     )
     np.testing.assert_allclose(logprobs(other), logprobs(scorer), rtol=0, atol=1e-5)

@@ -16,7 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, SingleDeviceSharding
 from typer.testing import CliRunner
 
-from model.attention_tpu import STEP_PAGES, work
+from model.attention_tpu import FOLD_TOKENS, STEP_PAGES, WIDE_FOLD_TOKENS, work
 from model.computations import Kind
 from model.config import ModelConfig
 from model.contract import PAGE_TOKENS
@@ -140,11 +140,11 @@ def test_the_plan_of_ranking_on_one_v6e(tmp_path: Path) -> None:
     assert found["bytes_per_chip"]["weights"] == pytest.approx(2 * 596e6, rel=0.01)
     assert found["floor_seconds"] == pytest.approx(17e-3, rel=0.05)
     assert found["roofline_seconds"] <= 1.25 * found["floor_seconds"]
-    # libtpu's own estimate of the same programs is six times the roofline.
+    # libtpu's own estimate of the same programs is almost five times the roofline.
     parts = [found[f"{part}_seconds"] for part in ("operations", "attention", "transfer", "host")]
     assert found["expected_seconds"] == pytest.approx(sum(parts))
-    assert found["operations_seconds"] <= 75e-3
-    assert found["attention_seconds"] <= 46e-3
+    assert found["operations_seconds"] <= 76e-3
+    assert found["attention_seconds"] <= 25e-3
     assert found["items_per_s_per_chip"] == pytest.approx(500 / found["expected_seconds"])
     assert len(found["dearest"]) == 10
     assert found["chips_needed"] == 1
@@ -191,8 +191,8 @@ def assert_no_scores_move(cost: Cost, whole: ModelConfig, programs: Programs, la
 @pytest.mark.parametrize(
     ("config", "chip", "call", "most"),
     [
-        pytest.param(QWEN3_06B, "v5e", Shape(160, 4), 740, id="qwen3-0.6b-v5e"),
-        pytest.param(LLAMA_31_8B, "v6e", Shape(160, 4), 1_570, id="llama-3.1-8b-v6e"),
+        pytest.param(QWEN3_06B, "v5e", Shape(256, 2), 790, id="qwen3-0.6b-v5e"),
+        pytest.param(LLAMA_31_8B, "v6e", Shape(256, 2), 1_720, id="llama-3.1-8b-v6e"),
     ],
 )
 def test_programs_fit_one_chip_and_attention_is_fused(config: ModelConfig, chip: str, call: Shape, most: float) -> None:
@@ -211,15 +211,15 @@ def test_programs_fit_one_chip_and_attention_is_fused(config: ModelConfig, chip:
 
 
 @pytest.mark.parametrize(
-    ("chip", "own", "prefix"), [pytest.param("v5e", 21.6, 7.5, id="v5e"), pytest.param("v6e", 21.1, 6.0, id="v6e")]
+    ("chip", "own", "prefix"), [pytest.param("v5e", 6.6, 4.95, id="v5e"), pytest.param("v6e", 4.75, 3.2, id="v6e")]
 )
 def test_the_kernel_takes_no_more_bundles_for_a_thousand_scores(chip: str, own: float, prefix: float) -> None:
     """Over keys of the queries' own bin, and over a step of the prefix. Bars are lowered with the kernel."""
-    width, groups = 160, 2
+    width, groups = 256, 2
     found = fold_bundles(Kernel(chip, width, groups, 128, windowed=False, softcap=None))
-    thousands = groups * width / 1000
-    assert 0.95 * own < found.own / (thousands * width) < own
-    assert 0.95 * prefix < found.whole / (thousands * STEP_PAGES * PAGE_TOKENS) < prefix
+    thousands = groups / 1000
+    assert 0.95 * own < found.own / (thousands * FOLD_TOKENS * width) < own
+    assert 0.95 * prefix < found.whole / (thousands * WIDE_FOLD_TOKENS * STEP_PAGES * PAGE_TOKENS) < prefix
     assert found.whole < found.partial < 1.1 * found.whole
 
 
