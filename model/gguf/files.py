@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,8 +65,6 @@ def read(source: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
             )
         fields = own | fields  # only the first part has more keys than its number
         tensors += held
-    if twice := [name for name, count in Counter(tensor.name for tensor in tensors).items() if count > 1]:
-        raise GgufError(f"{', '.join(twice)}: in more than one part of {source.name}; fetch all parts again")
     if fields.get("split.tensors.count", len(tensors)) != len(tensors):
         raise GgufError(
             f"the parts of {source.name} have {len(tensors)} tensors together, but should have "

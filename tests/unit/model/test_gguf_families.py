@@ -159,17 +159,19 @@ def test_yarn(tmp_path: Path) -> None:
     }
 
 
-def test_yarn_of_mistral(tmp_path: Path) -> None:
-    """Its multiplier of 1 undoes the attention factor: transformers' mscale over mscale_all_dim."""
+@pytest.mark.parametrize(("multiplier", "attention_factor"), [(1.0, 1.0), (0.5, 1.1217512)])
+def test_yarn_of_mistral(tmp_path: Path, multiplier: float, attention_factor: float) -> None:
+    """Its multiplier is transformers' mscale_all_dim, beside an mscale of 1."""
     scaling = set_keys(
         mistral3__rope__scaling__type="yarn",
         mistral3__rope__scaling__factor=16.0,
         mistral3__rope__scaling__original_context_length=128,
-        mistral3__rope__scaling__yarn_log_multiplier=1.0,
+        mistral3__rope__scaling__yarn_log_multiplier=multiplier,
     )
     source = gguf_family(tmp_path / "source", "mistral")
     path = write_family_gguf(source, tmp_path / "x.gguf", "mistral", edit=scaling)
-    assert read_config(made(tmp_path, path))["rope_scaling"]["attention_factor"] == 1.0
+    found = read_config(made(tmp_path, path))["rope_scaling"]["attention_factor"]
+    assert found == pytest.approx(attention_factor, abs=1e-6)
 
 
 def test_a_llama_31_without_its_rope_is_told_of() -> None:
@@ -340,6 +342,14 @@ def test_parts_of_two_files(tmp_path: Path) -> None:
     write_family_gguf(source, tmp_path / "y.gguf", "qwen2", parts=3)
     (tmp_path / "x-00001-of-00002.gguf").rename(tmp_path / "y-00001-of-00003.gguf")
     assert "y-00001-of-00003.gguf says that it is part 1 of 2" in refusal(tmp_path, tmp_path / "y-00002-of-00003.gguf")
+
+
+def test_a_part_of_a_smaller_model(tmp_path: Path) -> None:
+    for layers in (3, 2):
+        source = gguf_family(tmp_path / f"source {layers}", "qwen2", num_hidden_layers=layers)
+        write_family_gguf(source, tmp_path / f"{layers}.gguf", "qwen2", parts=2)
+    (tmp_path / "2-00002-of-00002.gguf").rename(tmp_path / "3-00002-of-00002.gguf")
+    assert "tensors together, but should have" in refusal(tmp_path, tmp_path / "3-00001-of-00002.gguf")
 
 
 # Room
