@@ -166,7 +166,7 @@ KINDS = {
         {**ATTENTION, **QK_NORMS, **MLP, **GEMMA_NORMS},
         _gemma3,
         norm_shift=1.0,
-        ignored=("vision.", "mm.", "v."),  # Ollama's files hold the vision tower too
+        ignored=("vision.", "mm.", "v."),  # some files hold the vision tower, or its keys
     ),
     "olmo2": Kind("Olmo2ForCausalLM", "olmo2", {**ATTENTION, **QK_NORMS, **MLP, **POST_NORMS}, _silu),
     "phi3": Kind("Phi3ForCausalLM", "phi3", {**FUSED, **NORMS}, _phi3),

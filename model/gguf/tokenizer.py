@@ -20,6 +20,9 @@ BYTE_LEVEL_SPACE = "Ġ"
 SPACE = "▁"
 """The space in SentencePiece's vocabularies."""
 
+TURNS = ("<start_of_turn>", "<end_of_turn>")
+"""Gemma's, which Google's own quantised files and others type as ordinary text (unslothai/unsloth issue 5070)."""
+
 BY_ARCHITECTURE = {"qwen2": "qwen2", "qwen3": "qwen2", "qwen3moe": "qwen2", "olmo2": "dbrx"}
 """The pre-tokenizer of all models of an architecture, for files that do not name it."""
 
@@ -167,7 +170,7 @@ def _added(fields: Fields, tokens: Sequence[str], types: Sequence[int]) -> list[
     phi3 = "phi-3" in name or "phi3" in name
     added: list[AddedToken] = []
     for token, type in zip(tokens, types, strict=True):
-        if type in (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED):
+        if type in (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED) or token in TURNS:
             special = type != TokenType.USER_DEFINED
             rstrip = phi3 and token not in ("<unk>", "<s>", "<|endoftext|>")
             added.append(AddedToken(token, special=special, normalized=False, rstrip=rstrip))

@@ -305,6 +305,18 @@ def test_sentencepiece_with_merges(tmp_path: Path) -> None:
     same(tokenizer_of(fields)[0], original)
 
 
+def test_the_turns_of_gemma_typed_as_text(tmp_path: Path) -> None:
+    """Google's own quantised Gemma 3 has them so; a chat's prompt would be cut to pieces of its marks."""
+    turns = [AddedToken(name, special=True, normalized=False) for name in ("<start_of_turn>", "<end_of_turn>")]
+    original, scores, types = spelled(REPLACE, None, turns)
+    types[-3:-1] = [gguf.TokenType.NORMAL] * 2
+    fields = written(tmp_path / "x.gguf", original, architecture="gemma3", model="llama", scores=scores, types=types)
+    text = "<start_of_turn>user\nthe<end_of_turn>\n"
+    found = tokenizer_of(fields)[0].encode(text, add_special_tokens=False)
+    assert found.ids == original.encode(text, add_special_tokens=False).ids
+    assert found.tokens[0] == "<start_of_turn>"
+
+
 def test_a_token_twice_is_refused(tmp_path: Path) -> None:
     fields = written(tmp_path / "x.gguf", trained(*KINDS["gpt-2"]), pre="gpt-2")
     fields["tokenizer.ggml.tokens"][5] = fields["tokenizer.ggml.tokens"][4]
