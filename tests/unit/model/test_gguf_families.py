@@ -19,7 +19,8 @@ from model.fields import read_config
 from model.gguf.convert import GgufError, convert
 from tests.tiny_gguf import ARCHITECTURES, Edit, gguf_family, write_family_gguf
 
-QUANTISED = [type for type in gguf.GGML_QUANT_SIZES if type in gguf.quants._type_traits]  # pyright: ignore[reportPrivateUsage]
+TYPES = [gguf.GGMLQuantizationType.F16]
+TYPES += [type for type in gguf.GGML_QUANT_SIZES if type in gguf.quants._type_traits]  # pyright: ignore[reportPrivateUsage]
 
 
 def made(folder: Path, path: Path) -> Path:
@@ -65,8 +66,8 @@ def test_quantised_experts(tmp_path: Path) -> None:
 def test_every_type_that_gguf_expands(tmp_path: Path) -> None:
     """Random bytes of each type in place of one tensor: what is written is what gguf makes of the whole."""
     source = gguf_family(tmp_path / "source", "qwen3", intermediate_size=256, num_hidden_layers=1)
-    assert len(QUANTISED) > 20
-    for kind in QUANTISED:
+    assert len(TYPES) > 20
+    for kind in TYPES:
         path = write_family_gguf(source, tmp_path / "plain.gguf", "qwen3")
         keys, tensors = gguf.GGUFReader(path).fields, gguf.GGUFReader(path).tensors
         writer = gguf.GGUFWriter(tmp_path / "x.gguf", "qwen3")
