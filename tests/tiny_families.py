@@ -151,14 +151,15 @@ QK_NORMS: Mapping[str, str] = {
 }
 
 
-def make_family(folder: Path, family: str, *, classes: int = 0) -> Path:
+def make_family(folder: Path, family: str, *, classes: int = 0, changes: Mapping[str, Any] | None = None) -> Path:
     """Write ``config.json`` and random safetensors into ``folder`` and return it.
 
     Args:
         classes: number of classes of a head in place of the output head; 0: the model is causal.
+        changes: keys of ``config.json`` in place of the family's.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = config_of(family)
+    config = config_of(family) | dict(changes or {})
     if classes:
         names = {str(number): f"class {number}" for number in range(classes)}
         config |= {"architectures": [CLASSIFIERS[family]], "id2label": names}

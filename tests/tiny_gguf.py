@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ import gguf
 import numpy as np
 from gguf.quants import quantize
 from safetensors.numpy import load_file
+from tokenizers import pre_tokenizers
 
 from tests.tiny import MERGES, SPECIALS
+from tests.tiny_families import config_of, make_family
 
-Edit = Callable[[dict[str, Any], dict[str, np.ndarray]], None]
+Edit = Callable[[dict[str, Any], dict[str, np.ndarray]], object]
 
 LLAMA_CPP_NAMES = {
     "model.embed_tokens": "token_embd",
@@ -142,13 +146,148 @@ def write_gemma3_gguf(source: Path, path: Path, *, edit: Edit = lambda *_: None)
     return _write(path, keys, tensors)
 
 
+ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "mistral": gguf.MODEL_ARCH.MISTRAL3,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
+    "gemma2": gguf.MODEL_ARCH.GEMMA2,
+    "gemma3": gguf.MODEL_ARCH.GEMMA3,
+    "olmo2": gguf.MODEL_ARCH.OLMO2,
+    "phi3": gguf.MODEL_ARCH.PHI3,
+    "phi3-longrope": gguf.MODEL_ARCH.PHI3,
+}
+"""Families of ``tests.tiny_families`` -> their GGUF architectures."""
+WORDLESS: Mapping[str, Any] = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "gpt-2",
+    "tokenizer.ggml.tokens": [
+        *SPECIALS,
+        *sorted(pre_tokenizers.ByteLevel.alphabet()),
+        "ab",
+        *(f"[PAD{id}]" for id in range(260, 307)),
+    ],
+    "tokenizer.ggml.token_type": [int(gguf.TokenType.CONTROL)] * 3
+    + [int(gguf.TokenType.NORMAL)] * 257
+    + [int(gguf.TokenType.UNUSED)] * 47,
+    "tokenizer.ggml.merges": ["a b"],
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 2,
+}
+"""A tokenizer of 307 tokens, where a test needs none."""
+
+
+def gguf_family(folder: Path, family: str, **changes: Any) -> Path:
+    """Write a tiny checkpoint of constants that a GGUF file can hold: no window of Qwen's and Mistral's, and scores
+    scaled by the head width, as in the published Gemmas."""
+    if family == "qwen2":
+        changes["use_sliding_window"] = False
+    if family == "mistral":
+        changes["sliding_window"] = None
+    if family.startswith("gemma"):
+        changes["query_pre_attn_scalar"] = config_of(family)["head_dim"]
+    return make_family(folder, family, changes=changes)
+
+
+def write_family_gguf(
+    source: Path,
+    path: Path,
+    family: str,
+    *,
+    edit: Edit = lambda *_: None,
+    quantised: gguf.GGMLQuantizationType | None = None,
+    parts: int = 1,
+) -> Path:
+    """Write a tiny checkpoint of any family with gguf's own tables of names, and return the last part's path.
+
+    The keys are those that the family's class in llama.cpp's ``conversion/`` writes.
+    """
+    config = json.loads((source / "config.json").read_text())
+    arch = ARCHITECTURES[family]
+    name, heads = gguf.MODEL_ARCH_NAMES[arch], config["num_attention_heads"]
+    head_width = config.get("head_dim", config["hidden_size"] // heads)
+    keys: dict[str, Any] = {
+        "general.architecture": name,
+        f"{name}.context_length": config["max_position_embeddings"],
+        f"{name}.embedding_length": config["hidden_size"],
+        f"{name}.block_count": config["num_hidden_layers"],
+        f"{name}.feed_forward_length": config["intermediate_size"],
+        f"{name}.attention.head_count": heads,
+        f"{name}.attention.head_count_kv": config["num_key_value_heads"],
+        f"{name}.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        f"{name}.rope.freq_base": config["rope_theta"],
+        f"{name}.rope.dimension_count": int(head_width * config.get("partial_rotary_factor", 1)),
+        **WORDLESS,
+    }
+    more: dict[str, Any] = {}
+    if "head_dim" in config:
+        more |= {"attention.key_length": head_width, "attention.value_length": head_width}
+    if family == "qwen3_moe":
+        more |= {
+            "expert_count": config["num_experts"],
+            "expert_used_count": config["num_experts_per_tok"],
+            "expert_feed_forward_length": config["moe_intermediate_size"],
+        }
+    if family == "gemma2":
+        more |= {key: config[key] for key in ("attn_logit_softcapping", "final_logit_softcapping")}
+    if family == "gemma3":
+        more |= {"rope.freq_base_swa": config["rope_local_base_freq"]}
+        more |= {"attention.sliding_window_pattern": config["sliding_window_pattern"]}
+        more |= {"rope.scaling.type": "linear", "rope.scaling.factor": config["rope_scaling"]["factor"]}
+    if family.startswith("phi3"):
+        original = config.get("original_max_position_embeddings", 4096)
+        more |= {"rope.scaling.original_context_length": original}
+        more |= {"attention.sliding_window": config.get("sliding_window", 0)}
+    elif config.get("sliding_window") and family != "qwen2":
+        more |= {"attention.sliding_window": config["sliding_window"]}
+    keys |= {f"{name}.{key}": value for key, value in more.items()}
+    tensors = _named(load_file(source / "model.safetensors"), config, arch)
+    if family == "phi3-longrope":
+        scaling, original = config["rope_scaling"], config["original_max_position_embeddings"]
+        scale = config["max_position_embeddings"] / original
+        keys[f"{name}.rope.scaling.attn_factor"] = math.sqrt(1 + math.log(scale) / math.log(original))
+        for which in ("long", "short"):
+            tensors[f"rope_factors_{which}.weight"] = np.array(scaling[f"{which}_factor"], np.float32)
+    edit(keys, tensors)
+    return _write(path, keys, tensors, quantised, parts)
+
+
+def _named(tensors: dict[str, np.ndarray], config: dict[str, Any], arch: gguf.MODEL_ARCH) -> dict[str, np.ndarray]:
+    """The tensors as llama.cpp names and stores them."""
+    table = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+    experts: dict[str, list[np.ndarray]] = {}
+    found: dict[str, np.ndarray] = {}
+    for hf_name, tensor in tensors.items():
+        if match := re.fullmatch(r"(.*\.experts)\.\d+(\..*)", hf_name):
+            experts.setdefault(match[1] + match[2], []).append(tensor)
+            continue
+        heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+        module = hf_name.split(".")[-2]
+        if arch in (gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.MISTRAL3) and module in heads:
+            tensor = interleave(tensor, heads[module])
+        if config["model_type"].startswith("gemma") and hf_name.endswith("norm.weight"):
+            tensor = tensor + 1
+        found[_name(table, hf_name)] = tensor
+    return found | {_name(table, hf_name): np.stack(each) for hf_name, each in experts.items()}
+
+
+def _name(table: gguf.TensorNameMap, hf_name: str) -> str:
+    name = table.get_name(hf_name, (".weight", ".bias"))
+    assert name is not None, hf_name
+    return name
+
+
 def _write(
     path: Path,
     keys: dict[str, Any],
     tensors: dict[str, np.ndarray],
     quantised: gguf.GGMLQuantizationType | None = None,
+    parts: int = 1,
 ) -> Path:
-    writer = gguf.GGUFWriter(path, keys.pop("general.architecture", "llama"))
+    """Return the path, or of a file in several parts the last one's."""
+    most = -(-len(tensors) // parts) if parts > 1 else 0
+    writer = gguf.GGUFWriter(path, keys.pop("general.architecture", "llama"), split_max_tensors=most)
     for key, value in keys.items():
         if isinstance(value, bool):
             writer.add_bool(key, value)
@@ -161,7 +300,8 @@ def _write(
         else:
             writer.add_array(key, value)
     for name, tensor in tensors.items():
-        if quantised is not None and tensor.ndim == 2:
+        # As llama.cpp: rows that are no multiple of a block stay as they are.
+        if quantised is not None and tensor.ndim > 1 and tensor.shape[-1] % gguf.GGML_QUANT_SIZES[quantised][0] == 0:
             writer.add_tensor(name, quantize(tensor, quantised), raw_dtype=quantised)
         else:
             writer.add_tensor(name, np.ascontiguousarray(tensor))
@@ -169,4 +309,4 @@ def _write(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return path if parts == 1 else path.with_name(f"{path.stem}-{parts:05d}-of-{parts:05d}.gguf")

@@ -25,7 +25,7 @@ from serve_app import model_source
 from serve_app.model_source import ModelSourceError, resolve
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.tiny import make_llama
-from tests.tiny_gguf import write_gguf
+from tests.tiny_gguf import gguf_family, write_family_gguf, write_gguf
 
 
 @pytest.fixture(autouse=True)
@@ -161,6 +161,37 @@ def test_a_bad_gguf_file(cache: Path, tiny_gguf: Path) -> None:
     assert "could not convert tiny.gguf (exit status 1)" in message
     assert "not a whole GGUF file" in message
     assert entries(cache) == []
+
+
+def test_a_split_gguf_file(tmp_path: Path, cache: Path) -> None:
+    """Any part stands for all; one that is missing or changed is seen, and nothing is left of the attempt."""
+    source = gguf_family(tmp_path / "source", "qwen2")
+    last = write_family_gguf(source, tmp_path / "x.gguf", "qwen2", parts=2)
+    first = tmp_path / "x-00001-of-00002.gguf"
+    folder = resolve(str(first))
+    assert resolve(str(last)) == folder
+    assert from_hf(read_config(folder)) == from_hf(read_config(source))
+    os.utime(last, ns=(1, 1))
+    assert resolve(str(first)) != folder
+    last.rename(tmp_path / "elsewhere.gguf")
+    before = entries(cache)
+    assert "x-00001-of-00002.gguf is split, and x-00002-of-00002.gguf not in" in refusal(str(first))
+    assert entries(cache) == before
+    last.write_text(POINTER)
+    assert "x-00002-of-00002.gguf" in refusal(str(first))
+
+
+def test_a_link_to_a_gguf_file(tmp_path: Path, tiny_gguf: Path) -> None:
+    """The hub's cache has links to files without the part's name; the link's name is the one that counts."""
+    source = gguf_family(tmp_path / "source of parts", "qwen2")
+    write_family_gguf(source, tmp_path / "x.gguf", "qwen2", parts=2)
+    (tmp_path / "snapshot").mkdir()
+    for number, part in enumerate(sorted(tmp_path.glob("x-*.gguf"))):
+        (tmp_path / "snapshot" / part.name).symlink_to(part.rename(tmp_path / f"blob{number}"))
+    folder = resolve(str(tmp_path / "snapshot" / "x-00002-of-00002.gguf"))
+    assert from_hf(read_config(folder)) == from_hf(read_config(source))
+    (tmp_path / "link.gguf").symlink_to(tiny_gguf)
+    assert resolve(str(tmp_path / "link.gguf")).is_dir()
 
 
 def test_concurrent_processes_convert_once(cache: Path, tiny_gguf: Path) -> None:
