@@ -14,6 +14,9 @@ from serve_app.tasks.labels import added_tokens, quoted
 from serve_app.tasks.steps import finish
 from serve_app.tasks.tokenizer import Ending, TextTokenizer
 
+_SHOWN = len(string.ascii_uppercase) + 1
+"""The most options of a prompt that is tried. More would change no prompt's end, where the answer is read."""
+
 
 def unproved(profile: Profile, chat: ChatTemplate | None, tokenizer: TextTokenizer) -> str | None:
     """Why a profile's answers cannot be told apart where they are read; None if they can.
@@ -24,7 +27,7 @@ def unproved(profile: Profile, chat: ChatTemplate | None, tokenizer: TextTokeniz
         return f"this model's chat template shows no system text, and the profile {profile.name} has one"
     try:
         for type, codes, words in _sets(profile):
-            shown = [ShownOption(code, "option", "option") for code in codes]
+            shown = [ShownOption(code, "option", "option") for code in codes[:_SHOWN]]
             text = profile.front("") + profile.tail(type, "Question?", shown, "")
             if profile.chat and chat:
                 system = [{"role": "system", "content": profile.system}] if profile.system else []
