@@ -129,8 +129,9 @@ class ModelSettings(_Frozen):
     and name (``template_choice.py``); a plain one if these say nothing."""
 
     decision_profile: str | None = None
-    """How a decision route's question becomes a prompt: the name of a file in ``serve_app/profiles``. None:
-    ``chat-v1``, or ``plain-v1`` for a model without a chat template."""
+    """How a decision route's question becomes a prompt: the name of a file in ``serve_app/profiles``. None: chosen by
+    the model's files and name (``profile_choice.py``); ``chat-v1``, or ``plain-v1`` for a model without a chat
+    template, if these say nothing."""
 
     limits: Limits = Limits()
 

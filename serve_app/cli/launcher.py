@@ -101,7 +101,7 @@ def run(settings: ServiceSettings, *, host: str, port: int, fast_front: bool = F
             tokenizer = TextTokenizer.load(folder)
             template = choose(each, folder)
             try:
-                profile = choose_profile(each, ChatTemplate.load(tokenizer))
+                profile = choose_profile(each, tokenizer, ChatTemplate.load(tokenizer), folder)
             except ValueError as error:
                 raise LaunchError(str(error)) from error
             for choice, doubt in ((template, template.doubt), (profile, profile.problem)):

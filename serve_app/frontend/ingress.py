@@ -155,7 +155,7 @@ def load_tokenizers(models: Iterable[ModelSettings]) -> list[tuple[Path, TextTok
         folder = model_source.resolve(each.model, each.revision, say=logger.info)
         tokenizer = TextTokenizer.load(folder)
         loaded.append((folder, tokenizer))
-        template, profile = choose(each, folder), choose_profile(each, ChatTemplate.load(tokenizer))
+        template, profile = choose(each, folder), choose_profile(each, tokenizer, ChatTemplate.load(tokenizer), folder)
         for choice, doubt in ((template, template.doubt), (profile, profile.problem)):
             logger.info("%s: %s", each.name, choice)
             if doubt:

@@ -37,6 +37,7 @@ class ModelFacts:
         limits: the limits of a request.
         rerank: the template of ``/v1/rerank``.
         profile: how the decision routes ask.
+        profile_problem: why the model cannot answer so; None if it can.
         chat: the model's chat template; None if its files have none.
     """
 
@@ -47,6 +48,7 @@ class ModelFacts:
     rerank: Choice = UNNAMED
     profile: Profile = PROFILES[PLAIN]
     chat: ChatTemplate | None = None
+    profile_problem: str | None = None
 
     @classmethod
     def of(
@@ -55,19 +57,20 @@ class ModelFacts:
         """Gather the facts about a served model.
 
         Args:
-            folder: the folder with the model's files, by which the template is chosen. None: its name decides.
+            folder: the folder with the model's files, by which template and profile are chosen. None: its name decides.
 
         Raises:
             ValueError: see ``choose_profile``.
         """
         chat = ChatTemplate.load(tokenizer)
-        profile = choose_profile(settings, chat).profile
-        return cls(settings.name, tokenizer, info, settings.limits, choose(settings, folder), profile, chat)
+        asked = choose_profile(settings, tokenizer, chat, folder)
+        template = choose(settings, folder)
+        return cls(settings.name, tokenizer, info, settings.limits, template, asked.profile, chat, asked.problem)
 
     @property
     def can_decide(self) -> bool:
         """Whether the model can answer the decision routes' questions."""
-        return not self.info.classes and not (self.profile.chat and self.chat and self.chat.problem)
+        return not self.info.classes and self.profile_problem is None
 
     @property
     def can_rerank(self) -> bool:

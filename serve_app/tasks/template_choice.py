@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from serve_app.settings import ModelSettings
+from serve_app.tasks.checkpoint_files import CheckpointFiles
 from serve_app.templates import MXBAI_RERANK, PLAIN, QWEN3_RERANKER, TEMPLATES, RerankTemplate
 
 CUSTOM = "custom"
@@ -72,19 +71,6 @@ _KINDS = (
     ),
 )
 
-_ORIGINS = {
-    "config.json": ("_name_or_path",),
-    "tokenizer_config.json": ("name_or_path",),
-    "adapter_config.json": ("base_model_name_or_path",),
-}
-"""The fields in which files name the model that this one was derived from."""
-_CHAT_TEMPLATES = (
-    "chat_template.jinja",
-    "chat_template.json",
-    "tokenizer_config.json",
-    "config_sentence_transformers.json",
-)
-
 _QWEN3_RERANKER_ROWS = 151_669
 """Vocabulary of Qwen3-Reranker in all sizes. Qwen3's chat models have 151,936 rows; a resized one may have this too."""
 _RERANKER = re.compile(r"re-?rank|ranker|zerank|text-ranking", re.IGNORECASE)
@@ -103,97 +89,59 @@ def choose(settings: ModelSettings, folder: Path | None = None) -> Choice:
         return Choice(CUSTOM, asked, "from the settings", asked=True)
     if asked is not None:
         return Choice(asked, TEMPLATES[asked], "named in the settings", asked=True)
-    facts = _Facts(settings.model, folder)
-    for kind in _KINDS:
-        if facts.model_type in (kind.model_type, None) and (because := _recognised(kind, facts)):
-            return Choice(kind.template, TEMPLATES[kind.template], because)
-    if facts.model_type == "qwen3" and facts.config.get("vocab_size") == _QWEN3_RERANKER_ROWS:
+    files = CheckpointFiles(settings.model, folder)
+    if found := recognised(files):
+        return found
+    if files.model_type == "qwen3" and files.config.get("vocab_size") == _QWEN3_RERANKER_ROWS:
         because = f"config.json has Qwen3-Reranker's vocabulary of {_QWEN3_RERANKER_ROWS} tokens"
         doubt = (
             f"treated as a Qwen3-Reranker, since {because}; some other models derived from Qwen3 have it too: if this "
             f"is one of them, {_REMEDY}"
         )
         return Choice(QWEN3_RERANKER, TEMPLATES[QWEN3_RERANKER], because, doubt)
-    return Choice(PLAIN, TEMPLATES[PLAIN], "nothing in the model's files or name says otherwise", facts.doubt())
+    return Choice(PLAIN, TEMPLATES[PLAIN], "nothing in the model's files or name says otherwise", _doubt(files))
 
 
-def _recognised(kind: _Kind, facts: _Facts) -> str | None:
+def recognised(files: CheckpointFiles) -> Choice | None:
+    """The template that a model was trained on, by what its files or its name say; None: they say nothing."""
+    for kind in _KINDS:
+        if files.model_type in (kind.model_type, None) and (because := _evidence(kind, files)):
+            return Choice(kind.template, TEMPLATES[kind.template], because)
+    return None
+
+
+def _evidence(kind: _Kind, files: CheckpointFiles) -> str | None:
     """Why a model is of this kind; None if it is not recognised as one."""
     if kind.template == QWEN3_RERANKER:
-        if facts.config.get("is_original_qwen3_reranker") is True:
+        if files.config.get("is_original_qwen3_reranker") is True:
             return "config.json says is_original_qwen3_reranker"
-        if facts.config.get("classifier_from_token") == ["no", "yes"]:
+        if files.config.get("classifier_from_token") == ["no", "yes"]:
             return "config.json says classifier_from_token: no, yes"
-    for file, text in facts.prompts():
+    for file, text in files.prompts():
         if kind.asks in text:
             return f"its question is in {file}"
-    for where, name in facts.names():
+    for where, name in files.names():
         if found := kind.named.search(name):
             return f"{where} says {found[0]}"
     return None
 
 
-class _Facts:
-    """Facts about a model from its files and its name."""
-
-    def __init__(self, model: str, folder: Path | None) -> None:
-        self._model, self._folder = model, folder
-        self.config = self._object("config.json")
-
-    @property
-    def model_type(self) -> str | None:
-        return self.config.get("model_type")
-
-    def names(self) -> Iterator[tuple[str, str]]:
-        """Names of this model and of the models that it was derived from, each with where it was found."""
-        for file, keys in _ORIGINS.items():
-            content = self._object(file)
-            for key in keys:
-                if isinstance(name := content.get(key), str):
-                    yield file, name
-        yield "README.md", self._card()
-        yield "mergekit_config.yml", self._text("mergekit_config.yml")
-        yield "its name", self._model
-
-    def prompts(self) -> Iterator[tuple[str, str]]:
-        """Prompts of the model: each file that may have its chat template or prompts, with the file's text."""
-        for file in _CHAT_TEMPLATES:
-            yield file, self._text(file)
-
-    def doubt(self) -> str | None:
-        """Doubt about a plain template: why it may be wrong for this model, or None."""
-        rerankers = [where for where, name in self.names() if _RERANKER.search(name)]
-        if "LogitScore" in self._text("modules.json"):
-            rerankers.append("modules.json")
-        if rerankers:
-            return (
-                f"{rerankers[0]} says that this is a reranker, but its prompt is unknown: /v1/rerank uses {PLAIN}, "
-                f"which the model was not trained on; {_REMEDY}"
-            )
-        architectures: list[Any] = self.config.get("architectures") or []
-        # Without a number of classes in its config, a classifier has two.
-        classes = len(self.config.get("id2label") or "01")
-        if any(str(each).endswith("ForSequenceClassification") for each in architectures) and classes <= 2:
-            return (
-                "this model has a classification head, and its files do not say which prompt it was trained on: "
-                f"/v1/rerank uses {PLAIN}; to rerank with this model, {_REMEDY}"
-            )
-        return None
-
-    def _card(self) -> str:
-        """The head of the model's card and its title. The rest of the card may name other models too."""
-        text = self._text("README.md")
-        head = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
-        title = re.search(r"^# .*", text[head.end() if head else 0 :], re.MULTILINE)
-        return "\n".join(found[0] for found in (head, title) if found)
-
-    def _text(self, name: str) -> str:
-        path = self._folder / name if self._folder else None
-        return path.read_text(encoding="utf-8", errors="replace") if path and path.is_file() else ""
-
-    def _object(self, name: str) -> dict[str, Any]:
-        try:
-            found = json.loads(self._text(name) or "{}")
-        except ValueError:  # code that needs the file reports it
-            return {}
-        return found if isinstance(found, dict) else {}
+def _doubt(files: CheckpointFiles) -> str | None:
+    """Doubt about a plain template: why it may be wrong for this model, or None."""
+    rerankers = [where for where, name in files.names() if _RERANKER.search(name)]
+    if "LogitScore" in files.text("modules.json"):
+        rerankers.append("modules.json")
+    if rerankers:
+        return (
+            f"{rerankers[0]} says that this is a reranker, but its prompt is unknown: /v1/rerank uses {PLAIN}, "
+            f"which the model was not trained on; {_REMEDY}"
+        )
+    architectures: list[Any] = files.config.get("architectures") or []
+    # Without a number of classes in its config, a classifier has two.
+    classes = len(files.config.get("id2label") or "01")
+    if any(str(each).endswith("ForSequenceClassification") for each in architectures) and classes <= 2:
+        return (
+            "this model has a classification head, and its files do not say which prompt it was trained on: "
+            f"/v1/rerank uses {PLAIN}; to rerank with this model, {_REMEDY}"
+        )
+    return None

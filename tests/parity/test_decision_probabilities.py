@@ -18,6 +18,7 @@ from serve_app.tasks.model_facts import ModelFacts
 from serve_app.tasks.steps import finish
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.parity.cases import HAVE_TORCH
+from tests.published import PUBLISHED
 from tests.tiny_families import make_family
 
 pytestmark = [pytest.mark.heavy, pytest.mark.skipif(not HAVE_TORCH, reason="torch is not installed")]
@@ -46,6 +47,8 @@ TEXTS = (
     ),
 )
 """What each question's prompt says: its first line, its options by code, and how the answer is asked for."""
+ASKED = {"anyjev-v1": [0, 3], "decider-v1": [0, 1, 2, 3]}
+"""The questions that a published prompt has a place for; the others ask yes or no."""
 WORDS = {"chat-v1": ("", " "), "plain-v1": (" ",)}
 """What may be before a label."""
 
@@ -67,14 +70,23 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     tokenizer.save(str(made / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHATML}
     (made / "tokenizer_config.json").write_text(json.dumps(config))
+    # Published prompts are long in so small a vocabulary.
+    config = json.loads((made / "config.json").read_text()) | {"max_position_embeddings": 1_024}
+    (made / "config.json").write_text(json.dumps(config))
     return made
 
 
-def decide(folder: Path, profile: str, permutations: int, *, state: str = STATE) -> Decided:
+@pytest.fixture(scope="module")
+def scorer(folder: Path) -> Any:
+    return loading.load(folder, max_segment_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
+
+
+def decide(
+    folder: Path, scorer: Any, profile: str, permutations: int = 1, questions: Sequence[Question] = QUESTIONS
+) -> Decided:
     tokenizer = TextTokenizer.load(folder)
-    scorer = loading.load(folder, max_segment_tokens=32, call_tokens=64, chunks=(64,), prefix_cache_bytes=2**21)
     facts = ModelFacts.of(ModelSettings(decision_profile=profile), tokenizer, scorer.info, folder)
-    prepared = finish(Decider.of(facts).prepare(state, QUESTIONS, permutations, lambda decided: decided))
+    prepared = finish(Decider.of(facts).prepare(STATE, questions, permutations, lambda decided: decided))
     return prepared.answer(scorer.score(prepared.batch))
 
 
@@ -128,6 +140,12 @@ class Reference:
         sums = [math.fsum(self._probability(ids, tokens) for tokens in own) for own in labels]
         return [each / math.fsum(sums) for each in sums], math.fsum(sums)
 
+    def of_labels(self, text: str, labels: Sequence[str]) -> tuple[list[float], float]:
+        """The probability of each label after a prompt, normalised; and before that, of all together."""
+        ids = self._ids(text)
+        found = [self._probability(ids, self._added(text, ids, label)) for label in labels]
+        return [each / math.fsum(found) for each in found], math.fsum(found)
+
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=self._profile == "plain-v1").input_ids
 
@@ -150,8 +168,8 @@ class Reference:
 
 @pytest.mark.parametrize("profile", ["chat-v1", "plain-v1"])
 @pytest.mark.parametrize("permutations", [1, 2])
-def test_probabilities_are_transformers(folder: Path, profile: str, permutations: int):
-    decided, reference = decide(folder, profile, permutations), Reference(folder, profile)
+def test_probabilities_are_transformers(folder: Path, scorer: Any, profile: str, permutations: int):
+    decided, reference = decide(folder, scorer, profile, permutations), Reference(folder, profile)
     for number, (question, judgement) in enumerate(zip(QUESTIONS, decided.judgements, strict=True)):
         assert isinstance(judgement, Judgement)
         count = len(question.options)
@@ -163,4 +181,17 @@ def test_probabilities_are_transformers(folder: Path, profile: str, permutations
         np.testing.assert_allclose(judgement.label_mass, np.mean([mass for _, mass in wanted]), rtol=1e-4)
         unshown = question.kind is Kind.NOUL and question.options[0].description is None
         assert judgement.permutations == (1 if unshown else permutations)
+        assert np.ptp(judgement.probabilities) > 1e-3
+
+
+@pytest.mark.parametrize("profile", PUBLISHED)
+def test_published_prompts_have_transformers_probabilities(folder: Path, scorer: Any, profile: str):
+    questions = [QUESTIONS[number] for number in ASKED.get(profile, [0])]
+    decided, reference = decide(folder, scorer, profile, questions=questions), Reference(folder, profile)
+    for question, judgement in zip(questions, decided.judgements, strict=True):
+        assert isinstance(judgement, Judgement)
+        asked = PUBLISHED[profile](STATE, question, "")
+        expected, mass = reference.of_labels("".join(asked.parts), asked.labels)
+        np.testing.assert_allclose(judgement.probabilities, expected, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(judgement.label_mass, mass, rtol=1e-4)
         assert np.ptp(judgement.probabilities) > 1e-3

@@ -13,7 +13,7 @@ import numpy as np
 
 from serve_app.contract import BatchResult, Int32, common_prefix
 from serve_app.errors import InternalError, InvalidRequestError, ScoringError, TooLargeError
-from serve_app.profiles.profile import CODE, Profile, ShownOption
+from serve_app.profiles.profile import Profile, ShownOption
 from serve_app.tasks.chat import ChatTemplate
 from serve_app.tasks.decisions.bodies import DecisionRequest
 from serve_app.tasks.decisions.labels import PAIRS, Answers, codes, lay_out
@@ -42,6 +42,8 @@ _LONGEST_END = 1_024
 """The most characters of a prompt's end whose layouts are kept: a longer one is of one state or question."""
 _PLACES = [chr(code) for code in range(0xFDD4, 0xFDF0)]
 """Noncharacters: one that the state does not have stands for the question, to find the prompt's text around it."""
+
+_ASKS = {"noul": "yes or no", "choice": "a choice", "score": "a score"}
 
 
 def builder(
@@ -112,12 +114,14 @@ class Decider:
             answer: makes the request's answer.
 
         Raises:
-            InvalidRequestError: the model is a classifier, its tokenizer cannot tell this profile's labels apart, or a
-                text cannot be tokenised.
+            InvalidRequestError: the model is a classifier, it cannot answer with its profile, its tokenizer cannot tell
+                this profile's labels apart, or a text cannot be tokenised.
             TooLargeError: the questions have more prompts, characters or tokens than the limits allow.
         """
         model = self._model
         check_causal(model.info.classes)
+        if model.profile_problem:
+            raise InvalidRequestError(model.profile_problem, param="model")
         check_text(state, "state")
         for number, question in enumerate(questions):
             options = (text for option in question.options for text in (option.name, option.description or ""))
@@ -125,15 +129,18 @@ class Decider:
         self._check_work(len(state), questions, permutations)
         front, behind = self._around(state)
         orders: list[_Order] = []
+        errors: dict[int, ScoringError] = {}
         for number, question in enumerate(questions):
-            for order in self._orders(number, question, permutations):
+            if refused := self._refused(number, question):
+                errors[number] = refused
+                continue
+            for order in self._orders(number, question, permutations, state):
                 yield
                 orders.append(order)
         tails = [order.text + behind for order in orders]
         joined = Joined(self._tokenizer, front, add_special_tokens=not self._profile.chat, many=len(tails) > 1)
         prompts: list[Prompt] = []
         answers: list[Answers] = []
-        errors: dict[int, ScoringError] = {}
         total = 0
         for order, tail, ids in zip(orders, tails, joined.each(tails), strict=True):
             yield
@@ -172,7 +179,7 @@ class Decider:
             own = state + asked
             place = ("state", None) if state > asked else ("questions", number)
             check_characters(own, self._model.max_text_characters, *place)
-            used = min(permutations, _most_orders(question))
+            used = min(permutations, self._most_orders(question))
             prompts += used
             characters += used * own
         if prompts > self._model.limits.max_items:
@@ -189,9 +196,9 @@ class Decider:
         Raises:
             InvalidRequestError: the chat template refuses the state.
         """
-        front = self._profile.front(state)
+        front = self._profile.front(self._value(state))
         if self._chat is None:
-            return self._tokenizer.plain.guard(front), self._profile.opening
+            return front, self._profile.opening
         place = next((each for each in _PLACES if each not in front), None)
         if place is None:
             raise InvalidRequestError(
@@ -200,8 +207,6 @@ class Decider:
         messages = [{"role": "user", "content": front + place}]
         if self._profile.system:
             messages.insert(0, {"role": "system", "content": self._profile.system})
-        if self._chat.problem:
-            raise InvalidRequestError(self._chat.problem, param="model")
         try:
             parts = self._chat.render(messages).split(place)
         except InvalidRequestError as error:
@@ -214,31 +219,60 @@ class Decider:
         before, behind = parts
         return before, behind + self._profile.opening
 
-    def _orders(self, number: int, question: Question, permutations: int) -> Iterator[_Order]:
+    def _refused(self, number: int, question: Question) -> InvalidRequestError | None:
+        """Why the profile cannot ask this question; None if it can."""
+        profile, kind, count = self._profile, question.kind.value, len(question.options)
+        described = any(option.description is not None for option in question.options)
+        if kind not in profile.types:
+            said = (
+                f"asks for {_ASKS[kind]}; this model answers only {' or '.join(_ASKS[each] for each in profile.types)}"
+            )
+        elif question.kind is Kind.NOUL and profile.outcomes == "unseen" and described:
+            said = "describes its outcomes, which this model's prompt does not show; say it in the instructions"
+        elif profile.alphabet and count > len(profile.alphabet) and (kind == "choice" or count > len(profile.levels)):
+            said = f"has {count} options; this model has codes for at most {len(profile.alphabet)}; send fewer"
+        else:
+            return None
+        return InvalidRequestError(
+            f"questions[{number}] {said} (decision_profile {profile.name})",
+            param="questions",
+            index=number,
+            where=question.where,
+        )
+
+    def _most_orders(self, question: Question) -> int:
+        """The number of cyclic orders in which a prompt can show the options. Outcomes that are not shown, or always
+        no first, have one."""
+        if question.kind is not Kind.NOUL:
+            return len(question.options)
+        described = sum(option.description is not None for option in question.options)
+        return max(1, described) if self._profile.outcomes == "words" else 1
+
+    def _orders(self, number: int, question: Question, permutations: int, state: str) -> Iterator[_Order]:
         """The question with its options in evenly spaced cyclic orders, beginning with that of the request."""
         count = len(question.options)
-        used = min(permutations, _most_orders(question))
+        used = min(permutations, self._most_orders(question))
         for turn in range(used):
             start = turn * count // used
             order = [*range(start, count), *range(start)]
-            match question.kind:
-                case Kind.NOUL:
-                    shown = [option.name for option in question.options]
-                    words = (self._profile.no, self._profile.yes)
-                case Kind.SCORE:
-                    shown = [str(level) for level in range(count)]
-                    words = self._labels(shown)
-                case Kind.CHOICE:
-                    # A code belongs to a place in the prompt.
-                    by_place = codes(count, self._single)
-                    shown = [by_place[(option - start) % count] for option in range(count)]
-                    words = self._labels(shown)
-            yield _Order(number, self._tail(question, order, shown), words)
+            if question.kind is Kind.NOUL and self._profile.outcomes != "codes":
+                shown = [option.name for option in question.options]
+                words = (self._profile.no, self._profile.yes)
+            elif question.kind is Kind.SCORE and count <= len(self._profile.levels):
+                shown = self._profile.levels[:count]
+                words = self._profile.labels(shown)
+            else:
+                # A code belongs to a place in the prompt.
+                by_place = self._profile.alphabet or codes(count, self._single)
+                shown = [by_place[(option - start) % count] for option in range(count)]
+                words = self._profile.labels(shown)
+            yield _Order(number, self._tail(question, order, shown, state), words)
 
-    def _labels(self, shown: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-        return tuple(tuple(form.replace(CODE, code) for form in self._profile.codes) for code in shown)
+    def _value(self, text: str) -> str:
+        """A request's text for the profile's templates. In a chat, the chat template guards the whole message."""
+        return text if self._chat else self._tokenizer.plain.guard(text)
 
-    def _tail(self, question: Question, order: Sequence[int], shown: Sequence[str]) -> str:
+    def _tail(self, question: Question, order: Sequence[int], shown: Sequence[str], state: str) -> str:
         """The prompt's text of a question.
 
         Args:
@@ -248,21 +282,25 @@ class Decider:
         options: list[ShownOption] = []
         for number in order:
             option, code = question.options[number], shown[number]
-            if question.kind is not Kind.NOUL:
-                text = option.name if option.description is None else f"{option.name} - {option.description}"
-                options.append(ShownOption(code, text))
-            elif option.description is not None:
-                options.append(ShownOption(code, option.description))
-        return self._tokenizer.plain.guard(self._profile.tail(question.kind.value, question.instructions, options))
+            name, described = self._value(option.name), option.description
+            description = None if described is None else self._value(described)
+            if question.kind is not Kind.NOUL or self._profile.outcomes == "codes":
+                text = name if description is None else f"{name} - {description}"
+                options.append(ShownOption(code, text, name, description))
+            elif description is not None:
+                options.append(ShownOption(code, description, name, description))
+        instructions = None if question.instructions is None else self._value(question.instructions)
+        tail = self._profile.tail(question.kind.value, instructions, options, self._value(state))
+        return self._tokenizer.plain.guard(tail) if self._chat else tail
 
     @cached_property
     def _single(self) -> Sequence[str]:
         """The pairs of letters that are one token each where the answer begins."""
         front, behind = self._around("")
         question = Question(Kind.CHOICE, None, (Option(""),) * len(PAIRS), ())
-        text = front + self._tail(question, range(len(PAIRS)), PAIRS) + behind
+        text = front + self._tail(question, range(len(PAIRS)), PAIRS, "") + behind
         end = text[self._tokenizer.last_boundary(text) :]
-        words = [own[0] for own in self._labels(PAIRS)]
+        words = [own[0] for own in self._profile.labels(PAIRS)]
         prompt, *labelled = self._tokenizer.encode([end, *(end + word for word in words)], add_special_tokens=False)
         return [pair for pair, ids in zip(PAIRS, labelled, strict=True) if len(added_tokens(prompt, ids)) == 1]
 
@@ -290,14 +328,6 @@ class Decider:
                         self._answers.popitem(last=False)
                 return known
         return (yield from lay_out(words, joined.ending(tail, ids), ids, vocab_size))
-
-
-def _most_orders(question: Question) -> int:
-    """The number of cyclic orders in which a prompt can show the options. Outcomes without a description are not
-    shown."""
-    if question.kind is Kind.NOUL:
-        return max(1, sum(option.description is not None for option in question.options))
-    return len(question.options)
 
 
 @dataclass(frozen=True, slots=True)
