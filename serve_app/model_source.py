@@ -42,8 +42,14 @@ GGUF_EXPANSION = 9
 """Free space needed for a .gguf file, as a multiple of its size: 4-bit weights become 32-bit ones."""
 
 READ_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json")
-READ_TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-OTHER_TOKENIZER_FILES = ("tokenizer.model", "tekken.json", "vocab.json", "merges.txt", "vocab.txt")
+READ_TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+OTHER_TOKENIZER_FILES = ("tokenizer.model", "tekken.json", "vocab.json", "merges.txt")
 """Files that are read if there is no ``tokenizer.json``."""
 
 _POINTER = b"version https://git-lfs.github.com/spec/"

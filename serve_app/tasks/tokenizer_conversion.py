@@ -53,8 +53,10 @@ def convert(folder: Path, declared: Declared) -> Converted | None:
                 return read(path, declared)
             except ModelSourceError:
                 raise
-            except Exception as error:  # of JSON, protobuf and the tokenizers library, which raises nothing precise
-                raise ModelSourceError(f"{path} cannot be read ({error!r}); copy or download it again") from error
+            except KeyError as error:
+                raise ModelSourceError(f"{path} has no {error}; copy or download it again") from error
+            except Exception as error:  # of JSON and of the tokenizers library, which raises nothing precise
+                raise ModelSourceError(f"{path} cannot be read ({error}); copy or download it again") from error
     return None
 
 

@@ -171,7 +171,7 @@ def _from_older_files(folder: Path, declared: dict[str, Any]) -> tokenizer_conve
         return converted
     raise ModelSourceError(
         f"no tokenizer can be loaded from {folder}: it has no tokenizer.json, nor "
-        f"{', '.join(tokenizer_conversion.READERS)}; copy tokenizer.json from where the model came from"
+        f"{' or '.join(tokenizer_conversion.READERS)}; copy tokenizer.json from where the model came from"
     )
 
 
