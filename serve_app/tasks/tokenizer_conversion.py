@@ -128,11 +128,12 @@ def _sentencepiece(path: Path, declared: Declared) -> Converted:
     spec, trainer = proto.normalizer_spec, proto.trainer_spec
     tokens = _renamed([piece.piece for piece in proto.pieces], declared)
     of_type = [piece.type for piece in proto.pieces]
-    legacy = bool(declared.get("legacy", True))
+    legacy = declared.get("legacy") is not False
     unknown = {
         "trainer_spec.model_type other than UNIGRAM and BPE": trainer.model_type not in (_UNIGRAM, _BPE),
         "pieces of type UNUSED": _UNUSED in of_type,
         "normalizer_spec.escape_whitespaces: false": not spec.escape_whitespaces,
+        "trainer_spec.treat_whitespace_as_suffix": trainer.treat_whitespace_as_suffix,
         "normalizer_spec.remove_extra_whitespaces with legacy: false": spec.remove_extra_whitespaces and not legacy,
     }
     if any(unknown.values()):
@@ -161,8 +162,13 @@ def _sentencepiece(path: Path, declared: Declared) -> Converted:
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
         + ([decoders.Strip(" ", 1, 0)] if prefix else [])
     )
-    backend.add_tokens([AddedToken(token, normalized=False) for token in added])  # pyright: ignore[reportUnknownMemberType]
-    backend.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    flags = _flags(declared)
+    backend.add_tokens(  # pyright: ignore[reportUnknownMemberType]
+        [
+            AddedToken(token, normalized=False, special=token in special, **flags.get(token, {}))
+            for token in [*added, *special]
+        ]
+    )
     ids = {"bos_token": trainer.bos_id, "eos_token": trainer.eos_id, "unk_token": trainer.unk_id}
     named_by_id = {name: tokens[id] for name, id in ids.items() if 0 <= id < len(tokens)}
     return Converted(backend, named_by_id, adds_bos=True)
@@ -194,6 +200,16 @@ def _renamed(tokens: list[str], declared: Declared) -> list[str]:
     given = {int(id): token["content"] for id, token in (declared.get("added_tokens_decoder") or {}).items()}
     taken = set(tokens)
     return [given[id] if given.get(id, token) not in taken else token for id, token in enumerate(tokens)]
+
+
+def _flags(declared: Declared) -> dict[str, dict[str, bool]]:
+    """Which white space belongs to a token, where the files beside say so. Phi-3's take the space after them."""
+    named = [*(declared.get("added_tokens_decoder") or {}).values(), *declared.values()]
+    return {
+        token["content"]: {flag: token[flag] for flag in ("lstrip", "rstrip", "single_word") if flag in token}
+        for token in reversed(named)
+        if isinstance(token, dict) and isinstance(token.get("content"), str)
+    }
 
 
 def _pieces(proto: Any, tokens: list[str], normal: list[str], *, apart: bool) -> models.Model:

@@ -146,7 +146,7 @@ class TestSentencePiece:
 
     @pytest.mark.parametrize("legacy", [True, False, None])
     def test_a_space_in_front_of_what_follows_a_special_token(self, legacy: bool | None, tmp_path: Path):
-        loaded, wanted = as_trained("Llama", tmp_path, **({} if legacy is None else {"legacy": legacy}))
+        loaded, wanted = as_trained("Llama", tmp_path, legacy=legacy)
         behind = without_prefix() if legacy is False else wanted
         assert own_ids(loaded, ["the</s>\n yes"]) == [[*wanted.encode("the"), 2, *behind.encode("\n yes")]]
         assert own_ids(loaded, ["</s>the</s></s>"]) == [[2, *behind.encode("the"), 2, 2]]
@@ -202,21 +202,42 @@ class TestSentencePiece:
         assert own_ids(loaded, ["<|im_end|>", "<pad>"]) == [[2], [size]]
         assert loaded.backend.token_to_id("</s>") is None
 
+    @pytest.mark.parametrize("decoder", [True, False])
+    def test_a_token_that_takes_the_space_after_it(self, decoder: bool, tmp_path: Path):
+        token = {"content": "</s>", "rstrip": True, "normalized": False}
+        named = {"added_tokens_decoder": {"2": token}, "eos_token": "</s>"} if decoder else {"eos_token": token}
+        loaded, _ = as_trained("Llama", tmp_path, **named)
+        assert own_ids(loaded, ["the</s> \n the"]) == own_ids(loaded, ["the</s>the"])
+
+    def test_scores_and_not_ids_rank_what_is_joined(self, tmp_path: Path):
+        proto = messages.ModelProto.FromString(trained("Llama"))
+        words = [piece for piece in proto.pieces if piece.type == messages.ModelProto.SentencePiece.NORMAL]
+        scores = random.Random(0).sample([piece.score for piece in words], len(words))
+        for piece, score in zip(words, scores, strict=True):
+            piece.score = score
+        content = proto.SerializeToString()
+        loaded = TextTokenizer.load(in_folder(tmp_path, "tokenizer.model", content, {}))
+        wanted = sentencepiece.SentencePieceProcessor(model_proto=content)
+        assert own_ids(loaded, AWKWARD) == [wanted.encode(text) for text in AWKWARD]
+
     @pytest.mark.parametrize(
         ("more", "config", "words"),
         [
             ({}, {"tokenizer_class": "XLNetTokenizer"}, ["XLNetTokenizer", "LlamaTokenizer, CodeLlamaTokenizer"]),
+            ({"treat_whitespace_as_suffix": True}, {}, ["treat_whitespace_as_suffix"]),
             ({"model_type": "word"}, {}, ["model_type other than UNIGRAM and BPE"]),
             ({"remove_extra_whitespaces": True}, {"legacy": False}, ["remove_extra_whitespaces with legacy: false"]),
             ({"escape_whitespaces": False}, {}, ["escape_whitespaces: false"]),
+            ({"unused": True}, {}, ["pieces of type UNUSED"]),
         ],
     )
     def test_what_is_not_converted_is_named(
         self, more: dict[str, Any], config: dict[str, Any], words: list[str], tmp_path: Path
     ):
-        if "escape_whitespaces" in more:
+        if "escape_whitespaces" in more or "unused" in more:  # no option of the trainer's
             proto = messages.ModelProto.FromString(trained("Llama"))
-            proto.normalizer_spec.escape_whitespaces = False
+            proto.normalizer_spec.escape_whitespaces = "unused" in more
+            proto.pieces[-1].type = proto.pieces[-1].UNUSED if "unused" in more else proto.pieces[-1].type
             content = proto.SerializeToString()
         else:
             content = trained("", **more, **({"byte_fallback": False} if more.get("model_type") == "word" else {}))
