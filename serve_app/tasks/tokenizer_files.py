@@ -156,13 +156,13 @@ def _warn_of_flags(folder: Path, backend: Tokenizer, declared: dict[str, Any]) -
 
 
 def _from_older_files(folder: Path, declared: dict[str, Any]) -> tokenizer_conversion.Converted:
-    if code := declared.get("auto_map"):
-        named: Any = code.get("AutoTokenizer") if isinstance(code, dict) else code
+    code = declared.get("auto_map")
+    if named := code.get("AutoTokenizer") if isinstance(code, dict) else code:
         names = " or ".join(each for each in named if each) if isinstance(named, list) else named
         raise ModelSourceError(
             f"no tokenizer can be loaded from {folder}: its tokenizer is code of its own ({names}), which is never "
-            "run. Copy tokenizer.json from where the model came from; or, if you trust the code, make it yourself: python -c "
-            '"from transformers import AutoTokenizer; '
+            "run. Copy tokenizer.json from where the model came from; or, if you trust the code, make it yourself: "
+            'python -c "from transformers import AutoTokenizer; '
             f"AutoTokenizer.from_pretrained('{folder}', trust_remote_code=True)"
             f".backend_tokenizer.save('{folder}/tokenizer.json')\""
         )

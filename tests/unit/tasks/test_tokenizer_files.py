@@ -305,6 +305,8 @@ class TestRefusals:
         (folder / "tokenizer.json").unlink()
         for word in ("code of its own", "t.Fast", "never run", "backend_tokenizer.save"):
             assert word in refusal(folder)
+        put(folder, "tokenizer_config.json", {"auto_map": {"AutoProcessor": "p.Processor"}})
+        assert "code of its own" not in refusal(folder)
 
     @pytest.mark.parametrize("content", ["{", "[]", "", '{"model": {"type": "New"}}'])
     @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
