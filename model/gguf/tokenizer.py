@@ -142,6 +142,12 @@ def _merges(tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]
 
 def _sentencepiece(fields: Fields, tokens: Sequence[str], merges: list[tuple[str, str]]) -> Tokenizer:
     """A BPE over characters. A character that is no token becomes its UTF-8 bytes."""
+    for key in ("remove_extra_whitespaces", "precompiled_charsmap"):
+        if fields.get(f"tokenizer.ggml.{key}"):
+            raise GgufError(
+                f"tokenizer.ggml.{key} is set, and such text normalisation is not converted; serve the original model, "
+                "with its tokenizer.json"
+            )
     vocab = {token: id for id, token in enumerate(tokens)}
     unknown = tokens[fields.get("tokenizer.ggml.unknown_token_id", 0)]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))

@@ -85,12 +85,18 @@ class PlainText:
             return self._backend.encode(text, add_special_tokens=add_special_tokens)
         encoding = self._marked.encode(text, add_special_tokens=add_special_tokens)
         for id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if id in self._ids and MARK in text[start:end]:
+            if id in self._ids and MARK in text[start:end] and id != self._unknown:
                 raise InvalidRequestError(
                     f"this model's tokenizer reads {original(text[start:end])!r} as a control token even where it is "
                     "spelt as text; take it out of the request's texts"
                 )
         return encoding
+
+    @cached_property
+    def _unknown(self) -> int | None:
+        """The id of all characters that have no token. It does not say that the text names it."""
+        model = json.loads(self._backend.model.__getstate__())
+        return model["unk_id"] if "unk_id" in model else self._backend.token_to_id(model.get("unk_token") or "")
 
     def _normalised_has_one(self, text: str) -> bool:
         """Whether a control token is in the text only after normalisation, as one in full-width letters is."""

@@ -87,7 +87,7 @@ class TokenReader:
 
     def _bytes(self, spelling: str) -> bytes | None:
         if self._byte_level:
-            own = [_BYTES.get(character) for character in spelling]
+            own = [BYTES.get(character) for character in spelling]
             # Added tokens may be spelt in plain text.
             return spelling.encode() if None in own else bytes(byte for byte in own if byte is not None)
         if self._byte_fallback and (found := _FALLBACK.fullmatch(spelling)):
@@ -163,4 +163,4 @@ def _byte_characters() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + at): byte for at, byte in enumerate(others)}
 
 
-_BYTES = _byte_characters()
+BYTES = _byte_characters()

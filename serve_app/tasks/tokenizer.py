@@ -117,7 +117,7 @@ class TextTokenizer:
         """Load the tokenizer of a local folder in Hugging Face layout.
 
         Raises:
-            ModelSourceError: the folder has no fast tokenizer, or the tokenizer is not the model's.
+            ModelSourceError: the folder has no usable tokenizer, or the tokenizer is not the model's.
         """
         return cls(*tokenizer_files.load(folder))
 

@@ -1,21 +1,21 @@
 """Load the tokenizer of a model's folder, and refuse one that cannot be the model's.
 
 The model was trained with ``tokenizer.json``, so this file is read as it is. transformers 5 would take only its
-vocabulary and build the rest from the class that ``tokenizer_config.json`` names.
+vocabulary and build the rest from the class that ``tokenizer_config.json`` names. Older files are converted.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, processors
 
 from serve_app.model_source import ModelSourceError
+from serve_app.tasks import tokenizer_conversion
 
 logger = logging.getLogger("ray.serve")
 
@@ -55,13 +55,33 @@ def load(folder: Path) -> LoadedTokenizer:
     Raises:
         ModelSourceError: there is no tokenizer, it cannot be read, or it does not fit the model's ``config.json``.
     """
-    loaded = _from_file(folder) if (folder / "tokenizer.json").is_file() else _from_parts(folder)
-    _check(folder, loaded.backend)
-    return loaded._replace(facts=_facts(folder))
-
-
-def _facts(folder: Path) -> TokenizerFacts:
     declared = _object(folder, "special_tokens_map.json") | _object(folder, "tokenizer_config.json")
+    config = _object(folder, "config.json")
+    converted = None
+    if (folder / "tokenizer.json").is_file():
+        backend = _from_file(folder)
+    else:
+        converted = _from_older_files(folder, declared | {"model_type": config.get("model_type")})
+        backend = converted.backend
+        declared = {**converted.named, **{name: value for name, value in declared.items() if _says(name, value)}}
+    _add_tokens(folder, backend, declared)
+    backend.encode_special_tokens = bool(declared.get("split_special_tokens"))
+    if converted:
+        _add_ends(folder, backend, declared, converted.adds_bos)
+    else:
+        _warn_of_flags(folder, backend, declared)
+    _check(folder, backend)
+    bos = _content(declared.get("bos_token"))
+    bos_id = backend.token_to_id(bos) if bos else config.get("bos_token_id")
+    return LoadedTokenizer(backend, bos_id if isinstance(bos_id, int) else None, _facts(folder, declared))
+
+
+def _says(name: str, value: Any) -> bool:
+    """Whether a field names a token, if it is one for that. Some files have "" where a class knew the token."""
+    return name not in SPECIAL_NAMES or _content(value) is not None
+
+
+def _facts(folder: Path, declared: dict[str, Any]) -> TokenizerFacts:
     template, beside = declared.get("chat_template"), folder / "chat_template.jinja"
     if beside.is_file():
         template = beside.read_text(encoding="utf-8")
@@ -79,24 +99,17 @@ def _facts(folder: Path) -> TokenizerFacts:
     )
 
 
-def _from_file(folder: Path) -> LoadedTokenizer:
+def _from_file(folder: Path) -> Tokenizer:
     try:
-        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the library raises nothing more precise
         raise ModelSourceError(
             f"{folder / 'tokenizer.json'} cannot be read ({error}); copy or download it again"
         ) from error
-    declared = _object(folder, "special_tokens_map.json") | _object(folder, "tokenizer_config.json")
-    _add_tokens(folder, backend, declared)
-    backend.encode_special_tokens = bool(declared.get("split_special_tokens"))
-    _warn_of_flags(folder, backend, declared)
-    bos = _content(declared.get("bos_token"))
-    bos_id = backend.token_to_id(bos) if bos else _object(folder, "config.json").get("bos_token_id")
-    return LoadedTokenizer(backend, bos_id if isinstance(bos_id, int) else None)
 
 
 def _add_tokens(folder: Path, backend: Tokenizer, declared: dict[str, Any]) -> None:
-    """Add the tokens that only the other files, not ``tokenizer.json``, declare, as transformers does."""
+    """Add the tokens that only the other files, not the tokenizer's own, declare, as transformers does."""
     decoder: dict[str, Any] = declared.get("added_tokens_decoder") or {}
     ids = {decoder[id]["content"]: int(id) for id in decoder} or _object(folder, "added_tokens.json")
     flags = {token["content"]: {flag: token[flag] for flag in _FLAGS if flag in token} for token in decoder.values()}
@@ -111,8 +124,8 @@ def _add_tokens(folder: Path, backend: Tokenizer, declared: dict[str, Any]) -> N
     for content, id in ids.items():
         if (given := backend.token_to_id(content)) != id:
             raise ModelSourceError(
-                f"{folder}: the token {content!r} has the id {given} in tokenizer.json, but {id} in the other files "
-                "(tokenizer_config.json, added_tokens.json); save the tokenizer again, so that they agree"
+                f"{folder}: the token {content!r} has the id {given} in the tokenizer's own file, but {id} in the "
+                "other files (tokenizer_config.json, added_tokens.json); save the tokenizer again, so that they agree"
             )
 
 
@@ -142,52 +155,46 @@ def _warn_of_flags(folder: Path, backend: Tokenizer, declared: dict[str, Any]) -
             )
 
 
-def _from_parts(folder: Path) -> LoadedTokenizer:
-    """Load with transformers, which builds a tokenizer from older files."""
-    if refusal := _unusable_parts(folder):
-        raise ModelSourceError(f"no tokenizer can be loaded from {folder}: {refusal}")
-    # The import takes seconds, and only this function needs it.
-    from transformers import AutoTokenizer
-
-    auto: Any = AutoTokenizer  # untyped upstream
-    try:
-        loaded: Any = auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers raises many kinds
-        raise ModelSourceError(
-            f"no tokenizer can be loaded from {folder}: {error}; save one there as tokenizer.json"
-        ) from error
-    backend: object = getattr(loaded, "backend_tokenizer", None)
-    if not isinstance(backend, Tokenizer):
-        raise ModelSourceError(f"{folder} has no fast tokenizer: save one there as tokenizer.json")
-    return LoadedTokenizer(backend, loaded.bos_token_id)
-
-
-def _unusable_parts(folder: Path) -> str | None:
-    """Why a folder without ``tokenizer.json`` has no usable tokenizer, and the remedy; None if it may have one."""
-    by_hand = f"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained('{folder}'"
-    if (folder / "tekken.json").is_file():
-        return (
-            "tekken.json is Mistral's own format, which is not supported (its prompts would lack <s>); copy "
-            "tokenizer.json from the same model in Hugging Face layout, or from its base model"
-        )
-    if code := _object(folder, "tokenizer_config.json").get("auto_map"):
-        named: Any = code.get("AutoTokenizer") if isinstance(code, dict) else code
+def _from_older_files(folder: Path, declared: dict[str, Any]) -> tokenizer_conversion.Converted:
+    code = declared.get("auto_map")
+    if named := code.get("AutoTokenizer") if isinstance(code, dict) else code:
         names = " or ".join(each for each in named if each) if isinstance(named, list) else named
-        return (
-            f"its tokenizer is code of its own ({names}), which is never run; if you trust it, make tokenizer.json: "
-            f"python -c \"{by_hand}, trust_remote_code=True).backend_tokenizer.save('{folder}/tokenizer.json')\""
+        raise ModelSourceError(
+            f"no tokenizer can be loaded from {folder}: its tokenizer is code of its own ({names}), which is never "
+            "run. Copy tokenizer.json from where the model came from; or, if you trust the code, make it yourself: "
+            'python -c "from transformers import AutoTokenizer; '
+            f"AutoTokenizer.from_pretrained('{folder}', trust_remote_code=True)"
+            f".backend_tokenizer.save('{folder}/tokenizer.json')\""
         )
-    if (folder / "tokenizer.model").is_file():
-        if importlib.util.find_spec("sentencepiece") is None:
-            return (
-                "it has only tokenizer.model, which needs the package sentencepiece; make tokenizer.json from it once: "
-                "pip install sentencepiece protobuf, then "
-                f"python -c \"{by_hand}).save_pretrained('{folder}')\""
-            )
-        return None
-    if any((folder / name).is_file() for name in ("vocab.json", "vocab.txt")):
-        return None
-    return "it has no tokenizer.json and no other vocabulary file; copy tokenizer.json from where the model came from"
+    if converted := tokenizer_conversion.convert(folder, declared):
+        if converted.hint:
+            logger.warning("%s: %s", folder, converted.hint)
+        return converted
+    raise ModelSourceError(
+        f"no tokenizer can be loaded from {folder}: it has no tokenizer.json, nor "
+        f"{' or '.join(tokenizer_conversion.READERS)}; copy tokenizer.json from where the model came from"
+    )
+
+
+def _add_ends(folder: Path, backend: Tokenizer, declared: dict[str, Any], adds_bos: bool) -> None:
+    """Let BOS and EOS be added around each text where the files say so, as transformers does with older files."""
+    ends: dict[str, list[tuple[str, int]]] = {"bos_token": [], "eos_token": []}
+    for name, flag, default in (("bos_token", "add_bos_token", adds_bos), ("eos_token", "add_eos_token", False)):
+        said = declared.get(flag)
+        token = _content(declared.get(name))
+        if said if isinstance(said, bool) else default:
+            if token is None or (id := backend.token_to_id(token)) is None:
+                raise ModelSourceError(
+                    f"{folder}: a text gets a {name}, but the tokenizer has no such token ({token!r}); name it in "
+                    f'tokenizer_config.json, or say "{flag}": false there'
+                )
+            ends[name].append((token, id))
+    front, behind = ends.values()
+    if front or behind:
+        single = [*(token for token, _ in front), "$A", *(token for token, _ in behind)]
+        backend.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+            single=single, special_tokens=[*front, *behind]
+        )
 
 
 def _check(folder: Path, backend: Tokenizer) -> None:

@@ -22,7 +22,7 @@ from huggingface_hub import constants, errors
 from model.families.registry import from_hf
 from model.fields import read_config
 from serve_app import model_source
-from serve_app.model_source import ModelSourceError, resolve
+from serve_app.model_source import OTHER_TOKENIZER_FILES, READ_TOKENIZER_FILES, ModelSourceError, resolve
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.tiny import make_llama
 from tests.tiny_gguf import gguf_family, write_family_gguf, write_gguf
@@ -112,7 +112,15 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 3\n
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer.model"]
+    "name",
+    [
+        "config.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        *READ_TOKENIZER_FILES,
+        *OTHER_TOKENIZER_FILES,
+    ],
 )
 def test_a_git_lfs_pointer_is_named(name: str, tmp_path: Path) -> None:
     folder = make_llama(tmp_path / "m", layers=1, vocab=271)

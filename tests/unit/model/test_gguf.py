@@ -204,6 +204,7 @@ def test_refused_by_name(tmp_path: Path, edit: Edit, named: list[str]) -> None:
     [
         (set_key("gemma3.attn_logit_softcapping", 30.0), ["gemma3.attn_logit_softcapping"]),
         (drop_key("gemma3.attention.sliding_window"), ["gemma3.attention.sliding_window is missing"]),
+        (set_key("tokenizer.ggml.remove_extra_whitespaces", True), ["tokenizer.ggml.remove_extra_whitespaces is set"]),
     ],
 )
 def test_gemma_3_refused_by_name(tmp_path: Path, edit: Edit, named: list[str]) -> None:

@@ -364,12 +364,3 @@ class TestLoading:
     def test_a_folder_without_a_tokenizer(self, tmp_path: Path):
         with pytest.raises(ValueError, match=f"no tokenizer can be loaded from {tmp_path}"):
             TextTokenizer.load(tmp_path)
-
-    def test_a_tokenizer_that_is_not_fast(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        class Slow:
-            bos_token_id = None
-
-        (tmp_path / "vocab.json").write_text("{}")
-        monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: Slow())
-        with pytest.raises(ValueError, match="has no fast tokenizer: save one there as tokenizer"):
-            TextTokenizer.load(tmp_path)
