@@ -92,8 +92,6 @@ def load(
         config = registry.from_hf(heads.decided(wrappers.unwrapped(raw), stored))
         config, stored = _with_stored_head(config, stored)
         notes = [note for note in (wrappers.note(raw), stored.adapter and stored.adapter.note) if note]
-        for note in notes:
-            logger.info("%s: %s", folder, note)
         if quantization and config.experts:
             raise ConfigError(f"{config.architecture}: mixtures of experts are not quantised; leave out {quantization}")
         platform = jax.default_backend()

@@ -40,6 +40,8 @@ def load_engine(settings: ModelSettings) -> Engine:
         engine = FakeEngine()
     else:
         engine = _load_model(settings)
+    for note in engine.info.notes:
+        logger.info("%s: %s", settings.name, note)
     started = time.monotonic()
     engine.warmup(progress_log(logger.info))
     logger.info("the model's programs are ready after %.1f s", time.monotonic() - started)
@@ -82,7 +84,7 @@ def _load_model(settings: ModelSettings) -> Engine:
     from model.sharding import tpu_mesh
 
     mesh = tpu_mesh(settings.tpu.chips) if settings.tpu else None
-    folder = model_source.resolve(settings.model, settings.revision, say=logger.info)
+    folder = model_source.resolve(settings.model, settings.revision, settings.base, say=logger.info)
     logger.info("loading %s", folder)
     return load(
         folder,
