@@ -82,7 +82,10 @@ _OF_ALL = ("quantization_config", "id2label", "label2id", "num_labels")
 def name_of(config: Mapping[str, Any]) -> str | None:
     """The architecture that a ``config.json`` names, if it names one."""
     names: object = config.get("architectures")
-    return cast("list[str]", names)[0] if isinstance(names, list) and len(cast("list[object]", names)) == 1 else None
+    if not isinstance(names, list) or len(cast("list[object]", names)) != 1:
+        return None
+    name = cast("list[object]", names)[0]
+    return name if isinstance(name, str) else None
 
 
 def unwrapped(config: Mapping[str, Any]) -> dict[str, Any]:
