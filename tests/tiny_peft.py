@@ -9,8 +9,8 @@ import pytest
 
 from model.tensors.adapters import CONFIG, WEIGHTS
 
-PEFT_WARNS = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-"""For tests that call peft: it warns of tied weights, and calls what the newest transformers is about to drop."""
+PEFT_WARNS = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::RuntimeWarning")
+"""For tests that call peft: it warns of ties and idle patterns, and calls what the newest transformers will drop."""
 
 
 def adapted(base: Path, folder: Path, *, dtype: str = "float32", **options: Any) -> dict[str, np.ndarray]:

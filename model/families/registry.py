@@ -41,7 +41,7 @@ GENERATIVE: dict[str, Family] = {
     "Gemma3ForCausalLM": Family("gemma3_text", gemma3.parse, gemma3.Block, gemma3.weights, pad_token_id=0),
     "LlamaForCausalLM": Family("llama", llama.parse, llama.Block, llama.weights),
     "MistralForCausalLM": Family("mistral", mistral.parse, mistral.Block, mistral.weights),
-    "Olmo2ForCausalLM": Family("olmo2", olmo2.parse, olmo2.Block, olmo2.weights),
+    "Olmo2ForCausalLM": Family("olmo2", olmo2.parse, olmo2.Block, olmo2.weights, pad_token_id=1),
     "Phi3ForCausalLM": Family("phi3", phi3.parse, phi3.Block, phi3.weights, pad_token_id=32_000),
     "Qwen2ForCausalLM": Family("qwen2", qwen2.parse, qwen2.Block, qwen2.weights),
     "Qwen3ForCausalLM": Family("qwen3", qwen3.parse, qwen3.Block, qwen3.weights),

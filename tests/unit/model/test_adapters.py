@@ -29,13 +29,14 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         {
             "target_modules": ["q_proj", "o_proj", "up_proj"],
             "rank_pattern": {"q_proj": 2, "model.layers.1.mlp.up_proj": 5, "^model.layers.0.self_attn.o_proj": 3},
-            "alpha_pattern": {"up_proj": 11, "layers.2.self_attn.o_proj": 1},
+            "alpha_pattern": {"proj": 99, "up_proj": 11, "layers.2.self_attn.o_proj": 1},
         },
     ),
     "head saved": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "head saved, tied": ("qwen2", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "both ends saved, tied": ("qwen2", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}),
     "embedding saved": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
+    "embedding saved, tied": ("qwen2", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
     "norms saved": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]}),
     "head adapted": ("llama", {"target_modules": ["q_proj", "lm_head"]}),
     "some layers": ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [0, 2]}),
@@ -52,6 +53,8 @@ def test_the_weights_are_those_that_peft_merges(kind: str, dtype: str, tmp_path:
     wanted = adapted(base, tmp_path / "both", dtype=dtype, **options)
     with opened(tmp_path / "both") as stored, opened(base) as plain:
         assert stored.problems == []
+        untied = not np.array_equal(wanted["lm_head.weight"], wanted["model.embed_tokens.weight"])
+        assert untied == ("lm_head.weight" in stored.tensors)
         changed = 0
         for name, tensor in stored.tensors.items():
             np.testing.assert_allclose(whole(tensor).astype(np.float32), wanted[name], rtol=0, atol=2e-6, err_msg=name)

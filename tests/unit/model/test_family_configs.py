@@ -122,6 +122,14 @@ def test_classes(family: str) -> None:
         assert config.architecture == CLASSIFIERS[family]
 
 
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_an_absent_pad_is_that_of_the_class_in_transformers(family: str) -> None:
+    from transformers import CONFIG_MAPPING
+
+    absent = with_(family, without=("pad_token_id",), architectures=[CLASSIFIERS[family]])
+    assert absent.pad_token_id == CONFIG_MAPPING[config_of(family)["model_type"]]().pad_token_id
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "named"),
     [
