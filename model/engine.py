@@ -30,11 +30,10 @@ class Engine:
 
     Args:
         programs: the programs over the weights.
-        notes: what a user should know about how the model was loaded.
     """
 
-    def __init__(self, programs: Programs, notes: Sequence[str] = ()) -> None:
-        self._programs, self._notes = programs, tuple(notes)
+    def __init__(self, programs: Programs) -> None:
+        self._programs = programs
         self._config, self._layout = programs.model.config, programs.model.layout
         self._launching = threading.Lock()
         self._launched: jax.Array | None = None
@@ -54,7 +53,7 @@ class Engine:
             classes=self._config.classes,
             quantization="int8" if self._config.int8 else None,
             pad_token_id=self._config.pad_token_id,
-            notes=self._notes,
+            notes=self._config.notes,
         )
 
     @property

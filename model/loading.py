@@ -92,6 +92,7 @@ def load(
         config = registry.from_hf(heads.decided(wrappers.unwrapped(raw), stored))
         config, stored = _with_stored_head(config, stored)
         notes = [note for note in (wrappers.note(raw), stored.adapter and stored.adapter.note) if note]
+        config = replace(config, notes=(*config.notes, *notes))
         if quantization and config.experts:
             raise ConfigError(f"{config.architecture}: mixtures of experts are not quantised; leave out {quantization}")
         platform = jax.default_backend()
@@ -111,7 +112,7 @@ def load(
             mesh=mesh,
         )
         weights = place(stored, choice, progress)
-    return Engine(Programs(choice.model, weights, compiled_folder), notes)
+    return Engine(Programs(choice.model, weights, compiled_folder))
 
 
 def choose(

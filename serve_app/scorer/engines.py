@@ -40,8 +40,6 @@ def load_engine(settings: ModelSettings) -> Engine:
         engine = FakeEngine()
     else:
         engine = _load_model(settings)
-    for note in engine.info.notes:
-        logger.info("%s: %s", settings.name, note)
     started = time.monotonic()
     engine.warmup(progress_log(logger.info))
     logger.info("the model's programs are ready after %.1f s", time.monotonic() - started)
@@ -86,7 +84,7 @@ def _load_model(settings: ModelSettings) -> Engine:
     mesh = tpu_mesh(settings.tpu.chips) if settings.tpu else None
     folder = model_source.resolve(settings.model, settings.revision, settings.base, say=logger.info)
     logger.info("loading %s", folder)
-    return load(
+    engine = load(
         folder,
         dtype=settings.dtype,
         quantization=settings.quantization,
@@ -94,6 +92,9 @@ def _load_model(settings: ModelSettings) -> Engine:
         compiled_folder=compiled_folder(),
         mesh=mesh,
     )
+    for note in engine.info.notes:
+        logger.warning("%s: %s", settings.name, note)
+    return engine
 
 
 def compiled_folder() -> Path:
