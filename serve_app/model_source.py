@@ -56,6 +56,9 @@ HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """Files of an adapter of peft: it changes the weights of another model, its base."""
 
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+"""Files of a whole model's weights."""
+
 OWN_TOKENIZER = ("tokenizer.json", *OTHER_TOKENIZER_FILES)
 """Any of these makes a folder's tokenizer files a tokenizer."""
 _TOKENIZER = (*OWN_TOKENIZER, *READ_TOKENIZER_FILES, "chat_template.jinja", "chat_template.json")
@@ -144,7 +147,7 @@ def _on_base(adapter: Path, named: str, base: str | None, say: Say) -> Path:
 
 def _adapter_config(adapter: Path) -> dict[str, Any]:
     """What ``adapter_config.json`` says, of an adapter that has its weights and nothing that contradicts them."""
-    if weights := sorted(path.name for path in adapter.glob("model*.safetensors")):
+    if weights := sorted(path.name for name in WEIGHTS for path in adapter.glob(name)):
         raise ModelSourceError(
             f"{adapter} has a LoRA adapter ({ADAPTER}) beside a model's weights ({weights[0]}), and only one of them "
             "can be meant: to score with the adapter, move its files to a folder of their own and name that; to score "

@@ -227,6 +227,10 @@ def test_an_adapter_beside_weights_is_ambiguous(adapter: Path, base: Path) -> No
     message = refusal(str(adapter))
     for said in ("beside a model's weights (model-00001-of-00002.safetensors)", "a folder of their own"):
         assert said in message
+    for path in adapter.glob("model*.safetensors"):
+        path.unlink()
+    (adapter / "pytorch_model.bin").write_bytes(b"")
+    assert "beside a model's weights (pytorch_model.bin)" in refusal(str(adapter))
 
 
 def test_adapters_that_cannot_be_used(tmp_path: Path, adapter: Path) -> None:
