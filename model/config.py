@@ -4,7 +4,7 @@ A family's own keys are read in its own file; ``model.families.registry`` says w
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from model.fields import ConfigError, Fields
@@ -84,6 +84,7 @@ class ModelConfig:
         int8: the kernels of attention and MLP are stored so, see ``layers.quantized``.
         native: sums over a token's channels, and over the vocabulary, are those of ``cpu.linear``.
         packed: matmuls are, too, with kernels stored packed.
+        notes: what a user should know about how the config was read.
     """
 
     architecture: str
@@ -121,6 +122,7 @@ class ModelConfig:
     int8: bool = False
     native: bool = False
     packed: bool = False
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
 
 def common_config(

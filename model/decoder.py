@@ -309,7 +309,7 @@ def table(config: ModelConfig, linears: Linears, norms: Mapping[str, str]) -> di
 
 
 def ignored(config: ModelConfig) -> tuple[str, ...]:
-    """Tensors that some checkpoints carry though nothing reads them: old rope tables, a copy of a tied head, and the
-    output head that a classifier was made from."""
-    inv_freq = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
-    return (inv_freq, r"lm_head\.weight") if config.tied_head or config.classes else (inv_freq,)
+    """Tensors that some checkpoints carry though nothing reads them: rope tables, what only images go through, a copy
+    of a tied head, and the output head that a classifier was made from."""
+    always = (r"(.+\.)?rotary_emb\w*\.\w*inv_freq", r"(model\.)?(vision_tower|multi_modal_projector)\..+")
+    return (*always, r"lm_head\.weight") if config.tied_head or config.classes else always

@@ -26,13 +26,14 @@ from model.cpu import build as cpu_build
 from model.cpu import linear
 from model.cpu.build import Kernels
 from model.engine import Engine
-from model.families import registry
+from model.families import heads, registry, wrappers
 from model.families.registry import Family
 from model.fields import ConfigError, read_config
 from model.layers import quantized
 from model.programs import Programs
 from model.sharding import MODEL, by_device, divided, stacked
 from model.sizes import BY_PLATFORM, Layout, Sizes, layout
+from model.tensors.adapters import REMEDY, Merged
 from model.tensors.folder import Opened, differ, opened
 
 logger = logging.getLogger(__name__)
@@ -86,9 +87,12 @@ def load(
         CheckpointError: a tensor missing, unexpected or mis-shaped, or a broken file.
         RuntimeError: "native" attention is asked for where its kernel cannot be built.
     """
-    config = registry.from_hf(read_config(folder))
+    raw = read_config(folder)
     with opened(folder) as stored:
-        config = _with_stored_head(config, stored)
+        config = registry.from_hf(heads.decided(wrappers.unwrapped(raw), stored))
+        config, stored = _with_stored_head(config, stored)
+        notes = [note for note in (wrappers.note(raw), stored.adapter and stored.adapter.note) if note]
+        config = replace(config, notes=(*config.notes, *notes))
         if quantization and config.experts:
             raise ConfigError(f"{config.architecture}: mixtures of experts are not quantised; leave out {quantization}")
         platform = jax.default_backend()
@@ -220,18 +224,28 @@ def _insert(stack: jax.Array, array: jax.Array, layer: int) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(stack, array, layer, 0)
 
 
-def _with_stored_head(config: ModelConfig, stored: Opened) -> ModelConfig:
-    """``config``, untied where the checkpoint stores a head that differs from the embedding: transformers uses it."""
+def _with_stored_head(config: ModelConfig, stored: Opened) -> tuple[ModelConfig, Opened]:
+    """``config``, untied where the checkpoint stores a head that differs from the embedding: transformers uses it.
+
+    Of a tied pair of which only the head is stored, it is the embedding too.
+    """
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tied_head and isinstance(stored.tensors.get(head), Merged):
+        raise ConfigError(
+            f"the adapter {stored.adapter and stored.adapter.name} changes {head}, which config.json ties to the "
+            f"embedding: with peft it would change both; {REMEDY}"
+        )
+    if config.tied_head and head in stored.tensors and embedding not in stored.tensors:
+        return config, replace(stored, tensors={**stored.tensors, embedding: stored.tensors[head]})
     if not config.tied_head or not differ(stored.tensors, head, embedding):
-        return config
+        return config, stored
     logger.warning(
         "config.json ties the output head to the embedding, and %s is stored with other numbers than %s: it is used, "
         "as by transformers; write tie_word_embeddings: false into config.json",
         head,
         embedding,
     )
-    return replace(config, tied_head=False)
+    return replace(config, tied_head=False), stored
 
 
 def _implementation(asked: str | None, platform: str, folder: Path | None) -> tuple[str, Kernels | None]:

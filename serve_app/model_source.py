@@ -10,6 +10,7 @@ import errno
 import glob
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ import zipfile
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import httpx
 from filelock import FileLock, Timeout
@@ -56,8 +58,15 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md")
 
-ADAPTER = "adapter_config.json"
-"""File that marks an adapter of peft: transformers would apply its weights to the model's."""
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""Files of an adapter of peft: it changes the weights of another model, its base."""
+
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+"""Files of a whole model's weights."""
+
+OWN_TOKENIZER = ("tokenizer.json", *OTHER_TOKENIZER_FILES)
+"""Any of these makes a folder's tokenizer files a tokenizer."""
+_TOKENIZER = (*OWN_TOKENIZER, *READ_TOKENIZER_FILES, "chat_template.jinja", "chat_template.json")
 
 Say = Callable[[str], None]
 
@@ -74,37 +83,106 @@ def cache_folder() -> Path:
     return Path(base).resolve() / "score-serve"
 
 
-def resolve(model: str, revision: str | None = None, *, say: Say = print) -> Path:
+def resolve(model: str, revision: str | None = None, base: str | None = None, *, say: Say = print) -> Path:
     """Return the local folder of ``model``, with ``config.json``, safetensors and tokenizer files.
 
     Args:
         model: ``demo``, a folder, a ``.gguf`` file, or a hub id such as ``HuggingFaceTB/SmolLM2-135M-Instruct``.
         revision: branch, tag or commit, if ``model`` is a hub id.
+        base: if ``model`` is an adapter, what it is merged onto, named like a model. None: its own files name it.
         say: called with a line for the user before each long step.
 
     Raises:
         ModelSourceError: there is no usable model, or fetching or converting it failed.
     """
+    folder = _found(model, revision, say)
+    if (folder / ADAPTER).is_file():
+        return _on_base(folder, model, base, say)
+    if base is not None:
+        raise ModelSourceError(f"{model} has no {ADAPTER}: it is not an adapter and takes no base; leave {base} out")
+    return _checked(folder)
+
+
+def _found(model: str, revision: str | None, say: Say) -> Path:
+    """The folder of a model, or of an adapter, unchecked."""
     path = Path(model).expanduser()
     if model == "demo":
         return _demo(say)
     if path.suffix == ".gguf":
         return _gguf(path, say)
     if path.is_dir():
-        return _checked(path.resolve())
+        return path.resolve()
     if path.exists() or model.startswith(("/", "./", "../", "~")):
         raise ModelSourceError(f"{model} is not a folder, nor a .gguf file; name one, a hub id, or 'demo'")
-    return _checked(_hub(model, revision))
+    return _hub(model, revision)
+
+
+def _on_base(adapter: Path, named: str, base: str | None, say: Say) -> Path:
+    """The folder of an adapter and its base: links to the files of both, which the engine merges while it loads them.
+
+    Args:
+        named: how the user names the adapter.
+        base: how the user names the base, if at all.
+    """
+    config = _adapter_config(adapter)
+    own = config.get("base_model_name_or_path")
+    if not (base := base or own):
+        raise ModelSourceError(f"{adapter / ADAPTER} names no base; name it with --base")
+    try:
+        of_base = _found(base, config.get("revision") if base == own else None, say)
+        if (of_base / ADAPTER).is_file():
+            raise ModelSourceError(f"{of_base} is an adapter as well; merge it onto its own base first, with peft")
+        _checked(of_base)
+    except ModelSourceError as error:
+        raise ModelSourceError(f"the base of the adapter {named}: {error}. Name another with --base") from error
+    links = _links(adapter, of_base)
+    written = json.dumps({**config, "base_model_name_or_path": base, "_name_or_path": named}, indent=2)
+    identity = "\n".join([written, *(f"{name} {path}" for name, path in sorted(links.items()))])
+    key = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    folder = cache_folder() / f"{Path(named).name or adapter.name}-{key}-v{FORMAT}"
+    with _made_once(folder, 0, say) as work:
+        if work is not None:
+            made = work / "model"
+            made.mkdir()
+            for name, path in links.items():
+                (made / name).symlink_to(path)
+            (made / ADAPTER).write_text(written, encoding="utf-8")
+    return folder
+
+
+def _adapter_config(adapter: Path) -> dict[str, Any]:
+    """What ``adapter_config.json`` says, of an adapter that has its weights and nothing that contradicts them."""
+    if weights := sorted(path.name for name in WEIGHTS for path in adapter.glob(name)):
+        raise ModelSourceError(
+            f"{adapter} has a LoRA adapter ({ADAPTER}) beside a model's weights ({weights[0]}), and only one of them "
+            "can be meant: to score with the adapter, move its files to a folder of their own and name that; to score "
+            "with the plain model, move the adapter's files elsewhere"
+        )
+    if not (adapter / ADAPTER_WEIGHTS).is_file():
+        found = "only adapter_model.bin" if (adapter / "adapter_model.bin").is_file() else f"no {ADAPTER_WEIGHTS}"
+        raise ModelSourceError(
+            f"{adapter} has an adapter's {ADAPTER} and {found}; load it with peft and save it again, as safetensors: "
+            "PeftModel.from_pretrained(BASE_MODEL, ADAPTER).save_pretrained(FOLDER)"
+        )
+    _refuse_pointers(adapter, (ADAPTER, ADAPTER_WEIGHTS, *_TOKENIZER))
+    try:
+        config = json.loads((adapter / ADAPTER).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelSourceError(f"{adapter / ADAPTER} is not valid JSON ({error}); copy it again") from error
+    if not isinstance(config, dict):
+        raise ModelSourceError(f"{adapter / ADAPTER} is not a JSON object; copy it again")
+    return cast("dict[str, Any]", config)
+
+
+def _links(adapter: Path, base: Path) -> dict[str, Path]:
+    """The files of both by their names: the base's, but the adapter's weights, card and, if it has one, tokenizer."""
+    own = any((adapter / name).is_file() for name in OWN_TOKENIZER)
+    links = {path.name: path for path in base.iterdir() if path.is_file() and not (own and path.name in _TOKENIZER)}
+    taken = ("README.md", ADAPTER_WEIGHTS, *(_TOKENIZER if own else ()))
+    return links | {name: adapter / name for name in taken if (adapter / name).is_file()}
 
 
 def _checked(folder: Path) -> Path:
-    if (folder / ADAPTER).is_file():
-        beside = "beside the model's weights" if (folder / "config.json").is_file() else "and no model of its own"
-        raise ModelSourceError(
-            f"{folder} has a LoRA adapter ({ADAPTER}) {beside}: transformers would add it to the weights, but "
-            "adapters are not supported here. Merge it (peft's merge_and_unload, then save_pretrained) and name the "
-            "merged model; or, to score with the plain model, move the adapter's files elsewhere"
-        )
     if not (folder / "config.json").is_file():
         raise ModelSourceError(
             f"{folder} has no config.json: it is not a model in Hugging Face layout; for a .gguf file, name the file"

@@ -41,7 +41,7 @@ _FIXED_LIMITS = {
 MOST_QUEUED_TOKENS = 4_000_000
 """The largest default of ``limits.max_queued_tokens``: 16 MB of token ids, and several times that with their arrays."""
 
-_OF_ONE = {"model", "revision", "served_name", "aliases"}
+_OF_ONE = {"model", "revision", "base", "served_name", "aliases"}
 """Settings that models cannot share."""
 
 
@@ -87,6 +87,9 @@ class ModelSettings(_Frozen):
     """``demo``, a folder in Hugging Face layout, a hub id, or a ``.gguf`` file."""
     revision: str | None = None
     """Branch, tag or commit, if ``model`` is a hub id. None: the main branch."""
+    base: str | None = None
+    """If ``model`` is a LoRA adapter: the model that it is merged onto, named like ``model``. None: the one that its
+    ``adapter_config.json`` names."""
     served_name: str | None = None
     """Name of the model in requests and in ``/v1/models``. None: the last part of ``model``."""
     aliases: tuple[str, ...] = ()

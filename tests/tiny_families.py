@@ -132,8 +132,62 @@ CLASSIFIERS: Mapping[str, str] = {
     "qwen3": "Qwen3ForSequenceClassification",
     "gemma2": "Gemma2ForSequenceClassification",
     "gemma3": "Gemma3TextForSequenceClassification",
+    "mistral": "MistralForSequenceClassification",
+    "olmo2": "Olmo2ForSequenceClassification",
+    "phi3": "Phi3ForSequenceClassification",
+    "qwen3_moe": "Qwen3MoeForSequenceClassification",
 }
-"""Families that may have a classification head, and their architecture with it."""
+"""Families, and their architecture with a classification head."""
+
+_GEMMA3_IMAGES: Mapping[str, Any] = {
+    "model_type": "gemma3",
+    "boi_token_index": 301,
+    "eoi_token_index": 302,
+    "image_token_index": 303,
+    "mm_tokens_per_image": 4,
+    "vision_config": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    },
+}
+_MISTRAL3_IMAGES: Mapping[str, Any] = {
+    "model_type": "mistral3",
+    "image_token_index": 10,
+    "multimodal_projector_bias": False,
+    "projector_hidden_act": "gelu",
+    "spatial_merge_size": 2,
+    "vision_feature_layer": -1,
+    "vision_config": {
+        "model_type": "pixtral",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+        "image_size": 28,
+        "patch_size": 14,
+    },
+}
+WRAPPED: Mapping[str, str] = {
+    "Gemma3ForConditionalGeneration": "gemma3",
+    "Gemma3ForSequenceClassification": "gemma3",
+    "Mistral3ForConditionalGeneration": "mistral",
+}
+"""Architectures whose text part is a family."""
+
+
+def wrapped_config(architecture: str) -> dict[str, Any]:
+    """The ``config.json`` of a model for images with a tiny family in it."""
+    family = WRAPPED[architecture]
+    text = {key: value for key, value in config_of(family).items() if key != "architectures"}
+    images = _GEMMA3_IMAGES if family == "gemma3" else _MISTRAL3_IMAGES
+    return {**images, "architectures": [architecture], "text_config": text}
+
 
 NORMS: Mapping[str, tuple[str, ...]] = {
     "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm"),

@@ -11,6 +11,7 @@ from model import decoder
 from model.checkpoint import Targets
 from model.config import ModelConfig, with_classes
 from model.families import gemma2, gemma3, llama, mistral, olmo2, phi3, qwen2, qwen3, qwen3_moe
+from model.families.wrappers import ALIASES, WRAPPERS, unwrapped
 from model.fields import ConfigError, Fields
 
 
@@ -40,21 +41,29 @@ GENERATIVE: dict[str, Family] = {
     "Gemma3ForCausalLM": Family("gemma3_text", gemma3.parse, gemma3.Block, gemma3.weights, pad_token_id=0),
     "LlamaForCausalLM": Family("llama", llama.parse, llama.Block, llama.weights),
     "MistralForCausalLM": Family("mistral", mistral.parse, mistral.Block, mistral.weights),
-    "Olmo2ForCausalLM": Family("olmo2", olmo2.parse, olmo2.Block, olmo2.weights),
-    "Phi3ForCausalLM": Family("phi3", phi3.parse, phi3.Block, phi3.weights),
+    "Olmo2ForCausalLM": Family("olmo2", olmo2.parse, olmo2.Block, olmo2.weights, pad_token_id=1),
+    "Phi3ForCausalLM": Family("phi3", phi3.parse, phi3.Block, phi3.weights, pad_token_id=32_000),
     "Qwen2ForCausalLM": Family("qwen2", qwen2.parse, qwen2.Block, qwen2.weights),
     "Qwen3ForCausalLM": Family("qwen3", qwen3.parse, qwen3.Block, qwen3.weights),
     "Qwen3MoeForCausalLM": Family("qwen3_moe", qwen3_moe.parse, qwen3_moe.Block, qwen3_moe.weights),
 }
-CLASSIFIERS = {
-    "Gemma2ForSequenceClassification": "Gemma2ForCausalLM",
-    "Gemma3TextForSequenceClassification": "Gemma3ForCausalLM",
-    "LlamaForSequenceClassification": "LlamaForCausalLM",
-    "Qwen2ForSequenceClassification": "Qwen2ForCausalLM",
-    "Qwen3ForSequenceClassification": "Qwen3ForCausalLM",
-}
+_TEXT_ALONE = {"Gemma3ForCausalLM": "Gemma3Text"}
+"""Architectures whose other classes in transformers are called otherwise, and how their names begin."""
+
+
+def _named(suffix: str) -> dict[str, str]:
+    """Each family's class with another ending -> its causal one."""
+    return {_TEXT_ALONE.get(name, name.removesuffix("ForCausalLM")) + suffix: name for name in GENERATIVE}
+
+
+CLASSIFIERS = _named("ForSequenceClassification")
 """Architecture -> the causal one with the same layers."""
+BASES = _named("Model")
+"""Architecture without a head -> the causal one with the same layers."""
 FAMILIES = GENERATIVE | {name: replace(GENERATIVE[causal], classifies=True) for name, causal in CLASSIFIERS.items()}
+
+KNOWN = (*FAMILIES, *ALIASES, *WRAPPERS)
+"""All architectures that are loaded, those that only wrap another included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +89,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     Raises:
         ConfigError: an architecture, key, value or rope type that is not implemented, or sizes that do not fit.
     """
+    config = unwrapped(config)
     names = config.get("architectures")
     for architecture, family in FAMILIES.items():
         if names == [architecture]:
@@ -92,7 +102,20 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
             fields = Fields(config)
             parsed = replace(family.parse(fields), architecture=architecture)
             return with_classes(parsed, fields, family.pad_token_id) if family.classifies else parsed
-    raise ConfigError(f"architectures is {names!r}; implemented: {', '.join(FAMILIES)} (exactly one)")
+    raise ConfigError(f"architectures is {names!r}; implemented: {', '.join(KNOWN)} (exactly one).{_hint(names)}")
+
+
+def _hint(names: object) -> str:
+    """What may help with an architecture that is not known."""
+    name = str(names)
+    if any(base in name for base in BASES):
+        return " A model without its head is loaded by the head that is stored beside it"
+    if "ForConditionalGeneration" in name:
+        return (
+            " If the text part of this model is one of them, save it as a model of its own: transformers' "
+            "AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(FOLDER) writes it where it can"
+        )
+    return ""
 
 
 def build(config: ModelConfig, *, dtype: jnp.dtype, implementation: str) -> tuple[Family, Abstract]:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from model.tensors import adapters, names
+from model.tensors.adapters import Adapter
 from model.tensors.safetensors_files import SafetensorsFiles
 from model.tensors.stored import READ, Tensors
 
@@ -21,23 +23,36 @@ class Opened:
 
     Attributes:
         problems: what is wrong with the folder, to be listed with what does not fit the model.
+        adapter: that is merged onto the tensors.
     """
 
     folder: Path
     tensors: Tensors
     problems: list[str]
+    adapter: Adapter | None = None
 
 
 @contextmanager
 def opened(folder: Path) -> Generator[Opened]:
     """Open a folder that has ``model.safetensors``, or shards and ``model.safetensors.index.json``.
 
+    An adapter that lies beside these is merged onto them.
+
     Raises:
         CheckpointError: a file is missing or broken.
+        ConfigError: the adapter asks for something that is not implemented.
     """
-    with SafetensorsFiles() as files:
+    adapter = adapters.read(folder)
+    with SafetensorsFiles() as files, SafetensorsFiles() as of_adapter:
         tensors, problems = files.tensors(folder)
-        yield Opened(folder, tensors, problems)
+        tensors, more = names.known(tensors)
+        problems += more
+        if adapter is not None:
+            own, more = of_adapter.tensors(folder, [folder / adapters.WEIGHTS])
+            problems += more
+            tensors, more = adapters.merged(tensors, own, adapter)
+            problems += more
+        yield Opened(folder, tensors, problems, adapter)
 
 
 def differ(tensors: Tensors, one: str, other: str) -> bool:

@@ -1,6 +1,7 @@
 """The tensors of a folder's safetensors: one file, or shards with an index."""
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,13 @@ class SafetensorsFiles:
             self._path = path
         return self._tensors.get_slice(name)[cut]
 
-    def tensors(self, folder: Path) -> tuple[dict[str, "SafetensorsTensor"], list[str]]:
+    def tensors(
+        self, folder: Path, paths: Sequence[Path] | None = None
+    ) -> tuple[dict[str, "SafetensorsTensor"], list[str]]:
         """The tensors of all files, from their headers alone, and what is wrong: names that two files have.
+
+        Args:
+            paths: None: the files of a checkpoint.
 
         Raises:
             CheckpointError: a file is missing or broken.
@@ -46,7 +52,7 @@ class SafetensorsFiles:
         found: dict[str, SafetensorsTensor] = {}
         twice: dict[str, list[str]] = {}
         broken: list[str] = []
-        for path in _paths(folder):
+        for path in _paths(folder) if paths is None else paths:
             try:
                 with _open(path) as tensors:
                     for name in tensors.keys():  # noqa: SIM118

@@ -97,7 +97,7 @@ def run(settings: ServiceSettings, *, host: str, port: int, fast_front: bool = F
         scorers = sum(each.most_replicas for each in settings.models)
         process_limits.check(settings.ingress_replicas + scorers, _cpus(settings))
         for each in settings.models:
-            folder = model_source.resolve(each.model, each.revision, say=say)
+            folder = model_source.resolve(each.model, each.revision, each.base, say=say)
             tokenizer = TextTokenizer.load(folder)
             template = choose(each, folder)
             try:

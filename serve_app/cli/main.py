@@ -35,6 +35,10 @@ def serve(
         ),
     ] = ["demo"],  # noqa: B006 - typer's way
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="The model that a LoRA adapter is merged onto.", show_default="the one that it names"),
+    ] = None,
     served_name: Annotated[
         str | None, typer.Option(help="Name of the model in requests.", show_default="from --model")
     ] = None,
@@ -87,10 +91,10 @@ def serve(
     score-serve serve --model judge=./checkpoint --model demo
     """
     models = [_named(each) for each in model]
-    one: dict[str, Any] = {"revision": revision, "served_name": served_name}
+    one: dict[str, Any] = {"revision": revision, "base": base, "served_name": served_name}
     if len(models) > 1 and any(one.values()):
         raise typer.BadParameter(
-            "--revision and --served-name are for a single --model; name several models with NAME=MODEL"
+            "--revision, --base and --served-name are for a single --model; name several models with NAME=MODEL"
         )
     if served_name and "served_name" in models[0]:
         raise typer.BadParameter(f"--model {model[0]!r} has a name already; leave out --served-name")

@@ -152,7 +152,7 @@ def load_tokenizers(models: Iterable[ModelSettings]) -> list[tuple[Path, TextTok
 
     loaded: list[tuple[Path, TextTokenizer]] = []
     for each in models:
-        folder = model_source.resolve(each.model, each.revision, say=logger.info)
+        folder = model_source.resolve(each.model, each.revision, each.base, say=logger.info)
         tokenizer = TextTokenizer.load(folder)
         loaded.append((folder, tokenizer))
         template, profile = choose(each, folder), choose_profile(each, tokenizer, ChatTemplate.load(tokenizer), folder)

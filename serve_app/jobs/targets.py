@@ -131,7 +131,7 @@ class Engines:
         return scorer_resources(self.settings)
 
     def identity(self, model: str, *more: str) -> dict[str, Any]:  # noqa: ARG002 - there is one model
-        return self.settings.model_dump(include={"model", "revision", "dtype", "quantization", "engine", *more})
+        return self.settings.model_dump(include={"model", "revision", "base", "dtype", "quantization", "engine", *more})
 
     def connect(self, task: Task[R, A]) -> Ask[R, A]:
         loop = asyncio.new_event_loop()
@@ -146,7 +146,7 @@ class Engines:
     async def _service(self) -> ModelService:
         settings = self.settings
         engine = load_engine(settings)
-        tokenizer = TextTokenizer.load(model_source.resolve(settings.model, settings.revision))
+        tokenizer = TextTokenizer.load(model_source.resolve(settings.model, settings.revision, settings.base))
         return ModelService(settings, tokenizer, engine.info, LocalReplicas(engine, settings))
 
 

@@ -82,9 +82,9 @@ def _load_model(settings: ModelSettings) -> Engine:
     from model.sharding import tpu_mesh
 
     mesh = tpu_mesh(settings.tpu.chips) if settings.tpu else None
-    folder = model_source.resolve(settings.model, settings.revision, say=logger.info)
+    folder = model_source.resolve(settings.model, settings.revision, settings.base, say=logger.info)
     logger.info("loading %s", folder)
-    return load(
+    engine = load(
         folder,
         dtype=settings.dtype,
         quantization=settings.quantization,
@@ -92,6 +92,9 @@ def _load_model(settings: ModelSettings) -> Engine:
         compiled_folder=compiled_folder(),
         mesh=mesh,
     )
+    for note in engine.info.notes:
+        logger.warning("%s: %s", settings.name, note)
+    return engine
 
 
 def compiled_folder() -> Path:

@@ -42,11 +42,20 @@ def sequences() -> list[list[int]]:
     return alone + [query + rng.integers(0, 307, n).tolist() for n in (1, 5, 20, 40)]
 
 
+def torch_on_one_thread() -> None:
+    """Tiny matmuls take many times as long on several threads that wait for each other, most of all beside other
+    tests."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 def reference(folder: Path) -> list[list[float]]:
     """transformers' float32 log-probabilities of ``LABELS`` after each sequence, each prompt run alone."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    torch_on_one_thread()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     rows: list[list[float]] = []
     with torch.no_grad():

@@ -17,7 +17,7 @@ from serve_app.contract import TokenBatch
 from serve_app.tasks import labels
 from serve_app.tasks.prompts import Prompt, packed
 from tests.batches import label_batch
-from tests.parity.cases import HAVE_TORCH, sequences
+from tests.parity.cases import HAVE_TORCH, sequences, torch_on_one_thread
 from tests.tiny import write_json
 from tests.tiny_families import CLASSIFIERS, config_of, make_family
 
@@ -33,6 +33,7 @@ def test_class_logits_equal_transformers(family: str, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification
 
+    torch_on_one_thread()
     folder = make_family(tmp_path, family, classes=3)
     scorer = load(folder)
     assert (scorer.info.classes, scorer.info.vocab_size, scorer.info.pad_token_id) == (3, 307, 0)
@@ -40,6 +41,8 @@ def test_class_logits_equal_transformers(family: str, tmp_path: Path) -> None:
     prompts = [*sequences(), *([*own, *[0] * pads] for pads in (0, 1, 40)), [0, 0, 9], [9, 0, 0], [0], [0] * 40]
     auto: Any = AutoModelForSequenceClassification
     for pad in ({"pad_token_id": 0}, {"pad_token_id": 208}, {"pad_token_id": None}, {"pad_token_id": -1}, {}):
+        if family == "phi3" and not pad:
+            continue  # transformers' own default is 32,000, beyond this vocabulary, and it builds no such model
         config = config_of(family) | {
             "architectures": [CLASSIFIERS[family]],
             "id2label": {"0": "a", "1": "b", "2": "c"},

@@ -87,17 +87,6 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
     assert "save_pretrained" in message
 
 
-@pytest.mark.parametrize("weights", [True, False])
-def test_an_adapter_is_refused(tmp_path: Path, weights: bool) -> None:
-    if weights:
-        make_llama(tmp_path, layers=1)
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    message = refusal(str(tmp_path))
-    assert ("beside the model's weights" if weights else "no model of its own") in message
-    assert "merge_and_unload" in message
-
-
 @pytest.mark.parametrize("name", ["./absent", "../absent", "/absent/model", "~/absent-model"])
 def test_a_path_that_does_not_exist_is_not_taken_for_a_hub_id(name: str) -> None:
     assert f"{name} is not a folder" in refusal(name)
@@ -140,6 +129,128 @@ def test_a_gguf_file_that_is_a_git_lfs_pointer(tiny_gguf: Path) -> None:
     tiny_gguf.write_text(POINTER)
     for word in ("tiny.gguf", "git lfs pull"):
         assert word in refusal(str(tiny_gguf))
+
+
+# Adapters
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return make_llama(tmp_path / "base", layers=1, vocab=271, tokenizer=True, shards=2)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, base: Path) -> Path:
+    """An adapter without a tokenizer of its own."""
+    folder = tmp_path / "my-judge"
+    folder.mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": 4, "revision": None}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_model.safetensors").write_bytes(b"the adapter's")
+    (folder / "README.md").write_text("---\nbase_model: other\n---\n")
+    (folder / "config.json").write_text("{}")  # some trainers leave one
+    return folder
+
+
+def test_an_adapter_has_one_folder_with_its_base(adapter: Path, base: Path, cache: Path) -> None:
+    folder = resolve(str(adapter))
+    assert folder.parent == cache
+    assert folder.name.startswith("my-judge-")
+    for name in ("config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (folder / name).readlink() == base / name
+    assert len(list(folder.glob("model-0000*.safetensors"))) == 2
+    assert (folder / "adapter_model.safetensors").read_bytes() == b"the adapter's"
+    assert (folder / "README.md").readlink() == adapter / "README.md"
+    written = json.loads((folder / "adapter_config.json").read_text())
+    assert (written["base_model_name_or_path"], written["_name_or_path"]) == (str(base), str(adapter))
+    assert written["r"] == 4
+    assert resolve(str(adapter)) == folder
+    assert entries(cache) == [folder.name]
+    TextTokenizer.load(folder)
+
+
+def test_a_changed_adapter_has_another_folder(adapter: Path) -> None:
+    before = resolve(str(adapter))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "r": 8}))
+    after = resolve(str(adapter))
+    assert after != before
+    assert json.loads((after / "adapter_config.json").read_text())["r"] == 8
+
+
+def test_the_tokenizer_of_an_adapter_goes_before_its_bases(tmp_path: Path, adapter: Path, base: Path) -> None:
+    own = make_llama(tmp_path / "own", layers=1, vocab=271, tokenizer=True)
+    shutil.copy(own / "tokenizer.json", adapter)
+    (adapter / "chat_template.jinja").write_text("own")
+    (base / "chat_template.jinja").write_text("the base's")
+    folder = resolve(str(adapter))
+    assert (folder / "tokenizer.json").readlink() == adapter / "tokenizer.json"
+    assert (folder / "chat_template.jinja").read_text() == "own"
+    assert not (folder / "tokenizer_config.json").exists(), "all files are of one tokenizer"
+
+
+def test_a_base_that_the_user_names(tmp_path: Path, adapter: Path, base: Path) -> None:
+    moved = base.rename(tmp_path / "moved")
+    assert "the base of the adapter" in refusal(str(adapter))
+    folder = resolve(str(adapter), base=str(moved))
+    assert (folder / "config.json").readlink() == moved / "config.json"
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(moved)
+    with pytest.raises(ModelSourceError, match="is not an adapter and takes no base"):
+        resolve(str(moved), base=str(moved))
+
+
+def test_the_base_of_an_adapter_is_fetched_in_its_revision(
+    adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def download(model: str, *, revision: str | None, **_: Any) -> str:
+        asked.append((model, revision))
+        return str(base)
+
+    monkeypatch.setattr(model_source, "snapshot_download", download)
+    config = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "revision": "v2"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    resolve(str(adapter))
+    resolve(str(adapter), base="other/base")
+    assert asked == [("org/base", "v2"), ("other/base", None)]
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("{}", "name it with --base"),
+        ('{"base_model_name_or_path": null}', "name it with --base"),
+        ("[]", "adapter_config.json is not a JSON object"),
+        ("{", "adapter_config.json is not valid JSON"),
+    ],
+)
+def test_an_adapter_that_names_no_base(config: str, said: str, adapter: Path) -> None:
+    (adapter / "adapter_config.json").write_text(config)
+    assert said in refusal(str(adapter))
+
+
+def test_an_adapter_beside_weights_is_ambiguous(adapter: Path, base: Path) -> None:
+    shutil.copytree(base, adapter, dirs_exist_ok=True)
+    message = refusal(str(adapter))
+    for said in ("beside a model's weights (model-00001-of-00002.safetensors)", "a folder of their own"):
+        assert said in message
+    for path in adapter.glob("model*.safetensors"):
+        path.unlink()
+    (adapter / "pytorch_model.bin").write_bytes(b"")
+    assert "beside a model's weights (pytorch_model.bin)" in refusal(str(adapter))
+
+
+def test_adapters_that_cannot_be_used(tmp_path: Path, adapter: Path) -> None:
+    upon = shutil.copytree(adapter, tmp_path / "upon")
+    (upon / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(adapter)}))
+    assert "is an adapter as well" in refusal(str(upon))
+    (adapter / "adapter_model.safetensors").write_text(POINTER)
+    assert "git lfs pull" in refusal(str(adapter))
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    assert "only adapter_model.bin" in refusal(str(adapter))
+    (adapter / "adapter_model.bin").unlink()
+    assert "no adapter_model.safetensors" in refusal(str(adapter))
 
 
 # GGUF

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from model.config import ModelConfig, Rope
-from model.families.registry import FAMILIES, from_hf
+from model.families.registry import FAMILIES, KNOWN, from_hf
 from model.fields import ConfigError
 from tests.tiny_families import CLASSIFIERS, CONFIGS, config_of
 
@@ -122,6 +122,14 @@ def test_classes(family: str) -> None:
         assert config.architecture == CLASSIFIERS[family]
 
 
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_an_absent_pad_is_that_of_the_class_in_transformers(family: str) -> None:
+    from transformers import CONFIG_MAPPING
+
+    absent = with_(family, without=("pad_token_id",), architectures=[CLASSIFIERS[family]])
+    assert absent.pad_token_id == CONFIG_MAPPING[config_of(family)["model_type"]]().pad_token_id
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "named"),
     [
@@ -159,6 +167,6 @@ def test_refused_with_the_names_in_the_message(family: str, changes: Mapping[str
 
 def test_an_unknown_architecture_is_answered_with_all_that_are_known() -> None:
     with pytest.raises(ConfigError) as refusal:
-        with_("llama", architectures=["Gemma3ForConditionalGeneration"])
-    for name in FAMILIES:
+        with_("llama", architectures=["MixtralForCausalLM"])
+    for name in KNOWN:
         assert name in str(refusal.value)
