@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from model.fields import read_config
+from model.tensors.quantised.methods import dequantised
 from model.tensors.safetensors_files import SafetensorsFiles
 from model.tensors.stored import READ, Tensors
+from model.tensors.torch_files import TorchFiles
 
 _COMPARED = 2**22
 """Numbers of each of two tensors that are compared at a time."""
@@ -30,14 +33,19 @@ class Opened:
 
 @contextmanager
 def opened(folder: Path) -> Generator[Opened]:
-    """Open a folder that has ``model.safetensors``, or shards and ``model.safetensors.index.json``.
+    """Open a folder that has safetensors or PyTorch files: one, or shards with an index.
+
+    Quantised weights are read as what they stand for.
 
     Raises:
         CheckpointError: a file is missing or broken.
+        ConfigError: a way of quantising that is not read.
     """
-    with SafetensorsFiles() as files:
+    files = TorchFiles() if TorchFiles.there(folder) and not SafetensorsFiles.there(folder) else SafetensorsFiles()
+    with files:
         tensors, problems = files.tensors(folder)
-        yield Opened(folder, tensors, problems)
+        tensors, more = dequantised(tensors, read_config(folder) if (folder / "config.json").is_file() else {})
+        yield Opened(folder, tensors, problems + more)
 
 
 def differ(tensors: Tensors, one: str, other: str) -> bool:
