@@ -19,7 +19,8 @@ _ABOUT_THE_MAKING = {
     # How it was made, and with what.
     "meta", "dataset", "tokenizer", "batch_size", "damp_percent", "damp_auto_increment", "true_sequential",
     "static_groups", "mse", "block_name_to_quantize", "module_name_preceding_first_block", "model_seqlen",
-    "cache_block_outputs", "model_name_or_path", "model_file_base_name", "pad_token_id", "quantizer",
+    "cache_block_outputs", "model_name_or_path", "model_file_base_name", "pad_token_id", "quantizer", "method",
+    "gptaq", "foem", "act_group_aware", "hyb_act", "failsafe", "fallback",
     # How others are to run it.
     "backend", "use_exllama", "disable_exllama", "exllama_config", "max_input_length", "use_cuda_fp16", "do_fuse",
     "fuse_max_seq_len", "modules_to_fuse",
@@ -30,7 +31,7 @@ _AWQ_PLACES = tuple(number // 8 * 8 + (0, 4, 1, 5, 2, 6, 3, 7)[number % 8] for n
 
 
 def _awq(fields: Fields) -> Weight:
-    layouts = {fields.text(key, "gemm").lower() for key in ("version", "format")}
+    layouts = {fields.text(key, "gemm").lower() for key in ("version", "format", "checkpoint_format")}
     if layouts != {"gemm"}:
         raise ConfigError(
             f"quantised weights of AWQ are read in the layout 'gemm', and this checkpoint's is "
