@@ -84,7 +84,7 @@ def fbgemm(weight: np.ndarray) -> Made:
 
 
 def compressed_int4(weight: np.ndarray) -> Made:
-    """Symmetric groups of 16 inputs, in bfloat16."""
+    """Symmetric groups of 16 inputs, with scales in bfloat16."""
     groups = weight.reshape(len(weight), -1, 16)
     scales = (np.abs(groups).max(-1) / 7.5).astype(ml_dtypes.bfloat16)
     numbers = np.clip(np.round(groups / scales[..., None].astype(np.float32)), -8, 7)
@@ -93,8 +93,7 @@ def compressed_int4(weight: np.ndarray) -> Made:
         "weight_scale": scales,
         "weight_shape": np.array(weight.shape, np.int64),
     }
-    plain = (numbers * scales[..., None].astype(np.float32)).astype(ml_dtypes.bfloat16)
-    return parts, plain.reshape(weight.shape).astype(np.float32)
+    return parts, (numbers * scales[..., None].astype(np.float32)).reshape(weight.shape).astype(np.float32)
 
 
 def compressed_int8(weight: np.ndarray) -> Made:
@@ -135,6 +134,7 @@ def int8_rows(weight: np.ndarray) -> Made:
 
 _INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16}
 _INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+_TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 
 METHODS: Mapping[str, tuple[Callable[[np.ndarray], Made], Mapping[str, Any]]] = {
     "fp8": (fp8, {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]}),
@@ -174,7 +174,7 @@ METHODS: Mapping[str, tuple[Callable[[np.ndarray], Made], Mapping[str, Any]]] = 
             "format": "int-quantized",
             "quantization_status": "compressed",
             "ignore": ["lm_head"],
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": _INT8, "input_activations": _INT8}},
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": _INT8, "input_activations": _TOKENS}},
         },
     ),
     "bitsandbytes-nf4": (

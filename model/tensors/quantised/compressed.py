@@ -59,7 +59,9 @@ def _read(fields: Fields) -> Weight:
             )
         sizes = group_sizes(parts.module, numbers.shape, scales.shape, blocks)
         order = _order(parts) if with_order or "weight_g_idx" in parts else None
-        return Scaled(numbers, scales, sizes[0], order or sizes[1], zeros, dtype=scales.dtype)
+        # In float32, as transformers does where it loads in float32. The products are exact, so that what is rounded to
+        # the type of the scales then is what the library gives back.
+        return Scaled(numbers, scales, sizes[0], order or sizes[1], zeros)
 
     return weight
 
