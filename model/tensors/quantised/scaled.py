@@ -68,10 +68,9 @@ class Scaled:
         zeros = None if self.zeros is None else self.zeros.read((from_rows, from_columns)).astype(np.float32)
         for stored, at in strips(rows, values.shape[1]):
             numbers = self.numbers.read((stored, columns)).astype(np.float32)
-            groups = np.ix_(by_row[at], by_column)
             if zeros is not None:
-                numbers -= zeros[groups]
-            numbers *= scales[groups]
+                numbers -= zeros[by_row[at]].take(by_column, axis=1)
+            numbers *= scales[by_row[at]].take(by_column, axis=1)
             if self.factor != 1:
                 numbers *= np.float32(self.factor)
             values[at] = numbers
