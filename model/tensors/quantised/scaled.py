@@ -69,12 +69,18 @@ class Scaled:
         for stored, at in strips(rows, values.shape[1]):
             numbers = self.numbers.read((stored, columns)).astype(np.float32)
             if zeros is not None:
-                numbers -= zeros[by_row[at]].take(by_column, axis=1)
-            numbers *= scales[by_row[at]].take(by_column, axis=1)
+                numbers -= self._picked(zeros, by_row[at], by_column)
+            numbers *= self._picked(scales, by_row[at], by_column)
             if self.factor != 1:
                 numbers *= np.float32(self.factor)
             values[at] = numbers
         return values
+
+    def _picked(
+        self, grid: npt.NDArray[np.float32], rows: npt.NDArray[np.intp], columns: npt.NDArray[np.intp]
+    ) -> npt.NDArray[np.float32]:
+        of_rows = grid[rows]
+        return of_rows if self.columns == 1 else of_rows.take(columns, axis=1)
 
     def _groups(self, group: Group, cut: slice, axis: int) -> tuple[npt.NDArray[np.intp], slice]:
         """The group of each place of the cut, counted from the first one that is read; and which are read."""
