@@ -84,7 +84,7 @@ class Tensor:
         self.shape = (*((len(pieces),) if stack else ()), *_shape(pieces[0].target))
 
     def __getitem__(self, index: tuple[slice, ...]) -> npt.NDArray[Any]:
-        """Read the values: float32, bfloat16 or float16; they may not be contiguous."""
+        """Read the values: of one of the types ``READ``; they may not be contiguous."""
         if self._pieces[0].target.stack is None:
             return self._pieces[0].part(index)
         members, *rest = index

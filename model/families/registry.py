@@ -13,6 +13,7 @@ from model.config import ModelConfig, with_classes
 from model.families import gemma2, gemma3, llama, mistral, olmo2, phi3, qwen2, qwen3, qwen3_moe
 from model.families.wrappers import ALIASES, WRAPPERS, unwrapped
 from model.fields import ConfigError, Fields
+from model.tensors.quantised import methods
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
                     f"transformers chooses the model: they contradict each other. Write {family.model_type!r}, or the "
                     "architecture of the other, whichever the weights are of"
                 )
+            methods.check(config)
             fields = Fields(config)
             parsed = replace(family.parse(fields), architecture=architecture)
             return with_classes(parsed, fields, family.pad_token_id) if family.classifies else parsed

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from model.fields import read_config
 from model.tensors import adapters, names
 from model.tensors.adapters import Adapter
+from model.tensors.quantised.methods import dequantised
 from model.tensors.safetensors_files import SafetensorsFiles
 from model.tensors.stored import READ, Tensors
+from model.tensors.torch_files import TorchFiles
 
 _COMPARED = 2**22
 """Numbers of each of two tensors that are compared at a time."""
@@ -34,17 +37,22 @@ class Opened:
 
 @contextmanager
 def opened(folder: Path) -> Generator[Opened]:
-    """Open a folder that has ``model.safetensors``, or shards and ``model.safetensors.index.json``.
+    """Open a folder that has safetensors or PyTorch files: one, or shards with an index.
+
+    Quantised weights are read as what they stand for.
 
     An adapter that lies beside these is merged onto them.
 
     Raises:
         CheckpointError: a file is missing or broken.
-        ConfigError: the adapter asks for something that is not implemented.
+        ConfigError: a way of quantising, or something that the adapter asks for, that is not implemented.
     """
     adapter = adapters.read(folder)
-    with SafetensorsFiles() as files, SafetensorsFiles() as of_adapter:
+    weights = TorchFiles() if TorchFiles.there(folder) and not SafetensorsFiles.there(folder) else SafetensorsFiles()
+    with weights as files, SafetensorsFiles() as of_adapter:
         tensors, problems = files.tensors(folder)
+        tensors, more = dequantised(tensors, read_config(folder) if (folder / "config.json").is_file() else {})
+        problems += more
         tensors, more = names.known(tensors)
         problems += more
         if adapter is not None:

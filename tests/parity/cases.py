@@ -7,7 +7,7 @@ installed; elsewhere the stored ones are used. ``python -m tests.parity.cases`` 
 import importlib.util
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def torch_on_one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def reference(folder: Path) -> list[list[float]]:
+def reference(folder: Path, prompts: Sequence[list[int]] | None = None) -> list[list[float]]:
     """transformers' float32 log-probabilities of ``LABELS`` after each sequence, each prompt run alone."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -59,7 +59,7 @@ def reference(folder: Path) -> list[list[float]]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     rows: list[list[float]] = []
     with torch.no_grad():
-        for tokens in sequences():
+        for tokens in sequences() if prompts is None else prompts:
             logits = model(torch.tensor([tokens])).logits[0, -1].double()
             rows.append(torch.log_softmax(logits, -1)[list(LABELS)].tolist())
     return rows

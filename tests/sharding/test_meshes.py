@@ -1,8 +1,6 @@
 """The same scores on every mesh, through the whole engine, on simulated devices of the CPU."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,9 @@ from model.computations import Kind
 from model.engine import Engine
 from model.families.registry import from_hf
 from model.fields import ConfigError, read_config
-from model.tensors.safetensors_files import SafetensorsFiles
 from tests.batches import label_batch, reads_batch
 from tests.invariance.rows import LABELS, TOLERANCE, VOCAB, prompts, values
+from tests.reads import bytes_read
 from tests.sharding.one_of_two import SIZES
 from tests.tiny import make_llama
 
@@ -132,22 +130,6 @@ def test_two_sums_a_layer_and_no_weight_is_gathered(folder: Path) -> None:
         text = programs.compiler.get(kind, size).as_text()
         assert len(re.findall(r"= \S+ all-reduce(?:-start)?\(", text)) == count, kind
         assert "all-gather" not in text
-
-
-@contextmanager
-def bytes_read() -> Iterator[list[int]]:
-    """Bytes of every part that is read of a checkpoint's tensors."""
-    read: list[int] = []
-    original = SafetensorsFiles.part
-
-    def counted(self: Any, *what: Any) -> Any:
-        values = original(self, *what)
-        read.append(values.nbytes)
-        return values
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SafetensorsFiles, "part", counted)
-        yield read
 
 
 def test_no_more_is_read_than_the_devices_hold(folder: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ from serve_app.model_source import OTHER_TOKENIZER_FILES, READ_TOKENIZER_FILES, 
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.tiny import make_llama
 from tests.tiny_gguf import gguf_family, write_family_gguf, write_gguf
+
+with_torch = pytest.mark.skipif(find_spec("torch") is None, reason="torch reads these files")
 
 
 @pytest.fixture(autouse=True)
@@ -81,10 +84,25 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
     assert "no config.json" in refusal(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     assert "no weights" in refusal(str(tmp_path))
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+
+
+def test_pytorch_files_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"weights")
+    monkeypatch.setitem(sys.modules, "torch", None)
     message = refusal(str(tmp_path))
-    assert "only PyTorch .bin weights" in message
+    assert "only PyTorch .bin weights, which are read by torch: pip install torch, or save" in message
     assert "save_pretrained" in message
+
+
+@with_torch
+def test_pytorch_files(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"weights")
+    assert resolve(str(tmp_path)) == tmp_path.resolve()
+    (tmp_path / "pytorch_model.bin").write_text(POINTER)
+    for word in ("pytorch_model.bin in", "git lfs pull"):
+        assert word in refusal(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["./absent", "../absent", "/absent/model", "~/absent-model"])
@@ -450,6 +468,22 @@ def test_a_hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any("bin" in pattern for pattern in options["allow_patterns"])
     (folder / "model.safetensors").unlink()
     assert "no weights" in refusal("someone/model")
+
+
+@with_torch
+def test_pytorch_files_of_the_hub_are_fetched_where_there_are_no_safetensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+
+    def snapshot(*_: Any, allow_patterns: list[str], **__: Any) -> str:
+        if "pytorch_model*.bin" in allow_patterns:
+            (tmp_path / "pytorch_model.bin").write_bytes(b"weights")
+        return str(tmp_path)
+
+    monkeypatch.setattr(model_source, "snapshot_download", snapshot)
+    assert resolve("someone/model") == tmp_path
+    assert (tmp_path / "pytorch_model.bin").is_file()
 
 
 def hub_error(kind: type[errors.HfHubHTTPError], status: int) -> Exception:

@@ -48,7 +48,7 @@ def sharded(folder: Path, shards: Mapping[str, Mapping[str, np.ndarray]], weight
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64])
 def test_values_transforms_and_dtypes(tmp_path: Path, dtype: Any) -> None:
     save_file({"a": A.astype(dtype), "b": B.astype(dtype)}, tmp_path / SINGLE)
     loaded = read(tmp_path)
@@ -136,7 +136,7 @@ def test_everything_wrong_is_listed_in_one_error(tmp_path: Path) -> None:
         "  missing: b (2,)",
         "  duplicate: a in 1.safetensors, 2.safetensors",
         "  mis-shaped: a is (3, 2), the config asks for (2, 3)",
-        "  dtype: a is I64; read are F32, BF16, F16",
+        "  dtype: a is I64; read are F32, BF16, F16, F64",
         "  unexpected: extra (2,)",
     ]
 
@@ -181,6 +181,5 @@ def test_a_damaged_index_is_refused(tmp_path: Path, index: str) -> None:
     assert INDEX in refusal(tmp_path)
 
 
-def test_no_safetensors_at_all(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+def test_no_weights_at_all(tmp_path: Path) -> None:
     assert SINGLE in refusal(tmp_path)

@@ -132,8 +132,8 @@ def test_refused_with_the_names_in_the_message(changes: dict[str, Any], named: l
 
 def test_unknown_keys_are_refused_all_at_once() -> None:
     with pytest.raises(ConfigError) as refusal:
-        with_(quantization_config={"bits": 4}, sliding_window=4096, pretraining_tp=2, use_cache=True)
-    for word in ("quantization_config", "sliding_window=4096", "pretraining_tp=2 (only 1 is implemented)"):
+        with_(layer_scale={"bits": 4}, sliding_window=4096, pretraining_tp=2, use_cache=True)
+    for word in ("layer_scale", "sliding_window=4096", "pretraining_tp=2 (only 1 is implemented)"):
         assert word in str(refusal.value)
     assert "use_cache" not in str(refusal.value)
 
