@@ -75,6 +75,10 @@ class Judgement:
         return max(range(len(self.probabilities)), key=self.probabilities.__getitem__)
 
 
+Judged = Judgement | ScoringError
+"""The answer to one question, or why it has none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Decided:
     """The answers to all questions of a request.
@@ -86,7 +90,7 @@ class Decided:
         cached_tokens: how many of these did not have to be computed.
     """
 
-    judgements: Sequence[Judgement | ScoringError]
+    judgements: Sequence[Judged]
     input_tokens: int
     cached_tokens: int
 
