@@ -22,6 +22,7 @@ from serve_app.tasks.decisions.bodies import (
     MOST_QUESTIONS,
     DecisionRequest,
     Part,
+    json_value,
     noul,
     one_of,
     parse,
@@ -29,12 +30,14 @@ from serve_app.tasks.decisions.bodies import (
 from serve_app.tasks.decisions.decider import builder, streams
 from serve_app.tasks.decisions.questions import Decided, Judged, Judgement, Kind, Option, Question, as_text
 from serve_app.tasks.task import Lines, Task
+from serve_app.tasks.validation import of_field
 
 _TEXT_OR_DATA: dict[str, Any] = {"anyOf": [{"type": kind} for kind in ("string", "object", "array")]}
 
 Content = Annotated[
     Any,
     AfterValidator(one_of(str, dict, list, expected="text, an object or a list")),
+    AfterValidator(json_value),
     WithJsonSchema(_TEXT_OR_DATA),
 ]
 """A text; or an object or a list, which the model sees as JSON."""
@@ -227,7 +230,8 @@ def questions(request: SystemOneRequest) -> list[Question]:
     Raises:
         InvalidRequestError: a question asks nothing.
     """
-    return [_question(asked, ("questions", name)) for name, asked in request.questions.items()]
+    with of_field("questions"):
+        return [_question(asked, ("questions", name)) for name, asked in request.questions.items()]
 
 
 def _question(asked: NoulQuestion | ChoiceQuestion | ScoreQuestion, where: tuple[str | int, ...]) -> Question:
@@ -322,7 +326,8 @@ def _by_level(values: Sequence[Any]) -> dict[str, Any]:
 
 
 def _state(request: SystemOneRequest) -> str:
-    return as_text(request.state)
+    with of_field("state"):
+        return as_text(request.state)
 
 
 SYSTEMONE = Task[SystemOneRequest, SystemOneResponse](

@@ -160,9 +160,8 @@ class Work:
         self._left -= characters
         if self._left < 0:
             raise TooLargeError(
-                f"{self._param}: labels are tokenised after the text before them, and would make more than "
-                f"{self._most:,} characters, the most that this service takes in a request; split the request, "
-                "or shorten the prompts",
+                f"{self._param}: more than {self._most:,} characters would have to be tokenised to find the labels' "
+                "tokens, the end of a prompt again for each label; split the request, or shorten the prompts",
                 param=self._param,
             )
 

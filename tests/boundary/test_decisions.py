@@ -135,7 +135,12 @@ class TestSystemOne:
     async def test_files_are_refused(self, http: Http):
         files = {"request": ("request", json.dumps(SYSTEM_ONE).encode(), "application/json"), "asset-0": b"\x89PNG"}
         response = await http.client.post("/v1/systemone", files=files)
-        assert "multipart/form-data" in http.typesafe(response, 422)["detail"][0]["msg"]
+        (found,) = http.typesafe(response, 422)["detail"]
+        assert found["loc"] == ["body", "assets"]
+        assert "multipart/form-data" in found["msg"]
+        response = await http.client.post("/v1/systemone", content=b"{}", headers={"content-type": "text/plain"})
+        (found,) = http.typesafe(response, 422)["detail"]
+        assert found["loc"] == ["body"]
 
     @pytest.mark.parametrize("path", ["/v1/systemone/", "/v1/v1/systemone", "/systemone"])
     async def test_errors_beside_the_route(self, http: Http, path: str):
