@@ -189,6 +189,7 @@ class TestDecisions:
             ({"questions": DECISIONS["questions"]}, "input", 400),
             (DECISIONS | {"questions": []}, "questions", 400),
             (DECISIONS | {"questions": [{"type": "predicate", "instructions": ""}]}, "questions", 400),
+            (DECISIONS | {"input": "a" * 600_000}, "input", 400),
             (DECISIONS | {"stream": True}, "stream", 400),
             (DECISIONS | {"x_trace_id": "a"}, "x_trace_id", 400),
             (DECISIONS | {"model": "none"}, "model", 404),
