@@ -47,6 +47,7 @@ async def streamed(http: Http, **ask: Any) -> list[dict[str, Any]]:
         MANY,
         MANY | {"state": {"text": ""}, "questions": MANY["questions"] | {"\u2028 ": SYSTEM_ONE["questions"]["team"]}},
         MANY | {"questions": MANY["questions"] | {"long": LONG}, "on_error": "item"},
+        MANY | {"questions": {"long": LONG, "longer": LONG}, "on_error": "item"},
     ],
 )
 async def test_a_streamed_answer_is_the_whole_one(http: Http, ask: dict[str, Any]):
