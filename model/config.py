@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from model.contract import TOKEN_BITS
 from model.fields import ConfigError, Fields
 
 RopeKind = Literal["default", "linear", "llama3", "longrope"]
@@ -43,6 +44,10 @@ class Rope:
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
     magnitude: float = 1.0
+
+
+MOST_TOKENS = 2**TOKEN_BITS // 2
+"""The most tokens of a vocabulary: with some ropes the prefix cache knows each by two ids (``Engine``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +166,7 @@ def common_config(
     context_length = fields.integer("max_position_embeddings")
     return ModelConfig(
         architecture="",  # the registry's to say
-        vocab_size=fields.integer("vocab_size"),
+        vocab_size=_vocab_size(fields),
         width=width,
         layers=fields.integer("num_hidden_layers"),
         heads=heads,
@@ -175,6 +180,13 @@ def common_config(
         activation=ACTIVATIONS[activation],
         **constants,
     )
+
+
+def _vocab_size(fields: Fields) -> int:
+    size = fields.integer("vocab_size")
+    if size > MOST_TOKENS:
+        raise ConfigError(f"vocab_size is {size}; the prefix cache tells at most {MOST_TOKENS} tokens apart")
+    return size
 
 
 def with_window(config: ModelConfig, fields: Fields, window: int | None, sliding: Sequence[bool]) -> ModelConfig:

@@ -22,7 +22,8 @@ PAGE_TOKENS = 128
 matmul a step, small enough that a short prefix wastes little."""
 
 SALT_BITS = 42
-"""Bits of a salt: beside a token's 21 they fit into a signed integer of 64."""
+TOKEN_BITS = 63 - SALT_BITS
+"""Bits of a salt, and of a token in the prefix cache's keys: together they fit into a signed integer of 64."""
 
 Progress = Callable[[int, int, str], None]
 """Called as ``progress(done, total, what)`` while an engine warms up."""

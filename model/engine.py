@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model import plan, prefill
-from model.contract import PAGE_TOKENS, SALT_BITS, BatchResult, EngineStats, ModelInfo, Progress, TokenBatch
+from model.contract import PAGE_TOKENS, TOKEN_BITS, BatchResult, EngineStats, ModelInfo, Progress, TokenBatch
 from model.pages import CacheStats, Node, OutOfPagesError, PrefixCache, SeenPrefixes
 from model.prefill import PinnedPrefix
 from model.programs import Inputs, Prefixes, Programs
@@ -99,7 +99,7 @@ class Engine:
         bounds = batch.offsets.tolist()
         sequences = [self._marked(batch.tokens[a:b]) for a, b in itertools.pairwise(bounds)]
         salts = [0] * len(sequences) if batch.salts is None else batch.salts.tolist()
-        keys = [tokens.astype(np.int64) | salt << 63 - SALT_BITS for tokens, salt in zip(sequences, salts, strict=True)]
+        keys = [tokens.astype(np.int64) | salt << TOKEN_BITS for tokens, salt in zip(sequences, salts, strict=True)]
         for number, tokens in enumerate(sequences):
             if not 0 < len(tokens) <= (longest := self._layout.longest):
                 raise ValueError(f"sequence {number} has {len(tokens)} tokens; this model reads 1 to {longest}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, overload
 from urllib.parse import urlencode
@@ -34,7 +35,7 @@ from serve_app.schemas import (
     invalid,
 )
 from serve_app.tasks.decisions import bodies
-from serve_app.tasks.systemone import AnyQuestion, SystemOneRequest, SystemOneResponse
+from serve_app.tasks.systemone import AnswerLine, AnswersEnd, AnyQuestion, SystemOneRequest, SystemOneResponse
 
 LONGEST_WAIT_S = 30.0
 """Most seconds between two attempts, whatever Retry-After says."""
@@ -60,6 +61,7 @@ class _NestedError(BaseModel):
 
 
 _ERROR: TypeAdapter[ErrorResponse | _NestedError] = TypeAdapter(ErrorResponse | _NestedError)
+_LINE: TypeAdapter[AnswerLine | AnswersEnd | _NestedError] = TypeAdapter(AnswerLine | AnswersEnd | _NestedError)
 
 
 class ScoreClient:
@@ -115,7 +117,8 @@ class ScoreClient:
     def ask(self, request: SystemOneRequest) -> SystemOneResponse: ...
 
     def ask(self, request: ScoreRequest | SystemOneRequest) -> ScoreResponse | SystemOneResponse:
-        """Send a request as it is, with its own ``model``."""
+        """Send a request as it is, with its own ``model``. ``stream`` is ignored."""
+        request = request.model_copy(update={"stream": False})
         if isinstance(request, SystemOneRequest):
             return self._ask(SystemOneResponse, "POST", SYSTEM_ONE, request)
         return self._ask(ScoreResponse, "POST", "/v1/score", request)
@@ -177,20 +180,61 @@ class ScoreClient:
 
         For example ``decide(text, {"urgent": {"type": "noul", "instructions": "Is it urgent?"}})``.
         """
-        fields = {
-            "state": state,
-            "questions": dict(questions),
-            "permutations": permutations,
-            "cache_salt": cache_salt,
-            "on_error": on_error,
-            "timeout_s": timeout_s,
-            "model": self._model,
-        }
+        return self.ask(
+            self._asked(
+                state=state,
+                questions=dict(questions),
+                permutations=permutations,
+                cache_salt=cache_salt,
+                on_error=on_error,
+                timeout_s=timeout_s,
+            )
+        )
+
+    def decide_each(
+        self,
+        state: Any,
+        questions: Mapping[str, AnyQuestion | Mapping[str, Any]],
+        *,
+        permutations: int = 1,
+        cache_salt: str | None = None,
+        on_error: Literal["fail", "item"] = "fail",
+        timeout_s: float | None = None,
+    ) -> Generator[AnswerLine | AnswersEnd]:
+        """Decide like ``decide``, and yield each question's answer as soon as it is read, and then the usage.
+
+        Answers come in any order. A request is not retried once an answer has come: what fails it then is raised.
+        """
+        return self._lines(
+            self._asked(
+                state=state,
+                questions=dict(questions),
+                permutations=permutations,
+                cache_salt=cache_salt,
+                on_error=on_error,
+                timeout_s=timeout_s,
+                stream=True,
+            )
+        )
+
+    def _asked(self, **fields: Any) -> SystemOneRequest:
+        fields |= {"model": self._model}
         try:
-            request = SystemOneRequest.model_validate(fields)
+            return SystemOneRequest.model_validate(fields)
         except ValidationError as error:
             raise bodies.invalid(error, fields) from None
-        return self.ask(request)
+
+    def _lines(self, request: SystemOneRequest) -> Generator[AnswerLine | AnswersEnd]:
+        with closing(self._retrying()(self._open, "POST", SYSTEM_ONE, request)) as response, self._reached():
+            for line in _split(response.iter_bytes()):
+                answered = _LINE.validate_json(line)
+                if isinstance(answered, _NestedError):
+                    flat = answered.error
+                    raise _kind(flat.code)(flat.message, param=flat.param)
+                yield answered
+                if isinstance(answered, AnswersEnd):
+                    return
+        raise OverloadedError(f"{self._http.base_url} ended its answer too early; ask again")
 
     def tokenize(
         self,
@@ -249,19 +293,38 @@ class ScoreClient:
             return False
 
     def _ask(self, answer: type[R], method: str, path: str, request: RequestBody | None = None) -> R:
-        retrying = Retrying(
+        return answer.model_validate_json(self._retrying()(self._send, method, path, request))
+
+    def _retrying(self) -> Retrying:
+        return Retrying(
             retry=retry_if_exception_type(OverloadedError),
             stop=stop_after_attempt(self._attempts),
             wait=wait,
             reraise=True,
         )
-        return answer.model_validate_json(retrying(self._send, method, path, request))
 
     def _send(self, method: str, path: str, request: RequestBody | None) -> bytes:
+        with closing(self._open(method, path, request)) as response, self._reached():
+            return response.read()
+
+    def _open(self, method: str, path: str, request: RequestBody | None) -> httpx.Response:
+        """Send a request, and return its response, whose body is still to be read."""
         content = None if request is None else request.model_dump_json(exclude_none=True)
         headers = {} if request is None else {"content-type": "application/json"}
+        with self._reached():
+            built = self._http.build_request(method, path, content=content, headers=headers)
+            response = self._http.send(built, stream=True)
+            if response.is_success:
+                return response
+            with closing(response):
+                response.read()
+        raise _error(response)
+
+    @contextmanager
+    def _reached(self) -> Generator[None]:
+        """Give a failure of the network its class."""
         try:
-            response = self._http.request(method, path, content=content, headers=headers)
+            yield
         except httpx.ReadTimeout as error:
             raise DeadlineExceededError(
                 f"{self._http.base_url} gave no answer in {self._timeout_s:g} s; raise timeout_s or send fewer items"
@@ -270,9 +333,6 @@ class ScoreClient:
             raise OverloadedError(
                 f"{self._http.base_url} cannot be reached: {error or type(error).__name__}; is the service running?"
             ) from error
-        if not response.is_success:
-            raise _error(response)
-        return response.content
 
 
 def _checked(model: type[Q], /, **fields: Any) -> Q:
@@ -289,13 +349,24 @@ def wait(state: RetryCallState) -> float:
     return max(_BACKOFF(state), min(asked or 0, LONGEST_WAIT_S))
 
 
+def _split(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """The lines of a body; in JSON only a newline ends one."""
+    rest = b""
+    for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        yield from lines
+
+
+def _kind(status: int) -> type[ScoringError]:
+    if status in _OVERLOADED:
+        return OverloadedError
+    return BY_STATUS.get(status, InvalidRequestError if status < 500 else InternalError)
+
+
 def _error(response: httpx.Response) -> ScoringError:
     """The error of a response: the service's own by its body, a proxy's by its status."""
     status = response.status_code
-    if status in _OVERLOADED:
-        kind: type[ScoringError] = OverloadedError
-    else:
-        kind = BY_STATUS.get(status, InvalidRequestError if status < 500 else InternalError)
+    kind = _kind(status)
     retry_after = response.headers.get("retry-after", "")
     try:
         found = _ERROR.validate_json(response.content)

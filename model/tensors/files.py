@@ -64,9 +64,7 @@ class Files(ABC):
             self._path = path
         return self._file.part(name, cut)
 
-    def tensors(
-        self, folder: Path, paths: Sequence[Path] | None = None
-    ) -> tuple[dict[str, "FileTensor"], list[str]]:
+    def tensors(self, folder: Path, paths: Sequence[Path] | None = None) -> tuple[dict[str, "FileTensor"], list[str]]:
         """The tensors of all files, from their headers alone, and what is wrong: names that two files have.
 
         Args:

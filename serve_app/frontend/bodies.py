@@ -31,8 +31,10 @@ async def read(request: Request, limit: int) -> bytes:
     """
     content_type = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if content_type != "application/json":
-        advice = f"; {compat.READS_TEXT}" if content_type.startswith("multipart/") else ""
-        raise InvalidRequestError(f"Content-Type is {content_type[:60]!r}; send JSON as 'application/json'{advice}")
+        said = f"Content-Type is {content_type[:60]!r}; send JSON as 'application/json'"
+        if content_type.startswith("multipart/"):  # as TypeSafe's client sends images, the assets of its request
+            raise InvalidRequestError(f"{said}; {compat.READS_TEXT}", where=("assets",))
+        raise InvalidRequestError(said)
     encoding = _encoding(request)
     body = await _received(request, limit)
     if encoding and body:

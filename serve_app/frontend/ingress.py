@@ -110,7 +110,7 @@ class Ingress:
         return await self._models.of(request.model).answer(SCORE, request, request_id=uuid.uuid4().hex)
 
     async def decide(self, request: SystemOneRequest) -> SystemOneResponse:
-        """Decide like ``POST /v1/systemone``, for callers inside the Ray cluster.
+        """Decide like ``POST /v1/systemone``, for callers inside the Ray cluster. ``stream`` is ignored.
 
         Raises:
             ScoringError: see ``ModelService.answer``.

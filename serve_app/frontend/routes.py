@@ -90,8 +90,8 @@ def _add_route(app: FastAPI, path: str, tasks: Sequence[AnyTask], get_models: Ca
         request_id: str = request.state.request_id
         limit, tenant = _timeout_s(request), getattr(request.state, "tenant", "")
         if task.lines and asked.stream:
-            stream = service.stream(asked, request_id=request_id, timeout_s=limit, tenant=tenant)
-            lines = json_lines(stream, request_id)
+            stream = service.stream(task, asked, request_id=request_id, timeout_s=limit, tenant=tenant)
+            lines = json_lines(stream, request_id, path)
             return LinesResponse(await _unless_gone(request, anext(lines)), lines)
         work = service.answer(task, asked, request_id=request_id, timeout_s=limit, tenant=tenant)
         return await _json(await _unless_gone(request, work))
@@ -99,7 +99,8 @@ def _add_route(app: FastAPI, path: str, tasks: Sequence[AnyTask], get_models: Ca
     task = tasks[-1]
     statuses = (503, 504) if task.scores else (504,)
     invalid, _ = InvalidRequestError("").answer_on(path)
-    options = documented(task.response, task.request, *statuses, error=task.error, lines=task.lines, invalid=invalid)
+    lines = task.lines.description if task.lines else None
+    options = documented(task.response, task.request, *statuses, error=task.error, lines=lines, invalid=invalid)
     app.add_api_route(path, handle, methods=["POST"], name=task.name, description=task.description, **options)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+from pydantic import BaseModel
 
 from serve_app import timing
 from serve_app.batches import shared_by_all, shared_tokens
@@ -32,14 +33,12 @@ from serve_app.frontend import fanout
 from serve_app.frontend.admission import Admission
 from serve_app.frontend.streaming import as_finished
 from serve_app.frontend.watched_threads import WatchedThreads
-from serve_app.schemas import RequestBody, ScoreEnd, ScoreRequest, ScoreRow
+from serve_app.schemas import RequestBody
 from serve_app.settings import ModelSettings
-from serve_app.tasks import scores
 from serve_app.tasks.model_facts import ModelFacts
-from serve_app.tasks.prompts import PreparedItems, PromptBuilder
 from serve_app.tasks.steps import Steps, advance
 from serve_app.tasks.table import TASKS
-from serve_app.tasks.task import PreparedRequest, Task
+from serve_app.tasks.task import PreparedRequest, Stream, Task
 from serve_app.tasks.tokenizer import TextTokenizer
 from serve_app.timing import Timings
 
@@ -120,7 +119,8 @@ class ModelService:
         model = ModelFacts.of(settings, self._tokenizer, self._info, self._folder)
         # The key is a name, since Serve pickles a deployment's class with copies of the objects that it refers to.
         prepare: dict[str, Callable[[Any, str], Steps[Any]]] = {task.name: task.builder(model) for task in TASKS}
-        self._settings, self.model, self._prepare = settings, model, prepare
+        streams = {task.name: task.lines.builder(model) for task in TASKS if task.lines}
+        self._settings, self.model, self._prepare, self._streams = settings, model, prepare, streams
         self._bound_queue()
 
     @property
@@ -168,60 +168,63 @@ class ModelService:
         return await self._run(self._work(batch, 0, request_id, time.time() + self._settings.timeout_s))
 
     async def stream(
-        self, request: ScoreRequest, *, request_id: str, timeout_s: float = math.inf, tenant: str = ""
-    ) -> AsyncGenerator[Sequence[ScoreRow] | Sequence[ScoreEnd]]:
-        """Yield the items' rows as they finish, several at a time and in no order, and finally an end with the usage.
+        self, task: Task[R, Any], request: R, *, request_id: str, timeout_s: float = math.inf, tenant: str = ""
+    ) -> AsyncGenerator[Sequence[BaseModel]]:
+        """Yield the lines of a request's answer as they finish, several at a time and in no order, and finally an end
+        with the usage.
 
-        The items are prepared and computed in pieces. No more pieces are begun before the reader asks than the replicas
-        need to be busy.
+        What is asked is prepared and computed in pieces. No more pieces are begun before the reader asks than the
+        replicas need to be busy.
+
+        Args:
+            task: the kind of the request; it has ``lines``.
 
         Raises:
-            ScoringError: see ``answer``. It may also come after some rows.
+            ScoringError: see ``answer``. It may also come after some lines.
         """
+        begin = partial(self._streams[task.name], request)
         with self._counted():
-            limit = self._time_limit(request.timeout_s, timeout_s)
-            async with aclosing(self._stream(request, request_id, limit, _salt(request, tenant))) as answered:
+            limit = self._time_limit(getattr(request, "timeout_s", None), timeout_s)
+            async with aclosing(self._stream(begin, request_id, limit, _salt(request, tenant))) as answered:
                 async for some in answered:
                     yield some
 
     async def _stream(
-        self, request: ScoreRequest, request_id: str, limit: float, salt: int
-    ) -> AsyncGenerator[Sequence[ScoreRow] | Sequence[ScoreEnd]]:
+        self, begin: Callable[[], Stream], request_id: str, limit: float, salt: int
+    ) -> AsyncGenerator[Sequence[BaseModel]]:
         deadline = time.time() + limit
         with timing.tokenising():
-            builder = await self.in_time(self._in_thread(partial(PromptBuilder, request, self.model)), limit)
+            stream = await self.in_time(self._in_thread(begin), limit)
         turn = asyncio.Lock()
         numbers = count()
-        prompt_tokens = computed_tokens = 0
+        computed_tokens = 0
 
-        def prepare() -> Steps[tuple[PreparedItems, _Work]]:
-            prepared = yield from builder.some(self._settings.max_batch_tokens // 2)
+        def prepare() -> Steps[tuple[PreparedRequest[Sequence[BaseModel]], _Work]]:
+            prepared = yield from stream.some(self._settings.max_batch_tokens // 2)
             batch = _salted(prepared.batch, salt)
             return prepared, self._work(batch, prepared.query_tokens, request_id, deadline, next(numbers))
 
-        async def piece() -> tuple[list[ScoreRow], int, int]:
+        async def piece() -> tuple[Sequence[BaseModel], int]:
             async with turn:
                 with timing.tokenising():
                     prepared, work = await self._in_steps(prepare())
             result = await self._run(work)
-            make = partial(scores.rows, request, prepared, result)
-            answered = await self._off_loop(make, scores.size(request, prepared))
-            self.items += len(prepared.prompts)
-            return answered, prepared.prompt_tokens, int(result.computed_tokens.sum())
+            answered = await self._off_loop(partial(prepared.answer, result), prepared.size)
+            self.items += prepared.items
+            return answered, int(result.computed_tokens.sum())
 
         pieces = as_finished(
             piece,
-            lambda: builder.left > 0,
+            lambda: stream.left > 0,
             window=PIECES_AT_ONCE * max(self._replicas.count, 1),
             deadline=deadline,
             late=self._too_late(limit),
         )
         async with aclosing(pieces):
-            async for answered, prompts, computed in pieces:
-                prompt_tokens += prompts
+            async for answered, computed in pieces:
                 computed_tokens += computed
                 yield answered
-        yield [ScoreEnd(model=self._settings.name, usage=scores.usage(prompt_tokens, computed_tokens))]
+        yield [stream.end(computed_tokens)]
 
     def close(self) -> None:
         """Stop the tokenizer's threads."""

@@ -89,8 +89,11 @@ async def _after(first: bytes, lines: AsyncIterator[bytes]) -> AsyncIterator[byt
         yield line
 
 
-async def json_lines(events: AsyncGenerator[Sequence[BaseModel]], request_id: str) -> AsyncGenerator[bytes]:
+async def json_lines(events: AsyncGenerator[Sequence[BaseModel]], request_id: str, path: str) -> AsyncGenerator[bytes]:
     """Yield one line for each value, several at a time. An error after the first value becomes the last line.
+
+    Args:
+        path: the route, whose errors have a shape of their own.
 
     Raises:
         Exception: ``events`` raised it before the first value.
@@ -111,7 +114,8 @@ async def json_lines(events: AsyncGenerator[Sequence[BaseModel]], request_id: st
             fault = InternalError(f"the server failed on this request; look for {request_id} in its log")
         if fault.status == InternalError.status:
             logger.error("request %s: %s", request_id, fault.message, exc_info=error)
-        yield to_json(fault.body()) + b"\n"
+        _, body = fault.answer_on(path)
+        yield to_json(body) + b"\n"
 
 
 def _json_lines(values: Sequence[BaseModel]) -> Iterator[bytes]:

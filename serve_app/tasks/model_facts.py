@@ -21,7 +21,8 @@ TEXT_CHARACTERS = 2**19
 """Characters that one text may always have, whatever the model's context: 0.3 s of one thread (a byte-level BPE)."""
 CHARACTERS_PER_TOKEN = 64
 """Characters per token, more than the average of a text in any language."""
-
+LABEL_CHARACTERS = 2**27
+"""Characters that a request's labels may have together with the ends of their prompts: a minute of one thread."""
 
 MOST_CLASSES = 2
 """The most classes of a model that can rerank: with more, no single class means relevance."""

@@ -301,7 +301,7 @@ OPENAI_DECISIONS = Task[DecisionsRequest, DecisionsResponse](
     description="Typed questions about an input, in OpenAI's shape: a probability for each option of each question.",
     request=DecisionsRequest,
     response=DecisionsResponse,
-    builder=builder(lambda request: transcript(request.input), questions, _answer),
+    builder=builder(lambda request: transcript(request.input), questions, _answer, field="input"),
     error=OpenAIErrorResponse,
     parse=parse,
 )

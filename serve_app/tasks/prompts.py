@@ -15,11 +15,20 @@ from serve_app.errors import InvalidRequestError, ScoringError
 from serve_app.schemas import ScoreRequest
 from serve_app.tasks import labels
 from serve_app.tasks.labels import Layout, Words
-from serve_app.tasks.model_facts import ModelFacts
+from serve_app.tasks.model_facts import LABEL_CHARACTERS, ModelFacts
 from serve_app.tasks.steps import Steps
 from serve_app.tasks.tokenizer import Ending, Joined, in_chunks
 from serve_app.tasks.truncation import item_span, shortened
-from serve_app.tasks.validation import check_count, check_ids, check_work, too_many_tokens, wrong_ids, wrong_texts
+from serve_app.tasks.validation import (
+    Work,
+    check_count,
+    check_ids,
+    check_work,
+    of_field,
+    too_many_tokens,
+    wrong_ids,
+    wrong_texts,
+)
 
 L = TypeVar("L", int, str)
 Spelling = list[list[str]]
@@ -107,11 +116,13 @@ class PromptBuilder:
         if request.messages is not None:
             self._guard()
         self._most_tokens = model.max_prompt_tokens
+        self._work = Work(LABEL_CHARACTERS, "labels")
         self._joined = Joined(
             self._tokenizer,
             "" if request.item_first else self._query,
             add_special_tokens=self._special,
             many=len(self._items) > 1 or bool(self._words),
+            work=self._work,
         )
 
     @property
@@ -136,8 +147,7 @@ class PromptBuilder:
             TooLargeError: the request has more tokens than the limits allow.
         """
         made = yield from self._take(min(self._step, self.left))
-        own = len(made.batch.tokens) - made.batch.num_sequences * made.query_tokens
-        self._step = max(1, min(2 * self._step, self._step * tokens // max(own, 1)))
+        self._step = next_step(self._step, made, tokens)
         return made
 
     def _take(self, count: int) -> Steps[PreparedItems]:
@@ -146,10 +156,14 @@ class PromptBuilder:
         for chunk in self._chunks([index for index in indices if index not in self._wrong]):
             yield
             # The tokenizer may have more tokens than the model.
-            unknown = wrong_ids(chunk, self._model.info.vocab_size, "items", of_text=True) if self._text else ()
+            read = [(index, ids) for index, ids in chunk if not isinstance(ids, InvalidRequestError)]
+            unknown = wrong_ids(read, self._model.info.vocab_size, "items", of_text=True) if self._text else ()
             wrong = {error.index: error for error in unknown}
             for index, ids in chunk:
                 try:
+                    with of_field("items", index):
+                        if isinstance(ids, InvalidRequestError):
+                            raise ids
                     if index in wrong:
                         raise wrong[index]
                     prompt = yield from self._prompt(index, ids)
@@ -304,21 +318,22 @@ class PromptBuilder:
             assert error.index is not None
             self._wrong.setdefault(error.index, error)
 
-    def _chunks(self, indices: Sequence[int]) -> Iterator[list[tuple[int, list[int]]]]:
-        """The index and the prompt's tokens of each item, as many at a time as take about one step."""
+    def _chunks(self, indices: Sequence[int]) -> Iterator[list[tuple[int, list[int] | InvalidRequestError]]]:
+        """The index and the prompt's tokens of each item, or its error, as many at a time as take about one step."""
         request, numbers = self._request, iter(indices)
         items = [self._items[index] for index in indices]
         if self._text:
             own = map(self._own, indices) if request.item_first else cast(list[str], items)
-            made = self._joined.chunks(own)
+            made = self._joined.checked(own)
         else:
             query = cast(list[int], request.query or [])
             made = (
                 [item + query if request.item_first else query + item for item in chunk]
                 for chunk in in_chunks(cast(list[list[int]], items), len(query))
             )
-        for sequences in made:
-            yield list(zip(islice(numbers, len(sequences)), sequences, strict=True))
+        with of_field("messages"):  # no other query is guarded, so that tokenising it may fail
+            for sequences in made:
+                yield list(zip(islice(numbers, len(sequences)), sequences, strict=True))
 
     def _own(self, index: int) -> str:
         """An item's text; with ``item_first`` the query follows it."""
@@ -369,11 +384,12 @@ class PromptBuilder:
         """
         words = self._words[index]
         labelled: list[tuple[int, ...]] = []
-        for word, with_word in zip(words, ending.followed_by(words), strict=True):
-            yield
-            labelled.append(self._in_context.added(index, ids, word, with_word, ending))
-            if fits:
-                self._check_length(index, len(ids), len(labelled[-1]) - 1)
+        with of_field("labels", index, "labels"):
+            for word, with_word in zip(words, ending.followed_by(words), strict=True):
+                yield
+                labelled.append(self._in_context.added(index, ids, word, with_word, ending))
+                if fits:
+                    self._check_length(index, len(ids), len(labelled[-1]) - 1)
         return self._in_context.layout(index, words, tuple(labelled))
 
     def _truncated(
@@ -396,9 +412,16 @@ class PromptBuilder:
             return kept, layout, spelling
         # The labels now follow other text.
         text = text[: ends[stop - (len(ids) - len(kept)) - 1]]
-        ending = tokenizer.ending(text, kept, add_special_tokens=special)
-        ending = ending or Ending(tokenizer, [], text, [], special)
+        ending = tokenizer.ending(text, kept, add_special_tokens=special, work=self._work)
+        ending = ending or Ending(tokenizer, [], text, [], special, self._work)
         return kept, *(yield from self._layout(index, kept, ending, fits=True))
+
+
+def next_step(step: int, made: PreparedItems, tokens: int) -> int:
+    """The number of entries to prepare after ``step`` of them: twice as many, as long as they have about ``tokens``
+    without the query."""
+    own = len(made.batch.tokens) - made.batch.num_sequences * made.query_tokens
+    return max(1, min(2 * step, step * tokens // max(own, 1)))
 
 
 def packed(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from typing import Annotated, Literal
 
 import numpy as np
@@ -30,7 +31,7 @@ from serve_app.tasks.scores import class_logits, label_scores, usage
 from serve_app.tasks.steps import Steps
 from serve_app.tasks.task import Prepare, PreparedRequest, Task
 from serve_app.tasks.tokenizer import Joined
-from serve_app.tasks.validation import check_characters, check_count, check_ids, check_work, too_many_tokens
+from serve_app.tasks.validation import check_characters, check_count, check_ids, check_work, of_field, too_many_tokens
 
 _SHOWN = 10
 """The most documents that a warning names."""
@@ -146,7 +147,8 @@ def prepare(model: ModelFacts, request: RerankRequest, request_id: str) -> Steps
     end, layout = _answers(model, behind)
     whole = isinstance(template.prompt, str)
     opening = _each_apart(model, apart)
-    (front,) = tokenizer.encode([before], add_special_tokens=whole)
+    with of_field("query"):
+        (front,) = tokenizer.encode([before], add_special_tokens=whole)
     front = opening + front
     most, limited = model.max_prompt_tokens, "this model reads"
     if request.truncate_prompt_tokens is not None and 0 <= request.truncate_prompt_tokens < most:
@@ -161,8 +163,11 @@ def prepare(model: ModelFacts, request: RerankRequest, request_id: str) -> Steps
     joined = Joined(tokenizer, before, add_special_tokens=whole, many=len(documents) > 1)
     prompts: list[Prompt] = []
     total = 0
-    for index, own in enumerate(joined.each(map(guard, documents))):
+    for index, own in enumerate(chain.from_iterable(joined.checked(map(guard, documents)))):
         yield
+        if isinstance(own, InvalidRequestError):
+            with of_field("documents", index):
+                raise own
         ids = opening + own
         # The tokenizer may have more tokens than the model.
         check_ids(ids, model.info.vocab_size, f"documents[{index}]", index, of_text=True)
@@ -213,7 +218,8 @@ def _builder(model: ModelFacts) -> Prepare[RerankRequest, RerankResponse]:
 
 def _each_apart(model: ModelFacts, texts: Sequence[str]) -> list[int]:
     """Ids of the texts, each tokenised by itself, one after the other."""
-    return [id for ids in model.tokenizer.guarded.encode(texts, add_special_tokens=False) for id in ids]
+    with of_field("query"):
+        return [id for ids in model.tokenizer.guarded.encode(texts, add_special_tokens=False) for id in ids]
 
 
 def _answers(model: ModelFacts, behind: Sequence[str]) -> tuple[list[int], Layout]:
@@ -231,7 +237,9 @@ def _answers(model: ModelFacts, behind: Sequence[str]) -> tuple[list[int], Layou
             )
         return _each_apart(model, behind), labels.of_tokens(range(model.info.classes))
     words, last = (model.rerank.template.yes, model.rerank.template.no), behind[-1]
-    end, *answered = model.tokenizer.guarded.encode([last, *(last + word for word in words)], add_special_tokens=False)
+    texts = [last, *(last + word for word in words)]
+    with of_field("query"):
+        end, *answered = model.tokenizer.guarded.encode(texts, add_special_tokens=False)
     found: list[int] = []
     for word, ids in zip(words, answered, strict=True):
         added = labels.added_tokens(end, ids)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import operator
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -18,6 +19,7 @@ from typing import Any, cast
 from jinja2 import TemplateError, meta, nodes, pass_environment
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import do_indent
 from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -36,6 +38,12 @@ _MOST_BITS = 1_024
 """The most bits of a number."""
 _MOST_INDENT = 16
 """The most characters of JSON's indents and separators."""
+_MOST_DATE = 128
+"""The most characters of a date's format; each makes 256 at most."""
+_SPECIFIER = re.compile(r"%(?:\(\w*\))?[#0+ -]*[0-9]{0,2}(?:\.[0-9]{0,2})?[hlL]?[a-zA-Z%]")
+"""What ``%`` may replace in a text: widths and precisions of more digits make a text of any length."""
+_MOST_NUMBER = 512
+"""The most characters that a number becomes there: 99 after the point, and as many before it as float64 has."""
 
 _METHODS = frozenset(
     (
@@ -82,6 +90,7 @@ _FILTERS = frozenset(
         "dictsort",
         "first",
         "float",
+        "groupby",
         "int",
         "items",
         "join",
@@ -199,6 +208,33 @@ def _replace(text: Any, old: str, new: str, count: int = -1) -> str:
     return text.replace(old, new, count)
 
 
+def _formatted(text: str, values: Any) -> str:
+    if "%" in _SPECIFIER.sub("", text):
+        raise SecurityError("it must not format text with % by more than names, and widths and digits below 100")
+    # Names may stand for the same value many times.
+    _spend(len(text) + len(_SPECIFIER.findall(text)) * (_MOST_NUMBER + len(str(values))))
+    return text % values
+
+
+def _format(text: Any, *values: Any, **named: Any) -> str:
+    return _formatted(str(text), named or values)
+
+
+def _indent(text: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+    text = str(text)
+    if isinstance(width, int):
+        _spend(max(width, 0))
+        width = " " * width
+    _spend((1 + len(text.splitlines())) * (1 + len(width)) + len(text))
+    return do_indent(text, width, first, blank)
+
+
+def _strftime_now(format: str) -> str:
+    if len(format) > _MOST_DATE:
+        raise SecurityError(f"a date's format must not have more than {_MOST_DATE} characters")
+    return datetime.now().strftime(format)
+
+
 def _tojson(
     value: Any,
     ensure_ascii: bool = False,
@@ -299,6 +335,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         )
         own: dict[str, Callable[..., Any]]
         own = {"join": _join, "replace": _replace, "tojson": _tojson, "concatenated": _concatenated}
+        own |= {"format": _format, "indent": _indent}
         own["map"] = _paying_each(self.filters["map"])  # one list may be what every entry is mapped to
         given = {name: function for name, function in self.filters.items() if name in _FILTERS} | own
         self.filters = {name: _paying(function) for name, function in given.items()} | {"each": _each, "paid": _paid}
@@ -307,7 +344,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             "dict": _Dict(),
             "namespace": _Namespace,
             "raise_exception": _raise_exception,
-            "strftime_now": lambda format: datetime.now().strftime(format),
+            "strftime_now": _strftime_now,
         }
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
@@ -349,7 +386,7 @@ def _times(left: Any, right: Any) -> Any:
 
 def _modulo(left: Any, right: Any) -> Any:
     if isinstance(left, str):
-        raise SecurityError("it must not format text with %")
+        return _formatted(left, right)
     return operator.mod(left, right)
 
 

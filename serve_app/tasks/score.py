@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
-from serve_app.schemas import ScoreRequest, ScoreResponse
+from pydantic import BaseModel
+
+from serve_app.schemas import ScoreEnd, ScoreRequest, ScoreResponse
 from serve_app.tasks import scores
 from serve_app.tasks.model_facts import ModelFacts
 from serve_app.tasks.prompts import PromptBuilder
 from serve_app.tasks.steps import Steps
-from serve_app.tasks.task import PreparedRequest, Task
+from serve_app.tasks.task import Lines, PreparedRequest, Task
 
 
 def prepare(model: ModelFacts, request: ScoreRequest) -> Steps[PreparedRequest[ScoreResponse]]:
@@ -24,6 +27,28 @@ def prepare(model: ModelFacts, request: ScoreRequest) -> Steps[PreparedRequest[S
     return PreparedRequest(made.batch, made.query_tokens, len(made.prompts), scores.size(request, made), answer)
 
 
+class _Rows:
+    """A request's items, scored some at a time."""
+
+    def __init__(self, model: ModelFacts, request: ScoreRequest) -> None:
+        self._model, self._request = model.name, request
+        self._builder = PromptBuilder(request, model)
+        self._prompt_tokens = 0
+
+    @property
+    def left(self) -> int:
+        return self._builder.left
+
+    def some(self, tokens: int) -> Steps[PreparedRequest[Sequence[BaseModel]]]:
+        made = yield from self._builder.some(tokens)
+        self._prompt_tokens += made.prompt_tokens
+        rows = partial(scores.rows, self._request, made)
+        return PreparedRequest(made.batch, made.query_tokens, len(made.prompts), scores.size(self._request, made), rows)
+
+    def end(self, computed_tokens: int) -> BaseModel:
+        return ScoreEnd(model=self._model, usage=scores.usage(self._prompt_tokens, computed_tokens))
+
+
 SCORE = Task[ScoreRequest, ScoreResponse](
     name="score",
     paths=("/v1/score",),
@@ -33,6 +58,10 @@ The header ``x-request-timeout-seconds`` shortens the service's own time limit f
     request=ScoreRequest,
     response=ScoreResponse,
     builder=lambda model: lambda request, _: prepare(model, request),
-    lines="With stream: a line of JSON for each item as it is finished, {index, scores, ...} with the fields of the "
-    "whole answer, or {index, error} with on_error: item; then {object: scoring, model, usage}, or an error object.",
+    lines=Lines(
+        "With stream: a line of JSON for each item as it is finished, {index, scores, ...} with the fields of the "
+        "whole answer, or {index, error} with on_error: item; then {object: scoring, model, usage}, or an error "
+        "object.",
+        lambda model: lambda request: _Rows(model, request),
+    ),
 )

@@ -1,7 +1,7 @@
 """Decisions in TypeSafe's shape, ``POST /v1/systemone``: questions by name, answers by the same names.
 
-What is beyond TypeSafe's own service: ``permutations``, ``on_error``, ``cache_salt`` and ``timeout_s`` in a request;
-names that begin with ``x_`` in an answer.
+What is beyond TypeSafe's own service: ``permutations``, ``on_error``, ``stream``, ``cache_salt`` and ``timeout_s`` in
+a request; names that begin with ``x_`` in an answer.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, ConfigDict, Field, Strict, WithJsonSchema
 
 from serve_app import compat
 from serve_app.errors import SYSTEM_ONE, ScoringError
@@ -22,19 +22,22 @@ from serve_app.tasks.decisions.bodies import (
     MOST_QUESTIONS,
     DecisionRequest,
     Part,
+    json_value,
     noul,
     one_of,
     parse,
 )
-from serve_app.tasks.decisions.decider import builder
-from serve_app.tasks.decisions.questions import Decided, Judgement, Kind, Option, Question, as_text
-from serve_app.tasks.task import Task
+from serve_app.tasks.decisions.decider import builder, streams
+from serve_app.tasks.decisions.questions import Decided, Judged, Judgement, Kind, Option, Question, as_text
+from serve_app.tasks.task import Lines, Task
+from serve_app.tasks.validation import of_field
 
 _TEXT_OR_DATA: dict[str, Any] = {"anyOf": [{"type": kind} for kind in ("string", "object", "array")]}
 
 Content = Annotated[
     Any,
     AfterValidator(one_of(str, dict, list, expected="text, an object or a list")),
+    AfterValidator(json_value),
     WithJsonSchema(_TEXT_OR_DATA),
 ]
 """A text; or an object or a list, which the model sees as JSON."""
@@ -90,6 +93,8 @@ class SystemOneRequest(DecisionRequest):
         questions: by names that the model never sees; the answers have the same names.
         on_error: ``"item"``: a question that cannot be answered has an answer of the type ``error``. ``"fail"``: it
             fails the request.
+        stream: send answers as lines of JSON (``AnswerLine``) as they are read, then a line with the rest of the whole
+            answer (``AnswersEnd``).
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -100,6 +105,7 @@ class SystemOneRequest(DecisionRequest):
     state: Content
     questions: Annotated[dict[Text, AnyQuestion], Field(min_length=1, max_length=MOST_QUESTIONS)]
     on_error: Literal["fail", "item"] = "fail"
+    stream: Annotated[bool, Strict()] = False
 
 
 class NoulAnswer(Read):
@@ -160,6 +166,18 @@ class SystemOneUsage(ResponseBody):
 AnyAnswer = NoulAnswer | ChoiceAnswer | ScoreAnswer | ErrorAnswer
 
 
+class AnswersEnd(ResponseBody):
+    """The last line of a streamed answer, after all answers.
+
+    Attributes:
+        x_cached_tokens: how many of ``usage.input_tokens`` did not have to be computed.
+    """
+
+    model: str
+    usage: SystemOneUsage
+    x_cached_tokens: int
+
+
 class SystemOneResponse(ResponseBody):
     """One answer for each question.
 
@@ -171,6 +189,17 @@ class SystemOneResponse(ResponseBody):
     answers: dict[str, AnyAnswer]
     usage: SystemOneUsage
     x_cached_tokens: int
+
+
+class AnswerLine(ResponseBody):
+    """One line of a streamed answer.
+
+    Attributes:
+        id: the question's name in the request.
+    """
+
+    id: str
+    answer: AnyAnswer
 
 
 class ValidationDetail(ResponseBody):
@@ -201,7 +230,8 @@ def questions(request: SystemOneRequest) -> list[Question]:
     Raises:
         InvalidRequestError: a question asks nothing.
     """
-    return [_question(asked, ("questions", name)) for name, asked in request.questions.items()]
+    with of_field("questions"):
+        return [_question(asked, ("questions", name)) for name, asked in request.questions.items()]
 
 
 def _question(asked: NoulQuestion | ChoiceQuestion | ScoreQuestion, where: tuple[str | int, ...]) -> Question:
@@ -229,21 +259,40 @@ def _answer(request: SystemOneRequest, model: str, decided: Decided) -> SystemOn
     Raises:
         ScoringError: a question cannot be answered, and the request does not have ``on_error: "item"``.
     """
-    answers: dict[str, AnyAnswer] = {}
-    for (name, asked), judged in zip(request.questions.items(), decided.judgements, strict=True):
-        if not isinstance(judged, ScoringError):
-            answers[name] = _answered(asked, judged)
-        elif request.on_error == "item":
-            code, _ = judged.answer_on(SYSTEM_ONE)
-            answers[name] = ErrorAnswer(x_error=QuestionError(code=code, message=judged.message))
-        else:
-            raise judged.at(judged.where or ("questions", name))
+    lines = _lines(request, dict(enumerate(decided.judgements)))
     return SystemOneResponse(
         model=model,
-        answers=answers,
+        answers={line.id: line.answer for line in lines},
         usage=SystemOneUsage(input_tokens=decided.input_tokens),
         x_cached_tokens=decided.cached_tokens,
     )
+
+
+def _lines(request: SystemOneRequest, judgements: Mapping[int, Judged]) -> list[AnswerLine]:
+    """Put some judgements, by the numbers of their questions, into TypeSafe's shape.
+
+    Raises:
+        ScoringError: see ``_answer``.
+    """
+    asked = list(request.questions.items())
+    return [
+        AnswerLine(id=asked[number][0], answer=_one(request, *asked[number], own)) for number, own in judgements.items()
+    ]
+
+
+def _end(model: str, input_tokens: int, cached_tokens: int) -> AnswersEnd:
+    return AnswersEnd(model=model, usage=SystemOneUsage(input_tokens=input_tokens), x_cached_tokens=cached_tokens)
+
+
+def _one(
+    request: SystemOneRequest, name: str, asked: NoulQuestion | ChoiceQuestion | ScoreQuestion, judged: Judged
+) -> AnyAnswer:
+    if not isinstance(judged, ScoringError):
+        return _answered(asked, judged)
+    if request.on_error == "item":
+        code, _ = judged.answer_on(SYSTEM_ONE)
+        return ErrorAnswer(x_error=QuestionError(code=code, message=judged.message))
+    raise judged.at(judged.where or ("questions", name))
 
 
 def _answered(
@@ -276,6 +325,11 @@ def _by_level(values: Sequence[Any]) -> dict[str, Any]:
     return {str(level): value for level, value in enumerate(values)}
 
 
+def _state(request: SystemOneRequest) -> str:
+    with of_field("state"):
+        return as_text(request.state)
+
+
 SYSTEMONE = Task[SystemOneRequest, SystemOneResponse](
     name="systemone",
     paths=(SYSTEM_ONE,),
@@ -285,8 +339,13 @@ The models' names `jev-latest` and `jev-preview` mean the default model. Unknown
 ignored.""",
     request=SystemOneRequest,
     response=SystemOneResponse,
-    builder=builder(lambda request: as_text(request.state), questions, _answer),
+    builder=builder(_state, questions, _answer),
     error=SystemOneErrorResponse,
+    lines=Lines(
+        "With stream: a line of JSON for each question as soon as it is read, {id, answer} with an answer as in the "
+        "whole one; then {model, usage, x_cached_tokens}, or an error object.",
+        streams(_state, questions, _lines, _end),
+    ),
     parse=parse,
     aliases=("jev-latest", "jev-preview"),
 )

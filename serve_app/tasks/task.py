@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from pydantic import BaseModel
 
@@ -53,6 +53,46 @@ class Answered(Generic[A]):
     value: A
 
 
+class Stream(Protocol):
+    """A request whose answer is made in pieces. Only one thread may use it at a time."""
+
+    @property
+    def left(self) -> int:
+        """The number of entries that are not prepared yet."""
+        ...
+
+    def some(self, tokens: int) -> Steps[PreparedRequest[Sequence[BaseModel]]]:
+        """Prepare the next entries: one at first, then more each time, up to about ``tokens`` that no other has. Their
+        answer is their lines.
+
+        Raises:
+            InvalidRequestError: an entry is wrong.
+            TooLargeError: the request asks for more than the limits allow.
+        """
+        ...
+
+    def end(self, computed_tokens: int) -> BaseModel:
+        """The last line, when all entries are answered.
+
+        Args:
+            computed_tokens: the number of tokens that had to be computed.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Lines(Generic[R]):
+    """How the answers of a kind of request are streamed, as lines of JSON.
+
+    Attributes:
+        description: for the API's documentation.
+        builder: makes the function that begins a stream, for one model, as ``Task.builder`` does.
+    """
+
+    description: str
+    builder: Callable[[ModelFacts], Callable[[R], Stream]]
+
+
 Prepare = Callable[[R, str], Steps[PreparedRequest[A] | Answered[A]]]
 """Builds a request's prompts in steps, given the request and its id.
 
@@ -78,7 +118,7 @@ class Task(Generic[R, A]):
         scores: whether its requests need an engine, so that an overloaded service refuses them at once.
         matches: whether a body is of this task, for tasks that share a route. None: the task takes every body that no
             other task of the route takes.
-        lines: the description of the lines of a streamed answer. None: answers are not streamed.
+        lines: how answers are streamed to a request with ``stream``. None: they are not.
         parse: the function that makes a checked request of a body. None: ``schemas.parse``, in pieces if it is large.
         aliases: names that mean the default model here, where no model is served under them.
     """
@@ -92,7 +132,7 @@ class Task(Generic[R, A]):
     error: type[BaseModel] = ErrorResponse
     scores: bool = True
     matches: Callable[[bytes], bool] | None = None
-    lines: str | None = None
+    lines: Lines[R] | None = None
     parse: Callable[[type[R], bytes], R] | None = None
     aliases: tuple[str, ...] = ()
 

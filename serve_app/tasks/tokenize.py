@@ -10,7 +10,7 @@ from serve_app.tasks.model_facts import ModelFacts
 from serve_app.tasks.plain_text import original
 from serve_app.tasks.steps import Steps
 from serve_app.tasks.task import Answered, Task
-from serve_app.tasks.validation import check_characters, check_count, check_ids
+from serve_app.tasks.validation import check_characters, check_count, check_ids, of_field
 
 
 def tokenize(model: ModelFacts, request: TokenizeRequest) -> Steps[Answered[TokenizeResponse]]:
@@ -46,7 +46,8 @@ def tokenize(model: ModelFacts, request: TokenizeRequest) -> Steps[Answered[Toke
 def _of_messages(model: ModelFacts, request: TokenizeRequest, messages: Sequence[Message]) -> TokenizeResponse:
     prompt = model.prompt_of(messages, answer=request.add_generation_prompt is not False)
     check_characters(len(prompt), model.max_text_characters, "messages")
-    (ids,) = model.tokenizer.guarded.encode([prompt], add_special_tokens=bool(request.add_special_tokens))
+    with of_field("messages"):
+        (ids,) = model.tokenizer.guarded.encode([prompt], add_special_tokens=bool(request.add_special_tokens))
     return TokenizeResponse(
         tokens=ids,
         count=len(ids),

@@ -15,9 +15,11 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from serve_app.batches import common_prefix
+from serve_app.errors import InvalidRequestError
 from serve_app.tasks import shared_query, tokenizer_files
 from serve_app.tasks.plain_text import PlainText, is_marked
 from serve_app.tasks.tokenizer_files import TokenizerFacts
+from serve_app.tasks.validation import Work
 
 _CHUNK_CHARACTERS = 2**16
 """Characters that are joined and tokenised at a time, about 20 ms of work. The limit keeps others from waiting long,
@@ -55,6 +57,7 @@ class Ending:
         text: the rest of the text, after those tokens.
         behind: the special tokens that are added after every text.
         special: whether special tokens are added around ``text``, since it is the whole text.
+        work: counts the characters that are tokenised; None: nobody does.
     """
 
     tokenizer: TextTokenizer
@@ -62,12 +65,18 @@ class Ending:
     text: str
     behind: list[int]
     special: bool = False
+    work: Work | None = None
 
     def followed_by(self, words: Sequence[str]) -> Iterator[list[int]]:
-        """Tokenise the whole text followed by each word, some words at a time as they are asked for."""
+        """Tokenise the whole text followed by each word, some words at a time as they are asked for.
+
+        Raises:
+            TooLargeError: there are more characters than ``work`` has left.
+        """
         at_once = max(1, _CHUNK_CHARACTERS // (len(self.text) + max(map(len, words), default=0) + 1))
         for start in range(0, len(words), at_once):
             texts = [self.text + word for word in words[start : start + at_once]]
+            self._spend(sum(map(len, texts)))
             for ids in self.tokenizer.encode(texts, add_special_tokens=self.special):
                 yield [*self.before, *ids, *self.behind]
 
@@ -78,6 +87,7 @@ class Ending:
         """
         if len(self.text) > _CHUNK_CHARACTERS:
             return None  # each try would take long
+        self._spend((1 + shared_query.TRIES) * len(self.text))
         ids, ends = self.tokenizer.encode_with_ends(self.text + word, add_special_tokens=self.special)
         cuts = [(kept, end) for kept, end in enumerate([0, *ends]) if end < len(self.text) and kept + len(self.before)]
         for kept, end in cuts[: -shared_query.TRIES - 1 : -1]:
@@ -85,6 +95,10 @@ class Ending:
             if own == ids[:kept]:
                 return end
         return None
+
+    def _spend(self, characters: int) -> None:
+        if self.work:
+            self.work.spend(characters)
 
 
 class TextTokenizer:
@@ -174,7 +188,9 @@ class TextTokenizer:
         before, behind = self._around if add_special_tokens else ([], [])
         return (before + whole, cut, behind) if cut else None
 
-    def ending(self, text: str, ids: Sequence[int], *, add_special_tokens: bool) -> Ending | None:
+    def ending(
+        self, text: str, ids: Sequence[int], *, add_special_tokens: bool, work: Work | None = None
+    ) -> Ending | None:
         """The end of ``text``, which has the tokens ``ids``; None if it is not much shorter than the whole text."""
         if not self._local or len(text) < shared_query.WORTHWHILE or self._around is None or self._has_marks(text):
             return None
@@ -183,7 +199,7 @@ class TextTokenizer:
         if own + behind != list(ids) or (found := shared_query.safe_end(self.backend, text, own, self._reach)) is None:
             return None
         tokens, cut = found
-        return Ending(self, own[:-tokens], text[cut:], behind)
+        return Ending(self, own[:-tokens], text[cut:], behind, work=work)
 
     def last_boundary(self, text: str) -> int:
         """The last place in ``text`` where tokens begin that depend on nothing before it: an added token, or a line.
@@ -225,10 +241,14 @@ class Joined:
     Attributes:
         query_tokens: the number of tokens at the front of the first prompt that are the query's alone; 0 before that
             prompt is made.
+        work: counts the characters that are tokenised for words after the endings; None: nobody does.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, query: str, *, add_special_tokens: bool, many: bool) -> None:
+    def __init__(
+        self, tokenizer: TextTokenizer, query: str, *, add_special_tokens: bool, many: bool, work: Work | None = None
+    ) -> None:
         self._tokenizer = tokenizer
+        self.work = work
         self._query = query
         self._special = add_special_tokens
         worthwhile = many and len(query) >= shared_query.WORTHWHILE
@@ -249,23 +269,42 @@ class Joined:
             self.query_tokens = common_prefix(np.asarray(front, np.int32), np.asarray(prompts[0], np.int32))
         return prompts
 
-    def chunks(self, items: Iterable[str]) -> Iterator[list[list[int]]]:
-        """Tokenise ``query + item`` for each item, a chunk at a time as it is asked for."""
-        return map(self.encode, in_chunks(items, len(self._query)))
+    def checked(self, items: Iterable[str]) -> Iterator[list[list[int] | InvalidRequestError]]:
+        """Tokenise ``query + item`` for each item, a chunk at a time as it is asked for.
+
+        An item whose text cannot be tokenised has an error in place of its ids.
+
+        Raises:
+            InvalidRequestError: the query's text cannot be tokenised.
+        """
+        for chunk in in_chunks(items, len(self._query)):
+            try:
+                yield list(self.encode(chunk))
+            except InvalidRequestError:
+                self._tokenizer.encode([self._query], add_special_tokens=self._special)
+                yield list(map(self._checked, chunk))
+
+    def _checked(self, item: str) -> list[int] | InvalidRequestError:
+        try:
+            return self.encode([item])[0]
+        except InvalidRequestError as error:
+            return error
 
     def each(self, items: Iterable[str]) -> Iterator[list[int]]:
         """Tokenise ``query + item`` for each item, and give one item's ids at a time."""
-        return chain.from_iterable(self.chunks(items))
+        return chain.from_iterable(map(self.encode, in_chunks(items, len(self._query))))
 
     def ending(self, item: str, ids: Sequence[int]) -> Ending:
         """The end of ``query + item``, which has the tokens ``ids``, see ``Ending``."""
-        if found := self._tokenizer.ending(self._query + item, ids, add_special_tokens=self._special):
+        special, work = self._special, self.work
+        if found := self._tokenizer.ending(self._query + item, ids, add_special_tokens=special, work=work):
             return found
         if self._front is None:
-            return Ending(self._tokenizer, [], self._query + item, [], self._special)
+            return Ending(self._tokenizer, [], self._query + item, [], special, work)
         front, cut, behind = self._front
         (rest,) = self._tokenizer.encode([self._query[cut:]], add_special_tokens=False)
-        return Ending(self._tokenizer, front[: len(front) - len(rest)], self._query[cut:] + item, behind)
+        before = front[: len(front) - len(rest)]
+        return Ending(self._tokenizer, before, self._query[cut:] + item, behind, work=work)
 
     def _encode_whole(self, items: Sequence[str]) -> list[list[int]]:
         texts = [self._query + item for item in items]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from serve_app.errors import InvalidRequestError, TooLargeError
 
@@ -97,6 +98,22 @@ def check_text(text: str, param: str, index: int | None = None) -> None:
         ) from None
 
 
+@contextmanager
+def of_field(param: str, index: int | None = None, place: str | None = None) -> Generator[None]:
+    """Give an error that names no field this one.
+
+    Args:
+        place: what the message begins with; None: the field, and its entry ``index`` if there is one.
+    """
+    try:
+        yield
+    except InvalidRequestError as error:
+        if error.param:
+            raise
+        place = place or (param if index is None else f"{param}[{index}]")
+        raise InvalidRequestError(f"{place}: {error.message}", param=param, index=index) from None
+
+
 def check_characters(characters: int, most: int, param: str, index: int | None = None) -> None:
     """Raise InvalidRequestError when a text is so long that tokenising it alone would keep others waiting.
 
@@ -122,6 +139,31 @@ def check_work(characters: int, most: int, param: str) -> None:
             f"a request may have at most {most:,}; split the request",
             param=param,
         )
+
+
+class Work:
+    """Counts the characters that are tokenised to find the tokens of a request's labels.
+
+    Each label is tokenised after the end of its prompt, and some tokenizers need the whole prompt for this.
+
+    Args:
+        most: the most characters that a request may have.
+        param: the field to name in the error.
+    """
+
+    def __init__(self, most: int, param: str) -> None:
+        self._left = self._most = most
+        self._param = param
+
+    def spend(self, characters: int) -> None:
+        """Raise TooLargeError when these are more characters than are left."""
+        self._left -= characters
+        if self._left < 0:
+            raise TooLargeError(
+                f"{self._param}: more than {self._most:,} characters would have to be tokenised to find the labels' "
+                "tokens, the end of a prompt again for each label; split the request, or shorten the prompts",
+                param=self._param,
+            )
 
 
 def check_causal(classes: int) -> None:

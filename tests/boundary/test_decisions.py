@@ -135,7 +135,12 @@ class TestSystemOne:
     async def test_files_are_refused(self, http: Http):
         files = {"request": ("request", json.dumps(SYSTEM_ONE).encode(), "application/json"), "asset-0": b"\x89PNG"}
         response = await http.client.post("/v1/systemone", files=files)
-        assert "multipart/form-data" in http.typesafe(response, 422)["detail"][0]["msg"]
+        (found,) = http.typesafe(response, 422)["detail"]
+        assert found["loc"] == ["body", "assets"]
+        assert "multipart/form-data" in found["msg"]
+        response = await http.client.post("/v1/systemone", content=b"{}", headers={"content-type": "text/plain"})
+        (found,) = http.typesafe(response, 422)["detail"]
+        assert found["loc"] == ["body"]
 
     @pytest.mark.parametrize("path", ["/v1/systemone/", "/v1/v1/systemone", "/systemone"])
     async def test_errors_beside_the_route(self, http: Http, path: str):
@@ -184,6 +189,7 @@ class TestDecisions:
             ({"questions": DECISIONS["questions"]}, "input", 400),
             (DECISIONS | {"questions": []}, "questions", 400),
             (DECISIONS | {"questions": [{"type": "predicate", "instructions": ""}]}, "questions", 400),
+            (DECISIONS | {"input": "a" * 600_000}, "input", 400),
             (DECISIONS | {"stream": True}, "stream", 400),
             (DECISIONS | {"x_trace_id": "a"}, "x_trace_id", 400),
             (DECISIONS | {"model": "none"}, "model", 404),

@@ -18,6 +18,7 @@ from serve_app.jobs.local_replicas import LocalReplicas
 from serve_app.schemas import ScoreEnd, ScoreRequest, ScoreRow
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import ModelSettings
+from serve_app.tasks.score import SCORE
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.boundary.asking import Http
 from tests.boundary.test_faults import scope, serving
@@ -186,7 +187,7 @@ def stream(
     tokenizer: TextTokenizer, replicas: Replicas, settings: ModelSettings, request: ScoreRequest
 ) -> AsyncIterator[list[ScoreRow] | list[ScoreEnd]]:
     service = ModelService(settings, tokenizer, FakeEngine(VOCAB_SIZE, CONTEXT).info, replicas)
-    return service.stream(request, request_id="r")  # type: ignore[return-value]
+    return service.stream(SCORE, request, request_id="r")  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("words", [2, 60])

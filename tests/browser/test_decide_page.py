@@ -31,6 +31,7 @@ REQUEST: dict[str, Any] = {
         "how": {"type": "score", "instructions": "How lazy?", "criteria": ["not", "a bit", "very"]},
     },
     "permutations": 2,
+    "on_error": "item",
 }
 """Quotes of shells and of Python, and names that JavaScript would put into another order."""
 
@@ -244,6 +245,21 @@ def test_errors_are_shown_beside_their_questions(page: Page):
     page.locator(CARDS).nth(1).locator(".instructions").fill("And now?")
     press(page)
     assert page.locator("main .error:visible, main [aria-invalid]").count() == 0
+
+
+def test_a_question_without_an_answer_leaves_the_others_theirs(page: Page):
+    write(page, REQUEST)
+    page.locator(CARDS).nth(1).locator(".instructions").fill("too long " * 40_000)
+    answer = press(page)
+    assert answer.status == 200
+    answers = answer.json()["answers"]
+    assert answers["plain"]["type"] == "error"
+    assert page.locator(f"{ROWS} h3").all_inner_texts() == list(REQUEST["questions"])
+    rows = page.locator(f"{ROWS} > li")
+    assert rows.nth(1).locator(".outcome").inner_text() == "no answer"
+    assert rows.nth(1).locator(".refused").inner_text() == answers["plain"]["x_error"]["message"]
+    assert [row.locator("dd").count() for row in rows.all()] == [2, 0, 3, 3]
+    assert page.locator(f"{ROWS} .refused").count() == 1
 
 
 def test_names_that_a_json_object_cannot_hold_twice(page: Page):

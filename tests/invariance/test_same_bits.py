@@ -24,6 +24,7 @@ from serve_app.jobs.local_replicas import LocalReplicas
 from serve_app.schemas import ScoreRequest
 from serve_app.settings import Limits, ModelSettings
 from serve_app.tasks.score import SCORE
+from serve_app.tasks.systemone import SYSTEMONE, AnswerLine, SystemOneRequest
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.batches import reads_batch
 from tests.invariance.rows import LABELS, VOCAB
@@ -194,8 +195,21 @@ async def test_a_request_is_answered_with_the_same_bits_alone_and_beside_20_othe
         for number in range(21)
     ]
 
+    asked = SystemOneRequest.model_validate(
+        {
+            "state": text(40),
+            "questions": {text(2): {"type": "noul", "instructions": text(count)} for count in range(3, 12)}
+            | {"team": {"type": "choice", "criteria": dict.fromkeys(words)}},
+            "permutations": 3,
+        }
+    )
+
     async def scores(service: ModelService, request: ScoreRequest) -> Any:
         return (await service.answer(SCORE, request, request_id="one")).scores
+
+    async def streamed(service: ModelService) -> dict[str, Any]:
+        events = service.stream(SYSTEMONE, asked, request_id="one")
+        return {line.id: line.answer async for some in events for line in some if isinstance(line, AnswerLine)}
 
     async def started() -> tuple[ModelService, LocalReplicas]:
         replicas = LocalReplicas(engine, settings)
@@ -211,6 +225,12 @@ async def test_a_request_is_answered_with_the_same_bits_alone_and_beside_20_othe
             order = rng.permutation(len(requests)).tolist()
             together = await asyncio.gather(*(scores(service, requests[i]) for i in order))
             assert together == [alone[i] for i in order]
+        forget(engine)
+        whole = (await service.answer(SYSTEMONE, asked, request_id="one")).answers
+        assert await streamed(service) == whole
+        forget(engine)
+        both = await asyncio.gather(streamed(service), *(scores(service, request) for request in requests[:3]))
+        assert both == [whole, *alone[:3]]
     finally:
         service.close()
         await replicas.queue.close()

@@ -18,7 +18,7 @@ from serve_app.tasks.model_facts import ModelFacts
 from serve_app.tasks.steps import finish
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.parity.cases import HAVE_TORCH
-from tests.published import PUBLISHED
+from tests.published_prompts import PUBLISHED
 from tests.tiny_families import make_family
 
 pytestmark = [pytest.mark.heavy, pytest.mark.skipif(not HAVE_TORCH, reason="torch is not installed")]

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic_core import to_json
 
 from serve_app.client import LONGEST_WAIT_S, ScoreClient
 from serve_app.errors import (
@@ -25,7 +26,7 @@ from serve_app.errors import (
     TooLargeError,
 )
 from serve_app.schemas import DetokenizeResponse, PromptTokensDetails, ScoreResponse, TokenizeResponse, Usage
-from serve_app.tasks.systemone import SystemOneResponse
+from serve_app.tasks.systemone import AnswerLine, AnswersEnd, NoulAnswer, SystemOneResponse, SystemOneUsage
 
 USAGE = Usage(prompt_tokens=4, total_tokens=4, prompt_tokens_details=PromptTokensDetails(cached_tokens=1))
 ANSWER = ScoreResponse(scores=[[0.25, 0.75]], model="m", usage=USAGE)
@@ -56,6 +57,23 @@ def client(
     transport = httpx.MockTransport(handle)
     made = ScoreClient("http://judge", api_key=api_key, attempts=attempts, timeout_s=3, transport=transport)
     return made, requests
+
+
+class Pieces(httpx.SyncByteStream):
+    """A body that comes in pieces, or breaks off with an error."""
+
+    def __init__(self, *pieces: Any) -> None:
+        self.left = iter(pieces[0] if len(pieces) == 1 else pieces)
+        self.closed = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        for piece in self.left:
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+
+    def close(self) -> None:
+        self.closed = True
 
 
 def good(answer: Any = ANSWER) -> httpx.Response:
@@ -185,8 +203,71 @@ def test_decide_sends_the_fields_and_returns_the_typed_answers():
         "model": "default",
         "permutations": 2,
         "on_error": "item",
+        "stream": False,
         "timeout_s": 2.5,
     }
+
+
+READ: dict[str, Any] = {"x_label_mass": 0.5, "x_permutations": 1, "x_reads": [["no"], ["yes"]]}
+FIRST = AnswerLine(id="ist es \u2028 eilig?", answer=NoulAnswer(noul=0.75, **READ))
+END = AnswersEnd(model="m", usage=SystemOneUsage(input_tokens=20), x_cached_tokens=3)
+
+
+class TestDecideEach:
+    def lines(self, *lines: Any, stream: httpx.SyncByteStream | None = None) -> httpx.Response:
+        """A response whose pieces end anywhere."""
+        body = b"".join(to_json(line, exclude_none=True) + b"\n" for line in lines)
+        return httpx.Response(200, stream=stream or Pieces(body[at : at + 7] for at in range(0, len(body), 7)))
+
+    def test_each_answer_comes_as_it_is_read(self):
+        asking, requests = client(self.lines(FIRST, END))
+        with asking:
+            assert list(asking.decide_each("lost", QUESTIONS, timeout_s=2.5)) == [FIRST, END]
+        sent = json.loads(requests[0].content)
+        assert (sent["stream"], sent["timeout_s"], sent["state"]) == (True, 2.5, "lost")
+
+    def test_only_a_request_without_an_answer_is_retried(self):
+        broken = httpx.ReadError("gone")
+        asking, requests = client(failed(OverloadedError("full")), self.lines(FIRST, END))
+        with asking:
+            assert list(asking.decide_each("lost", QUESTIONS)) == [FIRST, END]
+        assert len(requests) == 2
+        asking, requests = client(self.lines(stream=Pieces(to_json(FIRST) + b"\n", broken)))
+        with asking:
+            answers = asking.decide_each("lost", QUESTIONS)
+            assert next(answers) == FIRST
+            with pytest.raises(OverloadedError, match="gone"):
+                next(answers)
+        assert len(requests) == 1
+
+    @pytest.mark.parametrize("kind", ERRORS)
+    def test_an_error_may_be_the_last_line(self, kind: type[ScoringError]):
+        _, body = kind("what is wrong", param="questions").answer_on(SYSTEM_ONE)
+        asking, _ = client(self.lines(FIRST, body))
+        with asking, pytest.raises(kind, match="what is wrong") as caught:
+            list(asking.decide_each("lost", QUESTIONS))
+        assert type(caught.value) is kind
+        assert caught.value.param == "questions"
+
+    def test_an_answer_that_ends_too_early_is_no_answer(self):
+        asking, _ = client(self.lines(FIRST))
+        with asking, pytest.raises(OverloadedError, match="too early"):
+            list(asking.decide_each("lost", QUESTIONS))
+
+    def test_a_reader_that_leaves_closes_the_connection(self):
+        pieces = Pieces(to_json(FIRST) + b"\n", b"", b"never read")
+        asking, _ = client(self.lines(stream=pieces))
+        answers = asking.decide_each("lost", QUESTIONS)
+        assert next(answers) == FIRST
+        answers.close()
+        assert pieces.closed
+        asking.close()
+
+    def test_a_wrong_question_is_found_at_once(self):
+        asking, requests = client()
+        with asking, pytest.raises(InvalidRequestError, match=r"questions has 0 entries"):
+            asking.decide_each("lost", {})
+        assert not requests
 
 
 def test_a_wrong_question_is_not_sent():

@@ -56,6 +56,7 @@ export const decide = {
       state: isJson(state) ? new Raw(state.trim()) : state,
       questions: new Map(questions.map((question, at) => [question.id, typed(question, at)])),
       ...(permutations !== "1" && {permutations: new Raw(permutations || "null")}),
+      on_error: "item",  // a question without an answer leaves the others theirs
     };
   },
 
@@ -249,6 +250,10 @@ function answered(question, answer) {
   const head = element("div", "row");
   head.append(element("h3", "", question.id), element("span", "outcome end", outcome(answer)));
   row.append(head, element("p", "soft", question.instructions));
+  if (answer.type === "error") {
+    row.append(element("p", "refused", answer.x_error.message));
+    return row;
+  }
   const drawn = probabilities(question, answer)
     .map(([name, share]) => ({name, share, value: percent(share)}));
   const most = Math.max(...drawn.map(({share}) => share));
@@ -270,6 +275,7 @@ function probabilities({type, options}, {noul, probabilities}) {
 }
 
 function outcome({type, noul, choice, score, probabilities}) {
+  if (type === "error") return "no answer";
   if (type === "noul") return noul < 0.5 ? "no" : "yes";
   return type === "choice" ? choice : `${score.toFixed(2)} of ${Object.keys(probabilities).length - 1}`;
 }

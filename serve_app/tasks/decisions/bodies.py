@@ -120,6 +120,32 @@ def nested(body: bytes) -> int:
     return int(np.cumsum(np.where(brackets == _OPENS, 1, -1)).max(initial=0))
 
 
+def json_value(value: Any) -> Any:
+    """A validator of a field whose shape is the caller's own: requests that are made in Python may hold anything."""
+    layer, levels = [value], 0
+    while layer:
+        inside: dict[int, Any] = {}
+        for each in layer:
+            match each:
+                case dict() as entries:
+                    if not all(isinstance(name, str) for name in cast(dict[Any, Any], entries)):
+                        raise wrong("must be JSON, whose objects have texts for names")
+                    inside |= {id(own): own for own in cast(dict[str, Any], entries).values()}
+                case list() | tuple() as entries:
+                    inside |= {id(own): own for own in cast(Sequence[Any], entries)}
+                case str() | bool() | int() | None:
+                    pass
+                case float() if math.isfinite(each):
+                    pass
+                case _:
+                    raise wrong(f"must be JSON; {shown(each)} is no value of it")
+        levels += any(isinstance(each, dict | list | tuple) for each in layer)
+        if levels > MOST_NESTED:
+            raise wrong(f"nests lists and objects more than {MOST_NESTED} deep; send it flatter")
+        layer = list(inside.values())
+    return value
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
+from pydantic import BaseModel
 
 from serve_app.contract import BatchResult, Int32, common_prefix
 from serve_app.errors import InternalError, InvalidRequestError, ScoringError, TooLargeError
@@ -17,23 +19,26 @@ from serve_app.profiles.profile import Profile, ShownOption
 from serve_app.tasks.chat import ChatTemplate
 from serve_app.tasks.decisions.bodies import DecisionRequest
 from serve_app.tasks.decisions.labels import PAIRS, Answers, codes, lay_out
-from serve_app.tasks.decisions.questions import Decided, Judgement, Kind, Option, Question
+from serve_app.tasks.decisions.questions import Decided, Judged, Judgement, Kind, Option, Question
 from serve_app.tasks.labels import added_tokens
-from serve_app.tasks.model_facts import ModelFacts
-from serve_app.tasks.prompts import PreparedItems, Prompt, packed
+from serve_app.tasks.model_facts import LABEL_CHARACTERS, ModelFacts
+from serve_app.tasks.prompts import PreparedItems, Prompt, next_step, packed
 from serve_app.tasks.steps import Steps
-from serve_app.tasks.task import Prepare, PreparedRequest
+from serve_app.tasks.task import Prepare, PreparedRequest, Stream
 from serve_app.tasks.tokenizer import Ending, Joined
 from serve_app.tasks.validation import (
+    Work,
     check_causal,
     check_characters,
     check_ids,
     check_text,
     check_work,
+    of_field,
     too_many_tokens,
 )
 
 A = TypeVar("A")
+T = TypeVar("T")
 R = TypeVar("R", bound=DecisionRequest)
 
 _KNOWN_ANSWERS = 256
@@ -50,6 +55,7 @@ def builder(
     state: Callable[[R], str],
     questions: Callable[[R], Sequence[Question]],
     answer: Callable[[R, str, Decided], A],
+    field: str = "state",
 ) -> Callable[[ModelFacts], Prepare[R, A]]:
     """The ``Task.builder`` of a decision route.
 
@@ -57,6 +63,7 @@ def builder(
         state: the text that a request's questions are about.
         questions: the request's questions. It raises InvalidRequestError if one asks nothing.
         answer: makes the answer to a request, given the model's name.
+        field: the name of the state in a request.
     """
 
     def build(model: ModelFacts) -> Prepare[R, A]:
@@ -64,11 +71,61 @@ def builder(
 
         def prepare(request: R, _: str) -> Steps[PreparedRequest[A]]:
             made = partial(answer, request, model.name)
-            return decider.prepare(state(request), questions(request), request.permutations, made)
+            return decider.prepare(state(request), questions(request), request.permutations, made, field)
 
         return prepare
 
     return build
+
+
+def streams(
+    state: Callable[[R], str],
+    questions: Callable[[R], Sequence[Question]],
+    lines: Callable[[R, Mapping[int, Judged]], Sequence[BaseModel]],
+    end: Callable[[str, int, int], BaseModel],
+) -> Callable[[ModelFacts], Callable[[R], Stream]]:
+    """The ``Lines.builder`` of a decision route, see ``builder``.
+
+    Args:
+        lines: makes the lines of some answers, given by the numbers of their questions.
+        end: makes the last line of the model's name, the number of input tokens and of those that were cached.
+    """
+
+    def build(model: ModelFacts) -> Callable[[R], Stream]:
+        decider = Decider.of(model)
+
+        def stream(request: R) -> Stream:
+            asked = decider.asked(state(request), "state", questions(request), request.permutations)
+            return _Stream(decider, asked, partial(lines, request), partial(end, model.name))
+
+        return stream
+
+    return build
+
+
+class _Stream:
+    """A request's questions, asked some at a time."""
+
+    def __init__(
+        self,
+        decider: Decider,
+        asked: Asked,
+        lines: Callable[[Mapping[int, Judged]], Sequence[BaseModel]],
+        end: Callable[[int, int], BaseModel],
+    ) -> None:
+        self._decider, self._asked, self._lines, self._end = decider, asked, lines, end
+
+    @property
+    def left(self) -> int:
+        return self._asked.left
+
+    def some(self, tokens: int) -> Steps[PreparedRequest[Sequence[BaseModel]]]:
+        piece = yield from self._decider.some(self._asked, tokens)
+        return piece.prepared(lambda judged, _: self._lines(dict(zip(piece.questions, judged, strict=True))))
+
+    def end(self, computed_tokens: int) -> BaseModel:
+        tokens = self._asked.input_tokens
+        return self._end(tokens, max(0, tokens - computed_tokens))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +135,80 @@ class _Order:
     Attributes:
         question: the question's number in the request.
         text: the prompt's text of the question.
-        words: the labels of each option, in the request's order.
+        words: labels, the same ones for all orders of questions of one kind with as many options.
+        options: the number of the option that each of the words stands for.
     """
 
     question: int
     text: str
     words: tuple[tuple[str, ...], ...]
+    options: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """How a prompt is read.
+
+    Attributes:
+        answers: the labels.
+        options: the number of the option that each answer stands for.
+    """
+
+    answers: Answers
+    options: Sequence[int]
+
+    def by_option(self, values: Sequence[T]) -> list[T]:
+        """The answers' values in the order of the request's options."""
+        found = dict(zip(self.options, values, strict=True))
+        return [found[option] for option in range(len(values))]
+
+
+@dataclass(slots=True)
+class Asked:
+    """A request whose questions are asked some at a time. Only one thread may use it at a time.
+
+    Attributes:
+        state: the text that the questions are about.
+        field: its name in the request.
+        permutations: the number of cyclic orders of each question's options, as far as it has so many.
+        joined: the prompt's text before the question.
+        front: the same as text.
+        behind: the prompt's text after the question.
+        done: the number of questions whose prompts are built.
+        step: the number of questions to ask next.
+        read: the tokens of all prompts so far, each counted for every sequence of its labels.
+    """
+
+    state: str
+    field: str
+    questions: Sequence[Question]
+    permutations: int
+    joined: Joined
+    front: str
+    behind: str
+    done: int = 0
+    step: int = 1
+    read: int = 0
+    _shared: Int32 | None = None
+    _prompts: int = 0
+    _tokens: int = 0
+
+    @property
+    def left(self) -> int:
+        """The number of questions whose prompts are not built yet."""
+        return len(self.questions) - self.done
+
+    def count(self, ids: Int32) -> None:
+        """Count a prompt's tokens."""
+        self._shared = ids if self._shared is None else ids[: common_prefix(self._shared, ids)]
+        self._prompts += 1
+        self._tokens += len(ids)
+
+    @property
+    def input_tokens(self) -> int:
+        """The number of tokens of the prompts so far, what they all begin with counted once."""
+        shared = 0 if self._shared is None else len(self._shared)
+        return self._tokens - max(self._prompts - 1, 0) * shared
 
 
 class Decider:
@@ -105,79 +230,134 @@ class Decider:
         return cls(model, model.profile, model.chat if model.profile.chat else None)
 
     def prepare(
-        self, state: str, questions: Sequence[Question], permutations: int, answer: Callable[[Decided], A]
+        self,
+        state: str,
+        questions: Sequence[Question],
+        permutations: int,
+        answer: Callable[[Decided], A],
+        field: str = "state",
     ) -> Steps[PreparedRequest[A]]:
         """Build the prompts of all questions, each as often as its options are shown in another order.
 
         Args:
             permutations: the number of cyclic orders of each question's options, as far as it has so many.
             answer: makes the request's answer.
+            field: the state's name in the request, for errors.
 
         Raises:
             InvalidRequestError: the model is a classifier, it cannot answer with its profile, its tokenizer cannot tell
                 this profile's labels apart, or a text cannot be tokenised.
             TooLargeError: the questions have more prompts, characters or tokens than the limits allow.
         """
+        asked = self.asked(state, field, questions, permutations)
+        piece = yield from self._take(asked, len(questions))
+
+        def answered(judgements: Sequence[Judged], result: BatchResult) -> A:
+            cached = max(0, asked.input_tokens - int(result.computed_tokens.sum()))
+            return answer(Decided(judgements, asked.input_tokens, cached))
+
+        return piece.prepared(answered)
+
+    def asked(self, state: str, field: str, questions: Sequence[Question], permutations: int) -> Asked:
+        """Check a request, and make ready to build its prompts.
+
+        Args:
+            field: the state's name in the request, for errors.
+
+        Raises:
+            InvalidRequestError: the model is a classifier or cannot answer with its profile, or a text is too long or
+                cannot be shown.
+            TooLargeError: the questions have more prompts or characters than the limits allow.
+        """
         model = self._model
         check_causal(model.info.classes)
         if model.profile_problem:
             raise InvalidRequestError(model.profile_problem, param="model")
-        check_text(state, "state")
+        check_text(state, field)
         for number, question in enumerate(questions):
             options = (text for option in question.options for text in (option.name, option.description or ""))
             check_text("".join((question.instructions or "", *options)), "questions", number)
-        self._check_work(len(state), questions, permutations)
-        front, behind = self._around(state)
+        prompts = self._check_work(len(state), field, questions, permutations)
+        front, behind = self._around(state, field)
+        special, work = not self._profile.chat, Work(LABEL_CHARACTERS, "questions")
+        joined = Joined(self._tokenizer, front, add_special_tokens=special, many=prompts > 1, work=work)
+        return Asked(state, field, questions, permutations, joined, front, behind)
+
+    def some(self, asked: Asked, tokens: int) -> Steps[Piece]:
+        """Build the prompts of the next questions: of one at first, then of more each time, up to about ``tokens``
+        without the state.
+
+        Raises:
+            InvalidRequestError: see ``prepare``.
+            TooLargeError: see ``prepare``.
+        """
+        piece = yield from self._take(asked, min(asked.step, asked.left))
+        asked.step = next_step(asked.step, piece.made, tokens)
+        return piece
+
+    def _take(self, asked: Asked, count: int) -> Steps[Piece]:
+        model, questions, joined = self._model, asked.questions, asked.joined
+        numbers = range(asked.done, asked.done + count)
         orders: list[_Order] = []
         errors: dict[int, ScoringError] = {}
-        for number, question in enumerate(questions):
-            if refused := self._refused(number, question):
+        for number in numbers:
+            if refused := self._refused(number, questions[number]):
                 errors[number] = refused
                 continue
-            for order in self._orders(number, question, permutations, state):
+            for order in self._orders(number, questions[number], asked.permutations, asked.state):
                 yield
                 orders.append(order)
-        tails = [order.text + behind for order in orders]
-        joined = Joined(self._tokenizer, front, add_special_tokens=not self._profile.chat, many=len(tails) > 1)
+        tails = [order.text + asked.behind for order in orders]
         prompts: list[Prompt] = []
-        answers: list[Answers] = []
-        total = 0
-        for order, tail, ids in zip(orders, tails, joined.each(tails), strict=True):
+        reads: list[_Reading] = []
+        for order, tail, ids in zip(orders, tails, self._tokenised(asked, tails), strict=True):
             yield
             if order.question in errors:
                 continue
-            check_ids(ids, model.info.vocab_size, "state", of_text=True)
-            own = yield from self._answers_after(joined, front, tail, ids, order.words)
-            if (long := len(ids) + own.layout.depth) > model.max_prompt_tokens:
+            where = questions[order.question].where
+            if isinstance(ids, InvalidRequestError):
+                errors[order.question] = InvalidRequestError(
+                    ids.message, param="questions", index=order.question, where=where
+                )
+                continue
+            check_ids(ids, model.info.vocab_size, asked.field, of_text=True)
+            answers = yield from self._answers_after(joined, asked.front, tail, ids, order.words)
+            if (long := len(ids) + answers.layout.depth) > model.max_prompt_tokens:
                 errors[order.question] = InvalidRequestError(
                     f"state and question make a prompt of {long} tokens; this model reads at most "
                     f"{model.max_prompt_tokens}; shorten the state or the question",
                     param="questions",
                     index=order.question,
-                    where=questions[order.question].where,
+                    where=where,
                 )
                 continue
-            total += len(ids) * len(own.layout.continuations)
-            if total > model.limits.max_request_tokens:
-                raise too_many_tokens(total, model.limits.max_request_tokens, "questions", order.question)
-            prompts.append(Prompt(order.question, np.asarray(ids, np.int32), own.layout))
-            answers.append(own)
-        kept = [(prompt, own) for prompt, own in zip(prompts, answers, strict=True) if prompt.index not in errors]
+            asked.read += len(ids) * len(answers.layout.continuations)
+            if asked.read > model.limits.max_request_tokens:
+                raise too_many_tokens(asked.read, model.limits.max_request_tokens, "questions", order.question)
+            prompts.append(Prompt(order.question, np.asarray(ids, np.int32), answers.layout))
+            reads.append(_Reading(answers, order.options))
+        asked.done = numbers.stop
+        kept = [(prompt, read) for prompt, read in zip(prompts, reads, strict=True) if prompt.index not in errors]
         prompts = [prompt for prompt, _ in kept]
+        for prompt in prompts:
+            asked.count(prompt.ids)
         made = packed(prompts, (), joined.query_tokens, vocab_logprobs=True, classes=False, pad=None)
-        judge = _Judge(self._profile, questions, made, [own for _, own in kept], errors)
-        return PreparedRequest(
-            made.batch, made.query_tokens, len(questions), len(made.parts), lambda result: answer(judge.decided(result))
-        )
+        own = {number: questions[number] for number in numbers}
+        return Piece(self._profile, own, made, [read for _, read in kept], errors)
 
-    def _check_work(self, state: int, questions: Sequence[Question], permutations: int) -> None:
-        """Check before any prompt is built that they are not too many or too long; ``state`` is its length."""
+    def _tokenised(self, asked: Asked, tails: Sequence[str]) -> Iterator[list[int] | InvalidRequestError]:
+        with of_field(asked.field):
+            yield from chain.from_iterable(asked.joined.checked(tails))
+
+    def _check_work(self, state: int, field: str, questions: Sequence[Question], permutations: int) -> int:
+        """Check before any prompt is built that they are not too many or too long, and return their number; ``state``
+        is its length."""
         prompts = characters = 0
         for number, question in enumerate(questions):
             asked = len(question.instructions or "")
             asked += sum(len(option.name) + len(option.description or "") for option in question.options)
             own = state + asked
-            place = ("state", None) if state > asked else ("questions", number)
+            place = (field, None) if state > asked else ("questions", number)
             check_characters(own, self._model.max_text_characters, *place)
             used = min(permutations, self._most_orders(question))
             prompts += used
@@ -189,8 +369,9 @@ class Decider:
                 param="questions",
             )
         check_work(characters, self._model.max_request_characters, "questions")
+        return prompts
 
-    def _around(self, state: str) -> tuple[str, str]:
+    def _around(self, state: str, field: str = "state") -> tuple[str, str]:
         """The prompt's text before the question, and the text after it.
 
         Raises:
@@ -202,7 +383,7 @@ class Decider:
         place = next((each for each in _PLACES if each not in front), None)
         if place is None:
             raise InvalidRequestError(
-                "state has all of the noncharacters U+FDD4 to U+FDEF; take one out", param="state"
+                f"{field} has all of the noncharacters U+FDD4 to U+FDEF; take one out", param=field
             )
         messages = [{"role": "user", "content": front + place}]
         if self._profile.system:
@@ -210,11 +391,11 @@ class Decider:
         try:
             parts = self._chat.render(messages).split(place)
         except InvalidRequestError as error:
-            raise InvalidRequestError(error.message, param="state") from None
+            raise InvalidRequestError(error.message, param=field) from None
         if len(parts) != 2:
             raise InvalidRequestError(
-                f"this model's chat template shows this state {len(parts) - 1} times in place of once; send another",
-                param="state",
+                f"this model's chat template shows this {field} {len(parts) - 1} times in place of once; send another",
+                param=field,
             )
         before, behind = parts
         return before, behind + self._profile.opening
@@ -256,17 +437,17 @@ class Decider:
             start = turn * count // used
             order = [*range(start, count), *range(start)]
             if question.kind is Kind.NOUL and self._profile.outcomes != "codes":
-                shown = [option.name for option in question.options]
-                words = (self._profile.no, self._profile.yes)
+                shown = [question.options[option].name for option in order]
+                words, options = (self._profile.no, self._profile.yes), range(count)
             elif question.kind is Kind.SCORE and count <= len(self._profile.levels):
-                shown = self._profile.levels[:count]
-                words = self._profile.labels(shown)
+                levels = self._profile.levels[:count]
+                shown = [levels[option] for option in order]
+                words, options = self._profile.labels(levels), range(count)
             else:
                 # A code belongs to a place in the prompt.
-                by_place = self._profile.alphabet or codes(count, self._single)
-                shown = [by_place[(option - start) % count] for option in range(count)]
-                words = self._profile.labels(shown)
-            yield _Order(number, self._tail(question, order, shown, state), words)
+                shown = (self._profile.alphabet or codes(count, self._single))[:count]
+                words, options = self._profile.labels(shown), order
+            yield _Order(number, self._tail(question, order, shown, state), words, options)
 
     def _value(self, text: str) -> str:
         """A request's text for the profile's templates. In a chat, the chat template guards the whole message."""
@@ -277,11 +458,11 @@ class Decider:
 
         Args:
             order: the numbers of the options in the order in which they are shown.
-            shown: the code of each option.
+            shown: their codes in that order.
         """
         options: list[ShownOption] = []
-        for number in order:
-            option, code = question.options[number], shown[number]
+        for number, code in zip(order, shown, strict=True):
+            option = question.options[number]
             name, described = self._value(option.name), option.description
             description = None if described is None else self._value(described)
             if question.kind is not Kind.NOUL or self._profile.outcomes == "codes":
@@ -322,7 +503,8 @@ class Decider:
                 # Threads share what is known, and another may drop it.
                 known = self._answers.get((end, words))
                 if known is None:
-                    known = yield from lay_out(words, Ending(tokenizer, [], end, []), last, vocab_size)
+                    ending = Ending(tokenizer, [], end, [], work=joined.work)
+                    known = yield from lay_out(words, ending, last, vocab_size)
                     self._answers[end, words] = known
                     if len(self._answers) > _KNOWN_ANSWERS:
                         self._answers.popitem(last=False)
@@ -331,43 +513,54 @@ class Decider:
 
 
 @dataclass(frozen=True, slots=True)
-class _Judge:
-    """Makes judgements from the engine's values.
+class Piece:
+    """Some questions of a request, with their prompts built.
 
     Attributes:
-        answers: the labels of each prompt.
+        questions: by their numbers in the request.
+        reads: how each prompt is read.
         errors: the questions that have no answer, by number.
     """
 
     profile: Profile
-    questions: Sequence[Question]
-    prepared: PreparedItems
-    answers: Sequence[Answers]
-    errors: dict[int, ScoringError]
+    questions: Mapping[int, Question]
+    made: PreparedItems
+    reads: Sequence[_Reading]
+    errors: Mapping[int, ScoringError]
 
-    def decided(self, result: BatchResult) -> Decided:
-        """The answers to all questions."""
-        tokens = result.values[self.prepared.parts].astype(np.float64)
-        lengths = np.concatenate([np.zeros(0, np.int64), *(own.layout.lengths for own in self.answers)])
+    def prepared(self, answer: Callable[[Sequence[Judged], BatchResult], A]) -> PreparedRequest[A]:
+        """The work for the engine.
+
+        Args:
+            answer: makes the answer of the judgements, one for each question.
+        """
+        made = self.made
+        return PreparedRequest(
+            made.batch,
+            made.query_tokens,
+            len(self.questions),
+            len(made.parts),
+            lambda result: answer(self._judged(result), result),
+        )
+
+    def _judged(self, result: BatchResult) -> list[Judged]:
+        tokens = result.values[self.made.parts].astype(np.float64)
+        lengths = np.concatenate([np.zeros(0, np.int64), *(own.answers.layout.lengths for own in self.reads)])
         sums = (np.add.reduceat(tokens, np.cumsum(lengths) - lengths) if len(lengths) else tokens).tolist()
-        reads: list[list[tuple[list[float], float]]] = [[] for _ in self.questions]
+        found: dict[int, list[tuple[list[float], float]]] = {number: [] for number in self.questions}
+        words: dict[int, tuple[tuple[str, ...], ...]] = {}
         at = 0
-        for prompt, own in zip(self.prepared.prompts, self.answers, strict=True):
-            values = sums[at : at + len(own.layout.lengths)]
+        for prompt, own in zip(self.made.prompts, self.reads, strict=True):
+            values = sums[at : at + len(own.answers.layout.lengths)]
             at += len(values)
             temperature = self.profile.temperature.get(self.questions[prompt.index].kind.value, 1.0)
-            reads[prompt.index].append(_read(values, own, temperature))
-        words = {
-            prompt.index: own.words
-            for prompt, own in reversed([*zip(self.prepared.prompts, self.answers, strict=True)])
-        }
-        judgements = [
-            self.errors.get(number) or _judgement(number, own, reads[number], words[number])
-            for number, own in enumerate(self.questions)
+            logs, mass = _read(values, own.answers, temperature)
+            found[prompt.index].append((own.by_option(logs), mass))
+            words.setdefault(prompt.index, tuple(own.by_option(own.answers.words)))
+        return [
+            self.errors.get(number) or _judgement(number, own, found[number], words[number])
+            for number, own in self.questions.items()
         ]
-        input_tokens = _input_tokens([prompt.ids for prompt in self.prepared.prompts])
-        computed = int(result.computed_tokens.sum())
-        return Decided(judgements, input_tokens, max(0, input_tokens - computed))
 
 
 def _read(values: Sequence[float], answers: Answers, temperature: float) -> tuple[list[float], float]:
@@ -376,7 +569,7 @@ def _read(values: Sequence[float], answers: Answers, temperature: float) -> tupl
     NaN if the model's output is not finite.
     """
     if not math.isfinite(log_mass := _log_sum(values)):
-        return [math.nan], math.nan
+        return [math.nan] * len(answers.groups), math.nan
     logs = [_log_sum([values[label] for label in own]) / temperature for own in answers.groups]
     total = _log_sum(logs)
     return [value - total for value in logs], math.exp(min(0.0, log_mass))
@@ -405,11 +598,3 @@ def _log_sum(values: Sequence[float]) -> float:
     """The logarithm of the summed exponentials."""
     peak = max(values)
     return peak if peak == -math.inf else peak + math.log(math.fsum(math.exp(value - peak) for value in values))
-
-
-def _input_tokens(prompts: Sequence[Int32]) -> int:
-    """The number of tokens, those that all prompts begin with counted once."""
-    if not prompts:
-        return 0
-    shared = min(common_prefix(prompts[0], other) for other in prompts)
-    return shared + sum(len(ids) - shared for ids in prompts)

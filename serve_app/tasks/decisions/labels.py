@@ -33,7 +33,7 @@ def codes(count: int, single: Sequence[str]) -> Sequence[str]:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """The labels of a question's answers, laid out after a prompt.
+    """The labels of a question's answers, laid out after a prompt, in the order in which the prompt shows the answers.
 
     Attributes:
         layout: how the labels are read.

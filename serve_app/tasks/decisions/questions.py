@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from serve_app.errors import ScoringError
+from serve_app.errors import InvalidRequestError, ScoringError
 
 
 class Kind(StrEnum):
@@ -75,6 +75,10 @@ class Judgement:
         return max(range(len(self.probabilities)), key=self.probabilities.__getitem__)
 
 
+Judged = Judgement | ScoringError
+"""The answer to one question, or why it has none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Decided:
     """The answers to all questions of a request.
@@ -86,11 +90,19 @@ class Decided:
         cached_tokens: how many of these did not have to be computed.
     """
 
-    judgements: Sequence[Judgement | ScoringError]
+    judgements: Sequence[Judged]
     input_tokens: int
     cached_tokens: int
 
 
 def as_text(value: Any) -> str:
-    """The text of a JSON value in a prompt: a string is itself, anything else JSON with its own characters."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(", ", ": "))
+    """The text of a JSON value in a prompt: a string is itself, anything else JSON with its own characters.
+
+    Raises:
+        InvalidRequestError: the value is not JSON, or nested deeper than Python can follow. Bodies and requests are
+            checked before, but Python's objects can be changed.
+    """
+    try:
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(", ", ": "))
+    except (RecursionError, TypeError, ValueError) as error:
+        raise InvalidRequestError(f"a value cannot be shown as JSON: {error}; send it simpler") from None

@@ -238,7 +238,7 @@ class TestNumbers:
         assert service.items == 5
         await service.answer(COMPLETIONS, CompletionRequest(prompt=["the", "fox"], max_tokens=1), request_id="r")
         assert service.items == 7
-        async for _ in service.stream(MANY, request_id="r"):
+        async for _ in service.stream(SCORE, MANY, request_id="r"):
             pass
         assert service.items == 7 + len(MANY.items)
         with pytest.raises(InvalidRequestError):

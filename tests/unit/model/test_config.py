@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from model.config import ModelConfig, Rope
+from model.config import MOST_TOKENS, ModelConfig, Rope
+from model.contract import SALT_BITS, TOKEN_BITS
 from model.families.registry import from_hf
 from model.fields import ConfigError, read_config
 
@@ -106,6 +107,7 @@ def test_the_original_context_of_llama3_rope_defaults_to_the_context() -> None:
         ({"vocab_size": None}, ["lacks vocab_size"]),
         ({"vocab_size": 0}, ["vocab_size is 0"]),
         ({"vocab_size": True}, ["vocab_size is True"]),
+        ({"vocab_size": 2**20 + 1}, ["vocab_size is 1048577", "at most 1048576"]),
         ({"vocab_size": "307"}, ["vocab_size is '307'"]),
         ({"rms_norm_eps": -1e-5}, ["rms_norm_eps", "-1e-05"]),
         ({"rms_norm_eps": float("nan")}, ["rms_norm_eps", "nan"]),
@@ -182,3 +184,10 @@ def test_what_transformers_itself_writes_is_read(tmp_path: Path) -> None:
         parsed = from_hf(read_config(tmp_path))
         assert parsed.rope == Rope(77.0, "linear", 3.0)
         assert (parsed.width, parsed.ff_width, parsed.head_width) == (4096, 11008, 128)
+
+
+def test_the_largest_vocabulary_fits_beside_a_salt():
+    """``Engine`` puts a salt above a token's id, which is up to a vocabulary higher in long prompts."""
+    assert MOST_TOKENS - 1 + MOST_TOKENS < 2**TOKEN_BITS
+    assert (2**SALT_BITS - 1 << TOKEN_BITS) + 2 * MOST_TOKENS - 1 == 2**63 - 1
+    assert with_(vocab_size=MOST_TOKENS).vocab_size == MOST_TOKENS

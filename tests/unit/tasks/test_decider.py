@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from serve_app.contract import BatchResult, TokenBatch
 from serve_app.errors import InternalError, InvalidRequestError, TooLargeError
@@ -235,6 +235,50 @@ class TestRefusals:
     def test_labels_that_another_thread_has_dropped_do_not_fail_a_request(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr("serve_app.tasks.decisions.decider._KNOWN_ANSWERS", 0)
         assert len(asked([NOUL, CHOICE, NOUL]).prompts) == 3
+
+    def test_the_labels_after_long_prompts_have_a_bound(self, monkeypatch: pytest.MonkeyPatch):
+        own = tokenizer(" yes", " no", chat=None)
+        own.backend.normalizer = normalizers.NFKC()
+        made = decider(TextTokenizer(own.backend, None), context=200_000)
+        monkeypatch.setattr("serve_app.tasks.decisions.decider.LABEL_CHARACTERS", 100_000)
+        assert finish(made.prepare("abc def " * 1_000, [NOUL], 1, lambda decided: decided)).items == 1
+        with pytest.raises(TooLargeError, match="questions: more than 100,000 characters") as refused:
+            finish(made.prepare("abc def " * 1_000, [NOUL] * 9, 1, lambda decided: decided))
+        assert refused.value.param == "questions"
+
+    def test_all_orders_of_the_options_have_their_labels_laid_out_once(self):
+        tokenised: list[str] = []
+
+        class Counting(TextTokenizer):
+            def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+                tokenised.extend(texts)
+                return super().encode(texts, add_special_tokens=add_special_tokens)
+
+        own = tokenizer("yes", "no")
+        made = decider(Counting(own.backend, None, own.facts))
+        many = replace(CHOICE, options=tuple(Option(f"team {number}") for number in range(26)))
+        finish(made.prepare(STATE, [many], 1, lambda decided: decided))
+        once = len(tokenised)
+        finish(made.prepare(STATE, [many], 26, lambda decided: decided))
+        assert len(tokenised) - once < 3 * 26, "26 prompts and their ends, but no labels"
+
+    def test_a_text_that_cannot_be_spelt_is_its_questions_error(self):
+        """As in ``test_plain_text``: a unigram model takes any token of its vocabulary from text."""
+        pieces = [("<unk>", 0.0), ("</s>", -1.0), *((chr(code), -9.0) for code in range(32, 127)), ("\n", -9.0)]
+        backend = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+        backend.add_special_tokens([AddedToken("</s>", normalized=False)])
+        made = decider(TextTokenizer(backend, None))
+        bad = replace(SCORE, options=(Option("Calm"), Option("</s>")), where=("questions", "bad"))
+        prepared = finish(made.prepare(STATE, [NOUL, bad], 1, lambda decided: decided))
+        good, refused = prepared.answer(FakeEngine(20_000).score(prepared.batch)).judgements
+        assert isinstance(good, Judgement)
+        assert isinstance(refused, InvalidRequestError)
+        assert "'</s>' as a control token" in refused.message
+        assert (refused.param, refused.index, refused.where) == ("questions", 1, ("questions", "bad"))
+        for field in ("state", "input"):
+            with pytest.raises(InvalidRequestError, match=f"^{field}: .*'</s>' as a control token") as caught:
+                finish(made.prepare("a </s> b", [NOUL], 1, lambda decided: decided, field))
+            assert caught.value.param == field
 
     @pytest.mark.parametrize(
         ("evil", "said"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -11,8 +12,18 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from serve_app.errors import InvalidRequestError
+from serve_app.schemas import Message, ScoreRequest, TokenizeRequest
+from serve_app.scorer.fake_engine import FakeEngine
+from serve_app.settings import Limits
+from serve_app.tasks.chat import ChatTemplate
+from serve_app.tasks.model_facts import ModelFacts
 from serve_app.tasks.plain_text import MARK, is_marked, original
+from serve_app.tasks.prompts import PromptBuilder
+from serve_app.tasks.rerank import RERANK, RerankRequest
+from serve_app.tasks.steps import finish
+from serve_app.tasks.tokenize import TOKENIZE
 from serve_app.tasks.tokenizer import Joined, TextTokenizer
+from serve_app.tasks.tokenizer_files import TokenizerFacts
 from tests.unit.tasks.test_tokenizer_files import CL100K, SHAPES, byte_level, spaced, split
 
 CONTROL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
@@ -137,6 +148,44 @@ def test_a_text_whose_spelling_is_a_control_token_is_refused() -> None:
     with pytest.raises(InvalidRequestError, match="'</s>' as a control token even where it is spelt as text"):
         tokenizer.guarded.encode([tokenizer.plain.guard("ab</s>")])
     assert tokenizer.guarded.encode([tokenizer.plain.guard("ab") + "</s>"]) == [[2, 3, 1]]
+
+
+def test_the_item_that_cannot_be_spelt_has_the_error() -> None:
+    pieces = [("<unk>", 0.0), ("</s>", -1.0), *((char, -9.0) for char in "abs</>")]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+    backend.add_special_tokens([AddedToken("</s>", normalized=False)])
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = TextTokenizer(backend, None, TokenizerFacts(chat_template=source))
+    info = FakeEngine(20, 9_999).info
+    model = ModelFacts("m", tokenizer, info, Limits(), chat=ChatTemplate.load(tokenizer))
+    classifier = replace(model, info=replace(info, classes=2))
+
+    def refused(items: list[str], labels: list[str], said: str) -> InvalidRequestError:
+        request = ScoreRequest(messages=[Message(role="user", content=said)], items=items, labels=labels)
+        with pytest.raises(InvalidRequestError, match="'</s>' as a control token") as caught:
+            finish(PromptBuilder(request, model).rest())
+        made = request.model_copy(update={"on_error": "item"})
+        if caught.value.index is None:
+            with pytest.raises(InvalidRequestError, match=f"^{caught.value.param}: "):
+                finish(PromptBuilder(made, model).rest())
+        else:
+            prepared = finish(PromptBuilder(made, model).rest())
+            assert [error.index for error in prepared.errors] == [caught.value.index] * len(prepared.errors)
+            assert len(prepared.prompts) + len(prepared.errors) == len(items)
+        return caught.value
+
+    item = refused(["a", "</s>", "b"], ["a", "b"], "a")
+    assert (item.param, item.index, item.message[:10]) == ("items", 1, "items[1]: ")
+    assert refused(["a"], ["a", "</s>"], "a").param == "labels"
+    assert refused(["a", "b"], ["a", "b"], "a</s>").param == "messages"
+    rerank = RerankRequest(query="a", documents=["a", "</s>"])
+    with pytest.raises(InvalidRequestError, match=r"^documents\[1\]: .*'</s>' as a control token") as caught:
+        finish(RERANK.builder(classifier)(rerank, ""))
+    assert (caught.value.param, caught.value.index) == ("documents", 1)
+    with pytest.raises(InvalidRequestError, match=r"^query: .*'</s>' as a control token"):
+        finish(RERANK.builder(classifier)(rerank.model_copy(update={"query": "</s>"}), ""))
+    with pytest.raises(InvalidRequestError, match=r"^messages: .*'</s>' as a control token"):
+        finish(TOKENIZE.builder(model)(TokenizeRequest(messages=[Message(role="user", content="</s>")]), ""))
 
 
 def test_a_long_guarded_query_is_joined_with_items_as_whole_texts_are() -> None:

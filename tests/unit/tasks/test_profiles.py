@@ -21,7 +21,7 @@ from serve_app.tasks.steps import finish
 from serve_app.tasks.tokenizer import TextTokenizer
 from serve_app.tasks.tokenizer_files import TokenizerFacts
 from tests.batches import sequences_of
-from tests.published import PUBLISHED, shieldgemma
+from tests.published_prompts import PUBLISHED, shieldgemma
 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

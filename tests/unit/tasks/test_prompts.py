@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, normalizers
 
 from serve_app.contract import TokenBatch
 from serve_app.errors import InvalidRequestError, TooLargeError
@@ -42,6 +43,21 @@ def prepare(tokenizer: TextTokenizer, limits: Limits | None = None, **fields: An
 def sequences(batch: TokenBatch) -> list[list[int]]:
     bounds = batch.offsets.tolist()
     return [batch.tokens[a:b].tolist() for a, b in pairwise(bounds)]
+
+
+def test_labels_after_long_prompts_have_a_bound(tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch):
+    """Some tokenizers need the whole prompt to find the tokens of each label."""
+    backend = Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.normalizer = normalizers.NFKC()
+    whole = TextTokenizer(backend, None)
+    monkeypatch.setattr("serve_app.tasks.prompts.LABEL_CHARACTERS", 5_000)
+    fields: dict[str, Any] = {"query": "the quick brown fox " * 20, "labels": [" yes", " no"]}
+    assert len(prepared(whole, items=["a"] * 4, **fields).prompts) == 4
+    for on_error in ("fail", "item"):
+        with pytest.raises(TooLargeError, match="labels: more than 5,000 characters") as refused:
+            prepared(whole, items=["a"] * 9, on_error=on_error, **fields)
+        assert refused.value.param == "labels"
+    assert len(prepared(tokenizer, items=["a"] * 20, **fields).prompts) == 20
 
 
 class TestBatch:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from serve_app.errors import InternalError, InvalidRequestError
+from serve_app.scorer.fake_engine import FakeEngine
+from serve_app.settings import Limits
 from serve_app.tasks import systemone
 from serve_app.tasks.decisions.bodies import MOST_NESTED, nested, parse
 from serve_app.tasks.decisions.questions import Decided, Judgement, Kind, Option, Question
+from serve_app.tasks.model_facts import ModelFacts
+from serve_app.tasks.steps import finish
 from serve_app.tasks.systemone import SystemOneRequest
+from serve_app.tasks.tokenizer import TextTokenizer
+from tests.local import CONTEXT, VOCAB_SIZE
 
 NOUL: dict[str, Any] = {"type": "noul", "instructions": "Is it urgent?"}
 CHOICE: dict[str, Any] = {"type": "choice", "criteria": {"Billing": "money", "Sales": None}}
@@ -133,6 +141,48 @@ class TestRefusals:
             with pytest.raises(InvalidRequestError, match=f"^{name} is required") as caught:
                 parse(SystemOneRequest, json.dumps(body).encode())
             assert caught.value.where == (name,)
+
+    def test_a_request_that_is_made_in_python_holds_json(self):
+        deep: Any = []
+        for _ in range(MOST_NESTED):
+            deep = [deep]
+        endless: list[Any] = []
+        endless.append(endless)
+        shared: Any = {"a": 1}
+        for _ in range(MOST_NESTED - 2):
+            shared = [shared, shared]
+        wrong: list[tuple[Any, str]] = [
+            (deep, "nests lists and objects more than 64 deep"),
+            ([endless], "nests lists and objects more than 64 deep"),
+            ({1: 2}, "objects have texts for names"),
+            ({"a": object}, "is no value of it"),
+            ([math.nan], "NaN is no value of it"),
+        ]
+        ask = {"questions": {"q": {"type": "noul", "instructions": "urgent?"}}}
+        for value, said in wrong:
+            with pytest.raises(ValidationError) as caught:
+                SystemOneRequest.model_validate({"state": value, **ask})
+            assert said in str(caught.value)
+            with pytest.raises(ValidationError):
+                SystemOneRequest.model_validate(
+                    {"state": "", "questions": {"q": {"type": "noul", "instructions": value}}}
+                )
+        for value in (deep[0], shared, {"a": [None, True, 1, 1.5, "x"]}):
+            assert SystemOneRequest.model_validate({"state": value, **ask}).state is value
+
+    @pytest.mark.parametrize("depth", [5_000, 200_000])
+    def test_a_request_that_was_changed_in_python_is_refused_by_its_field(self, tokenizer: TextTokenizer, depth: int):
+        deep: Any = []
+        for _ in range(depth):
+            deep = [deep]
+        model = ModelFacts("m", tokenizer, FakeEngine(VOCAB_SIZE, CONTEXT).info, Limits())
+        of_state = parsed().model_copy(update={"state": deep})
+        of_question = parsed(questions={"q": SCORE})
+        of_question.questions["q"].instructions = deep
+        for request, param in ((of_state, "state"), (of_question, "questions")):
+            with pytest.raises(InvalidRequestError, match="cannot be shown as JSON") as caught:
+                finish(systemone.SYSTEMONE.builder(model)(request, ""))
+            assert caught.value.param == param
 
     def test_unknown_fields_of_the_whole_are_ignored(self):
         request = parsed(x_trace_id="a", seed=7, stream=True, assets=None)
