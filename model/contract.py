@@ -127,6 +127,7 @@ class ModelInfo:
         pad_token_id: in a model with classes, the padding token: classes are read at a prompt's last token that is not
             padding, as in transformers; None: at its last token.
         tokens_per_s: tokens that a replica computes a second, measured at its start; 0.0: not measured.
+        notes: what a user should know about how the model was loaded.
     """
 
     vocab_size: int
@@ -140,6 +141,7 @@ class ModelInfo:
     quantization: str | None = None
     pad_token_id: int | None = None
     tokens_per_s: float = 0.0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

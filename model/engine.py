@@ -53,6 +53,7 @@ class Engine:
             classes=self._config.classes,
             quantization="int8" if self._config.int8 else None,
             pad_token_id=self._config.pad_token_id,
+            notes=self._config.notes,
         )
 
     @property

@@ -5,6 +5,7 @@ both.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -65,6 +66,7 @@ def load(
     compiled_folder: Path | None = None,
     quantization: Quantization | None = None,
     mesh: Mesh | None = None,
+    trust_config: Sequence[str] = (),
     **sizes: int | tuple[int, ...],
 ) -> Engine:
     """Read a checkpoint in Hugging Face layout onto the device; call ``Engine.warmup`` next.
@@ -78,6 +80,7 @@ def load(
         compiled_folder: keeps compiled programs for the next start, see ``model.compiled``.
         quantization: of the kernels of attention and MLP, applied while they are read.
         mesh: devices to spread the model over, see ``model.sharding``; None: the first device.
+        trust_config: keys of ``config.json`` that change nothing, as the user says.
         sizes: fields of ``Sizes`` that replace the platform's.
 
     Raises:
@@ -85,7 +88,7 @@ def load(
         CheckpointError: a tensor missing, unexpected or mis-shaped, or a broken file.
         RuntimeError: "native" attention is asked for where its kernel cannot be built.
     """
-    config = _with_stored_head(registry.from_hf(read_config(folder)), folder)
+    config = _with_stored_head(registry.from_hf(read_config(folder), trust_config), folder)
     if quantization and config.experts:
         raise ConfigError(f"{config.architecture}: mixtures of experts are not quantised; leave out {quantization}")
     platform = jax.default_backend()

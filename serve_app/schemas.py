@@ -354,6 +354,8 @@ class InfoResponse(ResponseBody):
     Attributes:
         decision_profile: how the decision routes ask, a file in ``serve_app/profiles``. None: the model cannot decide.
         rerank_template: the template's name, or ``custom``. None: the model has too many classes to rerank.
+        notes: how the model was loaded, where that is not as its files say at first sight: a context shorter than
+            ``config.json`` says, and why; keys of it that ``trust_config`` skips.
     """
 
     model: str
@@ -367,6 +369,7 @@ class InfoResponse(ResponseBody):
     quantization: str | None = None
     platform: str
     buckets: list[str]
+    notes: list[str] | None = None
     decision_profile: str | None = None
     rerank_template: str | None = None
     limits: LimitsInfo

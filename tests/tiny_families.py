@@ -50,6 +50,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "head_dim": 10,
         "rms_norm_eps": 3e-4,
         "rope_theta": 8765.0,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 60},
     },
     "mistral": {
         "architectures": ["MistralForCausalLM"],
@@ -157,11 +158,16 @@ def make_family(folder: Path, family: str, *, classes: int = 0) -> Path:
     Args:
         classes: number of classes of a head in place of the output head; 0: the model is causal.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     config = config_of(family)
     if classes:
         names = {str(number): f"class {number}" for number in range(classes)}
         config |= {"architectures": [CLASSIFIERS[family]], "id2label": names}
+    return make_checkpoint(folder, config)
+
+
+def make_checkpoint(folder: Path, config: Mapping[str, Any]) -> Path:
+    """Write this ``config.json`` and random safetensors that fit it into ``folder`` and return it."""
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
     save(folder, _tensors(np.random.default_rng(11), config))
     return folder

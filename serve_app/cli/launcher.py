@@ -97,6 +97,13 @@ def run(settings: ServiceSettings, *, host: str, port: int, fast_front: bool = F
         scorers = sum(each.most_replicas for each in settings.models)
         process_limits.check(settings.ingress_replicas + scorers, _cpus(settings))
         for each in settings.models:
+            if each.trust_config:
+                console.print(
+                    f"warning: {each.name}: trust_config skips {', '.join(each.trust_config)} of config.json: if one "
+                    "of them matters, all scores are wrong",
+                    soft_wrap=True,
+                    markup=False,
+                )
             folder = model_source.resolve(each.model, each.revision, say=say)
             tokenizer = TextTokenizer.load(folder)
             template = choose(each, folder)

@@ -29,6 +29,7 @@ def info(service: ModelService, names: Sequence[str]) -> InfoResponse:
         quantization=facts.quantization,
         platform=facts.platform,
         buckets=list(facts.buckets),
+        notes=list(facts.notes) or None,
         decision_profile=model.profile.name if model.can_decide else None,
         rerank_template=model.rerank.name if model.can_rerank else None,
         limits=LimitsInfo(

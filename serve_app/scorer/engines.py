@@ -43,6 +43,8 @@ def load_engine(settings: ModelSettings) -> Engine:
     started = time.monotonic()
     engine.warmup(progress_log(logger.info))
     logger.info("the model's programs are ready after %.1f s", time.monotonic() - started)
+    for note in engine.info.notes:
+        logger.warning("%s: %s", settings.name, note)
     return engine
 
 
@@ -86,6 +88,7 @@ def _load_model(settings: ModelSettings) -> Engine:
     logger.info("loading %s", folder)
     return load(
         folder,
+        trust_config=settings.trust_config,
         dtype=settings.dtype,
         quantization=settings.quantization,
         max_prompt_tokens=settings.limits.max_prompt_tokens,
