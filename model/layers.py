@@ -197,7 +197,7 @@ def rope_frequencies(rope: Rope, width: int, *, long: bool = False) -> npt.NDArr
             return frequencies
         case "yarn":
             divided, kept = np.float32(1) / (np.float32(rope.factor) * powers), _yarn_kept(rope, width)
-            return divided * (np.float32(1) - kept) + frequencies * kept
+            return (divided * (1 - kept) + frequencies * kept).astype(np.float32)
         case "linear":
             return frequencies / np.float32(rope.factor)
         case "longrope":
@@ -229,7 +229,7 @@ def _yarn_kept(rope: Rope, width: int) -> npt.NDArray[np.float32]:
     low, high = max(low, 0), min(high, width - 1)
     high += 0.001 if low == high else 0
     ramp = (np.arange(width // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
-    return np.float32(1) - np.clip(ramp, np.float32(0), np.float32(1))
+    return 1 - np.clip(ramp, 0, 1).astype(np.float32)
 
 
 Angles = tuple[Float[Array, "M half"], Float[Array, "M half"]]

@@ -43,8 +43,6 @@ def load_engine(settings: ModelSettings) -> Engine:
     started = time.monotonic()
     engine.warmup(progress_log(logger.info))
     logger.info("the model's programs are ready after %.1f s", time.monotonic() - started)
-    for note in engine.info.notes:
-        logger.warning("%s: %s", settings.name, note)
     return engine
 
 
@@ -86,7 +84,7 @@ def _load_model(settings: ModelSettings) -> Engine:
     mesh = tpu_mesh(settings.tpu.chips) if settings.tpu else None
     folder = model_source.resolve(settings.model, settings.revision, say=logger.info)
     logger.info("loading %s", folder)
-    return load(
+    engine = load(
         folder,
         trust_config=settings.trust_config,
         dtype=settings.dtype,
@@ -95,6 +93,9 @@ def _load_model(settings: ModelSettings) -> Engine:
         compiled_folder=compiled_folder(),
         mesh=mesh,
     )
+    for note in engine.info.notes:
+        logger.warning("%s: %s", settings.name, note)
+    return engine
 
 
 def compiled_folder() -> Path:
