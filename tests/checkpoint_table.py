@@ -1,7 +1,7 @@
 """Prints every kind of checkpoint, and what comes of it: right, refused with a reason, or how far from transformers.
 
-Run as ``python -m tests.checkpoint_table``; it takes about ten minutes, and ``--parse`` only reads the configs. Each
-model has its published ``config.json`` at tiny sizes, and random weights.
+Run as ``python -m tests.checkpoint_table``; it takes some minutes. Words choose the checkpoints whose names have them,
+and ``--parse`` only reads the configs. Each model has its published ``config.json`` at tiny sizes, and random weights.
 """
 
 from __future__ import annotations
@@ -41,13 +41,21 @@ TINY: Mapping[str, Any] = {
 def shrunk(config: Mapping[str, Any]) -> dict[str, Any]:
     """``config`` at tiny sizes. Windows and original contexts are shorter than the longest prompts of the tests."""
     groups = config["num_attention_heads"] // config["num_key_value_heads"]
-    tiny: dict[str, Any] = {**config, **TINY, "num_attention_heads": 4, "num_key_value_heads": 4 // min(groups, 4)}
+    heads = 3 if "partial_rotary_factor" in config else 4  # of 16 channels three quarters are even
+    tiny: dict[str, Any] = {
+        **config,
+        **TINY,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // min(groups, heads),
+    }
     if "head_dim" in config:
         tiny["head_dim"] = 10 if config["head_dim"] * config["num_attention_heads"] == config["hidden_size"] else 14
     if config.get("sliding_window"):
         tiny["sliding_window"] = 50
     if "max_window_layers" in config:
         tiny["max_window_layers"] = 1
+    if "sliding_window_pattern" in config:
+        tiny["sliding_window_pattern"] = 2
     if "layer_types" in config:
         tiny["layer_types"] = config["layer_types"][-3:]
     if "num_experts" in config:
@@ -55,13 +63,13 @@ def shrunk(config: Mapping[str, Any]) -> dict[str, Any]:
     if "original_max_position_embeddings" in config:
         tiny["original_max_position_embeddings"] = 170
     if rope := config.get("rope_scaling"):
-        tiny["rope_scaling"] = _shrunk_rope(rope, int(12 * config.get("partial_rotary_factor", 1.0)) // 2)
+        tiny["rope_scaling"] = _shrunk_rope(rope, pairs=6)
     if chunks := config.get("dual_chunk_attention_config"):
         tiny["dual_chunk_attention_config"] = {**chunks, "chunk_size": 400, "original_max_position_embeddings": 400}
     return tiny
 
 
-def _shrunk_rope(rope: Mapping[str, Any], pairs: int) -> dict[str, Any]:
+def _shrunk_rope(rope: Mapping[str, Any], *, pairs: int) -> dict[str, Any]:
     tiny = dict(rope)
     if "original_max_position_embeddings" in rope:
         tiny["original_max_position_embeddings"] = 60
@@ -104,15 +112,18 @@ def _class_logits(folder: Path) -> list[list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parse", action="store_true", help="only read the configs")
-    parse = parser.parse_args().parse
+    parser.add_argument("words", nargs="*")
+    asked = parser.parse_args()
     wrong = 0
     sys.stdout.write("| checkpoint | what sets it apart | result |\n| --- | --- | --- |\n")
     with tempfile.TemporaryDirectory() as scratch:
         for number, checkpoint in enumerate(CHECKPOINTS):
+            if asked.words and not any(word in checkpoint.name for word in asked.words):
+                continue
             why = refusal(checkpoint)
             result = f"refused: {why}" if why else "loads"
             fits = bool(why) == bool(checkpoint.refused) and checkpoint.refused in why
-            if not (why or parse):
+            if not (why or asked.parse):
                 found = difference(checkpoint, Path(scratch) / str(number))
                 fits = fits and found < BOUND
                 result = f"{'right' if found < BOUND else 'WRONG'}, max difference {found:.1e}"
