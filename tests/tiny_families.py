@@ -50,7 +50,6 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "head_dim": 10,
         "rms_norm_eps": 3e-4,
         "rope_theta": 8765.0,
-        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 60},
     },
     "mistral": {
         "architectures": ["MistralForCausalLM"],

@@ -38,15 +38,14 @@ ROPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "llama",
         {"head_dim": 64, "rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA31, "factor": 32.0}},
     ),
-    "qwen3": ("qwen3", {"head_dim": 128, "rope_theta": 1e6, "rope_scaling": None}),
-    "qwen3-2507": ("qwen3", {"head_dim": 128, "rope_theta": 5e6, "rope_scaling": None}),
+    "qwen3": ("qwen3", {"head_dim": 128, "rope_theta": 1e6}),
+    "qwen3-2507": ("qwen3", {"head_dim": 128, "rope_theta": 5e6}),
     "qwen3 with yarn": ("qwen3", {"head_dim": 128, "rope_theta": 1e6, "rope_scaling": {"rope_type": "yarn", **CARD}}),
     "qwen3 with yarn, v5": (
         "qwen3",
         {
             "head_dim": 128,
             "rope_theta": 1e6,
-            "rope_scaling": None,
             "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, **CARD, "factor": 2.0},
         },
     ),
