@@ -35,6 +35,7 @@ TINY: Mapping[str, Any] = {
     "num_hidden_layers": 3,
     "intermediate_size": 52,
     "max_position_embeddings": 512,
+    "pad_token_id": 0,
 }
 
 
@@ -48,6 +49,7 @@ def shrunk(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": heads // min(groups, heads),
     }
+    tiny.pop("_attn_implementation", None)  # transformers would ask for the package of that kernel
     if "head_dim" in config:
         tiny["head_dim"] = 10 if config["head_dim"] * config["num_attention_heads"] == config["hidden_size"] else 14
     if config.get("sliding_window"):
