@@ -93,11 +93,13 @@ def difference(checkpoint: Checkpoint, folder: Path) -> float:
     make_checkpoint(folder, config)
     scorer = loading.load(folder, **SIZES)
     sequences = cases.sequences()
-    if scorer.info.classes:
-        labels, wanted = tuple(range(scorer.info.classes)), _class_logits(folder)
+    classes = scorer.info.classes
+    if classes:
+        labels, wanted = tuple(range(classes)), _class_logits(folder)
     else:
         labels, wanted = cases.LABELS, cases.reference(folder)
-    found = scorer.score(label_batch(sequences, [labels] * len(sequences))).values.reshape(len(sequences), -1)
+    batch = label_batch(sequences, [labels] * len(sequences), vocab_logprobs=not classes)
+    found = scorer.score(batch).values.reshape(len(sequences), -1)
     return float(np.abs(found - np.array(wanted)).max())
 
 
