@@ -3,6 +3,7 @@
 A family's own keys are read in its own file; ``model.families.registry`` says which file that is.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from typing import Any, Literal
 from model.contract import TOKEN_BITS
 from model.fields import ConfigError, Fields
 
-RopeKind = Literal["default", "linear", "llama3", "longrope"]
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 Activation = Literal["silu", "gelu_tanh"]
 QkNorm = Literal["head", "projection"]
 
@@ -24,15 +25,18 @@ class Rope:
 
     Attributes:
         theta: base of the frequencies.
-        kind: ``linear`` divides all frequencies by ``factor``; ``llama3`` the low ones, and blends in between;
-            ``longrope`` each by a factor of its own.
+        kind: ``linear`` divides all frequencies by ``factor``; ``llama3`` and ``yarn`` the low ones, and blend in
+            between; ``longrope`` each by a factor of its own; ``dynamic`` none within the original context.
         factor: 1 for ``default``.
         low_freq_factor: ``llama3``: wavelengths above ``original_context_length`` over this are divided in full.
         high_freq_factor: ``llama3``: wavelengths below ``original_context_length`` over this are kept.
-        original_context_length: ``llama3`` and ``longrope``: tokens, before the context was extended.
+        original_context_length: tokens, before the context was extended.
+        beta_fast: ``yarn``: frequencies that turn more often in the original context are kept.
+        beta_slow: ``yarn``: frequencies that turn less often are divided in full.
+        truncate: ``yarn``: both bounds are rounded outwards to whole channels.
         short_factors: ``longrope``: divisors in a prompt of up to ``original_context_length`` tokens, one a frequency.
         long_factors: ``longrope``: divisors in a longer prompt, at all of its positions.
-        magnitude: ``longrope``: what cosines and sines are multiplied by.
+        magnitude: ``yarn`` and ``longrope``: what cosines and sines are multiplied by.
     """
 
     theta: float
@@ -41,6 +45,9 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
     original_context_length: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
     magnitude: float = 1.0
@@ -164,6 +171,7 @@ def common_config(
     if activation not in ACTIVATIONS:
         raise ConfigError(f"{activation_key} is {activation!r}; implemented: {', '.join(ACTIVATIONS)}")
     context_length = fields.integer("max_position_embeddings")
+    rope = rope or rope_of(fields, context_length)
     return ModelConfig(
         architecture="",  # the registry's to say
         vocab_size=_vocab_size(fields),
@@ -174,8 +182,8 @@ def common_config(
         head_width=_head_width(fields, width, heads, head_width),
         ff_width=fields.integer("intermediate_size"),
         norm_eps=fields.number("rms_norm_eps", norm_eps),
-        rope=rope or rope_of(fields, context_length),
-        context_length=context_length,
+        rope=rope,
+        context_length=_context(fields, rope, context_length),
         tied_head=fields.flag("tie_word_embeddings", tied_head),
         activation=ACTIVATIONS[activation],
         **constants,
@@ -232,11 +240,29 @@ def _head_width(fields: Fields, width: int, heads: int, absent: int | None) -> i
     return head_width
 
 
+def _context(fields: Fields, rope: Rope, tokens: int) -> int:
+    """Tokens of the longest prompt, which a rope may change.
+
+    YaRN's are those of the original context times its factor: model cards say which keys to add to a config, and to
+    leave ``max_position_embeddings`` as it is.
+    """
+    if rope.kind == "yarn":
+        return max(tokens, round(rope.factor * rope.original_context_length))
+    if rope.kind == "dynamic":
+        fields.notes.append(
+            f"the longest prompt has {rope.original_context_length} tokens: beyond the original context, a dynamic "
+            "rope's frequencies depend on the prompt's length, and prompts could share no prefix"
+        )
+        return rope.original_context_length
+    return tokens
+
+
 def rope_of(fields: Fields, context_length: int) -> Rope:
     """Read v4's ``rope_theta`` and ``rope_scaling``, or v5's ``rope_parameters``; if both are there they must agree."""
     theta = fields.number("rope_theta", 10_000.0)
+    beside = fields.integer_or_none("original_max_position_embeddings", absent=None)
     ropes = [
-        rope_group(fields.group(key), theta, context_length)
+        rope_group(fields.group(key), theta, context_length, beside)
         for key in ("rope_parameters", "rope_scaling")
         if key in fields
     ]
@@ -247,23 +273,60 @@ def rope_of(fields: Fields, context_length: int) -> Rope:
     return ropes[0]
 
 
-def rope_group(group: Fields, theta: float, context_length: int) -> Rope:
+def rope_group(group: Fields, theta: float, context_length: int, original: int | None = None) -> Rope:
+    """Read one rope.
+
+    Args:
+        theta: where the group has none.
+        context_length: of the model.
+        original: the original context as it stands beside the group: it goes before the one within.
+    """
     kind = group.text("rope_type", group.text("type", "default"))
     theta = group.number("rope_theta", theta)
-    if kind == "default":
-        rope = Rope(theta)
-    elif kind == "linear":
-        rope = Rope(theta, "linear", group.number("factor"))
-    elif kind == "llama3":
-        rope = Rope(
-            theta,
-            "llama3",
-            group.number("factor"),
-            group.number("low_freq_factor"),
-            group.number("high_freq_factor"),
-            group.integer("original_max_position_embeddings", context_length),
-        )
-    else:
-        raise ConfigError(f"rope type {kind!r} is not implemented; known: default, linear, llama3")
+    within = group.integer("original_max_position_embeddings", context_length)
+    original = original or within
+    match kind:
+        case "default":
+            rope = Rope(theta)
+        case "linear":
+            rope = Rope(theta, "linear", group.number("factor"))
+        case "dynamic":
+            # transformers reads max_position_embeddings alone. Up to the smaller of the two nothing is scaled.
+            original = min(original, context_length)
+            rope = Rope(theta, "dynamic", group.number("factor"), original_context_length=original)
+        case "llama3":
+            low, high = group.number("low_freq_factor"), group.number("high_freq_factor")
+            rope = Rope(theta, "llama3", group.number("factor"), low, high, original)
+        case "yarn":
+            rope = _yarn(group, theta, context_length, original)
+        case _:
+            raise ConfigError(f"rope type {kind!r} is not implemented; known: default, linear, dynamic, llama3, yarn")
     group.refuse_rest(neutral={"partial_rotary_factor": 1.0})
     return rope
+
+
+def _yarn(group: Fields, theta: float, context_length: int, original: int) -> Rope:
+    """Read YaRN's keys as transformers does: a null is an absent key, and zeros are not taken for one.
+
+    Source: ``_compute_yarn_parameters``. ``finetuned`` is a note of the method's authors on how a model was made.
+    """
+    factor = group.number_or_none("factor", absent=None) or context_length / original
+    sharpness, spread = (group.number_or_none(key, absent=None) for key in ("mscale", "mscale_all_dim"))
+    magnitude = _yarn_magnitude(factor)
+    if sharpness and spread:
+        magnitude = _yarn_magnitude(factor, sharpness) / _yarn_magnitude(factor, spread)
+    group.flag("finetuned", True)
+    return Rope(
+        theta,
+        "yarn",
+        factor,
+        original_context_length=original,
+        beta_fast=group.number("beta_fast", 32.0),
+        beta_slow=group.number("beta_slow", 1.0),
+        truncate=group.flag("truncate", True),
+        magnitude=group.number("attention_factor", magnitude),
+    )
+
+
+def _yarn_magnitude(factor: float, weight: float = 1.0) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -1,7 +1,7 @@
 """Reading ``config.json`` of a Hugging Face checkpoint by allow-list.
 
-A key that is not read would give wrong scores with no error. So each key is read, or ignored on purpose, or stands at
-the value that changes nothing; any other is refused by name.
+A key that is not read could give wrong scores with no error. So each key is read, or ignored on purpose, or stands at
+the value that changes nothing, or is one that the user says to skip; any other is refused by name.
 """
 
 import json
@@ -16,11 +16,12 @@ class ConfigError(ValueError):
 
 IGNORED = {
     # About the file.
-    "architectures", "model_type", "transformers_version", "_name_or_path", "_attn_implementation_autoset",
-    "unsloth_fixed",
+    "architectures", "model_type", "transformers_version", "_name_or_path", "_commit_hash",
     "is_decoder",
-    # What others make of a reranker; the template is the service's.
-    "is_original_qwen3_reranker", "classifier_from_token",
+    # What others make of a reranker: vLLM's keys for Qwen3-Reranker, and sentence-transformers' for a cross-encoder.
+    # The prompt and what becomes of its logits are the service's.
+    "is_original_qwen3_reranker", "classifier_from_token", "method",
+    "sentence_transformers", "sbert_ce_default_activation_function",
     # Ours to choose.
     "torch_dtype", "dtype", "use_cache",
     # Read with the tensors, see ``model.tensors.quantised``.
@@ -28,25 +29,55 @@ IGNORED = {
     # The tokenizer's, and generation's.
     "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id",
     "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty",
+    # The rest of what transformers 4 wrote for generation: _get_global_generation_defaults in configuration_utils.
+    "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "typical_p", "length_penalty",
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
+    "output_logits", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "renormalize_logits",
+    "max_new_tokens", "generation_config", "cache_implementation",
+    # What a call returns beside its logits, and how: PreTrainedConfig's.
+    "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "use_return_dict",
+    "keys_to_ignore_at_inference", "torchscript", "use_bfloat16", "tf_legacy_loss",
+    # Which attention kernel the writer had; see also the prefixes below. The second is transformers 4.3x's, the others
+    # are of models' own code.
+    "attn_implementation", "_flash_attn_2_enabled", "use_flash_attention_2", "use_flash_attn",
+    # Pipelines', tokenizers' and loaders' notes: PreTrainedConfig's, Unsloth's, and of the first conversions of Llama.
+    # The number of tokens is max_position_embeddings, whatever max_sequence_length and the tokenizer say.
+    "task_specific_params", "finetuning_task", "prefix", "tokenizer_class", "model_max_length", "max_sequence_length",
+    "transformers.js_config", "is_llama_config",
+    # Llama's in transformers 4: the matmuls were cut into so many parts and the results put together again.
+    "pretraining_tp",
     # A classification head's.
     "id2label", "label2id", "num_labels", "problem_type",
-    # Training's.
-    "initializer_range", "attention_dropout",
+    # Training's: dropouts, losses, and trainers' own settings.
+    "initializer_range", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "classifier_dropout",
+    "router_aux_loss_coef", "loss_type", "neftune_noise_alpha", "use_liger_kernel", "gradient_checkpointing",
 }  # fmt: skip
 """Keys that no scoring depends on, in any family."""
+
+IGNORED_PREFIXES = (
+    "unsloth_",  # Unsloth's: unsloth_version and unsloth_fixed say which program saved the model
+    "_attn_implementation",  # transformers': the attention kernel, with endings _internal and _autoset
+)
+"""How more of them begin."""
 
 NEUTRAL: Mapping[str, object] = {
     "is_encoder_decoder": False,
     "add_cross_attention": False,
     "tie_encoder_decoder": False,
     "chunk_size_feed_forward": 0,
-    "output_attentions": False,
-    "output_hidden_states": False,
-    "return_dict": True,
-    "return_dict_in_generate": False,
-    "torchscript": False,
-    "use_bfloat16": False,
     "pruned_heads": {},
+    # What a model of the family has not, said by a config that has the key all the same.
+    "attention_bias": False,
+    "mlp_bias": False,
+    "lm_head_bias": False,
+    "use_mrope": False,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+    "rope_interleaved": False,
+    # transformers' masks: every layer sees back alone.
+    "is_causal": True,
+    "use_bidirectional_attention": False,
 }
 """Keys that may be present at the one value that changes nothing, in any family."""
 
@@ -55,13 +86,23 @@ class Fields:
     """A config that remembers which of its keys were read, so that the others can be refused.
 
     A null counts as absent: it is how transformers writes a setting that is off.
+
+    Args:
+        trusted: keys that the user says change nothing: they are skipped instead of refused. None: nobody was asked.
+
+    Attributes:
+        notes: what a user should know about how the config was read.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str = "config.json") -> None:
+    def __init__(
+        self, values: Mapping[str, Any], where: str = "config.json", *, trusted: Collection[str] | None = None
+    ) -> None:
         self._values = {key: value for key, value in values.items() if value is not None}
         self._nulls = values.keys() - self._values.keys()
         self._where = where
+        self._trusted = trusted
         self._read: set[str] = set()
+        self.notes: list[str] = []
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
@@ -162,18 +203,27 @@ class Fields:
         """Refuse every key that was not read, is not ignored, and is not at its neutral value.
 
         Raises:
-            ConfigError: naming all of them with their values.
+            ConfigError: naming all of them with their values; or one that is to be skipped, and has been read.
         """
-        neutral = neutral or {}
-        rest = [
-            f"{key}={value!r}" + (f" (only {neutral[key]!r} is implemented)" if key in neutral else "")
+        neutral, trusted = neutral or {}, self._trusted or ()
+        if known := sorted(self._read.intersection(trusted)):
+            raise ConfigError(f"trust_config names {', '.join(known)}: keys that this program reads; leave them out")
+        rest = {
+            key: f"{key}={value!r}" + (f" (only {neutral[key]!r} is implemented)" if key in neutral else "")
             for key, value in sorted(self._values.items())
-            if key not in self._read and key not in ignored and not (key in neutral and neutral[key] == value)
-        ]
-        if rest:
+            if key not in self._read
+            and key not in ignored
+            and not key.startswith(IGNORED_PREFIXES)
+            and not (key in neutral and neutral[key] == value)
+        }
+        if skipped := [words for key, words in rest.items() if key in trusted]:
+            self.notes.append(f"keys of {self._where} that trust_config skips, unread: {'; '.join(skipped)}")
+        if refused := [words for key, words in rest.items() if key not in trusted]:
+            remedy = "" if self._trusted is None else ". Skip by trust_config only what you know to change no score"
             raise ConfigError(
-                f"{self._where} has settings that this program does not implement, so that its scores would be wrong: "
-                + "; ".join(rest)
+                f"{self._where} has settings that this program does not implement, and that could change the scores: "
+                + "; ".join(refused)
+                + remedy
             )
 
     def _get(self, key: str, default: object) -> object:

@@ -4,6 +4,7 @@ Activations between layers (the residual stream) are float32 whatever the weight
 weights' dtype and their results are float32.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -192,8 +193,11 @@ def rope_frequencies(rope: Rope, width: int, *, long: bool = False) -> npt.NDArr
     powers = np.power(np.float64(np.float32(rope.theta)), exponents.astype(np.float64)).astype(np.float32)
     frequencies = np.float32(1) / powers
     match rope.kind:
-        case "default":
+        case "default" | "dynamic":
             return frequencies
+        case "yarn":
+            divided, kept = np.float32(1) / (np.float32(rope.factor) * powers), _yarn_kept(rope, width)
+            return (divided * (1 - kept) + frequencies * kept).astype(np.float32)
         case "linear":
             return frequencies / np.float32(rope.factor)
         case "longrope":
@@ -210,6 +214,22 @@ def rope_frequencies(rope: Rope, width: int, *, long: bool = False) -> npt.NDArr
             blended = (1 - smooth) * frequencies / factor + smooth * frequencies
             scaled = np.where(wavelengths > low, frequencies / factor, blended)
             return np.where(wavelengths < high, frequencies, scaled)
+
+
+def _yarn_kept(rope: Rope, width: int) -> npt.NDArray[np.float32]:
+    """How much of each frequency ``yarn`` keeps, 0 to 1: a ramp over the channels between its two bounds."""
+
+    def channel(turns: float) -> float:
+        """The pair of channels that turns so often in the original context."""
+        return width * math.log(rope.original_context_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = channel(rope.beta_fast), channel(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    high += 0.001 if low == high else 0
+    ramp = (np.arange(width // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+    return 1 - np.clip(ramp, 0, 1).astype(np.float32)
 
 
 Angles = tuple[Float[Array, "M half"], Float[Array, "M half"]]

@@ -5,6 +5,7 @@ both.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -67,6 +68,7 @@ def load(
     compiled_folder: Path | None = None,
     quantization: Quantization | None = None,
     mesh: Mesh | None = None,
+    trust_config: Sequence[str] = (),
     **sizes: int | tuple[int, ...],
 ) -> Engine:
     """Read a checkpoint in Hugging Face layout onto the device; call ``Engine.warmup`` next.
@@ -80,6 +82,7 @@ def load(
         compiled_folder: keeps compiled programs for the next start, see ``model.compiled``.
         quantization: of the kernels of attention and MLP, applied while they are read.
         mesh: devices to spread the model over, see ``model.sharding``; None: the first device.
+        trust_config: keys of ``config.json`` that change nothing, as the user says.
         sizes: fields of ``Sizes`` that replace the platform's.
 
     Raises:
@@ -89,7 +92,7 @@ def load(
     """
     raw = read_config(folder)
     with opened(folder) as stored:
-        config = registry.from_hf(heads.decided(wrappers.unwrapped(raw), stored))
+        config = registry.from_hf(heads.decided(wrappers.unwrapped(raw, trust_config), stored), trust_config)
         config, stored = _with_stored_head(config, stored)
         notes = [note for note in (wrappers.note(raw), stored.adapter and stored.adapter.note) if note]
         config = replace(config, notes=(*config.notes, *notes))

@@ -355,7 +355,8 @@ class InfoResponse(ResponseBody):
         decision_profile: how the decision routes ask, a file in ``serve_app/profiles``. None: the model cannot decide.
         rerank_template: the template's name, or ``custom``. None: the model has too many classes to rerank.
         notes: how the model was loaded, where that is not as its files say at first sight: of a model for images the
-            text part alone, an adapter merged onto its base.
+            text part alone; an adapter merged onto its base; a context shorter than ``config.json`` says, and why; keys
+            of it that ``trust_config`` skips.
     """
 
     model: str

@@ -41,7 +41,7 @@ _FIXED_LIMITS = {
 MOST_QUEUED_TOKENS = 4_000_000
 """The largest default of ``limits.max_queued_tokens``: 16 MB of token ids, and several times that with their arrays."""
 
-_OF_ONE = {"model", "revision", "base", "served_name", "aliases"}
+_OF_ONE = {"model", "revision", "base", "served_name", "aliases", "trust_config"}
 """Settings that models cannot share."""
 
 
@@ -94,6 +94,9 @@ class ModelSettings(_Frozen):
     """Name of the model in requests and in ``/v1/models``. None: the last part of ``model``."""
     aliases: tuple[str, ...] = ()
     """More names of the model. The first model is also named ``default``."""
+    trust_config: tuple[str, ...] = ()
+    """Keys of ``config.json`` that are skipped although this program does not know what they mean. If one of them
+    matters, all scores are wrong, and nothing else says so: name only what you know to change no score."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights and of matmul operands. Sums, norms, softmax and the output head are always float32."""
     quantization: Literal["int8"] | None = None

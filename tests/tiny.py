@@ -31,6 +31,15 @@ LLAMA3_SCALING: Mapping[str, Any] = {
     "original_max_position_embeddings": 24,
 }
 LINEAR_SCALING: Mapping[str, Any] = {"rope_type": "linear", "factor": 2.5}
+YARN_SCALING: Mapping[str, Any] = {
+    "rope_type": "yarn",
+    "factor": 6.0,
+    "original_max_position_embeddings": 80,
+    "attention_factor": 1.3,
+    "beta_fast": 9.0,
+    "beta_slow": 0.7,
+    "truncate": False,
+}
 
 
 def make_llama(

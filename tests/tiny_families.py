@@ -212,11 +212,16 @@ def make_family(folder: Path, family: str, *, classes: int = 0, changes: Mapping
         classes: number of classes of a head in place of the output head; 0: the model is causal.
         changes: keys of ``config.json`` in place of the family's.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     config = config_of(family) | dict(changes or {})
     if classes:
         names = {str(number): f"class {number}" for number in range(classes)}
         config |= {"architectures": [CLASSIFIERS[family]], "id2label": names}
+    return make_checkpoint(folder, config)
+
+
+def make_checkpoint(folder: Path, config: Mapping[str, Any]) -> Path:
+    """Write this ``config.json`` and random safetensors that fit it into ``folder`` and return it."""
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
     save(folder, _tensors(np.random.default_rng(11), config))
     return folder

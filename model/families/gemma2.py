@@ -25,11 +25,11 @@ def parse(fields: Fields) -> ModelConfig:
     )
     window = fields.integer_or_none("sliding_window", absent=4096)
     config = with_window(config, fields, window, [layer % 2 == 0 for layer in range(config.layers)])
-    fields.refuse_rest(ignored=IGNORED | NOTES, neutral={**NEUTRAL, "use_bidirectional_attention": False})
+    fields.refuse_rest(ignored=IGNORED | NOTES, neutral=NEUTRAL)
     return config
 
 
-NOTES = {"hidden_act", "cache_implementation"}
+NOTES = {"hidden_act"}
 """Keys of published configs that transformers does not read: the activation is ``hidden_activation``."""
 
 

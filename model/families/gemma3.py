@@ -28,10 +28,7 @@ def parse(fields: Fields) -> ModelConfig:
     # transformers v5 writes the key with an underscore before it, and reads it only without.
     pattern = fields.integer("sliding_window_pattern", 6)
     config = with_window(config, fields, window, [(layer + 1) % pattern > 0 for layer in range(config.layers)])
-    fields.refuse_rest(
-        ignored=IGNORED | NOTES | {"_sliding_window_pattern"},
-        neutral={**NEUTRAL, "use_bidirectional_attention": False},
-    )
+    fields.refuse_rest(ignored=IGNORED | NOTES | {"_sliding_window_pattern"}, neutral=NEUTRAL)
     return config if config.sliding else replace(config, local_rope=None)
 
 
@@ -39,17 +36,16 @@ def _ropes(fields: Fields) -> tuple[Rope, Rope]:
     """The ropes of full and of sliding layers, from v4's keys or v5's groups."""
     context_length = fields.integer("max_position_embeddings")
     theta, local = fields.number("rope_theta", 1e6), fields.number("rope_local_base_freq", 1e4)
+
+    def one(group: Fields, theta: float) -> Rope:
+        # transformers looks for YaRN's truncate beside the ropes' groups, where no config has it.
+        return replace(rope_group(group, theta, context_length), truncate=True)
+
     if "rope_parameters" not in fields:
-        full = (
-            rope_group(fields.group("rope_scaling"), theta, context_length) if "rope_scaling" in fields else Rope(theta)
-        )
-        return full, Rope(local)
+        return one(fields.group("rope_scaling"), theta) if "rope_scaling" in fields else Rope(theta), Rope(local)
     if "rope_scaling" in fields:
         raise ConfigError("config.json has both rope_scaling and rope_parameters; keep rope_parameters")
     groups = fields.group("rope_parameters")
-    ropes = (
-        rope_group(groups.group("full_attention"), theta, context_length),
-        rope_group(groups.group("sliding_attention"), local, context_length),
-    )
+    ropes = one(groups.group("full_attention"), theta), one(groups.group("sliding_attention"), local)
     groups.refuse_rest()
     return ropes

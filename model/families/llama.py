@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from model import decoder
 from model.checkpoint import Targets
-from model.config import ModelConfig, common_config
+from model.config import ModelConfig, common_config, with_window
 from model.fields import IGNORED, NEUTRAL, Fields
 
 
@@ -20,11 +20,8 @@ def parse(fields: Fields) -> ModelConfig:
         output_bias=attention_bias,
         mlp_bias=fields.flag("mlp_bias", False),
     )
-    fields.refuse_rest(
-        # The last two are notes for other programs, in SmolLM2's own config.json.
-        ignored=IGNORED | {"is_llama_config", "transformers.js_config"},
-        neutral={**NEUTRAL, "pretraining_tp": 1, "rope_interleaved": False},
-    )
+    config = with_window(config, fields, None, [])
+    fields.refuse_rest(ignored=IGNORED, neutral=NEUTRAL)
     return config
 
 

@@ -8,13 +8,14 @@ from jaxtyping import Array, Float
 
 from model import decoder
 from model.checkpoint import Targets
-from model.config import ModelConfig, common_config
+from model.config import ModelConfig, common_config, with_window
 from model.fields import IGNORED, NEUTRAL, Fields
 
 
 def parse(fields: Fields) -> ModelConfig:
     bias = fields.flag("attention_bias", False)
     config = common_config(fields, norm_eps=1e-5, attention_bias=bias, output_bias=bias, qk_norm="projection")
+    config = with_window(config, fields, None, [])
     fields.refuse_rest(ignored=IGNORED, neutral=NEUTRAL)
     return config
 

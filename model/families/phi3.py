@@ -30,17 +30,7 @@ def parse(fields: Fields) -> ModelConfig:
     config = replace(config, rotary_width=rotary_width)
     window = fields.integer_or_none("sliding_window", absent=None)
     config = with_window(config, fields, window, [True] * config.layers)
-    fields.refuse_rest(
-        ignored=IGNORED | {"auto_map", "resid_pdrop", "embd_pdrop"},
-        neutral={
-            **NEUTRAL,
-            "attention_bias": False,
-            "mlp_bias": False,
-            "lm_head_bias": False,
-            "full_attn_mod": 1,
-            "interpolate_factor": 1,
-        },
-    )
+    fields.refuse_rest(ignored=IGNORED | {"auto_map"}, neutral={**NEUTRAL, "full_attn_mod": 1, "interpolate_factor": 1})
     return config
 
 

@@ -15,6 +15,7 @@ from model import decoder
 from model.checkpoint import Target, Targets
 from model.config import ModelConfig, common_config, with_window
 from model.families.llama import NORMS
+from model.families.qwen2 import within_chunk
 from model.fields import IGNORED, NEUTRAL, ConfigError, Fields
 from model.layers import Linear, activate, summed
 from model.sharding import MODEL
@@ -39,14 +40,15 @@ def parse(fields: Fields) -> ModelConfig:
     config = replace(config, ff_width=fields.integer("moe_intermediate_size", 768))
     if config.experts_per_token > config.experts:
         raise ConfigError(f"num_experts_per_tok {config.experts_per_token} is more than num_experts {config.experts}")
+    config = within_chunk(config, fields)
     window = fields.integer_or_none("sliding_window", absent=4096)
     if not fields.flag("use_sliding_window", False):
         window = None
     config = with_window(config, fields, window, [True] * config.layers)
     fields.refuse_rest(
         # transformers reads no max_window_layers here: the window is that of all layers.
-        ignored=IGNORED | {"router_aux_loss_coef", "max_window_layers"},
-        neutral={**NEUTRAL, "decoder_sparse_step": 1, "mlp_only_layers": [], "output_router_logits": False},
+        ignored=IGNORED | {"max_window_layers"},
+        neutral={**NEUTRAL, "decoder_sparse_step": 1, "mlp_only_layers": []},
     )
     return config
 

@@ -1,6 +1,6 @@
 """Hugging Face architecture name -> how to read its config, build it and load its weights."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,17 +80,18 @@ class Abstract:
     block: tuple[nnx.GraphDef[Any], nnx.State[Any, Any]]
 
 
-def from_hf(config: Mapping[str, Any]) -> ModelConfig:
+def from_hf(config: Mapping[str, Any], trusted: Collection[str] = ()) -> ModelConfig:
     """Read a config by the architecture's own parser, and refuse what it did not read.
 
     Args:
         config: ``config.json``; transformers v4's keys (``rope_theta``, ``rope_scaling``, ``torch_dtype``) and v5's
             (``rope_parameters``, ``dtype``) alike.
+        trusted: keys that the user says change nothing, see ``Fields``.
 
     Raises:
         ConfigError: an architecture, key, value or rope type that is not implemented, or sizes that do not fit.
     """
-    config = unwrapped(config)
+    config = unwrapped(config, trusted)
     names = config.get("architectures")
     for architecture, family in FAMILIES.items():
         if names == [architecture]:
@@ -101,8 +102,8 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
                     "architecture of the other, whichever the weights are of"
                 )
             methods.check(config)
-            fields = Fields(config)
-            parsed = replace(family.parse(fields), architecture=architecture)
+            fields = Fields(config, trusted=trusted)
+            parsed = replace(family.parse(fields), architecture=architecture, notes=tuple(fields.notes))
             return with_classes(parsed, fields, family.pad_token_id) if family.classifies else parsed
     raise ConfigError(f"architectures is {names!r}; implemented: {', '.join(KNOWN)} (exactly one).{_hint(names)}")
 

@@ -1,6 +1,6 @@
 """Architectures that only wrap a family: other names of it, and models for images whose text part it is."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -88,8 +88,11 @@ def name_of(config: Mapping[str, Any]) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def unwrapped(config: Mapping[str, Any]) -> dict[str, Any]:
+def unwrapped(config: Mapping[str, Any], trusted: Collection[str] = ()) -> dict[str, Any]:
     """``config.json`` as the family would have it that it only wraps; any other as it is.
+
+    Args:
+        trusted: keys that the user says change nothing, see ``Fields``.
 
     Raises:
         ConfigError: the text part is of another family, or there is an unknown key beside it.
@@ -104,12 +107,12 @@ def unwrapped(config: Mapping[str, Any]) -> dict[str, Any]:
     if wrapper := WRAPPERS.get(name or ""):
         if model_type not in (None, wrapper.model_type):
             raise ConfigError(f"architectures is [{name!r}] and model_type {model_type!r}: they contradict each other")
-        return _text_part(config, wrapper)
+        return _text_part(config, wrapper, trusted)
     return dict(config)
 
 
-def _text_part(config: Mapping[str, Any], wrapper: Wrapper) -> dict[str, Any]:
-    fields = Fields(config)
+def _text_part(config: Mapping[str, Any], wrapper: Wrapper, trusted: Collection[str]) -> dict[str, Any]:
+    fields = Fields(config, trusted=trusted)
     fields.group("text_config")
     text: dict[str, Any] = config["text_config"]
     if (found := text.get("model_type") or wrapper.text_type) != wrapper.text_type:

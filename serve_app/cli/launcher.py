@@ -108,6 +108,13 @@ def run(settings: ServiceSettings, *, host: str, port: int, fast_front: bool = F
                 say(f"{each.name}: {choice}")
                 if doubt:
                     console.print(f"warning: {each.name}: {doubt}", soft_wrap=True, markup=False)
+            if each.trust_config:
+                console.print(
+                    f"warning: {each.name}: trust_config skips {', '.join(each.trust_config)} of config.json: if one "
+                    "of them matters, all scores are wrong",
+                    soft_wrap=True,
+                    markup=False,
+                )
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         with ending.watched() as end, _service(settings, host, port, say, end) as logs:
             end.at_end.append(status.stop)

@@ -42,6 +42,13 @@ def serve(
     served_name: Annotated[
         str | None, typer.Option(help="Name of the model in requests.", show_default="from --model")
     ] = None,
+    trust_config: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Key of config.json to skip although it is unknown; if it matters, all scores are wrong. Repeatable.",
+            show_default="none",
+        ),
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Type of the weights.")] = "float32",
     int8: Annotated[
         bool, typer.Option("--int8", help="Keep the layers' weights as int8: less memory, less accuracy.")
@@ -91,10 +98,12 @@ def serve(
     score-serve serve --model judge=./checkpoint --model demo
     """
     models = [_named(each) for each in model]
-    one: dict[str, Any] = {"revision": revision, "base": base, "served_name": served_name}
+    trusted = tuple(trust_config or ())
+    one: dict[str, Any] = {"revision": revision, "base": base, "served_name": served_name, "trust_config": trusted}
     if len(models) > 1 and any(one.values()):
         raise typer.BadParameter(
-            "--revision, --base and --served-name are for a single --model; name several models with NAME=MODEL"
+            "--revision, --base, --served-name and --trust-config are for a single --model; name several models with "
+            "NAME=MODEL"
         )
     if served_name and "served_name" in models[0]:
         raise typer.BadParameter(f"--model {model[0]!r} has a name already; leave out --served-name")

@@ -86,6 +86,7 @@ def _load_model(settings: ModelSettings) -> Engine:
     logger.info("loading %s", folder)
     engine = load(
         folder,
+        trust_config=settings.trust_config,
         dtype=settings.dtype,
         quantization=settings.quantization,
         max_prompt_tokens=settings.limits.max_prompt_tokens,

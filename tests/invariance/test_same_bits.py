@@ -8,7 +8,7 @@ import itertools
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from serve_app.tasks.systemone import SYSTEMONE, AnswerLine, SystemOneRequest
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.batches import reads_batch
 from tests.invariance.rows import LABELS, VOCAB
-from tests.tiny import make_llama
+from tests.tiny import YARN_SCALING, make_llama
 from tests.tiny_families import make_family
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler is installed")
@@ -70,7 +70,9 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Engine]
     def made(name: str) -> Engine:
         family, options = MODELS[name]
         folder = tmp_path_factory.mktemp("model")
-        made = make_llama(folder, context=1024) if family == "llama" else make_family(folder, family)
+        # Its YaRN is of an original context of 80 tokens.
+        llama = partial(make_llama, folder, context=1024, rope_scaling=YARN_SCALING)
+        made = llama() if family == "llama" else make_family(folder, family)
         return loading.load(made, implementation="native", **options)
 
     return made

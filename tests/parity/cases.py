@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.tiny import LINEAR_SCALING, LLAMA3_SCALING, make_llama
+from tests.tiny import LINEAR_SCALING, LLAMA3_SCALING, YARN_SCALING, make_llama
 from tests.tiny_families import FAMILIES, make_family
 
 CASES: Mapping[str, Mapping[str, Any]] = {
@@ -21,6 +21,7 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "tied": {"tied": True, "seed": 1},
     "llama3-rope": {"rope_scaling": LLAMA3_SCALING, "seed": 2},
     "linear-rope": {"rope_scaling": LINEAR_SCALING, "seed": 3},
+    "yarn-rope": {"rope_scaling": YARN_SCALING, "seed": 11},
     "attention-bias": {"attention_bias": True, "seed": 4},
     "mlp-bias": {"mlp_bias": True, "seed": 5},
     "one-kv-head": {"kv_heads": 1, "seed": 6},

@@ -179,6 +179,7 @@ def test_each_model_has_a_scorer_deployment_of_its_own():
         ({"models": [{"modle": "demo"}]}, "modle"),
         ({"model": "demo", "models": TWO}, "model: models cannot share it; set it in each"),
         ({"served_name": "a", "aliases": ["b"], "models": TWO}, "aliases, served_name: models cannot share it"),
+        ({"trust_config": ["a"], "models": TWO}, "trust_config: models cannot share it"),
         ({"models": [{"model": "a/x"}, {"model": "b/x"}]}, "'a/x' and 'b/x' are both named 'x'; give one"),
         ({"models": [{"model": "a"}, {"model": "b", "aliases": ["a"]}]}, "both named 'a'"),
         ({"models": [{"model": "a"}, {"model": "default"}]}, "'default', a name of the first model; put it first"),

@@ -239,12 +239,14 @@ def test_options_become_settings(monkeypatch: pytest.MonkeyPatch):
     arguments = ["--model", "org/name", "--revision", "abc", "--served-name", "judge", "--dtype", "bfloat16"]
     arguments += ["--base", "org/base"]
     arguments += ["--engine", "fake", "--port", "9000", "--replicas", "2", "--api-keys-file", "/a", "--fast-front"]
+    arguments += ["--trust-config", "a", "--trust-config", "b"]
     assert run(*arguments).exit_code == 0
     model = ModelSettings(
         model="org/name",
         revision="abc",
         base="org/base",
         served_name="judge",
+        trust_config=("a", "b"),
         dtype="bfloat16",
         engine="fake",
         scorer_replicas=2,
@@ -280,6 +282,7 @@ def test_several_models_share_the_options_and_have_names(monkeypatch: pytest.Mon
         (["--model", "a", "--model", "b", "--served-name", "c"], 2, "NAME=MODEL"),
         (["--model", "a", "--model", "b", "--revision", "c"], 2, "NAME=MODEL"),
         (["--model", "a", "--model", "b", "--base", "c"], 2, "NAME=MODEL"),
+        (["--model", "a", "--model", "b", "--trust-config", "c"], 2, "NAME=MODEL"),
         (["--model", "a=b", "--served-name", "c"], 2, "has a name already"),
         (["--model", "a/x", "--model", "b/x"], 1, "'a/x' and 'b/x' are both named 'x'"),
     ],

@@ -114,7 +114,10 @@ def test_the_original_context_of_llama3_rope_defaults_to_the_context() -> None:
         ({"mlp_bias": 1}, ["mlp_bias is 1", "true or false"]),
         ({"hidden_act": 3}, ["hidden_act is 3", "string"]),
         ({"rope_scaling": "linear"}, ["rope_scaling is 'linear'", "object"]),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["'yarn'", "default, linear, llama3"]),
+        ({"rope_scaling": {"rope_type": "ntk", "factor": 4.0}}, ["'ntk'", "default, linear, dynamic, llama3, yarn"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "alpha": 2.0}}, ["rope_scaling", "alpha=2.0"]),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, ["rope_scaling", "lacks factor"]),
+        ({"layer_types": ["full_attention", "full_attention", "sliding_attention"]}, ["layer_types", "window of None"]),
         ({"rope_scaling": {"rope_type": "linear"}}, ["rope_scaling", "lacks factor"]),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 32}}, ["rope_scaling", "beta_fast=32"]),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor=0.5", "only 1.0"]),
@@ -134,29 +137,50 @@ def test_refused_with_the_names_in_the_message(changes: dict[str, Any], named: l
 
 def test_unknown_keys_are_refused_all_at_once() -> None:
     with pytest.raises(ConfigError) as refusal:
-        with_(layer_scale={"bits": 4}, sliding_window=4096, pretraining_tp=2, use_cache=True)
-    for word in ("layer_scale", "sliding_window=4096", "pretraining_tp=2 (only 1 is implemented)"):
+        with_(layer_scale={"bits": 4}, sliding_window=4096, is_causal=False, use_cache=True)
+    for word in ("layer_scale", "sliding_window=4096", "is_causal=False (only True is implemented)"):
         assert word in str(refusal.value)
     assert "use_cache" not in str(refusal.value)
+    assert "that could change the scores" in str(refusal.value)
+    assert "trust_config" in str(refusal.value)
 
 
-def test_keys_that_change_nothing_are_accepted() -> None:
-    harmless = {
-        "model_type": "llama",
-        "torch_dtype": "bfloat16",
-        "dtype": "float32",
-        "use_cache": True,
-        "initializer_range": 0.04,
-        "attention_dropout": 0.1,
-        "bos_token_id": 1,
-        "eos_token_id": [2, 3],
-        "transformers_version": "4.42.3",
-        "pretraining_tp": 1,
-        "rope_interleaved": False,
-        "is_llama_config": True,
-        "pruned_heads": {},
-    }
-    assert with_(**harmless) == with_()
+def test_trusted_keys_are_skipped_and_named() -> None:
+    parsed = from_hf(BASE | {"layer_scale": 3, "is_causal": False}, trusted=("layer_scale", "is_causal", "absent"))
+    assert parsed == with_()
+    (note,) = parsed.notes
+    for word in ("trust_config", "layer_scale=3", "is_causal=False"):
+        assert word in note
+    with pytest.raises(ConfigError, match="layer_scale") as refusal:
+        from_hf(BASE | {"layer_scale": 3, "other": 4}, trusted=("other",))
+    assert "other" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("key", ["rope_theta", "hidden_size", "layer_types"])
+def test_a_key_that_is_read_cannot_be_skipped(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"trust_config names {key}: keys that this program reads"):
+        from_hf(BASE, trusted=(key,))
+
+
+def test_yarn_extends_the_context_and_a_dynamic_rope_bounds_it() -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 400}
+    assert with_(rope_scaling=yarn).context_length == 1600
+    assert with_(rope_scaling=yarn, max_position_embeddings=2048).context_length == 2048
+    assert with_(rope_scaling=yarn).notes == ()
+    plain = with_(rope_scaling={"type": "dynamic", "factor": 2.0})
+    assert (plain.context_length, plain.rope.kind) == (512, "dynamic")
+    assert "the longest prompt has 512 tokens" in plain.notes[0]
+    short = with_(rope_scaling={"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 256})
+    assert short.context_length == 256
+
+
+def test_yarn_as_its_card_writes_it_means_the_same_in_both_spellings() -> None:
+    yarn = {"factor": 4.0, "original_max_position_embeddings": 400, "attention_factor": 1.5, "beta_slow": 2}
+    v4 = with_(rope_theta=9.0, rope_scaling={"type": "yarn", **yarn})
+    v5 = with_(rope_parameters={"rope_type": "yarn", "rope_theta": 9.0, **yarn})
+    expected = Rope(9.0, "yarn", 4.0, original_context_length=400, beta_slow=2.0, magnitude=1.5)
+    assert v4 == v5
+    assert v4.rope == expected
 
 
 def test_read_config(tmp_path: Path) -> None:

@@ -139,8 +139,8 @@ def test_an_absent_pad_is_that_of_the_class_in_transformers(family: str) -> None
         ("qwen2", {"layer_types": "full_attention"}, ["layer_types", "list of strings"]),
         ("qwen2", {"use_sliding_window": False, "layer_types": ["sliding_attention"] * 3}, ["window of None"]),
         ("qwen2", {"use_mrope": True}, ["use_mrope=True"]),
-        ("qwen2", {"dual_chunk_attention_config": {"chunk_size": 9}}, ["dual_chunk_attention_config"]),
-        ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["'yarn'"]),
+        ("qwen2", {"dual_chunk_attention_config": {"chunk_size": 9, "sparse": 1}}, ["dual_chunk", "sparse=1"]),
+        ("qwen3", {"rope_scaling": {"rope_type": "su", "factor": 4.0}}, ["'su'"]),
         ("mistral", {"hidden_act": "relu"}, ["hidden_act is 'relu'", "silu, gelu_pytorch_tanh"]),
         ("gemma2", {"use_bidirectional_attention": True}, ["use_bidirectional_attention=True"]),
         ("gemma2", {"attn_logit_softcapping": 0.0}, ["attn_logit_softcapping is 0.0"]),
@@ -163,6 +163,109 @@ def test_refused_with_the_names_in_the_message(family: str, changes: Mapping[str
         with_(family, **changes)
     for word in named:
         assert word in str(refusal.value)
+
+
+HARMLESS: Mapping[str, Any] = {
+    "unsloth_version": "2025.9.1",
+    "unsloth_fixed": True,
+    "_attn_implementation": "flash_attention_2",
+    "_attn_implementation_autoset": True,
+    "_attn_implementation_internal": "sdpa",
+    "attn_implementation": "flash_attention_2",
+    "_flash_attn_2_enabled": True,
+    "sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Sigmoid", "version": "5.1.0"},
+    "sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity",
+    "classifier_from_token": ["no", "yes"],
+    "is_original_qwen3_reranker": True,
+    "method": "no_post_processing",
+    "max_sequence_length": 64,
+    "model_max_length": 64,
+    "tokenizer_class": "LlamaTokenizer",
+    "pretraining_tp": 2,
+    "use_mrope": False,
+    "use_sliding_window": False,
+    "is_causal": True,
+    "transformers.js_config": {"dtype": {"model": "q4"}},
+    "neftune_noise_alpha": 5.0,
+    "use_liger_kernel": True,
+    "gradient_checkpointing": True,
+    "keys_to_ignore_at_inference": ["past_key_values"],
+    "_commit_hash": "0123",
+    "_name_or_path": "org/name",
+}
+"""Keys that others write, and that change no forward pass."""
+TRANSFORMERS_4: Mapping[str, Any] = {
+    "return_dict": True,
+    "output_hidden_states": False,
+    "output_attentions": False,
+    "torchscript": False,
+    "use_bfloat16": False,
+    "tf_legacy_loss": False,
+    "pruned_heads": {},
+    "tie_encoder_decoder": False,
+    "chunk_size_feed_forward": 0,
+    "is_encoder_decoder": False,
+    "is_decoder": False,
+    "cross_attention_hidden_size": None,
+    "add_cross_attention": False,
+    "max_length": 20,
+    "min_length": 0,
+    "do_sample": False,
+    "early_stopping": False,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "num_return_sequences": 1,
+    "output_scores": False,
+    "return_dict_in_generate": False,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "remove_invalid_values": False,
+    "exponential_decay_length_penalty": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "finetuning_task": None,
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1},
+    "tokenizer_class": None,
+    "prefix": None,
+    "task_specific_params": None,
+    "problem_type": None,
+}
+"""What ``PretrainedConfig.to_dict`` of transformers 4 adds to a class's own keys, with its defaults."""
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_keys_that_change_nothing_are_accepted_in_every_family(family: str) -> None:
+    bias = {} if config_of(family).get("attention_bias") else {"attention_bias": False}
+    if family == "qwen2":
+        bias |= {"use_sliding_window": True}
+    parsed = with_(family, **{**HARMLESS, **TRANSFORMERS_4, **bias})
+    assert parsed == with_(family)
+    assert parsed.notes == ()
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo2", "qwen3"])
+def test_layers_that_are_all_full_may_be_listed(family: str) -> None:
+    assert with_(family, layer_types=["full_attention"] * 3) == with_(family)
+
+
+def test_dual_chunk_attention_bounds_the_context() -> None:
+    """Within its first chunk attention is the ordinary one."""
+    chunks = {"chunk_size": 300, "local_size": 8, "original_max_position_embeddings": 300}
+    for family in ("qwen2", "qwen3", "qwen3_moe"):
+        config = with_(family, dual_chunk_attention_config=chunks)
+        assert config.context_length == 300
+        assert "the longest prompt has 300 tokens" in config.notes[0]
 
 
 def test_an_unknown_architecture_is_answered_with_all_that_are_known() -> None:

@@ -1,8 +1,20 @@
-"""Log lines of an engine's start, without a model."""
+"""What an engine's start says."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import pytest
+
+from model.fields import ConfigError
+from serve_app.frontend.info import info
+from serve_app.frontend.service import ModelService
 from serve_app.scorer import engines
+from serve_app.settings import ModelSettings
+from serve_app.tasks.tokenizer import TextTokenizer
+from tests.local import DirectReplicas
+from tests.tiny import make_llama
 
 
 def said(steps: list[float]) -> list[str]:
@@ -25,3 +37,18 @@ def test_a_long_start_logs_every_few_seconds_what_is_left():
 
 def test_a_quick_start_logs_nothing():
     assert said([0.04 * number for number in range(70)]) == []
+
+
+def test_a_trusted_key_is_skipped_by_its_name_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """The user's last resort for a key that is unknown: without it the model does not start."""
+    folder = make_llama(tmp_path / "judge", layers=1, vocab=271, context=64, tokenizer=True)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"layer_scale": 3}))
+    with pytest.raises(ConfigError, match=r"layer_scale=3\. Skip by trust_config only"):
+        engines._load_model(ModelSettings(model=str(folder)))  # pyright: ignore[reportPrivateUsage]
+    settings = ModelSettings(model=str(folder), trust_config=("layer_scale",))
+    engine = engines._load_model(settings)  # pyright: ignore[reportPrivateUsage]
+    note = "keys of config.json that trust_config skips, unread: layer_scale=3"
+    assert f"judge: {note}" in caplog.messages
+    service = ModelService(settings, TextTokenizer.load(folder), engine.info, DirectReplicas(engine), folder=folder)
+    assert info(service, ["judge"]).notes == [note]

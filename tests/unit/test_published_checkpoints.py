@@ -1,0 +1,33 @@
+"""Published checkpoints: each config loads, or is refused for the reason that the documentation gives."""
+
+from pathlib import Path
+
+import pytest
+
+from model.families.registry import from_hf
+from model.fields import ConfigError
+from tests.published import CHECKPOINTS, Checkpoint, table
+
+DOCUMENT = Path(__file__).parents[2] / "docs/families.md"
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=lambda checkpoint: checkpoint.name)
+def test_each_config_loads_or_is_refused_as_documented(checkpoint: Checkpoint) -> None:
+    if checkpoint.refused:
+        with pytest.raises(ConfigError) as refusal:
+            from_hf(checkpoint.config)
+        assert checkpoint.refused in str(refusal.value)
+        return
+    parsed = from_hf(checkpoint.config)
+    assert parsed.context_length == (checkpoint.context or checkpoint.config["max_position_embeddings"])
+    bounded = parsed.context_length < checkpoint.config["max_position_embeddings"] or parsed.rope.kind == "dynamic"
+    assert bool(parsed.notes) == bounded, "a shorter context is told, with its reason"
+
+
+def test_the_documentation_has_this_table() -> None:
+    assert table() in DOCUMENT.read_text()
+
+
+def test_no_checkpoint_is_listed_twice() -> None:
+    names = [checkpoint.name for checkpoint in CHECKPOINTS]
+    assert len(set(names)) == len(names) >= 60
