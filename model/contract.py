@@ -110,12 +110,35 @@ class BatchResult:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """An engine's memory on each of its devices, in bytes, as its start has planned it.
+
+    Attributes:
+        weights: the parameters.
+        workspace: what calls need while they run, and on a CPU the process.
+        pages: the page pool, which keeps the prompts' beginnings.
+        page_tokens: tokens that the pages hold.
+        free: what was free before the start; None: not known.
+    """
+
+    weights: int
+    workspace: int
+    pages: int
+    page_tokens: int
+    free: int | None = None
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.workspace + self.pages
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """Facts about a loaded model that requests are checked against and ``/v1/info`` shows.
 
     Attributes:
         vocab_size: rows of a causal model's output head: valid ids are ``0 <= id < vocab_size``.
-        max_prompt_tokens: the longest sequence that can be scored (the model's context, or the largest bucket).
+        max_prompt_tokens: the longest sequence that can be scored: the model's context, or what the pages hold.
         context_length: the model's own limit, in tokens.
         dtype: of the weights, ``"float32"`` or ``"bfloat16"``.
         architecture: the Hugging Face architecture name, or ``"fake"``.
@@ -127,6 +150,7 @@ class ModelInfo:
         pad_token_id: in a model with classes, the padding token: classes are read at a prompt's last token that is not
             padding, as in transformers; None: at its last token.
         tokens_per_s: tokens that a replica computes a second, measured at its start; 0.0: not measured.
+        memory: None: not planned.
     """
 
     vocab_size: int
@@ -140,6 +164,7 @@ class ModelInfo:
     quantization: str | None = None
     pad_token_id: int | None = None
     tokens_per_s: float = 0.0
+    memory: MemoryUse | None = None
 
 
 @dataclass(frozen=True, slots=True)

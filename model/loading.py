@@ -1,14 +1,14 @@
 """From a folder in Hugging Face layout to an engine, in three steps.
 
-``choose`` decides how the model runs on its devices, ``place`` reads the weights onto them, and the engine is made of
-both.
+``prepare`` decides how the model runs on its devices and whether it fits, ``place`` reads the weights onto them, and
+the engine is made of both.
 """
 
 import logging
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from model.attention import NATIVE
 from model.checkpoint import Place, Tensor
 from model.computations import Model, State, Weights, stack_of
 from model.config import ModelConfig
-from model.contract import Progress
+from model.contract import MemoryUse, Progress
 from model.cpu import build as cpu_build
 from model.cpu import linear
 from model.cpu.build import Kernels
@@ -30,6 +30,7 @@ from model.families import registry
 from model.families.registry import Family
 from model.fields import ConfigError, read_config
 from model.layers import quantized
+from model.memory import Room, Weighed, fit
 from model.programs import Programs
 from model.sharding import MODEL, by_device, divided, stacked
 from model.sizes import BY_PLATFORM, Layout, Sizes, layout
@@ -47,42 +48,67 @@ class Choice:
     Attributes:
         whole: the config of the whole model.
         model: one device's part, and how it runs.
+        memory: what it takes.
     """
 
     whole: ModelConfig
     family: Family
     model: Model
+    memory: MemoryUse
 
 
 def load(
+    folder: Path, *, progress: Progress | None = None, compiled_folder: Path | None = None, **options: Any
+) -> Engine:
+    """Read a checkpoint in Hugging Face layout onto the device; call ``Engine.warmup`` next.
+
+    Args:
+        compiled_folder: keeps compiled programs for the next start, see ``model.compiled``.
+        options: see ``prepare``.
+
+    Raises:
+        CheckpointError: a tensor missing, unexpected or mis-shaped, or a broken file.
+        ConfigError, MemoryNeededError, RuntimeError: see ``prepare``.
+    """
+    return read(folder, prepare(folder, compiled_folder=compiled_folder, **options), progress, compiled_folder)
+
+
+def read(folder: Path, choice: Choice, progress: Progress | None = None, compiled_folder: Path | None = None) -> Engine:
+    """Read the weights of a model that ``prepare`` has chosen; see ``load``."""
+    weights = place(folder, choice, progress)
+    return Engine(Programs(choice.model, weights, compiled_folder), choice.memory)
+
+
+def prepare(
     folder: Path,
     *,
     dtype: Dtype = "float32",
     implementation: str | None = None,
     by_layer: bool | None = None,
-    progress: Progress | None = None,
     max_prompt_tokens: int | None = None,
     compiled_folder: Path | None = None,
     quantization: Quantization | None = None,
     mesh: Mesh | None = None,
+    room: Room | None = None,
     **sizes: int | tuple[int, ...],
-) -> Engine:
-    """Read a checkpoint in Hugging Face layout onto the device; call ``Engine.warmup`` next.
+) -> Choice:
+    """Decide how a checkpoint's model runs here, from its config alone.
 
     Args:
         folder: has ``config.json`` and safetensors.
         dtype: of weights and matmul operands.
         implementation: of attention, see ``model.attention``; None: the platform's kernel, or "paged".
         by_layer: how the layers run, see ``model.computations``; None: by layer on CPU.
-        max_prompt_tokens: the longest sequence; None: the model's context. A long context costs memory at start-up.
-        compiled_folder: keeps compiled programs for the next start, see ``model.compiled``.
+        max_prompt_tokens: the longest sequence; None: the model's context, or what fits into ``room``.
+        compiled_folder: keeps the CPU's kernels for the next start.
         quantization: of the kernels of attention and MLP, applied while they are read.
         mesh: devices to spread the model over, see ``model.sharding``; None: the first device.
+        room: the memory that it may take; None: any.
         sizes: fields of ``Sizes`` that replace the platform's.
 
     Raises:
         ConfigError: a config key or architecture that is not known, or sizes that the mesh cannot divide.
-        CheckpointError: a tensor missing, unexpected or mis-shaped, or a broken file.
+        MemoryNeededError: it does not fit into ``room``.
         RuntimeError: "native" attention is asked for where its kernel cannot be built.
     """
     config = _with_stored_head(registry.from_hf(read_config(folder)), folder)
@@ -95,7 +121,7 @@ def load(
         native = native and config.width % 2 == 0
         packed = native and kernels.bfloat16 and config.ff_width % 2 == 0
     packed = packed and not quantization
-    choice = choose(
+    return choose(
         replace(config, int8=quantization == "int8", native=native, packed=packed),
         dtype=dtype,
         implementation=implementation,
@@ -103,9 +129,9 @@ def load(
         sizes=replace(BY_PLATFORM.get(platform, BY_PLATFORM["tpu"]), **sizes),
         max_prompt_tokens=max_prompt_tokens,
         mesh=mesh,
+        room=room,
+        cache_bytes=cast(int | None, sizes.get("prefix_cache_bytes")),
     )
-    weights = place(folder, choice, progress)
-    return Engine(Programs(choice.model, weights, compiled_folder))
 
 
 def choose(
@@ -117,17 +143,29 @@ def choose(
     sizes: Sizes,
     max_prompt_tokens: int | None,
     mesh: Mesh | None,
+    room: Room | None = None,
+    cache_bytes: int | None = None,
 ) -> Choice:
     """What one device computes, with which sizes, and the shapes of its parameters.
 
+    Args:
+        cache_bytes: the prefix cache that is asked for; None: as in ``sizes``, or less if that does not fit.
+
     Raises:
         ConfigError: sizes that the mesh cannot divide.
+        MemoryNeededError: it does not fit into ``room``.
     """
     target = jnp.dtype(dtype)
     part = config if mesh is None else divided(config, mesh.shape[MODEL])
-    chosen = layout(part, sizes, dtype=target, implementation=implementation, max_prompt_tokens=max_prompt_tokens)
     family, abstract = registry.build(part, dtype=target, implementation=implementation)
-    return Choice(config, family, Model(part, abstract, chosen, by_layer, mesh))
+
+    def laid(longest: int | None, cache: int | None) -> Layout:
+        own = sizes if cache is None else replace(sizes, prefix_cache_bytes=cache)
+        return layout(part, own, dtype=target, implementation=implementation, max_prompt_tokens=longest)
+
+    weighed = Weighed.of(abstract, part.layers)
+    chosen, memory = fit(part, weighed, laid, room, max_prompt_tokens=max_prompt_tokens, cache_bytes=cache_bytes)
+    return Choice(config, family, Model(part, abstract, chosen, by_layer, mesh), memory)
 
 
 def place(folder: Path, choice: Choice, progress: Progress | None = None) -> Weights:
@@ -145,15 +183,23 @@ def place(folder: Path, choice: Choice, progress: Progress | None = None) -> Wei
 
 
 def without_weights(
-    config: ModelConfig, mesh: Mesh, sizes: Sizes, *, max_prompt_tokens: int | None = None
+    config: ModelConfig,
+    mesh: Mesh,
+    sizes: Sizes,
+    *,
+    max_prompt_tokens: int | None = None,
+    room: Room | None = None,
+    cache_bytes: int | None = None,
 ) -> tuple[Programs, Layout]:
     """The programs that ``load`` would make on those TPU chips in bfloat16, over shapes alone: to compile, not to run.
 
     Args:
         mesh: of devices, which may come from ``jax.experimental.topologies`` and need no TPU.
+        room, cache_bytes: see ``choose``.
 
     Raises:
         ConfigError: sizes that the mesh cannot divide.
+        MemoryNeededError: it does not fit into ``room``.
     """
     model = choose(
         config,
@@ -163,6 +209,8 @@ def without_weights(
         sizes=sizes,
         max_prompt_tokens=max_prompt_tokens,
         mesh=mesh,
+        room=room,
+        cache_bytes=cache_bytes,
     ).model
     shapes = Weights(model.abstract.ends[1], [stack_of(model.abstract.block[1], model.config.layers)])
     return Programs(model, shapes, None), model.layout

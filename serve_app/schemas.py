@@ -348,12 +348,28 @@ class LimitsInfo(ResponseBody):
     timeout_s: float
 
 
+class MemoryInfo(ResponseBody):
+    """A replica's memory on each of its devices, as its start has planned it.
+
+    Attributes:
+        page_tokens: tokens that the pages hold: the beginnings of prompts that are kept.
+        free_bytes: what was free before. None: the device does not tell.
+    """
+
+    weights_bytes: int
+    workspace_bytes: int
+    pages_bytes: int
+    page_tokens: int
+    free_bytes: int | None = None
+
+
 class InfoResponse(ResponseBody):
     """Information about what is served, and how: ``GET /v1/info``.
 
     Attributes:
         decision_profile: how the decision routes ask, a file in ``serve_app/profiles``. None: the model cannot decide.
         rerank_template: the template's name, or ``custom``. None: the model has too many classes to rerank.
+        memory: None: there is no model (the fake engine).
     """
 
     model: str
@@ -370,6 +386,7 @@ class InfoResponse(ResponseBody):
     decision_profile: str | None = None
     rerank_template: str | None = None
     limits: LimitsInfo
+    memory: MemoryInfo | None = None
     version: str
 
 

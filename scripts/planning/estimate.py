@@ -6,13 +6,12 @@ vector and copy units run.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from model.computations import Kind
 from model.config import ModelConfig
 from model.cost import Cost, program_cost
 from model.loading import without_weights
+from model.memory import HBM_BYTES, MemoryNeededError, Room
 from model.pages import PrefixCache
 from model.programs import Programs
 from model.sharding import mesh
@@ -52,9 +52,9 @@ class Chip:
 
 
 CHIPS = {
-    "v5e": Chip(197e12, 16e9, 819e9, 50e9, "2x2"),
-    "v5p": Chip(459e12, 95e9, 2765e9, 100e9, "2x2x1"),
-    "v6e": Chip(918e12, 32e9, 1638e9, 100e9, "2x2"),
+    "v5e": Chip(197e12, HBM_BYTES["TPU v5 lite"], 819e9, 50e9, "2x2"),
+    "v5p": Chip(459e12, HBM_BYTES["TPU v5"], 2765e9, 100e9, "2x2x1"),
+    "v6e": Chip(918e12, HBM_BYTES["TPU v6 lite"], 1638e9, 100e9, "2x2"),
 }
 """Source: https://docs.cloud.google.com/tpu/docs/v5e, .../v5p and .../v6e, read in November 2026. They give the links'
 rate of a whole chip in both directions, 400, 1,200 and 800 GB/s: of four links, of six, of four."""
@@ -215,7 +215,7 @@ def estimate(
 
     Args:
         progress: called with the number of programs compiled so far, and of all.
-        prefix_cache_bytes: None: the engine's default.
+        prefix_cache_bytes: None: the engine's default, see ``model.memory``.
 
     Raises:
         ValueError: see ``devices``; prompts longer than the model's context; a mixture of experts, which is not
@@ -230,11 +230,19 @@ def estimate(
             "on which experts its tokens choose, and the compiled program does not tell"
         )
     peaks, here = CHIPS[chip], devices(chip, topology)
-    sizes = BY_PLATFORM["tpu"]
-    if prefix_cache_bytes is not None:
-        sizes = dataclasses.replace(sizes, prefix_cache_bytes=prefix_cache_bytes)
     slice_ = mesh(data=1, model=len(here), devices=here)
-    programs, laid = without_weights(config, slice_, sizes, max_prompt_tokens=longest)
+    lay_out = partial(
+        without_weights,
+        config,
+        slice_,
+        BY_PLATFORM["tpu"],
+        max_prompt_tokens=longest,
+        cache_bytes=prefix_cache_bytes,
+    )
+    try:
+        programs, laid = lay_out(room=Room(int(peaks.hbm_bytes), "each chip", on_host=False))
+    except MemoryNeededError:  # then what the defaults would take says how much is lacking
+        programs, laid = lay_out()
     request = workload.request()
     needed = launches(config, laid, request)
     floor = floor_flops(Variant([request], None), floor_sizes(config)) / peaks.flops / len(here)
