@@ -4,7 +4,7 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -46,7 +46,7 @@ def build(args: ServiceSettings) -> Application:
     Serve calls it for ``serve run serve_app.app:build model=demo``, or for ``import_path`` and ``args`` in a config
     file. Neither the process that builds nor the front ends load jax.
     """
-    together = _on_one_host(args)
+    together = scorers_on_a_host(args, ray.nodes() if ray.is_initialized() else [])
     scorers = [_scorer(each, together, named=len(args.models) > 1) for each in args.models]
     front = cast(Deployment, ingress.Ingress).options(  # pyright: ignore[reportUnknownMemberType]
         num_replicas=args.ingress_replicas,
@@ -63,10 +63,14 @@ def build(args: ServiceSettings) -> Application:
     return front.bind(args, *scorers)  # pyright: ignore[reportUnknownMemberType]
 
 
-def _on_one_host(args: ServiceSettings) -> int:
-    """The scorers without chips that a host has if they are spread over the cluster, as Serve does it."""
+def scorers_on_a_host(args: ServiceSettings, nodes: Sequence[Mapping[str, Any]]) -> int:
+    """The number of scorers that share a host's memory, if they are spread over the cluster, as Serve does it. Those
+    with chips have memory of their own.
+
+    Args:
+        nodes: the result of ``ray.nodes()``; empty: one host.
+    """
     scorers = sum(each.most_replicas for each in args.models if each.tpu is None)
-    nodes: list[dict[str, Any]] = ray.nodes() if ray.is_initialized() else []
     hosts = sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in nodes)
     return math.ceil(scorers / max(1, hosts))
 

@@ -33,16 +33,6 @@ ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/dxg", "/dev/
 GB = 1e9
 TYPICAL_TOKENS = 2048
 """Tokens of a long prompt, as an example of what the pages hold."""
-IN_MEMORY = {
-    "model": True,
-    "revision": True,
-    "dtype": True,
-    "quantization": True,
-    "prefix_cache_gb": True,
-    "limits": {"max_prompt_tokens"},
-}
-"""Settings that decide what an engine takes."""
-
 TELL_S = 3.0
 """Seconds between two log lines on the progress of a start."""
 
@@ -125,8 +115,8 @@ def _load_model(settings: ModelSettings, scorers: int = 1) -> Engine:
     if not on_host():
         choice = prepared(device_room(mesh))
     else:
-        service, model = os.getppid(), settings.model_dump_json(include=IN_MEMORY)
-        with host_memory.opened() as promises:
+        service, model = os.getppid(), memory_key(settings)
+        with host_memory.opened(host_memory.PROMISES) as promises:
             own = [promise for promise in promises.others if promise.service == service]
             choice = prepared(
                 Room(
@@ -138,6 +128,12 @@ def _load_model(settings: ModelSettings, scorers: int = 1) -> Engine:
             context = choice.model.layout.longest
             promises.make(host_memory.Promise(service, model, choice.memory.total, context))
     return read(folder, choice, compiled_folder=compiled_folder())
+
+
+def memory_key(settings: ModelSettings) -> str:
+    """What decides what an engine takes: scorers for which it is the same should have the same context."""
+    asked = (settings.limits.max_prompt_tokens, settings.prefix_cache_gb)
+    return str((settings.model, settings.revision, settings.dtype, settings.quantization, *asked))
 
 
 def memory_line(info: ModelInfo) -> str | None:

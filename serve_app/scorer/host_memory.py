@@ -73,7 +73,7 @@ class Promises:
 
 
 @contextmanager
-def opened(folder: Path = PROMISES) -> Generator[Promises]:
+def opened(folder: Path) -> Generator[Promises]:
     """Read the promises, while no other process does."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with FileLock(folder / "lock"):

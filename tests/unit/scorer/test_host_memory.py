@@ -13,10 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from model.memory import PROCESS_BYTES
 from serve_app import control_groups
 from serve_app.contract import MemoryUse, ModelInfo
 from serve_app.scorer import engines, host_memory
 from serve_app.scorer.host_memory import Promise, opened
+from serve_app.settings import ModelSettings
+from tests.tiny import make_llama
 
 GB = 1_000_000_000
 
@@ -69,6 +72,8 @@ def another(folder: Path, promise: str) -> Iterator[int]:
     code = f"""
 import pathlib, sys
 from serve_app.scorer.host_memory import Promise, opened
+from serve_app.settings import ModelSettings
+from tests.tiny import make_llama
 with opened(pathlib.Path({str(folder)!r})) as promises:
     promises.make({promise})
 print("made", flush=True)
@@ -96,6 +101,40 @@ def test_what_others_were_promised_and_have_not_taken_is_not_free_until_they_end
     with opened(tmp_path) as promises:
         assert (promises.others, promises.outstanding) == ([], 0)
     assert [file.name for file in tmp_path.glob("*.json")] == [f"{os.getpid()}.json"]
+
+
+@pytest.fixture
+def small_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A container with 670 MB free, and a folder for promises."""
+    limit = int((PROCESS_BYTES + 50_000_000) / 0.95)
+    write(
+        tmp_path / "group",
+        {"memory.max": limit, "memory.current": 0, "memory.stat": "inactive_file 0\nactive_file 0"},
+    )
+    monkeypatch.setattr(control_groups, "folders", lambda _: [tmp_path / "group"])
+    monkeypatch.setattr(host_memory, "PROMISES", tmp_path / "promises")
+    monkeypatch.setattr("model.engine.Engine.warmup", lambda *_: None)  # nothing is computed
+    monkeypatch.setenv("SCORE_SERVE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "promises"
+
+
+@pytest.mark.heavy
+def test_scorers_of_a_service_choose_in_what_the_others_leave(small_container: Path, tmp_path: Path):
+    settings = ModelSettings(model=str(make_llama(tmp_path / "model", context=65_536)))
+    service, model = os.getppid(), engines.memory_key(settings)
+    alone = engines.load_engine(settings).info
+    assert alone.max_prompt_tokens == 32_768
+    with opened(small_container) as promises:
+        assert promises.others == []
+    with another(small_container, f"Promise({service}, {model!r}, 0, 4096)"):
+        assert engines.load_engine(settings, scorers=2).info.max_prompt_tokens == 4096, "as the other replica"
+    with another(small_container, f"Promise({service}, 'other', 0, 4096)"):
+        assert engines.load_engine(settings, scorers=2).info.max_prompt_tokens == 32_768, "it is the last"
+    with (
+        another(small_container, f"Promise({service + 1}, {model!r}, 5_000_000_000, 4096)"),
+        pytest.raises(ValueError, match=r"of this host, and 0\.0 GB are free"),
+    ):
+        engines.load_engine(settings)
 
 
 INFO = ModelInfo(
