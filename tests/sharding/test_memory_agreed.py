@@ -25,5 +25,6 @@ def test_all_hosts_take_the_least_that_one_of_them_has_free():
         subprocess.Popen([*command, str(number), str(free)], stdout=subprocess.PIPE, text=True)
         for number, free in enumerate((40_000_000_000, 9_000_000_000))
     ]
-    said = [host.communicate(timeout=120)[0].split()[-1] for host in hosts]  # jax writes lines of its own
-    assert said == [str(9_000_000_000 // 2**20 * 2**20)] * 2
+    least = str(9_000_000_000 // 2**20 * 2**20)
+    for host in hosts:
+        assert least in host.communicate(timeout=120)[0].split()  # among lines of jax
