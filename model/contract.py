@@ -111,12 +111,35 @@ class BatchResult:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """An engine's memory on each of its devices, in bytes, as its start has planned it.
+
+    Attributes:
+        weights: the parameters.
+        workspace: what calls need while they run, and on a CPU the process.
+        pages: the page pool, which keeps the prompts' beginnings.
+        page_tokens: tokens that the pages hold.
+        free: what was free before the start; None: not known.
+    """
+
+    weights: int
+    workspace: int
+    pages: int
+    page_tokens: int
+    free: int | None = None
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.workspace + self.pages
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """Facts about a loaded model that requests are checked against and ``/v1/info`` shows.
 
     Attributes:
         vocab_size: rows of a causal model's output head: valid ids are ``0 <= id < vocab_size``.
-        max_prompt_tokens: the longest sequence that can be scored (the model's context, or the largest bucket).
+        max_prompt_tokens: the longest sequence that can be scored: the model's context, or what the pages hold.
         context_length: the model's own limit, in tokens.
         dtype: of the weights, ``"float32"`` or ``"bfloat16"``.
         architecture: the Hugging Face architecture name, or ``"fake"``.
@@ -129,6 +152,7 @@ class ModelInfo:
             padding, as in transformers; None: at its last token.
         tokens_per_s: tokens that a replica computes a second, measured at its start; 0.0: not measured.
         notes: what a user should know about how the model was loaded.
+        memory: None: not planned.
     """
 
     vocab_size: int
@@ -143,6 +167,7 @@ class ModelInfo:
     pad_token_id: int | None = None
     tokens_per_s: float = 0.0
     notes: tuple[str, ...] = ()
+    memory: MemoryUse | None = None
 
 
 @dataclass(frozen=True, slots=True)

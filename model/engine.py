@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model import plan, prefill
-from model.contract import PAGE_TOKENS, TOKEN_BITS, BatchResult, EngineStats, ModelInfo, Progress, TokenBatch
+from model.contract import PAGE_TOKENS, TOKEN_BITS, BatchResult, EngineStats, MemoryUse, ModelInfo, Progress, TokenBatch
 from model.pages import CacheStats, Node, OutOfPagesError, PrefixCache, SeenPrefixes
 from model.prefill import PinnedPrefix
 from model.programs import Inputs, Prefixes, Programs
@@ -30,10 +30,11 @@ class Engine:
 
     Args:
         programs: the programs over the weights.
+        memory: what it takes.
     """
 
-    def __init__(self, programs: Programs) -> None:
-        self._programs = programs
+    def __init__(self, programs: Programs, memory: MemoryUse | None = None) -> None:
+        self._programs, self._memory = programs, memory
         self._config, self._layout = programs.model.config, programs.model.layout
         self._launching = threading.Lock()
         self._launched: jax.Array | None = None
@@ -54,6 +55,7 @@ class Engine:
             quantization="int8" if self._config.int8 else None,
             pad_token_id=self._config.pad_token_id,
             notes=self._config.notes,
+            memory=self._memory,
         )
 
     @property

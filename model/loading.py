@@ -1,7 +1,7 @@
 """From a folder in Hugging Face layout to an engine, in three steps.
 
-``choose`` decides how the model runs on its devices, ``place`` reads the weights onto them, and the engine is made of
-both.
+``prepare`` decides how the model runs on its devices and whether it fits, ``place`` reads the weights onto them, and
+the engine is made of both.
 """
 
 import logging
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from model.attention import NATIVE
 from model.checkpoint import Place, Tensor
 from model.computations import Model, State, Weights, stack_of
 from model.config import ModelConfig
-from model.contract import Progress
+from model.contract import MemoryUse, Progress
 from model.cpu import build as cpu_build
 from model.cpu import linear
 from model.cpu.build import Kernels
@@ -31,6 +31,7 @@ from model.families import heads, registry, wrappers
 from model.families.registry import Family
 from model.fields import ConfigError, read_config
 from model.layers import quantized
+from model.memory import Room, Weighed, fit
 from model.programs import Programs
 from model.sharding import MODEL, by_device, divided, stacked
 from model.sizes import BY_PLATFORM, Layout, Sizes, layout
@@ -50,72 +51,98 @@ class Choice:
     Attributes:
         whole: the config of the whole model.
         model: one device's part, and how it runs.
+        memory: what it takes.
     """
 
     whole: ModelConfig
     family: Family
     model: Model
+    memory: MemoryUse
 
 
 def load(
+    folder: Path, *, progress: Progress | None = None, compiled_folder: Path | None = None, **options: Any
+) -> Engine:
+    """Read a checkpoint in Hugging Face layout onto the device; call ``Engine.warmup`` next.
+
+    Args:
+        compiled_folder: keeps compiled programs for the next start, see ``model.compiled``.
+        options: see ``prepare``.
+
+    Raises:
+        CheckpointError: a tensor missing, unexpected or mis-shaped, or a broken file.
+        ConfigError, MemoryNeededError, RuntimeError: see ``prepare``.
+    """
+    return read(folder, prepare(folder, compiled_folder=compiled_folder, **options), progress, compiled_folder)
+
+
+def read(folder: Path, choice: Choice, progress: Progress | None = None, compiled_folder: Path | None = None) -> Engine:
+    """Read the weights of a model that ``prepare`` has chosen; see ``load``."""
+    with opened(folder) as stored:
+        weights = place(_with_embedding(choice.whole, stored), choice, progress)
+    return Engine(Programs(choice.model, weights, compiled_folder), choice.memory)
+
+
+def prepare(
     folder: Path,
     *,
     dtype: Dtype = "float32",
     implementation: str | None = None,
     by_layer: bool | None = None,
-    progress: Progress | None = None,
     max_prompt_tokens: int | None = None,
     compiled_folder: Path | None = None,
     quantization: Quantization | None = None,
     mesh: Mesh | None = None,
     trust_config: Sequence[str] = (),
+    room: Room | None = None,
     **sizes: int | tuple[int, ...],
-) -> Engine:
-    """Read a checkpoint in Hugging Face layout onto the device; call ``Engine.warmup`` next.
+) -> Choice:
+    """Decide how a checkpoint's model runs here, from its config and the headers of its files.
 
     Args:
         folder: has ``config.json`` and safetensors.
         dtype: of weights and matmul operands.
         implementation: of attention, see ``model.attention``; None: the platform's kernel, or "paged".
         by_layer: how the layers run, see ``model.computations``; None: by layer on CPU.
-        max_prompt_tokens: the longest sequence; None: the model's context. A long context costs memory at start-up.
-        compiled_folder: keeps compiled programs for the next start, see ``model.compiled``.
+        max_prompt_tokens: the longest sequence; None: the model's context, or what fits into ``room``.
+        compiled_folder: keeps the CPU's kernels for the next start.
         quantization: of the kernels of attention and MLP, applied while they are read.
         mesh: devices to spread the model over, see ``model.sharding``; None: the first device.
         trust_config: keys of ``config.json`` that change nothing, as the user says.
+        room: the memory that it may take; None: any.
         sizes: fields of ``Sizes`` that replace the platform's.
 
     Raises:
         ConfigError: a config key or architecture that is not known, or sizes that the mesh cannot divide.
-        CheckpointError: a tensor missing, unexpected or mis-shaped, or a broken file.
+        MemoryNeededError: it does not fit into ``room``.
         RuntimeError: "native" attention is asked for where its kernel cannot be built.
     """
     raw = read_config(folder)
     with opened(folder) as stored:
         config = registry.from_hf(heads.decided(wrappers.unwrapped(raw, trust_config), stored), trust_config)
-        config, stored = _with_stored_head(config, stored)
+        config = _with_stored_head(config, stored)
         notes = [note for note in (wrappers.note(raw), stored.adapter and stored.adapter.note) if note]
-        config = replace(config, notes=(*config.notes, *notes))
-        if quantization and config.experts:
-            raise ConfigError(f"{config.architecture}: mixtures of experts are not quantised; leave out {quantization}")
-        platform = jax.default_backend()
-        implementation, kernels = _implementation(implementation, platform, compiled_folder)
-        native = packed = kernels is not None and mesh is None
-        if kernels is not None and dtype == "bfloat16":  # two numbers make one operand
-            native = native and config.width % 2 == 0
-            packed = native and kernels.bfloat16 and config.ff_width % 2 == 0
-        packed = packed and not quantization
-        choice = choose(
-            replace(config, int8=quantization == "int8", native=native, packed=packed),
-            dtype=dtype,
-            implementation=implementation,
-            by_layer=platform == "cpu" if by_layer is None else by_layer,
-            sizes=replace(BY_PLATFORM.get(platform, BY_PLATFORM["tpu"]), **sizes),
-            max_prompt_tokens=max_prompt_tokens,
-            mesh=mesh,
-        )
-        weights = place(stored, choice, progress)
-    return Engine(Programs(choice.model, weights, compiled_folder))
+    config = replace(config, notes=(*config.notes, *notes))
+    if quantization and config.experts:
+        raise ConfigError(f"{config.architecture}: mixtures of experts are not quantised; leave out {quantization}")
+    platform = jax.default_backend()
+    implementation, kernels = _implementation(implementation, platform, compiled_folder)
+    native = packed = kernels is not None and mesh is None
+    if kernels is not None and dtype == "bfloat16":  # two numbers make one operand
+        native = native and config.width % 2 == 0
+        packed = native and kernels.bfloat16 and config.ff_width % 2 == 0
+    packed = packed and not quantization
+    return choose(
+        replace(config, int8=quantization == "int8", native=native, packed=packed),
+        dtype=dtype,
+        implementation=implementation,
+        by_layer=platform == "cpu" if by_layer is None else by_layer,
+        sizes=replace(BY_PLATFORM.get(platform, BY_PLATFORM["tpu"]), **sizes),
+        max_prompt_tokens=max_prompt_tokens,
+        mesh=mesh,
+        room=room,
+        cache_bytes=cast(int | None, sizes.get("prefix_cache_bytes")),
+    )
 
 
 def choose(
@@ -127,17 +154,29 @@ def choose(
     sizes: Sizes,
     max_prompt_tokens: int | None,
     mesh: Mesh | None,
+    room: Room | None = None,
+    cache_bytes: int | None = None,
 ) -> Choice:
     """What one device computes, with which sizes, and the shapes of its parameters.
 
+    Args:
+        cache_bytes: the prefix cache that is asked for; None: as in ``sizes``, or less if that does not fit.
+
     Raises:
         ConfigError: sizes that the mesh cannot divide.
+        MemoryNeededError: it does not fit into ``room``.
     """
     target = jnp.dtype(dtype)
     part = config if mesh is None else divided(config, mesh.shape[MODEL])
-    chosen = layout(part, sizes, dtype=target, implementation=implementation, max_prompt_tokens=max_prompt_tokens)
     family, abstract = registry.build(part, dtype=target, implementation=implementation)
-    return Choice(config, family, Model(part, abstract, chosen, by_layer, mesh))
+
+    def laid(longest: int | None, cache: int | None) -> Layout:
+        own = sizes if cache is None else replace(sizes, prefix_cache_bytes=cache)
+        return layout(part, own, dtype=target, implementation=implementation, max_prompt_tokens=longest)
+
+    weighed = Weighed.of(abstract, part.layers)
+    chosen, memory = fit(part, weighed, laid, room, max_prompt_tokens=max_prompt_tokens, cache_bytes=cache_bytes)
+    return Choice(config, family, Model(part, abstract, chosen, by_layer, mesh), memory)
 
 
 def place(stored: Opened, choice: Choice, progress: Progress | None = None) -> Weights:
@@ -155,15 +194,23 @@ def place(stored: Opened, choice: Choice, progress: Progress | None = None) -> W
 
 
 def without_weights(
-    config: ModelConfig, mesh: Mesh, sizes: Sizes, *, max_prompt_tokens: int | None = None
+    config: ModelConfig,
+    mesh: Mesh,
+    sizes: Sizes,
+    *,
+    max_prompt_tokens: int | None = None,
+    room: Room | None = None,
+    cache_bytes: int | None = None,
 ) -> tuple[Programs, Layout]:
     """The programs that ``load`` would make on those TPU chips in bfloat16, over shapes alone: to compile, not to run.
 
     Args:
         mesh: of devices, which may come from ``jax.experimental.topologies`` and need no TPU.
+        room, cache_bytes: see ``choose``.
 
     Raises:
         ConfigError: sizes that the mesh cannot divide.
+        MemoryNeededError: it does not fit into ``room``.
     """
     model = choose(
         config,
@@ -173,6 +220,8 @@ def without_weights(
         sizes=sizes,
         max_prompt_tokens=max_prompt_tokens,
         mesh=mesh,
+        room=room,
+        cache_bytes=cache_bytes,
     ).model
     shapes = Weights(model.abstract.ends[1], [stack_of(model.abstract.block[1], model.config.layers)])
     return Programs(model, shapes, None), model.layout
@@ -227,28 +276,32 @@ def _insert(stack: jax.Array, array: jax.Array, layer: int) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(stack, array, layer, 0)
 
 
-def _with_stored_head(config: ModelConfig, stored: Opened) -> tuple[ModelConfig, Opened]:
-    """``config``, untied where the checkpoint stores a head that differs from the embedding: transformers uses it.
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
-    Of a tied pair of which only the head is stored, it is the embedding too.
-    """
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if config.tied_head and isinstance(stored.tensors.get(head), Merged):
+
+def _with_stored_head(config: ModelConfig, stored: Opened) -> ModelConfig:
+    """``config``, untied where the checkpoint stores a head that differs from the embedding: transformers uses it."""
+    if config.tied_head and isinstance(stored.tensors.get(HEAD), Merged):
         raise ConfigError(
-            f"the adapter {stored.adapter and stored.adapter.name} changes {head}, which config.json ties to the "
+            f"the adapter {stored.adapter and stored.adapter.name} changes {HEAD}, which config.json ties to the "
             f"embedding: with peft it would change both; {REMEDY}"
         )
-    if config.tied_head and head in stored.tensors and embedding not in stored.tensors:
-        return config, replace(stored, tensors={**stored.tensors, embedding: stored.tensors[head]})
-    if not config.tied_head or not differ(stored.tensors, head, embedding):
-        return config, stored
+    if not config.tied_head or not differ(stored.tensors, HEAD, EMBEDDING):
+        return config
     logger.warning(
         "config.json ties the output head to the embedding, and %s is stored with other numbers than %s: it is used, "
         "as by transformers; write tie_word_embeddings: false into config.json",
-        head,
-        embedding,
+        HEAD,
+        EMBEDDING,
     )
-    return replace(config, tied_head=False), stored
+    return replace(config, tied_head=False)
+
+
+def _with_embedding(config: ModelConfig, stored: Opened) -> Opened:
+    """``stored`` with an embedding: of a tied pair of which only the head is stored, it is the embedding too."""
+    if config.tied_head and HEAD in stored.tensors and EMBEDDING not in stored.tensors:
+        return replace(stored, tensors={**stored.tensors, EMBEDDING: stored.tensors[HEAD]})
+    return stored
 
 
 def _implementation(asked: str | None, platform: str, folder: Path | None) -> tuple[str, Kernels | None]:

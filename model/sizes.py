@@ -33,7 +33,8 @@ class Sizes:
         head_sizes: sizes of head calls, in hidden states, ascending.
         argmax_sizes: the same for head calls that also find the top-1 tokens.
         target_sizes: sizes of target-logit calls, in (hidden state, target) pairs, ascending.
-        prefix_cache_bytes: device memory for prefixes; more where one prompt of the longest kind needs it.
+        prefix_cache_bytes: device memory for prefixes; more where one prompt of the longest kind needs it, and less
+            where not so much is free, see ``model.memory``.
         large_calls: the smallest calls are an eighth of a full one, see ``plan.large_shapes``.
     """
 
@@ -97,6 +98,10 @@ class Layout:
     def page_bytes(self) -> int:
         return int(np.prod(self.pool.shape[1:])) * self.pool.dtype.itemsize
 
+    @property
+    def pool_bytes(self) -> int:
+        return self.pool.shape[0] * self.page_bytes
+
     def groups(
         self,
         sequences: list[plan.Tokens],
@@ -133,7 +138,7 @@ def layout(
     Args:
         dtype: of keys and values.
         implementation: of attention, see ``model.attention``.
-        max_prompt_tokens: the longest sequence; None: the model's context. A long context costs memory at start-up.
+        max_prompt_tokens: the longest sequence; None: the model's context. The pool has room for one.
     """
     longest = min(config.context_length, max_prompt_tokens or config.context_length)
     step = segment_step(implementation)

@@ -2,10 +2,13 @@
 
 # No postponed annotations here: Serve reads the parameter's class to parse ``key=value`` words and ``args:``.
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
+import ray
 from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig, RequestRouterConfig
@@ -15,6 +18,7 @@ from serve_app.frontend import ingress
 from serve_app.frontend.router import PrefixRouter
 from serve_app.scorer.autoscaling import PendingTokensPolicy
 from serve_app.scorer.deployment import MAX_ONGOING, Scorer
+from serve_app.scorer.engines import load_engine
 from serve_app.settings import ModelSettings, ServiceSettings
 from serve_app.tpu import CHIP_LABEL, RESOURCE, Tpu
 
@@ -42,7 +46,8 @@ def build(args: ServiceSettings) -> Application:
     Serve calls it for ``serve run serve_app.app:build model=demo``, or for ``import_path`` and ``args`` in a config
     file. Neither the process that builds nor the front ends load jax.
     """
-    scorers = [_scorer(each, named=len(args.models) > 1) for each in args.models]
+    together = scorers_on_a_host(args, ray.nodes() if ray.is_initialized() else [])
+    scorers = [_scorer(each, together, named=len(args.models) > 1) for each in args.models]
     front = cast(Deployment, ingress.Ingress).options(  # pyright: ignore[reportUnknownMemberType]
         num_replicas=args.ingress_replicas,
         ray_actor_options={"num_cpus": args.ingress_cpus, **_off_chips(args.replicas_on_chips())},
@@ -58,8 +63,25 @@ def build(args: ServiceSettings) -> Application:
     return front.bind(args, *scorers)  # pyright: ignore[reportUnknownMemberType]
 
 
-def _scorer(model: ModelSettings, *, named: bool) -> Application:
-    """The deployment of one model's scorers; ``named`` adds the model's name, where there are several models."""
+def scorers_on_a_host(args: ServiceSettings, nodes: Sequence[Mapping[str, Any]]) -> int:
+    """The number of scorers that share a host's memory, if they are spread over the cluster, as Serve does it. Those
+    with chips have memory of their own.
+
+    Args:
+        nodes: the result of ``ray.nodes()``; empty: one host.
+    """
+    scorers = sum(each.most_replicas for each in args.models if each.tpu is None)
+    hosts = sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in nodes)
+    return math.ceil(scorers / max(1, hosts))
+
+
+def _scorer(model: ModelSettings, together: int, *, named: bool) -> Application:
+    """The deployment of one model's scorers.
+
+    Args:
+        together: scorers of all models on one host.
+        named: the deployment has the model's name, where there are several models.
+    """
     deployment = serve.deployment(  # pyright: ignore[reportUnknownMemberType]
         name=f"Scorer-{_UNSAFE.sub('-', model.name)}" if named else "Scorer",
         **_scorer_count(model),
@@ -74,7 +96,7 @@ def _scorer(model: ModelSettings, *, named: bool) -> Application:
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
         graceful_shutdown_timeout_s=DRAIN_S,
     )
-    return deployment(Scorer).bind(model)
+    return deployment(Scorer).bind(model, partial(load_engine, scorers=together))
 
 
 def _scorer_count(model: ModelSettings) -> dict[str, Any]:

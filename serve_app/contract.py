@@ -16,10 +16,14 @@ from model.contract import EngineStats as EngineStats
 from model.contract import Float32 as Float32
 from model.contract import Int32 as Int32
 from model.contract import Int64 as Int64
+from model.contract import MemoryUse as MemoryUse
 from model.contract import ModelInfo as ModelInfo
 from model.contract import Progress as Progress
 from model.contract import TokenBatch as TokenBatch
 from model.contract import common_prefix as common_prefix
+
+MEMORY = "memory:"
+"""Begins the line about memory in a scorer's log, which the launcher shows."""
 
 
 @dataclass(frozen=True, slots=True)

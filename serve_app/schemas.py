@@ -348,6 +348,21 @@ class LimitsInfo(ResponseBody):
     timeout_s: float
 
 
+class MemoryInfo(ResponseBody):
+    """A replica's memory on each of its devices, as its start has planned it.
+
+    Attributes:
+        page_tokens: tokens that the pages hold: the beginnings of prompts that are kept.
+        free_bytes: what was free before. None: the device does not tell.
+    """
+
+    weights_bytes: int
+    workspace_bytes: int
+    pages_bytes: int
+    page_tokens: int
+    free_bytes: int | None = None
+
+
 class InfoResponse(ResponseBody):
     """Information about what is served, and how: ``GET /v1/info``.
 
@@ -357,6 +372,7 @@ class InfoResponse(ResponseBody):
         notes: how the model was loaded, where that is not as its files say at first sight: of a model for images the
             text part alone; an adapter merged onto its base; a context shorter than ``config.json`` says, and why; keys
             of it that ``trust_config`` skips.
+        memory: None: there is no model (the fake engine).
     """
 
     model: str
@@ -374,6 +390,7 @@ class InfoResponse(ResponseBody):
     decision_profile: str | None = None
     rerank_template: str | None = None
     limits: LimitsInfo
+    memory: MemoryInfo | None = None
     version: str
 
 

@@ -56,7 +56,8 @@ class Limits(_Frozen):
     max_labels: Annotated[int, Field(ge=1)] = 1_000
     max_body_bytes: Annotated[int, Field(ge=1024)] = 32 * 2**20
     max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Tokens of one item's prompt, query included. None: as many as the engine reads."""
+    """Tokens of one item's prompt, query included. None: the model's context, or a shorter one whose pages fit into
+    their share of the free memory (``prefix_cache_gb``)."""
     max_request_tokens: Annotated[int, Field(ge=1)] = 20_000_000
     """Tokens of all prompts of a request; the query counts once per item."""
     max_queued_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -102,6 +103,10 @@ class ModelSettings(_Frozen):
     quantization: Literal["int8"] | None = None
     """``int8``: the layers' weights have 8 bits and a scale for each output channel, a quarter of float32's memory.
     None: they have ``dtype``."""
+    prefix_cache_gb: Annotated[float, Field(ge=0)] | None = None
+    """Memory of each device for the pages that keep prompts' beginnings, in GB; one prompt of the longest kind always
+    has room. None: 0.4 on a CPU and 4.3 elsewhere, or more for the model's context, but at most half of what is free
+    beside the weights."""
     engine: Literal["jax", "fake"] = "jax"
     """``fake``: deterministic scores from hashed tokens, to test everything but the model."""
 

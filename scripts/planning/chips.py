@@ -10,6 +10,8 @@ from typing import Any
 
 from jax.experimental import topologies
 
+from model.memory import HBM_BYTES
+
 
 @dataclass(frozen=True, slots=True)
 class Chip:
@@ -35,9 +37,9 @@ class Chip:
 
 
 CHIPS = {
-    "v5e": Chip(197e12, 16e9, 819e9, 50e9, 1.5e9, 1, "2x2"),
-    "v5p": Chip(459e12, 95e9, 2765e9, 100e9, 1.75e9, 2, "2x2x1"),
-    "v6e": Chip(918e12, 32e9, 1638e9, 100e9, 1.75e9, 1, "2x2"),
+    "v5e": Chip(197e12, HBM_BYTES["TPU v5 lite"], 819e9, 50e9, 1.5e9, 1, "2x2"),
+    "v5p": Chip(459e12, HBM_BYTES["TPU v5"], 2765e9, 100e9, 1.75e9, 2, "2x2x1"),
+    "v6e": Chip(918e12, HBM_BYTES["TPU v6 lite"], 1638e9, 100e9, 1.75e9, 1, "2x2"),
 }
 """Source: https://docs.cloud.google.com/tpu/docs/v5e, .../v5p and .../v6e, read in November 2026. They give the links'
 rate of a whole chip in both directions, 400, 1,200 and 800 GB/s: of four links, of six, of four."""

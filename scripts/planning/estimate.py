@@ -6,13 +6,12 @@ the chip's peaks: no program reaches it.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +22,7 @@ from model.computations import Kind
 from model.config import ModelConfig
 from model.cost import Cost, program_cost
 from model.loading import without_weights
+from model.memory import MemoryNeededError, Room
 from model.pages import PrefixCache
 from model.programs import Programs
 from model.sharding import mesh
@@ -208,7 +208,7 @@ def estimate(
 
     Args:
         progress: called with the number of programs compiled so far, and of all.
-        prefix_cache_bytes: None: the engine's default.
+        prefix_cache_bytes: None: the engine's default, see ``model.memory``.
 
     Raises:
         ValueError: see ``devices``; prompts longer than the model's context; a mixture of experts, which is not
@@ -223,11 +223,19 @@ def estimate(
             "on which experts its tokens choose, and the compiled program does not tell"
         )
     peaks, here = CHIPS[chip], devices(chip, topology)
-    sizes = BY_PLATFORM["tpu"]
-    if prefix_cache_bytes is not None:
-        sizes = dataclasses.replace(sizes, prefix_cache_bytes=prefix_cache_bytes)
     slice_ = mesh(data=1, model=len(here), devices=here)
-    programs, laid = without_weights(config, slice_, sizes, max_prompt_tokens=longest)
+    lay_out = partial(
+        without_weights,
+        config,
+        slice_,
+        BY_PLATFORM["tpu"],
+        max_prompt_tokens=longest,
+        cache_bytes=prefix_cache_bytes,
+    )
+    try:
+        programs, laid = lay_out(room=Room(int(peaks.hbm_bytes), "each chip", on_host=False))
+    except MemoryNeededError:  # then what the defaults would take says how much is lacking
+        programs, laid = lay_out()
     request = workload.request()
     needed = launches(config, laid, request)
     floor = floor_flops(Variant([request], None), floor_sizes(config)) / peaks.flops / len(here)
@@ -257,7 +265,7 @@ def estimate(
         collective += count * exchange
     memory["temporaries"] = extra
     missing = max(0, int(sum(memory.values()) - peaks.hbm_bytes))
-    host = host_cost(config, sizes, longest, workload.request)
+    host = host_cost(config, BY_PLATFORM["tpu"], longest, workload.request)
     expected = Expected(
         operations=cycles.total() / peaks.clock + collective,
         attention=bundles / peaks.clock,

@@ -28,6 +28,7 @@ from rich.console import Console
 from serve_app import model_source
 from serve_app.cli import ending, process_limits
 from serve_app.cli.ending import Ending
+from serve_app.contract import MEMORY
 from serve_app.errors import SelfTestError
 from serve_app.frontend import auth
 from serve_app.local_ray import APP_NAME, free_port, reason, set_environment, start_ray
@@ -75,10 +76,12 @@ def run(settings: ServiceSettings, *, host: str, port: int, fast_front: bool = F
     with console.status("starting") as status:
 
         def say(line: str) -> None:
-            """Update the last line on a terminal; print a new line elsewhere."""
-            status.update(line)
-            if not console.is_terminal:
-                console.print(line)
+            """Update the last line on a terminal; print a new line elsewhere, and for what is worth keeping."""
+            kept = MEMORY in line
+            if not kept:
+                status.update(line)
+            if kept or not console.is_terminal:
+                console.print(line, soft_wrap=True)
 
         set_environment(fast_front=fast_front)
         if fast_front:

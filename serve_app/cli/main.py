@@ -84,6 +84,16 @@ def serve(
     ] = None,
     replicas: Annotated[int, typer.Option(min=1, help="Number of scorers, each with the whole model.")] = 1,
     max_batch_tokens: Annotated[int, typer.Option(min=64, help="Most tokens in a device batch.")] = 8_192,
+    max_prompt_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of the longest prompt.", show_default="the context, or what memory allows"),
+    ] = None,
+    prefix_cache_gb: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Memory for the beginnings of prompts.", show_default="by the context and what is free"
+        ),
+    ] = None,
     tpu: Annotated[
         str | None,
         typer.Option(
@@ -115,6 +125,8 @@ def serve(
             "engine": engine,
             "scorer_replicas": replicas,
             "max_batch_tokens": max_batch_tokens,
+            "limits": {"max_prompt_tokens": max_prompt_tokens},
+            "prefix_cache_gb": prefix_cache_gb,
             "tpu": None if tpu is None else _tpu(tpu),
         }
         settings = ServiceSettings(

@@ -6,14 +6,13 @@ import os
 import resource
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 
 import psutil
 
+from serve_app import control_groups
+
 ENOUGH_FILES = 65_536
 """The limit of open files is raised to this, if allowed: each connection takes one in the proxy."""
-
-GROUPS = Path("/sys/fs/cgroup")
 
 
 def needed_tasks(replicas: int, cpus: int) -> int:
@@ -85,20 +84,9 @@ def _tasks(user: int) -> int:
 
 
 def _group_room() -> Iterator[tuple[int, int, str]]:
-    """Yield the same for the control groups of this process; only Linux has them."""
-    with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, kinds, path = line.split(":", 2)
-            if kinds in ("", "pids"):
-                base = GROUPS / kinds
-                folder = base / path.lstrip("/")
-                while folder.is_relative_to(base):
-                    yield from _of_group(folder)
-                    folder = folder.parent
-
-
-def _of_group(folder: Path) -> Iterator[tuple[int, int, str]]:
-    with suppress(OSError, ValueError):  # no such file, or "max"
-        limit = int((folder / "pids.max").read_text())
-        where = "TasksMax of a systemd unit, --pids-limit of a container, podPidsLimit of a kubelet"
-        yield limit - int((folder / "pids.current").read_text()), limit, where
+    """Yield the same for the control groups of this process."""
+    for folder in control_groups.folders("pids"):
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            limit = int((folder / "pids.max").read_text())
+            where = "TasksMax of a systemd unit, --pids-limit of a container, podPidsLimit of a kubelet"
+            yield limit - int((folder / "pids.current").read_text()), limit, where

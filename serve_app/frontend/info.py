@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from serve_app.frontend.service import ModelService
-from serve_app.schemas import InfoResponse, LimitsInfo
+from serve_app.schemas import InfoResponse, LimitsInfo, MemoryInfo
 
 
 def info(service: ModelService, names: Sequence[str]) -> InfoResponse:
@@ -41,6 +41,15 @@ def info(service: ModelService, names: Sequence[str]) -> InfoResponse:
             max_request_tokens=limits.max_request_tokens,
             max_queued_tokens=service.queued_tokens,
             timeout_s=settings.timeout_s,
+        ),
+        memory=None
+        if facts.memory is None
+        else MemoryInfo(
+            weights_bytes=facts.memory.weights,
+            workspace_bytes=facts.memory.workspace,
+            pages_bytes=facts.memory.pages,
+            page_tokens=facts.memory.page_tokens,
+            free_bytes=facts.memory.free,
         ),
         version=version("score-serve"),
     )

@@ -14,9 +14,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from serve_app import model_source
-from serve_app.contract import Engine, Progress
+from serve_app.contract import MEMORY, Engine, ModelInfo, Progress
+from serve_app.scorer import host_memory
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.scorer.slice_group import SliceGroup
 from serve_app.scorer.slice_worker import Place
@@ -28,18 +30,27 @@ ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/dxg", "/dev/
 """Device files of TPUs and GPUs."""
 
 
+GB = 1e9
+TYPICAL_TOKENS = 2048
+"""Tokens of a long prompt, as an example of what the pages hold."""
 TELL_S = 3.0
 """Seconds between two log lines on the progress of a start."""
 
 
-def load_engine(settings: ModelSettings) -> Engine:
-    """Load and warm up the engine for these settings. It takes seconds to minutes; the log shows the progress."""
+def load_engine(settings: ModelSettings, scorers: int = 1) -> Engine:
+    """Load and warm up the engine for these settings. It takes seconds to minutes; the log shows the progress.
+
+    Args:
+        scorers: scorers of the service on this host, which share its memory.
+    """
     if settings.tpu and settings.tpu.hosts > 1:
         engine: Engine = SliceGroup(settings, load_part)
     elif settings.engine == "fake":
         engine = FakeEngine()
     else:
-        engine = _load_model(settings)
+        engine = _load_model(settings, scorers)
+    if (memory := memory_line(engine.info)) is not None:
+        logger.info("%s", memory)
     started = time.monotonic()
     engine.warmup(progress_log(logger.info))
     logger.info("the model's programs are ready after %.1f s", time.monotonic() - started)
@@ -74,28 +85,78 @@ def load_part(settings: ModelSettings, place: Place) -> Engine:
     return _load_model(settings)
 
 
-def _load_model(settings: ModelSettings) -> Engine:
+def _load_model(settings: ModelSettings, scorers: int = 1) -> Engine:
     if not any(map(glob.glob, ACCELERATORS)):
         # With libtpu installed, as for the tests, jax would look for a TPU and fill the log with errors.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from model.loading import load
+    from model.loading import Choice, prepare, read
+    from model.memory import Room, device_room, on_host
     from model.sharding import tpu_mesh
 
     mesh = tpu_mesh(settings.tpu.chips) if settings.tpu else None
     folder = model_source.resolve(settings.model, settings.revision, settings.base, say=logger.info)
     logger.info("loading %s", folder)
-    engine = load(
-        folder,
-        trust_config=settings.trust_config,
-        dtype=settings.dtype,
-        quantization=settings.quantization,
-        max_prompt_tokens=settings.limits.max_prompt_tokens,
-        compiled_folder=compiled_folder(),
-        mesh=mesh,
+    cache: dict[str, Any] = (
+        {} if settings.prefix_cache_gb is None else {"prefix_cache_bytes": int(settings.prefix_cache_gb * GB)}
     )
+
+    def prepared(room: Room | None) -> Choice:
+        return prepare(
+            folder,
+            trust_config=settings.trust_config,
+            dtype=settings.dtype,
+            quantization=settings.quantization,
+            max_prompt_tokens=settings.limits.max_prompt_tokens,
+            compiled_folder=compiled_folder(),
+            mesh=mesh,
+            room=room,
+            **cache,
+        )
+
+    if not on_host():
+        choice = prepared(device_room(mesh))
+    else:
+        service, model = os.getppid(), memory_key(settings)
+        with host_memory.opened(host_memory.PROMISES) as promises:
+            own = [promise for promise in promises.others if promise.service == service]
+            choice = prepared(
+                Room(
+                    max(0, host_memory.free_bytes() - promises.outstanding),
+                    sharers=max(1, scorers - len(own)),
+                    context=next((promise.context for promise in own if promise.model == model), None),
+                )
+            )
+            context = choice.model.layout.longest
+            promises.make(host_memory.Promise(service, model, choice.memory.total, context))
+    engine = read(folder, choice, compiled_folder=compiled_folder())
     for note in engine.info.notes:
         logger.warning("%s: %s", settings.name, note)
     return engine
+
+
+def memory_key(settings: ModelSettings) -> str:
+    """What decides what an engine takes: scorers for which it is the same should have the same context."""
+    asked = (settings.limits.max_prompt_tokens, settings.prefix_cache_gb)
+    return str((settings.model, settings.revision, settings.base, settings.dtype, settings.quantization, *asked))
+
+
+def memory_line(info: ModelInfo) -> str | None:
+    """What an engine took of the memory, what that gives, and what to set for more; None: it is not known."""
+    if (memory := info.memory) is None:
+        return None
+    whole = info.max_prompt_tokens == info.context_length
+    context = (
+        f"{info.context_length:,}" if whole else f"{info.max_prompt_tokens:,} of the model's {info.context_length:,}"
+    )
+    typical = min(TYPICAL_TOKENS, info.max_prompt_tokens)
+    free = "" if memory.free is None else f" of {memory.free / GB:.1f} GB free"
+    return (
+        f"{MEMORY} weights {memory.weights / GB:.2f} GB, workspace {memory.workspace / GB:.2f} GB, pages "
+        f"{memory.pages / GB:.2f} GB{free} (by default pages take at most half of what weights and workspace leave); "
+        f"context {context} tokens; the pages hold about {memory.page_tokens // typical} prompts of {typical:,} tokens "
+        "at once; for longer prompts set limits.max_prompt_tokens (--max-prompt-tokens), for more of them "
+        "prefix_cache_gb (--prefix-cache-gb)"
+    )
 
 
 def compiled_folder() -> Path:

@@ -209,7 +209,7 @@ class Completer:
             total += len(ids)
             if not 0 < len(ids) <= self._model.max_prompt_tokens:
                 raise InvalidRequestError(
-                    f"prompt[{index}] has {len(ids)} tokens; this model reads 1 to {self._model.max_prompt_tokens}; "
+                    f"prompt[{index}] has {len(ids)} tokens; this model reads 1 to {self._model.most_tokens}; "
                     "send a prompt of such a length",
                     param="prompt",
                     index=index,

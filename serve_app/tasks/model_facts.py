@@ -85,6 +85,17 @@ class ModelFacts:
         return min(most, self.limits.max_prompt_tokens or most)
 
     @property
+    def most_tokens(self) -> str:
+        """``max_prompt_tokens`` in words, for an error about a longer prompt: with the reason, if it is not the model's
+        context."""
+        most, context = self.max_prompt_tokens, self.info.context_length
+        if most >= context:
+            return str(most)
+        if self.limits.max_prompt_tokens is not None:
+            return f"{most} (limits.max_prompt_tokens)"
+        return f"{most} of its {context} (what its memory holds; limits.max_prompt_tokens asks for more)"
+
+    @property
     def max_text_characters(self) -> int:
         """The most characters of a text and all that is tokenised with it. A longer text, in any language, has more
         tokens than the model reads."""

@@ -115,7 +115,7 @@ class PromptBuilder:
         self._check_characters()
         if request.messages is not None:
             self._guard()
-        self._most_tokens = model.max_prompt_tokens
+        self._most_tokens, self._most = model.max_prompt_tokens, model.most_tokens
         self._work = Work(LABEL_CHARACTERS, "labels")
         self._joined = Joined(
             self._tokenizer,
@@ -370,7 +370,7 @@ class PromptBuilder:
             labels_too = f", and a label adds {of_label} before its last" if of_label else ""
             raise InvalidRequestError(
                 f"items[{index}]: the prompt has {tokens} tokens{labels_too}; this model reads at most "
-                f'{self._most_tokens}; shorten the item or the query, or send truncate: "item"',
+                f'{self._most}; shorten the item or the query, or send truncate: "item"',
                 param="items",
                 index=index,
             )

@@ -150,13 +150,14 @@ def prepare(model: ModelFacts, request: RerankRequest, request_id: str) -> Steps
     with of_field("query"):
         (front,) = tokenizer.encode([before], add_special_tokens=whole)
     front = opening + front
-    most, limited = model.max_prompt_tokens, "this model reads"
+    most, limited = model.max_prompt_tokens, f"this model reads at most {model.most_tokens}"
     if request.truncate_prompt_tokens is not None and 0 <= request.truncate_prompt_tokens < most:
-        most, limited = request.truncate_prompt_tokens, "truncate_prompt_tokens allows"
+        most = request.truncate_prompt_tokens
+        limited = f"truncate_prompt_tokens allows at most {most}"
     if most - len(front) - len(end) < 1:
         raise InvalidRequestError(
-            f"the query, the instruction and the template take {len(front) + len(end)} tokens; {limited} at most "
-            f"{most}, including at least one of a document; shorten the query",
+            f"the query, the instruction and the template take {len(front) + len(end)} tokens; {limited}, "
+            "including at least one of a document; shorten the query",
             param="query",
         )
     longest = most - len(end)

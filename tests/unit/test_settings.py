@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
-from serve_app.app import build
+from serve_app.app import build, scorers_on_a_host
 from serve_app.settings import Limits, ModelSettings, ServiceSettings
 from serve_app.tpu import CHIP_LABEL
 
@@ -160,6 +160,20 @@ def test_settings_survive_a_copy():
     settings = ServiceSettings.model_validate({"limits": {"max_body_bytes": 2048, "max_items": 7}, "models": TWO})
     assert ServiceSettings.model_validate(settings.model_dump()) == settings
     assert ServiceSettings.model_validate(settings.model_dump(exclude_unset=True)) == settings
+
+
+def test_scorers_that_share_a_hosts_memory_are_counted():
+    chips = {"chip": "v6e", "topology": "2x2"}
+    models = [
+        {"model": "a", "autoscaling": {"max_replicas": 4}},
+        {"model": "b"},
+        {"model": "c", "tpu": chips, "scorer_replicas": 4},
+    ]
+    settings = ServiceSettings.model_validate({"models": models})
+    front = build(settings)._bound_deployment
+    assert [bound._bound_deployment.init_args[1].keywords for bound in front.init_args[1:]] == [{"scorers": 5}] * 3
+    host, head = {"Alive": True, "Resources": {"CPU": 4}}, {"Alive": True, "Resources": {}}
+    assert scorers_on_a_host(settings, [host, host, head, {**host, "Alive": False}]) == 3
 
 
 def test_each_model_has_a_scorer_deployment_of_its_own():

@@ -325,7 +325,7 @@ class Decider:
             if (long := len(ids) + answers.layout.depth) > model.max_prompt_tokens:
                 errors[order.question] = InvalidRequestError(
                     f"state and question make a prompt of {long} tokens; this model reads at most "
-                    f"{model.max_prompt_tokens}; shorten the state or the question",
+                    f"{model.most_tokens}; shorten the state or the question",
                     param="questions",
                     index=order.question,
                     where=where,

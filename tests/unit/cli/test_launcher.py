@@ -48,6 +48,16 @@ def test_the_reason_is_the_last_error_whole_and_without_a_traceback():
     assert local_ray.reason("no error is named here ") == "no error is named here"
 
 
+def test_the_command_line_asks_for_longer_prompts_and_more_pages(monkeypatch: pytest.MonkeyPatch):
+    got: list[ServiceSettings] = []
+    monkeypatch.setattr(launcher, "run", lambda settings, **_: got.append(settings))
+    asked = ["serve", "--max-prompt-tokens", "32768", "--prefix-cache-gb", "1.5"]
+    for words in (["serve"], asked):
+        assert CliRunner().invoke(main.app, words).exit_code == 0
+    models = [service.models[0] for service in got]
+    assert [(each.limits.max_prompt_tokens, each.prefix_cache_gb) for each in models] == [(None, None), (32_768, 1.5)]
+
+
 def test_a_taken_port_is_named_with_the_remedy():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from serve_app import control_groups
 from serve_app.cli import process_limits
 from serve_app.cli.process_limits import LimitError
 
@@ -72,7 +73,7 @@ def test_too_few_processes_are_named_with_the_need_and_the_remedy():
 
 
 def test_a_control_groups_limit_is_found_at_any_level(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(process_limits, "GROUPS", tmp_path)
+    monkeypatch.setattr(control_groups, "GROUPS", tmp_path)
     process_limits.check(2, 2)
     (tmp_path / "pids.max").write_text("max\n")
     (tmp_path / "pids.current").write_text("10\n")
@@ -83,7 +84,7 @@ def test_a_control_groups_limit_is_found_at_any_level(tmp_path: Path, monkeypatc
 
 
 def test_the_need_grows_with_replicas_and_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(process_limits, "GROUPS", tmp_path)
+    monkeypatch.setattr(control_groups, "GROUPS", tmp_path)
     (tmp_path / "pids.current").write_text("0\n")
     (tmp_path / "pids.max").write_text(f"{process_limits.needed_tasks(2, 2)}\n")
     process_limits.check(2, 2)
