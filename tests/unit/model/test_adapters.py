@@ -103,7 +103,10 @@ MODULE = "base_model.model.model.layers.1.self_attn.q_proj"
             "its base has no model.layers.9.self_attn.q_proj.weight",
         ),
         ({f"{MODULE}.lora_B.weight": np.ones((48, 4), np.float32)}, "mis-shaped: A and B of model.layers.1"),
-        ({f"{MODULE}.lora_B.weight": np.ones((60, 4))}, "dtype: A and B of model.layers.1.self_attn.q_proj are F64"),
+        (
+            {f"{MODULE}.lora_B.weight": np.ones((60, 4), np.int64)},
+            "dtype: A and B of model.layers.1.self_attn.q_proj are I64",
+        ),
     ],
 )
 def test_every_tensor_is_accounted_for(changes: Mapping[str, np.ndarray | None], problem: str, both: Path) -> None:

@@ -9,12 +9,14 @@ from typing import Any, Literal
 
 import jax
 import pytest
+from safetensors.numpy import save_file
 
 from model import loading
 from model.families.registry import from_hf
 from model.loading import Choice, choose
 from model.memory import GB, PROCESS_BYTES, SHARE, MemoryNeededError, Room, rounded
 from model.sizes import BY_PLATFORM
+from model.tensors.safetensors_files import SINGLE
 from tests.tiny import make_llama, write_json
 
 SHARED: Mapping[str, Any] = {
@@ -185,8 +187,10 @@ def test_a_little_less_memory_leaves_the_same_programs():
     assert [rounded(n) for n in (-1, 0, 1, 2, 3, 5, 7, 9, 100, 131_071)] == [0, 0, 1, 2, 3, 4, 6, 8, 96, 98_304]
 
 
-def test_the_whole_is_refused_before_any_weights_are_looked_for(tmp_path: Path):
+def test_the_whole_is_refused_before_any_weights_are_read(tmp_path: Path):
+    """No tensor is there, which only shows when they are read."""
     write_json(tmp_path / "config.json", PHI_35_MINI)
+    save_file({}, tmp_path / SINGLE)
     with pytest.raises(MemoryNeededError, match=r"needs 18\.8 GB of this host, and 4\.0 GB are free"):
         loading.load(tmp_path, room=Room(4_000_000_000))
 

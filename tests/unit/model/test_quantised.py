@@ -147,7 +147,7 @@ def test_the_last_blocks_may_be_smaller(tmp_path: Path) -> None:
 def test_what_is_not_quantised_is_left_and_scales_of_activations_are_not_used(tmp_path: Path) -> None:
     parts, expected = fp8(np.ones((32, 32), np.float32))
     named = {f"layer.q_proj.{part}": each for part, each in parts.items()}
-    others = {"norm.weight": np.ones(3, np.float32), "layer.q_proj.bias": np.ones(32, np.float32)}
+    others = {"layer.norm.weight": np.ones(3, np.float32), "layer.q_proj.bias": np.ones(32, np.float32)}
     unused = ("layer.q_proj.input_scale", "layer.k_scale", "layer.v_scale", "layer.q_proj.activation_scale")
     with tensors(tmp_path, named | others | {name: np.float32([1]) for name in unused}, FP8) as (found, problems):
         assert not problems
