@@ -127,7 +127,9 @@ def main() -> None:
             why = refusal(checkpoint)
             result = f"refused: {why}" if why else "loads"
             fits = bool(why) == bool(checkpoint.refused) and checkpoint.refused in why
-            if not (why or asked.parse):
+            if checkpoint.compared:
+                result += f"; {checkpoint.compared} compares such a checkpoint" if not why else ""
+            elif not (why or asked.parse):
                 found = difference(checkpoint, Path(scratch) / str(number))
                 fits = fits and found < BOUND
                 result = f"{'right' if found < BOUND else 'WRONG'}, max difference {found:.1e}"

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tests.published_quantised import PUBLIC
+
 Config = Mapping[str, Any]
 
 
@@ -23,6 +25,7 @@ class Checkpoint:
         keys: the keys that set it apart.
         refused: words of the error; empty: it loads.
         context: tokens of the longest prompt, if they are not ``max_position_embeddings``.
+        compared: the test file that compares such a checkpoint with transformers; empty: ``checkpoint_table`` does.
     """
 
     name: str
@@ -30,6 +33,7 @@ class Checkpoint:
     keys: str = ""
     refused: str = ""
     context: int = 0
+    compared: str = ""
 
     @property
     def row(self) -> str:
@@ -555,7 +559,115 @@ OTHERS = (
         )
     ),
 )
-CHECKPOINTS = (*LLAMA, *QWEN, *OTHERS)
+
+
+def _quantised(name: str, config: Config, what: str) -> Checkpoint:
+    own = {**config, "quantization_config": PUBLIC[name]}
+    return Checkpoint(name, own, what, compared="tests/parity/test_quantised.py")
+
+
+QUANTISED = (
+    _quantised("Qwen/Qwen3-8B-FP8", _qwen3(4096, 36, 32, 8, 12288, 151936, 40960), "FP8, blocks"),
+    _quantised(
+        "RedHatAI/Qwen3-8B-FP8-dynamic", _qwen3(4096, 36, 32, 8, 12288, 151936, 40960), "FP8, compressed-tensors"
+    ),
+    _quantised(
+        "neuralmagic/Meta-Llama-3-8B-Instruct-FP8-KV",
+        _llama(4096, 32, 32, 8, 14336, 128256, 8192, rope_theta=500000.0, rope_scaling=None),
+        "FP8, tensors",
+    ),
+    _quantised(
+        "meta-llama/Llama-3.1-405B-Instruct-FP8",
+        _llama31(16384, 126, 128, 8, 53248, 128256, 131072),
+        "FP8, `fbgemm_fp8`",
+    ),
+    _quantised("Qwen/Qwen2.5-7B-Instruct-AWQ", _qwen25(3584, 28, 28, 4, 18944, 152064, 32768), "AWQ"),
+    _quantised("hugging-quants/Meta-Llama-3.1-8B-Instruct-AWQ-INT4", _llama31(), "AWQ"),
+    _quantised("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4", _qwen25(3584, 28, 28, 4, 18944, 152064, 32768), "GPTQ"),
+    _quantised(
+        "TheBloke/Llama-2-7B-Chat-GPTQ",
+        _llama(4096, 32, 32, 32, 11008, 32000, 4096, rope_scaling=None),
+        "GPTQ, act-order",
+    ),
+    _quantised(
+        "unsloth/Llama-3.2-1B-Instruct-bnb-4bit",
+        _llama32(2048, 16, 32, 8, 8192, 128256, 131072, head_dim=64, unsloth_fixed=True),
+        "bitsandbytes, nf4",
+    ),
+    Checkpoint(
+        "ISTA-DASLab/Meta-Llama-3.1-8B-Instruct-AQLM-PV-2Bit-1x16-hf",
+        _llama31(quantization_config={"quant_method": "aqlm", "nbits_per_codebook": 16}),
+        "AQLM",
+        refused="aqlm",
+    ),
+)
+
+
+def _of_images(model_type: str, architecture: str, text: Config, **keys: Any) -> dict[str, Any]:
+    """A model for images: ``text`` is its ``text_config``."""
+    beside = {key: value for key, value in text.items() if key not in ("architectures", "tie_word_embeddings")}
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "text_config": beside,
+        "vision_config": {},
+        **keys,
+    }
+
+
+_WRAPPERS = "tests/parity/test_wrappers.py"
+_GEMMA3_IMAGES = {"boi_token_index": 255999, "eoi_token_index": 256000, "image_token_index": 262144}
+WRAPPERS = (
+    Checkpoint(
+        "google/gemma-3-4b-it",
+        _of_images(
+            "gemma3",
+            "Gemma3ForConditionalGeneration",
+            {
+                "hidden_size": 2560,
+                "intermediate_size": 10240,
+                "model_type": "gemma3_text",
+                "num_hidden_layers": 34,
+                "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+                "sliding_window": 1024,
+            },
+            mm_tokens_per_image=256,
+            **_GEMMA3_IMAGES,
+        ),
+        "text part",
+        context=131072,
+        compared=_WRAPPERS,
+    ),
+    Checkpoint(
+        "mistralai/Mistral-Small-3.1-24B-Instruct-2503",
+        _of_images(
+            "mistral3",
+            "Mistral3ForConditionalGeneration",
+            _mistral(
+                5120, 40, 32, 8, 32768, 131072, 131072, head_dim=128, rope_theta=1000000000.0, sliding_window=None
+            ),
+            image_token_index=10,
+            multimodal_projector_bias=False,
+            projector_hidden_act="gelu",
+            spatial_merge_size=2,
+            vision_feature_layer=-1,
+        ),
+        "text part",
+        context=131072,
+        compared=_WRAPPERS,
+    ),
+    Checkpoint(
+        "weqweasdas/RM-Mistral-7B",
+        {
+            **_mistral(4096, 32, 32, 8, 14336, 32000, 32768, sliding_window=4096, pad_token_id=2),
+            "architectures": ["MistralForSequenceClassification"],
+            **_ONE_CLASS,
+        },
+        "one class",
+        compared="tests/parity/test_classifiers.py",
+    ),
+)
+CHECKPOINTS = (*LLAMA, *QWEN, *OTHERS, *QUANTISED, *WRAPPERS)
 
 HEADER = "| checkpoint | what sets it apart | loads |\n| --- | --- | --- |"
 

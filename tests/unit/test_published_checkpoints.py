@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from model.families.registry import from_hf
+from model.families.wrappers import unwrapped
 from model.fields import ConfigError
 from tests.published import CHECKPOINTS, Checkpoint, table
 
@@ -19,9 +20,15 @@ def test_each_config_loads_or_is_refused_as_documented(checkpoint: Checkpoint) -
         assert checkpoint.refused in str(refusal.value)
         return
     parsed = from_hf(checkpoint.config)
-    assert parsed.context_length == (checkpoint.context or checkpoint.config["max_position_embeddings"])
-    bounded = parsed.context_length < checkpoint.config["max_position_embeddings"] or parsed.rope.kind == "dynamic"
+    declared = unwrapped(checkpoint.config)["max_position_embeddings"]
+    assert parsed.context_length == (checkpoint.context or declared)
+    bounded = parsed.context_length < declared or parsed.rope.kind == "dynamic"
     assert bool(parsed.notes) == bounded, "a shorter context is told, with its reason"
+
+
+def test_tests_that_compare_such_checkpoints_are_there() -> None:
+    root = Path(__file__).parents[2]
+    assert all((root / each.compared).is_file() for each in CHECKPOINTS if each.compared)
 
 
 def test_the_documentation_has_this_table() -> None:
