@@ -563,7 +563,7 @@ OTHERS = (
 
 def _quantised(name: str, config: Config, what: str) -> Checkpoint:
     own = {**config, "quantization_config": PUBLIC[name]}
-    return Checkpoint(name, own, what, compared="tests/parity/test_quantised.py")
+    return Checkpoint(name, own, what, compared="tests/parity/test_quantised_models.py")
 
 
 QUANTISED = (
@@ -615,7 +615,7 @@ def _of_images(model_type: str, architecture: str, text: Config, **keys: Any) ->
     }
 
 
-_WRAPPERS = "tests/parity/test_wrappers.py"
+_WRAPPERS = "tests/parity/test_wrapped_models.py"
 _GEMMA3_IMAGES = {"boi_token_index": 255999, "eoi_token_index": 256000, "image_token_index": 262144}
 WRAPPERS = (
     Checkpoint(

@@ -40,10 +40,12 @@ Open = Callable[..., Page]
 
 def press(page: Page) -> Response:
     """Press "Decide", and wait for the answer and until it is shown."""
-    with page.expect_response("**/v1/systemone") as got:
+    with page.expect_request("**/v1/systemone") as asked:  # what was asked before may be answered later
         page.get_by_role("button", name="Decide", exact=True).click()
+    answer = asked.value.response()
+    assert answer
     page.wait_for_selector(f"{ROWS}[aria-busy=false]")
-    return got.value
+    return answer
 
 
 def sent(answer: Response) -> dict[str, Any]:

@@ -34,11 +34,16 @@ def ask(page: Page, *, items: list[str] = ITEMS, labels: str = "yes, no", query:
 
 
 def press(page: Page) -> Response:
-    """Press "Score", and wait until the answer is shown."""
-    with page.expect_response("**/v1/score") as got:
+    """Press "Score", and wait until the answer is shown.
+
+    What the page asked by itself before may be answered later.
+    """
+    with page.expect_request("**/v1/score") as asked:
         page.get_by_role("button", name="Score", exact=True).click()
+    answer = asked.value.response()
+    assert answer
     page.wait_for_selector(f"{ROWS}[aria-busy=false]")
-    return got.value
+    return answer
 
 
 def sent(answer: Response) -> dict[str, Any]:

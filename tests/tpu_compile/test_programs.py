@@ -298,5 +298,6 @@ def test_launches_are_the_planner_s() -> None:
     found = launches(QWEN3_06B, laid, RANKING.request())
     segments = {launch: count for launch, count in found.items() if launch.kind == "segments"}
     assert {launch.prefix_length for launch in segments} <= {1920, 2000}
-    assert sum(launch.size.tokens * count for launch, count in segments.items()) <= 1.05 * 500 * 20
+    # Six items of 20 fill 120 of the 128 positions of a bin.
+    assert sum(launch.size.tokens * count for launch, count in segments.items()) <= 1.08 * 500 * 20
     assert sum(launch.size * count for launch, count in found.items() if launch.kind == "prefill") == 2048
