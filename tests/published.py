@@ -133,6 +133,20 @@ def _mistral(*sizes: int, **keys: Any) -> dict[str, Any]:
     return _config("mistral", "MistralForCausalLM", sizes, **{**base, **keys})
 
 
+def _gemma(*sizes: int, **keys: Any) -> dict[str, Any]:
+    base = {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "head_dim": 256,
+        "hidden_act": "gelu",
+        "hidden_activation": None,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+    }
+    return _config("gemma", "GemmaForCausalLM", sizes, **{**base, **keys})
+
+
 def _gemma2(*sizes: int, **keys: Any) -> dict[str, Any]:
     base = {
         "attention_bias": False,
@@ -491,6 +505,9 @@ OTHERS = (
         _mistral(4096, 32, 32, 8, 14336, 32000, 32768, rope_theta=1000000.0, sliding_window=None, attention_bias=False),
         "`attention_bias` false",
     ),
+    Checkpoint("google/gemma-2b-it", _gemma(2048, 18, 8, 1, 16384, 256000, 8192), "`hidden_act` `gelu`"),
+    Checkpoint("google/gemma-7b-it", _gemma(3072, 28, 16, 16, 24576, 256000, 8192), "`hidden_act` `gelu`"),
+    Checkpoint("BAAI/bge-reranker-v2-gemma", _gemma(2048, 18, 8, 1, 16384, 256000, 8192), "`hidden_act` `gelu`"),
     Checkpoint("google/gemma-2-2b-it", _gemma2(2304, 26, 8, 4, 9216, 256000, 8192, query_pre_attn_scalar=256)),
     Checkpoint(
         "google/gemma-2-27b-it",

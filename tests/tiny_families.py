@@ -59,6 +59,14 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "rope_theta": 2345.0,
         "sliding_window": 150,
     },
+    "gemma": {
+        "architectures": ["GemmaForCausalLM"],
+        "model_type": "gemma",
+        "head_dim": 14,
+        "hidden_act": "gelu",
+        "rms_norm_eps": 7e-4,
+        "rope_theta": 4321.0,
+    },
     "gemma2": {
         "architectures": ["Gemma2ForCausalLM"],
         "model_type": "gemma2",
@@ -130,6 +138,7 @@ CLASSIFIERS: Mapping[str, str] = {
     "llama": "LlamaForSequenceClassification",
     "qwen2": "Qwen2ForSequenceClassification",
     "qwen3": "Qwen3ForSequenceClassification",
+    "gemma": "GemmaForSequenceClassification",
     "gemma2": "Gemma2ForSequenceClassification",
     "gemma3": "Gemma3TextForSequenceClassification",
     "mistral": "MistralForSequenceClassification",

@@ -153,6 +153,7 @@ ARCHITECTURES = {
     "qwen3": gguf.MODEL_ARCH.QWEN3,
     "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
     "gemma2": gguf.MODEL_ARCH.GEMMA2,
+    "gemma": gguf.MODEL_ARCH.GEMMA,
     "gemma3": gguf.MODEL_ARCH.GEMMA3,
     "olmo2": gguf.MODEL_ARCH.OLMO2,
     "phi3": gguf.MODEL_ARCH.PHI3,
@@ -185,7 +186,7 @@ def gguf_family(folder: Path, family: str, **changes: Any) -> Path:
         changes["use_sliding_window"] = False
     if family == "mistral":
         changes["sliding_window"] = None
-    if family.startswith("gemma"):
+    if family in ("gemma2", "gemma3"):
         changes["query_pre_attn_scalar"] = config_of(family)["head_dim"]
     return make_family(folder, family, changes=changes)
 

@@ -10,7 +10,7 @@ from flax import nnx
 from model import decoder
 from model.checkpoint import Targets
 from model.config import ModelConfig, with_classes
-from model.families import gemma2, gemma3, llama, mistral, olmo2, phi3, qwen2, qwen3, qwen3_moe
+from model.families import gemma, gemma2, gemma3, llama, mistral, olmo2, phi3, qwen2, qwen3, qwen3_moe
 from model.families.wrappers import ALIASES, WRAPPERS, unwrapped
 from model.fields import ConfigError, Fields
 from model.tensors.quantised import methods
@@ -38,6 +38,7 @@ class Family:
 
 
 GENERATIVE: dict[str, Family] = {
+    "GemmaForCausalLM": Family("gemma", gemma.parse, gemma.Block, gemma.weights, pad_token_id=0),
     "Gemma2ForCausalLM": Family("gemma2", gemma2.parse, gemma2.Block, gemma2.weights, pad_token_id=0),
     "Gemma3ForCausalLM": Family("gemma3_text", gemma3.parse, gemma3.Block, gemma3.weights, pad_token_id=0),
     "LlamaForCausalLM": Family("llama", llama.parse, llama.Block, llama.weights),

@@ -84,6 +84,11 @@ def _qwen3_moe(keys: Keys, config: Config) -> Config:
     }
 
 
+def _first_gemma(keys: Keys, config: Config) -> Config:
+    keys.same("rope.dimension_count", config["head_dim"])
+    return {"hidden_act": "gelu_pytorch_tanh"}
+
+
 def _gemma2(keys: Keys, config: Config) -> Config:
     return {
         **_gemma(keys, config, largest=46),
@@ -159,6 +164,7 @@ KINDS = {
         {**ATTENTION, **QK_NORMS, "ffn_gate_inp": "mlp.gate", **EXPERTS, **NORMS},
         _qwen3_moe,
     ),
+    "gemma": Kind("GemmaForCausalLM", "gemma", {**ATTENTION, **MLP, **NORMS}, _first_gemma, norm_shift=1.0),
     "gemma2": Kind("Gemma2ForCausalLM", "gemma2", {**ATTENTION, **MLP, **GEMMA_NORMS}, _gemma2, norm_shift=1.0),
     "gemma3": Kind(
         "Gemma3ForCausalLM",

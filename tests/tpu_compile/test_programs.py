@@ -273,7 +273,7 @@ def test_programs_compile_for_slices_and_their_attention_is_fused(config: ModelC
         (["--chip", "v7"], {}, "'v7' is not one of v5e, v5p, v6e"),
         (["--query-tokens", "40941"], {}, "the prompts have 40,961 tokens; this model reads at most 40,960"),
         ([], {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8}, "mixtures of experts are not supported"),
-        ([], {"architectures": ["OtherForCausalLM"]}, "implemented: Gemma2ForCausalLM"),
+        ([], {"architectures": ["OtherForCausalLM"]}, "implemented: GemmaForCausalLM"),
     ],
 )
 def test_plans_that_cannot_be_made_are_refused(

@@ -255,12 +255,15 @@ def test_other_keys_are_refused_by_name(tmp_path: Path, family: str, key: str, v
     assert f"{key}={value!r}"[:20] in refusal(tmp_path, path)
 
 
-@pytest.mark.parametrize("architecture", ["gemma", "granite", "smollm3", "gpt-oss", "llama4"])
+@pytest.mark.parametrize("architecture", ["gemma3n", "granite", "smollm3", "gpt-oss", "llama4"])
 def test_other_architectures_are_refused_by_name(tmp_path: Path, architecture: str) -> None:
     edit = set_keys(general__architecture=architecture)
     path = write_family_gguf(gguf_family(tmp_path / "source", "llama"), tmp_path / "x.gguf", "llama", edit=edit)
     message = refusal(tmp_path, path)
-    for word in (repr(architecture), "known: llama, mistral3, qwen2, qwen3, qwen3moe, gemma2, gemma3, olmo2, phi3"):
+    for word in (
+        repr(architecture),
+        "known: llama, mistral3, qwen2, qwen3, qwen3moe, gemma, gemma2, gemma3, olmo2, phi3",
+    ):
         assert word in message
 
 
