@@ -146,8 +146,9 @@ class Engines:
     async def _service(self) -> ModelService:
         settings = self.settings
         engine = load_engine(settings)
-        tokenizer = TextTokenizer.load(model_source.resolve(settings.model, settings.revision, settings.base))
-        return ModelService(settings, tokenizer, engine.info, LocalReplicas(engine, settings))
+        folder = model_source.resolve(settings.model, settings.revision, settings.base)
+        tokenizer = TextTokenizer.load(folder)
+        return ModelService(settings, tokenizer, engine.info, LocalReplicas(engine, settings), folder=folder)
 
 
 def _identity(info: InfoResponse, more: Iterable[str]) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def _paid(value: Any) -> Any:
                 found += entries
             case dict() as entries:
                 _spend(len(cast(Mapping[Any, Any], entries)))
-                found += entries.values()
+                found += [*entries, *entries.values()]
             case Namespace() if each is not value:
                 raise SecurityError("a list must not hold a namespace")
             case _:

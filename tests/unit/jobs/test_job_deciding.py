@@ -23,12 +23,13 @@ from serve_app.jobs.deciding import decide
 from serve_app.jobs.files import JobError, Reader, plan
 from serve_app.jobs.folder import JobFolder
 from serve_app.jobs.job import DecisionJob
+from serve_app.jobs.targets import Engines
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import ModelSettings
 from serve_app.tasks.systemone import SYSTEMONE, SystemOneRequest, SystemOneResponse
 from serve_app.tasks.task import Task
 from serve_app.tasks.tokenizer import TextTokenizer
-from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
+from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas, save_tokenizer
 
 QUESTIONS: dict[str, Any] = {
     "urgent": {"type": "noul", "instructions": "Is it urgent?"},
@@ -197,3 +198,20 @@ def test_a_job_resumes_only_with_the_same_questions(tmp_path: Path, changed: dic
             pass
     with JobFolder(tmp_path / "out").opened(job.settings()):
         pass
+
+
+def test_a_worker_s_own_engine_asks_as_the_service_does_by_the_models_files(tmp_path: Path):
+    folder = save_tokenizer(tmp_path, adds_bos=False)
+    (folder / "config.json").write_text("{}")
+    for name in ("model.safetensors", "head.pt"):
+        (folder / name).touch()
+
+    async def asked() -> SystemOneResponse:
+        service = await Engines(ModelSettings(model=str(folder), engine="fake"))._service()
+        try:
+            return await service.answer(SYSTEMONE, REQUEST, request_id="r")
+        finally:
+            service.close()
+
+    with pytest.raises(InvalidRequestError, match="a head of its own"):
+        asyncio.run(asked())

@@ -348,6 +348,16 @@ def test_joined_lists_are_paid_for_one_by_one(folder: Path) -> None:
         tracemalloc.stop()
 
 
+def test_keys_are_paid_for_as_what_they_name(folder: Path) -> None:
+    source = "{% set key = 'x' * 100000 %}{% set all = [{key: 1}] * 2000 %}{{ ('%s' % all) | length }}" + CHATML
+    tracemalloc.start()
+    try:
+        assert loaded(folder, source).problem is not None
+        assert tracemalloc.get_traced_memory()[1] < 32 * 2**20  # all of them are 200 MB
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_template_that_removes_text_makes_no_control_token_of_the_rest(folder: Path) -> None:
     template = loaded(folder, CHATML.replace("message['content']", "message.content.replace('~', '')"))
     assert template.problem is None
