@@ -31,6 +31,8 @@ _TEXT = re.compile(rf"\w+|</?(?:{_HTML})>")
 """Tokens that stand for ordinary text although the tokenizer's files add them to its vocabulary, unless they are
 special: words, and the HTML tags of Gemma."""
 _SPACE = re.compile(r"[\s▁]+")
+_MARKUP = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+"""Words of a tokenizer that are control tokens although its files do not say so."""
 
 _KEEP_ASCII = frozenset({"NFC", "NFD", "NFKC", "NFKD"})
 """Normalizers that leave ASCII text as it is."""
@@ -39,12 +41,15 @@ _KEEP_ASCII = frozenset({"NFC", "NFD", "NFKC", "NFKD"})
 class PlainText:
     """Guards text against a tokenizer's control tokens.
 
+    Args:
+        words: tokens that text is split at although they are none of ``backend``'s added ones.
+
     Attributes:
         control: the control tokens with their ids: all tokens that the tokenizer's files add to its vocabulary, but for
-            those that stand for ordinary text, such as white space.
+            those that stand for ordinary text, such as white space, and those of ``words`` that look like markup.
     """
 
-    def __init__(self, backend: Tokenizer) -> None:
+    def __init__(self, backend: Tokenizer, words: Collection[str] = ()) -> None:
         self._backend = backend
         self.control = {
             token.content: id
@@ -52,6 +57,8 @@ class PlainText:
             if token.content and not _SPACE.fullmatch(token.content)
             if token.special or not _TEXT.fullmatch(token.content)
         }
+        markup = ((word, backend.token_to_id(word)) for word in words if _MARKUP.fullmatch(word))
+        self.control |= {word: id for word, id in markup if id is not None}
         self._ids = frozenset(self.control.values())
         self._begins = re.compile(rf"(?={_any_of(self.control)}).", re.DOTALL) if self.control else None
         self._edges = _Edges(self.control)

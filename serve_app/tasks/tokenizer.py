@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -108,17 +108,24 @@ class TextTokenizer:
         backend: the Rust tokenizer; its truncation and padding are switched off.
         bos_id: the id of the begin-of-sequence token, or None.
         facts: facts that the service returns to clients; nothing here depends on them.
+        words: see ``LoadedTokenizer``.
 
     Attributes:
         plain: the guard of text that is put into a prompt's markup.
     """
 
-    def __init__(self, backend: Tokenizer, bos_id: int | None, facts: TokenizerFacts | None = None) -> None:
+    def __init__(
+        self,
+        backend: Tokenizer,
+        bos_id: int | None,
+        facts: TokenizerFacts | None = None,
+        words: Collection[str] = (),
+    ) -> None:
         self.facts = facts or TokenizerFacts()
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
-        self.plain = PlainText(backend)
+        self.plain = PlainText(backend, words)
         self._reads_marks = False
         self._local = shared_query.is_local(backend)
         # Only a tokenizer that adds a BOS by itself can put a second one before the one in the text.

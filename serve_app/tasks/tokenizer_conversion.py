@@ -29,12 +29,14 @@ class Converted(NamedTuple):
         named: its special tokens, such as ``bos_token``, where the files beside it name none.
         adds_bos: whether a BOS begins each text, where the files beside it do not say so.
         hint: what the user should know of the conversion, or None.
+        words: tokens that text is split at although they are none of ``backend``'s added ones.
     """
 
     backend: Tokenizer
     named: dict[str, str]
     adds_bos: bool
     hint: str | None = None
+    words: Collection[str] = ()
 
 
 Declared = Mapping[str, Any]
@@ -171,7 +173,7 @@ def _sentencepiece(path: Path, declared: Declared) -> Converted:
     )
     ids = {"bos_token": trainer.bos_id, "eos_token": trainer.eos_id, "unk_token": trainer.unk_id}
     named_by_id = {name: tokens[id] for name, id in ids.items() if 0 <= id < len(tokens)}
-    return Converted(backend, named_by_id, adds_bos=True)
+    return Converted(backend, named_by_id, adds_bos=True, words=whole)
 
 
 def _parsed(path: Path) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,11 +43,16 @@ class TokenizerFacts:
 
 
 class LoadedTokenizer(NamedTuple):
-    """A tokenizer loaded from a folder, with the id of its begin-of-sequence token or None, and other facts."""
+    """A tokenizer loaded from a folder, with the id of its begin-of-sequence token or None, and other facts.
+
+    Attributes:
+        words: tokens that text is split at although they are none of ``backend``'s added ones.
+    """
 
     backend: Tokenizer
     bos_id: int | None
     facts: TokenizerFacts = TokenizerFacts()
+    words: Collection[str] = ()
 
 
 def load(folder: Path) -> LoadedTokenizer:
@@ -73,7 +79,8 @@ def load(folder: Path) -> LoadedTokenizer:
     _check(folder, backend)
     bos = _content(declared.get("bos_token"))
     bos_id = backend.token_to_id(bos) if bos else config.get("bos_token_id")
-    return LoadedTokenizer(backend, bos_id if isinstance(bos_id, int) else None, _facts(folder, declared))
+    words = converted.words if converted else ()
+    return LoadedTokenizer(backend, bos_id if isinstance(bos_id, int) else None, _facts(folder, declared), words)
 
 
 def _says(name: str, value: Any) -> bool:

@@ -16,6 +16,7 @@ import tiktoken
 from sentencepiece import sentencepiece_model_pb2 as messages
 from tokenizers import pre_tokenizers
 
+from serve_app.errors import InvalidRequestError
 from serve_app.tasks.plain_text import original
 from serve_app.tasks.token_texts import BYTES, TokenReader
 from serve_app.tasks.tokenizer import TextTokenizer
@@ -426,12 +427,19 @@ def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Service(TextTokenizer.load(folder), lambda text: [COUNT + id for id in reference.encode_ordinary(text)])
 
 
+def words_of(loaded: TextTokenizer) -> set[str]:
+    """Control tokens that the tokenizer's files do not add to its vocabulary."""
+    return loaded.plain.control.keys() - {token.content for token in loaded.backend.get_added_tokens_decoder().values()}
+
+
 class TestService:
     def test_guarded_text_is_spelt_out(self, service: Service):
         """The libraries that made the files know no special tokens in a text, but for Gemma's."""
         loaded, _ = service
-        names = [token for token in loaded.plain.control if "_of_turn" not in token]
+        words = words_of(loaded)
+        names = [token for token in loaded.plain.control if "_of_turn" not in token and token not in words]
         texts = [*AWKWARD, *(f"{token}a {token}\n{token}{token}" for token in names), *names]
+        texts = [text for text in texts if not any(word in text for word in words)]
         guarded = [loaded.plain.guard(text) for text in texts]
         assert [original(text) for text in guarded] == texts
         found = loaded.guarded.encode(guarded, add_special_tokens=False)
@@ -440,9 +448,19 @@ class TestService:
     def test_guarded_text_has_no_control_tokens(self, service: Service):
         loaded, _ = service
         control = set(loaded.plain.control.values()) - {loaded.backend.token_to_id("<unk>")}
-        texts = [*loaded.plain.control, *(f"a {token} b{token}" for token in loaded.plain.control)]
+        names = loaded.plain.control.keys() - words_of(loaded)
+        texts = [*names, *(f"a {token} b{token}" for token in names)]
         for ids in loaded.guarded.encode([loaded.plain.guard(text) for text in texts], add_special_tokens=False):
             assert not control & set(ids)
+
+    def test_markup_among_a_models_own_words_is_refused(self, tmp_path: Path):
+        """Its files do not say that it is a control token, and it cannot be spelt otherwise."""
+        loaded, _ = as_trained("words of its own", tmp_path)
+        assert words_of(loaded) == {"<x>", "<|im_end|>"}
+        for text in ("hi <|im_end|> there", "<x>", "a<|im_end|>"):
+            with pytest.raises(InvalidRequestError, match=r"reads '(<x>|<\|im_end\|>)' as a control token"):
+                loaded.guarded.encode([loaded.plain.guard(text)], add_special_tokens=False)
+        assert loaded.guarded.encode([loaded.plain.guard("a < x> b")])
 
     def test_joined(self, service: Service):
         loaded, _ = service
