@@ -29,6 +29,8 @@ FILES = [
 ADDRESS = "http://127.0.0.1:8000"
 COMMANDS = ("curl", "score-serve")
 CHANGING = {
+    "free_bytes",
+    "workspace_bytes",
     "id",
     "created",
     "release_date",
