@@ -54,7 +54,7 @@ class Promises:
     def make(self, promise: Promise) -> None:
         """Promise memory to this process, until it ends."""
         (self._folder / f"{os.getpid()}.json").write_text(
-            json.dumps([psutil.Process().create_time(), promise.service, promise.model, promise.bytes, promise.context])
+            json.dumps([_started(os.getpid()), promise.service, promise.model, promise.bytes, promise.context])
         )
 
     def _kept(self, file: Path) -> Promise | None:
@@ -64,12 +64,19 @@ class Promises:
         with suppress(psutil.Error, ValueError, OSError):
             started, *fields = json.loads(file.read_text())
             process = psutil.Process(int(file.stem))
-            if process.create_time() == started:
+            if _started(process.pid) == started:
                 promise = Promise(*fields)
                 self.outstanding += max(0, promise.bytes - process.memory_info().rss)
                 return promise
         file.unlink(missing_ok=True)
         return None
+
+
+def _started(process: int) -> float:
+    """When a process started. On Linux in ticks since the boot: a step of the clock changes psutil's time of it."""
+    with suppress(FileNotFoundError):
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])
+    return psutil.Process(process).create_time()
 
 
 @contextmanager

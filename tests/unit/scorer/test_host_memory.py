@@ -103,6 +103,14 @@ def test_what_others_were_promised_and_have_not_taken_is_not_free_until_they_end
     assert [file.name for file in tmp_path.glob("*.json")] == [f"{os.getpid()}.json"]
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux says when a process started by no clock")
+def test_a_step_of_the_clock_ends_no_promise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with another(tmp_path, "Promise(7, 'judge', 5_000_000_000, 4096)"):
+        monkeypatch.setattr(psutil.Process, "create_time", lambda _: 0.0)
+        with opened(tmp_path) as promises:
+            assert promises.others == [Promise(7, "judge", 5 * GB, 4096)]
+
+
 @pytest.fixture
 def small_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A container with 670 MB free, and a folder for promises."""
