@@ -66,10 +66,16 @@ class Promises:
             process = psutil.Process(int(file.stem))
             if _started(process.pid) == started:
                 promise = Promise(*fields)
-                self.outstanding += max(0, promise.bytes - process.memory_info().rss)
+                self.outstanding += max(0, promise.bytes - _taken(process))
                 return promise
         file.unlink(missing_ok=True)
         return None
+
+
+def _taken(process: psutil.Process) -> int:
+    """A process's memory without the files that it maps, such as weights while they are read: these count as free."""
+    memory = process.memory_info()
+    return memory.rss - getattr(memory, "shared", 0)
 
 
 def _started(process: int) -> float:
