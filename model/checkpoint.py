@@ -88,7 +88,13 @@ class Tensor:
         if self._pieces[0].target.stack is None:
             return self._pieces[0].part(index)
         members, *rest = index
-        return np.stack([piece.part(tuple(rest)) for piece in self._pieces[members]])
+        pieces = self._pieces[members]
+        first = pieces[0].part(tuple(rest))
+        values = np.empty((len(pieces), *first.shape), first.dtype)  # np.stack would hold all members twice
+        values[0] = first
+        for number, piece in enumerate(pieces[1:], 1):
+            values[number] = piece.part(tuple(rest))
+        return values
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
         return np.array(self[tuple(slice(None) for _ in self.shape)], dtype=dtype, copy=copy)
