@@ -5,6 +5,7 @@ import threading
 
 from serve_app.contract import BatchResult, JobResult, ScoreJob, TokenBatch
 from serve_app.scorer.fake_engine import FakeEngine
+from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
 
 
 class HeldEngine(FakeEngine):
@@ -52,3 +53,22 @@ class HangingReplicas:
             self.cancelled.set()
             raise
         raise AssertionError
+
+
+class FailsLater(DirectReplicas):
+    """Replicas that answer ``good`` jobs. When those answers are on their way, they raise ``error``, or hang."""
+
+    def __init__(self, good: int, error: Exception | None) -> None:
+        super().__init__(FakeEngine(VOCAB_SIZE, CONTEXT))
+        self.good = good
+        self.error = error
+        self.hanging = HangingReplicas()
+
+    async def score(self, job: ScoreJob) -> JobResult:
+        if len(self.jobs) < self.good:
+            return await super().score(job)
+        if self.error is None:
+            return await self.hanging.score(job)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        raise self.error

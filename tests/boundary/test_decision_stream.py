@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from serve_app.contract import JobResult, ScoreJob
 from serve_app.errors import OverloadedError
 from serve_app.frontend.models import Models
 from serve_app.frontend.routes import create_app
@@ -21,7 +20,7 @@ from tests.boundary.asking import Http
 from tests.boundary.test_decisions import DECISIONS, SYSTEM_ONE
 from tests.boundary.test_faults import scope, serving
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
-from tests.stubs import HangingReplicas
+from tests.stubs import FailsLater
 
 FAKE = ModelSettings(model="fake-judge", engine="fake", max_batch_tokens=256)
 MANY: dict[str, Any] = {
@@ -87,25 +86,6 @@ async def test_a_question_without_an_answer_ends_the_lines(http: Http):
 async def test_openais_route_refuses_it(http: Http):
     response = await http.client.post("/v1/decisions", json=DECISIONS | {"stream": True})
     assert "stream" in http.nested(response, 400)["message"]
-
-
-class FailsLater(DirectReplicas):
-    """Replicas that answer ``good`` jobs, and then raise ``error``, or hang."""
-
-    def __init__(self, good: int, error: Exception | None) -> None:
-        super().__init__(FakeEngine(VOCAB_SIZE, CONTEXT))
-        self.good = good
-        self.error = error
-        self.hanging = HangingReplicas()
-
-    async def score(self, job: ScoreJob) -> JobResult:
-        if len(self.jobs) < self.good:
-            return await super().score(job)
-        if self.error is None:
-            return await self.hanging.score(job)
-        for _ in range(100):
-            await asyncio.sleep(0)
-        raise self.error
 
 
 async def test_faults_and_deadlines_after_the_first_answer(tokenizer: TextTokenizer):

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from serve_app.contract import JobResult, ScoreJob
 from serve_app.errors import OverloadedError
 from serve_app.frontend.models import Models
 from serve_app.frontend.routes import create_app
@@ -23,7 +22,7 @@ from serve_app.tasks.tokenizer import TextTokenizer
 from tests.boundary.asking import Http
 from tests.boundary.test_faults import scope, serving
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
-from tests.stubs import HangingReplicas
+from tests.stubs import FailsLater
 
 ASK: dict[str, Any] = {"query": "the ", "items": [f"fox {i}" for i in range(60)], "label_token_ids": [5, 7]}
 FAKE = ModelSettings(model="fake-judge", engine="fake", max_batch_tokens=128)
@@ -107,25 +106,6 @@ async def test_an_error_after_the_first_row_is_the_last_line(tokenizer: TextToke
         assert [row["index"] for row in rows if "error" in row] == [40]
         assert rows[-1]["error"]["code"] == 500
         assert (len(rows), end["object"]) == (41, "scoring")
-
-
-class FailsLater(DirectReplicas):
-    """Replicas that answer ``good`` jobs. When those answers are on their way, they raise ``error``, or hang."""
-
-    def __init__(self, good: int, error: Exception | None) -> None:
-        super().__init__(FakeEngine(VOCAB_SIZE, CONTEXT))
-        self.good = good
-        self.error = error
-        self.hanging = HangingReplicas()
-
-    async def score(self, job: ScoreJob) -> JobResult:
-        if len(self.jobs) < self.good:
-            return await super().score(job)
-        if self.error is None:
-            return await self.hanging.score(job)
-        for _ in range(100):
-            await asyncio.sleep(0)
-        raise self.error
 
 
 async def test_faults_and_deadlines_after_the_first_row(tokenizer: TextTokenizer, caplog: Any):
