@@ -43,6 +43,9 @@ def open_page(browser: Browser) -> Iterator[Open]:
         page.on("pageerror", lambda error: failed.append(str(error)))
         page.on("console", lambda message: failed.append(message.text) if "Content Security" in message.text else None)
         page.goto(url)
+        if page.locator("main[data-tab]").count():
+            # A tab is hidden until its form is filled: only a script can touch its fields before.
+            page.wait_for_selector("main:not([hidden])")
         return page
 
     yield run
