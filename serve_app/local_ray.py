@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import logging
 import os
 import re
+import shutil
 import socket
+import tempfile
+from pathlib import Path
 from typing import Any
 
 APP_NAME = "score"
@@ -25,6 +30,8 @@ PROCESSES = {
     "MALLOC_ARENA_MAX": "2",
     # By default Ray's daemons have a higher priority than its workers, and interrupt the scorers at every wake-up.
     "RAY_worker_niceness": "0",
+    # Ray starts some of its processes with "python -m", which would import what lies in the current folder.
+    "PYTHONSAFEPATH": "1",
     # Without this, requests to upgrade lose their body.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.frontend.http_server.install",
 }
@@ -44,6 +51,10 @@ silently, Ray ends actor calls, but gRPC calls only fail after minutes. Variable
 values."""
 
 
+FOLDERS = ("SCORE_SERVE_CACHE", "HF_HOME")
+"""Variables that name folders, perhaps relative to the current one."""
+
+
 def free_port() -> int:
     """A port that is free at the moment."""
     with socket.socket() as probe:
@@ -60,22 +71,31 @@ def set_environment(*, fast_front: bool = False) -> None:
 def start_ray(cpus: int, **options: Any) -> None:
     """Start a private Ray instance on this machine, even if another one runs.
 
+    Ray's workers import first what lies in the folder where Ray was started. There a ``model.py`` of the user's would
+    be taken for this project's package, so Ray starts in an empty folder. Paths given to workers must be absolute.
+
     Args:
         options: more options of ``ray.init``.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    for name in FOLDERS:
+        if path := os.environ.get(name):
+            os.environ[name] = str(Path(path).expanduser().absolute())
     set_environment()
     import ray
 
-    ray.init(  # pyright: ignore[reportUnknownMemberType]
-        "local",
-        num_cpus=cpus,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _node_ip_address="127.0.0.1",
-        **options,
-    )
+    empty = tempfile.mkdtemp(prefix="score-serve-ray-")
+    atexit.register(shutil.rmtree, empty, ignore_errors=True)
+    with contextlib.chdir(empty):
+        ray.init(  # pyright: ignore[reportUnknownMemberType]
+            "local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",
+            **options,
+        )
 
 
 def reason(message: str) -> str:

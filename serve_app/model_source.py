@@ -85,6 +85,12 @@ def cache_folder() -> Path:
     return Path(base).resolve() / "score-serve"
 
 
+def absolute(model: str) -> str:
+    """The name of a model that means the same in every folder: a path becomes absolute, another name stays."""
+    path = Path(model).expanduser()
+    return str(path.absolute()) if model != "demo" and path.exists() else model
+
+
 def resolve(model: str, revision: str | None = None, base: str | None = None, *, say: Say = print) -> Path:
     """Return the local folder of ``model``, with ``config.json``, safetensors and tokenizer files.
 

@@ -71,7 +71,7 @@ def compare(
 ) -> None:
     """Print the backends' accuracy and the largest difference of their log-likelihoods; exit 1 if it is too large.
 
-    Needs `pip install 'score-serve[test]'`.
+    Needs `pip install '.[test]'`.
     """
     logging.disable(logging.WARNING)
     folder = str(model_source.resolve(model))

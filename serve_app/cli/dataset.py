@@ -199,7 +199,7 @@ class Options:
         """What is to be done."""
         from serve_app.jobs.job import DecisionJob, Job
 
-        inputs, output = tuple(self.inputs), self.output.absolute()
+        inputs, output = tuple(self.inputs), self.output
         more: dict[str, Any] = {"output_format": self.format, "block_rows": self.block_rows}
         if isinstance(request, SystemOneRequest):
             return DecisionJob(inputs, output, cast(str, self.state), request, **more)
@@ -208,7 +208,7 @@ class Options:
     def target(self) -> "Target":
         """What scores. Fetches the model of ``--model``, once for all workers."""
         from serve_app.jobs import targets
-        from serve_app.model_source import resolve
+        from serve_app.model_source import absolute, resolve
 
         if self.app is not None:
             return targets.App(self.app)
@@ -217,7 +217,7 @@ class Options:
         resolve(self.model, say=lambda line: Console(stderr=True).print(line))
         quantization = "int8" if self.int8 else None
         return targets.Engines(
-            ModelSettings(model=self.model, dtype=self.dtype, quantization=quantization, engine=self.engine)
+            ModelSettings(model=absolute(self.model), dtype=self.dtype, quantization=quantization, engine=self.engine)
         )
 
 
@@ -240,7 +240,7 @@ def dataset(**given: Any) -> None:
     options = Options(**given)
     request = options.request()
     if importlib.util.find_spec("pyarrow") is None:
-        complain("this command needs Ray Data and pyarrow; run: pip install 'score-serve[data]'")
+        complain("this command needs Ray Data and pyarrow; in a checkout run: pip install '.[data]'")
         raise typer.Exit(REFUSED)
     # Ray takes seconds to import: --help and wrong commands come first.
     from serve_app.cli import launcher

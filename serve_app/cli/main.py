@@ -12,7 +12,7 @@ from serve_app.cli import client, dataset, decide, launcher, tools
 from serve_app.cli.dataset import Dtype, Engine
 from serve_app.cli.process_limits import LimitError
 from serve_app.frontend import auth
-from serve_app.model_source import ModelSourceError
+from serve_app.model_source import ModelSourceError, absolute
 from serve_app.settings import ModelSettings, ServiceSettings
 from serve_app.tpu import Tpu
 
@@ -109,7 +109,12 @@ def serve(
     """
     models = [_named(each) for each in model]
     trusted = tuple(trust_config or ())
-    one: dict[str, Any] = {"revision": revision, "base": base, "served_name": served_name, "trust_config": trusted}
+    one: dict[str, Any] = {
+        "revision": revision,
+        "base": base and absolute(base),
+        "served_name": served_name,
+        "trust_config": trusted,
+    }
     if len(models) > 1 and any(one.values()):
         raise typer.BadParameter(
             "--revision, --base, --served-name and --trust-config are for a single --model; name several models with "
@@ -159,7 +164,9 @@ app.command(context_settings=tools.PASSED_ON, add_help_option=False)(tools.plan)
 def _named(words: str) -> dict[str, Any]:
     """Settings for ``NAME=MODEL``, or for a model alone; its path may contain ``=`` after a ``/``."""
     name, sign, model = words.partition("=")
-    return {"served_name": name, "model": model} if sign and "/" not in name else {"model": words}
+    if sign and "/" not in name:
+        return {"served_name": name, "model": absolute(model)}
+    return {"model": absolute(words)}
 
 
 def _tpu(words: str) -> Tpu:

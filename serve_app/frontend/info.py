@@ -51,5 +51,5 @@ def info(service: ModelService, names: Sequence[str]) -> InfoResponse:
             page_tokens=facts.memory.page_tokens,
             free_bytes=facts.memory.free,
         ),
-        version=version("score-serve"),
+        version=version("llm-score-serve"),
     )

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 from serve_app.errors import ScoringError
@@ -80,6 +80,8 @@ def run(job: AnyJob, target: Target, *, workers: int = 2, progress: Progress | N
         JobError: the input, the templates or the output cannot be used, or the service refuses every row.
         ScoringError: the service cannot be reached.
     """
+    # Ray's workers have folders of their own.
+    job = replace(job, inputs=tuple(path.absolute() for path in job.inputs), output=job.output.absolute())
     for path in job.inputs:
         if job.output.resolve().is_relative_to(path.resolve()):
             raise JobError(

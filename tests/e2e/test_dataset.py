@@ -37,7 +37,8 @@ def test_after_a_kill_the_same_command_finishes_and_no_row_is_lost_or_doubled(
     source[7]["text"] = "x" * 1_000  # longer than the model's context
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in source))
     out = tmp_path / "out"
-    command = ["dataset", str(tmp_path / "in.jsonl"), "-o", str(out), *OPTIONS, "--url", served.url]
+    monkeypatch.chdir(tmp_path)  # Ray's workers run elsewhere
+    command = ["dataset", "in.jsonl", "-o", "out", *OPTIONS, "--url", served.url]
     start = [sys.executable, "-c", "from serve_app.cli.main import main; main()"]
     with subprocess.Popen([*start, *command], stderr=subprocess.PIPE) as process:
         while process.poll() is None and len([*out.glob("done/*.json")]) < 5:

@@ -193,7 +193,7 @@ def test_labels_in_words_have_the_log_likelihoods_of_transformers(client: httpx.
 
 @pytest.mark.skipif(
     not (HAVE_TORCH and find_spec("lm_eval") and find_spec("accelerate")),
-    reason="NO LM-EVAL: it is not compared with the service; pip install 'score-serve[test]'",
+    reason="NO LM-EVAL: it is not compared with the service; pip install '.[test]'",
 )
 def test_lm_eval_has_the_log_likelihoods_of_its_own_huggingface_backend(client: httpx.Client) -> None:
     root = Path(__file__).parents[2]

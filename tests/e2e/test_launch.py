@@ -31,15 +31,7 @@ pytestmark = pytest.mark.ray
 @contextmanager
 def launched(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     """Run the command in a process group of its own, as a terminal does."""
-    command = [
-        sys.executable,
-        "-c",
-        "from serve_app.cli.main import main; main()",
-        "serve",
-        "--engine",
-        "fake",
-        *arguments,
-    ]
+    command = [Path(sys.executable).with_name("score-serve"), "serve", "--engine", "fake", *arguments]
     environment = {name: value for name, value in os.environ.items() if name not in GRPC_ENV}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0, env=environment
@@ -86,10 +78,17 @@ def refuses_later_requests(route: str) -> None:
     assert "shutting down" in late.json()["message"]
 
 
-def test_ctrl_c_waits_for_the_last_request_and_leaves_no_process(model_folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_ctrl_c_waits_for_the_last_request_and_leaves_no_process(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The user's folder has modules with the names of ours and of packages, which no process may import."""
+    for name in ("model", "serve_app", "ray", "tokenizers", "numpy", "jax"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('the user's own module was imported')")
+    (tmp_path / "judge").symlink_to(model_folder)
+    monkeypatch.chdir(tmp_path)
     port = free_port()
     monkeypatch.setenv(auth.VARIABLE, "a-key")  # reaches the front end through Ray
-    with launched("--model", str(model_folder), "--port", str(port)) as process:
+    with launched("--model", "./judge", "--port", str(port)) as process:
         said = read_until(process, "curl")
         assert any("programs are ready" in line for line in said)
         words = shlex.split(said[-1])

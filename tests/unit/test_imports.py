@@ -116,13 +116,13 @@ def test_the_wheel_holds_both_packages_whole(wheel: Path):
             if path.is_file() and "__pycache__" not in path.parts
         }
         assert wanted <= names
-    assert {name.split("/")[0] for name in names if not name.startswith("score_serve-")} == {"serve_app", "model"}
+    assert {name.split("/")[0] for name in names if not name.startswith("llm_score_serve-")} == {"serve_app", "model"}
 
 
 @pytest.mark.heavy
 def test_the_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    (entry_points,) = tmp_path.glob("score_serve-*.dist-info/entry_points.txt")
+    (entry_points,) = tmp_path.glob("llm_score_serve-*.dist-info/entry_points.txt")
     assert "score-serve = serve_app.cli.main:main" in entry_points.read_text()
     code = "import serve_app.app, model.engine, sys; print(serve_app.__file__, model.__file__)"
     result = subprocess.run(
@@ -170,5 +170,5 @@ def test_without_the_extra_for_data_sets_only_their_command_says_so(tmp_path: Pa
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode == 1
-    assert "pip install 'score-serve[data]'" in result.stderr
+    assert "in a checkout run: pip install '.[data]'" in result.stderr
     assert "Traceback" not in result.stderr

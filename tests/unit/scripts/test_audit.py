@@ -14,7 +14,7 @@ UNKNOWN: dict[str, Any] = {
     "name": "torch",
     "skip_reason": "Dependency not found on PyPI and could not be audited: torch (2.13.0+cpu)",
 }
-EDITABLE: dict[str, Any] = {"name": "score-serve", "skip_reason": "distribution marked as editable"}
+EDITABLE: dict[str, Any] = {"name": "llm-score-serve", "skip_reason": "distribution marked as editable"}
 BAD: dict[str, Any] = {
     "name": "pyyaml",
     "version": "5.3.1",
