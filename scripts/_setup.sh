@@ -21,9 +21,19 @@ find_python() {
     die "Python 3.11, 3.12 or 3.13 is needed, and none of ${PYTHON:-python3, python3.13, python3.12, python3.11} is one; install it, or name it: PYTHON=/path/to/python $0"
 }
 
+# base_of PYTHON: the interpreter that it is, or that its virtual environment was made with.
+base_of() {
+    "$1" -c 'import os, sys; print(os.path.realpath(getattr(sys, "_base_executable", sys.executable)))'
+}
+
 # set_up [EXTRA]: installs the project, with EXTRA of pyproject.toml. Does nothing if that was done before.
 set_up() {
     local extra=${1:-} stamp=$venv/.installed wanted free_gb python
+    if [ -n "${PYTHON:-}" ] && [ -x "$venv/bin/python" ]; then
+        python=$(find_python)
+        # A Python that was asked for, and is not the one of .venv, gets a new .venv.
+        [ "$(base_of "$python")" = "$(base_of "$venv/bin/python")" ] || rm -f "$stamp" "$venv/bin/python"
+    fi
     wanted="$(sha256sum "$root/pyproject.toml" | cut -c1-16) $root ${extra:-plain}"
     if [ -x "$venv/bin/python" ] && grep -qxF "$wanted" "$stamp" 2>/dev/null; then
         return
@@ -34,6 +44,7 @@ set_up() {
     if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
         python=$(find_python)
         printf 'making %s with %s\n' "$venv" "$("$python" --version)" >&2
+        [ -w "$root" ] || die "$root cannot be written to by $(id -un), and .venv is made there; change its rights, or clone the repository into a folder of your own"
         "$python" -m venv --clear "$venv" ||
             die "$python cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv"
     fi

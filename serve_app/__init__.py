@@ -2,3 +2,7 @@
 
 Only the functions in ``engines.py`` may import ``model`` or jax; everything else stays free of them.
 """
+
+from importlib.metadata import version
+
+__version__ = version("llm-score-serve")

@@ -229,7 +229,8 @@ def check_names(models: Iterable[ModelSettings]) -> None:
         for name in each.names:
             if name in taken:
                 raise ValueError(
-                    f"{taken[name]!r} and {each.model!r} are both named {name!r}; give one of them another served_name"
+                    f"{taken[name]!r} and {each.model!r} are both named {name!r}; give one of them another "
+                    "name: NAME=MODEL on the command line, served_name in a configuration"
                 )
             if index and name == DEFAULT_NAME:
                 raise ValueError(f"{each.model!r} is named {name!r}, a name of the first model; put it first")

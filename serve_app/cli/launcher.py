@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import json
 import logging
@@ -142,9 +143,13 @@ def check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise LaunchError(
-                f"cannot listen on {host}:{port} ({error.strerror}); stop what uses it, or choose another --port"
-            ) from error
+            if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                remedy = "choose a --host that is an address of this machine: 127.0.0.1, or 0.0.0.0 for all of them"
+            elif error.errno == errno.EACCES:
+                remedy = "choose a --port from 1024 on, which needs no rights of the system's administrator"
+            else:
+                remedy = "stop what uses it, or choose another --port"
+            raise LaunchError(f"cannot listen on {host}:{port} ({error.strerror}); {remedy}") from error
 
 
 def is_loopback(host: str) -> bool:

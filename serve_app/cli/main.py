@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from serve_app import __version__
 from serve_app.cli import client, dataset, decide, launcher, tools
 from serve_app.cli.dataset import Dtype, Engine
 from serve_app.cli.process_limits import LimitError
@@ -16,11 +17,26 @@ from serve_app.model_source import ModelSourceError, absolute
 from serve_app.settings import ModelSettings, ServiceSettings
 from serve_app.tpu import Tpu
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"score-serve {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def _about() -> None:  # pyright: ignore[reportUnusedFunction]
+def _about(  # pyright: ignore[reportUnusedFunction]
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version.")
+    ] = False,
+) -> None:
     """A language model as a judge: label probabilities for many items. No token is ever generated."""
 
 

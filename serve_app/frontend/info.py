@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import version
 
+from serve_app import __version__
 from serve_app.frontend.service import ModelService
 from serve_app.schemas import InfoResponse, LimitsInfo, MemoryInfo
 
@@ -51,5 +51,5 @@ def info(service: ModelService, names: Sequence[str]) -> InfoResponse:
             page_tokens=facts.memory.page_tokens,
             free_bytes=facts.memory.free,
         ),
-        version=version("llm-score-serve"),
+        version=__version__,
     )

@@ -17,7 +17,7 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 from typer.testing import CliRunner
 
-from serve_app import local_ray, model_source
+from serve_app import __version__, local_ray, model_source
 from serve_app.cli import launcher, main
 from serve_app.cli.launcher import LaunchError
 from serve_app.errors import SelfTestError
@@ -66,6 +66,18 @@ def test_a_taken_port_is_named_with_the_remedy():
         with pytest.raises(LaunchError, match=rf"127\.0\.0\.1:{port} .*--port"):
             launcher.check_port("127.0.0.1", port)
     launcher.check_port("127.0.0.1", port)
+
+
+def test_an_address_of_another_machine_is_named_with_the_remedy():
+    for host in ("192.0.2.1", "no-such-host.invalid"):
+        with pytest.raises(launcher.LaunchError, match=f"cannot listen on {host}:.*choose a --host"):
+            launcher.check_port(host, 8000)
+
+
+def test_the_version_and_the_short_help():
+    assert CliRunner().invoke(main.app, ["--version"]).stdout == f"score-serve {__version__}\n"
+    for words in (["-h"], ["serve", "-h"], ["score", "-h"]):
+        assert "Usage:" in CliRunner().invoke(main.app, words).stdout
 
 
 def test_a_full_disk_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -294,7 +306,11 @@ def test_several_models_share_the_options_and_have_names(monkeypatch: pytest.Mon
         (["--model", "a", "--model", "b", "--base", "c"], 2, "NAME=MODEL"),
         (["--model", "a", "--model", "b", "--trust-config", "c"], 2, "NAME=MODEL"),
         (["--model", "a=b", "--served-name", "c"], 2, "has a name already"),
-        (["--model", "a/x", "--model", "b/x"], 1, "'a/x' and 'b/x' are both named 'x'"),
+        (
+            ["--model", "a/x", "--model", "b/x"],
+            1,
+            "'a/x' and 'b/x' are both named 'x'; give one of them another name: NAME=",
+        ),
     ],
 )
 def test_models_with_equal_names_are_refused(arguments: list[str], code: int, said: str):
