@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from serve_app import compat
 from serve_app.compat import Foreign
 from serve_app.errors import InvalidRequestError
+from serve_app.field_texts import Described
 
 
 def _encodable(text: str) -> str:
@@ -44,7 +45,7 @@ _SHOWN = 60
 """The most characters of a wrong value that an error message repeats."""
 
 
-class RequestBody(BaseModel):
+class RequestBody(Described):
     """What all requests have.
 
     Attributes:
@@ -62,7 +63,7 @@ class RequestBody(BaseModel):
     cache_salt: Text | None = None
 
 
-class ResponseBody(BaseModel):
+class ResponseBody(Described):
     model_config = ConfigDict(allow_inf_nan=False)
 
 
@@ -269,6 +270,10 @@ class TokenizeResponse(ResponseBody):
 
     Attributes:
         prompt: with ``messages``: the text that the tokens are of.
+        tokens: the token ids.
+        count: their number.
+        max_model_len: tokens of the longest prompt.
+        token_strs: each token as the vocabulary spells it.
     """
 
     tokens: list[int] | list[list[int]]
@@ -279,7 +284,11 @@ class TokenizeResponse(ResponseBody):
 
 
 class DetokenizeRequest(RequestBody):
-    """Request to decode tokens: ``POST /detokenize``."""
+    """Request to decode tokens: ``POST /detokenize``.
+
+    Attributes:
+        tokens: token ids.
+    """
 
     foreign = compat.DETOKENIZE
 
@@ -288,13 +297,27 @@ class DetokenizeRequest(RequestBody):
 
 
 class DetokenizeResponse(ResponseBody):
-    """The decoded text, including special tokens."""
+    """The decoded text, including special tokens.
+
+    Attributes:
+        prompt: the text.
+    """
 
     prompt: str
 
 
 class TokenizerInfo(ResponseBody):
-    """What ``tokenizer_config.json`` says of a tokenizer, under its own names: ``GET /tokenizer_info``."""
+    """What ``tokenizer_config.json`` says of a tokenizer, under its own names: ``GET /tokenizer_info``.
+
+    Attributes:
+        tokenizer_class: its class in transformers.
+        bos_token: what begins a text.
+        eos_token: what ends a text.
+        pad_token: what fills a batch; not used here.
+        unk_token: what stands for an unknown character.
+        chat_template: the Jinja template of conversations.
+        model_max_length: tokens of the longest prompt.
+    """
 
     tokenizer_class: str | None = None
     bos_token: str | None = None
@@ -306,7 +329,13 @@ class TokenizerInfo(ResponseBody):
 
 
 class ModelCard(ResponseBody):
-    """A model under one of its names."""
+    """A model under one of its names.
+
+    Attributes:
+        id: one of the model's names.
+        owned_by: this project.
+        max_model_len: tokens of the longest prompt.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -320,6 +349,8 @@ class ModelMetadata(ResponseBody):
 
     Attributes:
         release_date: the day on which this service began to serve it, ``YYYY-MM-DD``.
+        name: one of the model's names.
+        description: what it is.
     """
 
     name: str
@@ -328,7 +359,12 @@ class ModelMetadata(ResponseBody):
 
 
 class ModelsResponse(ResponseBody):
-    """OpenAI's list of models, and TypeSafe's."""
+    """OpenAI's list of models, and TypeSafe's.
+
+    Attributes:
+        data: the models, as OpenAI's clients read them.
+        models: the models, as TypeSafe's clients read them.
+    """
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
@@ -336,7 +372,18 @@ class ModelsResponse(ResponseBody):
 
 
 class LimitsInfo(ResponseBody):
-    """Limits of a request, and of the tokens that may wait."""
+    """Limits of a request, and of the tokens that may wait.
+
+    Attributes:
+        max_items: items of a request.
+        max_labels: labels of a request.
+        max_body_bytes: bytes of a body.
+        max_prompt_tokens: tokens of a prompt.
+        max_text_characters: characters of a text.
+        max_request_tokens: tokens of a request's prompts.
+        max_queued_tokens: tokens that may wait; beyond them requests get a 503.
+        timeout_s: seconds after which a request gets a 504.
+    """
 
     max_items: int
     max_labels: int
@@ -354,6 +401,9 @@ class MemoryInfo(ResponseBody):
     Attributes:
         page_tokens: tokens that the pages hold: the beginnings of prompts that are kept.
         free_bytes: what was free before. None: the device does not tell.
+        weights_bytes: the weights.
+        workspace_bytes: what a call needs beside weights and pages.
+        pages_bytes: the pages.
     """
 
     weights_bytes: int
@@ -373,6 +423,19 @@ class InfoResponse(ResponseBody):
             text part alone; an adapter merged onto its base; a context shorter than ``config.json`` says, and why; keys
             of it that ``trust_config`` skips.
         memory: None: there is no model (the fake engine).
+        model: the served name.
+        names: all names by which requests may ask for the model.
+        architecture: its class, from ``config.json``.
+        context_length: tokens of the longest prompt.
+        vocab_size: the number of token ids.
+        classes: the classes of a sequence-classification head; 0: it has none, and scores labels.
+        pad_token_id: the id that fills batches, from ``config.json``.
+        dtype: the type of the weights.
+        quantization: ``"int8"``, or None.
+        platform: where it runs: cpu, tpu, gpu or fake.
+        buckets: the shapes of the compiled programs.
+        limits: the limits of a request.
+        version: this software's version.
     """
 
     model: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -37,6 +38,7 @@ def documented(
     answer: type[BaseModel],
     asked: type[BaseModel] | None = None,
     *statuses: int,
+    example: Mapping[str, Any] | None = None,
     error: type[BaseModel] = ErrorResponse,
     lines: str | None = None,
     invalid: int = InvalidRequestError.status,
@@ -44,6 +46,7 @@ def documented(
     """Describe a route for FastAPI.
 
     Args:
+        example: a request that works.
         error: the type of its error responses.
         lines: describes the lines of a streamed answer, if the route can stream.
         invalid: the status of an invalid request.
@@ -56,6 +59,6 @@ def documented(
     if asked:
         # Two requests may have objects of the same name.
         parts = f"#/components/schemas/{asked.__name__}.{{model}}"
-        content = {"application/json": {"schema": asked.model_json_schema(ref_template=parts)}}
+        content = {"application/json": {"schema": asked.model_json_schema(ref_template=parts), "example": example}}
         options["openapi_extra"] = {"requestBody": {"required": True, "content": content}}
     return options

@@ -100,7 +100,9 @@ def _add_route(app: FastAPI, path: str, tasks: Sequence[AnyTask], get_models: Ca
     statuses = (503, 504) if task.scores else (504,)
     invalid, _ = InvalidRequestError("").answer_on(path)
     lines = task.lines.description if task.lines else None
-    options = documented(task.response, task.request, *statuses, error=task.error, lines=lines, invalid=invalid)
+    options = documented(
+        task.response, task.request, *statuses, example=task.example, error=task.error, lines=lines, invalid=invalid
+    )
     app.add_api_route(path, handle, methods=["POST"], name=task.name, description=task.description, **options)
 
 

@@ -112,7 +112,13 @@ class CompletionLogprobs(ResponseBody):
 
 
 class CompletionChoice(ResponseBody):
-    """The answer to one prompt."""
+    """The answer to one prompt.
+
+    Attributes:
+        text: the prompt with ``echo``, and the next token with ``max_tokens: 1``.
+        logprobs: with ``logprobs``: those of the text's tokens.
+        finish_reason: always that the length asked for is reached.
+    """
 
     text: str
     index: int
@@ -121,7 +127,11 @@ class CompletionChoice(ResponseBody):
 
 
 class CompletionResponse(ResponseBody):
-    """One choice per prompt, in order."""
+    """One choice per prompt, in order.
+
+    Attributes:
+        choices: one for each prompt.
+    """
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -141,7 +151,11 @@ class OpenAIError(ResponseBody):
 
 
 class OpenAIErrorResponse(ResponseBody):
-    """The nested error object that OpenAI's clients expect."""
+    """The nested error object that OpenAI's clients expect.
+
+    Attributes:
+        error: the error.
+    """
 
     error: OpenAIError
 
@@ -337,6 +351,7 @@ COMPLETIONS = Task[CompletionRequest, CompletionResponse](
     name="completions",
     paths=(COMPLETIONS_PATH,),
     description="Logprobs of the prompts' own tokens, and the top-1 next tokens.",
+    example={"prompt": ["The sky is blue.", "The sky is green."], "max_tokens": 0, "echo": True, "logprobs": 0},
     request=CompletionRequest,
     response=CompletionResponse,
     builder=lambda model: Completer(model).prepare,

@@ -47,7 +47,11 @@ class GenerativeScoringRequest(RequestBody):
 
 
 class ItemScore(ResponseBody):
-    """The score of the item at ``index``: the first label's probability."""
+    """The score of the item at ``index``: the first label's probability.
+
+    Attributes:
+        score: the probability, 0 to 1.
+    """
 
     index: int
     object: Literal["score"] = "score"
@@ -55,7 +59,11 @@ class ItemScore(ResponseBody):
 
 
 class GenerativeScoringResponse(ResponseBody):
-    """One score per item, in order."""
+    """One score per item, in order.
+
+    Attributes:
+        data: one score for each item.
+    """
 
     id: str
     object: Literal["list"] = "list"
@@ -111,6 +119,7 @@ GENERATIVE = Task[GenerativeScoringRequest, GenerativeScoringResponse](
     name="generative_scoring",
     paths=("/generative_scoring",),
     description="The first label's probability for every item, in vLLM's shape.",
+    example={"query": "Is this a fruit? ", "items": ["apple", "hammer"], "label_token_ids": [1, 2]},
     request=GenerativeScoringRequest,
     response=GenerativeScoringResponse,
     builder=_builder,

@@ -44,14 +44,24 @@ Value = Annotated[
 
 
 class Choice(Part):
-    """One of several options. The boolean true is another value than the text ``true``."""
+    """One of several options. The boolean true is another value than the text ``true``.
+
+    Attributes:
+        value: what is returned, and what the model reads.
+        description: what it means.
+    """
 
     value: Value
     description: Text | None = None
 
 
 class Level(Part):
-    """A level of a scale."""
+    """A level of a scale.
+
+    Attributes:
+        label: what the model reads.
+        description: what it means.
+    """
 
     label: Text
     description: Text | None = None
@@ -75,7 +85,11 @@ class PredicateQuestion(Part):
 
 
 class ChoiceQuestion(Part):
-    """A question whose answer is one of several options."""
+    """A question whose answer is one of several options.
+
+    Attributes:
+        choices: the options, each with another value.
+    """
 
     type: Literal["choice"]
     name: Text | None = None
@@ -84,7 +98,11 @@ class ChoiceQuestion(Part):
 
 
 class ScoreQuestion(Part):
-    """A question whose answer is a level of a scale, lowest first."""
+    """A question whose answer is a level of a scale, lowest first.
+
+    Attributes:
+        levels: the levels, lowest first.
+    """
 
     type: Literal["score"]
     name: Text | None = None
@@ -96,7 +114,12 @@ AnyQuestion = Annotated[PredicateQuestion | ChoiceQuestion | ScoreQuestion, Fiel
 
 
 class CacheOptions(Part):
-    """OpenAI's options of caching; accepted, and of no effect."""
+    """OpenAI's options of caching; accepted, and of no effect.
+
+    Attributes:
+        mode: of no effect.
+        ttl: of no effect.
+    """
 
     mode: Literal["implicit", "explicit"] | None = None
     ttl: Literal["30m"] | None = None
@@ -142,7 +165,11 @@ class PredicateAnswer(Named, Read):
 
 
 class ChoiceProbability(ResponseBody):
-    """The probability of an option."""
+    """The probability of an option.
+
+    Attributes:
+        value: the option's value.
+    """
 
     value: str | bool
     probability: float
@@ -158,7 +185,12 @@ class ChoiceAnswer(Named, Read):
 
 
 class LevelProbability(ResponseBody):
-    """The probability of a level; ``value`` is its number, counted from 0."""
+    """The probability of a level; ``value`` is its number, counted from 0.
+
+    Attributes:
+        value: the level's number, counted from 0.
+        label: the level's label.
+    """
 
     value: int
     label: str
@@ -190,6 +222,7 @@ class InputTokensDetails(ResponseBody):
 
     Attributes:
         cached_tokens: input tokens that did not have to be computed.
+        cache_write_tokens: 0: nothing is charged for them.
     """
 
     cached_tokens: int
@@ -203,7 +236,12 @@ class OutputTokensDetails(ResponseBody):
 
 
 class DecisionsUsage(ResponseBody):
-    """The number of tokens of the prompts, what they all begin with counted once. Nothing is ever generated."""
+    """The number of tokens of the prompts, what they all begin with counted once. Nothing is ever generated.
+
+    Attributes:
+        input_tokens_details: which of them were computed before.
+        output_tokens_details: none: nothing is ever generated.
+    """
 
     input_tokens: int
     input_tokens_details: InputTokensDetails
@@ -216,7 +254,11 @@ AnyAnswer = PredicateAnswer | ChoiceAnswer | ScoreAnswer | RefusalAnswer
 
 
 class DecisionsResponse(ResponseBody):
-    """One answer for each question, in the order of the request."""
+    """One answer for each question, in the order of the request.
+
+    Attributes:
+        answers: one for each question.
+    """
 
     model: str
     answers: list[AnyAnswer]
@@ -299,6 +341,18 @@ OPENAI_DECISIONS = Task[DecisionsRequest, DecisionsResponse](
     name="decisions",
     paths=(DECISIONS,),
     description="Typed questions about an input, in OpenAI's shape: a probability for each option of each question.",
+    example={
+        "input": "Where is my parcel? It was due on Monday.",
+        "questions": [
+            {"type": "predicate", "name": "late", "instructions": "The parcel is late."},
+            {
+                "type": "choice",
+                "name": "team",
+                "instructions": "Who should answer?",
+                "choices": [{"value": "billing"}, {"value": "shipping"}],
+            },
+        ],
+    },
     request=DecisionsRequest,
     response=DecisionsResponse,
     builder=builder(lambda request: transcript(request.input), questions, _answer, field="input"),

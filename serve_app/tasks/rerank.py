@@ -15,12 +15,13 @@ from itertools import chain
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, ConfigDict, Field
 
 from serve_app import compat
 from serve_app.batches import common_prefix
 from serve_app.contract import BatchResult
 from serve_app.errors import InvalidRequestError
+from serve_app.field_texts import Described
 from serve_app.schemas import LOWEST, RequestBody, ResponseBody, Text, Usage
 from serve_app.tasks import labels
 from serve_app.tasks.labels import Layout
@@ -37,7 +38,7 @@ _SHOWN = 10
 """The most documents that a warning names."""
 
 
-class RerankDocument(BaseModel):
+class RerankDocument(Described):
     """A document with metadata; only its text is read."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
@@ -107,6 +108,7 @@ class RerankMeta(ResponseBody):
 
     Attributes:
         warnings: which documents were cut; None if none was.
+        tokens: the numbers of tokens.
     """
 
     tokens: RerankTokens
@@ -114,7 +116,12 @@ class RerankMeta(ResponseBody):
 
 
 class RerankResponse(ResponseBody):
-    """Results, best first; equal scores are in the order of the request."""
+    """Results, best first; equal scores are in the order of the request.
+
+    Attributes:
+        results: the documents, best first.
+        meta: tokens and warnings, as Cohere's clients read them.
+    """
 
     id: str
     object: Literal["list"] = "list"
@@ -330,6 +337,10 @@ RERANK = Task[RerankRequest, RerankResponse](
     description="""The documents by their relevance to the query, best first.
 
 With ``texts`` in place of ``documents`` the answer is a list, as text-embeddings-inference returns it.""",
+    example={
+        "query": "How do I reset my password?",
+        "documents": ["Open the settings and choose Reset.", "Our office is closed on Sundays."],
+    },
     request=RerankRequest,
     response=RerankResponse,
     builder=_builder,

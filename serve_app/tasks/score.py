@@ -55,6 +55,13 @@ SCORE = Task[ScoreRequest, ScoreResponse](
     description="""The labels' probabilities as the continuation of query + item, for every item.
 
 The header ``x-request-timeout-seconds`` shortens the service's own time limit for this request.""",
+    example={
+        "query": "\nSentiment:",
+        "items": ["Review: I loved every minute of it.", "Review: A waste of two hours."],
+        "item_first": True,
+        "labels": [" positive", " negative"],
+        "apply_softmax": True,
+    },
     request=ScoreRequest,
     response=ScoreResponse,
     builder=lambda model: lambda request, _: prepare(model, request),

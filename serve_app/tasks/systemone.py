@@ -44,14 +44,23 @@ Content = Annotated[
 
 
 class NoulCriteria(Part):
-    """What counts as yes, and what as no."""
+    """What counts as yes, and what as no.
+
+    Attributes:
+        true: what counts as yes.
+        false: what counts as no.
+    """
 
     true: Content | None = None
     false: Content | None = None
 
 
 class NoulQuestion(Part):
-    """A question whose answer is yes or no. It has instructions, or says what counts as one of the two."""
+    """A question whose answer is yes or no. It has instructions, or says what counts as one of the two.
+
+    Attributes:
+        criteria: what counts as yes, and what as no.
+    """
 
     type: Literal["noul"]
     instructions: Content | None = None
@@ -109,14 +118,22 @@ class SystemOneRequest(DecisionRequest):
 
 
 class NoulAnswer(Read):
-    """The probability of yes."""
+    """The probability of yes.
+
+    Attributes:
+        noul: the probability of yes, 0 to 1.
+    """
 
     type: Literal["noul"] = "noul"
     noul: float
 
 
 class ChoiceAnswer(Read):
-    """The most probable option, the first of equals, and the probabilities of all."""
+    """The most probable option, the first of equals, and the probabilities of all.
+
+    Attributes:
+        choice: the name of the most probable option.
+    """
 
     type: Literal["choice"] = "choice"
     choice: str
@@ -129,6 +146,7 @@ class ScoreAnswer(Read):
 
     Attributes:
         legend: the levels as the request has them, by their numbers.
+        score: the mean level.
     """
 
     type: Literal["score"] = "score"
@@ -150,7 +168,11 @@ class QuestionError(ResponseBody):
 
 
 class ErrorAnswer(ResponseBody):
-    """In place of an answer, with ``on_error: "item"``."""
+    """In place of an answer, with ``on_error: "item"``.
+
+    Attributes:
+        x_error: why there is no answer.
+    """
 
     type: Literal["error"] = "error"
     x_error: QuestionError
@@ -183,6 +205,7 @@ class SystemOneResponse(ResponseBody):
 
     Attributes:
         x_cached_tokens: how many of ``usage.input_tokens`` did not have to be computed.
+        answers: the answers, by the questions' names.
     """
 
     model: str
@@ -203,7 +226,12 @@ class AnswerLine(ResponseBody):
 
 
 class ValidationDetail(ResponseBody):
-    """What is wrong with a request, and where in it."""
+    """What is wrong with a request, and where in it.
+
+    Attributes:
+        loc: the place in the request, from the outside in.
+        msg: what is wrong there.
+    """
 
     loc: list[str | int]
     msg: str
@@ -211,14 +239,23 @@ class ValidationDetail(ResponseBody):
 
 
 class ErrorDetail(ResponseBody):
-    """Any other error."""
+    """Any other error.
+
+    Attributes:
+        error_type: the error's kind.
+    """
 
     error_type: str
     message: str
 
 
 class SystemOneErrorResponse(ResponseBody):
-    """TypeSafe's error object, with OpenAI's beside it."""
+    """TypeSafe's error object, with OpenAI's beside it.
+
+    Attributes:
+        detail: what is wrong.
+        error: the same, as OpenAI's clients read it.
+    """
 
     detail: list[ValidationDetail] | ErrorDetail
     error: dict[str, str | int | None]
@@ -337,6 +374,17 @@ SYSTEMONE = Task[SystemOneRequest, SystemOneResponse](
 
 The models' names `jev-latest` and `jev-preview` mean the default model. Unknown fields of the request itself are
 ignored.""",
+    example={
+        "state": "Where is my parcel? It was due on Monday.",
+        "questions": {
+            "late": {"type": "noul", "instructions": "Is the parcel late?"},
+            "team": {
+                "type": "choice",
+                "instructions": "Who should answer?",
+                "criteria": {"billing": "invoices and refunds", "shipping": "parcels and addresses"},
+            },
+        },
+    },
     request=SystemOneRequest,
     response=SystemOneResponse,
     builder=builder(_state, questions, _answer),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -110,6 +110,7 @@ class Task(Generic[R, A]):
         name: the task's name in the API's documentation.
         paths: the paths of its routes; all of them are ``POST``.
         description: what its routes do, for the API's documentation.
+        example: a request that every causal model answers, for the API's documentation.
         request: the type of the body.
         response: the type of the answer, or of its entries if the answer is a list.
         builder: the function that makes ``Prepare`` for one model, called again when the model's settings change. It
@@ -126,6 +127,7 @@ class Task(Generic[R, A]):
     name: str
     paths: tuple[str, ...]
     description: str
+    example: Mapping[str, Any]
     request: type[R]
     response: type[BaseModel]
     builder: Callable[[ModelFacts], Prepare[R, A]]

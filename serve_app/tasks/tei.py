@@ -78,6 +78,10 @@ TEI_RERANK = Task[TeiRerankRequest, list[TeiRank]](
     name="rerank_texts",
     paths=RERANK.paths,
     description="The texts by their relevance to the query, best first.",
+    example={
+        "query": "How do I reset my password?",
+        "texts": ["Open the settings and choose Reset.", "Our office is closed on Sundays."],
+    },
     request=TeiRerankRequest,
     response=TeiRank,
     builder=lambda model: partial(prepare, model),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
+from serve_app.tasks.table import TASKS
+from serve_app.tasks.task import AnyTask
 from tests.boundary.asking import Http
 
 GOOD = '{"items": ["a"], "label_token_ids": [1]}'
@@ -205,6 +208,36 @@ class TestRoutes:
         assert set(score["responses"]["200"]["content"]) == {"application/json", "application/x-ndjson"}
         assert set(score["responses"]) >= {"200", "400", "404", "413", "500", "503", "504"}
         assert "422" not in score["responses"]
+
+    async def test_openapi_has_a_text_for_every_field(self, http: Http):
+        api = (await http.client.get("/openapi.json")).json()
+        for own_of_fastapi in ("HTTPValidationError", "ValidationError"):
+            del api["components"]["schemas"][own_of_fastapi]
+        fields = [*described(api)]
+        assert len(fields) > 200
+        assert [where for where, text in fields if not text] == []
+
+    @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+    async def test_the_examples_work(self, http: Http, task: AnyTask):
+        api = (await http.client.get("/openapi.json")).json()
+        for path in task.paths:
+            body = api["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+            assert body["example"] in [each.example for each in TASKS if path in each.paths]
+            response = await http.client.post(path, json=task.example)
+            assert response.status_code == 200, response.text
+
+
+def described(schema: Any, where: str = "") -> Iterator[tuple[str, str | None]]:
+    """Each field of each object in an OpenAPI document, and what is said about it."""
+    if isinstance(schema, list):
+        for number, each in enumerate(schema):
+            yield from described(each, f"{where}/{number}")
+    if isinstance(schema, dict):
+        if schema.get("type") == "object":
+            for name, field in schema.get("properties", {}).items():
+                yield f"{where}/{name}", field.get("description")
+        for name, each in schema.items():
+            yield from described(each, f"{where}/{name}")
 
 
 def timings(response: httpx.Response) -> dict[str, float]:

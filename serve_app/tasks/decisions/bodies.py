@@ -14,11 +14,12 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar, cast
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+from pydantic import ConfigDict, Field, Strict, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from serve_app import compat
 from serve_app.errors import InvalidRequestError, Place
+from serve_app.field_texts import Described
 from serve_app.schemas import RequestBody, refused, shown
 from serve_app.tasks.decisions.questions import Kind, Option, Question
 
@@ -57,7 +58,7 @@ class DecisionRequest(RequestBody):
     timeout_s: Annotated[float, Strict(), Field(gt=0)] | None = None
 
 
-class Part(BaseModel):
+class Part(Described):
     """An object inside a request. Unknown fields are refused: a misspelt field must not be ignored in silence."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)

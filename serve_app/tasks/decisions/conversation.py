@@ -61,13 +61,21 @@ def _inside(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
 
 
 class Breakpoint(Part):
-    """Where OpenAI's service would end a cached prefix; accepted, and of no effect."""
+    """Where OpenAI's service would end a cached prefix; accepted, and of no effect.
+
+    Attributes:
+        mode: of no effect.
+    """
 
     mode: Literal["explicit"]
 
 
 class TextPart(Part):
-    """Text."""
+    """Text.
+
+    Attributes:
+        prompt_cache_breakpoint: of no effect.
+    """
 
     type: Literal["input_text"]
     text: Text
@@ -75,7 +83,11 @@ class TextPart(Part):
 
 
 class JsonPart(Part):
-    """An object or a list of objects, which the model sees as JSON."""
+    """An object or a list of objects, which the model sees as JSON.
+
+    Attributes:
+        data: the object or objects.
+    """
 
     type: Literal["input_json"]
     data: Annotated[Any, AfterValidator(_data), WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "array"}]})]
@@ -89,7 +101,11 @@ class OutputText(Part):
 
 
 class Refusal(Part):
-    """Why the assistant did not answer."""
+    """Why the assistant did not answer.
+
+    Attributes:
+        refusal: what the assistant said.
+    """
 
     type: Literal["refusal"]
     refusal: Text
@@ -121,7 +137,11 @@ OutputContent = Annotated[
 
 
 class UserMessage(Part):
-    """What a user says."""
+    """What a user says.
+
+    Attributes:
+        content: what is said.
+    """
 
     type: Literal["message"] = "message"
     role: Literal["user"]
@@ -129,7 +149,11 @@ class UserMessage(Part):
 
 
 class DeveloperMessage(Part):
-    """What the application says."""
+    """What the application says.
+
+    Attributes:
+        content: what is said.
+    """
 
     type: Literal["message"] = "message"
     role: Literal["developer", "system"]
@@ -137,7 +161,12 @@ class DeveloperMessage(Part):
 
 
 class AssistantMessage(Part):
-    """What a model said before."""
+    """What a model said before.
+
+    Attributes:
+        content: what is said.
+        phase: of no effect.
+    """
 
     type: Literal["message"] = "message"
     role: Literal["assistant"]
@@ -163,28 +192,50 @@ class _ToolCall(_ToolItem):
 
 
 class FunctionCall(_ToolCall):
-    """A call of a function."""
+    """A call of a function.
+
+    Attributes:
+        call_id: what the output refers to.
+        namespace: the tool's group.
+        arguments: the arguments, as JSON text.
+    """
 
     type: Literal["function_call"]
     arguments: Text
 
 
 class CustomToolCall(_ToolCall):
-    """A call of a custom tool."""
+    """A call of a custom tool.
+
+    Attributes:
+        call_id: what the output refers to.
+        namespace: the tool's group.
+        input: what the tool was given.
+    """
 
     type: Literal["custom_tool_call"]
     input: Text
 
 
 class FunctionCallOutput(_ToolItem):
-    """What a function answered."""
+    """What a function answered.
+
+    Attributes:
+        call_id: the call that it answers.
+        output: what the tool returned.
+    """
 
     type: Literal["function_call_output"]
     output: PlainContent
 
 
 class CustomToolCallOutput(_ToolItem):
-    """What a custom tool answered."""
+    """What a custom tool answered.
+
+    Attributes:
+        call_id: the call that it answers.
+        output: what the tool returned.
+    """
 
     type: Literal["custom_tool_call_output"]
     output: PlainContent
