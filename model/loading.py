@@ -86,7 +86,7 @@ def read(folder: Path, choice: Choice, progress: Progress | None = None, compile
 def prepare(
     folder: Path,
     *,
-    dtype: Dtype = "float32",
+    dtype: Dtype | None = None,
     implementation: str | None = None,
     by_layer: bool | None = None,
     max_prompt_tokens: int | None = None,
@@ -101,7 +101,7 @@ def prepare(
 
     Args:
         folder: has ``config.json`` and safetensors.
-        dtype: of weights and matmul operands.
+        dtype: of weights and matmul operands; None: float32 on a CPU and bfloat16 elsewhere.
         implementation: of attention, see ``model.attention``; None: the platform's kernel, or "paged".
         by_layer: how the layers run, see ``model.computations``; None: by layer on CPU.
         max_prompt_tokens: the longest sequence; None: the model's context, or what fits into ``room``.
@@ -126,6 +126,7 @@ def prepare(
     if quantization and config.experts:
         raise ConfigError(f"{config.architecture}: mixtures of experts are not quantised; leave out {quantization}")
     platform = jax.default_backend()
+    dtype = dtype or ("float32" if platform == "cpu" else "bfloat16")
     implementation, kernels = _implementation(implementation, platform, compiled_folder)
     native = packed = kernels is not None and mesh is None
     if kernels is not None and dtype == "bfloat16":  # two numbers make one operand

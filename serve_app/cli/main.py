@@ -9,7 +9,7 @@ import typer
 from pydantic import ValidationError
 
 from serve_app.cli import client, dataset, decide, launcher, tools
-from serve_app.cli.dataset import Dtype, Engine
+from serve_app.cli.dataset import BY_DEVICE, Dtype, Engine
 from serve_app.cli.process_limits import LimitError
 from serve_app.frontend import auth
 from serve_app.model_source import ModelSourceError
@@ -49,7 +49,7 @@ def serve(
             show_default="none",
         ),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Type of the weights.")] = "float32",
+    dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights.", show_default=BY_DEVICE)] = None,
     int8: Annotated[
         bool, typer.Option("--int8", help="Keep the layers' weights as int8: less memory, less accuracy.")
     ] = False,

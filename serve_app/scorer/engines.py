@@ -49,6 +49,7 @@ def load_engine(settings: ModelSettings, scorers: int = 1) -> Engine:
         engine = FakeEngine()
     else:
         engine = _load_model(settings, scorers)
+    logger.info("weights are %s: %s", engine.info.dtype, settings.dtype_reason(engine.info.platform))
     if (memory := memory_line(engine.info)) is not None:
         logger.info("%s", memory)
     started = time.monotonic()
@@ -86,7 +87,10 @@ def load_part(settings: ModelSettings, place: Place) -> Engine:
 
 
 def _load_model(settings: ModelSettings, scorers: int = 1) -> Engine:
-    if not any(map(glob.glob, ACCELERATORS)):
+    if settings.tpu:
+        # Without it jax would go on with the CPU when libtpu fails, and keep libtpu's reason to itself.
+        os.environ["JAX_PLATFORMS"] = "tpu,cpu"
+    elif not any(map(glob.glob, ACCELERATORS)):
         # With libtpu installed, as for the tests, jax would look for a TPU and fill the log with errors.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from model.loading import Choice, prepare, read

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import subprocess
+import sys
 from typing import Any
 
+import jax
 import pytest
 from pydantic import ValidationError
 from ray._private.accelerators import tpu as rays
@@ -182,10 +186,33 @@ def test_the_leader_of_a_slice_keeps_away_from_the_chips_and_leaves_them_to_its_
     assert scorer.ray_actor_options["fallback_strategy"] == [{"label_selector": {}}]
 
 
-def test_a_replica_with_chips_that_jax_does_not_find_does_not_start(tmp_path: Any):
+def test_a_replica_with_chips_that_jax_does_not_find_does_not_start(tmp_path: Any, monkeypatch: pytest.MonkeyPatch):
+    """This process's jax has begun with the CPU."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert jax.default_backend() == "cpu"
     settings = ModelSettings(model=str(make_llama(tmp_path, context=32)), tpu=Tpu(chip="v6e", topology="2x2"))
     with pytest.raises(RuntimeError, match="jax found only cpu"):
         load_engine(settings)
+
+
+@pytest.mark.heavy
+def test_a_replica_whose_tpu_does_not_start_says_libtpus_reason(tmp_path: Any):
+    """Without JAX_PLATFORMS jax goes on with the CPU. Here libtpu is installed and there is no TPU."""
+    script = (
+        "from serve_app.scorer.engines import load_engine\n"
+        "from serve_app.settings import ModelSettings\n"
+        "from serve_app.tpu import Tpu\n"
+        f"load_engine(ModelSettings(model={str(make_llama(tmp_path, context=32))!r}, "
+        "tpu=Tpu(chip='v6e', topology='2x2')))"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=False)
+    assert found.returncode == 1
+    last = found.stderr.strip().splitlines()[-1]
+    assert last.startswith(
+        "RuntimeError: the replica was given TPU chips and jax cannot use them: Unable to initialize backend 'tpu'"
+    )
+    assert "TPU initialization failed" in last
 
 
 def test_the_command_line_names_chips_and_topology(monkeypatch: pytest.MonkeyPatch):

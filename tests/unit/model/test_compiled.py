@@ -11,6 +11,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from model import compiled, loading, sharding
+from model.versions import versions
 from tests.batches import label_batch
 from tests.tiny import make_llama
 
@@ -114,3 +115,30 @@ def test_nothing_is_stored_where_jax_has_its_own_cache(folder: Path, model: Path
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "jax"))  # pyright: ignore[reportUnknownMemberType]
     score(model, folder)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("where", "changed"),
+    [
+        ("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_enable_fast_min_max=false"),
+        ("LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=65536"),
+        ("jax", "0.0.1"),
+        ("libtpu", "0.0.1"),
+        ("jax-cuda12-plugin", "0.0.1"),
+    ],
+)
+def test_another_flag_or_library_is_another_key(where: str, changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def key() -> str:
+        compiled._built_by.cache_clear()  # of this process, in which they do not change
+        return compiled._key("double", (jax.numpy.zeros(3),), ())
+
+    before = key()
+    assert key() == before
+    if where in compiled.FLAGS:
+        monkeypatch.setenv(where, changed)
+    else:
+        monkeypatch.setattr(compiled, "versions", lambda: {**versions(), where: changed})
+    assert key() != before
+    monkeypatch.undo()
+    assert key() == before
+    assert versions()["jax"] == jax.__version__

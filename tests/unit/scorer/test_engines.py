@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
 
 from model.fields import ConfigError
+from model.loading import prepare
 from serve_app.frontend.info import info
 from serve_app.frontend.service import ModelService
 from serve_app.scorer import engines
@@ -52,3 +55,34 @@ def test_a_trusted_key_is_skipped_by_its_name_and_told(tmp_path: Path, caplog: p
     assert f"judge: {note}" in caplog.messages
     service = ModelService(settings, TextTokenizer.load(folder), engine.info, DirectReplicas(engine), folder=folder)
     assert info(service, ["judge"]).notes == [note]
+
+
+@pytest.mark.parametrize(
+    ("platform", "set_to", "dtype", "why"),
+    [
+        ("cpu", None, "float32", "the default on cpu; dtype (--dtype) sets another"),
+        ("tpu", None, "bfloat16", "the default on tpu; dtype (--dtype) sets another"),
+        ("gpu", None, "bfloat16", "the default on gpu; dtype (--dtype) sets another"),
+        ("tpu", "float32", "float32", "as set"),
+    ],
+)
+def test_the_dtype_is_the_platforms_and_the_reason_is_told(
+    platform: str, set_to: Any, dtype: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """No weights are read: this machine has only one of the platforms."""
+    folder = make_llama(tmp_path, layers=1, vocab=271, context=64)
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    settings = ModelSettings(model=str(folder), dtype=set_to)
+    assert prepare(folder, dtype=settings.dtype).model.dtype == dtype
+    assert settings.dtype_reason(platform) == why
+
+
+def test_the_start_and_info_tell_the_dtype_and_why(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    folder = make_llama(tmp_path / "judge", layers=1, vocab=271, context=64, tokenizer=True)
+    settings = ModelSettings(model=str(folder))
+    with caplog.at_level("INFO", "ray.serve"):
+        engine = engines.load_engine(settings)
+    assert "weights are float32: the default on cpu; dtype (--dtype) sets another" in caplog.messages
+    service = ModelService(settings, TextTokenizer.load(folder), engine.info, DirectReplicas(engine), folder=folder)
+    told = info(service, ["judge"])
+    assert (told.dtype, told.dtype_reason) == ("float32", "the default on cpu; dtype (--dtype) sets another")
