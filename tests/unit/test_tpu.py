@@ -25,7 +25,6 @@ from serve_app.tpu import (
     CHIPS_OF_A_SLICES_HOST,
     HOSTS,
     NUMBER_LABEL,
-    SHARES,
     SLICE_LABEL,
     SLICES,
     TOPOLOGY_LABEL,
@@ -44,7 +43,32 @@ def test_the_hosts_are_rays(chip: Any):
         if (chips := rays.get_num_chips_from_topology(topology)) <= rays.get_chips_per_host(topology, version)
     }
     assert on_one_host == HOSTS[chip]
-    assert SHARES == rays.TPU_VALID_CHIP_OPTIONS
+
+
+def bounds_of(visible: int, chips: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
+    """The chips that Ray leaves visible on a host of GKE, and the bounds that it leaves beside them."""
+    monkeypatch.setattr(rays.TPUAcceleratorManager, "get_current_node_num_accelerators", lambda: chips)
+    monkeypatch.setenv("TPU_CHIPS_PER_HOST_BOUNDS", f"2,{chips // 2},1" if chips > 1 else "1,1,1")
+    monkeypatch.setenv("TPU_HOST_BOUNDS", "1,1,1")
+    monkeypatch.setenv("TPU_VISIBLE_CHIPS", ",".join(map(str, range(chips))))
+    rays.TPUAcceleratorManager.set_current_process_visible_accelerator_ids([str(chip) for chip in range(visible)])
+    seen = os.environ.get("TPU_VISIBLE_CHIPS")
+    return chips if seen is None else len(seen.split(",")), os.environ["TPU_CHIPS_PER_HOST_BOUNDS"]
+
+
+@pytest.mark.parametrize(("chip", "topology"), [(chip, topology) for chip in HOSTS for topology in HOSTS[chip]])
+def test_ray_gives_libtpu_bounds_that_hold_the_chips_that_a_replica_can_have(
+    chip: Any, topology: str, monkeypatch: pytest.MonkeyPatch
+):
+    host = HOSTS[chip][topology]
+    for chips in rays.TPU_VALID_CHIP_OPTIONS:
+        seen, bounds = bounds_of(min(chips, host), host, monkeypatch)
+        possible = chips <= host and math.prod(map(int, bounds.split(","))) == seen
+        if possible:
+            assert Tpu(chip=chip, topology=topology, chips=chips).chips == chips
+        else:
+            with pytest.raises(ValidationError, match=f"cannot have {chips} chips"):
+                Tpu(chip=chip, topology=topology, chips=chips)
 
 
 @pytest.mark.parametrize("chip", SLICES)
@@ -84,6 +108,7 @@ def test_the_labels_are_those_of_rays_tpu_hosts(chip: Any, gkes: str, topology: 
     [
         ({"chip": "v6e", "topology": "2x2", "chips": 3}, "1 or 2 or 4"),
         ({"chip": "v6e", "topology": "2x2", "chips": 8}, "1 or 2 or 4"),
+        ({"chip": "v6e", "topology": "2x4", "chips": 4}, "1 or 2 or 8, for which Ray tells libtpu where they are"),
         ({"chip": "v5p", "topology": "2x2x1", "chips": 0}, "1 or 2 or 4"),
         ({"chip": "v6e", "topology": "3x3"}, "1x1, 2x2, 2x4"),
         ({"chip": "v6e", "topology": "3x3"}, "on one host, and 4x4, 4x8, 8x8, 8x16, 16x16 on several"),
