@@ -39,21 +39,28 @@ class Compiler:
 
     def compile(self, kind: Kind, size: Size) -> Callable[..., Any]:
         """Build, or find on disk, one program for one size."""
-        function, arguments, donated = self._on_all_devices(definition(self._model, self._weights, kind, size))
-        with self._precision():
-            name = f"{kind} {size} {self._code}"
-            program = compiled.program(name, function, arguments, donated, self._folder)
+        program = self.build(f"{kind} {size}", definition(self._model, self._weights, kind, size))
         self.compilations += 1
         self._compiled[kind, size] = program
         return program
 
+    def build(self, name: str, one: Definition) -> Callable[..., Any]:
+        """Build, or find on disk, a program that is not kept here.
+
+        Args:
+            name: tells its function from all others of this model that take the same arguments.
+        """
+        function, arguments, donated = self.on_all_devices(one)
+        with self._precision():
+            return compiled.program(f"{name} {self._code}", function, arguments, donated, self._folder)
+
     def trace(self, kind: Kind, size: Size) -> jax.stages.Traced:
         """One program for one size, before it is lowered."""
-        function, arguments, donated = self._on_all_devices(definition(self._model, self._weights, kind, size))
+        function, arguments, donated = self.on_all_devices(definition(self._model, self._weights, kind, size))
         with self._precision():
             return jax.jit(function, donate_argnums=donated).trace(*arguments)
 
-    def _on_all_devices(self, one: Definition) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
+    def on_all_devices(self, one: Definition) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
         """A program's function over all devices, the shapes of its arguments, and which of them it may overwrite."""
         mesh = self._model.mesh
         arguments = tuple(argument.part for argument in one.arguments)

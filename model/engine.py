@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from model import plan, prefill
+from model import device_check, plan, prefill
 from model.contract import PAGE_TOKENS, TOKEN_BITS, BatchResult, EngineStats, MemoryUse, ModelInfo, Progress, TokenBatch
 from model.pages import CacheStats, Node, OutOfPagesError, PrefixCache, SeenPrefixes
 from model.prefill import PinnedPrefix
@@ -83,7 +83,11 @@ class Engine:
         )
 
     def warmup(self, progress: Progress | None = None) -> None:
-        """Compile every program that ``score`` can call, several at a time."""
+        """Compile every program that ``score`` can call, several at a time; on an accelerator, see that they run there.
+
+        Raises:
+            DeviceError: the device computes wrong values.
+        """
         wanted, compile_one = self._programs.wanted(), self._programs.compiler.compile
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             compiling = {pool.submit(compile_one, kind, size): f"{kind} {size}" for kind, size in wanted}
@@ -91,6 +95,9 @@ class Engine:
                 future.result()
                 if progress is not None:
                     progress(done, len(wanted), compiling[future])
+        if device_check.has_own_kernel(self._programs.model):
+            device_check.prove(self._programs)
+            self.score(device_check.first_batch(self._programs))
 
     def score(self, batch: TokenBatch) -> BatchResult:
         """Compute the values of all targets of all reads; see ``model.contract.TokenBatch``.

@@ -78,9 +78,18 @@ def load(
 
 def read(folder: Path, choice: Choice, progress: Progress | None = None, compiled_folder: Path | None = None) -> Engine:
     """Read the weights of a model that ``prepare`` has chosen; see ``load``."""
+    return Engine(_programs(folder, choice, progress, compiled_folder), choice.memory)
+
+
+def load_programs(folder: Path, *, compiled_folder: Path | None = None, **options: Any) -> Programs:
+    """The programs of ``load``'s engine over the same weights, without its page pool."""
+    return _programs(folder, prepare(folder, compiled_folder=compiled_folder, **options), None, compiled_folder)
+
+
+def _programs(folder: Path, choice: Choice, progress: Progress | None, compiled_folder: Path | None) -> Programs:
     with opened(folder) as stored:
         weights = place(_with_embedding(choice.whole, stored), choice, progress)
-    return Engine(Programs(choice.model, weights, compiled_folder), choice.memory)
+    return Programs(choice.model, weights, compiled_folder)
 
 
 def prepare(

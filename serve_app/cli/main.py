@@ -1,4 +1,4 @@
-"""The command line ``score-serve``: ``serve``; ``score``, ``decide``, ``models``, ``dataset``; ``bench``, ``plan``."""
+"""The command line ``score-serve``: ``serve``; ``score``, ``decide``, ``models``, ``dataset``; ``bench``, ``plan``, checks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from serve_app.cli import client, dataset, decide, launcher, tools
+from serve_app.cli import checks, client, dataset, decide, launcher, tools
 from serve_app.cli.dataset import BY_DEVICE, Dtype, Engine
 from serve_app.cli.process_limits import LimitError
 from serve_app.frontend import auth
@@ -152,6 +152,8 @@ app.command()(client.score)
 app.command()(decide.decide)
 app.command()(client.models)
 app.command()(dataset.dataset)
+app.command()(checks.tpu_check)
+app.command()(checks.gpu_check)
 app.command(context_settings=tools.PASSED_ON, add_help_option=False)(tools.bench)
 app.command(context_settings=tools.PASSED_ON, add_help_option=False)(tools.plan)
 

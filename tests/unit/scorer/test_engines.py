@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +89,18 @@ def test_the_start_and_info_tell_the_dtype_and_why(tmp_path: Path, caplog: pytes
     service = ModelService(settings, TextTokenizer.load(folder), engine.info, DirectReplicas(engine), folder=folder)
     told = info(service, ["judge"])
     assert (told.dtype, told.dtype_reason) == ("float32", "the default on cpu; dtype (--dtype) sets another")
+
+
+def test_a_scorer_with_chips_may_lock_as_much_memory_as_it_is_allowed():
+    """In a process of its own, whose limit is a container's. Root raises it; another user goes up to it."""
+    script = (
+        "import resource\n"
+        "from serve_app.scorer.engines import raise_locked_memory\n"
+        "resource.setrlimit(resource.RLIMIT_MEMLOCK, (4096, 65536))\n"
+        "raise_locked_memory()\n"
+        "print(*resource.getrlimit(resource.RLIMIT_MEMLOCK))"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    soft, hard = map(int, found.stdout.split())
+    assert soft == hard
+    assert hard in (65_536, resource.RLIM_INFINITY)
