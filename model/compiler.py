@@ -1,6 +1,8 @@
 """The compiled programs of one model, by kind and size."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, final
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 
 from model import compiled
 from model.computations import Definition, Kind, Model, Size, Weights, definition
+from model.contract import Progress
 from model.sharding import abstract
 
 
@@ -43,6 +46,15 @@ class Compiler:
         self.compilations += 1
         self._compiled[kind, size] = program
         return program
+
+    def compile_all(self, wanted: Sequence[tuple[Kind, Size]], progress: Progress | None = None) -> None:
+        """``compile`` of all of them, several at a time."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiling = {pool.submit(self.compile, kind, size): f"{kind} {size}" for kind, size in wanted}
+            for done, future in enumerate(as_completed(compiling), 1):
+                future.result()
+                if progress is not None:
+                    progress(done, len(wanted), compiling[future])
 
     def build(self, name: str, one: Definition) -> Callable[..., Any]:
         """Build, or find on disk, a program that is not kept here.

@@ -3,8 +3,10 @@
 A compiler's mistake, or a kernel that hangs on a chip, is found before the first request.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +18,7 @@ import numpy as np
 from model import decoder
 from model.attention import FOLD_PREFIX, NATIVE, AttentionContext, MaskSpec, attend, to_pool
 from model.computations import WHOLE, Argument, Definition, Kind, Model, Size, definition
-from model.contract import PAGE_TOKENS, TokenBatch
+from model.contract import PAGE_TOKENS, Progress, TokenBatch
 from model.cost import CLOCKS, hlo_cost
 from model.plan import Shape
 from model.programs import Programs
@@ -94,14 +96,18 @@ def prove(programs: Programs) -> None:
 
 def compare(programs: Programs, shapes: Sequence[Shape]) -> Iterator[Comparison]:
     """Run attention with the model's heads on random numbers, as calls of these shapes, on all devices."""
-    model = programs.model
-    implementation = implementation_of(model)
+    model, implementation = programs.model, implementation_of(programs.model)
     windows = sorted(set(decoder.windows(model.config) or ()))
-    for shape in shapes:
+
+    def built(shape: Shape) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         arrays = _inputs(model, shape)
         arguments = tuple(Argument(jax.ShapeDtypeStruct(np.shape(array), array.dtype), WHOLE) for array in arrays)
         one = Definition(partial(_difference, model, implementation, bool(windows)), arguments, WHOLE)
-        run = programs.compiler.build(f"{implementation} attention, compared", one)
+        return programs.compiler.build(f"{implementation} attention, compared", one), arrays
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        runs = list(pool.map(built, shapes))
+    for shape, (run, arrays) in zip(shapes, runs, strict=True):
         for window in windows or [decoder.EVERYTHING]:
             for length in PREFIXES:
                 given = (*arrays[:-2], np.array(window, np.int32), np.array(length, np.int32))
@@ -209,15 +215,16 @@ class Timing:
     kernels: int
 
 
-def timings(programs: Programs) -> Iterator[Timing]:
-    """Run every program over the weights and zeros, without a prefix."""
+def timings(programs: Programs, progress: Progress | None = None) -> Iterator[Timing]:
+    """Compile every program, and run each over the weights and zeros, without a prefix."""
     model = programs.model
+    programs.compiler.compile_all(programs.wanted(), progress)
     clock = CLOCKS.get(jax.devices()[0].device_kind)
     for kind, size in programs.wanted():
         run: Any = programs.compiler.get(kind, size)
         expected, kernels = None, 0
-        if clock:
-            cost, kernels = hlo_cost(run.as_text(), trips=model.config.layers - 1)
+        if clock and (text := run.as_text()):
+            cost, kernels = hlo_cost(text, trips=model.config.layers - 1)
             expected = sum(cost.cycles.values()) / clock if cost.cycles else None
         yield Timing(f"{kind} {size}", _quickest(programs, kind, size, run), expected, kernels)
 

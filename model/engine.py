@@ -5,9 +5,7 @@ into, the pages of the prefix cache; the group's segments run in packed calls th
 the head turns those into logits and, where asked for, log-probabilities. What is compiled is in ``model.computations``.
 """
 
-import concurrent.futures
 import itertools
-import os
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -88,13 +86,7 @@ class Engine:
         Raises:
             DeviceError: the device computes wrong values.
         """
-        wanted, compile_one = self._programs.wanted(), self._programs.compiler.compile
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            compiling = {pool.submit(compile_one, kind, size): f"{kind} {size}" for kind, size in wanted}
-            for done, future in enumerate(concurrent.futures.as_completed(compiling), 1):
-                future.result()
-                if progress is not None:
-                    progress(done, len(wanted), compiling[future])
+        self._programs.compiler.compile_all(self._programs.wanted(), progress)
         if device_check.has_own_kernel(self._programs.model):
             device_check.prove(self._programs)
             self.score(device_check.first_batch(self._programs))

@@ -37,8 +37,8 @@ PARTS = (1, 2)
 """Numbers of chips, besides a whole host's, that Ray gives to one process so that libtpu can address them.
 
 libtpu takes TPU_VISIBLE_CHIPS together with bounds that hold as many chips. Ray 2.60 sets the bounds for one and two
-chips, and leaves GKE's otherwise (set_current_process_visible_accelerator_ids in ray/_private/accelerators/tpu.py): four
-chips of a 2x4 host would keep the bounds 2,4,1, of eight. A test runs that function.
+chips, and leaves GKE's otherwise (set_current_process_visible_accelerator_ids in ray/_private/accelerators/tpu.py):
+four chips of a 2x4 host would keep the bounds 2,4,1, of eight. A test runs that function.
 """
 
 

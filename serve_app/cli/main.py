@@ -1,4 +1,4 @@
-"""The command line ``score-serve``: ``serve``; ``score``, ``decide``, ``models``, ``dataset``; ``bench``, ``plan``, checks."""
+"""The command line ``score-serve``: ``serve``; ``score``, ``decide``, ``models``, ``dataset``; checks and tools."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from serve_app import model_source
-from serve_app.scorer.engines import compiled_folder, raise_locked_memory
+from serve_app.scorer.engines import compiled_folder, progress_log, raise_locked_memory
 from serve_app.settings import ModelSettings
 
 Platform = Literal["tpu", "gpu", "cpu"]
@@ -74,7 +74,7 @@ def report(kind: Platform, settings: ModelSettings, say: Callable[[str], None]) 
         say(f"attention {found.shape}, prefix of {found.prefix_tokens}: {'right' if found.right else 'WRONG'}")
     ran: list[dict[str, Any]] = []
     total = len(programs.wanted())
-    for timing in device_check.timings(programs):
+    for timing in device_check.timings(programs, progress_log(say)):
         ran.append(
             {
                 "program": timing.program,

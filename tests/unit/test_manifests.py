@@ -263,6 +263,22 @@ def test_every_pod_may_write_the_volumes_and_those_with_chips_may_use_them(servi
         assert names.index("NODE_IP") < names.index("VBAR_CONTROL_SERVICE_URL")  # Kubernetes expands earlier ones
 
 
+def test_an_update_compiles_beside_the_old_replicas_into_the_folder_that_all_share(service: RayService):
+    """Where the cluster adds chips; slices of several hosts are of a fixed number."""
+    (model,) = service.settings.models
+    assert model.max_surge_percent == (1 if service.spec.rayClusterConfig.enableInTreeAutoscaling else 0)
+    caches = {
+        (env["SCORE_SERVE_CACHE"], volume.persistentVolumeClaim.claimName)
+        for pod in service.pods
+        for env in [{variable.name: variable.value for variable in pod.containers[0].env}]
+        for mount in pod.containers[0].volumeMounts
+        if mount.mountPath == env["SCORE_SERVE_CACHE"]
+        for volume in pod.volumes
+        if volume.name == mount.name
+    }
+    assert caches == {("/cache", "score-serve-compiled")}
+
+
 def test_the_image_has_the_python_and_the_jax_that_are_tested():
     dockerfile = (ROOT / "configs" / "Dockerfile").read_text()
     (python,) = re.findall(r"^FROM python:(\d+\.\d+)-slim", dockerfile, re.MULTILINE)

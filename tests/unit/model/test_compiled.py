@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +39,48 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def score(model: Path, folder: Path | None) -> np.ndarray:
     scorer = loading.load(model, compiled_folder=folder, max_segment_tokens=16, call_tokens=16)
     return scorer.score(label_batch(PROMPTS, [(3, 4)] * 3)).values
+
+
+STARTED = """
+import sys
+from pathlib import Path
+from model import compiled, loading
+
+count, compile_one = 0, compiled._compile
+
+
+def counting(*given):
+    global count
+    count += 1
+    return compile_one(*given)
+
+
+compiled._compile = counting
+engine = loading.load(
+    Path(sys.argv[1]), compiled_folder=Path(sys.argv[2]), implementation="fused-interpreted", by_layer=False,
+    large_calls=True, call_tokens=128, max_segment_tokens=128, chunks=(128,), head_sizes=(8,), argmax_sizes=(8,),
+    target_sizes=(8,), prefix_cache_bytes=0,
+)
+engine.warmup()
+print(count, engine.compilations)
+"""
+
+
+def started(model: Path, folder: Path) -> tuple[int, int]:
+    """Programs that a new process has compiled when it is ready, and that it has: as a replica with an accelerator."""
+    env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    command = [sys.executable, "-c", STARTED, str(model), str(folder)]
+    found = subprocess.run(command, capture_output=True, text=True, env={**env, "JAX_PLATFORMS": "cpu"}, check=True)
+    compiled_now, programs = map(int, found.stdout.split())
+    return compiled_now, programs
+
+
+def test_a_later_process_is_ready_without_compiling(tmp_path: Path) -> None:
+    """As a replica beside which an earlier one, of the same update, has filled the shared folder."""
+    model, folder = make_llama(tmp_path / "model", layers=1, context=300), tmp_path / "shared"
+    first, programs = started(model, folder)
+    assert first == programs + 1  # and the comparison of attention
+    assert started(model, folder) == (0, programs)
 
 
 def refuse(*_: object) -> None:

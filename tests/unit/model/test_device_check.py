@@ -84,6 +84,7 @@ def test_a_start_runs_a_batch_and_compiles_nothing_later(folder: Path) -> None:
     assert engine.stats.computed_tokens > computed
 
 
+@pytest.mark.slow
 def test_the_kernel_is_tried_on_every_device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong_on_the_second(*arguments: Any, **options: Any) -> jax.Array:
         return KERNEL(*arguments, **options) * (1 + lax.axis_index(sharding.DATA).astype(jnp.float32))
@@ -95,6 +96,7 @@ def test_the_kernel_is_tried_on_every_device(folder: Path, monkeypatch: pytest.M
         device_check.prove(programs(engine))
 
 
+@pytest.mark.slow
 def test_every_window_and_prefix_is_compared(tmp_path: Path) -> None:
     engine = loaded(make_family(tmp_path, "gemma2"))
     found = list(device_check.compare(programs(engine), programs(engine).model.layout.ladder))
