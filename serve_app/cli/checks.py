@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -11,7 +11,6 @@ from rich.console import Console
 from serve_app.cli.client import REFUSED, complain
 from serve_app.cli.dataset import BY_DEVICE, Dtype
 from serve_app.model_source import ModelSourceError
-from serve_app.scorer.device_report import NoDeviceError, Platform, report
 from serve_app.settings import Limits, ModelSettings
 
 Model = Annotated[str, typer.Option(help="'demo', a folder in Hugging Face layout, a hub id, or a .gguf file.")]
@@ -44,12 +43,14 @@ def gpu_check(model: Model = "demo", dtype: Type = None, max_prompt_tokens: Long
     _check("gpu", model, dtype, max_prompt_tokens)
 
 
-def _check(kind: Platform, model: str, dtype: Dtype | None, max_prompt_tokens: int | None) -> None:
+def _check(kind: Literal["tpu", "gpu"], model: str, dtype: Dtype | None, max_prompt_tokens: int | None) -> None:
+    from serve_app.scorer import device_report  # loads Ray, for which --help need not wait
+
     lines = Console(stderr=True)
     settings = ModelSettings(model=model, dtype=dtype, limits=Limits(max_prompt_tokens=max_prompt_tokens))
     try:
-        found = report(kind, settings, lambda line: lines.print(line, markup=False, highlight=False))
-    except NoDeviceError as error:
+        found = device_report.report(kind, settings, lambda line: lines.print(line, markup=False, highlight=False))
+    except device_report.NoDeviceError as error:
         remedy = (
             "libtpu (pip install 'score-serve[tpu]')" if kind == "tpu" else "CUDA (pip install 'score-serve[cuda]')"
         )

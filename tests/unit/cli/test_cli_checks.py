@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from model import device_check
-from serve_app.cli import checks, main
+from serve_app.cli import main
 from serve_app.scorer import device_report
 from serve_app.scorer.device_report import NoDeviceError, report
 from serve_app.settings import Limits, ModelSettings
@@ -49,7 +49,7 @@ def test_the_report_compares_attention_and_times_every_program(
     assert (found["platform"], found["dtype"], found["versions"]["jax"]) == ("cpu", "float32", jax.__version__)
     assert said[-1].startswith(f"{len(names)} of {len(names)} programs: ")
 
-    monkeypatch.setattr(checks, "report", lambda *_: {**found, "right": False})
+    monkeypatch.setattr(device_report, "report", lambda *_: {**found, "right": False})
     result = runner.invoke(main.app, ["tpu-check", "--model", settings.model, "--max-prompt-tokens", "64"])
     assert result.exit_code == 1
     assert json.loads(result.stdout) == {**found, "right": False}
@@ -83,7 +83,7 @@ def test_the_checks_help_says_what_they_print(command: str):
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(checks, "report", lambda _, *given: report("cpu", *given))
+    monkeypatch.setattr(device_report, "report", lambda _, *given: report("cpu", *given))
     result = runner.invoke(main.app, ["gpu-check", "--model", str(tmp_path / "nothing")])
     assert result.exit_code == 1
     assert result.stdout == ""
