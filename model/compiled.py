@@ -12,7 +12,6 @@ import stat
 import tempfile
 from collections.abc import Callable
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,9 +20,14 @@ import numpy as np
 from jax.experimental import serialize_executable
 from jax.sharding import NamedSharding
 
+from model.versions import versions
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+"""Variables of the environment with the compilers' flags. Each compiler reads its own once, when it is loaded."""
 
 
 def program(
@@ -122,8 +126,9 @@ def _built_by() -> tuple[str, ...]:
     files = sorted(path for kind in ("*.py", "*.cc", "*.h") for path in package.rglob(kind))
     sources = hashlib.sha256(b"".join(path.read_bytes() for path in files))
     devices = [f"{device.device_kind} {device.id}" for device in jax.devices()]
-    versions = [version(package) for package in ("jax", "jaxlib", "flax")]
-    return (sources.hexdigest(), *versions, os.environ.get("XLA_FLAGS", ""), jax.default_backend(), *devices)
+    client = jax.devices()[0].client  # its version is that of the driver and of the library that was loaded
+    flags = [os.environ.get(name, "") for name in FLAGS]
+    return (sources.hexdigest(), str(versions()), *flags, client.platform, client.platform_version, *devices)
 
 
 def _write(file: Path, content: bytes) -> None:

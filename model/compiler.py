@@ -1,6 +1,8 @@
 """The compiled programs of one model, by kind and size."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, final
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 
 from model import compiled
 from model.computations import Definition, Kind, Model, Size, Weights, definition
+from model.contract import Progress
 from model.sharding import abstract
 
 
@@ -39,21 +42,37 @@ class Compiler:
 
     def compile(self, kind: Kind, size: Size) -> Callable[..., Any]:
         """Build, or find on disk, one program for one size."""
-        function, arguments, donated = self._on_all_devices(definition(self._model, self._weights, kind, size))
-        with self._precision():
-            name = f"{kind} {size} {self._code}"
-            program = compiled.program(name, function, arguments, donated, self._folder)
+        program = self.build(f"{kind} {size}", definition(self._model, self._weights, kind, size))
         self.compilations += 1
         self._compiled[kind, size] = program
         return program
 
+    def compile_all(self, wanted: Sequence[tuple[Kind, Size]], progress: Progress | None = None) -> None:
+        """``compile`` of all of them, several at a time."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiling = {pool.submit(self.compile, kind, size): f"{kind} {size}" for kind, size in wanted}
+            for done, future in enumerate(as_completed(compiling), 1):
+                future.result()
+                if progress is not None:
+                    progress(done, len(wanted), compiling[future])
+
+    def build(self, name: str, one: Definition) -> Callable[..., Any]:
+        """Build, or find on disk, a program that is not kept here.
+
+        Args:
+            name: tells its function from all others of this model that take the same arguments.
+        """
+        function, arguments, donated = self.on_all_devices(one)
+        with self._precision():
+            return compiled.program(f"{name} {self._code}", function, arguments, donated, self._folder)
+
     def trace(self, kind: Kind, size: Size) -> jax.stages.Traced:
         """One program for one size, before it is lowered."""
-        function, arguments, donated = self._on_all_devices(definition(self._model, self._weights, kind, size))
+        function, arguments, donated = self.on_all_devices(definition(self._model, self._weights, kind, size))
         with self._precision():
             return jax.jit(function, donate_argnums=donated).trace(*arguments)
 
-    def _on_all_devices(self, one: Definition) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
+    def on_all_devices(self, one: Definition) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
         """A program's function over all devices, the shapes of its arguments, and which of them it may overwrite."""
         mesh = self._model.mesh
         arguments = tuple(argument.part for argument in one.arguments)

@@ -15,6 +15,9 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+CLOCKS = {"TPU v5 lite": 1.5e9, "TPU v5": 1.75e9, "TPU v6 lite": 1.75e9}
+"""Cycles a second, by jax's name of a chip's kind: the documented peak over the operations that its matrix units do in
+a cycle."""
 KERNEL = "fused_attention"
 """Name of the Pallas kernel, ``model.attention_tpu``."""
 

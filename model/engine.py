@@ -5,9 +5,7 @@ into, the pages of the prefix cache; the group's segments run in packed calls th
 the head turns those into logits and, where asked for, log-probabilities. What is compiled is in ``model.computations``.
 """
 
-import concurrent.futures
 import itertools
-import os
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -18,7 +16,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from model import plan, prefill
+from model import device_check, plan, prefill
 from model.contract import PAGE_TOKENS, TOKEN_BITS, BatchResult, EngineStats, MemoryUse, ModelInfo, Progress, TokenBatch
 from model.pages import CacheStats, Node, OutOfPagesError, PrefixCache, SeenPrefixes
 from model.prefill import PinnedPrefix
@@ -83,14 +81,15 @@ class Engine:
         )
 
     def warmup(self, progress: Progress | None = None) -> None:
-        """Compile every program that ``score`` can call, several at a time."""
-        wanted, compile_one = self._programs.wanted(), self._programs.compiler.compile
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            compiling = {pool.submit(compile_one, kind, size): f"{kind} {size}" for kind, size in wanted}
-            for done, future in enumerate(concurrent.futures.as_completed(compiling), 1):
-                future.result()
-                if progress is not None:
-                    progress(done, len(wanted), compiling[future])
+        """Compile every program that ``score`` can call, several at a time; on an accelerator, see that they run there.
+
+        Raises:
+            DeviceError: the device computes wrong values.
+        """
+        self._programs.compiler.compile_all(self._programs.wanted(), progress)
+        if device_check.has_own_kernel(self._programs.model):
+            device_check.prove(self._programs)
+            self.score(device_check.first_batch(self._programs))
 
     def score(self, batch: TokenBatch) -> BatchResult:
         """Compute the values of all targets of all reads; see ``model.contract.TokenBatch``.

@@ -78,15 +78,24 @@ def load(
 
 def read(folder: Path, choice: Choice, progress: Progress | None = None, compiled_folder: Path | None = None) -> Engine:
     """Read the weights of a model that ``prepare`` has chosen; see ``load``."""
+    return Engine(_programs(folder, choice, progress, compiled_folder), choice.memory)
+
+
+def load_programs(folder: Path, *, compiled_folder: Path | None = None, **options: Any) -> Programs:
+    """The programs of ``load``'s engine over the same weights, without its page pool."""
+    return _programs(folder, prepare(folder, compiled_folder=compiled_folder, **options), None, compiled_folder)
+
+
+def _programs(folder: Path, choice: Choice, progress: Progress | None, compiled_folder: Path | None) -> Programs:
     with opened(folder) as stored:
         weights = place(_with_embedding(choice.whole, stored), choice, progress)
-    return Engine(Programs(choice.model, weights, compiled_folder), choice.memory)
+    return Programs(choice.model, weights, compiled_folder)
 
 
 def prepare(
     folder: Path,
     *,
-    dtype: Dtype = "float32",
+    dtype: Dtype | None = None,
     implementation: str | None = None,
     by_layer: bool | None = None,
     max_prompt_tokens: int | None = None,
@@ -101,7 +110,7 @@ def prepare(
 
     Args:
         folder: has ``config.json`` and safetensors.
-        dtype: of weights and matmul operands.
+        dtype: of weights and matmul operands; None: float32 on a CPU and bfloat16 elsewhere.
         implementation: of attention, see ``model.attention``; None: the platform's kernel, or "paged".
         by_layer: how the layers run, see ``model.computations``; None: by layer on CPU.
         max_prompt_tokens: the longest sequence; None: the model's context, or what fits into ``room``.
@@ -126,6 +135,7 @@ def prepare(
     if quantization and config.experts:
         raise ConfigError(f"{config.architecture}: mixtures of experts are not quantised; leave out {quantization}")
     platform = jax.default_backend()
+    dtype = dtype or ("float32" if platform == "cpu" else "bfloat16")
     implementation, kernels = _implementation(implementation, platform, compiled_folder)
     native = packed = kernels is not None and mesh is None
     if kernels is not None and dtype == "bfloat16":  # two numbers make one operand

@@ -10,6 +10,7 @@ Source: the split of a layer is that of Megatron-LM (arXiv 1909.08053), section 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Protocol
 
 import jax
@@ -74,13 +75,16 @@ def tpu_mesh(chips: int) -> Mesh:
     """All chips that this process was given, with a model split over them.
 
     Raises:
-        RuntimeError: jax finds no TPU.
+        RuntimeError: jax finds no TPU, or libtpu cannot use it.
         ConfigError: it finds more or fewer chips.
     """
-    if (found := jax.default_backend()) != "tpu":
-        raise RuntimeError(
-            f"the replica was given TPU chips and jax found only {found}; is score-serve[tpu] installed?"
-        )
+    remedy = "is score-serve[tpu] installed, and does another process hold the chips?"
+    try:
+        found = jax.default_backend()
+    except RuntimeError as error:
+        raise RuntimeError(f"the replica was given TPU chips and jax cannot use them: {error}; {remedy}") from error
+    if found != "tpu":
+        raise RuntimeError(f"the replica was given TPU chips and jax found only {found}; {remedy}")
     return mesh(data=1, model=chips)
 
 
@@ -205,8 +209,15 @@ def stacked(array: jax.Array, count: int) -> jax.Array:
 
 
 def by_device(function: Callable[[jax.Array], Any], array: jax.Array) -> Any:
-    """Apply ``function`` to each device's part; the results are split as the array is."""
-    split = array.sharding
+    """Apply ``function`` to each device's part; the results are split as the array is.
+
+    It is compiled once for all arrays of a shape and a split, as long as ``function`` is the same object.
+    """
+    return _on_parts(function, array.sharding)(array)
+
+
+@cache
+def _on_parts(function: Callable[[jax.Array], Any], split: jax.sharding.Sharding) -> Callable[[jax.Array], Any]:
     if isinstance(split, NamedSharding):
         function = jax.shard_map(function, mesh=split.mesh, in_specs=split.spec, out_specs=split.spec, check_vma=False)
-    return jax.jit(function)(array)
+    return jax.jit(function)

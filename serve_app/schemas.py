@@ -417,6 +417,7 @@ class InfoResponse(ResponseBody):
     """Information about what is served, and how: ``GET /v1/info``.
 
     Attributes:
+        dtype_reason: why the weights have this dtype: it is set, or the platform's default. None: an older service.
         decision_profile: how the decision routes ask, a file in ``serve_app/profiles``. None: the model cannot decide.
         rerank_template: the template's name, or ``custom``. None: the model has too many classes to rerank.
         notes: how the model was loaded, where that is not as its files say at first sight: of a model for images the
@@ -446,6 +447,7 @@ class InfoResponse(ResponseBody):
     classes: int
     pad_token_id: int | None = None
     dtype: str
+    dtype_reason: str | None = None
     quantization: str | None = None
     platform: str
     buckets: list[str]

@@ -98,8 +98,9 @@ class ModelSettings(_Frozen):
     trust_config: tuple[str, ...] = ()
     """Keys of ``config.json`` that are skipped although this program does not know what they mean. If one of them
     matters, all scores are wrong, and nothing else says so: name only what you know to change no score."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights and of matmul operands. Sums, norms, softmax and the output head are always float32."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of the weights and of matmul operands. Sums, norms, softmax and the output head are always float32. None:
+    float32 on a CPU, and bfloat16 on a TPU or GPU, where a float32 product takes several passes of the matrix unit."""
     quantization: Literal["int8"] | None = None
     """``int8``: the layers' weights have 8 bits and a scale for each output channel, a quarter of float32's memory.
     None: they have ``dtype``."""
@@ -197,6 +198,10 @@ class ModelSettings(_Frozen):
         if self.limits.max_queued_tokens is not None:
             return self.limits.max_queued_tokens
         return max(self.max_batch_tokens, min(int(tokens_per_s * self.timeout_s / 2), MOST_QUEUED_TOKENS))
+
+    def dtype_reason(self, platform: str) -> str:
+        """Why the weights have the type that they have, on a device of this kind as jax names it."""
+        return f"the default on {platform}; dtype (--dtype) sets another" if self.dtype is None else "as set"
 
     @property
     def longest_batch_s(self) -> float:

@@ -33,8 +33,13 @@ v5p the topologies of at most 512 chips). A test compares them with Ray's table.
 CHIPS_OF_A_SLICES_HOST = 4
 """Chips of each host in a slice with several hosts, for every kind."""
 
-SHARES = (1, 2, 4, 8)
-"""Numbers of chips that Ray gives to one process: sets that libtpu can address."""
+PARTS = (1, 2)
+"""Numbers of chips, besides a whole host's, that Ray gives to one process so that libtpu can address them.
+
+libtpu takes TPU_VISIBLE_CHIPS together with bounds that hold as many chips. Ray 2.60 sets the bounds for one and two
+chips, and leaves GKE's otherwise (set_current_process_visible_accelerator_ids in ray/_private/accelerators/tpu.py):
+four chips of a 2x4 host would keep the bounds 2,4,1, of eight. A test runs that function.
+"""
 
 
 class Tpu(BaseModel):
@@ -74,11 +79,11 @@ class Tpu(BaseModel):
                 f"{self.chip} has no topology {self.topology!r}; it has {', '.join(hosts)} on one host, "
                 f"and {', '.join(slices)} on several"
             )
-        shares = [str(share) for share in SHARES if share <= hosts[self.topology]]
+        shares = [str(share) for share in sorted({*PARTS, hosts[self.topology]}) if share <= hosts[self.topology]]
         if str(self.chips) not in shares:
             raise ValueError(
                 f"a replica cannot have {self.chips} chips of a {self.chip} host of topology {self.topology}; "
-                f"it can have {' or '.join(shares)}"
+                f"it can have {' or '.join(shares)}, for which Ray tells libtpu where they are"
             )
         return self
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from jax.experimental import topologies
 
+from model.cost import CLOCKS
 from model.memory import HBM_BYTES
 
 
@@ -22,7 +23,7 @@ class Chip:
         hbm_bytes: memory.
         bandwidth: of the memory, bytes a second.
         link: one link to another chip, one direction, bytes a second.
-        clock: cycles a second: the peak over the operations that its matrix units do in a cycle.
+        clock: cycles a second.
         cores: that share a kernel's grid.
         smallest: the smallest topology that can be compiled for; its first chip stands for a single one.
     """
@@ -37,9 +38,9 @@ class Chip:
 
 
 CHIPS = {
-    "v5e": Chip(197e12, HBM_BYTES["TPU v5 lite"], 819e9, 50e9, 1.5e9, 1, "2x2"),
-    "v5p": Chip(459e12, HBM_BYTES["TPU v5"], 2765e9, 100e9, 1.75e9, 2, "2x2x1"),
-    "v6e": Chip(918e12, HBM_BYTES["TPU v6 lite"], 1638e9, 100e9, 1.75e9, 1, "2x2"),
+    "v5e": Chip(197e12, HBM_BYTES["TPU v5 lite"], 819e9, 50e9, CLOCKS["TPU v5 lite"], 1, "2x2"),
+    "v5p": Chip(459e12, HBM_BYTES["TPU v5"], 2765e9, 100e9, CLOCKS["TPU v5"], 2, "2x2x1"),
+    "v6e": Chip(918e12, HBM_BYTES["TPU v6 lite"], 1638e9, 100e9, CLOCKS["TPU v6 lite"], 1, "2x2"),
 }
 """Source: https://docs.cloud.google.com/tpu/docs/v5e, .../v5p and .../v6e, read in November 2026. They give the links'
 rate of a whole chip in both directions, 400, 1,200 and 800 GB/s: of four links, of six, of four."""

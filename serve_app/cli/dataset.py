@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from serve_app.jobs.targets import Target
 
 Dtype = Literal["float32", "bfloat16"]
+BY_DEVICE = "float32 on a CPU, bfloat16 on a TPU or GPU"
+"""The default dtype, in words."""
 Engine = Literal["jax", "fake"]
 
 _URL = "http://127.0.0.1:8000"
@@ -131,7 +133,9 @@ class Options:
     served_model: Annotated[str, typer.Option(help="With --url or --app: the served name of the model.", **_SCORER)] = (
         "default"
     )
-    dtype: Annotated[Dtype, typer.Option(help="With --model: type of the weights.", **_SCORER)] = "float32"
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="With --model: type of the weights.", show_default=BY_DEVICE, **_SCORER)
+    ] = None
     int8: Annotated[bool, typer.Option("--int8", help="With --model: keep the layers' weights as int8.", **_SCORER)] = (
         False
     )

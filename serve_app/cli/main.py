@@ -1,4 +1,4 @@
-"""The command line ``score-serve``: ``serve``; ``score``, ``decide``, ``models``, ``dataset``; ``bench``, ``plan``."""
+"""The command line ``score-serve``: ``serve``; ``score``, ``decide``, ``models``, ``dataset``; checks and tools."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import typer
 from pydantic import ValidationError
 
 from serve_app import __version__
-from serve_app.cli import client, dataset, decide, launcher, tools
-from serve_app.cli.dataset import Dtype, Engine
+from serve_app.cli import checks, client, dataset, decide, launcher, tools
+from serve_app.cli.dataset import BY_DEVICE, Dtype, Engine
 from serve_app.cli.process_limits import LimitError
 from serve_app.frontend import auth
 from serve_app.model_source import ModelSourceError, absolute
@@ -65,7 +65,7 @@ def serve(
             show_default="none",
         ),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Type of the weights.")] = "float32",
+    dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights.", show_default=BY_DEVICE)] = None,
     int8: Annotated[
         bool, typer.Option("--int8", help="Keep the layers' weights as int8: less memory, less accuracy.")
     ] = False,
@@ -173,6 +173,8 @@ app.command()(client.score)
 app.command()(decide.decide)
 app.command()(client.models)
 app.command()(dataset.dataset)
+app.command()(checks.tpu_check)
+app.command()(checks.gpu_check)
 app.command(context_settings=tools.PASSED_ON, add_help_option=False)(tools.bench)
 app.command(context_settings=tools.PASSED_ON, add_help_option=False)(tools.plan)
 

@@ -26,6 +26,7 @@ def info(service: ModelService, names: Sequence[str]) -> InfoResponse:
         classes=facts.classes,
         pad_token_id=facts.pad_token_id,
         dtype=facts.dtype,
+        dtype_reason=settings.dtype_reason(facts.platform),
         quantization=facts.quantization,
         platform=facts.platform,
         buckets=list(facts.buckets),

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import platform
+import resource
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -49,6 +50,7 @@ def load_engine(settings: ModelSettings, scorers: int = 1) -> Engine:
         engine = FakeEngine()
     else:
         engine = _load_model(settings, scorers)
+    logger.info("weights are %s: %s", engine.info.dtype, settings.dtype_reason(engine.info.platform))
     if (memory := memory_line(engine.info)) is not None:
         logger.info("%s", memory)
     started = time.monotonic()
@@ -86,7 +88,11 @@ def load_part(settings: ModelSettings, place: Place) -> Engine:
 
 
 def _load_model(settings: ModelSettings, scorers: int = 1) -> Engine:
-    if not any(map(glob.glob, ACCELERATORS)):
+    if settings.tpu:
+        # Without it jax would go on with the CPU when libtpu fails, and keep libtpu's reason to itself.
+        os.environ["JAX_PLATFORMS"] = "tpu,cpu"
+        raise_locked_memory()
+    elif not any(map(glob.glob, ACCELERATORS)):
         # With libtpu installed, as for the tests, jax would look for a TPU and fill the log with errors.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from model.loading import Choice, prepare, read
@@ -132,6 +138,20 @@ def _load_model(settings: ModelSettings, scorers: int = 1) -> Engine:
     for note in engine.info.notes:
         logger.warning("%s: %s", settings.name, note)
     return engine
+
+
+def raise_locked_memory() -> None:
+    """Let libtpu lock host memory for its transfers, as far as this process may raise the limit.
+
+    Source: docs.cloud.google.com/gemini-enterprise-agent-platform/machine-learning/predictions/use-tpu asks for
+    ``ulimit -l 68719476736``, in KiB. In a container that takes the capability SYS_RESOURCE (setrlimit(2)).
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    with suppress(ValueError, OSError):  # only a privileged process raises what the container was given
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        return
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard, hard))
+    logger.info("libtpu may lock %s of host memory", f"{hard / GB:.2f} GB" if hard >= 0 else "any amount")
 
 
 def memory_key(settings: ModelSettings) -> str:

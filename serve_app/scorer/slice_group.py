@@ -22,7 +22,7 @@ from ray.util.tpu import SlicePlacementGroup
 
 from serve_app.batches import DeltaBatch
 from serve_app.contract import BatchResult, EngineStats, ModelInfo, Progress, TokenBatch
-from serve_app.scorer.slice_worker import SIDE_CALLS, Answer, LoadPart, Place, SliceWorker
+from serve_app.scorer.slice_worker import SIDE_CALLS, Answer, Host, LoadPart, Place, SliceWorker
 from serve_app.settings import ModelSettings
 from serve_app.tpu import CHIP_LABEL, CHIPS_OF_A_SLICES_HOST, NUMBER_LABEL, RESOURCE, Tpu
 
@@ -233,8 +233,9 @@ class SliceGroup:
             for number in range(self._tpu.hosts)
         ]
         try:
-            addresses = self._all([worker.address.remote() for worker in workers])
-            places = [Place(addresses[0], len(workers), number) for number in range(len(workers))]
+            hosts: list[Host] = self._all([worker.introduce.remote() for worker in workers])
+            check_versions(hosts)
+            places = [Place(hosts[0].address, len(workers), number) for number in range(len(workers))]
             infos = self._all(
                 [
                     worker.load.remote(self._load, self._settings, place)
@@ -291,6 +292,21 @@ def reserve(tpu: Tpu, cpus: float) -> SlicePlacementGroup:
             RESERVE_S,
             tpu.lacking(1, ray.nodes()) or "all are in use",
         )
+
+
+def check_versions(hosts: Sequence[Host]) -> None:
+    """Raise RuntimeError if a host has other packages than host 0: their programs would not meet, or differ."""
+    first = hosts[0].versions
+    for number, host in enumerate(hosts):
+        names = sorted(name for name in {*first, *host.versions} if first.get(name) != host.versions.get(name))
+        if names:
+            own, wanted = (
+                ", ".join(f"{name} {of.get(name, '(none)')}" for name in names) for of in (host.versions, first)
+            )
+            raise RuntimeError(
+                f"host {number} of the slice, {host.address}, has {own}, and host 0, {hosts[0].address}, has {wanted}; "
+                "give all hosts one image"
+            )
 
 
 def agreed(answers: Sequence[Answer]) -> Answer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -34,6 +34,19 @@ class Place:
     coordinator: str
     hosts: int
     number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """A host of a slice before it has loaded anything.
+
+    Attributes:
+        address: a free address and port on it, at which the processes can meet.
+        versions: of the packages that decide what its chips compute.
+    """
+
+    address: str
+    versions: Mapping[str, str]
 
 
 LoadPart = Callable[[ModelSettings, Place], Engine]
@@ -88,12 +101,14 @@ class SliceWorker:
         self._engine: Engine
         self._progress = (0, 0, "")
 
-    def address(self) -> str:
-        """A free address and port on this host, at which the processes can meet."""
+    def introduce(self) -> Host:
+        """What the leader has to know of this host before anything is loaded."""
+        from model.versions import versions
+
         host = ray.util.get_node_ip_address()
         with socket.socket() as probe:
             probe.bind((host, 0))
-            return f"{host}:{probe.getsockname()[1]}"
+            return Host(f"{host}:{probe.getsockname()[1]}", versions())
 
     def load(self, load: LoadPart, settings: ModelSettings, place: Place) -> ModelInfo:
         """Load this host's part of the model.

@@ -148,3 +148,20 @@ def test_sizes_that_cannot_be_divided_are_refused(folder: Path) -> None:
         sharding.divided(config, 3)
     with pytest.raises(ConfigError, match=r"a mesh of 2 x 3 .* takes 6 devices and there are 8"):
         sharding.mesh(2, 3)
+
+
+def test_a_function_of_each_devices_part_is_compiled_once_for_all_parameters_of_a_shape():
+    """As int8 is: a model has hundreds of matrices of a few shapes."""
+    traced: list[tuple[int, ...]] = []
+
+    def halved(part: jax.Array) -> jax.Array:
+        traced.append(part.shape)
+        return part / 2
+
+    split = NamedSharding(mesh(1, 4), sharding.RULES.spec("mlp", None))
+    for number in range(3):
+        array = jax.device_put(np.full((8, 3), number, np.float32), split)
+        result = sharding.by_device(halved, array)
+        np.testing.assert_array_equal(result, np.full((8, 3), number / 2))
+        assert result.sharding == split
+    assert traced == [(2, 3)]

@@ -7,7 +7,9 @@ The models below hold the fields that the manifests use, after KubeRay's ``ray-o
 from __future__ import annotations
 
 import re
+import sys
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,6 +30,11 @@ FRONT = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0",
 }
+KUBERAYS_V6E = {
+    "VBAR_CONTROL_SERVICE_URL": "$(NODE_IP):8353",
+    "JAX_PLATFORMS": "tpu,cpu",
+    "ENABLE_PJRT_COMPATIBILITY": "true",
+}
 GKES_CHIPS = {"v4": "tpu-v4-podslice", "v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}
 CHIPS = "google.com/tpu"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -41,9 +48,18 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+class FieldRef(Strict):
+    fieldPath: Literal["status.hostIP"]  # noqa: N815 - Kubernetes' names
+
+
+class Source(Strict):
+    fieldRef: FieldRef  # noqa: N815
+
+
 class Variable(Strict):
     name: str
-    value: str
+    value: str | None = None
+    valueFrom: Source | None = None  # noqa: N815
 
 
 class Port(Strict):
@@ -73,9 +89,18 @@ class Resources(Strict):
     limits: dict[str, Quantity]
 
 
+class Capabilities(Strict):
+    add: list[Literal["SYS_RESOURCE"]]
+
+
+class ContainerSecurity(Strict):
+    capabilities: Capabilities
+
+
 class Container(Strict):
     name: Name
     image: str
+    securityContext: ContainerSecurity | None = None  # noqa: N815
     ports: list[Port] = []
     env: list[Variable]
     volumeMounts: list[Mount]  # noqa: N815
@@ -94,7 +119,7 @@ class Volume(Strict):
 
 
 class SecurityContext(Strict):
-    fsGroup: int  # noqa: N815
+    runAsUser: int  # noqa: N815
 
 
 class PodSpec(Strict):
@@ -217,6 +242,50 @@ def test_every_node_has_the_front_the_cache_and_the_weights(service: RayService,
             assert env.items() >= FRONT.items()
             mounted = {mount.mountPath: mount.name for mount in container.volumeMounts}
             assert {mounted[env["SCORE_SERVE_CACHE"]], mounted[env["HF_HOME"]]} == {v.name for v in pod.volumes}
+
+
+def test_every_pod_may_write_the_volumes_and_those_with_chips_may_use_them(service: RayService):
+    """New Filestore volumes and TPU device files belong to root; the variables are those of KubeRay's v6e sample."""
+    for pod in service.pods:
+        assert pod.securityContext.runAsUser == 0
+        (container,) = pod.containers
+        names = [variable.name for variable in container.env]
+        env = {variable.name: variable.value for variable in container.env}
+        if CHIPS not in container.resources.limits:
+            assert container.securityContext is None
+            assert not env.keys() & KUBERAYS_V6E.keys()
+            continue
+        assert container.securityContext
+        assert container.securityContext.capabilities.add == ["SYS_RESOURCE"]
+        assert env.items() >= KUBERAYS_V6E.items()
+        (node_ip,) = [variable for variable in container.env if variable.name == "NODE_IP"]
+        assert node_ip.valueFrom
+        assert names.index("NODE_IP") < names.index("VBAR_CONTROL_SERVICE_URL")  # Kubernetes expands earlier ones
+
+
+def test_an_update_compiles_beside_the_old_replicas_into_the_folder_that_all_share(service: RayService):
+    """Where the cluster adds chips; slices of several hosts are of a fixed number."""
+    (model,) = service.settings.models
+    assert model.max_surge_percent == (1 if service.spec.rayClusterConfig.enableInTreeAutoscaling else 0)
+    caches = {
+        (env["SCORE_SERVE_CACHE"], volume.persistentVolumeClaim.claimName)
+        for pod in service.pods
+        for env in [{variable.name: variable.value for variable in pod.containers[0].env}]
+        for mount in pod.containers[0].volumeMounts
+        if mount.mountPath == env["SCORE_SERVE_CACHE"]
+        for volume in pod.volumes
+        if volume.name == mount.name
+    }
+    assert caches == {("/cache", "score-serve-compiled")}
+
+
+def test_the_image_has_the_python_and_the_jax_that_are_tested():
+    dockerfile = (ROOT / "configs" / "Dockerfile").read_text()
+    (python,) = re.findall(r"^FROM python:(\d+\.\d+)-slim", dockerfile, re.MULTILINE)
+    assert python == f"{sys.version_info.major}.{sys.version_info.minor}"
+    (jax,) = re.findall(r'^ARG JAX="(.+)"', dockerfile, re.MULTILINE)
+    assert jax == version("jax")
+    assert all('=$JAX"' in line for line in dockerfile.splitlines() if line.startswith("RUN pip install"))
 
 
 def test_the_replicas_fit_on_the_chips_of_their_group(service: RayService):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import subprocess
+import sys
 from typing import Any
 
+import jax
 import pytest
 from pydantic import ValidationError
 from ray._private.accelerators import tpu as rays
@@ -21,7 +25,6 @@ from serve_app.tpu import (
     CHIPS_OF_A_SLICES_HOST,
     HOSTS,
     NUMBER_LABEL,
-    SHARES,
     SLICE_LABEL,
     SLICES,
     TOPOLOGY_LABEL,
@@ -40,7 +43,32 @@ def test_the_hosts_are_rays(chip: Any):
         if (chips := rays.get_num_chips_from_topology(topology)) <= rays.get_chips_per_host(topology, version)
     }
     assert on_one_host == HOSTS[chip]
-    assert SHARES == rays.TPU_VALID_CHIP_OPTIONS
+
+
+def bounds_of(visible: int, chips: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
+    """The chips that Ray leaves visible on a host of GKE, and the bounds that it leaves beside them."""
+    monkeypatch.setattr(rays.TPUAcceleratorManager, "get_current_node_num_accelerators", lambda: chips)
+    monkeypatch.setenv("TPU_CHIPS_PER_HOST_BOUNDS", f"2,{chips // 2},1" if chips > 1 else "1,1,1")
+    monkeypatch.setenv("TPU_HOST_BOUNDS", "1,1,1")
+    monkeypatch.setenv("TPU_VISIBLE_CHIPS", ",".join(map(str, range(chips))))
+    rays.TPUAcceleratorManager.set_current_process_visible_accelerator_ids([str(chip) for chip in range(visible)])
+    seen = os.environ.get("TPU_VISIBLE_CHIPS")
+    return chips if seen is None else len(seen.split(",")), os.environ["TPU_CHIPS_PER_HOST_BOUNDS"]
+
+
+@pytest.mark.parametrize(("chip", "topology"), [(chip, topology) for chip in HOSTS for topology in HOSTS[chip]])
+def test_ray_gives_libtpu_bounds_that_hold_the_chips_that_a_replica_can_have(
+    chip: Any, topology: str, monkeypatch: pytest.MonkeyPatch
+):
+    host = HOSTS[chip][topology]
+    for chips in rays.TPU_VALID_CHIP_OPTIONS:
+        seen, bounds = bounds_of(min(chips, host), host, monkeypatch)
+        possible = chips <= host and math.prod(map(int, bounds.split(","))) == seen
+        if possible:
+            assert Tpu(chip=chip, topology=topology, chips=chips).chips == chips
+        else:
+            with pytest.raises(ValidationError, match=f"cannot have {chips} chips"):
+                Tpu(chip=chip, topology=topology, chips=chips)
 
 
 @pytest.mark.parametrize("chip", SLICES)
@@ -80,6 +108,7 @@ def test_the_labels_are_those_of_rays_tpu_hosts(chip: Any, gkes: str, topology: 
     [
         ({"chip": "v6e", "topology": "2x2", "chips": 3}, "1 or 2 or 4"),
         ({"chip": "v6e", "topology": "2x2", "chips": 8}, "1 or 2 or 4"),
+        ({"chip": "v6e", "topology": "2x4", "chips": 4}, "1 or 2 or 8, for which Ray tells libtpu where they are"),
         ({"chip": "v5p", "topology": "2x2x1", "chips": 0}, "1 or 2 or 4"),
         ({"chip": "v6e", "topology": "3x3"}, "1x1, 2x2, 2x4"),
         ({"chip": "v6e", "topology": "3x3"}, "on one host, and 4x4, 4x8, 8x8, 8x16, 16x16 on several"),
@@ -182,10 +211,33 @@ def test_the_leader_of_a_slice_keeps_away_from_the_chips_and_leaves_them_to_its_
     assert scorer.ray_actor_options["fallback_strategy"] == [{"label_selector": {}}]
 
 
-def test_a_replica_with_chips_that_jax_does_not_find_does_not_start(tmp_path: Any):
+def test_a_replica_with_chips_that_jax_does_not_find_does_not_start(tmp_path: Any, monkeypatch: pytest.MonkeyPatch):
+    """This process's jax has begun with the CPU."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert jax.default_backend() == "cpu"
     settings = ModelSettings(model=str(make_llama(tmp_path, context=32)), tpu=Tpu(chip="v6e", topology="2x2"))
     with pytest.raises(RuntimeError, match="jax found only cpu"):
         load_engine(settings)
+
+
+@pytest.mark.heavy
+def test_a_replica_whose_tpu_does_not_start_says_libtpus_reason(tmp_path: Any):
+    """Without JAX_PLATFORMS jax goes on with the CPU. Here libtpu is installed and there is no TPU."""
+    script = (
+        "from serve_app.scorer.engines import load_engine\n"
+        "from serve_app.settings import ModelSettings\n"
+        "from serve_app.tpu import Tpu\n"
+        f"load_engine(ModelSettings(model={str(make_llama(tmp_path, context=32))!r}, "
+        "tpu=Tpu(chip='v6e', topology='2x2')))"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=False)
+    assert found.returncode == 1
+    last = found.stderr.strip().splitlines()[-1]
+    assert last.startswith(
+        "RuntimeError: the replica was given TPU chips and jax cannot use them: Unable to initialize backend 'tpu'"
+    )
+    assert "TPU initialization failed" in last
 
 
 def test_the_command_line_names_chips_and_topology(monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from model import compiled, loading, sharding
+from model.versions import versions
 from tests.batches import label_batch
 from tests.tiny import make_llama
 
@@ -36,6 +39,48 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def score(model: Path, folder: Path | None) -> np.ndarray:
     scorer = loading.load(model, compiled_folder=folder, max_segment_tokens=16, call_tokens=16)
     return scorer.score(label_batch(PROMPTS, [(3, 4)] * 3)).values
+
+
+STARTED = """
+import sys
+from pathlib import Path
+from model import compiled, loading
+
+count, compile_one = 0, compiled._compile
+
+
+def counting(*given):
+    global count
+    count += 1
+    return compile_one(*given)
+
+
+compiled._compile = counting
+engine = loading.load(
+    Path(sys.argv[1]), compiled_folder=Path(sys.argv[2]), implementation="fused-interpreted", by_layer=False,
+    large_calls=True, call_tokens=128, max_segment_tokens=128, chunks=(128,), head_sizes=(8,), argmax_sizes=(8,),
+    target_sizes=(8,), prefix_cache_bytes=0,
+)
+engine.warmup()
+print(count, engine.compilations)
+"""
+
+
+def started(model: Path, folder: Path) -> tuple[int, int]:
+    """Programs that a new process has compiled when it is ready, and that it has: as a replica with an accelerator."""
+    env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    command = [sys.executable, "-c", STARTED, str(model), str(folder)]
+    found = subprocess.run(command, capture_output=True, text=True, env={**env, "JAX_PLATFORMS": "cpu"}, check=True)
+    compiled_now, programs = map(int, found.stdout.split())
+    return compiled_now, programs
+
+
+def test_a_later_process_is_ready_without_compiling(tmp_path: Path) -> None:
+    """As a replica beside which an earlier one, of the same update, has filled the shared folder."""
+    model, folder = make_llama(tmp_path / "model", layers=1, context=300), tmp_path / "shared"
+    first, programs = started(model, folder)
+    assert first == programs + 1  # and the comparison of attention
+    assert started(model, folder) == (0, programs)
 
 
 def refuse(*_: object) -> None:
@@ -114,3 +159,30 @@ def test_nothing_is_stored_where_jax_has_its_own_cache(folder: Path, model: Path
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "jax"))  # pyright: ignore[reportUnknownMemberType]
     score(model, folder)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("where", "changed"),
+    [
+        ("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_enable_fast_min_max=false"),
+        ("LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=65536"),
+        ("jax", "0.0.1"),
+        ("libtpu", "0.0.1"),
+        ("jax-cuda12-plugin", "0.0.1"),
+    ],
+)
+def test_another_flag_or_library_is_another_key(where: str, changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def key() -> str:
+        compiled._built_by.cache_clear()  # of this process, in which they do not change
+        return compiled._key("double", (jax.numpy.zeros(3),), ())
+
+    before = key()
+    assert key() == before
+    if where in compiled.FLAGS:
+        monkeypatch.setenv(where, changed)
+    else:
+        monkeypatch.setattr(compiled, "versions", lambda: {**versions(), where: changed})
+    assert key() != before
+    monkeypatch.undo()
+    assert key() == before
+    assert versions()["jax"] == jax.__version__

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import resource
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
 
 from model.fields import ConfigError
+from model.loading import prepare
 from serve_app.frontend.info import info
 from serve_app.frontend.service import ModelService
 from serve_app.scorer import engines
@@ -52,3 +58,49 @@ def test_a_trusted_key_is_skipped_by_its_name_and_told(tmp_path: Path, caplog: p
     assert f"judge: {note}" in caplog.messages
     service = ModelService(settings, TextTokenizer.load(folder), engine.info, DirectReplicas(engine), folder=folder)
     assert info(service, ["judge"]).notes == [note]
+
+
+@pytest.mark.parametrize(
+    ("platform", "set_to", "dtype", "why"),
+    [
+        ("cpu", None, "float32", "the default on cpu; dtype (--dtype) sets another"),
+        ("tpu", None, "bfloat16", "the default on tpu; dtype (--dtype) sets another"),
+        ("gpu", None, "bfloat16", "the default on gpu; dtype (--dtype) sets another"),
+        ("tpu", "float32", "float32", "as set"),
+    ],
+)
+def test_the_dtype_is_the_platforms_and_the_reason_is_told(
+    platform: str, set_to: Any, dtype: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """No weights are read: this machine has only one of the platforms."""
+    folder = make_llama(tmp_path, layers=1, vocab=271, context=64)
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    settings = ModelSettings(model=str(folder), dtype=set_to)
+    assert prepare(folder, dtype=settings.dtype).model.dtype == dtype
+    assert settings.dtype_reason(platform) == why
+
+
+def test_the_start_and_info_tell_the_dtype_and_why(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    folder = make_llama(tmp_path / "judge", layers=1, vocab=271, context=64, tokenizer=True)
+    settings = ModelSettings(model=str(folder))
+    with caplog.at_level("INFO", "ray.serve"):
+        engine = engines.load_engine(settings)
+    assert "weights are float32: the default on cpu; dtype (--dtype) sets another" in caplog.messages
+    service = ModelService(settings, TextTokenizer.load(folder), engine.info, DirectReplicas(engine), folder=folder)
+    told = info(service, ["judge"])
+    assert (told.dtype, told.dtype_reason) == ("float32", "the default on cpu; dtype (--dtype) sets another")
+
+
+def test_a_scorer_with_chips_may_lock_as_much_memory_as_it_is_allowed():
+    """In a process of its own, whose limit is a container's. Root raises it; another user goes up to it."""
+    script = (
+        "import resource\n"
+        "from serve_app.scorer.engines import raise_locked_memory\n"
+        "resource.setrlimit(resource.RLIMIT_MEMLOCK, (4096, 65536))\n"
+        "raise_locked_memory()\n"
+        "print(*resource.getrlimit(resource.RLIMIT_MEMLOCK))"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    soft, hard = map(int, found.stdout.split())
+    assert soft == hard
+    assert hard in (65_536, resource.RLIM_INFINITY)

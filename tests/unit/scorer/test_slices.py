@@ -14,8 +14,8 @@ from serve_app.contract import BatchResult, EngineStats
 from serve_app.scorer.engines import load_part
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.scorer.scheduler import QueuedJob
-from serve_app.scorer.slice_group import GroupLostError, agreed
-from serve_app.scorer.slice_worker import Answer, HostFailedError, OutOfStepError, Place, SliceWorker
+from serve_app.scorer.slice_group import GroupLostError, agreed, check_versions
+from serve_app.scorer.slice_worker import Answer, Host, HostFailedError, OutOfStepError, Place, SliceWorker
 from serve_app.settings import ModelSettings
 from tests.batches import label_batch
 
@@ -26,6 +26,18 @@ def worker(number: int) -> SliceWorker:
     made = SliceWorker(number)
     made.load(load_part, ModelSettings(engine="fake"), Place("nowhere", 4, number))
     return made
+
+
+def test_hosts_with_other_packages_are_named_before_anything_is_loaded():
+    same = Host("10.0.0.1:1", {"jax": "0.10.2", "libtpu": "0.0.42.1"})
+    check_versions([same, Host("10.0.0.2:1", dict(same.versions))])
+    other = Host("10.0.0.3:1", {"jax": "0.11.0"})
+    with pytest.raises(RuntimeError) as caught:
+        check_versions([same, same, other])
+    assert str(caught.value) == (
+        "host 2 of the slice, 10.0.0.3:1, has jax 0.11.0, libtpu (none), and host 0, 10.0.0.1:1, has jax 0.10.2, "
+        "libtpu 0.0.42.1; give all hosts one image"
+    )
 
 
 def test_only_the_first_host_sends_its_values():
