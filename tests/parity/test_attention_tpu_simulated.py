@@ -4,7 +4,7 @@
 """
 
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ def expected(q: Any, k: Any, v: Any, context: AttentionContext, rule: MaskSpec) 
 
 
 def with_neighbours(context: AttentionContext) -> AttentionContext:
-    """What no token may see is NaN: all other pages, and the rest of the last. The table ends as the engine fills it."""
+    """NaN where no token may see it: other pages, and the rest of the last. The table ends as the engine fills it."""
     length, pages = int(context.prefix_length), -(-int(context.prefix_length) // PAGE_TOKENS)
     table = np.where(np.arange(SLOTS) < pages, np.asarray(context.page_table), 0)
     pool = np.full(context.pool.shape, np.nan, np.float32)
@@ -118,18 +118,66 @@ def check(case: Case, prefixes: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "case",
+    ("case", "prefixes"),
     [
-        Case(80, 2, "bfloat16", *SHAPES[1], window=40, softcap=1.5, cores=2),
-        Case(128, 1, "float32", *SHAPES[3], window=None, softcap=None, kv_heads=1),
+        pytest.param(
+            Case(80, 1, "bfloat16", *SHAPES[1], window=40, softcap=1.5, cores=2),
+            (900,),
+            id="bfloat16, a last tile that is filled in part, a window shorter than a segment, a soft cap, two cores",
+        ),
+        pytest.param(
+            Case(128, 2, "float32", *SHAPES[3], window=None, softcap=None, kv_heads=1),
+            (0, 4 * PAGE_TOKENS + 1),
+            id="float32, two heads, a bin of two tiles",
+        ),
     ],
-    ids=str,
 )
-def test_kernel_equals_a_softmax(case: Case) -> None:
-    check(case, (0, 4 * PAGE_TOKENS + 1, 900))
+def test_kernel_equals_a_softmax(case: Case, prefixes: tuple[int, ...]) -> None:
+    check(case, prefixes)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_kind_of_kernel_equals_a_softmax(case: Case) -> None:
     check(case, PREFIXES)
+
+
+def test_a_page_that_does_not_exist_is_an_error() -> None:
+    """So every page number that the kernel has read in these tests was one of the pool."""
+    q, k, v, context = inputs(bins=1, width=128, head_width=128, longest=40, heads=1, kv_heads=1)
+    context = over_prefix(context, 3 * PAGE_TOKENS)
+    context = context._replace(page_tables=context.page_tables.at[0, 2].set(len(context.pool)))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Out-of-bounds block index"), simulated():
+        attend(q, k, v, context, LAYER, MaskSpec(), implementation="fused").block_until_ready()
+
+
+def through_a_buffer(x: jax.Array, copy: Literal["awaited", "not awaited", "forgotten"]) -> np.ndarray:
+    """What a kernel reads from a buffer on the chip that ``x`` is copied to."""
+
+    def kernel(x_ref: Any, out_ref: Any, buffer_ref: Any, semaphore: Any) -> None:
+        if copy != "forgotten":
+            copying = pltpu.make_async_copy(x_ref, buffer_ref, semaphore)
+            copying.start()
+            if copy == "awaited":
+                copying.wait()
+        out_ref[...] = buffer_ref[...]
+        if copy == "not awaited":
+            copying.wait()
+
+    call = pl.pallas_call(
+        kernel,
+        out_shape=x,
+        in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+        scratch_shapes=[pltpu.VMEM(x.shape, x.dtype), pltpu.SemaphoreType.DMA],
+    )
+    return np.asarray(call(x))
+
+
+def test_races_and_memory_that_was_not_written_are_seen() -> None:
+    x = jnp.ones((8, 128))
+    with simulated():
+        assert (through_a_buffer(x, "awaited") == 1).all()
+    with simulated():
+        assert np.isnan(through_a_buffer(x, "forgotten")).all()
+    with pytest.raises(AssertionError, match="RACE DETECTED"), simulated():
+        through_a_buffer(x, "not awaited")
