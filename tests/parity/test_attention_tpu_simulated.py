@@ -43,7 +43,7 @@ class Case(NamedTuple):
 
 PREFIXES = (0, 1, PAGE_TOKENS + 2, 4 * PAGE_TOKENS, 4 * PAGE_TOKENS + 1, 600, 900, SLOTS * PAGE_TOKENS)
 """None, page edges, edges of a step of several pages, and the whole page table."""
-SHAPES = ((1, 128, 40), (9, 128, 60), (3, 384, 300), (1, 2048, 1500), (2, 1024, 900), (5, 256, 30), (26, 128, 128))
+SHAPES = ((1, 128, 40), (9, 128, 60), (3, 384, 300), (1, 2048, 1500), (2, 1024, 900), (5, 256, 30), (17, 128, 128))
 """Bins, their width and their longest segment: a bin of two tiles, and last tiles that are filled in part."""
 WINDOWS, SOFTCAPS = (None, 40, 700), (None, 1.5)
 # The lengths of the tables have no common factor with those that they are combined with, so all pairs come up.
