@@ -48,7 +48,7 @@ SHAPES = ((1, 128, 40), (9, 128, 60), (3, 384, 300), (1, 2048, 1500), (2, 1024, 
 WINDOWS, SOFTCAPS = (None, 40, 700), (None, 1.5)
 # The lengths of the tables have no common factor with those that they are combined with, so all pairs come up.
 CASES = [
-    Case(*kind, *SHAPES[n % 7], WINDOWS[n % 3], SOFTCAPS[n // 3 % 2], kv_heads=1 + n // 5 % 3, cores=1 + n // 7 % 2)
+    Case(*kind, *SHAPES[n % 7], WINDOWS[n % 3], SOFTCAPS[n // 3 % 2], kv_heads=1 + n // 5 % 2, cores=1 + n // 7 % 2)
     for n, kind in enumerate(product((64, 80, 128, 256), (1, 2, 4, 7, 8), ("float32", "bfloat16")))
 ]
 
@@ -112,8 +112,9 @@ def check(case: Case, prefixes: tuple[int, ...]) -> None:
         here = here._replace(pool=to_pool(here.pool.astype(dtype)))
         with simulated(num_cores_or_threads=case.cores, random_seed=length):
             got = np.asarray(run(q, k, v, here).astype(jnp.float32))
-        # Weights and results of bfloat16 are rounded to eight bits.
-        bounds = {"rtol": 2e-6, "atol": 3e-6} if case.dtype == "float32" else {"rtol": 2**-7, "atol": 2**-7}
+        # A float32 score of 10 is rounded by 1e-6 and more, and its weight in proportion; weights and results of
+        # bfloat16 to eight bits.
+        bounds = {"rtol": 2e-6, "atol": 1e-5} if case.dtype == "float32" else {"rtol": 2**-7, "atol": 2**-7}
         np.testing.assert_allclose(got[real], expected(q, k, v, here, rule)[real], **bounds, err_msg=f"{length} before")
 
 
@@ -137,9 +138,10 @@ def test_kernel_equals_a_softmax(case: Case, prefixes: tuple[int, ...]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_kind_of_kernel_equals_a_softmax(case: Case) -> None:
-    check(case, PREFIXES)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: str(CASES[number]))
+def test_every_kind_of_kernel_equals_a_softmax(number: int) -> None:
+    check(CASES[number], PREFIXES[number // 2 % 2 :: 2])
 
 
 def test_a_page_that_does_not_exist_is_an_error() -> None:
