@@ -18,9 +18,11 @@ def rope_scaling(keys: Keys, theta: float, factors: Array | None) -> dict[str, A
     Args:
         factors: the tensor ``rope_freqs.weight``, by which the frequencies are divided.
     """
-    kind = keys.get("rope.scaling.type", "none")
-    factor = keys.get("rope.scaling.factor", 1.0)
-    older = keys.get("rope.scale_linear", 1.0)
+    kind = keys.get("rope.scaling.type", "linear")  # llama.cpp takes an absent type for this
+    now, older = keys.get("rope.scaling.factor"), keys.get("rope.scale_linear", 1.0)
+    factor = older if now is None else now
+    if kind == "linear" and factor in (0.0, 1.0):
+        kind = "none"
     if factors is not None and not np.all(factors == 1):
         if kind != "none":
             raise GgufError(
@@ -28,9 +30,10 @@ def rope_scaling(keys: Keys, theta: float, factors: Array | None) -> dict[str, A
             )
         return _llama3(theta, factors.astype(np.float64))
     if kind == "none":
-        return None if older in (0.0, 1.0) else {"rope_type": "linear", "factor": keys.number("rope.scale_linear")}
+        return None
     if kind == "linear":
-        return {"rope_type": "linear", "factor": keys.number("rope.scaling.factor")}
+        name = "rope.scale_linear" if now is None else "rope.scaling.factor"
+        return {"rope_type": "linear", "factor": keys.number(name)}
     if kind == "yarn":
         return _yarn(keys, factor)
     raise GgufError(f"{keys.name('rope.scaling.type')} {kind!r} is not converted; known: none, linear, yarn")

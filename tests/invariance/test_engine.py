@@ -17,18 +17,13 @@ from model.engine import Engine
 from serve_app.batches import cut
 from serve_app.scorer.scheduler import AHEAD_TOKENS
 from tests.batches import label_batch, reads_batch
-from tests.invariance.rows import BFLOAT16_TOLERANCE, BITS, LABELS, TOLERANCE, VOCAB, prompts, values
+from tests.invariance.rows import BFLOAT16_TOLERANCE, BITS, LABELS, TOLERANCE, VOCAB, make_model, prompts, values
 from tests.tiny import make_llama
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with a halved head: logprobs of -4 to -8, as real labels have; at -13 float32 itself rounds by 1e-6."""
-    folder = make_llama(tmp_path_factory.mktemp("llama"), context=1024)
-    tensors = load_file(folder / "model.safetensors")
-    tensors["lm_head.weight"] *= 0.5
-    save_file(tensors, folder / "model.safetensors")
-    return folder
+    return make_model(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")

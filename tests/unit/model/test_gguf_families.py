@@ -209,12 +209,24 @@ def test_keys_that_change_nothing(tmp_path: Path, family: str, key: str, value: 
     assert from_hf(read_config(made(tmp_path, path))) == from_hf(read_config(source))
 
 
-def test_the_older_key_of_a_linear_rope(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("keys", "rope"),
+    [
+        ({"scale_linear": 2.5}, Rope(1234.5, "linear", 2.5)),
+        ({"scaling.factor": 2.5}, Rope(1234.5, "linear", 2.5)),
+        ({"scaling.type": "linear", "scale_linear": 2.5}, Rope(1234.5, "linear", 2.5)),
+        ({"scaling.type": "linear", "scaling.factor": 2.5, "scale_linear": 3.5}, Rope(1234.5, "linear", 2.5)),
+        ({"scaling.type": "linear", "scaling.factor": 0.0}, Rope(1234.5)),
+        ({"scaling.type": "none", "scaling.factor": 2.5}, Rope(1234.5)),
+        ({"scaling.type": "none", "scale_linear": 2.5}, Rope(1234.5)),
+    ],
+)
+def test_a_linear_rope_is_what_llama_cpp_takes_it_for(tmp_path: Path, keys: dict[str, Any], rope: Rope) -> None:
+    """A file that names no type is linear, by either key of the factor; one of type none is never scaled."""
     source = gguf_family(tmp_path / "source", "llama")
-    path = write_family_gguf(
-        source, tmp_path / "x.gguf", "llama", edit=lambda keys, _: keys.update({"llama.rope.scale_linear": 2.5})
-    )
-    assert from_hf(read_config(made(tmp_path, path))).rope == Rope(1234.5, "linear", 2.5)
+    edit = set_keys(**{f"llama__rope__{key.replace('.', '__')}": value for key, value in keys.items()})
+    path = write_family_gguf(source, tmp_path / "x.gguf", "llama", edit=edit)
+    assert from_hf(read_config(made(tmp_path, path))).rope == rope
 
 
 def test_gemma_3_with_its_layers_listed_and_its_vision_tower(tmp_path: Path) -> None:
