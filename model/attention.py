@@ -2,13 +2,13 @@
 
 A program call holds M = B * T tokens: B bins of T positions, each bin packed with whole segments one after the other.
 A token attends to (1) its segment's prefix, kept as pages of a pool, and (2) the tokens of its own segment up to
-itself. All segments of a call share one prefix, except with ``native``, where each may have its own.
+itself. All segments of a call share one prefix, except with ``native`` and ``triton``, where each may have its own.
 
 Five implementations with one signature: ``reference`` gathers the prefix and takes one softmax over everything;
 ``paged`` walks the prefix page by page, all tokens in one matmul per key/value head, and merges by the running
 log-sum-exp, so one compiled program serves every prefix length and no [tokens, prefix] array exists; ``native``,
-``fused`` and ``triton`` do the same in one kernel, for CPU (``model.cpu.attention``), for TPU (``model.attention_tpu``)
-and for GPU (``model.attention_gpu``), and ``fused-interpreted`` and ``triton-interpreted`` run the latter two elsewhere.
+``fused`` and ``triton`` do the same in one kernel, for CPU (``model.cpu.attention``), TPU (``model.attention_tpu``)
+and GPU (``model.attention_gpu``), and ``fused-interpreted`` and ``triton-interpreted`` run the latter two elsewhere.
 
 Source: the merge is that of FlashAttention (arXiv 2205.14135), section 3.1.
 """
@@ -356,10 +356,11 @@ def attend(
             _finite(v),
             flat[places],
             context.positions[places],
+            context.prefixes[places],
             places,
             context.pool,
-            context.page_table,
-            context.prefix_length,
+            context.page_tables,
+            context.prefix_lengths,
             layer,
             *spec,
             interpret=implementation == "triton-interpreted",

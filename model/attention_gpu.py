@@ -1,9 +1,10 @@
 """The attention of ``model.attention`` as one Pallas kernel for GPU, which Triton compiles.
 
-A program of the grid holds a block of queries of one head. The softmax is folded over the prefix, whose pages are read
-straight from the pool through the page table, then over the tokens of the block's own segments. The numbers of steps
-are part of the call, not of the program: one program serves every prefix length and computes no more than it holds,
-with a sliding window no more than the window lets see, and of a bin no more than the block's segments reach back.
+A program of the grid holds a block of queries of one head. The softmax is folded over the prefixes that the block sees,
+whose pages are read straight from the pool through the page tables, then over the tokens of the block's own segments.
+The numbers of steps are part of the call, not of the program: one program serves every prefix length and computes no
+more than it holds, with a sliding window no more than the window lets see, and of a call no more than the block's
+segments reach back.
 
 Source: the folding is FlashAttention's (arXiv 2205.14135); ``tests/parity`` compares with ``reference``.
 """
@@ -52,9 +53,10 @@ class Blocks(NamedTuple):
 
 
 def blocks(width: int, dtype: Any) -> Blocks:
-    """The cut for heads of this stored width, by what fits into a multiprocessor's registers and shared memory."""
-    if dtype == jnp.float32:  # in full precision, without tensor cores
-        return Blocks(32, 32, 4, 1)
+    """The cut for heads of this stored width: the largest that leaves everything in registers, and the keys of all
+    stages in the 99 KB of shared memory that the smaller cards have."""
+    if dtype == jnp.float32:  # without tensor cores, each thread multiplies what it holds
+        return Blocks(32, 16, 8, 1)
     return Blocks(128, 64, 8, 2) if width <= 128 else Blocks(64, 32, 4, 2)
 
 
@@ -64,10 +66,11 @@ def paged_attention(
     v: Float[Array, "M K H"],
     segments: Int[Array, " Q"],
     positions: Int[Array, " Q"],
+    prefixes: Int[Array, " Q"],
     places: Int[Array, " Q"],
     pool: Shaped[Array, "pages L 2 K page stored"],
-    page_table: Int[Array, " slots"],
-    prefix_length: Int[Array, ""],
+    page_tables: Int[Array, "P slots"],
+    prefix_lengths: Int[Array, " P"],
     layer: int | Int[Array, ""],
     window: Int[Array, ""] | None,
     softcap: float | None,
@@ -77,17 +80,19 @@ def paged_attention(
     """Softmax attention of every query, in q's dtype.
 
     Args are those of ``attention.attend``, the fields of its ``AttentionContext`` and of its ``MaskSpec``, and:
-        segments, positions: of the queries' tokens.
-        places: flat indices of the queries' tokens among the M; those of a block should be near each other.
+        segments, positions, prefixes: of the queries' tokens. Those that see one prefix should be next to each other.
+        places: flat indices of the queries' tokens among the M, for speed ascending.
         interpret: run step by step on any platform, for tests.
     """
     count, heads, head_width = q.shape
     tokens, kv_heads, page, width = len(k), k.shape[1], *pool.shape[4:]
     cut = blocks(width, q.dtype)
-    # Where a token's segment begins. Segments lie one after the other, so this tells which keys are its own; padding
-    # sees itself.
-    begins = places - jnp.where(segments < 0, 0, positions - prefix_length)
-    numbers = (prefix_length, layer, 0 if window is None else window)
+    padding = segments < 0
+    # Where a token's segment begins. Segments lie one after the other, so this tells which keys are its own. Padding
+    # sees itself, and no prefix.
+    begins = places - jnp.where(padding, 0, positions - prefix_lengths[prefixes])
+    seen = jnp.where(padding, len(prefix_lengths), prefixes)
+    numbers = (layer, 0 if window is None else window)
     scalars = jnp.stack([jnp.asarray(number, jnp.int32) for number in numbers])
 
     def widened(x: Float[Array, "M heads H"]) -> Float[Array, "M heads stored"]:
@@ -98,15 +103,24 @@ def paged_attention(
     of_head = pl.BlockSpec((tokens, None, width), lambda _, head: (0, lax.div(head, heads // kv_heads), 0))
     whole = pl.BlockSpec()
     result = pl.pallas_call(
-        partial(_kernel, cut, count, pool.shape[:4], window is not None, softcap),
+        partial(_kernel, cut, count, pool.shape[1], kv_heads, window is not None, softcap),
         grid=(pl.cdiv(count, cut.queries), heads),
-        in_specs=[whole, whole, of_queries, of_queries, vectors, of_head, of_head, whole],
+        in_specs=[*[whole] * 3, *[of_queries] * 3, vectors, of_head, of_head, whole],
         out_specs=vectors,
         out_shape=jax.ShapeDtypeStruct((count, heads, width), q.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
         interpret=interpret,
         name=KERNEL,
-    )(scalars, page_table, begins, places, *map(widened, (q, k, v)), pool.reshape(-1, page, width))
+    )(
+        scalars,
+        page_tables,
+        prefix_lengths,
+        begins,
+        places,
+        seen,
+        *map(widened, (q, k, v)),
+        pool.reshape(-1, page, width),
+    )
     return result[:, :, :head_width]
 
 
@@ -121,13 +135,16 @@ class Softmax(NamedTuple):
 def _kernel(
     cut: Blocks,
     count: int,
-    pages: tuple[int, int, int, int],
+    layers: int,
+    kv_heads: int,
     windowed: bool,
     softcap: float | None,
     scalars_ref: Any,
-    table_ref: Any,
+    tables_ref: Any,
+    lengths_ref: Any,
     begins_ref: Any,
     places_ref: Any,
+    seen_ref: Any,
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
@@ -135,13 +152,15 @@ def _kernel(
     out_ref: Any,
 ) -> None:
     """One block of queries of one head."""
-    (_, layers, _, kv_heads), tokens, page = pages, k_ref.shape[0], pool_ref.shape[1]
+    tokens, page = k_ref.shape[0], pool_ref.shape[1]
     head = lax.div(pl.program_id(1), pl.num_programs(1) // kv_heads)
-    prefix_length, layer, window = scalars_ref[0], scalars_ref[1], scalars_ref[2]
+    layer, window = scalars_ref[0], scalars_ref[1]
+    none = lengths_ref.shape[0]
     filled = pl.program_id(0) * cut.queries + jnp.arange(cut.queries) < count
     queries = plgpu.load(q_ref, mask=filled[:, None], other=0.0)
     begins = plgpu.load(begins_ref, mask=filled, other=tokens)
     places = plgpu.load(places_ref, mask=filled, other=-1)
+    seen = plgpu.load(seen_ref, mask=filled, other=none)
 
     def add(softmax: Softmax, keys: Array, values: Array, mask: Array | None) -> Softmax:
         """Fold keys and values, visible where ``mask`` (None: everywhere), into the softmax."""
@@ -153,30 +172,36 @@ def _kernel(
         summed = softmax.values * scale[:, None] + _product(weights.astype(values.dtype), values)
         return Softmax(maximum, softmax.total * scale + weights.sum(axis=1), summed)
 
-    def prefix(number: Array, softmax: Softmax, *, whole: bool) -> Softmax:
-        """The step over the prefix's keys of this number; a ``whole`` one is not beyond the prefix's end."""
+    def over(prefix: Array, number: Array, softmax: Softmax, *, masked: bool) -> Softmax:
+        """The step of this number over a prefix; one that is not ``masked`` is for all queries and ends in it."""
         slot = lax.div(number, page // cut.keys)
-        pane = (table_ref[slot] * layers + layer) * 2 * kv_heads + head
+        pane = (tables_ref[prefix, slot] * layers + layer) * 2 * kv_heads + head
         rows = pl.ds((number - slot * (page // cut.keys)) * cut.keys, cut.keys)
-        positions = number * cut.keys + jnp.arange(cut.keys)
+        length, positions = lengths_ref[prefix], number * cut.keys + jnp.arange(cut.keys)
         # What lies past the prefix may be another's, and 0 * NaN is NaN: it is not loaded.
-        beyond: dict[str, Any] = {} if whole else {"mask": (positions < prefix_length)[:, None], "other": 0}
+        within: dict[str, Any] = {"mask": (positions < length)[:, None], "other": 0} if masked else {}
         keys, values = (
-            _as(plgpu.load(pool_ref.at[pane + part * kv_heads, rows], **beyond), queries.dtype)
-            for part in (0, 1)
+            _as(plgpu.load(pool_ref.at[pane + part * kv_heads, rows], **within), queries.dtype) for part in (0, 1)
         )
-        mask = None if whole else (positions < prefix_length)[None, :]
+        if masked:  # the block's other queries see another prefix, see ``attention._finite``
+            values = jnp.where(jnp.isfinite(values), values, jnp.zeros_like(values))
+        mask = (seen == prefix)[:, None] & (positions < length)[None, :] if masked else None
         if windowed:
-            reached = positions[None, :] > (prefix_length + places - begins - window)[:, None]
+            reached = positions[None, :] > (length + places - begins - window)[:, None]
             mask = reached if mask is None else mask & reached
         return add(softmax, keys, values, mask)
+
+    def bounds(prefix: Array) -> tuple[Array, Array, Array]:
+        """The first step over a prefix, and the ends of those that it fills and of all."""
+        length = lengths_ref[prefix]
+        # No query is before the prefix's end, and none sees further back than its window.
+        first = lax.div(jnp.maximum(length + 1 - window, 0), cut.keys) if windowed else jnp.int32(0)
+        return first, jnp.maximum(lax.div(length, cut.keys), first), pl.cdiv(length, cut.keys)
 
     def own(number: Array, softmax: Softmax) -> Softmax:
         """The step over the call's own keys of this number."""
         rows, at = pl.ds(number * cut.keys, cut.keys), number * cut.keys + jnp.arange(cut.keys)
-        keys, values = (
-            plgpu.load(ref.at[rows], mask=(at < tokens)[:, None], other=0.0) for ref in (k_ref, v_ref)
-        )
+        keys, values = (plgpu.load(ref.at[rows], mask=(at < tokens)[:, None], other=0.0) for ref in (k_ref, v_ref))
         mask = (begins[:, None] <= at[None, :]) & (at[None, :] <= places[:, None])
         if windowed:
             mask &= places[:, None] - at[None, :] < window
@@ -184,11 +209,20 @@ def _kernel(
 
     shape = queries.shape
     softmax = Softmax(jnp.full(shape[:1], MASKED), jnp.zeros(shape[:1]), jnp.zeros(shape))
-    # No query is before the prefix's end, and none sees further back than its window.
-    skipped = lax.div(jnp.maximum(prefix_length + 1 - window, 0), cut.keys) if windowed else 0
-    steps = lax.div(prefix_length, cut.keys)
-    softmax = lax.fori_loop(skipped, steps, partial(prefix, whole=True), softmax)
-    softmax = lax.fori_loop(jnp.maximum(steps, skipped), pl.cdiv(prefix_length, cut.keys), partial(prefix, whole=False), softmax)
+    first_prefix, last_prefix = jnp.min(seen), jnp.max(jnp.where(seen == none, -1, seen))
+
+    def rest(prefix: Array, softmax: Softmax) -> Softmax:
+        """What one prefix ends in; of several all of each, masked."""
+        first, filled, end = bounds(prefix)
+        start = jnp.where(first_prefix == last_prefix, filled, first)
+        return lax.fori_loop(start, end, partial(over, prefix, masked=True), softmax)
+
+    # The loop that most of the time goes into is not within another: Triton would not overlap its matrix products.
+    only = jnp.maximum(last_prefix, 0)
+    start, end, _ = bounds(only)
+    end = jnp.where(first_prefix == last_prefix, end, start)
+    softmax = lax.fori_loop(start, end, partial(over, only, masked=False), softmax)
+    softmax = lax.fori_loop(first_prefix, last_prefix + 1, rest, softmax)
     first, last = lax.div(jnp.min(begins), cut.keys), lax.div(jnp.max(places), cut.keys)
     softmax = lax.fori_loop(first, last + 1, own, softmax)
     plgpu.store(out_ref, (softmax.values / softmax.total[:, None]).astype(out_ref.dtype), mask=filled[:, None])

@@ -128,6 +128,8 @@ def fit(
         return chosen, _use(weighed, workspace, chosen, None)
     fixed, page = weighed.all + workspace, chosen.page_bytes
     share = int(max(0, room.free / room.sharers - fixed) * SHARE)  # as if the others were as large
+    if chosen.sizes.fill_memory and cache_bytes is None and chosen.pool_bytes < share:
+        chosen = laid(asked, rounded(share // page - 1) * page)
     if chosen.pool_bytes > share:
         pages = max(share, cache_bytes or 0) // page
         longest = asked or max(rounded((pages - 2) * PAGE_TOKENS), LEAST_CONTEXT)
