@@ -74,6 +74,11 @@ def on_host() -> bool:
     return jax.default_backend() == "cpu"
 
 
+def device_kind() -> str:
+    """The devices' kind, in jax's words."""
+    return jax.devices()[0].device_kind
+
+
 def device_room(mesh: Mesh | None) -> Room | None:
     """The free memory of the devices, the least of all of them on all hosts; None: they do not tell."""
     devices = jax.local_devices()[:1] if mesh is None else list(mesh.local_devices)
