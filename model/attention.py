@@ -2,13 +2,13 @@
 
 A program call holds M = B * T tokens: B bins of T positions, each bin packed with whole segments one after the other.
 A token attends to (1) its segment's prefix, kept as pages of a pool, and (2) the tokens of its own segment up to
-itself. All segments of a call share one prefix, except with ``native``, where each may have its own.
+itself. All segments of a call share one prefix, except with ``native`` and ``triton``, where each may have its own.
 
-Four implementations with one signature: ``reference`` gathers the prefix and takes one softmax over everything;
+Five implementations with one signature: ``reference`` gathers the prefix and takes one softmax over everything;
 ``paged`` walks the prefix page by page, all tokens in one matmul per key/value head, and merges by the running
-log-sum-exp, so one compiled program serves every prefix length and no [tokens, prefix] array exists; ``native`` and
-``fused`` do the same in one kernel, for CPU (``model.cpu.attention``) and for TPU (``model.attention_tpu``), and
-``fused-interpreted`` runs the latter elsewhere.
+log-sum-exp, so one compiled program serves every prefix length and no [tokens, prefix] array exists; ``native``,
+``fused`` and ``triton`` do the same in one kernel, for CPU (``model.cpu.attention``), TPU (``model.attention_tpu``)
+and GPU (``model.attention_gpu``), and ``fused-interpreted`` and ``triton-interpreted`` run the latter two elsewhere.
 
 Source: the merge is that of FlashAttention (arXiv 2205.14135), section 3.1.
 """
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from model import attention_gpu
 from model.attention_tpu import LANES, fused, stored_width
 from model.contract import PAGE_TOKENS
 from model.cpu.attention import attend_native
@@ -297,6 +298,7 @@ def _fold_prefix_reference(
 
 NATIVE = "native"
 FUSED = ("fused", "fused-interpreted")
+TRITON = ("triton", "triton-interpreted")
 FOLD_PREFIX = {"paged": _fold_prefix_paged, "reference": _fold_prefix_reference}
 
 
@@ -307,6 +309,8 @@ def segment_step(implementation: str) -> int:
 
 def pool_head_width(implementation: str, head_width: int) -> int:
     """Width of a head in the pool that an implementation reads."""
+    if implementation in TRITON:
+        return attention_gpu.stored_width(head_width)
     return stored_width(head_width) if implementation in FUSED else head_width
 
 
@@ -329,7 +333,7 @@ def attend(
         v: values of all M tokens.
         layer: which layer of the pool holds this layer's prefix.
         spec: this layer's mask.
-        implementation: ``NATIVE``, one of ``FUSED``, or a key of ``FOLD_PREFIX``.
+        implementation: ``NATIVE``, one of ``FUSED`` or ``TRITON``, or a key of ``FOLD_PREFIX``.
         reads: flat indices into the M tokens.
     """
     if implementation == NATIVE:
@@ -344,6 +348,23 @@ def attend(
             queries, k, _finite(v), context.segments, context.positions, *shared, layer, *spec, interpret=interpret
         )
         return attended if reads is None else attended[reads]
+    if implementation in TRITON:
+        flat, places = context.segments.reshape(-1), jnp.arange(k.shape[0]) if reads is None else reads
+        return attention_gpu.paged_attention(
+            q,
+            k,
+            _finite(v),
+            flat[places],
+            context.positions[places],
+            context.prefixes[places],
+            places,
+            context.pool,
+            context.page_tables,
+            context.prefix_lengths,
+            layer,
+            *spec,
+            interpret=implementation == "triton-interpreted",
+        )
     if reads is None:
         own, positions = _own_bins(q, k, v, context.segments, spec), context.positions
     else:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from model import checkpoint, decoder, sharding
 from model.attention import NATIVE
+from model.attention_gpu import LEAST_CAPABILITY
 from model.checkpoint import Place, Tensor
 from model.computations import Model, State, Weights, stack_of
 from model.config import ModelConfig
@@ -208,14 +209,16 @@ def without_weights(
     mesh: Mesh,
     sizes: Sizes,
     *,
+    dtype: Dtype = "bfloat16",
+    implementation: str = "fused",
     max_prompt_tokens: int | None = None,
     room: Room | None = None,
     cache_bytes: int | None = None,
 ) -> tuple[Programs, Layout]:
-    """The programs that ``load`` would make on those TPU chips in bfloat16, over shapes alone: to compile, not to run.
+    """The programs that ``load`` would make on those TPU chips or GPUs, over shapes alone: to compile, not to run.
 
     Args:
-        mesh: of devices, which may come from ``jax.experimental.topologies`` and need no TPU.
+        mesh: of devices, which may come from ``jax.experimental.topologies`` and need no TPU or GPU.
         room, cache_bytes: see ``choose``.
 
     Raises:
@@ -224,8 +227,8 @@ def without_weights(
     """
     model = choose(
         config,
-        dtype="bfloat16",
-        implementation="fused",
+        dtype=dtype,
+        implementation=implementation,
         by_layer=False,
         sizes=sizes,
         max_prompt_tokens=max_prompt_tokens,
@@ -320,6 +323,8 @@ def _implementation(asked: str | None, platform: str, folder: Path | None) -> tu
         return asked, None
     if asked is None and platform == "tpu":
         return "fused", None
+    if asked is None and platform == "gpu" and float(jax.devices()[0].compute_capability) >= LEAST_CAPABILITY:
+        return "triton", None
     if of_jax := jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         folder = Path(of_jax)  # then nothing else keeps anything, see ``model.compiled``
     if platform == "cpu" and (kernels := cpu_build.load(folder)):

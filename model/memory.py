@@ -74,6 +74,11 @@ def on_host() -> bool:
     return jax.default_backend() == "cpu"
 
 
+def device_kind() -> str:
+    """The devices' kind, in jax's words."""
+    return jax.devices()[0].device_kind
+
+
 def device_room(mesh: Mesh | None) -> Room | None:
     """The free memory of the devices, the least of all of them on all hosts; None: they do not tell."""
     devices = jax.local_devices()[:1] if mesh is None else list(mesh.local_devices)
@@ -128,6 +133,8 @@ def fit(
         return chosen, _use(weighed, workspace, chosen, None)
     fixed, page = weighed.all + workspace, chosen.page_bytes
     share = int(max(0, room.free / room.sharers - fixed) * SHARE)  # as if the others were as large
+    if chosen.sizes.fill_memory and cache_bytes is None and chosen.pool_bytes < share:
+        chosen = laid(asked, rounded(share // page - 1) * page)
     if chosen.pool_bytes > share:
         pages = max(share, cache_bytes or 0) // page
         longest = asked or max(rounded((pages - 2) * PAGE_TOKENS), LEAST_CONTEXT)

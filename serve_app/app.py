@@ -46,8 +46,9 @@ def build(args: ServiceSettings) -> Application:
     Serve calls it for ``serve run serve_app.app:build model=demo``, or for ``import_path`` and ``args`` in a config
     file. Neither the process that builds nor the front ends load jax.
     """
-    together = scorers_on_a_host(args, ray.nodes() if ray.is_initialized() else [])
-    scorers = [_scorer(each, together, named=len(args.models) > 1) for each in args.models]
+    nodes = ray.nodes() if ray.is_initialized() else []
+    together = scorers_on_a_host(args, nodes)
+    scorers = [_scorer(each, together, named=len(args.models) > 1) for each in on_cards(args.models, nodes)]
     front = cast(Deployment, ingress.Ingress).options(  # pyright: ignore[reportUnknownMemberType]
         num_replicas=args.ingress_replicas,
         ray_actor_options={"num_cpus": args.ingress_cpus, **_off_chips(args.replicas_on_chips())},
@@ -73,6 +74,22 @@ def scorers_on_a_host(args: ServiceSettings, nodes: Sequence[Mapping[str, Any]])
     scorers = sum(each.most_replicas for each in args.models if each.tpu is None)
     hosts = sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in nodes)
     return math.ceil(scorers / max(1, hosts))
+
+
+def on_cards(models: Sequence[ModelSettings], nodes: Sequence[Mapping[str, Any]]) -> list[ModelSettings]:
+    """Return the models with ``scorer_gpus`` decided: those that leave it out share the cluster's other cards equally.
+
+    Args:
+        nodes: the result of ``ray.nodes()``.
+    """
+    cards = sum(int(node["Resources"].get("GPU", 0)) for node in nodes if node["Alive"])
+    cards -= math.ceil(sum(each.most_replicas * (each.scorer_gpus or 0) for each in models))
+    open_ones = [each for each in models if each.scorer_gpus is None and each.tpu is None and each.engine != "fake"]
+    scorers = sum(each.most_replicas for each in open_ones)
+    if cards < 1:
+        return list(models)
+    share = 1 / math.ceil(scorers / cards) if scorers else 0
+    return [each.model_copy(update={"scorer_gpus": share}) if each in open_ones else each for each in models]
 
 
 def _scorer(model: ModelSettings, together: int, *, named: bool) -> Application:
@@ -122,11 +139,13 @@ def _scorer_count(model: ModelSettings) -> dict[str, Any]:
 def scorer_resources(model: ModelSettings) -> dict[str, Any]:
     """The resources that Ray reserves for one scorer.
 
+    A scorer with a card, or a share of one, sees no other cards (CUDA_VISIBLE_DEVICES).
+
     Ray places a scorer with TPU chips on a host that has them, and hides all others from it (TPU_VISIBLE_CHIPS). A
     scorer on a slice of several hosts computes nothing in its own process, and reserves the slice when it starts.
     """
     if model.tpu is None:
-        return {"num_cpus": model.scorer_cpus}
+        return {"num_cpus": model.scorer_cpus, **({"num_gpus": model.scorer_gpus} if model.scorer_gpus else {})}
     if model.tpu.hosts > 1:
         return {"num_cpus": model.scorer_cpus, **_off_chips([model.tpu])}
     return {

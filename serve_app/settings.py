@@ -106,8 +106,8 @@ class ModelSettings(_Frozen):
     None: they have ``dtype``."""
     prefix_cache_gb: Annotated[float, Field(ge=0)] | None = None
     """Memory of each device for the pages that keep prompts' beginnings, in GB; one prompt of the longest kind always
-    has room. None: 0.4 on a CPU and 4.3 elsewhere, or more for the model's context, but at most half of what is free
-    beside the weights."""
+    has room. None: 0.4 on a CPU and 4.3 on a TPU, or more for the model's context, but at most half of what is free
+    beside the weights; on a GPU about that half."""
     engine: Literal["jax", "fake"] = "jax"
     """``fake``: deterministic scores from hashed tokens, to test everything but the model."""
 
@@ -123,6 +123,10 @@ class ModelSettings(_Frozen):
     first, a fifth of them at a time, but at least one."""
     scorer_cpus: Annotated[float, Field(ge=0)] = 1.0
     """Processors that Ray reserves for each scorer."""
+    scorer_gpus: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Graphics card that Ray reserves for each scorer and hides from others; below 1 that share of one. 0: it computes
+    on processors. None: a card, where the cluster has one for each scorer, else an equal share; none where there are no
+    cards when the service is built."""
     tpu: Tpu | None = None
     """TPU chips of each scorer. None: it uses the devices that its host has."""
     tokenizer_threads: Annotated[int, Field(ge=1)] = 2
@@ -160,6 +164,12 @@ class ModelSettings(_Frozen):
         if isinstance(template, str) and template not in TEMPLATES:
             raise ValueError(f"there is no template {template!r}; choose one of {', '.join(TEMPLATES)}")
         return template
+
+    @model_validator(mode="after")
+    def _one_kind_of_device(self) -> Self:
+        if self.tpu and self.scorer_gpus:
+            raise ValueError("a scorer computes on TPU chips or on a graphics card; leave out tpu or scorer_gpus")
+        return self
 
     @model_validator(mode="after")
     def _starts_within_bounds(self) -> Self:

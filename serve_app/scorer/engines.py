@@ -87,7 +87,19 @@ def load_part(settings: ModelSettings, place: Place) -> Engine:
     return _load_model(settings)
 
 
+def card_environment(scorer_gpus: float | None) -> dict[str, str]:
+    """The variables by which jax takes what a scorer has of a graphics card, or none."""
+    if scorer_gpus is None:
+        return {}
+    if scorer_gpus == 0:
+        return {"JAX_PLATFORMS": "cpu"}
+    # A tenth is for what XLA's allocator does not hold: CUDA itself, the libraries' workspaces, the programs.
+    return {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 * scorer_gpus:.3f}"}
+
+
 def _load_model(settings: ModelSettings, scorers: int = 1) -> Engine:
+    for name, value in card_environment(settings.scorer_gpus).items():
+        os.environ.setdefault(name, value)
     if settings.tpu:
         # Without it jax would go on with the CPU when libtpu fails, and keep libtpu's reason to itself.
         os.environ["JAX_PLATFORMS"] = "tpu,cpu"
@@ -96,7 +108,7 @@ def _load_model(settings: ModelSettings, scorers: int = 1) -> Engine:
         # With libtpu installed, as for the tests, jax would look for a TPU and fill the log with errors.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from model.loading import Choice, prepare, read
-    from model.memory import Room, device_room, on_host
+    from model.memory import Room, device_kind, device_room, on_host
     from model.sharding import tpu_mesh
 
     mesh = tpu_mesh(settings.tpu.chips) if settings.tpu else None
@@ -120,6 +132,7 @@ def _load_model(settings: ModelSettings, scorers: int = 1) -> Engine:
         )
 
     if not on_host():
+        logger.info("computing on %s", device_kind())
         choice = prepared(device_room(mesh))
     else:
         service, model = os.getppid(), memory_key(settings)

@@ -37,6 +37,7 @@ KUBERAYS_V6E = {
 }
 GKES_CHIPS = {"v4": "tpu-v4-podslice", "v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}
 CHIPS = "google.com/tpu"
+CARDS = "nvidia.com/gpu"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 (RAY,) = [need for need in map(Requirement, PROJECT["dependencies"]) if need.name == "ray"]
 
@@ -291,7 +292,9 @@ def test_the_image_has_the_python_and_the_jax_that_are_tested():
 def test_the_replicas_fit_on_the_chips_of_their_group(service: RayService):
     settings, cluster = service.settings, service.spec.rayClusterConfig
     (model,) = settings.models
-    assert model.tpu
+    if not model.tpu:
+        assert model.scorer_gpus, "no card is in sight while the service is built"
+        return
     assert cluster.rayVersion in RAY.specifier
     assert cluster.headGroupSpec.rayStartParams["num-cpus"] == "0"
     chips, tpu = 0, model.tpu
@@ -320,10 +323,36 @@ def test_the_replicas_fit_on_the_chips_of_their_group(service: RayService):
     assert model.most_replicas * tpu.chips == chips
 
 
+def test_the_replicas_fit_on_the_cards_of_their_group(service: RayService):
+    settings, cluster = service.settings, service.spec.rayClusterConfig
+    (model,) = settings.models
+    if not model.scorer_gpus:
+        assert model.tpu
+        return
+    assert cluster.rayVersion in RAY.specifier
+    assert cluster.headGroupSpec.rayStartParams["num-cpus"] == "0"
+    cards = fronts = 0
+    for group in cluster.workerGroupSpecs:
+        (container,) = group.template.spec.containers
+        own = int(container.resources.limits.get(CARDS, 0))
+        assert container.resources.requests == container.resources.limits
+        assert container.livenessProbe
+        assert container.readinessProbe
+        assert group.minReplicas <= group.replicas <= group.maxReplicas
+        cpus = int(container.resources.limits["cpu"])
+        if own:
+            assert cpus >= model.scorer_cpus * own / model.scorer_gpus
+            cards += own * group.maxReplicas
+        else:
+            fronts += cpus * group.minReplicas
+    assert model.most_replicas * model.scorer_gpus == cards
+    assert fronts >= settings.ingress_replicas * settings.ingress_cpus
+
+
 def test_the_image_copies_and_installs_only_what_exists():
     text = (ROOT / "configs" / "Dockerfile").read_text()
     stages = re.findall(r"^FROM \S+ AS (\w+)$", text, re.MULTILINE)
-    assert {"cpu", "tpu"} <= set(stages)
+    assert {"cpu", "tpu", "gpu"} <= set(stages)
     for sources in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE):
         assert all((ROOT / source).exists() for source in sources.split())
     assert set(re.findall(r"'\.\[(\w+)\]'", text)) <= PROJECT["optional-dependencies"].keys()
@@ -331,4 +360,6 @@ def test_the_image_copies_and_installs_only_what_exists():
     assert PROCESSES.items() <= dict(variable.split("=") for variable in variables).items()
     for path in MANIFESTS:
         (service,) = [each for each in documents(path) if isinstance(each, RayService)]
-        assert {container.image for pod in service.pods for container in pod.containers} == {"score-serve:tpu"}
+        assert {container.image for pod in service.pods for container in pod.containers} == {
+            f"score-serve:{path.name.split('-')[0].removesuffix('.yaml')}"
+        }

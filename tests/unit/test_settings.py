@@ -12,7 +12,8 @@ import yaml
 from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
-from serve_app.app import build, scorers_on_a_host
+from serve_app.app import build, on_cards, scorer_resources, scorers_on_a_host
+from serve_app.scorer.engines import card_environment
 from serve_app.settings import Limits, ModelSettings, ServiceSettings
 from serve_app.tpu import CHIP_LABEL
 
@@ -174,6 +175,37 @@ def test_scorers_that_share_a_hosts_memory_are_counted():
     assert [bound._bound_deployment.init_args[1].keywords for bound in front.init_args[1:]] == [{"scorers": 5}] * 3
     host, head = {"Alive": True, "Resources": {"CPU": 4}}, {"Alive": True, "Resources": {}}
     assert scorers_on_a_host(settings, [host, host, head, {**host, "Alive": False}]) == 3
+
+
+def test_each_scorer_has_a_graphics_card_or_an_equal_share():
+    """Without this every scorer takes the first card. Cards that a model asks for are not shared by the others."""
+    nodes = [{"Alive": True, "Resources": {"CPU": 8, "GPU": 2}}, {"Alive": False, "Resources": {"GPU": 8}}]
+
+    def shares(*models: dict[str, object], cards: list[dict[str, object]] = nodes) -> list[object]:
+        settings = ServiceSettings.model_validate({"models": list(models)})
+        return [scorer_resources(each).get("num_gpus") for each in on_cards(settings.models, cards)]
+
+    a, b = {"model": "a"}, {"model": "b"}
+    assert shares(a, b) == [1, 1]
+    assert shares(a | {"scorer_replicas": 3}, b) == [0.5, 0.5]
+    assert shares(a | {"autoscaling": {"max_replicas": 5}}) == [pytest.approx(1 / 3)]
+    assert shares(a | {"scorer_gpus": 1}, b | {"scorer_replicas": 2}) == [1, 0.5]
+    assert shares(a | {"scorer_gpus": 0.5, "scorer_replicas": 4}, b) == [0.5, None]
+    assert shares(a | {"scorer_gpus": 0}, b) == [None, 1]
+    assert shares(a | {"engine": "fake"}, b | {"tpu": {"chip": "v6e", "topology": "2x2"}}) == [None, None]
+    assert shares(a, b, cards=[]) == [None, None]
+
+
+def test_a_scorer_takes_its_share_of_a_cards_memory_or_no_card():
+    assert card_environment(None) == {}
+    assert card_environment(0) == {"JAX_PLATFORMS": "cpu"}
+    assert card_environment(1) == {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.900"}
+    assert card_environment(1 / 3) == {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.300"}
+
+
+def test_a_scorer_has_chips_or_a_graphics_card():
+    with pytest.raises(ValueError, match="leave out tpu or scorer_gpus"):
+        ModelSettings.model_validate({"scorer_gpus": 1, "tpu": {"chip": "v6e", "topology": "2x2"}})
 
 
 def test_each_model_has_a_scorer_deployment_of_its_own():

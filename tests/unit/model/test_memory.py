@@ -206,3 +206,21 @@ def test_the_plan_is_what_an_engine_holds(tmp_path: Path):
     assert memory.pages == pool.nbytes
     assert memory.page_tokens == engine.stats.prefix_pages * 128
     assert engine.info.max_prompt_tokens == 6144 < engine.info.context_length
+
+
+@pytest.mark.parametrize(("free", "pages"), [(21.6, 7.5), (72, 30.1), (127, 60.1)])
+def test_a_graphics_card_keeps_as_many_pages_as_its_memory_allows(free: float, pages: float):
+    """24, 80 and 141 GB, of which XLA holds 90%."""
+    choice = choose(
+        from_hf(QWEN3_06B),
+        dtype="bfloat16",
+        implementation="triton",
+        by_layer=False,
+        sizes=BY_PLATFORM["gpu"],
+        max_prompt_tokens=None,
+        mesh=None,
+        room=Room(int(free * GB), "each card", on_host=False),
+    )
+    assert choice.memory.pages / GB == pytest.approx(pages, abs=0.1)
+    assert choice.model.layout.longest == QWEN3_06B["max_position_embeddings"]
+    assert choice.memory.pages < (free * GB - choice.memory.weights) / 2
