@@ -15,7 +15,7 @@ Message = dict[str, str]
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 ASKED: Message = {"role": "user", "content": "is this text positive or negative"}
 CHATS: list[list[Message]] = [

@@ -50,6 +50,8 @@ class RewardRequest(RequestBody):
         if (self.input is None) == (self.messages is None):
             raise InvalidRequestError("send either input or messages", param="input")
         if self.messages is not None:
+            if not self.messages:
+                raise InvalidRequestError("messages is empty; send at least one message", param="messages")
             return Inputs("messages", self.messages, special is True, fail, answer=self.add_generation_prompt is True)
         if self.add_generation_prompt:
             raise InvalidRequestError(
