@@ -191,6 +191,7 @@ class TestClassifier:
             assert http.prompts[0].count(BOS) == 1
             end = http.tokenizer.backend.token_to_id("<|im_end|>")
             assert http.prompts[0].count(end) == 1
+            assert http.tokenizer.decode(http.prompts[0]) == "<s>assistant: <s>yes<|im_end|><|im_end|>\n"
 
     async def test_openrlhfs_shape(self, model: Model):
         async with model(1) as http:
