@@ -34,7 +34,9 @@ from serve_app.schemas import (
     TokenizeResponse,
     invalid,
 )
+from serve_app.tasks.classify import ClassifyRequest, ClassifyResponse
 from serve_app.tasks.decisions import bodies
+from serve_app.tasks.remote_reward import RemoteRewardRequest, RemoteRewardResponse
 from serve_app.tasks.systemone import AnswerLine, AnswersEnd, AnyQuestion, SystemOneRequest, SystemOneResponse
 
 LONGEST_WAIT_S = 30.0
@@ -235,6 +237,40 @@ class ScoreClient:
                 if isinstance(answered, AnswersEnd):
                     return
         raise OverloadedError(f"{self._http.base_url} ended its answer too early; ask again")
+
+    def classify(
+        self,
+        input: str | list[str] | list[int] | list[list[int]] | None = None,
+        *,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        use_activation: bool | None = None,
+        add_special_tokens: bool | None = None,
+        add_generation_prompt: bool | None = None,
+        cache_salt: str | None = None,
+        on_error: Literal["fail", "item"] = "fail",
+        timeout_s: float | None = None,
+    ) -> ClassifyResponse:
+        """Return the probabilities or logits of each text's classes. The arguments are the fields of
+        ``ClassifyRequest``."""
+        request = _checked(
+            ClassifyRequest,
+            input=input,
+            messages=None if messages is None else list(messages),
+            use_activation=use_activation,
+            add_special_tokens=add_special_tokens,
+            add_generation_prompt=add_generation_prompt,
+            cache_salt=cache_salt,
+            on_error=on_error,
+            timeout_s=timeout_s,
+            model=self._model,
+        )
+        return self._ask(ClassifyResponse, "POST", "/classify", request)
+
+    def rewards(self, texts: list[str], *, cache_salt: str | None = None) -> list[float]:
+        """Return one reward for each text, a whole prompt with its answer, see ``RemoteRewardRequest``."""
+        request = _checked(RemoteRewardRequest, query=texts, cache_salt=cache_salt, model=self._model)
+        answer = self._ask(RemoteRewardResponse, "POST", "/get_reward", request)
+        return [reward for reward in answer.rewards if reward is not None]
 
     def tokenize(
         self,

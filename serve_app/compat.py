@@ -106,6 +106,40 @@ RERANK: Mapping[str, Foreign] = {
 
 GENERATIVE: Mapping[str, Foreign] = {**EVERYWHERE, "truncate_prompt_tokens": Foreign("shorten the items")}
 
+_SWITCH = Foreign("send use_activation alone; activation and softmax are its older names")
+_REWARDS: Mapping[str, Foreign] = {
+    **EVERYWHERE,
+    "text": Foreign("send the texts as input"),
+    "truncate_prompt_tokens": Foreign("a text that is too long is an error; shorten it"),
+    "truncation_side": Foreign("a text that is too long is an error; shorten it"),
+    "padding": Foreign("padding would change nothing", ("do_not_pad",)),
+    "continue_final_message": Foreign("the conversation ends with its last message", (False,)),
+    "chat_template": Foreign("the model's own chat template is used"),
+    "chat_template_kwargs": Foreign("the chat template is used without reasoning", ({}, {"enable_thinking": False})),
+    "media_io_kwargs": Foreign("the models read text only", ({},)),
+}
+_ENCODINGS: Mapping[str, Foreign] = {
+    "dimensions": Foreign("every class has a value; leave it out"),
+    "embed_dtype": Foreign("values in base64 are float32", ("float32",)),
+    "endianness": Foreign("values in base64 are little-endian", ("native", "little")),
+}
+_OLDER: Mapping[str, Foreign] = dict.fromkeys(("use_activation", "activation", "softmax"), _SWITCH)
+
+CLASSIFY: Mapping[str, Foreign] = {**_REWARDS, **_OLDER}
+POOLING: Mapping[str, Foreign] = {
+    **_REWARDS,
+    **_OLDER,
+    **_ENCODINGS,
+    "task": Foreign("only the classes of whole texts are returned", ("classify",)),
+    "normalize": Foreign("classes are not normalised; send use_activation"),
+}
+EMBEDDINGS: Mapping[str, Foreign] = {
+    **_REWARDS,
+    **_ENCODINGS,
+    "normalize": Foreign("rewards are not normalised", (False,)),
+    "use_activation": Foreign("for probabilities use /classify"),
+}
+
 TOKENIZE: Mapping[str, Foreign] = {
     **EVERYWHERE,
     "return_token_strs": Foreign("they are always returned", None),
@@ -143,7 +177,7 @@ ROUTES: Mapping[str, str] = {
     "/completions/chat": f"{_GENERATES}/v1/completions",
     "/messages": f"{_GENERATES}/v1/completions",
     "/responses": f"{_GENERATES}/v1/completions",
-    "/embeddings": "this service makes no embeddings; rank texts with POST /v1/rerank",
+    "/embeddings": "this service makes no embeddings; rewards are at POST /v1/embeddings, and POST /v1/rerank ranks",
     "/embed": "this service makes no embeddings; rank texts with POST /v1/rerank",
 }
 """Routes of other services, without ``/v1``, and what to use instead."""

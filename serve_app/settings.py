@@ -38,6 +38,9 @@ _FIXED_LIMITS = {
 }
 """Limits that a running replica cannot change, and why."""
 
+REWARD_QUESTION = "Is the last answer correct, helpful and harmless?"
+"""What a causal model is asked if the settings do not say it. Rewards depend on every byte of it."""
+
 MOST_QUEUED_TOKENS = 4_000_000
 """The largest default of ``limits.max_queued_tokens``: 16 MB of token ids, and several times that with their arrays."""
 
@@ -148,6 +151,10 @@ class ModelSettings(_Frozen):
     """How a decision route's question becomes a prompt: the name of a file in ``serve_app/profiles``. None: chosen by
     the model's files and name (``profile_choice.py``); ``chat-v1``, or ``plain-v1`` for a model without a chat
     template, if these say nothing."""
+
+    reward_question: Annotated[str, Field(pattern=r"\S")] = REWARD_QUESTION
+    """What a causal model is asked about each text on the reward routes; the reward is the probability of yes. A
+    classifier has rewards of its own."""
 
     limits: Limits = Limits()
 

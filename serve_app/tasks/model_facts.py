@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from serve_app.contract import ModelInfo
 from serve_app.errors import InvalidRequestError
 from serve_app.profiles.profile import PLAIN, PROFILES, Profile
 from serve_app.schemas import Message
-from serve_app.settings import Limits, ModelSettings
+from serve_app.settings import REWARD_QUESTION, Limits, ModelSettings
 from serve_app.tasks.chat import ChatTemplate
+from serve_app.tasks.checkpoint_files import CheckpointFiles
 from serve_app.tasks.profile_choice import choose_profile
 from serve_app.tasks.template_choice import UNNAMED, Choice, choose
 from serve_app.tasks.tokenizer import Joined, TextTokenizer
@@ -40,6 +42,8 @@ class ModelFacts:
         profile: how the decision routes ask.
         profile_problem: why the model cannot answer so; None if it can.
         chat: the model's chat template; None if its files have none.
+        reward_question: what a causal model is asked on the reward routes.
+        config: what its ``config.json`` says; empty if that is not known.
     """
 
     name: str
@@ -50,6 +54,8 @@ class ModelFacts:
     profile: Profile = PROFILES[PLAIN]
     chat: ChatTemplate | None = None
     profile_problem: str | None = None
+    reward_question: str = REWARD_QUESTION
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @classmethod
     def of(
@@ -66,7 +72,18 @@ class ModelFacts:
         chat = ChatTemplate.load(tokenizer)
         asked = choose_profile(settings, tokenizer, chat, folder)
         template = choose(settings, folder)
-        return cls(settings.name, tokenizer, info, settings.limits, template, asked.profile, chat, asked.problem)
+        return cls(
+            settings.name,
+            tokenizer,
+            info,
+            settings.limits,
+            template,
+            asked.profile,
+            chat,
+            asked.problem,
+            settings.reward_question,
+            CheckpointFiles(settings.model, folder).config,
+        )
 
     @property
     def can_decide(self) -> bool:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from serve_app.tasks.classify import CLASSIFY
 from serve_app.tasks.completions import COMPLETIONS
 from serve_app.tasks.generative import GENERATIVE
 from serve_app.tasks.openai_decisions import OPENAI_DECISIONS
+from serve_app.tasks.pooling import EMBEDDINGS, POOLING
+from serve_app.tasks.remote_reward import REMOTE_REWARD
 from serve_app.tasks.rerank import RERANK
 from serve_app.tasks.score import SCORE
 from serve_app.tasks.systemone import SYSTEMONE
@@ -22,6 +25,10 @@ TASKS: Sequence[AnyTask] = (
     OPENAI_DECISIONS,
     COMPLETIONS,
     GENERATIVE,
+    CLASSIFY,
+    POOLING,
+    EMBEDDINGS,
+    REMOTE_REWARD,
     TOKENIZE,
     DETOKENIZE,
 )

@@ -178,7 +178,8 @@ class TestRoutes:
             ("/v1/models/", "did you mean GET /v1/models?"),
             ("/healthz", "did you mean GET /health?"),
             ("/score", "score labels with POST /v1/score, and pairs of texts with POST /v1/rerank"),
-            ("/v1/embeddings", "makes no embeddings"),
+            ("/embeddings", "rewards are at POST /v1/embeddings"),
+            ("/v1/embed", "makes no embeddings"),
             ("/nothing/like/it", "see /docs"),
         ],
     )

@@ -29,6 +29,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     "/v1/rerank": {"query": "the ", "documents": ["fox", {"text": "dog"}]},
     "/v1/completions": {"prompt": ["fox", "dog"], "max_tokens": 1, "logprobs": 1, "echo": True},
     "/generative_scoring": GOOD,
+    "/classify": {"input": ["the", "fox"], "use_activation": False},
+    "/pooling": {"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": "fox"}]},
+    "/v1/embeddings": {"input": "the fox", "encoding_format": "base64", "on_error": "item"},
+    "/get_reward": {"query": ["the", "fox"], "prompts": ["the", "fox"], "labels": ["fox", None]},
     "/v1/systemone": {
         "state": {"the": ["fox"]},
         "questions": {
@@ -95,7 +99,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "logprobs": st.integers(-1, 2) | anything,
     "echo": st.booleans() | anything,
     "state": anything,
-    "input": anything,
+    "input": st.text(max_size=20) | texts | id_lists | st.lists(id_lists, max_size=4) | anything,
     "questions": st.dictionaries(st.text(max_size=5), st.deferred(lambda: asked), max_size=3)
     | st.lists(st.deferred(lambda: asked), max_size=3)
     | anything,

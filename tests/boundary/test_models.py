@@ -30,6 +30,10 @@ ASKED: dict[str, dict[str, Any]] = {
     "/v2/rerank": {"query": "who is lazy?", "documents": ["the fox", "the dog"]},
     "/v1/completions": {"prompt": "the quick fox", "max_tokens": 1, "echo": True, "logprobs": 1},
     "/generative_scoring": {"query": "is it?", "items": ["a fox"], "label_token_ids": [5, 6], "request_id": "r"},
+    "/classify": {"input": ["the fox", "the dog"], "request_id": "r"},
+    "/pooling": {"input": ["the fox", "the dog"], "use_activation": False},
+    "/v1/embeddings": {"input": ["the fox", "the dog"]},
+    "/get_reward": {"query": ["the fox", "the dog"]},
     "/tokenize": {"prompt": "the quick fox"},
     "/detokenize": {"tokens": [0, 5, 260]},
 }

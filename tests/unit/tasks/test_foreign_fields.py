@@ -10,8 +10,11 @@ import pytest
 from serve_app.compat import EVERYWHERE, Foreign
 from serve_app.errors import InvalidRequestError
 from serve_app.schemas import DetokenizeRequest, RequestBody, ScoreRequest, TokenizeRequest, parse
+from serve_app.tasks.classify import ClassifyRequest
 from serve_app.tasks.completions import CompletionRequest
 from serve_app.tasks.generative import GenerativeScoringRequest
+from serve_app.tasks.pooling import EmbeddingsRequest, PoolingRequest
+from serve_app.tasks.remote_reward import RemoteRewardRequest
 from serve_app.tasks.rerank import RerankRequest
 from serve_app.tasks.tei import TeiRerankRequest
 
@@ -21,6 +24,10 @@ ASKED: dict[type[RequestBody], dict[str, Any]] = {
     TeiRerankRequest: {"query": "q", "texts": ["a"]},
     CompletionRequest: {"prompt": "a", "max_tokens": 1},
     GenerativeScoringRequest: {"query": "q", "items": ["a"], "label_token_ids": [1]},
+    ClassifyRequest: {"input": "a"},
+    PoolingRequest: {"input": "a"},
+    EmbeddingsRequest: {"input": "a"},
+    RemoteRewardRequest: {"query": ["a"]},
     TokenizeRequest: {"prompt": "a"},
     DetokenizeRequest: {"tokens": [1]},
 }
@@ -55,7 +62,7 @@ CASES = [(schema, name) for schema in ASKED for name in schema.foreign if name n
 @pytest.mark.parametrize(("schema", "name"), CASES, ids=lambda part: getattr(part, "__name__", part))
 def test_every_field_of_every_table(schema: type[RequestBody], name: str):
     field, plain = schema.foreign[name], taken(schema)
-    if name in ASKED[schema] or name == "instruction":
+    if name in ASKED[schema] or name in ("instruction", "activation", "softmax"):
         return  # a real field by another name
     for value in [None, *VALUES, *(field.neutral or ())]:
         if value is None or field.neutral is None or field.allows(value):
