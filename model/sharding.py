@@ -73,8 +73,13 @@ def mesh(data: int, model: int, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(np.array(devices).reshape(data, model), (DATA, MODEL))
 
 
-def tpu_mesh(chips: int) -> Mesh:
-    """All chips that this process was given, with a model split over them.
+def splits(chips: int, data: int | None = None) -> list[tuple[int, int]]:
+    """The (data, model) sizes of all meshes of so many chips, or of those with this ``data``, the largest first."""
+    return [(n, chips // n) for n in range(chips, 0, -1) if chips % n == 0 and data in (None, n)]
+
+
+def tpu_meshes(chips: int, data: int | None = None) -> list[Mesh]:
+    """The meshes of all chips that this process was given; see ``splits``.
 
     Raises:
         RuntimeError: jax finds no TPU.
@@ -84,7 +89,7 @@ def tpu_mesh(chips: int) -> Mesh:
         raise RuntimeError(
             f"the replica was given TPU chips and jax found only {found}; is score-serve[tpu] installed?"
         )
-    return mesh(data=1, model=chips)
+    return [mesh(*sizes) for sizes in splits(chips, data)]
 
 
 def init_distributed(coordinator: str, hosts: int, number: int) -> None:

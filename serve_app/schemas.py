@@ -363,6 +363,13 @@ class MemoryInfo(ResponseBody):
     free_bytes: int | None = None
 
 
+class MeshInfo(ResponseBody):
+    """The devices of a replica: ``data`` calls run at once, each on ``model`` devices over which the model is split."""
+
+    data: int
+    model: int
+
+
 class InfoResponse(ResponseBody):
     """Information about what is served, and how: ``GET /v1/info``.
 
@@ -373,6 +380,7 @@ class InfoResponse(ResponseBody):
             text part alone; an adapter merged onto its base; a context shorter than ``config.json`` says, and why; keys
             of it that ``trust_config`` skips.
         memory: None: there is no model (the fake engine).
+        mesh: None: a replica has one device.
     """
 
     model: str
@@ -391,6 +399,7 @@ class InfoResponse(ResponseBody):
     rerank_template: str | None = None
     limits: LimitsInfo
     memory: MemoryInfo | None = None
+    mesh: MeshInfo | None = None
     version: str
 
 
