@@ -111,7 +111,8 @@ def dot_flops(jaxpr: ClosedJaxpr | Jaxpr, *, trips: bool = True) -> float:
         if name == "pallas_call":
             continue
         if name == "ragged_dot_general":  # each row with one kernel
-            rows, kernels = (variable.aval for variable in equation.invars[:2])
+            rows: Any = equation.invars[0].aval
+            kernels: Any = equation.invars[1].aval
             total += 2.0 * math.prod(rows.shape) * kernels.shape[-1]
         if name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]

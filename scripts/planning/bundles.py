@@ -146,7 +146,7 @@ def _compile_product(product: Product) -> None:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
 
     rows, sizes = array(product.rows, product.into), array(product.groups, dtype=jnp.int32)
-    through = partial(lax.ragged_dot, preferred_element_type=jnp.float32)
+    through: Any = partial(lax.ragged_dot, preferred_element_type=jnp.float32)
     jax.jit(through).lower(rows, array(product.groups, product.into, product.out), sizes).compile()
 
 

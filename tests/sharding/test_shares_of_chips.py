@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -48,9 +49,9 @@ def _on_simulated_chips(monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ig
 
 
 def test_a_model_that_fits_a_chip_runs_on_each_and_scores_as_on_one(folder: Path) -> None:
-    one = engines._load_model(settings(folder, 1))  # pyright: ignore[reportPrivateUsage]
-    four = engines._load_model(settings(folder, 4))  # pyright: ignore[reportPrivateUsage]
-    split = engines._load_model(settings(folder, 4, data=2))  # pyright: ignore[reportPrivateUsage]
+    one: Any = engines._load_model(settings(folder, 1))  # pyright: ignore[reportPrivateUsage]
+    four: Any = engines._load_model(settings(folder, 4))  # pyright: ignore[reportPrivateUsage]
+    split: Any = engines._load_model(settings(folder, 4, data=2))  # pyright: ignore[reportPrivateUsage]
     assert (one.info.mesh, four.info.mesh, split.info.mesh) == (None, (4, 1), (2, 2))
     said = engines.memory_line(four.info)
     assert said is not None
