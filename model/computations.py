@@ -25,6 +25,7 @@ from model.config import ModelConfig
 from model.contract import PAGE_TOKENS
 from model.cpu import linear
 from model.families.registry import Abstract
+from model.layers import OfStack
 from model.logprobs import argmax, log_normalizer, target_logits
 from model.plan import Shape, reads_of
 from model.sharding import DATA, RULES
@@ -180,8 +181,8 @@ def segments(
     """The hidden states at the reads: all layers and the last norm, the last layer for the reads alone."""
     final = model.config.layers - 1
     x, angles = embed(model, ends, tokens, positions)
-    x = lax.fori_loop(0, final, lambda n, x: layer(model, _cut(layers, n), x, angles, context, n), x)
-    hidden = model.block(_cut(layers, final)).forward_reads(x, angles, context, final, reads)
+    x = lax.fori_loop(0, final, lambda n, x: layer(model, _cut(model, layers, n), x, angles, context, n), x)
+    hidden = model.block(_cut(model, layers, final)).forward_reads(x, angles, context, final, reads)
     return model.final_norm(ends, hidden)
 
 
@@ -196,11 +197,11 @@ def prefill(
 
     def step(number: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x, kept = carry
-        x, keys_values = keep(model, _cut(layers, number), x, angles, context, number)
+        x, keys_values = keep(model, _cut(model, layers, number), x, angles, context, number)
         return x, lax.dynamic_update_index_in_dim(kept, keys_values, number, 0)
 
     x, kept = lax.fori_loop(0, final, step, (x, empty))
-    return lax.dynamic_update_index_in_dim(kept, last(model, _cut(layers, final), x, angles), final, 0)
+    return lax.dynamic_update_index_in_dim(kept, last(model, _cut(model, layers, final), x, angles), final, 0)
 
 
 def write(pool: jax.Array, keys_values: KeysValues, spans: jax.Array, count: jax.Array) -> jax.Array:
@@ -248,9 +249,16 @@ def highest(model: Model, ends: State, hidden: jax.Array) -> tuple[jax.Array, ja
     return argmax(hidden, weights, model.config.logit_softcap, head.head_split())
 
 
-def _cut(layers: State, number: jax.Array | int) -> State:
+def _cut(model: Model, layers: State, number: jax.Array | int) -> State:
     """One layer's parameters from all layers' stacks."""
-    return jax.tree.map(lambda p: lax.dynamic_index_in_dim(p, number, keepdims=False), layers)
+
+    def cut(leaf: Any) -> Any:
+        if model.config.ragged and leaf.axes[0] == "experts":  # read where they lie
+            return leaf.replace(OfStack(leaf[...], number))
+        return leaf.replace(lax.dynamic_index_in_dim(leaf[...], number, keepdims=False))
+
+    flat: Any = nnx.to_flat_state(layers)
+    return nnx.from_flat_state([(path, cut(leaf)) for path, leaf in flat])
 
 
 class Argument(NamedTuple):

@@ -90,6 +90,7 @@ class ModelConfig:
         experts: 0: the MLP is one.
         experts_per_token: that a token goes through.
         norm_expert_weights: the weights of a token's experts are made to sum to 1.
+        ragged: experts multiply by ``lax.ragged_dot``, which TPUs have a kernel for.
         classes: of a sequence-classification head; 0: the model is causal.
         pad_token_id: classes are read at a prompt's last token that is another; None: at its last.
         shards: devices that every layer is split over; heads, key/value heads and F are one device's.
@@ -128,6 +129,7 @@ class ModelConfig:
     experts: int = 0
     experts_per_token: int = 0
     norm_expert_weights: bool = False
+    ragged: bool = False
     classes: int = 0
     pad_token_id: int | None = None
     shards: int = 1

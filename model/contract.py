@@ -153,6 +153,7 @@ class ModelInfo:
         tokens_per_s: tokens that a replica computes a second, measured at its start; 0.0: not measured.
         notes: what a user should know about how the model was loaded.
         memory: None: not planned.
+        mesh: calls that run at once, and the devices that the model is split over for each; None: it is on one device.
     """
 
     vocab_size: int
@@ -168,6 +169,7 @@ class ModelInfo:
     tokens_per_s: float = 0.0
     notes: tuple[str, ...] = ()
     memory: MemoryUse | None = None
+    mesh: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,38 @@ CLOCKS = {"TPU v5 lite": 1.5e9, "TPU v5": 1.75e9, "TPU v6 lite": 1.75e9}
 a cycle."""
 KERNEL = "fused_attention"
 """Name of the Pallas kernel, ``model.attention_tpu``."""
+EXPERTS_KERNEL = "ragged-dot-none"
+"""Name of libtpu's kernel for ``lax.ragged_dot``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """A product of rows that are sorted by expert with their expert's kernel, by libtpu's kernel.
+
+    It visits each tile of rows once for every expert that has a row in it, and multiplies the whole tile.
+
+    Attributes:
+        rows: (token, expert) pairs.
+        groups: experts of all layers in one stack; a layer's rows are of its own experts.
+        into, out: axes of an expert's kernel.
+        tile: rows, and parts of the two axes, that are multiplied at a time.
+    """
+
+    rows: int
+    groups: int
+    into: int
+    out: int
+    tile: tuple[int, int, int]
+
+    def visits(self, experts: float) -> float:
+        """Tiles that are multiplied where so many experts have rows, each beginning within a tile."""
+        rows, into, out = self.tile
+        return (-(-self.rows // rows) + experts - 1) * -(-self.into // into) * -(-self.out // out)
+
+    def bytes(self, experts: float) -> float:
+        """To and from HBM, in bfloat16 with float32 results: each expert's kernel once, the rows once a part of out."""
+        parts = -(-self.out // self.tile[2])
+        return 2 * experts * self.into * self.out + self.rows * (2 * parts * self.into + 4 * self.out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,24 +63,28 @@ class Cost:
         bytes: to and from HBM.
         collective_bytes: sent to other chips.
         cycles: that libtpu expects its operations to take, by the operation's name; the Pallas kernel's and those of
-            collectives are left out.
+            collectives and of experts' products are left out.
+        ragged: experts' products and how often each runs; their bytes are not counted, since they depend on how many
+            experts have rows.
     """
 
     flops: float = 0
     bytes: float = 0
     collective_bytes: float = 0
     cycles: Mapping[str, float] = field(default_factory=dict[str, float])
+    ragged: Mapping[Ragged, float] = field(default_factory=dict[Ragged, float])
 
     def __add__(self, other: "Cost") -> "Cost":
-        cycles = Counter(self.cycles)
+        cycles, ragged = Counter(self.cycles), Counter(self.ragged)
         cycles.update(other.cycles)
-        return Cost(
-            self.flops + other.flops, self.bytes + other.bytes, self.collective_bytes + other.collective_bytes, cycles
-        )
+        ragged.update(other.ragged)
+        collective = self.collective_bytes + other.collective_bytes
+        return Cost(self.flops + other.flops, self.bytes + other.bytes, collective, cycles, ragged)
 
     def __mul__(self, count: float) -> "Cost":
         cycles = {name: cycles * count for name, cycles in self.cycles.items()}
-        return Cost(self.flops * count, self.bytes * count, self.collective_bytes * count, cycles)
+        ragged = {product: times * count for product, times in self.ragged.items()}
+        return Cost(self.flops * count, self.bytes * count, self.collective_bytes * count, cycles, ragged)
 
 
 def program_cost(traced: Any, compiled: Any, *, trips: int) -> tuple[Cost, int]:
@@ -77,6 +113,10 @@ def dot_flops(jaxpr: ClosedJaxpr | Jaxpr, *, trips: bool = True) -> float:
         name = equation.primitive.name
         if name == "pallas_call":
             continue
+        if name == "ragged_dot_general":  # each row with one kernel
+            rows: Any = equation.invars[0].aval
+            kernels: Any = equation.invars[1].aval
+            total += 2.0 * math.prod(rows.shape) * kernels.shape[-1]
         if name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             left: Any = equation.invars[0].aval
@@ -130,7 +170,7 @@ def hlo_cost(hlo: str, *, trips: int) -> tuple[Cost, int]:
     entry = re.search(r"^ENTRY %?([\w.\-]+)", hlo, re.MULTILINE)
     assert entry, "the text of a compiled program has an entry"
     moved = collective = 0.0
-    cycles = Counter[str]()
+    cycles, ragged = Counter[str](), Counter[Ragged]()
     kernels = 0
     pending = [(entry[1], 1)]
     while pending:
@@ -142,6 +182,9 @@ def hlo_cost(hlo: str, *, trips: int) -> tuple[Cost, int]:
                 pending.append((op.calls, times * trips))
             elif op.kind == "custom-call" and KERNEL in op.name:
                 kernels += times
+            elif op.kind == "custom-call" and op.name.startswith(EXPERTS_KERNEL):
+                ragged[_ragged(op)] += times
+                continue
             elif op.kind.removesuffix("-start") in _COLLECTIVES:
                 taken = sum(ops[operand].results[0].bytes for operand in op.operands if operand in ops)
                 collective += times * taken * _sent(op)
@@ -150,7 +193,17 @@ def hlo_cost(hlo: str, *, trips: int) -> tuple[Cost, int]:
             expected = re.search(r'"estimated_cycles":"(\d+)"', op.text)
             if expected and op.kind.removesuffix("-start").removesuffix("-done") not in _COLLECTIVES:
                 cycles[_title(op)] += times * int(expected[1])
-    return Cost(0, moved, collective, cycles), kernels
+    return Cost(0, moved, collective, cycles, ragged), kernels
+
+
+def _ragged(op: _Op) -> Ragged:
+    """An experts' product, by the shapes of its two operands and the tiles that libtpu has chosen."""
+    shapes = re.search(r"\[(\d+),\d+\]\{[\d,]*\}, \w+\[(\d+),(\d+),(\d+)\]\{[\d,]*\}\}", op.text)
+    tile = re.search(r'ragged_dot_tiling="(\d+),(\d+),(\d+)"', op.text)
+    assert shapes, f"no shapes of the operands in {op.text[:500]}"
+    assert tile, f"no tiles in {op.text[:500]}"
+    rows, groups, into, out = map(int, shapes.groups())
+    return Ragged(rows, groups, into, out, (int(tile[1]), int(tile[2]), int(tile[3])))
 
 
 def _title(op: _Op) -> str:

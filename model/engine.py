@@ -21,6 +21,7 @@ from model.contract import PAGE_TOKENS, TOKEN_BITS, BatchResult, EngineStats, Me
 from model.pages import CacheStats, Node, OutOfPagesError, PrefixCache, SeenPrefixes
 from model.prefill import PinnedPrefix
 from model.programs import Inputs, Prefixes, Programs
+from model.sharding import DATA, MODEL
 
 
 class Engine:
@@ -41,6 +42,7 @@ class Engine:
 
     @property
     def info(self) -> ModelInfo:
+        mesh = self._programs.model.mesh
         return ModelInfo(
             vocab_size=self._config.vocab_size,
             max_prompt_tokens=self._layout.longest,
@@ -54,6 +56,7 @@ class Engine:
             pad_token_id=self._config.pad_token_id,
             notes=self._config.notes,
             memory=self._memory,
+            mesh=None if mesh is None or mesh.size == 1 else (mesh.shape[DATA], mesh.shape[MODEL]),
         )
 
     @property

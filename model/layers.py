@@ -6,6 +6,7 @@ weights' dtype and their results are float32.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,18 @@ class Linear(nnx.Module):
 
     def biased(self, y: Float[Array, "M features_out"]) -> Float[Array, "M features_out"]:
         return y if self.bias is None else y + self.bias[...].astype(jnp.float32)[None, :]
+
+
+@dataclass(frozen=True, slots=True)
+class OfStack:
+    """One layer's parameter that is not cut out of the stack of all layers', for what can read it there.
+
+    Attributes:
+        number: the layer's.
+    """
+
+    stack: Float[Array, "layers ..."]
+    number: Int[Array, ""] | int
 
 
 def each(linears: Sequence[Linear], x: Float[Array, "M features_in"]) -> Sequence[Float[Array, "M features_out"]]:

@@ -102,6 +102,7 @@ def prepare(
     max_prompt_tokens: int | None = None,
     compiled_folder: Path | None = None,
     quantization: Quantization | None = None,
+    ragged: bool | None = None,
     mesh: Mesh | None = None,
     trust_config: Sequence[str] = (),
     room: Room | None = None,
@@ -117,6 +118,7 @@ def prepare(
         max_prompt_tokens: the longest sequence; None: the model's context, or what fits into ``room``.
         compiled_folder: keeps the CPU's kernels for the next start.
         quantization: of the kernels of attention and MLP, applied while they are read.
+        ragged: how experts multiply, see ``model.config``; None: so on TPU.
         mesh: devices to spread the model over, see ``model.sharding``; None: the first device.
         trust_config: keys of ``config.json`` that change nothing, as the user says.
         room: the memory that it may take; None: any.
@@ -143,8 +145,9 @@ def prepare(
         native = native and config.width % 2 == 0
         packed = native and kernels.bfloat16 and config.ff_width % 2 == 0
     packed = packed and not quantization
+    ragged = platform == "tpu" if ragged is None else ragged
     return choose(
-        replace(config, int8=quantization == "int8", native=native, packed=packed),
+        replace(config, int8=quantization == "int8", native=native, packed=packed, ragged=ragged),
         dtype=dtype,
         implementation=implementation,
         by_layer=platform == "cpu" if by_layer is None else by_layer,
@@ -226,7 +229,7 @@ def without_weights(
         MemoryNeededError: it does not fit into ``room``.
     """
     model = choose(
-        config,
+        replace(config, ragged=implementation == "fused"),
         dtype=dtype,
         implementation=implementation,
         by_layer=False,

@@ -1,8 +1,8 @@
 """How much memory an engine takes, and which context and how many pages fit into what is free."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -12,7 +12,11 @@ from jax.sharding import Mesh
 from model.config import ModelConfig
 from model.contract import PAGE_TOKENS, MemoryUse
 from model.families.registry import Abstract
+from model.fields import ConfigError
 from model.sizes import Layout
+
+Fitted = TypeVar("Fitted")
+Over = TypeVar("Over", bound=Mesh | None)
 
 GB = 1e9
 SHARE = 0.5
@@ -67,6 +71,28 @@ class Weighed:
 
 class MemoryNeededError(ValueError):
     """A model does not fit into the free memory: the message has what it needs at least, and what to set."""
+
+
+def roomiest(meshes: Sequence[Over], fitted: Callable[[Over], Fitted], longest: Callable[[Fitted], int]) -> Fitted:
+    """What fits on the mesh that leaves room for the longest context; of several, on the first.
+
+    Args:
+        fitted: makes it for a mesh.
+        longest: its context.
+
+    Raises:
+        MemoryNeededError, ConfigError: it fits on none.
+    """
+    found: list[Fitted] = []
+    refused: list[MemoryNeededError | ConfigError] = []
+    for over in meshes:
+        try:
+            found.append(fitted(over))
+        except (MemoryNeededError, ConfigError) as error:
+            refused.append(error)
+    if not found:
+        raise next((error for error in reversed(refused) if isinstance(error, MemoryNeededError)), refused[-1])
+    return max(found, key=longest)
 
 
 def on_host() -> bool:

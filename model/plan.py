@@ -9,7 +9,7 @@ attention looks at each segment by itself there are no bins: segments follow eac
 import bisect
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -184,11 +184,15 @@ def _longest_within(segments: Sequence[Segment], tokens: int, reads: int) -> int
 
 
 def batch_calls(calls: Sequence[Call], at_once: int) -> Iterator[list[Call]]:
-    """Calls of one shape, up to ``at_once`` that follow each other."""
-    for _, alike in itertools.groupby(calls, lambda call: call.shape):
-        same = list(alike)
+    """Up to ``at_once`` calls of one width that follow each other, all in the shape of the largest: each runs on
+    devices of its own, and those of a smaller one would wait."""
+    if at_once == 1:
+        yield from ([call] for call in calls)
+        return
+    for _, alike in itertools.groupby(calls, lambda call: call.shape.width):
+        same = sorted(alike, key=lambda call: -call.shape.tokens)
         for at in range(0, len(same), at_once):
-            yield same[at : at + at_once]
+            yield [replace(call, shape=same[at].shape) for call in same[at : at + at_once]]
 
 
 def share(sequences: Sequence[Tokens], limits: Sequence[int], *, min_saving: int) -> list[tuple[int, int, list[int]]]:

@@ -25,6 +25,9 @@ from model.fields import ConfigError
 
 DATA, MODEL = "data", "model"
 
+LANES = 128
+"""Width of a TPU's rows: the last axis of an array takes whole ones."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rules:
@@ -71,8 +74,13 @@ def mesh(data: int, model: int, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(np.array(devices).reshape(data, model), (DATA, MODEL))
 
 
-def tpu_mesh(chips: int) -> Mesh:
-    """All chips that this process was given, with a model split over them.
+def splits(chips: int, data: int | None = None) -> list[tuple[int, int]]:
+    """The (data, model) sizes of all meshes of so many chips, or of those with this ``data``, the largest first."""
+    return [(n, chips // n) for n in range(chips, 0, -1) if chips % n == 0 and data in (None, n)]
+
+
+def tpu_meshes(chips: int, data: int | None = None) -> list[Mesh]:
+    """The meshes of all chips that this process was given; see ``splits``.
 
     Raises:
         RuntimeError: jax finds no TPU, or libtpu cannot use it.
@@ -85,7 +93,7 @@ def tpu_mesh(chips: int) -> Mesh:
         raise RuntimeError(f"the replica was given TPU chips and jax cannot use them: {error}; {remedy}") from error
     if found != "tpu":
         raise RuntimeError(f"the replica was given TPU chips and jax found only {found}; {remedy}")
-    return mesh(data=1, model=chips)
+    return [mesh(*sizes) for sizes in splits(chips, data)]
 
 
 def init_distributed(coordinator: str, hosts: int, number: int) -> None:
@@ -102,7 +110,9 @@ def init_distributed(coordinator: str, hosts: int, number: int) -> None:
 def divided(config: ModelConfig, shards: int) -> ModelConfig:
     """What one of ``shards`` devices computes of each layer.
 
-    With fewer key/value heads than devices each device has one, the one that its queries attend to.
+    With fewer key/value heads than devices each device has one, the one that its queries attend to. Experts that
+    multiply by ``lax.ragged_dot`` have whole rows of a TPU's arrays on each device: else the compiler would store them
+    the other way, and turn all of them in every call.
 
     Raises:
         ConfigError: the heads or the MLP's channels cannot be divided so.
@@ -110,6 +120,10 @@ def divided(config: ModelConfig, shards: int) -> ModelConfig:
     if shards == 1:
         return config
     sizes = {"attention heads": config.heads, "MLP channels": config.ff_width}
+    ff_width = config.ff_width // shards
+    if config.ragged:  # as a TPU holds arrays; the last devices have fewer channels and zeros
+        del sizes["MLP channels"]
+        ff_width = -(-config.ff_width // shards // LANES) * LANES
     for name, size in sizes.items():
         if size % shards:
             fitting = [n for n in range(2, shards) if not any(size % n for size in sizes.values())]
@@ -126,7 +140,7 @@ def divided(config: ModelConfig, shards: int) -> ModelConfig:
         config,
         heads=config.heads // shards,
         kv_heads=max(1, config.kv_heads // shards),
-        ff_width=config.ff_width // shards,
+        ff_width=ff_width,
         shards=shards,
     )
 
@@ -178,8 +192,8 @@ def place(tensor: Tensor, axes: Sequence[str | None], part: Sequence[int], dtype
 
     Args:
         axes: the parameter's.
-        part: shape of what one device holds. Where the parts are together more than the tensor, vocabulary rows are
-            padded with zeros, and key/value heads repeated.
+        part: shape of what one device holds. Where the parts are together more than the tensor, vocabulary rows and
+            experts' channels are padded with zeros, and key/value heads repeated.
     """
     spec = RULES.spec(*axes)
     shape = whole_shape(part, spec, over)
@@ -195,6 +209,8 @@ def place(tensor: Tensor, axes: Sequence[str | None], part: Sequence[int], dtype
             end = min(stop, size)
             source.append(slice(min(start, size), end))
             padding.append((0, stop - start - (source[-1].stop - source[-1].start)))
+        if any(each.start == each.stop for each in source):
+            return np.zeros([piece.stop - piece.start for piece in source] + np.array(padding)[:, 1], dtype)
         values = tensor[tuple(source)]
         return np.pad(values, padding).astype(dtype) if any(after for _, after in padding) else values.astype(dtype)
 

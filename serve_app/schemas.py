@@ -413,6 +413,13 @@ class MemoryInfo(ResponseBody):
     free_bytes: int | None = None
 
 
+class MeshInfo(ResponseBody):
+    """The devices of a replica: ``data`` calls run at once, each on ``model`` devices over which the model is split."""
+
+    data: int
+    model: int
+
+
 class InfoResponse(ResponseBody):
     """Information about what is served, and how: ``GET /v1/info``.
 
@@ -437,6 +444,7 @@ class InfoResponse(ResponseBody):
         buckets: the shapes of the compiled programs.
         limits: the limits of a request.
         version: this software's version.
+        mesh: None: a replica has one device.
     """
 
     model: str
@@ -456,6 +464,7 @@ class InfoResponse(ResponseBody):
     rerank_template: str | None = None
     limits: LimitsInfo
     memory: MemoryInfo | None = None
+    mesh: MeshInfo | None = None
     version: str
 
 

@@ -330,7 +330,8 @@ class ServiceSettings(_Frozen):
         for each in self.models:
             if each.tpu:
                 replicas = each.most_replicas if most else each.scorer_replicas
-                wanted[each.tpu] = wanted.get(each.tpu, 0) + replicas
+                chips = each.tpu.model_copy(update={"data": None})
+                wanted[chips] = wanted.get(chips, 0) + replicas
         return wanted
 
 

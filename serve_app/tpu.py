@@ -52,6 +52,9 @@ class Tpu(BaseModel):
     """Topology of the slice, as in GKE: ``2x2`` and ``2x4`` are one host, ``4x4`` is four."""
     chips: int = 1
     """Chips per scorer. In a slice with several hosts it is all of them."""
+    data: int | None = None
+    """Calls that a scorer runs at once, each on an equal share of its chips with the whole model split over the share.
+    None: as many as leave each share room for the model with its whole context."""
 
     @model_validator(mode="before")
     @classmethod
@@ -63,6 +66,16 @@ class Tpu(BaseModel):
         if topology in SLICES.get(str(fields.get("chip")), ()):
             return {"chips": _chips(topology), **fields}
         return fields
+
+    @model_validator(mode="after")
+    def _equal_shares(self) -> Tpu:
+        if self.data is not None and (self.data < 1 or self.chips % self.data):
+            fitting = [str(n) for n in range(1, self.chips + 1) if self.chips % n == 0]
+            raise ValueError(
+                f"a replica's {self.chips} chips cannot be divided among {self.data} calls at once; "
+                f"data can be {' or '.join(fitting)}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _exists(self) -> Tpu:

@@ -4,6 +4,7 @@ Source: transformers' ``modeling_qwen3_moe``.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,13 @@ from model.config import ModelConfig, common_config, with_window
 from model.families.llama import NORMS
 from model.families.qwen2 import within_chunk
 from model.fields import IGNORED, NEUTRAL, ConfigError, Fields
-from model.layers import Linear, activate, summed
+from model.layers import Linear, OfStack, activate, summed
 from model.sharding import MODEL
 
 BLOCK_ROWS = 32
-"""Tokens that an expert takes at a time. As all blocks have this size, a token's result has the same bits however many
-others chose its expert. Fewer rows would read an expert's weights more often, more would hold more padding."""
+"""Tokens that an expert takes at a time on a CPU. As all blocks have this size, a token's result has the same bits
+however many others chose its expert. Fewer rows would read an expert's weights more often, more would hold more
+padding."""
 
 
 def parse(fields: Fields) -> ModelConfig:
@@ -72,19 +74,46 @@ class Experts(nnx.Module):
     def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
         tokens, per_token = x.shape[0], self.config.experts_per_token
         shares, chosen = self._in_blocks(x) if self.config.native else self._chosen(x)
-        places, experts, used = _blocks(chosen.reshape(-1), self.config.experts)
+        through = self._sorted if self.config.ragged else self._block_by_block
+        results = through(x, chosen.reshape(-1)).reshape(tokens, per_token, -1)
+        mixed = jnp.sum(results * shares[..., None], axis=1)
+        # Each device holds some of every expert's channels: as with an MLP, one sum over the devices.
+        return mixed if self.config.shards == 1 else summed(mixed, MODEL, self.router.dtype)
+
+    def _sorted(self, x: Float[Array, "M D"], chosen: Int[Array, " pairs"]) -> Float[Array, "pairs D"]:
+        """Every (token, expert) pair's result, of products over all pairs in the order of the experts.
+
+        A row of a product depends on its own token and expert alone: libtpu's kernel multiplies a tile of rows by one
+        expert's kernel at a time, and keeps that expert's rows. The kernels are those of all layers' experts where they
+        are stacked, and the other layers' are chosen by no pair: to cut a layer's out would copy them.
+        """
+        dtype, per_token = self.router.dtype, self.config.experts_per_token
+        order = jnp.argsort(chosen)
+        counts = jnp.sum(chosen[:, None] == jnp.arange(self.config.experts)[None], axis=0, dtype=jnp.int32)
+
+        def times(x: Float[Array, "pairs into"], kernels: nnx.Param[Any]) -> Float[Array, "pairs out"]:
+            stored = kernels.get_value()
+            of = stored if isinstance(stored, OfStack) else OfStack(stored[None], 0)
+            stack = of.stack.reshape(-1, *of.stack.shape[2:])
+            sizes = lax.dynamic_update_slice(jnp.zeros(len(stack), jnp.int32), counts, (of.number * len(counts),))
+            return lax.ragged_dot(x.astype(dtype), stack, sizes, preferred_element_type=jnp.float32)
+
+        pairs = x.astype(dtype)[order // per_token]
+        hidden = activate(times(pairs, self.gate), self.config.activation) * times(pairs, self.up)
+        return times(hidden, self.down)[jnp.argsort(order)]
+
+    def _block_by_block(self, x: Float[Array, "M D"], chosen: Int[Array, " pairs"]) -> Float[Array, "pairs D"]:
+        """The same in blocks of one size, which keeps a token's bits on a CPU."""
+        places, experts, used = _blocks(chosen, self.config.experts)
         pairs = jnp.zeros((experts.size * BLOCK_ROWS, x.shape[1]), x.dtype)
-        pairs = pairs.at[places].set(jnp.repeat(x, per_token, axis=0))
+        pairs = pairs.at[places].set(jnp.repeat(x, self.config.experts_per_token, axis=0))
 
         def through(block: Int[Array, ""], pairs: Float[Array, "rows D"]) -> Float[Array, "rows D"]:
             start = block * BLOCK_ROWS
             rows = lax.dynamic_slice_in_dim(pairs, start, BLOCK_ROWS)
             return lax.dynamic_update_slice_in_dim(pairs, self._expert(rows, experts[block]), start, axis=0)
 
-        results = lax.fori_loop(0, used, through, pairs)[places].reshape(tokens, per_token, -1)
-        mixed = jnp.sum(results * shares[..., None], axis=1)
-        # Each device holds some of every expert's channels: as with an MLP, one sum over the devices.
-        return mixed if self.config.shards == 1 else summed(mixed, MODEL, self.router.dtype)
+        return lax.fori_loop(0, used, through, pairs)[places]
 
     def _chosen(self, x: Float[Array, "M D"]) -> tuple[Float[Array, "M chosen"], Int[Array, "M chosen"]]:
         """The shares and the numbers of each token's experts."""

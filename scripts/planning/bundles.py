@@ -1,4 +1,4 @@
-"""Counts the bundles of the attention kernel's loops. libtpu gives no cycles of a Pallas kernel, but its program.
+"""Counts the bundles of the loops of attention and of experts. libtpu gives no cycles of a kernel, but its program.
 
 A bundle is one instruction of the chip's core and takes a cycle at least: a loop's bundles times its runs are a lower
 bound of its time. libtpu writes a kernel's final program into a folder if its flags ask for it when it is loaded, so
@@ -15,11 +15,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import SingleDeviceSharding
 
 from model import attention_tpu
@@ -50,6 +52,17 @@ class Kernel:
     softcap: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class Product:
+    """An experts' product, see ``model.cost.Ragged``."""
+
+    chip: str
+    rows: int
+    groups: int
+    into: int
+    out: int
+
+
 @cache
 def fold_bundles(kernel: Kernel) -> attention_tpu.Folds:
     """Bundles of one run of each of the kernel's loops, in bfloat16.
@@ -57,20 +70,39 @@ def fold_bundles(kernel: Kernel) -> attention_tpu.Folds:
     Raises:
         RuntimeError: the kernel does not compile, or its program has not three such loops.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        flags = ("--xla_jf_dump_llo_text=true", "--xla_jf_dump_llo_pass_label_regex=final_bundles")
-        environment = os.environ | {"LIBTPU_INIT_ARGS": " ".join((f"--xla_jf_dump_to={folder}", *flags))}
-        command = [sys.executable, "-m", "scripts.planning.bundles", json.dumps(asdict(kernel))]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"the attention kernel does not compile for {kernel}:\n{done.stderr[-2000:]}")
-        (file,) = (
-            each for each in Path(folder).glob("*fused_attention*final_bundles.txt") if "schedule" not in each.name
-        )
-        found = list(loops(file.read_text()))
+    found = list(loops(_program("fused_attention", kernel)))
     if len(found) != len(attention_tpu.Folds._fields):
         raise RuntimeError(f"the kernel's program for {kernel} has folds of {found} bundles; expected are three")
     return attention_tpu.Folds(*found)  # in the order of the kernel's text
+
+
+@cache
+def visit_bundles(product: Product) -> int:
+    """Bundles of one step of the kernel's loop: a tile of rows through a part of one expert's kernel, in bfloat16.
+
+    Raises:
+        RuntimeError: it does not compile.
+    """
+    return sum(1 for line in _program("ragged-dot-none", product).splitlines() if _depth(line) > 0)
+
+
+def _depth(line: str) -> int:
+    """How many loops a line of a kernel's program is in."""
+    found = _LINE.match(line)
+    return len(found[2]) if found else 0
+
+
+def _program(name: str, kernel: Kernel | Product) -> str:
+    """The final program of the kernel with this name."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ("--xla_jf_dump_llo_text=true", "--xla_jf_dump_llo_pass_label_regex=final_bundles")
+        environment = os.environ | {"LIBTPU_INIT_ARGS": " ".join((f"--xla_jf_dump_to={folder}", *flags))}
+        command = [sys.executable, "-m", "scripts.planning.bundles", type(kernel).__name__, json.dumps(asdict(kernel))]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"the kernel {name} does not compile for {kernel}:\n{done.stderr[-2000:]}")
+        (file,) = (each for each in Path(folder).glob(f"*{name}*final_bundles.txt") if "schedule" not in each.name)
+        return file.read_text()
 
 
 def loops(program: str) -> Iterator[int]:
@@ -107,5 +139,20 @@ def _compile(kernel: Kernel) -> None:
     jax.jit(attention).lower(*heads, *places, pool, array((9,)), array(()), array(()), window=window).compile()
 
 
+def _compile_product(product: Product) -> None:
+    here = SingleDeviceSharding(devices(product.chip, "1x1")[0])
+
+    def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+
+    rows, sizes = array(product.rows, product.into), array(product.groups, dtype=jnp.int32)
+    through: Any = partial(lax.ragged_dot, preferred_element_type=jnp.float32)
+    jax.jit(through).lower(rows, array(product.groups, product.into, product.out), sizes).compile()
+
+
 if __name__ == "__main__":
-    _compile(Kernel(**json.loads(sys.argv[1])))
+    _, kind, told = sys.argv
+    if kind == Kernel.__name__:
+        _compile(Kernel(**json.loads(told)))
+    else:
+        _compile_product(Product(**json.loads(told)))

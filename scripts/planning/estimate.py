@@ -20,15 +20,15 @@ import numpy as np
 from model import attention_tpu, decoder, plan
 from model.computations import Kind
 from model.config import ModelConfig
-from model.cost import Cost, program_cost
+from model.cost import Cost, Ragged, program_cost
 from model.loading import without_weights
-from model.memory import MemoryNeededError, Room
+from model.memory import MemoryNeededError, Room, roomiest
 from model.pages import PrefixCache
 from model.programs import Programs
-from model.sharding import mesh
+from model.sharding import mesh, splits
 from model.sizes import BY_PLATFORM, Layout
 from scripts.benchmarks.work import Request, Sizes, Variant, floor_flops
-from scripts.planning.bundles import Kernel, fold_bundles
+from scripts.planning.bundles import Kernel, Product, fold_bundles, visit_bundles
 from scripts.planning.chips import CHIPS, HOST_BANDWIDTH, RINGS, devices
 from scripts.planning.host import host_cost
 
@@ -66,11 +66,14 @@ class LaunchCost(NamedTuple):
 
     Attributes:
         bundles: of the attention kernel's loops.
+        experts, experts_worst: seconds of the experts' products, see ``experts_seconds``.
         memory: beyond the program's arguments, in bytes.
     """
 
     cost: Cost
     bundles: float
+    experts: float
+    experts_worst: float
     memory: int
 
 
@@ -79,6 +82,7 @@ class Estimate:
     """The estimate of one request on one topology; figures are one chip's unless they say otherwise.
 
     Attributes:
+        data: calls that run at once, each on an equal share of the chips.
         missing_bytes: how much memory is lacking; 0 if it fits. If weights and prefix cache alone do not fit,
             nothing is compiled, and the attributes from ``cost`` on are None.
         roofline_seconds: the sum over launches of the larger of FLOPs / peak and bytes / bandwidth, plus the time of
@@ -88,6 +92,7 @@ class Estimate:
     """
 
     chips: int
+    data: int
     bytes_per_chip: dict[str, int]
     missing_bytes: int
     floor_seconds: float
@@ -105,6 +110,8 @@ class Expected:
     Attributes:
         operations: of XLA's operations, by libtpu's model of their cycles, and of the collectives.
         attention: of the kernel's loops, a cycle for each bundle of its program: it waits for nothing.
+        experts: of libtpu's kernel for the products of experts, where tokens choose them at random.
+        experts_worst: the same where they are chosen so that it takes longest.
         transfers: between host and chips, at ``HOST_BANDWIDTH``.
         host: of this machine's processor, see ``host.HostCost``.
         dearest: operations that take longest, and their seconds.
@@ -112,6 +119,8 @@ class Expected:
 
     operations: float
     attention: float
+    experts: float
+    experts_worst: float
     transfers: float
     host: float
     dearest: Sequence[tuple[str, float]]
@@ -119,11 +128,15 @@ class Expected:
     @property
     def total(self) -> float:
         """All of it, one after the other."""
-        return self.operations + self.attention + self.transfers + self.host
+        return self.operations + self.attention + self.experts + self.transfers + self.host
 
 
-def launches(config: ModelConfig, laid: Layout, request: Request) -> Counter[Launch]:
-    """The programs that the engine would launch for a request, by its own planner."""
+def launches(config: ModelConfig, laid: Layout, request: Request, at_once: int = 1) -> Counter[Launch]:
+    """The programs that the engine would launch for a request, by its own planner.
+
+    Args:
+        at_once: calls of one launch.
+    """
     sequences = [np.array(prompt, np.int32) for prompt in request.prompts]
     reads = [[len(prompt) - 1] for prompt in sequences]
     pages, found = PrefixCache(laid.pool.shape[0]), Counter[Launch]()
@@ -135,8 +148,8 @@ def launches(config: ModelConfig, laid: Layout, request: Request) -> Counter[Lau
             found[Launch(Kind.PREFILL, size, cached)] += 1
             found[Launch(Kind.WRITE, size, 0)] += 1
             cached += size
-        for call in plan.pack_bins(group.segments, laid.ladder):
-            found[Launch(Kind.SEGMENTS, call.shape, group.prefix_length)] += 1
+        for calls in plan.batch_calls(plan.pack_bins(group.segments, laid.ladder), at_once):
+            found[Launch(Kind.SEGMENTS, calls[0].shape, group.prefix_length)] += 1
     reads_of_head = [(Kind.TARGETS, len(sequences) * (config.classes or 2), laid.sizes.target_sizes)]
     if not config.classes:
         reads_of_head.append((Kind.NORMALIZER, len(sequences), laid.sizes.head_sizes))
@@ -154,7 +167,7 @@ def floor_sizes(config: ModelConfig) -> Sizes:
         heads=config.heads,
         kv_heads=config.kv_heads,
         head_width=config.head_width,
-        ff_width=config.ff_width,
+        ff_width=config.ff_width * max(1, config.experts_per_token),
         vocab=config.classes or config.vocab_size,
         windows=decoder.windows(config) or (),
     )
@@ -179,7 +192,31 @@ def launch_cost(programs: Programs, config: ModelConfig, laid: Layout, launch: L
         for window in windows:
             folds = attention_tpu.folds(tokens, width, page, launch.prefix_length, window)
             bundles += kv_heads * sum(count * each for count, each in zip(folds, of_one, strict=True))
-    return LaunchCost(cost, bundles / CHIPS[chip].cores, memory)
+    expected, worst = 0.0, 0.0
+    if cost.ragged:
+        for product, count in cost.ragged.items():
+            chosen = used_experts(config, product.rows // config.experts_per_token)
+            expected += count * experts_seconds(product, chip, chosen)
+            worst += count * experts_seconds(product, chip, min(config.experts, product.rows))
+            cost += Cost(bytes=count * product.bytes(chosen))
+    return LaunchCost(cost, bundles / CHIPS[chip].cores, expected, worst, memory)
+
+
+def used_experts(config: ModelConfig, tokens: int) -> float:
+    """How many of a layer's experts so many tokens choose, each at random."""
+    return config.experts * (1 - (1 - config.experts_per_token / config.experts) ** tokens)
+
+
+def experts_seconds(product: Ragged, chip: str, experts: float) -> float:
+    """The time of a product in which so many experts have rows: that of its instructions, or of reading the kernels.
+
+    Balance hardly matters, since a tile in which rows of two experts meet is multiplied for both: the worst is that all
+    experts have rows.
+    """
+    bundles = visit_bundles(Product(chip, product.rows, product.groups, product.into, product.out))
+    peaks = CHIPS[chip]
+    cycles = bundles * product.visits(experts) / peaks.cores
+    return max(cycles / peaks.clock, product.bytes(experts) / peaks.bandwidth)
 
 
 @cache
@@ -201,50 +238,52 @@ def estimate(
     topology: str,
     workload: Workload,
     *,
+    data: int | None = None,
     prefix_cache_bytes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Estimate:
     """Compile what the workload needs for a topology, several programs at a time, and sum it up.
 
     Args:
+        data: calls at once, each on an equal share of the chips; None: the engine's choice, by memory.
         progress: called with the number of programs compiled so far, and of all.
         prefix_cache_bytes: None: the engine's default, see ``model.memory``.
 
     Raises:
-        ValueError: see ``devices``; prompts longer than the model's context; a mixture of experts, which is not
-            supported; more chips than the model can be divided among; a program that the chip's compiler refuses.
+        ValueError: see ``devices``; prompts longer than the model's context; chips that ``data`` does not divide, or
+            among which the model cannot be divided; a program that the chip's compiler refuses.
     """
     longest = workload.query_tokens + workload.item_tokens
     if longest > config.context_length:
         raise ValueError(f"the prompts have {longest:,} tokens; this model reads at most {config.context_length:,}")
-    if config.experts:
-        raise ValueError(
-            f"{config.architecture}: plans of mixtures of experts are not supported; the work of such a model depends "
-            "on which experts its tokens choose, and the compiled program does not tell"
-        )
     peaks, here = CHIPS[chip], devices(chip, topology)
-    slice_ = mesh(data=1, model=len(here), devices=here)
+    meshes = [mesh(*sizes, here) for sizes in splits(len(here), data)]
+    if not meshes:
+        raise ValueError(
+            f"{len(here)} chips cannot be divided among {data} calls at once; use a divisor of {len(here)}"
+        )
     lay_out = partial(
         without_weights,
         config,
-        slice_,
-        BY_PLATFORM["tpu"],
+        sizes=BY_PLATFORM["tpu"],
         max_prompt_tokens=longest,
         cache_bytes=prefix_cache_bytes,
     )
+    room = Room(int(peaks.hbm_bytes), "each chip", on_host=False)
     try:
-        programs, laid = lay_out(room=Room(int(peaks.hbm_bytes), "each chip", on_host=False))
+        programs, laid = roomiest(meshes, lambda over: lay_out(over, room=room), lambda found: found[1].longest)
     except MemoryNeededError:  # then what the defaults would take says how much is lacking
-        programs, laid = lay_out()
+        programs, laid = lay_out(meshes[-1])
+    at_once = programs.model.at_once
     request = workload.request()
-    needed = launches(config, laid, request)
+    needed = launches(config, laid, request, at_once)
     floor = floor_flops(Variant([request], None), floor_sizes(config)) / peaks.flops / len(here)
     counts = Counter[str]()
     for launch, count in needed.items():
         counts[f"{launch.kind} {launch.size}"] += count
     memory = {"weights": programs.weight_bytes, "prefix_cache": laid.pool.shape[0] * laid.page_bytes}
     if (missing := sum(memory.values()) - peaks.hbm_bytes) > 0:
-        return Estimate(len(here), memory, int(missing), floor, dict(counts))
+        return Estimate(len(here), at_once, memory, int(missing), floor, dict(counts))
     total, seconds, collective, extra = Cost(), 0.0, 0.0, 0
     kinds = {(launch.kind, launch.size) for launch in needed}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -253,12 +292,14 @@ def estimate(
             future.result()
             if progress is not None:
                 progress(done, len(compiling))
-    bundles, cycles = 0.0, Counter[str]()
+    bundles, experts, experts_worst, cycles = 0.0, 0.0, 0.0, Counter[str]()
     for launch, count in needed.items():
         one = launch_cost(programs, config, laid, launch, chip)
         extra = max(extra, one.memory)
         total += one.cost * count
         bundles += count * one.bundles
+        experts += count * one.experts
+        experts_worst += count * one.experts_worst
         cycles.update({f"{launch.kind}: {name}": count * each for name, each in one.cost.cycles.items()})
         exchange = one.cost.collective_bytes / (RINGS * peaks.link)
         seconds += count * (max(one.cost.flops / peaks.flops, one.cost.bytes / peaks.bandwidth) + exchange)
@@ -269,8 +310,10 @@ def estimate(
     expected = Expected(
         operations=cycles.total() / peaks.clock + collective,
         attention=bundles / peaks.clock,
+        experts=experts,
+        experts_worst=experts_worst,
         transfers=host.bytes / HOST_BANDWIDTH,
         host=host.seconds,
         dearest=[(name, each / peaks.clock) for name, each in cycles.most_common(DEAREST)],
     )
-    return Estimate(len(here), memory, missing, floor, dict(counts), total, seconds, collective, expected)
+    return Estimate(len(here), at_once, memory, missing, floor, dict(counts), total, seconds, collective, expected)

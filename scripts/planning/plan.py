@@ -34,6 +34,10 @@ def plan_tpu(
     topology: Annotated[
         list[str], typer.Option(help="Topology of the slice, such as 1x1. Repeatable, for more columns.")
     ] = ["1x1"],  # noqa: B006
+    data: Annotated[
+        int | None,
+        typer.Option(min=1, help="Calls at once, each on an equal share of the chips.", show_default="by memory"),
+    ] = None,
     query_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a query.")] = 2000,
     items: Annotated[int, typer.Option(min=1, help="Items of a request.")] = 500,
     item_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an item.")] = 20,
@@ -69,6 +73,7 @@ def plan_tpu(
                     chip,
                     name,
                     workload,
+                    data=data,
                     prefix_cache_bytes=cache,
                     progress=lambda done, of, bar=bar, task=task: bar.update(task, completed=done, total=of),
                 )
@@ -119,6 +124,7 @@ def figures(found: Estimate, requests_per_s: float, items: int, price: float | N
     slices = per_chip and math.ceil(requests_per_s * items / (per_chip * found.chips))
     return {
         "chips": found.chips,
+        "data": found.data,
         "fits": fits,
         "missing_bytes": found.missing_bytes,
         "bytes_per_chip": found.bytes_per_chip,
@@ -130,6 +136,8 @@ def figures(found: Estimate, requests_per_s: float, items: int, price: float | N
         "roofline_seconds": found.roofline_seconds,
         "operations_seconds": expected and expected.operations,
         "attention_seconds": expected and expected.attention,
+        "experts_seconds": expected and expected.experts,
+        "experts_worst_seconds": expected and expected.experts_worst,
         "transfer_seconds": expected and expected.transfers,
         "host_seconds": expected and expected.host,
         "expected_seconds": expected and expected.total,
@@ -159,6 +167,7 @@ def table(chip: str, rows: dict[str, dict[str, Any]], workload: Workload, reques
     def number(key: str, scale: float, digits: int) -> Any:
         return lambda row: "-" if row[key] is None else f"{row[key] / scale:,.{digits}f}"
 
+    line("calls at once x chips of each", lambda row: f"{row['data']} x {row['chips'] // row['data']}")
     line("fits", lambda row: "yes" if row["fits"] else f"no, {row['missing_bytes'] / GB:,.1f} GB are lacking")
     for kind in ("weights", "prefix_cache", "temporaries"):
         line(f"{kind.replace('_', ' ')}, GB a chip", lambda row, kind=kind: _gb(row["bytes_per_chip"].get(kind)))
@@ -170,6 +179,9 @@ def table(chip: str, rows: dict[str, dict[str, Any]], workload: Workload, reques
     line("collectives, ms", number("collective_seconds", 1e-3, 2))
     line("operations and collectives, ms", number("operations_seconds", 1e-3, 1))
     line("attention kernel, ms", number("attention_seconds", 1e-3, 1))
+    if any(row["experts_seconds"] for row in rows.values()):
+        line("experts, ms", number("experts_seconds", 1e-3, 1))
+        line("experts at worst, ms", number("experts_worst_seconds", 1e-3, 1))
     line("transfers, ms", number("transfer_seconds", 1e-3, 1))
     line("host, ms", number("host_seconds", 1e-3, 1))
     line("a request, ms", number("expected_seconds", 1e-3, 1))

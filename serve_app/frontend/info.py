@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from serve_app import __version__
 from serve_app.frontend.service import ModelService
-from serve_app.schemas import InfoResponse, LimitsInfo, MemoryInfo
+from serve_app.schemas import InfoResponse, LimitsInfo, MemoryInfo, MeshInfo
 
 
 def info(service: ModelService, names: Sequence[str]) -> InfoResponse:
@@ -52,5 +52,6 @@ def info(service: ModelService, names: Sequence[str]) -> InfoResponse:
             page_tokens=facts.memory.page_tokens,
             free_bytes=facts.memory.free,
         ),
+        mesh=None if facts.mesh is None else MeshInfo(data=facts.mesh[0], model=facts.mesh[1]),
         version=__version__,
     )

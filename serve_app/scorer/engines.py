@@ -14,6 +14,7 @@ import resource
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +109,11 @@ def _load_model(settings: ModelSettings, scorers: int = 1) -> Engine:
         # With libtpu installed, as for the tests, jax would look for a TPU and fill the log with errors.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from model.loading import Choice, prepare, read
-    from model.memory import Room, device_kind, device_room, on_host
-    from model.sharding import tpu_mesh
+    from model.memory import Room, device_kind, device_room, on_host, roomiest
+    from model.sharding import tpu_meshes
 
-    mesh = tpu_mesh(settings.tpu.chips) if settings.tpu else None
+    tpu = settings.tpu
+    meshes = tpu_meshes(tpu.chips, tpu.data) if tpu else [None]
     folder = model_source.resolve(settings.model, settings.revision, settings.base, say=logger.info)
     logger.info("loading %s", folder)
     cache: dict[str, Any] = (
@@ -119,32 +121,32 @@ def _load_model(settings: ModelSettings, scorers: int = 1) -> Engine:
     )
 
     def prepared(room: Room | None) -> Choice:
-        return prepare(
+        on_mesh = partial(
+            prepare,
             folder,
             trust_config=settings.trust_config,
             dtype=settings.dtype,
             quantization=settings.quantization,
             max_prompt_tokens=settings.limits.max_prompt_tokens,
             compiled_folder=compiled_folder(),
-            mesh=mesh,
             room=room,
             **cache,
         )
+        return roomiest(meshes, lambda mesh: on_mesh(mesh=mesh), lambda choice: choice.model.layout.longest)
 
     if not on_host():
         logger.info("computing on %s", device_kind())
-        choice = prepared(device_room(mesh))
+        choice = prepared(device_room(meshes[0]))
     else:
         service, model = os.getppid(), memory_key(settings)
         with host_memory.opened(host_memory.PROMISES) as promises:
             own = [promise for promise in promises.others if promise.service == service]
-            choice = prepared(
-                Room(
-                    max(0, host_memory.free_bytes() - promises.outstanding),
-                    sharers=max(1, scorers - len(own)),
-                    context=next((promise.context for promise in own if promise.model == model), None),
-                )
+            room = Room(
+                max(0, host_memory.free_bytes() - promises.outstanding),
+                sharers=max(1, scorers - len(own)),
+                context=next((promise.context for promise in own if promise.model == model), None),
             )
+            choice = prepared(room)
             context = choice.model.layout.longest
             promises.make(host_memory.Promise(service, model, choice.memory.total, context))
     engine = read(folder, choice, compiled_folder=compiled_folder())
@@ -183,8 +185,10 @@ def memory_line(info: ModelInfo) -> str | None:
     )
     typical = min(TYPICAL_TOKENS, info.max_prompt_tokens)
     free = "" if memory.free is None else f" of {memory.free / GB:.1f} GB free"
+    data, model = info.mesh or (1, 1)
+    devices = f"{data} calls at once, each over {model} chips; on each chip " if data * model > 1 else ""
     return (
-        f"{MEMORY} weights {memory.weights / GB:.2f} GB, workspace {memory.workspace / GB:.2f} GB, pages "
+        f"{MEMORY} {devices}weights {memory.weights / GB:.2f} GB, workspace {memory.workspace / GB:.2f} GB, pages "
         f"{memory.pages / GB:.2f} GB{free} (by default pages take at most half of what weights and workspace leave); "
         f"context {context} tokens; the pages hold about {memory.page_tokens // typical} prompts of {typical:,} tokens "
         "at once; for longer prompts set limits.max_prompt_tokens (--max-prompt-tokens), for more of them "

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from model import loading
+from model import loading, sharding
 from model.computations import Kind
 from model.engine import Engine
 from model.plan import Shape
@@ -80,3 +80,30 @@ def hidden_states(scorer: Engine, tokens: np.ndarray) -> list[np.ndarray]:
         x = programs.compiler.get(Kind.LAYER, shape)(weights, x, angles, context, jax.numpy.int32(number))
         states.append(np.array(x))
     return [state[:32] for state in (*states, np.array(programs.layers.segments(shape, [inputs], prefix)))]
+
+
+@pytest.mark.parametrize(
+    ("by_layer", "devices"), [pytest.param(True, 0, id="a layer"), pytest.param(False, 4, id="a stack on a mesh")]
+)
+def test_experts_sorted_as_on_a_tpu_equal_transformers(by_layer: bool, devices: int, families: Families) -> None:
+    """Their products go over all pairs of tokens and experts at once. On two devices each has 128 channels, the second
+    of these all zeros."""
+    folder, _ = families("qwen3_moe")
+    over = sharding.mesh(2, 2, jax.devices()[:devices]) if devices else None
+    sizes: dict[str, Any] = {"max_segment_tokens": 32, "call_tokens": 64, "chunks": (64,), "prefix_cache_bytes": 2**21}
+    scorer = loading.load(folder, ragged=True, by_layer=by_layer, mesh=over, **sizes)
+    np.testing.assert_allclose(logprobs(scorer), np.array(expected("qwen3_moe", folder)), rtol=0, atol=1e-4)
+
+
+def test_a_token_s_sorted_experts_do_not_depend_on_the_others(families: Families) -> None:
+    """The same bits beside tokens that crowd one expert, and beside a token that is not finite."""
+    folder, _ = families("qwen3_moe")
+    scorer = loading.load(folder, ragged=True, max_segment_tokens=32, call_tokens=64)
+    model: Any = scorer._programs.model  # pyright: ignore[reportPrivateUsage]
+    experts = model.block(scorer._programs.weights.layers[0]).mlp  # pyright: ignore[reportPrivateUsage]
+    x = np.random.default_rng(3).standard_normal((64, 48)).astype(np.float32)
+    crowded = x.copy()
+    crowded[8:] = x[8]
+    crowded[40] = np.nan
+    through = jax.jit(lambda x: experts(x))
+    assert (np.array(through(crowded))[:8] == np.array(through(x))[:8]).all()

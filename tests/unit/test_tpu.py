@@ -253,3 +253,21 @@ def test_the_command_line_names_chips_and_topology(monkeypatch: pytest.MonkeyPat
         refused = CliRunner().invoke(main.app, ["serve", "--tpu", wrong])
         assert refused.exit_code == 1
         assert "topology" in refused.stderr
+
+
+@pytest.mark.parametrize("data", [1, 2, 4])
+def test_a_replica_s_chips_are_divided_among_calls(data: int):
+    assert Tpu(chip="v6e", topology="2x2", chips=4, data=data).data == data
+
+
+@pytest.mark.parametrize("data", [0, 3, 8])
+def test_calls_that_do_not_divide_a_replica_s_chips_are_refused(data: int):
+    with pytest.raises(ValidationError, match=rf"4 chips .* among {data} calls at once; data can be 1 or 2 or 4"):
+        Tpu(chip="v6e", topology="2x2", chips=4, data=data)
+
+
+def test_chips_are_counted_together_however_they_are_divided():
+    chips = {"chip": "v6e", "topology": "2x2", "chips": 4}
+    models = [{"model": f"model{n}", "tpu": {**chips, "data": n}} for n in (1, 4)]
+    settings = ServiceSettings.model_validate({"models": models})
+    assert settings.replicas_on_chips() == {Tpu.model_validate(chips): 2}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from model.cost import dot_flops, hlo_cost
+from model.cost import Ragged, dot_flops, hlo_cost
 
 HLO = """
 HloModule jit_f, is_scheduled=true
@@ -93,3 +93,27 @@ def test_matrix_products_of_a_loop_count_as_often_as_it_runs() -> None:
     assert counted is not None
     assert dot_flops(loop.jaxpr) == dot_flops(plain.jaxpr) == pytest.approx(counted["flops"], rel=0.01)
     assert dot_flops(loop.jaxpr, trips=False) == dot_flops(plain.jaxpr) / 5
+
+
+def test_experts_products_are_told_by_their_shapes_and_tiles() -> None:
+    """They are neither counted as attention nor as operations that read the experts of all layers."""
+    product = (
+        '%ragged-dot-none.2 = f32[60,100]{1,0:T(8,128)} custom-call(%x, %w), custom_call_target="tpu_custom_call", '
+        "operand_layout_constraints={s32[1]{0}, s32[6145]{0}, bf16[1000,256]{1,0}, bf16[640,256,300]{2,1,0}}, "
+        'frontend_attributes={mosaic_fusion_entry_point="true",ragged_dot_tiling="256,256,128"}'
+    )
+    text = HLO.replace("  %fused_attention.1 =", f"  {product}\n  %fused_attention.1 =")
+    cost, kernels = hlo_cost(text, trips=5)
+    ragged = Ragged(1000, 640, 256, 300, (256, 256, 128))
+    assert (cost.ragged, kernels) == ({ragged: 5}, 5)
+    assert cost.bytes == hlo_cost(HLO, trips=5)[0].bytes
+    assert (cost * 2 + cost).ragged == {ragged: 15}
+    # Four tiles of rows, and one more for each expert that begins within one; three parts of the kernel's width.
+    assert ragged.visits(128) == (4 + 127) * 3
+    assert ragged.bytes(128) == 2 * 128 * 256 * 300 + 2 * 3 * 1000 * 256 + 4 * 1000 * 300
+
+
+def test_experts_products_count_a_row_once() -> None:
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, 8), (5, 8, 16))]
+    sizes = jax.ShapeDtypeStruct((5,), jnp.int32)
+    assert dot_flops(jax.jit(lax.ragged_dot).trace(*arguments, sizes).jaxpr) == 2 * 64 * 8 * 16

@@ -221,3 +221,15 @@ def test_prefill_chunks_cover_the_prefix() -> None:
 
 def test_buckets() -> None:
     assert [plan.bucket(n, (1, 8, 32)) for n in (1, 2, 8, 9, 32, 100)] == [1, 8, 8, 32, 32, 32]
+
+
+def test_calls_that_run_at_once_have_the_shape_of_the_largest() -> None:
+    """Each on devices of its own: no launch is for a smaller rest alone. Calls of another width are apart."""
+    calls = [
+        plan.Call(plan.Shape(width, bins), ()) for width, bins in [(512, 2), (128, 32), (128, 32), (128, 16), (128, 4)]
+    ]
+    batched = [[str(call.shape) for call in each] for each in plan.batch_calls(calls, 4)]
+    assert batched == [["2x512"], ["32x128"] * 4]
+    batched = [[str(call.shape) for call in each] for each in plan.batch_calls(calls, 2)]
+    assert batched == [["2x512"], ["32x128"] * 2, ["16x128"] * 2]
+    assert list(plan.batch_calls(calls, 1)) == [[call] for call in calls]
