@@ -135,7 +135,7 @@ def launches(config: ModelConfig, laid: Layout, request: Request) -> Counter[Lau
             found[Launch(Kind.PREFILL, size, cached)] += 1
             found[Launch(Kind.WRITE, size, 0)] += 1
             cached += size
-        for call in plan.pack_bins(group.segments, laid.ladder):
+        for call in laid.calls([group]):
             found[Launch(Kind.SEGMENTS, call.shape, group.prefix_length)] += 1
     reads_of_head = [(Kind.TARGETS, len(sequences) * (config.classes or 2), laid.sizes.target_sizes)]
     if not config.classes:
