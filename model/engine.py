@@ -41,7 +41,6 @@ class Engine:
         self._programs, self._memory = programs, memory
         self._config, self._layout = programs.model.config, programs.model.layout
         self._launching = threading.Lock()
-        self._launched: Any = None
         self._computed = self._padded = 0
         self._forget_prefixes()
 
@@ -187,7 +186,8 @@ class Engine:
         return tokens + long * np.int32(self._config.vocab_size)
 
     def _forget_prefixes(self) -> None:
-        """Start with an empty pool."""
+        """Start with an empty pool, and wait for nothing that was launched before."""
+        self._launched: Any = None
         self._pool, self._none_collected = self._programs.empty_pool(), self._programs.none_collected()
         self._cache = PrefixCache(self._layout.pool.shape[0])
         self._recurring = SeenPrefixes()
