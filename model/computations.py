@@ -4,6 +4,9 @@ The layers run in one of two ways. By layer: one launch per layer, each layer's 
 launches are cheap on a CPU, and XLA there copies whatever a loop cuts from stacked weights. In a loop over stacked
 layers within one program, for devices where a launch is dear and a cut is free: it compiles in the time of one layer.
 
+Hidden states at the reads stay on the device: each launch puts its own after those of the launches before, and the
+head's programs take their numbers and the target ids.
+
 On a mesh of devices (``model.sharding``) the same functions run on every device's part of the arrays.
 """
 
@@ -25,9 +28,10 @@ from model.config import ModelConfig
 from model.contract import PAGE_TOKENS
 from model.cpu import linear
 from model.families.registry import Abstract
+from model.inputs import Inputs, width
 from model.layers import OfStack
 from model.logprobs import argmax, log_normalizer, target_logits
-from model.plan import Shape, reads_of
+from model.plan import Shape
 from model.sharding import DATA, RULES
 from model.sizes import Layout
 
@@ -113,6 +117,11 @@ class Model:
         return 1 if self.mesh is None else self.mesh.shape[DATA]
 
     @property
+    def collected(self) -> int:
+        """Hidden states that are kept on the device: those of some launches, or of many that are not full."""
+        return 4 * self.at_once * max(shape.reads for shape in self.layout.ladder)
+
+    @property
     def dtype(self) -> jnp.dtype:
         """The dtype of weights, matmul operands, keys and values."""
         return jax.tree.leaves(self.abstract.ends[1])[0].dtype
@@ -125,29 +134,53 @@ class Model:
         """One layer, with these parameters."""
         return nnx.merge(self.abstract.block[0], weights)
 
-    def final_norm(self, ends: State, hidden: jax.Array) -> jax.Array:
-        """The normalised hidden states at the reads. Every device, and so every host, gets those of all calls."""
+    def collect(self, ends: State, hidden: jax.Array, place: jax.Array, collected: jax.Array) -> jax.Array:
+        """Collected hidden states with these, normalised, from ``place`` on. Every device, and so every host, gets
+        those of all calls."""
         normed = self.ends(ends).norm(hidden)
-        return normed if self.at_once == 1 else lax.all_gather(normed, DATA, tiled=True)
+        rows = normed if self.at_once == 1 else lax.all_gather(normed, DATA, tiled=True)
+        return lax.dynamic_update_slice(collected, rows, (place[0], 0))
+
+    def inputs(self, array: jax.Array, size: int) -> Inputs:
+        """What this device's call of ``size`` tokens is told."""
+        return Inputs.of(array[0], size, self.layout.tables)
 
 
-def embed(model: Model, ends: State, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Angles]:
-    """The first layer's input, and the angles of all layers."""
-    return model.ends(ends).embed(tokens, positions)
+def context_of(inputs: Inputs, pool: jax.Array, bins: int = 1) -> AttentionContext:
+    """What attention takes.
+
+    Args:
+        bins: that the call's tokens are in.
+    """
+    segments = inputs.segments.reshape(bins, -1)
+    return AttentionContext(segments, inputs.positions, inputs.prefixes, pool, inputs.tables, inputs.lengths)
+
+
+def embed(model: Model, size: int, ends: State, array: jax.Array) -> tuple[jax.Array, Angles, Inputs]:
+    """The first layer's input, the angles of all layers, and what the call is told, taken apart."""
+    inputs = model.inputs(array, size)
+    return *model.ends(ends).embed(inputs.tokens, inputs.positions), inputs
 
 
 def layer(
-    model: Model, weights: State, x: jax.Array, angles: Angles, context: AttentionContext, number: jax.Array
+    model: Model,
+    shape: Shape,
+    weights: State,
+    x: jax.Array,
+    angles: Angles,
+    inputs: Inputs,
+    pool: jax.Array,
+    number: jax.Array,
 ) -> jax.Array:
     """The next layer's input."""
-    return keep(model, weights, x, angles, context, number)[0]
+    return model.block(weights)(x, angles, context_of(inputs, pool, shape.bins), number)[0]
 
 
 def keep(
-    model: Model, weights: State, x: jax.Array, angles: Angles, context: AttentionContext, number: jax.Array
+    model: Model, weights: State, x: jax.Array, angles: Angles, inputs: Inputs, pool: jax.Array, number: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The next layer's input, and this layer's keys and values."""
-    return model.block(weights)(x, angles, context, number)
+    return model.block(weights)(x, angles, context_of(inputs, pool), number)
 
 
 def last(model: Model, weights: State, x: jax.Array, angles: Angles) -> jax.Array:
@@ -161,43 +194,46 @@ def read(
     weights: State,
     x: jax.Array,
     angles: Angles,
-    context: AttentionContext,
+    inputs: Inputs,
+    pool: jax.Array,
     number: jax.Array,
-    reads: jax.Array,
+    collected: jax.Array,
 ) -> jax.Array:
-    """The hidden states at the reads: the last layer and the last norm, for the reads alone."""
-    return model.final_norm(ends, model.block(weights).forward_reads(x, angles, context, number, reads))
+    """Collected hidden states with those at the reads: the last layer and the last norm, for the reads alone.
+
+    What is read sees no bins, only segments: one program serves all shapes of as many tokens.
+    """
+    context = context_of(inputs, pool)
+    hidden = model.block(weights).forward_reads(x, angles, context, number, inputs.reads)
+    return model.collect(ends, hidden, inputs.place, collected)
 
 
 def segments(
-    model: Model,
-    ends: State,
-    layers: State,
-    tokens: jax.Array,
-    positions: jax.Array,
-    context: AttentionContext,
-    reads: jax.Array,
+    model: Model, shape: Shape, ends: State, layers: State, array: jax.Array, pool: jax.Array, collected: jax.Array
 ) -> jax.Array:
-    """The hidden states at the reads: all layers and the last norm, the last layer for the reads alone."""
+    """``read`` after all layers but the last."""
     final = model.config.layers - 1
-    x, angles = embed(model, ends, tokens, positions)
-    x = lax.fori_loop(0, final, lambda n, x: layer(model, _cut(model, layers, n), x, angles, context, n), x)
-    hidden = model.block(_cut(model, layers, final)).forward_reads(x, angles, context, final, reads)
-    return model.final_norm(ends, hidden)
+    x, angles, inputs = embed(model, shape.tokens, ends, array)
+    context = context_of(inputs, pool, shape.bins)
+
+    def step(number: jax.Array, x: jax.Array) -> jax.Array:
+        return model.block(_cut(model, layers, number))(x, angles, context, number)[0]
+
+    x = lax.fori_loop(0, final, step, x)
+    hidden = model.block(_cut(model, layers, final)).forward_reads(x, angles, context, final, inputs.reads)
+    return model.collect(ends, hidden, inputs.place, collected)
 
 
-def prefill(
-    model: Model, ends: State, layers: State, tokens: jax.Array, positions: jax.Array, context: AttentionContext
-) -> jax.Array:
+def prefill(model: Model, size: int, ends: State, layers: State, array: jax.Array, pool: jax.Array) -> jax.Array:
     """Keys and values of all layers."""
     final = model.config.layers - 1
-    x, angles = embed(model, ends, tokens, positions)
+    x, angles, inputs = embed(model, size, ends, array)
     c = model.config
-    empty = jnp.zeros((c.layers, 2, len(tokens), c.kv_heads, c.head_width), model.dtype)
+    empty = jnp.zeros((c.layers, 2, size, c.kv_heads, c.head_width), model.dtype)
 
     def step(number: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x, kept = carry
-        x, keys_values = keep(model, _cut(model, layers, number), x, angles, context, number)
+        x, keys_values = keep(model, _cut(model, layers, number), x, angles, inputs, pool, number)
         return x, lax.dynamic_update_index_in_dim(kept, keys_values, number, 0)
 
     x, kept = lax.fori_loop(0, final, step, (x, empty))
@@ -224,25 +260,28 @@ def write(pool: jax.Array, keys_values: KeysValues, spans: jax.Array, count: jax
     return lax.fori_loop(0, count, step, pool)
 
 
-def targets(model: Model, ends: State, hidden: jax.Array, ids: jax.Array) -> jax.Array:
-    """Logits of one id per hidden state."""
+def targets(model: Model, ends: State, collected: jax.Array, pairs: jax.Array) -> jax.Array:
+    """Logits of pairs of a hidden state's number and an id."""
     head = model.ends(ends)
     softcap, native = model.config.logit_softcap, model.config.native
+    hidden, ids = collected[pairs[0]], pairs[1]
     return target_logits(hidden, ids, head.head_weights(), softcap, head.head_split(), native=native)
 
 
-def normalizer(model: Model, ends: State, hidden: jax.Array) -> jax.Array:
-    """Log of the summed exponentials of all logits, per hidden state."""
-    head = model.ends(ends)
+def normalizer(model: Model, ends: State, collected: jax.Array, numbers: jax.Array) -> jax.Array:
+    """Log of the summed exponentials of all logits, of the hidden states of these numbers."""
+    head, hidden = model.ends(ends), collected[numbers]
     weights = head.head_weights()
     if model.config.native:
         return linear.argmax(hidden.astype(weights.dtype), weights, model.config.logit_softcap)[0]
     return log_normalizer(hidden, weights, model.config.logit_softcap, head.head_split())
 
 
-def highest(model: Model, ends: State, hidden: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``normalizer``'s values, and per hidden state the id of the highest logit, and that logit."""
-    head = model.ends(ends)
+def highest(
+    model: Model, ends: State, collected: jax.Array, numbers: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``normalizer``'s values, and for each of these hidden states the id of the highest logit, and that logit."""
+    head, hidden = model.ends(ends), collected[numbers]
     weights = head.head_weights()
     if model.config.native:
         return linear.argmax(hidden.astype(weights.dtype), weights, model.config.logit_softcap)
@@ -291,36 +330,39 @@ def definition(model: Model, weights: Weights, kind: Kind, size: Size) -> Defini
     """The program of this kind, for arguments of this size."""
     c, ends, layers = model.config, _ends(model, weights), _layers(model, weights)
     tokens = size if isinstance(size, int) else size.tokens
-    ids, number = Argument(_int32(tokens), CALLS), Argument(_int32(), WHOLE)
-    x, angles, context = Argument(_float32(tokens, c.width), CALLS), _angles(model, tokens), _context(model, size)
-    reads = Argument(_int32(reads_of(tokens)), CALLS)
-    hidden, ids_of_hidden = Argument(_float32(tokens, c.width), WHOLE), Argument(_int32(tokens), WHOLE)
+    array = Argument(_int32(1, width(tokens, model.layout.tables)), CALLS)
+    number, pool = Argument(_int32(), WHOLE), Argument(model.layout.pool, POOL)
+    x, angles, inputs = Argument(_float32(tokens, c.width), CALLS), _angles(model, tokens), _inputs(model, tokens)
+    collected = Argument(_float32(model.collected, c.width), WHOLE)
+    numbers, pairs = Argument(_int32(tokens), WHOLE), Argument(_int32(2, tokens), WHOLE)
+    of_layer = x, angles, inputs, pool, number
     kept = _kept(model, tokens)
-    match kind:
-        case Kind.EMBED:
-            return Definition(partial(embed, model), (ends, ids, ids), (x.spec, angles.spec))
-        case Kind.LAYER:
-            return Definition(partial(layer, model), (layers, x, angles, context, number), x.spec, donated=(1,))
-        case Kind.KEEP:
-            results = (x.spec, kept.spec)
-            return Definition(partial(keep, model), (layers, x, angles, context, number), results, donated=(1,))
-        case Kind.LAST:
+    match kind, size:
+        case Kind.EMBED, int():
+            return Definition(partial(embed, model, size), (ends, array), (x.spec, angles.spec, inputs.spec))
+        case Kind.LAYER, Shape():
+            return Definition(partial(layer, model, size), (layers, *of_layer), x.spec, donated=(1,))
+        case Kind.KEEP, int():
+            return Definition(partial(keep, model), (layers, *of_layer), (x.spec, kept.spec), donated=(1,))
+        case Kind.LAST, int():
             return Definition(partial(last, model), (layers, x, angles), kept.spec)
-        case Kind.READ:
-            return Definition(partial(read, model), (ends, layers, x, angles, context, number, reads), WHOLE)
-        case Kind.SEGMENTS:
-            return Definition(partial(segments, model), (ends, layers, ids, ids, context, reads), WHOLE)
-        case Kind.PREFILL:
-            return Definition(partial(prefill, model), (ends, layers, ids, ids, context), kept.spec)
-        case Kind.WRITE:
+        case Kind.READ, int():
+            return Definition(partial(read, model), (ends, layers, *of_layer, collected), WHOLE)
+        case Kind.SEGMENTS, Shape():
+            return Definition(partial(segments, model, size), (ends, layers, array, pool, collected), WHOLE)
+        case Kind.PREFILL, int():
+            return Definition(partial(prefill, model, size), (ends, layers, array, pool), kept.spec)
+        case Kind.WRITE, int():
             spans = Argument(_int32(spans_of(tokens), len(Span._fields)), WHOLE)
-            return Definition(write, (_pool(model), kept, spans, number), POOL, donated=(0,))
-        case Kind.TARGETS:
-            return Definition(partial(targets, model), (ends, hidden, ids_of_hidden), WHOLE)
-        case Kind.NORMALIZER:
-            return Definition(partial(normalizer, model), (ends, hidden), WHOLE)
-        case Kind.ARGMAX:
-            return Definition(partial(highest, model), (ends, hidden), WHOLE)
+            return Definition(write, (pool, kept, spans, number), POOL, donated=(0,))
+        case Kind.TARGETS, int():
+            return Definition(partial(targets, model), (ends, collected, pairs), WHOLE)
+        case Kind.NORMALIZER, int():
+            return Definition(partial(normalizer, model), (ends, collected, numbers), WHOLE)
+        case Kind.ARGMAX, int():
+            return Definition(partial(highest, model), (ends, collected, numbers), WHOLE)
+        case _:
+            raise ValueError(f"there is no program {kind} of the size {size}")
 
 
 def _ends(model: Model, weights: Weights) -> Argument:
@@ -351,17 +393,11 @@ def _angles(model: Model, tokens: int) -> Argument:
     return Argument(part, RULES.spec(*[None] * (part[0].ndim - 2), "calls", None))
 
 
-def _context(model: Model, size: Size) -> Argument:
-    shape = Shape(width=size, bins=1) if isinstance(size, int) else size
-    prefixes, _ = model.layout.tables
-    segments, tokens = Argument(_int32(shape.bins, shape.width), CALLS), Argument(_int32(shape.tokens), CALLS)
-    tables, lengths = Argument(_int32(*model.layout.tables), WHOLE), Argument(_int32(prefixes), WHOLE)
-    parts, specs = zip(segments, tokens, tokens, _pool(model), tables, lengths, strict=True)
-    return Argument(AttentionContext(*parts), AttentionContext(*specs))
-
-
-def _pool(model: Model) -> Argument:
-    return Argument(model.layout.pool, POOL)
+def _inputs(model: Model, tokens: int) -> Argument:
+    """What a call is told, taken apart."""
+    row = _int32(width(tokens, model.layout.tables))
+    part = jax.eval_shape(partial(Inputs.of, size=tokens, tables=model.layout.tables), row)
+    return Argument(part, Inputs(*[CALLS] * 5, tables=WHOLE, lengths=WHOLE, place=WHOLE))
 
 
 def _kept(model: Model, tokens: int) -> Argument:

@@ -1,16 +1,19 @@
 """A loaded model as a scorer of token batches: one compiled program per shape, nothing compiled late.
 
 Life of a batch: ``plan.groups`` finds shared prefixes and segments; each group's prefix is looked up in, or prefilled
-into, the pages of the prefix cache; the group's segments run in packed calls that return hidden states at the reads;
-the head turns those into logits and, where asked for, log-probabilities. What is compiled is in ``model.computations``.
+into, the pages of the prefix cache; the group's segments run in packed calls that collect hidden states at the reads;
+the head turns those into logits and, where asked for, log-probabilities. All of it is launched before the batch waits
+once, for the head's results. What is compiled is in ``model.computations``.
 """
 
 import itertools
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,9 +21,10 @@ import numpy.typing as npt
 
 from model import device_check, plan, prefill
 from model.contract import PAGE_TOKENS, TOKEN_BITS, BatchResult, EngineStats, MemoryUse, ModelInfo, Progress, TokenBatch
+from model.inputs import Inputs, padding
 from model.pages import CacheStats, Node, OutOfPagesError, PrefixCache, SeenPrefixes
 from model.prefill import PinnedPrefix
-from model.programs import Inputs, Prefixes, Programs
+from model.programs import Programs
 from model.sharding import DATA, MODEL
 
 
@@ -36,7 +40,6 @@ class Engine:
         self._programs, self._memory = programs, memory
         self._config, self._layout = programs.model.config, programs.model.layout
         self._launching = threading.Lock()
-        self._launched: jax.Array | None = None
         self._computed = self._padded = 0
         self._forget_prefixes()
 
@@ -100,55 +103,40 @@ class Engine:
         Raises:
             ValueError: a sequence is empty or longer than the model's context.
         """
-        bounds = batch.offsets.tolist()
-        sequences = [self._marked(batch.tokens[a:b]) for a, b in itertools.pairwise(bounds)]
-        salts = [0] * len(sequences) if batch.salts is None else batch.salts.tolist()
-        keys = [tokens.astype(np.int64) | salt << TOKEN_BITS for tokens, salt in zip(sequences, salts, strict=True)]
-        for number, tokens in enumerate(sequences):
-            if not 0 < len(tokens) <= (longest := self._layout.longest):
-                raise ValueError(f"sequence {number} has {len(tokens)} tokens; this model reads 1 to {longest}")
-        reads: list[list[int]] = [[] for _ in sequences]
-        first_read = np.full(len(sequences), -1, np.int64)
-        for number, (sequence, position) in enumerate(
-            zip(batch.read_sequences.tolist(), batch.read_positions.tolist(), strict=True)
-        ):
-            if first_read[sequence] < 0:
-                first_read[sequence] = number
-            if reads[sequence] and reads[sequence][-1] >= position:
-                raise ValueError(f"the reads of sequence {sequence} are not at ascending positions: {position}")
-            reads[sequence].append(position)
-        read_sequences = [number for number, positions in enumerate(reads) if positions]
+        work = self._work(batch)
         groups = self._layout.groups(
-            [keys[i] for i in read_sequences],
-            [reads[i] for i in read_sequences],
-            () if batch.common is None else batch.common[read_sequences].tolist(),
+            [work.sequences[number] for number in work.read],
+            [work.reads[number] for number in work.read],
+            () if batch.common is None else batch.common[work.read].tolist(),
+            [work.salts[number] for number in work.read],
         )
-        unread = [number for number, positions in enumerate(reads) if batch.keep and not positions]
-        numbering = [*read_sequences, *unread]
-        work = _Work(sequences, keys, reads, numbering, first_read, np.zeros(len(sequences), np.int32))
         kept = [
-            plan.Group(place, len(sequences[number]) - len(sequences[number]) % PAGE_TOKENS, ())
-            for place, number in enumerate(unread, len(read_sequences))
+            plan.Group(place, len(tokens) - len(tokens) % PAGE_TOKENS, plan.NO_SEGMENTS)
+            for place, tokens in enumerate((work.sequences[number] for number in work.unread), len(work.read))
         ]
+        found = _Found.of(batch)
         with self._launching:
             try:
-                pending = self._launch([*self._with_recurring(groups, work), *kept], work)
+                collected = self._launch([*self._with_recurring(groups, work), *kept], work)
+                results = self._head(collected, batch, found)
             except Exception:  # the next thread would find pages that were never written
                 self._forget_prefixes()
                 raise
         try:
-            hidden = np.zeros((len(batch.read_positions), self._config.width), np.float32)
-            for values, numbers in pending:
-                parts = np.split(np.asarray(values), self._programs.model.at_once)
-                for part, of_call in zip(parts, numbers, strict=False):
-                    hidden[of_call] = part[: len(of_call)]
-            computed = np.minimum(work.computed, np.diff(batch.offsets)).astype(np.int32)
-            values, argmax, argmax_values = self._read(hidden, batch)
-            return BatchResult(values, computed, argmax, argmax_values)
+            fetched = jax.device_get([each.results for each in results])
         except Exception:  # the pool comes from calls that failed
             with self._launching:
                 self._forget_prefixes()
             raise
+        for launched, arrays in zip(results, fetched, strict=True):
+            for into, array in zip(launched.into, arrays, strict=True):
+                into[launched.places] = array[: len(launched.places)]
+        values, normalizers, argmax, argmax_values = found
+        if batch.vocab_logprobs:
+            values -= np.repeat(normalizers, np.diff(batch.target_offsets))
+            argmax_values -= normalizers[: len(argmax)]
+        computed = np.minimum(work.computed, batch.lengths).astype(np.int32)
+        return BatchResult(values, computed, argmax, argmax_values)
 
     def set_batch_timeout(self, stall_s: float) -> None:
         """Do nothing: a batch ends by itself, or with the process."""
@@ -156,19 +144,53 @@ class Engine:
     def check_health(self) -> None:
         """Do nothing: this engine fails with its process."""
 
-    def _marked(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    def _work(self, batch: TokenBatch) -> "_Work":
+        """Check a batch, and take it apart.
+
+        Raises:
+            ValueError: see ``score``.
+        """
+        lengths, longest = batch.lengths, self._layout.longest
+        for number in np.flatnonzero((lengths < 1) | (lengths > longest)).tolist():
+            raise ValueError(f"sequence {number} has {lengths[number]} tokens; this model reads 1 to {longest}")
+        order = _in_order(batch.read_sequences, batch.read_positions)
+        for number in np.flatnonzero(np.diff(order) <= 0).tolist():
+            sequence, position = batch.read_sequences[number + 1], batch.read_positions[number + 1]
+            raise ValueError(f"the reads of sequence {sequence} are not at ascending positions: {position}")
+        tokens, count = self._marked(batch.tokens, lengths), batch.num_sequences
+        first = np.searchsorted(batch.read_sequences, np.arange(count + 1))
+        read = np.flatnonzero(np.diff(first)).tolist()
+        unread = np.flatnonzero(np.diff(first) == 0).tolist() if batch.keep else []
+        positions = batch.read_positions.tolist()
+        return _Work(
+            tokens=tokens,
+            offsets=batch.offsets,
+            sequences=[tokens[start:stop] for start, stop in itertools.pairwise(batch.offsets.tolist())],
+            salts=[0] * count if batch.salts is None else batch.salts.tolist(),
+            reads=[positions[start:stop] for start, stop in itertools.pairwise(first.tolist())],
+            positions=batch.read_positions,
+            order=order,
+            read=read,
+            unread=unread,
+            numbering=np.array([*read, *unread], np.int64),
+            computed=np.zeros(count, np.int64),
+        )
+
+    def _marked(self, tokens: npt.NDArray[np.int32], lengths: plan.Numbers) -> npt.NDArray[np.int32]:
         """Ids that differ where tokens have different keys, for the planner, the cache and the programs.
 
         A prompt beyond a ``longrope``'s original context has other angles at all positions: its ids are V higher.
         """
         rope = self._config.rope
-        if rope.kind == "longrope" and len(tokens) > rope.original_context_length:
-            return tokens + np.int32(self._config.vocab_size)
-        return tokens
+        if rope.kind != "longrope":
+            return tokens
+        long = np.repeat(lengths > rope.original_context_length, lengths)
+        return tokens + long * np.int32(self._config.vocab_size)
 
     def _forget_prefixes(self) -> None:
-        """Start with an empty pool."""
-        self._pool = self._programs.empty_pool()
+        """Start with an empty pool, and wait for nothing that was launched before."""
+        self._launched: Any = None
+        self._pool, self._none_collected = self._programs.empty_pool(), self._programs.none_collected()
         self._cache = PrefixCache(self._layout.pool.shape[0])
         self._recurring = SeenPrefixes()
 
@@ -180,34 +202,35 @@ class Engine:
         """
         result: list[plan.Group] = []
         for group in groups:
-            stay: list[plan.Segment] = []
+            segments = group.segments
+            first_read = work.order[work.first_reads(segments)] & _POSITION
+            long = (segments.starts == group.prefix_length) & (first_read - group.prefix_length >= PAGE_TOKENS)
+            stay = np.ones(len(segments), bool)
             deeper: dict[bytes, list[plan.Segment]] = {}
-            for segment in group.segments:
-                number = work.numbering[segment.sequence]
-                until = work.reads[number][0] if segment.start == group.prefix_length else 0
-                if until - group.prefix_length < PAGE_TOKENS:
-                    stay.append(segment)
-                    continue
-                tokens = work.keys[number][: until - until % PAGE_TOKENS]
+            for place in np.flatnonzero(long).tolist():
+                [segment] = segments[np.array([place])]
+                until = int(first_read[place])
+                tokens = work.key(segment.sequence, until - until % PAGE_TOKENS)
                 pages = max(self._recurring.pages(tokens), len(self._cache.lookup(tokens)))
-                if pages * PAGE_TOKENS - group.prefix_length < PAGE_TOKENS:
-                    stay.append(segment)
-                else:
-                    cut = plan.Segment(segment.sequence, pages * PAGE_TOKENS, segment.stop, segment.reads)
+                if pages * PAGE_TOKENS - group.prefix_length >= PAGE_TOKENS:
+                    cut = segment._replace(start=pages * PAGE_TOKENS)
                     deeper.setdefault(tokens[: cut.start].tobytes(), []).append(cut)
-            if stay:
-                result.append(plan.Group(group.prefix_of, group.prefix_length, tuple(stay)))
-            result += [plan.Group(members[0].sequence, members[0].start, tuple(members)) for members in deeper.values()]
+                    stay[place] = False
+            if stay.any():
+                result.append(plan.Group(group.prefix_of, group.prefix_length, segments[stay]))
+            result += [
+                plan.Group(members[0].sequence, members[0].start, plan.Segments.of(members))
+                for members in deeper.values()
+            ]
         return result
 
-    def _launch(self, groups: Sequence[plan.Group], work: "_Work") -> list[tuple[jax.Array, list[list[int]]]]:
-        """Start all calls. Returns for each launch its hidden states, still being computed, and for each of its calls
-        the numbers of the reads that they belong to.
+    def _launch(self, groups: Sequence[plan.Group], work: "_Work") -> list["_Collected"]:
+        """Start all calls. Returns the hidden states that they collect, still being computed.
 
         The missing prefixes of as many groups as a call can see and the pool can hold come first, then these groups'
         segments.
         """
-        launched: list[tuple[jax.Array, list[list[int]]]] = []
+        collected: list[_Collected] = []
         waiting = deque(groups)
         while waiting:
             with ExitStack() as pins:
@@ -221,92 +244,168 @@ class Engine:
                         break
                     waiting.popleft()
                 self._prefill(held)
-                launched += self._segments(held, work)
-        return launched
+                self._segments(held, work, collected)
+        return collected
 
     def _hold(self, group: plan.Group, work: "_Work", pins: ExitStack) -> PinnedPrefix:
         """Pages for a group's prefix, see ``PrefixCache.hold``."""
-        owner = work.numbering[group.prefix_of]
+        owner = int(work.numbering[group.prefix_of])
         prefix = work.sequences[owner][: group.prefix_length]
-        path, cached = pins.enter_context(self._cache.hold(work.keys[owner][: group.prefix_length]))
+        path, cached = pins.enter_context(self._cache.hold(work.key(group.prefix_of, group.prefix_length)))
         work.computed[owner] += len(prefix) - cached
         return PinnedPrefix(group, prefix, path, cached)
 
     def _prefill(self, held: Sequence[PinnedPrefix]) -> None:
         """Fill the pages that are empty."""
         for call in prefill.calls(held, self._layout.sizes.chunks, self._layout.prefixes):
-            seen = self._prefixes([piece.held.path for piece in call.pieces], [piece.start for piece in call.pieces])
+            array, inputs = padding(self._programs.model.at_once, call.size, self._layout.tables)
+            call.fill(inputs)
+            _fill_prefixes(inputs, [(piece.held.path, piece.start) for piece in call.pieces])
             self._wait_for_last()
-            written = self._programs.layers.prefill(call.size, call.inputs(), seen)
+            written = self._programs.layers.prefill(call.size, array, self._pool)
             self._pool = self._programs.write(self._pool, written, call.size, call.spans)
             self._count(call.tokens, call.size)
 
-    def _segments(self, held: Sequence[PinnedPrefix], work: "_Work") -> list[tuple[jax.Array, list[list[int]]]]:
+    def _segments(self, held: Sequence[PinnedPrefix], work: "_Work", collected: list["_Collected"]) -> None:
         """Start the calls of groups after their prefixes are in their pages; see ``_launch``."""
-        if not (held := [each for each in held if each.group.segments]):
-            return []
-        prefixes = self._prefixes([each.path for each in held], [len(each.prefix) for each in held])
-        launched: list[tuple[jax.Array, list[list[int]]]] = []
-        for calls in plan.batch_calls(self._layout.calls([each.group for each in held]), self._programs.model.at_once):
-            inputs, numbers = zip(*map(work.inputs, calls), strict=True)
-            self._wait_for_last()
-            self._launched = self._programs.layers.segments(calls[0].shape, inputs, prefixes)
-            launched.append((self._launched, list(numbers)))
-            placements = [placement for call in calls for placement in call.placements]
-            real = sum(placement.segment.length for placement in placements)
-            self._count(real, calls[0].shape.tokens * self._programs.model.at_once)
-            for placement in placements:
-                work.computed[work.numbering[placement.segment.sequence]] += placement.segment.length
+        if not (held := [each for each in held if len(each.group.segments)]):
+            return
+        model, seen = self._programs.model, [(each.path, len(each.prefix)) for each in held]
+        for calls in plan.batch_calls(self._layout.calls([each.group for each in held]), model.at_once):
+            shape = calls[0].shape
+            array, inputs = padding(model.at_once, shape.tokens, self._layout.tables)
+            _fill_prefixes(inputs, seen)
+            if not collected or collected[-1].filled + model.at_once * shape.reads > model.collected:
+                collected.append(_Collected(self._none_collected))
+            room = collected[-1]
+            inputs.place[:] = first = room.filled
+            for number, call in enumerate(calls):
+                reads = work.fill(call, Inputs(*(part[number] for part in inputs)))
+                room.add(first + number * shape.reads, reads)
+                sequences, lengths = work.numbering[call.segments.sequences], call.segments.lengths
+                np.add.at(work.computed, sequences, lengths)
+                self._count(int(lengths.sum()), shape.tokens)
+            self._count(0, (model.at_once - len(calls)) * shape.tokens)
+            launch = partial(self._programs.layers.segments, shape, array, self._pool)
+            room.states = self._after_last(launch, room.states)
+
+    def _head(self, collected: Sequence["_Collected"], batch: TokenBatch, found: "_Found") -> list["_Launched"]:
+        """Start the head's calls: target logits, and log-normalisers and top-1 tokens where those are asked for."""
+        programs, sizes = self._programs, self._layout.sizes
+        first, counts = batch.target_offsets[:-1], np.diff(batch.target_offsets)
+        launched: list[_Launched] = []
+        for one in collected:
+            rows, reads = np.concatenate(one.rows), np.concatenate(one.reads)
+            places = _ranges(first[reads], counts[reads])
+            pairs = np.stack([np.repeat(rows, counts[reads]), batch.targets[places].astype(np.int64)])
+            for at, size, count in plan.blocks(len(places), sizes.target_sizes):
+                launch = partial(programs.targets, pairs=_padded(pairs[:, at : at + count], size))
+                result = self._after_last(launch, one.states)
+                launched.append(_Launched((found.values,), places[at : at + count], (result,)))
+            if not (batch.argmax or batch.vocab_logprobs):
+                continue
+            for at, size, count in plan.blocks(len(rows), sizes.argmax_sizes if batch.argmax else sizes.head_sizes):
+                numbers, of_reads = _padded(rows[at : at + count], size), reads[at : at + count]
+                if batch.argmax:
+                    results = self._after_last(partial(programs.argmax, numbers=numbers), one.states)
+                    into = (found.normalizers, found.argmax, found.argmax_values)
+                    launched.append(_Launched(into, of_reads, results))
+                else:
+                    result = self._after_last(partial(programs.normalizer, numbers=numbers), one.states)
+                    launched.append(_Launched((found.normalizers,), of_reads, (result,)))
         return launched
 
-    def _prefixes(self, paths: Sequence[Sequence[Node]], lengths: Sequence[int]) -> Prefixes:
-        tables = np.zeros(self._layout.tables, np.int32)
-        for table, path in zip(tables, paths, strict=False):
-            table[: len(path)] = [node.page for node in path]
-        padded = np.zeros(self._layout.prefixes, np.int32)
-        padded[: len(lengths)] = lengths
-        return Prefixes(self._pool, tables, padded)
+    def _after_last(self, launch: Callable[[jax.Array], Any], states: jax.Array) -> Any:
+        """Launch what takes the collected hidden states, or adds to them."""
+        self._wait_for_last()
+        self._launched = launch(states)
+        return self._launched
 
     def _wait_for_last(self) -> None:
         """Wait for the last launched call: a CPU would run both at once, and each would slow the other."""
         if self._launched is not None and jax.default_backend() == "cpu":
-            self._launched.block_until_ready()
+            jax.block_until_ready(self._launched)
 
     def _count(self, real: int, positions: int) -> None:
         self._computed += real
         self._padded += positions - real
 
-    def _read(
-        self, hidden: npt.NDArray[np.float32], batch: TokenBatch
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        """Read target logits, less the log-normaliser where log-probabilities are asked for; and the top-1 tokens with
-        their values in the same way, where those are asked for.
-        """
-        repeats = np.diff(batch.target_offsets)
-        values = np.empty(len(batch.targets), np.float32)
-        rows = np.repeat(np.arange(len(hidden)), repeats)
-        for at, size, count in plan.blocks(len(values), self._layout.sizes.target_sizes):
-            inputs, ids = np.zeros((size, hidden.shape[1]), np.float32), np.zeros(size, np.int32)
-            inputs[:count] = hidden[rows[at : at + count]]
-            ids[:count] = batch.targets[at : at + count]
-            values[at : at + count] = np.asarray(self._programs.targets(inputs, ids))[:count]
-        tops = len(hidden) if batch.argmax else 0
-        normalizers = np.zeros(len(hidden), np.float32)
-        argmax, argmax_values = np.empty(tops, np.int32), np.empty(tops, np.float32)
-        if batch.argmax or batch.vocab_logprobs:
-            sizes = self._layout.sizes.argmax_sizes if batch.argmax else self._layout.sizes.head_sizes
-            for at, size, count in plan.blocks(len(hidden), sizes):
-                inputs, place = np.zeros((size, hidden.shape[1]), np.float32), slice(at, at + count)
-                inputs[:count] = hidden[place]
-                if batch.argmax:
-                    read = self._programs.argmax(inputs)
-                    normalizers[place], argmax[place], argmax_values[place] = (np.asarray(x)[:count] for x in read)
-                else:
-                    normalizers[place] = np.asarray(self._programs.normalizer(inputs))[:count]
-        if batch.vocab_logprobs:
-            values -= np.repeat(normalizers, repeats)
-            argmax_values -= normalizers[:tops]
-        return values, argmax, argmax_values
+
+_POSITION = 2**32 - 1
+
+
+def _in_order(sequences: npt.NDArray[Any], positions: npt.NDArray[Any]) -> plan.Numbers:
+    """Numbers that are in order where reads are: by sequence, then by position."""
+    return sequences.astype(np.int64) << 32 | positions
+
+
+def _ranges(starts: plan.Numbers, counts: plan.Numbers) -> plan.Numbers:
+    """The numbers from each start on, as many as its count, one range after the other."""
+    ends = np.cumsum(counts)
+    return np.repeat(starts - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)
+
+
+def _padded(numbers: plan.Tokens, size: int) -> npt.NDArray[np.int32]:
+    """As many columns as a program takes."""
+    array = np.zeros((*numbers.shape[:-1], size), np.int32)
+    array[..., : numbers.shape[-1]] = numbers
+    return array
+
+
+def _fill_prefixes(inputs: Inputs, prefixes: Sequence[tuple[Sequence[Node], int]]) -> None:
+    """Write the pages and the length of each prefix into all rows."""
+    for number, (path, length) in enumerate(prefixes):
+        inputs.tables[:, number, : len(path)] = [node.page for node in path]
+        inputs.lengths[:, number] = length
+
+
+@dataclass(slots=True)
+class _Collected:
+    """Hidden states at reads, on the device.
+
+    Attributes:
+        states: those of all launches so far.
+        rows: by call, which of them are reads'.
+        reads: by call, these reads' numbers in the batch.
+        filled: rows up to the last read's.
+    """
+
+    states: jax.Array
+    rows: list[plan.Numbers] = field(default_factory=list[plan.Numbers])
+    reads: list[plan.Numbers] = field(default_factory=list[plan.Numbers])
+    filled: int = 0
+
+    def add(self, first: int, reads: plan.Numbers) -> None:
+        """Take the rows from ``first`` on for these reads."""
+        self.filled = first + len(reads)
+        self.rows.append(np.arange(first, self.filled))
+        self.reads.append(reads)
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A launch of the head: its results, still being computed, and at which places of which arrays they belong."""
+
+    into: tuple[npt.NDArray[Any], ...]
+    places: plan.Numbers
+    results: tuple[jax.Array, ...]
+
+
+class _Found(NamedTuple):
+    """What the head finds: values of targets, and of each read the log-normaliser, the top-1 token and its value."""
+
+    values: npt.NDArray[np.float32]
+    normalizers: npt.NDArray[np.float32]
+    argmax: npt.NDArray[np.int32]
+    argmax_values: npt.NDArray[np.float32]
+
+    @classmethod
+    def of(cls, batch: TokenBatch) -> "_Found":
+        """Room for a batch's."""
+        reads = len(batch.read_positions)
+        tops = reads if batch.argmax else 0
+        values, normalizers = np.empty(len(batch.targets), np.float32), np.zeros(reads, np.float32)
+        return cls(values, normalizers, np.empty(tops, np.int32), np.empty(tops, np.float32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,38 +413,55 @@ class _Work:
     """A batch on its way.
 
     Attributes:
-        keys: what sequences share prefixes by: their tokens, with the salt in the upper bits.
+        tokens: of all sequences.
+        offsets: where each begins.
+        sequences: the tokens of each.
+        salts: of each; sequences with different ones share no prefix.
         reads: each sequence's read positions, ascending.
-        numbering: the planner's sequence number -> the batch's; the planner sees sequences with reads, followed by
-            those that are only kept.
-        first_read: for each sequence, the number in the batch of its first read.
+        positions: of all reads.
+        order: of all reads, see ``_in_order``.
+        read: sequences with reads.
+        unread: sequences that are only kept.
+        numbering: the planner's sequence number -> the batch's; the planner sees ``read``, followed by ``unread``.
         computed: for each sequence, tokens computed so far.
     """
 
+    tokens: npt.NDArray[np.int32]
+    offsets: plan.Numbers
     sequences: Sequence[npt.NDArray[np.int32]]
-    keys: Sequence[plan.Tokens]
+    salts: Sequence[int]
     reads: Sequence[Sequence[int]]
-    numbering: Sequence[int]
-    first_read: npt.NDArray[np.int64]
-    computed: npt.NDArray[np.int32]
+    positions: npt.NDArray[np.int32]
+    order: plan.Numbers
+    read: Sequence[int]
+    unread: Sequence[int]
+    numbering: plan.Numbers
+    computed: plan.Numbers
 
-    def inputs(self, call: plan.Call) -> tuple[Inputs, list[int]]:
-        """A call's arrays, and the numbers in the batch of the call's reads."""
-        shape = call.shape
-        tokens, segments = np.full((2, shape.tokens), -1, np.int32)
-        positions, prefixes = np.zeros((2, shape.tokens), np.int32)
-        indices = np.zeros(shape.reads, np.int32)
-        numbers: list[int] = []
-        for number, placement in enumerate(call.placements):
-            segment = placement.segment
-            sequence = self.numbering[segment.sequence]
-            at = placement.bin * shape.width + placement.offset
-            tokens[at : at + segment.length] = self.sequences[sequence][segment.start : segment.stop]
-            positions[at : at + segment.length] = np.arange(segment.start, segment.stop)
-            prefixes[at : at + segment.length] = placement.prefix
-            segments[at : at + segment.length] = number
-            for order, position in enumerate(self.reads[sequence]):
-                if segment.start <= position < segment.stop:
-                    indices[len(numbers)] = at + position - segment.start
-                    numbers.append(int(self.first_read[sequence]) + order)
-        return Inputs(tokens, positions, prefixes, segments.reshape(shape.bins, shape.width), indices), numbers
+    def key(self, sequence: int, length: int) -> plan.Numbers:
+        """What the prefix cache knows tokens by: the ids, with the salt in the upper bits.
+
+        Args:
+            sequence: the planner's number.
+            length: tokens at its front.
+        """
+        number = self.numbering[sequence]
+        return self.sequences[number][:length].astype(np.int64) | self.salts[number] << TOKEN_BITS
+
+    def first_reads(self, segments: plan.Segments) -> plan.Numbers:
+        """The number of each segment's first read."""
+        return np.searchsorted(self.order, _in_order(self.numbering[segments.sequences], segments.starts))
+
+    def fill(self, call: plan.Call, inputs: Inputs) -> plan.Numbers:
+        """Write a call's tokens into its row. Returns the numbers in the batch of the call's reads."""
+        segments, lengths = call.segments, call.segments.lengths
+        at = call.bins * call.shape.width + call.offsets
+        places = _ranges(at, lengths)
+        sequences = self.numbering[segments.sequences]
+        inputs.tokens[places] = self.tokens[_ranges(self.offsets[sequences] + segments.starts, lengths)]
+        inputs.positions[places] = _ranges(segments.starts, lengths)
+        inputs.prefixes[places] = np.repeat(call.prefixes, lengths)
+        inputs.segments[places] = np.repeat(np.arange(len(segments)), lengths)
+        reads = _ranges(self.first_reads(segments), segments.reads)
+        inputs.reads[: len(reads)] = self.positions[reads] + np.repeat(at - segments.starts, segments.reads)
+        return reads

@@ -10,6 +10,8 @@ import bisect
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,16 +19,33 @@ import numpy.typing as npt
 from model.contract import common_prefix
 
 Tokens = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+Numbers = npt.NDArray[np.int64]
 
 SMALLEST_CALL = 64
 """Tokens, and reads, of the smallest program. XLA's CPU matmul gives a row the same bits whatever the number of rows,
 from 64 rows on; below, other kernels round otherwise (measured with jax 0.10.2 on an AVX2 machine), and a segment's
 score would depend on the size of its batch in the fifth digit."""
 
-CALL_COST = 32
-"""What a call costs whatever its size, in units of one token's matmuls: it reads all weights once."""
-ATTENTION_COST = 1 / 1536
-"""What one more position to attend to costs each token, in the same units. Both measured with the demo model on CPU."""
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What calls cost on a device, in units of one token's matmuls.
+
+    Attributes:
+        call: of a call whatever its size: it reads all weights once.
+        attention: of one more position to attend to, for each token.
+    """
+
+    call: float = 32
+    attention: float = 1 / 1536
+
+    def of(self, shape: "Shape") -> float:
+        """Cost of one call."""
+        return shape.tokens * (1 + shape.width * self.attention) + self.call
+
+
+CPU_COSTS = Costs()
+"""Measured with the demo model."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -45,11 +64,6 @@ class Shape:
         """Read positions that one call has room for."""
         return reads_of(self.tokens)
 
-    @property
-    def cost(self) -> float:
-        """Cost of one call, in units of one token's matmuls."""
-        return self.tokens * (1 + self.width * ATTENTION_COST) + CALL_COST
-
     def __str__(self) -> str:
         return f"{self.bins}x{self.width}"
 
@@ -59,8 +73,7 @@ def reads_of(tokens: int) -> int:
     return tokens if tokens <= 2 * SMALLEST_CALL else max(2 * SMALLEST_CALL, tokens // 8)
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """Tokens ``start:stop`` of one sequence, computed together over the prefix ``:start``."""
 
     sequence: int
@@ -73,17 +86,51 @@ class Segment:
         return self.stop - self.start
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
+class Segments:
+    """Segments, a column for each of their numbers: hundreds are planned in as many steps as one."""
+
+    sequences: Numbers
+    starts: Numbers
+    stops: Numbers
+    reads: Numbers
+
+    @classmethod
+    def of(cls, segments: Iterable[Segment]) -> "Segments":
+        return cls(*np.array(list(segments), np.int64).reshape(-1, 4).T)
+
+    @property
+    def lengths(self) -> Numbers:
+        return self.stops - self.starts
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __iter__(self) -> Iterator[Segment]:
+        columns = (self.sequences, self.starts, self.stops, self.reads)
+        return itertools.starmap(Segment, zip(*(column.tolist() for column in columns), strict=True))
+
+    def __getitem__(self, places: Numbers | npt.NDArray[np.bool_]) -> "Segments":
+        return Segments(self.sequences[places], self.starts[places], self.stops[places], self.reads[places])
+
+    def __add__(self, other: "Segments") -> "Segments":
+        columns = ("sequences", "starts", "stops", "reads")
+        return Segments(*(np.concatenate([getattr(self, name), getattr(other, name)]) for name in columns))
+
+
+NO_SEGMENTS = Segments.of([])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Group:
     """Segments over one prefix: the first ``prefix_length`` tokens of sequence ``prefix_of``, which all share."""
 
     prefix_of: int
     prefix_length: int
-    segments: tuple[Segment, ...]
+    segments: Segments
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(NamedTuple):
     """A segment's place in a call: its first token goes to position ``offset`` of bin ``bin``, and it sees the call's
     prefix number ``prefix``."""
 
@@ -93,12 +140,20 @@ class Placement:
     prefix: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Call:
-    """One launch of the program of ``shape``."""
+    """One launch of the program of ``shape``: its segments, and what a ``Placement`` says of each."""
 
     shape: Shape
-    placements: tuple[Placement, ...]
+    segments: Segments
+    bins: Numbers
+    offsets: Numbers
+    prefixes: Numbers
+
+    @property
+    def placements(self) -> list[Placement]:
+        columns = (column.tolist() for column in (self.bins, self.offsets, self.prefixes))
+        return list(itertools.starmap(Placement, zip(self.segments, *columns, strict=True)))
 
 
 def shapes(max_width: int, call_tokens: int) -> tuple[Shape, ...]:
@@ -151,18 +206,31 @@ def pack_flat(groups: Sequence[Group], ladder: Sequence[Shape]) -> list[Call]:
         ValueError: a segment is longer than the largest call, or has more reads.
     """
     largest = ladder[-1]
-    waiting = {number: sorted(group.segments, key=_longest_first, reverse=True) for number, group in enumerate(groups)}
+    segments = sum((group.segments for group in groups), NO_SEGMENTS)
+    lengths, reads_of_each = segments.lengths.tolist(), segments.reads.tolist()
+    waiting: dict[int, list[_Waiting]] = {}
+    first = 0
+    for number, group in enumerate(groups):
+        last = first + len(group.segments)
+        # Ascending, and of one length those with fewest reads last.
+        order = sorted(range(first, last), key=lambda i: (lengths[i], -reads_of_each[i]))
+        waiting[number] = [_Waiting(lengths[i], reads_of_each[i], i) for i in order]
+        first = last
     calls: list[Call] = []
     while waiting:
-        placed: list[Placement] = []
+        placed: list[int] = []
+        offsets: list[int] = []
+        prefixes: list[int] = []
         tokens = reads = 0
-        for number, segments in list(waiting.items()):
-            while (at := _longest_within(segments, largest.width - tokens, largest.reads - reads)) is not None:
-                segment = segments.pop(at)
-                placed.append(Placement(segment, 0, tokens, number))
+        for number, of_group in list(waiting.items()):
+            while (at := _longest_within(of_group, largest.width - tokens, largest.reads - reads)) is not None:
+                segment = of_group.pop(at)
+                placed.append(segment.place)
+                offsets.append(tokens)
+                prefixes.append(number)
                 tokens += segment.length
                 reads += segment.reads
-            if not segments:
+            if not of_group:
                 del waiting[number]
         if not placed:
             segment = next(iter(waiting.values()))[-1]
@@ -171,11 +239,20 @@ def pack_flat(groups: Sequence[Group], ladder: Sequence[Shape]) -> list[Call]:
                 f"a segment of {wanted}, does not fit the largest call of {largest.width}, {largest.reads} read"
             )
         smallest = next(shape for shape in ladder if shape.width >= tokens and shape.reads >= reads)
-        calls.append(Call(smallest, tuple(placed)))
+        taken = segments[np.array(placed)]
+        calls.append(Call(smallest, taken, np.zeros(len(taken), np.int64), np.array(offsets), np.array(prefixes)))
     return calls
 
 
-def _longest_within(segments: Sequence[Segment], tokens: int, reads: int) -> int | None:
+class _Waiting(NamedTuple):
+    """A segment that is to be packed, and its place among all."""
+
+    length: int
+    reads: int
+    place: int
+
+
+def _longest_within(segments: Sequence[_Waiting], tokens: int, reads: int) -> int | None:
     """The place of the last of ascending segments that has at most so many tokens and reads."""
     short = len(segments)
     if segments and segments[-1].length > tokens:
@@ -195,7 +272,9 @@ def batch_calls(calls: Sequence[Call], at_once: int) -> Iterator[list[Call]]:
             yield [replace(call, shape=same[at].shape) for call in same[at : at + at_once]]
 
 
-def share(sequences: Sequence[Tokens], limits: Sequence[int], *, min_saving: int) -> list[tuple[int, int, list[int]]]:
+def share(
+    sequences: Sequence[Tokens], limits: Sequence[int], *, min_saving: int, salts: Sequence[int] = ()
+) -> list[tuple[int, int, Numbers]]:
     """Group sequences by common token prefixes, where sharing saves at least ``min_saving`` tokens.
 
     Args:
@@ -203,6 +282,7 @@ def share(sequences: Sequence[Tokens], limits: Sequence[int], *, min_saving: int
         limits: for each sequence, how many leading tokens a prefix may take at most: the first read position, since
             a read token must be in a segment.
         min_saving: tokens; what one more prefix costs in launches and padding.
+        salts: for each sequence a number: those with different ones share nothing; empty: all may share.
 
     Returns:
         (a sequence that has the prefix, prefix length, member sequences) per group, parents before the groups whose
@@ -213,10 +293,21 @@ def share(sequences: Sequence[Tokens], limits: Sequence[int], *, min_saving: int
     heads = [tokens[:limit] for tokens, limit in zip(sequences, limits, strict=True)]
     # As bytes, sequences with a common beginning sort together, and comparing them is a memcmp.
     keys = [head.tobytes() for head in heads]
-    order = sorted(range(len(sequences)), key=keys.__getitem__)
-    shared = common_prefix(heads[order[0]], heads[order[-1]])  # by all, often a long query: not compared again
-    tails = [heads[i][shared:] for i in order]
-    common = shared + np.array([common_prefix(a, b) for a, b in itertools.pairwise(tails)], np.int64)
+    salted = len(set(salts)) > 1
+    shared = 0 if salted else _shared_by_all(heads, keys)  # often a long query: not compared again
+    size = sequences[0].itemsize
+    keys = [key[shared * size :] for key in keys]
+    of_salt = [salt.to_bytes(8) for salt in salts] if salted else [b""] * len(keys)
+    order = sorted(range(len(keys)), key=lambda i: (of_salt[i], keys[i]))
+    common = np.array(
+        [
+            shared + common_prefix(heads[a][shared:], heads[b][shared:])
+            if keys[a][:size] == keys[b][:size] and of_salt[a] == of_salt[b]
+            else shared
+            for a, b in itertools.pairwise(order)
+        ],
+        np.int64,
+    )
     longest = max(map(len, heads))
     groups: list[tuple[int, int, list[int]]] = [(order[0], 0, [])]
     pending = [(0, len(order), 0)]  # an interval of `order`, and the group that its sequences belong to so far
@@ -231,7 +322,16 @@ def share(sequences: Sequence[Tokens], limits: Sequence[int], *, min_saving: int
             continue
         bounds = [low, *(low + 1 + np.flatnonzero(common[low : high - 1] == depth)).tolist(), high]
         pending.extend((start, stop, group) for start, stop in itertools.pairwise(bounds))
-    return [group for group in groups if group[2]]
+    return [(first, depth, np.array(members)) for first, depth, members in groups if members]
+
+
+def _shared_by_all(heads: Sequence[Tokens], keys: Sequence[bytes]) -> int:
+    """The number of leading tokens that are equal in all ``heads``; ``keys`` are their bytes."""
+    shared, size = min(map(len, heads)), heads[0].itemsize
+    for head, key in zip(heads, keys, strict=True):
+        if not key.startswith(keys[0][: shared * size]):
+            shared = common_prefix(head[:shared], heads[0])
+    return shared
 
 
 def groups(
@@ -244,6 +344,8 @@ def groups(
     page: int,
     partial_sizes: Sequence[int] = (),
     common: Sequence[Sequence[int]] = (),
+    salts: Sequence[int] = (),
+    costs: Costs = CPU_COSTS,
 ) -> list[Group]:
     """Shared prefixes and segments for sequences with reads at the given ascending positions.
 
@@ -256,31 +358,43 @@ def groups(
             whole page.
         common: for each sequence how many tokens at the front its request's sequences share, and how many these are;
             empty: not known.
+        salts: see ``share``.
     """
     result: list[Group] = []
-    shared = share(sequences, [positions[0] for positions in reads], min_saving=min_saving)
+    ends = np.array([positions[-1] for positions in reads], np.int64) + 1
+    counts = np.array([len(positions) for positions in reads], np.int64)
+    shared = share(sequences, [positions[0] for positions in reads], min_saving=min_saving, salts=salts)
     for prefix_of, depth, members in shared:
-        own_tokens = sum(reads[sequence][-1] + 1 - depth for sequence in members)
+        own_tokens = float((ends[members] - depth).mean())
         uses = [(depth, len(members))]
         if common:
             of_request, count = common[prefix_of]
             uses.append((min(of_request, depth), max(count, len(members))))
-        prefix_length = _worthwhile(depth, uses, own_tokens / len(members), page, partial_sizes or (page,))
-        segments: list[Segment] = []
-        for sequence in members:
-            pieces = _pieces(sequence, prefix_length, reads[sequence], max_width, max_reads)
-            for piece in pieces:
+        prefix_length = _worthwhile(depth, uses, own_tokens, page, partial_sizes or (page,), costs)
+        whole = (ends[members] - prefix_length <= max_width) & (counts[members] <= max_reads)
+        fitting = members[whole]
+        segments = Segments(fitting, np.full(len(fitting), prefix_length), ends[fitting], counts[fitting])
+        fronts: list[Segment] = []
+        for sequence in members[~whole].tolist():
+            for piece in _pieces(sequence, prefix_length, reads[sequence], max_width, max_reads):
                 if piece.start == prefix_length:
-                    segments.append(piece)
+                    fronts.append(piece)
                 else:
-                    result.append(Group(sequence, piece.start, (piece,)))
-        if segments:
-            result.append(Group(prefix_of, prefix_length, tuple(segments)))
+                    result.append(Group(sequence, piece.start, Segments.of([piece])))
+        if fronts:
+            segments += Segments.of(fronts)
+        if len(segments):
+            result.append(Group(prefix_of, prefix_length, segments))
     return result
 
 
 def _worthwhile(
-    prefix_length: int, uses: Sequence[tuple[int, int]], own_tokens: float, page: int, partial_sizes: Sequence[int]
+    prefix_length: int,
+    uses: Sequence[tuple[int, int]],
+    own_tokens: float,
+    page: int,
+    partial_sizes: Sequence[int],
+    costs: Costs,
 ) -> int:
     """The prefix, with as many tokens of its partial page as save most beyond what that page costs, or none.
 
@@ -294,17 +408,15 @@ def _worthwhile(
     best, most = whole, 0.0
     for length, count in uses:
         seen = bucket(length - whole, partial_sizes)
-        cost = max(seen, SMALLEST_CALL) + CALL_COST + count * own_tokens * seen * ATTENTION_COST
+        cost = max(seen, SMALLEST_CALL) + costs.call + count * own_tokens * seen * costs.attention
         saving = (count - 1) * (length - whole) - cost
         if length > whole and saving >= most:
             best, most = length, saving
     return best
 
 
-def _pieces(sequence: int, start: int, reads: Sequence[int], max_width: int, max_reads: int) -> Iterable[Segment]:
+def _pieces(sequence: int, start: int, reads: Sequence[int], max_width: int, max_reads: int) -> list[Segment]:
     """Segments that hold all reads of one sequence; stretches without a read are left to the prefix."""
-    if reads[-1] + 1 - start <= max_width and len(reads) <= max_reads:
-        return [Segment(sequence, start, reads[-1] + 1, len(reads))]
     segments: list[Segment] = []
     done = 0
     while done < len(reads):
@@ -318,109 +430,169 @@ def _pieces(sequence: int, start: int, reads: Sequence[int], max_width: int, max
     return segments
 
 
-def pack_bins(segments: Sequence[Segment], ladder: Sequence[Shape]) -> list[Call]:
+def pack_bins(segments: Segments, ladder: Sequence[Shape], costs: Costs = CPU_COSTS) -> list[Call]:
     """Pack segments of one group into calls, choosing among the ladder's widths what costs least.
 
-    Tried: all segments in bins of one width, and long and short segments apart.
+    Tried: all segments in bins of one width, and long and short segments apart. Only lengths and reads matter, and
+    what was chosen for them is remembered.
 
     Raises:
         ValueError: a segment is longer than the widest bin.
     """
-    ordered = sorted(segments, key=_longest_first)
+    order = np.lexsort((segments.reads, -segments.lengths))
+    ordered = segments[order]
+    found = _chosen(ordered.lengths.tobytes(), ordered.reads.tobytes(), tuple(ladder), costs)
+    return [Call(one.shape, ordered[one.places], one.bins, one.offsets, np.zeros_like(one.bins)) for one in found]
+
+
+class _Run(NamedTuple):
+    """Segments alike in tokens and reads, which follow each other among all: ``number`` from ``first`` on."""
+
+    first: int
+    number: int
+    length: int
+    reads: int
+
+
+class _Planned(NamedTuple):
+    """A call of a plan: the runs in each of its bins."""
+
+    shape: Shape
+    bins: list[list[_Run]]
+
+
+class _Places(NamedTuple):
+    """A call of a plan: the places of its segments among all, and a column for each of what a ``Placement`` says."""
+
+    shape: Shape
+    places: Numbers
+    bins: Numbers
+    offsets: Numbers
+
+
+@lru_cache(256)
+def _chosen(lengths: bytes, reads: bytes, ladder: tuple[Shape, ...], costs: Costs) -> list[_Places]:
+    """The calls that cost least.
+
+    Args:
+        lengths: of the segments, descending, as the bytes of an array.
+        reads: of the segments; ascending where lengths are equal.
+    """
+    columns = np.frombuffer(lengths, np.int64), np.frombuffer(reads, np.int64)
+    starts = np.flatnonzero(np.r_[True, np.any(np.diff(columns) != 0, axis=0)])
+    counts = np.diff(np.r_[starts, len(columns[0])])
+    of_runs = (starts, counts, *(column[starts] for column in columns))
+    runs = list(itertools.starmap(_Run, zip(*(column.tolist() for column in of_runs), strict=True)))
     full = {shape.width: shape for shape in ladder}  # the largest of a width comes last
-    longest = ordered[0].length
+    longest, shortest = runs[0].length, runs[-1].length
     if longest > max(full):
         raise ValueError(f"a segment of {longest} tokens does not fit the widest bin of {max(full)}")
     narrowest = min(width for width in full if width >= longest)
-    tokens = [0, *itertools.accumulate(segment.length for segment in ordered)]
-    per_token = {width: shape.cost / shape.tokens for width, shape in full.items()}
+    tokens = [0, *itertools.accumulate(run.length * run.number for run in runs)]
+    per_token = {width: costs.of(shape) / shape.tokens for width, shape in full.items()}
 
     def least(cut: int, wide: int, narrow: int) -> float:
-        """What the segments before ``cut`` in wide bins and the others in narrow ones cost if no position is wasted."""
+        """What the runs before ``cut`` in wide bins and the others in narrow ones cost if no position is wasted."""
         return tokens[cut] * per_token[wide] + (tokens[-1] - tokens[cut]) * per_token[narrow]
 
-    options = [(len(ordered), width, width) for width in full if width >= longest]
-    for width in [width for width in full if ordered[-1].length <= width < longest]:
-        cut = bisect.bisect_left(ordered, -width, key=lambda segment: -segment.length)
+    options = [(len(runs), width, width) for width in full if width >= longest]
+    for width in [width for width in full if shortest <= width < longest]:
+        cut = bisect.bisect_left(runs, -width, key=lambda run: -run.length)
         options.append((cut, narrowest, width))
-    best: list[Call] = []
+    best: list[_Planned] = []
     best_cost = float("inf")
     for cut, wide, narrow in sorted(options, key=lambda option: least(*option)):
-        if least(cut, wide, narrow) + CALL_COST >= 0.98 * best_cost:
+        if least(cut, wide, narrow) + costs.call >= 0.98 * best_cost:
             break  # the rest of the search could save no more than a fiftieth
-        parts = [(part, full[width]) for part, width in ((ordered[:cut], wide), (ordered[cut:], narrow)) if part]
-        calls = [call for part, shape in parts for call in _calls(_bins(part, shape), shape, ladder)]
-        if (cost := _cost(calls)) < best_cost:
+        parts = [(part, full[width]) for part, width in ((runs[:cut], wide), (runs[cut:], narrow)) if part]
+        calls = [call for part, shape in parts for call in _calls(_bins(part, shape), shape, ladder, costs)]
+        if (cost := _cost(calls, costs)) < best_cost:
             best, best_cost = calls, cost
-    return best
+    return list(map(_placed, best))
 
 
-def _longest_first(segment: Segment) -> tuple[int, int]:
-    return -segment.length, segment.reads
+def _placed(call: _Planned) -> _Places:
+    places: list[Numbers] = []
+    offsets: list[Numbers] = []
+    bins: list[int] = []
+    for number, runs in enumerate(call.bins):
+        offset = 0
+        for run in runs:
+            places.append(np.arange(run.first, run.first + run.number))
+            offsets.append(offset + run.length * np.arange(run.number))
+            bins += [number] * run.number
+            offset += run.length * run.number
+    return _Places(call.shape, np.concatenate(places), np.array(bins), np.concatenate(offsets))
 
 
-def _cost(calls: Sequence[Call]) -> float:
-    return sum(call.shape.cost for call in calls)
+def _longest_first(run: _Run) -> tuple[int, int]:
+    return -run.length, run.reads
 
 
-def _bins(segments: Sequence[Segment], shape: Shape) -> list[list[Segment]]:
+def _cost(calls: Sequence[_Planned], costs: Costs) -> float:
+    return sum(costs.of(call.shape) for call in calls)
+
+
+def _bins(runs: Sequence[_Run], shape: Shape) -> list[list[_Run]]:
     """Best-fit of segments, longest first, into bins of the shape's width; none has more reads than one call may."""
-    bins: list[list[Segment]] = []
+    width, most = shape.width, shape.reads
+    bins: list[list[_Run]] = []
     room: list[tuple[int, int, int]] = []  # (free tokens, bin, free reads), ascending
-    for (length, reads), run in itertools.groupby(segments, key=lambda segment: (segment.length, segment.reads)):
-        alike = list(run)
-        placed = 0
-        while placed < len(alike):
+    for first, count, length, reads in runs:
+        left = count
+        while left:
             at = bisect.bisect_left(room, (length, -1, -1))
             if at < len(room) and room[at][2] >= reads:
                 free, number, free_reads = room.pop(at)
             else:
-                free, number, free_reads = shape.width, len(bins), shape.reads
+                free, number, free_reads = width, len(bins), most
                 bins.append([])
-            count = min(free // length, free_reads // reads, len(alike) - placed)
-            bins[number].extend(alike[placed : placed + count])
-            placed += count
-            free, free_reads = free - count * length, free_reads - count * reads
+            taken = min(free // length, free_reads // reads, left)
+            bins[number].append(_Run(first + count - left, taken, length, reads))
+            left -= taken
+            free, free_reads = free - taken * length, free_reads - taken * reads
             if free and free_reads:
                 bisect.insort(room, (free, number, free_reads))
     return bins
 
 
-def _calls(bins: Sequence[list[Segment]], full: Shape, ladder: Sequence[Shape]) -> list[Call]:
+def _calls(bins: Sequence[list[_Run]], full: Shape, ladder: Sequence[Shape], costs: Costs) -> list[_Planned]:
     """Bins of one width as full calls; the segments that do not fill the last one go where they cost least."""
     *calls, last = _runs(bins, full)
-    rest = sorted((placement.segment for placement in last.placements), key=_longest_first)
+    rest = sorted(itertools.chain.from_iterable(last.bins), key=_longest_first)
     options = [[last]]
     for shape in ladder:
         small = shape.bins == -(-SMALLEST_CALL // shape.width) or 2 * shape.tokens <= full.tokens + shape.width
         if shape.width >= rest[0].length and small:
-            options.append(_runs(_bins(rest, shape), shape))
-    return calls + min(options, key=_cost)
+            smaller = [other for other in ladder if other.width == shape.width and other.bins < shape.bins]
+            options.append(_downwards(_bins(rest, shape), [shape, *reversed(smaller)], costs))
+    return calls + min(options, key=lambda option: _cost(option, costs))
 
 
-def _runs(bins: Sequence[list[Segment]], shape: Shape) -> list[Call]:
+def _downwards(bins: Sequence[list[_Run]], sizes: Sequence[Shape], costs: Costs) -> list[_Planned]:
+    """Bins as calls of the first of these sizes, which descend; those that do not fill the last call go into smaller
+    ones where that costs less."""
+    calls = _runs(bins, sizes[0])
+    *full, last = calls
+    if len(sizes) == 1 or any(sum(run.reads * run.number for run in runs) > sizes[1].reads for runs in last.bins):
+        return calls
+    return min(calls, [*full, *_downwards(last.bins, sizes[1:], costs)], key=lambda option: _cost(option, costs))
+
+
+def _runs(bins: Sequence[list[_Run]], shape: Shape) -> list[_Planned]:
     """Bins in order, as many to a call as it has room for, and no more reads."""
-    calls: list[Call] = []
-    taken: list[list[Segment]] = []
+    most = shape.reads
+    calls: list[_Planned] = []
+    taken: list[list[_Run]] = []
     reads = 0
     for members in bins:
-        wanted = sum(segment.reads for segment in members)
-        if len(taken) == shape.bins or reads + wanted > shape.reads:
-            calls.append(_call(shape, taken))
+        wanted = sum([run.reads * run.number for run in members])
+        if len(taken) == shape.bins or reads + wanted > most:
+            calls.append(_Planned(shape, taken))
             taken, reads = [], 0
         taken.append(members)
         reads += wanted
-    return [*calls, _call(shape, taken)]
-
-
-def _call(shape: Shape, bins: Sequence[Sequence[Segment]]) -> Call:
-    placements: list[Placement] = []
-    for number, segments in enumerate(bins):
-        offset = 0
-        for segment in segments:
-            placements.append(Placement(segment, number, offset))
-            offset += segment.length
-    return Call(shape, tuple(placements))
+    return [*calls, _Planned(shape, taken)]
 
 
 def chunks(length: int, sizes: Sequence[int]) -> list[int]:
@@ -436,7 +608,7 @@ def chunks(length: int, sizes: Sequence[int]) -> list[int]:
 def padding_waste(calls: Sequence[Call]) -> float:
     """Share of computed positions that hold no token, 0 to 1."""
     computed = sum(call.shape.tokens for call in calls)
-    real = sum(placement.segment.length for call in calls for placement in call.placements)
+    real = sum(int(call.segments.lengths.sum()) for call in calls)
     return 1 - real / computed if computed else 0.0
 
 

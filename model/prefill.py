@@ -8,8 +8,8 @@ import numpy as np
 from model import plan
 from model.computations import Span, spans_of
 from model.contract import PAGE_TOKENS
+from model.inputs import Inputs
 from model.pages import Node
-from model.programs import Inputs
 
 
 class PinnedPrefix(NamedTuple):
@@ -73,18 +73,15 @@ class PrefillCall:
         self.tokens, self.spans = tokens, spans
         return True
 
-    def inputs(self) -> Inputs:
-        """The call's arrays; a piece is a segment over the prefix of its own number."""
-        tokens, segments = np.full((2, self.size), -1, np.int32)
-        positions, prefixes = np.zeros((2, self.size), np.int32)
+    def fill(self, inputs: Inputs) -> None:
+        """Write the call's tokens into all rows; a piece is a segment over the prefix of its own number."""
         at = 0
         for number, (held, start, stop) in enumerate(self.pieces):
             place = slice(at, at + stop - start)
-            tokens[place] = held.prefix[start:stop]
-            positions[place] = np.arange(start, stop)
-            segments[place] = prefixes[place] = number
+            inputs.tokens[:, place] = held.prefix[start:stop]
+            inputs.positions[:, place] = np.arange(start, stop)
+            inputs.segments[:, place] = inputs.prefixes[:, place] = number
             at = place.stop
-        return Inputs(tokens, positions, prefixes, segments[None], np.zeros(0, np.int32))
 
 
 def calls(held: Sequence[PinnedPrefix], sizes: Sequence[int], prefixes: int) -> Iterator[PrefillCall]:

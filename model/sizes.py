@@ -35,6 +35,7 @@ class Sizes:
         target_sizes: sizes of target-logit calls, in (hidden state, target) pairs, ascending.
         prefix_cache_bytes: device memory for prefixes; more where one prompt of the longest kind needs it, and less
             where not so much is free, see ``model.memory``.
+        costs: what the planner weighs.
         large_calls: the smallest calls are an eighth of a full one, see ``plan.large_shapes``.
         fill_memory: the prefix cache takes its share of the free memory, however much; see ``model.memory``.
     """
@@ -46,6 +47,7 @@ class Sizes:
     argmax_sizes: tuple[int, ...] = (8, 128)
     target_sizes: tuple[int, ...] = (8, 64, 512)
     prefix_cache_bytes: int = 384 * 2**20
+    costs: plan.Costs = plan.CPU_COSTS
     large_calls: bool = False
     fill_memory: bool = False
 
@@ -61,8 +63,9 @@ BY_PLATFORM = {
         chunks=(256, 512, 1024, 2048),
         head_sizes=(8, 64, 512),
         argmax_sizes=(64, 512),
-        target_sizes=(64, 512, 4096),
+        target_sizes=(64, 512, 1024, 2048, 4096),
         prefix_cache_bytes=4 * 2**30,
+        costs=plan.Costs(call=560),
         large_calls=True,
     ),
     # An H100 needs 300 tokens to a call before the matmuls take longer than reading the weights, and the copy of each
@@ -119,9 +122,10 @@ class Layout:
 
     def groups(
         self,
-        sequences: list[plan.Tokens],
-        reads: list[list[int]],
+        sequences: Sequence[plan.Tokens],
+        reads: Sequence[Sequence[int]],
         common: Sequence[Sequence[int]] = (),
+        salts: Sequence[int] = (),
     ) -> list[plan.Group]:
         """See ``plan.groups``."""
         # Attention with a prefix for every token reads no more of a page than there is.
@@ -135,6 +139,8 @@ class Layout:
             page=PAGE_TOKENS,
             partial_sizes=partial_sizes,
             common=common,
+            salts=salts,
+            costs=self.sizes.costs,
         )
 
     def calls(self, groups: Sequence[plan.Group]) -> list[plan.Call]:
@@ -142,7 +148,7 @@ class Layout:
         if self.prefixes > 1:
             return plan.pack_flat(groups, self.ladder)
         (group,) = groups
-        return plan.pack_bins(group.segments, self.ladder)
+        return plan.pack_bins(group.segments, self.ladder, self.sizes.costs)
 
 
 def layout(

@@ -41,6 +41,10 @@ _FIXED_LIMITS = {
 REWARD_QUESTION = "Is the last answer correct, helpful and harmless?"
 """What a causal model is asked if the settings do not say it. Rewards depend on every byte of it."""
 
+BATCH_TOKENS_ON_CPU, BATCH_TOKENS_ON_ACCELERATORS = 8_192, 32_768
+"""Defaults of ``max_batch_tokens``. An accelerator computes a request of 500 items of 20 tokens as one batch: in two
+it would compute less at once, and answer later."""
+
 MOST_QUEUED_TOKENS = 4_000_000
 """The largest default of ``limits.max_queued_tokens``: 16 MB of token ids, and several times that with their arrays."""
 
@@ -114,8 +118,9 @@ class ModelSettings(_Frozen):
     engine: Literal["jax", "fake"] = "jax"
     """``fake``: deterministic scores from hashed tokens, to test everything but the model."""
 
-    max_batch_tokens: Annotated[int, Field(ge=64)] = 8_192
-    """The most tokens in one device batch, shared prefixes counted once. On a slow device batches are smaller."""
+    max_batch_tokens: Annotated[int, Field(ge=64)] | None = None
+    """The most tokens in one device batch, shared prefixes counted once. On a slow device batches are smaller. None:
+    8,192 on a CPU, and 32,768 on a TPU or GPU."""
     scorer_replicas: Annotated[int, Field(ge=1)] = 1
     """Number of scorers, each with the whole model. With ``autoscaling`` it is the number at the start."""
     autoscaling: Autoscaling | None = None
@@ -206,15 +211,22 @@ class ModelSettings(_Frozen):
         own = self.model_dump(exclude_unset=True)
         return self.model_validate({**own, **changes, "limits": {**own.get("limits", {}), **limits}})
 
-    def queued_tokens(self, tokens_per_s: float) -> int:
+    def batch_tokens(self, platform: str) -> int:
+        """The most tokens in one device batch, on a device of this kind as jax names it."""
+        if self.max_batch_tokens is not None:
+            return self.max_batch_tokens
+        return BATCH_TOKENS_ON_ACCELERATORS if platform in ("tpu", "gpu") else BATCH_TOKENS_ON_CPU
+
+    def queued_tokens(self, tokens_per_s: float, platform: str) -> int:
         """The number of tokens that may wait for one replica. More would be answered too late.
 
         Args:
             tokens_per_s: a replica's measured speed.
+            platform: see ``batch_tokens``.
         """
         if self.limits.max_queued_tokens is not None:
             return self.limits.max_queued_tokens
-        return max(self.max_batch_tokens, min(int(tokens_per_s * self.timeout_s / 2), MOST_QUEUED_TOKENS))
+        return max(self.batch_tokens(platform), min(int(tokens_per_s * self.timeout_s / 2), MOST_QUEUED_TOKENS))
 
     def dtype_reason(self, platform: str) -> str:
         """Why the weights have the type that they have, on a device of this kind as jax names it."""

@@ -148,7 +148,7 @@ def launches(config: ModelConfig, laid: Layout, request: Request, at_once: int =
             found[Launch(Kind.PREFILL, size, cached)] += 1
             found[Launch(Kind.WRITE, size, 0)] += 1
             cached += size
-        for calls in plan.batch_calls(plan.pack_bins(group.segments, laid.ladder), at_once):
+        for calls in plan.batch_calls(laid.calls([group]), at_once):
             found[Launch(Kind.SEGMENTS, calls[0].shape, group.prefix_length)] += 1
     reads_of_head = [(Kind.TARGETS, len(sequences) * (config.classes or 2), laid.sizes.target_sizes)]
     if not config.classes:

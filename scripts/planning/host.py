@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
 
 from model.compiler import Compiler
 from model.computations import Kind, Model, Size, Weights
@@ -31,37 +33,76 @@ class HostCost:
 
     Attributes:
         seconds: of processor time on this machine; the least of some requests.
-        bytes: that the host sends to the device and fetches from it.
+        launches: of programs.
+        sent: arrays that the host sends to the device.
+        sent_bytes: of these.
+        fetched_bytes: of what it fetches.
+        waits: times that it waits for what it fetches.
     """
 
     seconds: float
-    bytes: int
+    launches: int
+    sent: int
+    sent_bytes: int
+    fetched_bytes: int
+    waits: int
+
+    @property
+    def bytes(self) -> int:
+        """All that moves between host and device."""
+        return self.sent_bytes + self.fetched_bytes
 
 
 class _AtOnce(Compiler):
-    """Programs that compute nothing: their results are zeros."""
+    """Programs that compute nothing. Their results are zeros, which say when they are fetched."""
 
     def __init__(self, model: Model, weights: Weights) -> None:
         super().__init__(model, weights, None)
-        self._zeros: dict[tuple[Kind, Size], Any] = {}
-        self.moved = 0
+        self._kept = jnp.zeros(0)
+        self.start()
+
+    def start(self) -> None:
+        """Count from here on."""
+        self.launches = self.sent = self.sent_bytes = self.fetched_bytes = self.waits = 0
+        self._computing = False
 
     def get(self, kind: Kind, size: Size) -> Callable[..., Any]:
         def program(*arguments: Any) -> Any:
-            arrays = {id(leaf): leaf for leaf in jax.tree.leaves(arguments) if isinstance(leaf, jax.Array)}
-            pool = next((leaf for leaf in arrays.values() if leaf.shape == self._model.layout.pool.shape), None)
-            result = pool if kind is Kind.WRITE else self._result(kind, size)
-            self.moved += sum(leaf.nbytes for leaf in arrays.values() if leaf is not pool)
-            self.moved += 0 if kind is Kind.WRITE else sum(leaf.nbytes for leaf in jax.tree.leaves(result))
-            return result
+            self._computing = True
+            self.launches += 1
+            on_device = (self._model.layout.pool.shape, (self._model.collected, self._model.config.width), (0,))
+            for leaf in jax.tree.leaves(arguments):
+                if isinstance(leaf, jax.Array) and leaf.shape not in on_device:
+                    self.sent += 1
+                    self.sent_bytes += leaf.nbytes
+            match kind:
+                case Kind.WRITE:
+                    return arguments[0]
+                case Kind.SEGMENTS:
+                    return arguments[-1]
+                case Kind.PREFILL:
+                    return self._kept
+                case _:
+                    return _Zeros(size, self._fetch)
 
         return program
 
-    def _result(self, kind: Kind, size: Size) -> Any:
-        if (kind, size) not in self._zeros:
-            shape = {Kind.SEGMENTS: lambda: (size.reads, self._model.config.width), Kind.PREFILL: lambda: (0,)}
-            self._zeros[kind, size] = jnp.zeros(shape.get(kind, lambda: (size,))(), jnp.float32)
-        return self._zeros[kind, size]
+    def _fetch(self, nbytes: int) -> None:
+        self.fetched_bytes += nbytes
+        self.waits += self._computing
+        self._computing = False
+
+
+class _Zeros:
+    """A result of the head, on its way."""
+
+    def __init__(self, size: Size, fetched: Callable[[int], None]) -> None:
+        self._size, self._fetched = size, fetched
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[np.float32]:
+        array = np.zeros(self._size, np.float32)
+        self._fetched(array.nbytes)
+        return array
 
 
 def host_cost(config: ModelConfig, sizes: Sizes, longest: int, requests: Callable[[], Request]) -> HostCost:
@@ -85,12 +126,12 @@ def host_cost(config: ModelConfig, sizes: Sizes, longest: int, requests: Callabl
     compiler = _AtOnce(model, weights)
     engine = Engine(Programs(model, weights, compiler=compiler))
     seconds: list[float] = []
-    moved = 0
     for _ in range(_REPEATS):
         request = requests()
         batch = pack_labels(request.prompts, [_LABELS] * len(request.items_ids))
-        compiler.moved, started = 0, time.process_time()
+        compiler.start()
+        started = time.process_time()
         engine.score(batch)
         seconds.append(time.process_time() - started)
-        moved = compiler.moved
-    return HostCost(min(seconds[1:]), moved)
+    counts = compiler.launches, compiler.sent, compiler.sent_bytes, compiler.fetched_bytes, compiler.waits
+    return HostCost(min(seconds[1:]), *counts)

@@ -14,7 +14,7 @@ from serve_app.cli.dataset import BY_DEVICE, Dtype, Engine
 from serve_app.cli.process_limits import LimitError
 from serve_app.frontend import auth
 from serve_app.model_source import ModelSourceError, absolute
-from serve_app.settings import ModelSettings, ServiceSettings
+from serve_app.settings import BATCH_TOKENS_ON_ACCELERATORS, BATCH_TOKENS_ON_CPU, ModelSettings, ServiceSettings
 from serve_app.tpu import Tpu
 
 app = typer.Typer(
@@ -99,7 +99,14 @@ def serve(
         ),
     ] = None,
     replicas: Annotated[int, typer.Option(min=1, help="Number of scorers, each with the whole model.")] = 1,
-    max_batch_tokens: Annotated[int, typer.Option(min=64, help="Most tokens in a device batch.")] = 8_192,
+    max_batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=64,
+            help="Most tokens in a device batch.",
+            show_default=f"{BATCH_TOKENS_ON_CPU} on a CPU, {BATCH_TOKENS_ON_ACCELERATORS} elsewhere",
+        ),
+    ] = None,
     max_prompt_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens of the longest prompt.", show_default="the context, or what memory allows"),

@@ -200,7 +200,7 @@ class ModelService:
         computed_tokens = 0
 
         def prepare() -> Steps[tuple[PreparedRequest[Sequence[BaseModel]], _Work]]:
-            prepared = yield from stream.some(self._settings.max_batch_tokens // 2)
+            prepared = yield from stream.some(self._settings.batch_tokens(self._info.platform) // 2)
             batch = _salted(prepared.batch, salt)
             return prepared, self._work(batch, prepared.query_tokens, request_id, deadline, next(numbers))
 
@@ -274,7 +274,7 @@ class ModelService:
         if replicas <= 1:
             return _Work([ScoreJob(request_id, batch, deadline)], tokens, first > 0)
         # If each part fills a device batch, the split costs nothing but the prefix.
-        parts = fanout.split(batch, replicas, self._settings.max_batch_tokens, shared_by_all(shared))
+        parts = fanout.split(batch, replicas, self._settings.batch_tokens(self._info.platform), shared_by_all(shared))
         affinities = fanout.affinities(parts, prefix_tokens or shared_by_all(shared), first)
         jobs = [ScoreJob(request_id, part, deadline, to) for part, to in zip(parts, affinities, strict=True)]
         return _Work(jobs, tokens, first > 0)
@@ -306,7 +306,7 @@ class ModelService:
         return answer
 
     def _bound_queue(self) -> None:
-        self._queued_tokens = self._settings.queued_tokens(self._tokens_per_s)
+        self._queued_tokens = self._settings.queued_tokens(self._tokens_per_s, self._info.platform)
         self._admission.tokens_per_replica = self._queued_tokens / self._front_ends
 
     @contextmanager

@@ -20,8 +20,8 @@ class LocalReplicas:
         self.count = count
         self.queue = Dispatcher(
             engine,
-            max_batch_tokens=settings.max_batch_tokens,
-            max_queued_tokens=settings.queued_tokens(engine.info.tokens_per_s),
+            max_batch_tokens=settings.batch_tokens(engine.info.platform),
+            max_queued_tokens=settings.queued_tokens(engine.info.tokens_per_s, engine.info.platform),
         )
 
     async def score(self, job: ScoreJob) -> JobResult:

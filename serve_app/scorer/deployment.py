@@ -63,8 +63,8 @@ class Scorer:
         self._metrics = ScorerMetrics(settings.name)
         self._queue = Dispatcher(
             self._engine,
-            max_batch_tokens=settings.max_batch_tokens,
-            max_queued_tokens=settings.queued_tokens(self._tokens_per_s),
+            max_batch_tokens=settings.batch_tokens(platform := self._engine.info.platform),
+            max_queued_tokens=settings.queued_tokens(self._tokens_per_s, platform),
             observe=self._metrics.batch,
             tokens_per_s=self._tokens_per_s,
         )
@@ -139,9 +139,10 @@ class Scorer:
 
     def _resize(self) -> None:
         """Bound the queue by the current settings, and by the speed measured so far."""
-        speed_now = max(self._queue.tokens_per_s, self._tokens_per_s)
+        speed_now, platform = max(self._queue.tokens_per_s, self._tokens_per_s), self._engine.info.platform
         self._queue.resize(
-            max_batch_tokens=self._live.max_batch_tokens, max_queued_tokens=self._live.queued_tokens(speed_now)
+            max_batch_tokens=self._live.batch_tokens(platform),
+            max_queued_tokens=self._live.queued_tokens(speed_now, platform),
         )
 
     async def record_autoscaling_stats(self) -> dict[str, float]:

@@ -85,6 +85,7 @@ CLASSIFY = Task[ClassifyRequest, ClassifyResponse](
     name="classify",
     paths=("/classify", "/v1/classify"),
     description="The probabilities or logits of each text's classes, in vLLM's shape.",
+    example={"input": ["The sky is blue.", "The sky is green."]},
     request=ClassifyRequest,
     response=ClassifyResponse,
     builder=builder(lambda request: request.inputs, _answer),

@@ -79,6 +79,7 @@ REMOTE_REWARD = Task[RemoteRewardRequest, RemoteRewardResponse](
     name="get_reward",
     paths=("/get_reward",),
     description="One reward for each text, in the shape of OpenRLHF's remote reward model.",
+    example={"query": ["What colour is the sky? Blue.", "What colour is the sky? Green."]},
     request=RemoteRewardRequest,
     response=RemoteRewardResponse,
     builder=builder(_inputs, _answer, single=True),

@@ -195,6 +195,22 @@ def test_requests_with_queries_of_their_own_share_calls(folder: Path, monkeypatc
     assert launched == [1, 2]
 
 
+def test_a_call_that_failed_fails_no_later_batch(folder: Path) -> None:
+    """On a CPU each call waits for the one before it."""
+    scorer = loading.load(folder, max_segment_tokens=64, call_tokens=64)
+    sequences = prompts(3, seed=51)
+    wanted = values(scorer, sequences)
+
+    class Failed:
+        def block_until_ready(self) -> None:
+            raise RuntimeError("the device is gone")
+
+    scorer._launched = Failed()  # pyright: ignore[reportPrivateUsage]
+    with pytest.raises(RuntimeError, match="gone"):
+        values(scorer, sequences)
+    np.testing.assert_array_equal(values(scorer, sequences), wanted)
+
+
 def test_pages_that_could_not_be_written_are_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = loading.load(folder, max_segment_tokens=64, call_tokens=64)
     sequences = prompts(3, seed=50, query=300)

@@ -11,8 +11,8 @@ import pytest
 from model import loading, sharding
 from model.computations import Kind
 from model.engine import Engine
+from model.inputs import padding
 from model.plan import Shape
-from model.programs import Inputs, Prefixes
 from tests.batches import label_batch
 from tests.parity.cases import HAVE_TORCH, LABELS, expected, sequences
 from tests.tiny_families import FAMILIES
@@ -70,16 +70,17 @@ def hidden_states(scorer: Engine, tokens: np.ndarray) -> list[np.ndarray]:
     """Hidden states of 32 tokens by the scoring programs: each layer's input, then the last norm's output."""
     programs: Any = scorer._programs  # pyright: ignore[reportPrivateUsage]
     shape, places = Shape(width=32, bins=2), np.arange(64, dtype=np.int32)
-    segments = np.repeat(np.array([[0], [-1]], np.int32), 32, axis=1)
-    inputs = Inputs(np.pad(tokens, (0, 32)).astype(np.int32), places, np.zeros_like(places), segments, places)
-    tables = np.zeros(scorer._layout.tables, np.int32)
-    prefix = Prefixes(scorer._pool, tables, tables[:, 0])  # pyright: ignore[reportPrivateUsage]
-    x, angles, context = programs.layers.begin(inputs, prefix)
+    segments = np.repeat(np.array([0, -1], np.int32), 32)
+    array, inputs = padding(1, shape.tokens, programs.model.layout.tables)
+    inputs.tokens[0], inputs.positions[0], inputs.segments[0] = np.pad(tokens, (0, 32)), places, segments
+    inputs.reads[0] = places
+    pool, collected = programs.empty_pool(), programs.none_collected()
+    x, angles, inputs = programs.layers.begin(shape.tokens, array)
     states = [np.array(x)]
     for number, weights in list(enumerate(programs.weights.layers))[:-1]:
-        x = programs.compiler.get(Kind.LAYER, shape)(weights, x, angles, context, jax.numpy.int32(number))
+        x = programs.compiler.get(Kind.LAYER, shape)(weights, x, angles, inputs, pool, jax.numpy.int32(number))
         states.append(np.array(x))
-    return [state[:32] for state in (*states, np.array(programs.layers.segments(shape, [inputs], prefix)))]
+    return [state[:32] for state in (*states, np.array(programs.layers.segments(shape, array, pool, collected)))]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The same scores on every mesh, through the whole engine, on simulated devices of the CPU."""
 
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,61 @@ def test_every_mesh_gives_the_same_scores(
     assert spread.stats.prefix_hit_tokens == wanted[1]
 
 
+def test_every_program_is_launched_under_one_lock(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads on one mesh enqueue collectives in one order on all its devices, or these would wait for each other
+    for ever: while one thread launches, the head's programs included, no other does. It waits outside."""
+    spread = loading.load(folder, mesh=mesh(2, 4), **SIZES)
+    batches = [prompts(7, seed=seed, query=290, longest=30) for seed in (1, 2)]
+    wanted = [values(spread, batch) for batch in batches]
+    compiler, lock = spread._programs.compiler, spread._launching  # pyright: ignore[reportPrivateUsage]
+    unlocked: list[Kind] = []
+    get, fetch = compiler.get, jax.device_get
+    fetched_locked: list[bool] = []
+
+    def watched(kind: Kind, size: Any) -> Any:
+        program = get(kind, size)
+
+        def launch(*arguments: Any) -> Any:
+            if not holding.is_mine():
+                unlocked.append(kind)
+            return program(*arguments)
+
+        return launch
+
+    def fetching(arrays: Any) -> Any:
+        fetched_locked.append(holding.is_mine())
+        return fetch(arrays)
+
+    holding = Holding(lock)
+    monkeypatch.setattr(spread, "_launching", holding)
+    monkeypatch.setattr(compiler, "get", watched)
+    monkeypatch.setattr(jax, "device_get", fetching)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda number: values(spread, batches[number % 2]), range(8)))
+    assert not unlocked
+    assert fetched_locked == [False] * 8
+    for number, each in enumerate(found):
+        np.testing.assert_allclose(each, wanted[number % 2], rtol=0, atol=TOLERANCE)
+
+
+class Holding:
+    """A lock that knows which thread has it."""
+
+    def __init__(self, lock: Any) -> None:
+        self._lock, self._owner = lock, 0
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+
+    def __exit__(self, *_: object) -> None:
+        self._owner = 0
+        self._lock.release()
+
+    def is_mine(self) -> bool:
+        return self._owner == threading.get_ident()
+
+
 def test_bfloat16_is_no_further_from_float32_on_a_mesh(folder: Path, wanted: tuple[list[np.ndarray], int]) -> None:
     """Devices exchange sums in bfloat16, yet the error is about one device's, which comes from rounded operands."""
     errors: list[float] = []
@@ -114,7 +171,7 @@ def test_parameters_and_pages_are_split(folder: Path) -> None:
     pool = spread._pool  # pyright: ignore[reportPrivateUsage]
     assert pool.shape[3] == 4
     assert {part.data.shape[3] for part in pool.addressable_shards} == {1}
-    result = programs.normalizer(np.zeros((32, 48), np.float32))
+    result = programs.normalizer(programs.none_collected(), np.zeros(32, np.int32))
     assert result.sharding.is_fully_replicated
 
 

@@ -30,7 +30,6 @@ from model.sizes import BY_PLATFORM, Layout
 from scripts.planning.bundles import Kernel, fold_bundles
 from scripts.planning.chips import CHIPS, devices
 from scripts.planning.estimate import Workload, estimate, launches
-from scripts.planning.host import host_cost
 from scripts.planning.plan import app
 from tests.tiny_families import config_of
 
@@ -257,14 +256,6 @@ def test_the_kernel_takes_no_more_bundles_for_a_thousand_scores(chip: str, own: 
     assert 0.95 * own < found.own / (thousands * FOLD_TOKENS * width) < own
     assert 0.95 * prefix < found.whole / (thousands * WIDE_FOLD_TOKENS * STEP_PAGES * PAGE_TOKENS) < prefix
     assert found.whole < found.partial < 1.1 * found.whole
-
-
-def test_the_host_s_part_of_a_request_is_measured_over_programs_that_return_at_once() -> None:
-    """Every token goes to the chip, and hidden states come back and go to the head for each of two labels."""
-    found = host_cost(QWEN3_06B, BY_PLATFORM["tpu"], 2020, RANKING.request)
-    states = 4 * QWEN3_06B.width * 500
-    assert 4 * states < found.bytes < 30e6
-    assert found.seconds > 0
 
 
 @pytest.mark.parametrize(

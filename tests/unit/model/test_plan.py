@@ -53,7 +53,7 @@ def test_every_read_is_in_exactly_one_segment_over_its_own_prefix(
 @given(st.lists(st.tuples(st.integers(1, 128), st.integers(1, 4)), min_size=1, max_size=150), st.sampled_from(LADDERS))
 def test_packed_segments_do_not_overlap_and_fit(sizes: list[tuple[int, int]], ladder: tuple[plan.Shape, ...]) -> None:
     segments = [plan.Segment(i, 0, length, min(length, reads)) for i, (length, reads) in enumerate(sizes)]
-    calls = plan.pack_bins(segments, ladder)
+    calls = plan.pack_bins(plan.Segments.of(segments), ladder)
     placed = [placement.segment for call in calls for placement in call.placements]
     assert sorted(placed, key=lambda segment: segment.sequence) == segments
     for call in calls:
@@ -77,7 +77,7 @@ def test_segments_of_several_groups_fill_calls(sizes: list[list[tuple[int, int]]
     groups: list[plan.Group] = []
     for of_group in sizes:
         segments = [plan.Segment(number + i, 7, 7 + n, min(n, reads)) for i, (n, reads) in enumerate(of_group)]
-        groups.append(plan.Group(number, 7, tuple(segments)))
+        groups.append(plan.Group(number, 7, plan.Segments.of(segments)))
         number += len(segments)
     calls = plan.pack_flat(groups, ladder)
     placed = Counter((placement.prefix, placement.segment) for call in calls for placement in call.placements)
@@ -178,7 +178,7 @@ def test_tokens_after_the_last_read_are_not_computed() -> None:
 
 def flat(segments: list[plan.Segment], *, padding_is_cheap: bool) -> list[plan.Call]:
     return plan.pack_flat(
-        [plan.Group(0, 0, tuple(segments))], plan.flat_shapes(1024, padding_is_cheap=padding_is_cheap)
+        [plan.Group(0, 0, plan.Segments.of(segments))], plan.flat_shapes(1024, padding_is_cheap=padding_is_cheap)
     )
 
 
@@ -186,7 +186,7 @@ def flat(segments: list[plan.Segment], *, padding_is_cheap: bool) -> list[plan.C
 @pytest.mark.parametrize(
     ("packed", "most"),
     [
-        (lambda segments: plan.pack_bins(segments, plan.shapes(512, 1024)), 0.10),
+        (lambda segments: plan.pack_bins(plan.Segments.of(segments), plan.shapes(512, 1024)), 0.10),
         (lambda segments: flat(segments, padding_is_cheap=False), 0.03),
         (lambda segments: flat(segments, padding_is_cheap=True), 0.03),
     ],
@@ -203,7 +203,7 @@ def test_realistic_lengths_waste_little(
 
 def test_a_segment_wider_than_every_bin_is_refused() -> None:
     with pytest.raises(ValueError, match="129 tokens does not fit the widest bin of 128"):
-        plan.pack_bins([plan.Segment(0, 0, 129, 1)], LADDERS[0])
+        plan.pack_bins(plan.Segments.of([plan.Segment(0, 0, 129, 1)]), LADDERS[0])
     with pytest.raises(
         ValueError, match="1025 tokens, 1 of them read, does not fit the largest call of 1024, 128 read"
     ):
@@ -233,3 +233,22 @@ def test_calls_that_run_at_once_have_the_shape_of_the_largest() -> None:
     batched = [[str(call.shape) for call in each] for each in plan.batch_calls(calls, 2)]
     assert batched == [["2x512"], ["32x128"] * 2, ["16x128"] * 2]
     assert list(plan.batch_calls(calls, 1)) == [[call] for call in calls]
+
+
+def test_what_fills_no_call_goes_into_smaller_ones_where_a_call_is_dear() -> None:
+    """500 items of 20 tokens, six to a bin of 128: the last 20 bins as a call of 16 and one of 4. One of 32 would cost
+    1,100 tokens more, and five of 4 as much as 1,700 more."""
+    segments = plan.Segments.of(plan.Segment(number, 2000, 2020, 1) for number in range(500))
+    calls = plan.pack_bins(segments, plan.large_shapes(1024, 4096), plan.Costs(call=560))
+    assert [str(call.shape) for call in calls] == ["32x128", "32x128", "16x128", "4x128"]
+    assert sum(len(call.segments) for call in calls) == 500
+
+
+def test_sequences_with_different_salts_share_nothing() -> None:
+    sequences = [np.array([*range(300), number], np.int32) for number in range(6)]
+    salts = [7, 0, 7, 0, 7, 0]
+    groups = plan.groups(
+        sequences, [[300]] * 6, max_width=400, max_reads=4, min_saving=128, page=128, partial_sizes=(128,), salts=salts
+    )
+    found = {frozenset(segment.sequence for segment in group.segments): group.prefix_length for group in groups}
+    assert found == {frozenset({0, 2, 4}): 256, frozenset({1, 3, 5}): 256}

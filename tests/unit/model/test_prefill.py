@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from model import plan, prefill
 from model.computations import spans_of
 from model.contract import PAGE_TOKENS
+from model.inputs import Inputs, padding
 from model.pages import PrefixCache
 from model.prefill import PinnedPrefix
 from model.sizes import CHUNKS_WITH_CHEAP_PADDING
@@ -16,7 +17,7 @@ from model.sizes import CHUNKS_WITH_CHEAP_PADDING
 def held(cache: PrefixCache, prefix: list[int]) -> PinnedPrefix:
     tokens = np.array(prefix, np.int32)
     with cache.hold(tokens) as (path, cached):
-        return PinnedPrefix(plan.Group(0, len(tokens), ()), tokens, path, cached)
+        return PinnedPrefix(plan.Group(0, len(tokens), plan.NO_SEGMENTS), tokens, path, cached)
 
 
 @st.composite
@@ -48,7 +49,9 @@ def test_every_page_is_filled_before_it_is_read(prompts: list[list[int]], sizes:
     for call in prefill.calls(wanted, sizes, most):
         assert 0 < len(call.pieces) <= most
         assert len(call.spans) <= spans_of(call.size)
-        inputs, at = call.inputs(), 0
+        _, rows = padding(2, call.size, (most, 1))
+        call.fill(rows)
+        inputs, at = Inputs(*(part[1] for part in rows)), 0
         assert call.tokens == (inputs.tokens >= 0).sum() <= call.size == len(inputs.tokens)
         for number, piece in enumerate(call.pieces):
             prefix, pages = piece.held.prefix, [node.page for node in piece.held.path]
@@ -56,7 +59,7 @@ def test_every_page_is_filled_before_it_is_read(prompts: list[list[int]], sizes:
             place = slice(at, at + piece.stop - piece.start)
             np.testing.assert_array_equal(inputs.tokens[place], prefix[piece.start : piece.stop])
             np.testing.assert_array_equal(inputs.positions[place], np.arange(piece.start, piece.stop))
-            assert set(inputs.segments[0, place]) == set(inputs.prefixes[place]) == {number}
+            assert set(inputs.segments[place]) == set(inputs.prefixes[place]) == {number}
             at = place.stop
         for page, offset, start, length in call.spans:
             written = pool.setdefault(page, np.full(PAGE_TOKENS, -1))

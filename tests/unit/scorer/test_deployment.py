@@ -335,7 +335,7 @@ async def test_reconfigurable_settings_change_and_all_others_are_refused(caplog:
             assert named in caplog.text
             assert now() == (8, 8, 512, 99)
         await replica.reconfigure(None, rank=0)
-        assert now() == (7, 7, 512, settings.queued_tokens(SPEED))
+        assert now() == (7, 7, 512, settings.queued_tokens(SPEED, "none"))
 
 
 async def test_the_measured_speed_limits_the_queue_and_is_in_info():
@@ -368,4 +368,4 @@ def test_the_speed_is_measured_by_a_batch():
     ],
 )
 def test_waiting_work_takes_at_most_half_a_requests_time(limits: Limits, tokens_per_s: float, tokens: int):
-    assert ModelSettings(limits=limits).queued_tokens(tokens_per_s) == tokens
+    assert ModelSettings(limits=limits).queued_tokens(tokens_per_s, "cpu") == tokens

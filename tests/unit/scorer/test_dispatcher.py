@@ -18,6 +18,7 @@ from serve_app.errors import DeadlineExceededError, InternalError, OverloadedErr
 from serve_app.scorer.dispatcher import Dispatcher, _Part
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.scorer.speed import Speed
+from serve_app.settings import ModelSettings
 from tests.batches import batch_of, sequences_of
 from tests.stubs import HeldEngine
 
@@ -154,6 +155,17 @@ async def test_a_big_job_is_not_starved_by_a_stream_of_small_ones():
         await asyncio.gather(big, *(client() for _ in range(20)))
     # New jobs go before a sequence that fills a batch, but not twice in a row.
     assert 0 < small <= 2 * 10 * 20 + 20
+
+
+@pytest.mark.parametrize(("platform", "batches"), [("tpu", 1), ("gpu", 1), ("cpu", 2)])
+async def test_500_items_of_20_tokens_are_one_batch_of_an_accelerator(platform: str, batches: int):
+    engine = WatchedEngine()
+    budget = ModelSettings().batch_tokens(platform)
+    queue = WatchedQueue(engine, max_batch_tokens=budget, max_queued_tokens=100_000, tokens_per_s=100_000)
+    query = [i % 500 for i in range(2_000)]
+    await ask(queue, batch_of([[*query, 1_000 + i, *range(19)] for i in range(500)]))
+    assert len(engine.batches) == batches
+    await queue.close()
 
 
 async def test_a_batch_is_about_a_second_at_the_measured_speed():
