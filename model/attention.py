@@ -296,7 +296,8 @@ def _fold_prefix_reference(
 
 
 NATIVE = "native"
-FUSED = ("fused", "fused-interpreted")
+FUSED_INTERPRETED = "fused-interpreted"
+FUSED = ("fused", FUSED_INTERPRETED)
 FOLD_PREFIX = {"paged": _fold_prefix_paged, "reference": _fold_prefix_reference}
 
 
@@ -324,7 +325,8 @@ def attend(
     """Softmax attention of every token, or of the tokens at ``reads`` alone; float32, or from a kernel in q's dtype.
 
     Args:
-        q: queries, already rotated and scaled; of all M tokens, or of the R tokens at ``reads``.
+        q: queries, already rotated and scaled; of all M tokens, or of the R tokens at ``reads``. For one of ``FUSED``
+            the heads of queries and keys may be as wide as in the pool.
         k: keys of all M tokens, rotated.
         v: values of all M tokens.
         layer: which layer of the pool holds this layer's prefix.
@@ -338,7 +340,7 @@ def attend(
     if implementation in FUSED:
         # The kernel takes whole bins: in the one layer that asks for reads alone, queries that are not read are zeros.
         queries = q if reads is None else jnp.zeros((k.shape[0], *q.shape[1:]), q.dtype).at[reads].set(q)
-        interpret = implementation == "fused-interpreted"
+        interpret = implementation == FUSED_INTERPRETED
         shared = context.pool, context.page_table, context.prefix_length
         attended = fused(
             queries, k, _finite(v), context.segments, context.positions, *shared, layer, *spec, interpret=interpret

@@ -135,6 +135,11 @@ def embed(model: Model, ends: State, tokens: jax.Array, positions: jax.Array) ->
     return model.ends(ends).embed(tokens, positions)
 
 
+def _embedded(model: Model, ends: State, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Angles]:
+    """``embed`` before a loop over layers: without the barrier, XLA computes the angles in each of them."""
+    return lax.optimization_barrier(embed(model, ends, tokens, positions))
+
+
 def layer(
     model: Model, weights: State, x: jax.Array, angles: Angles, context: AttentionContext, number: jax.Array
 ) -> jax.Array:
@@ -179,7 +184,7 @@ def segments(
 ) -> jax.Array:
     """The hidden states at the reads: all layers and the last norm, the last layer for the reads alone."""
     final = model.config.layers - 1
-    x, angles = embed(model, ends, tokens, positions)
+    x, angles = _embedded(model, ends, tokens, positions)
     x = lax.fori_loop(0, final, lambda n, x: layer(model, _cut(layers, n), x, angles, context, n), x)
     hidden = model.block(_cut(layers, final)).forward_reads(x, angles, context, final, reads)
     return model.final_norm(ends, hidden)
@@ -190,9 +195,9 @@ def prefill(
 ) -> jax.Array:
     """Keys and values of all layers."""
     final = model.config.layers - 1
-    x, angles = embed(model, ends, tokens, positions)
+    x, angles = _embedded(model, ends, tokens, positions)
     c = model.config
-    empty = jnp.zeros((c.layers, 2, len(tokens), c.kv_heads, c.head_width), model.dtype)
+    empty = jnp.zeros((c.layers, 2, len(tokens), c.kv_heads, model.layout.pool.shape[-1]), model.dtype)
 
     def step(number: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x, kept = carry
@@ -359,7 +364,7 @@ def _pool(model: Model) -> Argument:
 def _kept(model: Model, tokens: int) -> Argument:
     """The keys and values that a prefill returns. By layer, the spec is that of each part."""
     c = model.config
-    one = jax.ShapeDtypeStruct((2, tokens, c.kv_heads, c.head_width), model.dtype)
+    one = jax.ShapeDtypeStruct((2, tokens, c.kv_heads, model.layout.pool.shape[-1]), model.dtype)
     if model.by_layer:
         return Argument((one,) * c.layers, RULES.spec(None, None, "kv_heads", None))
     stack = jax.ShapeDtypeStruct((c.layers, *one.shape), one.dtype)
