@@ -1,4 +1,4 @@
-"""Counts the bundles of the attention kernel's loops. libtpu gives no cycles of a Pallas kernel, but its program.
+"""Counts the bundles of the Pallas kernels' loops. libtpu gives no cycles of a Pallas kernel, but its program.
 
 A bundle is one instruction of the chip's core and takes a cycle at least: a loop's bundles times its runs are a lower
 bound of its time. libtpu writes a kernel's final program into a folder if its flags ask for it when it is loaded, so
@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from model import attention_tpu
+from model import attention_tpu, rotary_tpu
 from model.contract import PAGE_TOKENS
+from model.layers import Heads, RMSNorm
 from scripts.planning.chips import devices
 
 _LINE = re.compile(r"\s*(?:0x[0-9a-f]+|\d+)\s+([A-Z]{2})?\s*:\s*(>*)")
@@ -57,20 +58,56 @@ def fold_bundles(kernel: Kernel) -> attention_tpu.Folds:
     Raises:
         RuntimeError: the kernel does not compile, or its program has not three such loops.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        flags = ("--xla_jf_dump_llo_text=true", "--xla_jf_dump_llo_pass_label_regex=final_bundles")
-        environment = os.environ | {"LIBTPU_INIT_ARGS": " ".join((f"--xla_jf_dump_to={folder}", *flags))}
-        command = [sys.executable, "-m", "scripts.planning.bundles", json.dumps(asdict(kernel))]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"the attention kernel does not compile for {kernel}:\n{done.stderr[-2000:]}")
-        (file,) = (
-            each for each in Path(folder).glob("*fused_attention*final_bundles.txt") if "schedule" not in each.name
-        )
-        found = list(loops(file.read_text()))
+    found = _bundles(kernel, "fused_attention")
     if len(found) != len(attention_tpu.Folds._fields):
         raise RuntimeError(f"the kernel's program for {kernel} has folds of {found} bundles; expected are three")
     return attention_tpu.Folds(*found)  # in the order of the kernel's text
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """All that the loop of the kernel of queries and keys depends on.
+
+    Attributes:
+        chip: a key of ``chips.CHIPS``.
+        heads: of queries.
+        head_width: channels of a head.
+        rotary_width: those that are rotated.
+        normed: each head has a norm.
+    """
+
+    chip: str
+    heads: int
+    kv_heads: int
+    head_width: int
+    rotary_width: int
+    normed: bool
+
+
+@cache
+def rotary_bundles(kernel: Rotary) -> int:
+    """Bundles of one run of the loop: ``rotary_tpu.FOLD_TOKENS`` tokens, in bfloat16.
+
+    Raises:
+        RuntimeError: the kernel does not compile, or its program has not one such loop.
+    """
+    found = _bundles(kernel, rotary_tpu.NAME)
+    if len(found) != 1:
+        raise RuntimeError(f"the kernel's program for {kernel} has loops of {found} bundles; expected is one")
+    return found[0]
+
+
+def _bundles(kernel: Kernel | Rotary, name: str) -> list[int]:
+    """Bundles of each loop of the kernel that has this name in its program."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ("--xla_jf_dump_llo_text=true", "--xla_jf_dump_llo_pass_label_regex=final_bundles")
+        environment = os.environ | {"LIBTPU_INIT_ARGS": " ".join((f"--xla_jf_dump_to={folder}", *flags))}
+        command = [sys.executable, "-m", "scripts.planning.bundles", type(kernel).__name__, json.dumps(asdict(kernel))]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{name} does not compile for {kernel}:\n{done.stderr[-2000:]}")
+        (file,) = (each for each in Path(folder).glob(f"*{name}*final_bundles.txt") if "schedule" not in each.name)
+        return list(loops(file.read_text()))
 
 
 def loops(program: str) -> Iterator[int]:
@@ -88,7 +125,7 @@ def loops(program: str) -> Iterator[int]:
             count += 1
 
 
-def _compile(kernel: Kernel) -> None:
+def _compile_attention(kernel: Kernel) -> None:
     here = SingleDeviceSharding(devices(kernel.chip, "1x1")[0])
 
     def array(shape: tuple[int, ...], dtype: jnp.dtype | type = jnp.int32) -> jax.ShapeDtypeStruct:
@@ -107,5 +144,24 @@ def _compile(kernel: Kernel) -> None:
     jax.jit(attention).lower(*heads, *places, pool, array((9,)), array(()), array(()), window=window).compile()
 
 
+def _compile_rotary(kernel: Rotary) -> None:
+    here, tokens = SingleDeviceSharding(devices(kernel.chip, "1x1")[0]), 4 * rotary_tpu.TILE_TOKENS
+
+    def array(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=here)
+
+    def both(q: jax.Array, k: jax.Array, *angles: jax.Array) -> list[jax.Array]:
+        norm = RMSNorm(kernel.head_width, eps=1e-6, dtype=jnp.dtype(jnp.bfloat16)) if kernel.normed else None
+        parts = Heads(q, kernel.heads, norm, 0.1), Heads(k, kernel.kv_heads, norm, 1.0)
+        return rotary_tpu.rotated(parts, (angles[0], angles[1]), jnp.bfloat16, interpret=False)
+
+    projections = [array(tokens, heads * kernel.head_width) for heads in (kernel.heads, kernel.kv_heads)]
+    jax.jit(both).lower(*projections, *[array(tokens, kernel.rotary_width // 2)] * 2).compile()
+
+
 if __name__ == "__main__":
-    _compile(Kernel(**json.loads(sys.argv[1])))
+    fields = json.loads(sys.argv[2])
+    if sys.argv[1] == Rotary.__name__:
+        _compile_rotary(Rotary(**fields))
+    else:
+        _compile_attention(Kernel(**fields))

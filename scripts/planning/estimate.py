@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from model import attention_tpu, decoder, plan
+from model import attention_tpu, decoder, plan, rotary_tpu
 from model.computations import Kind
 from model.config import ModelConfig
 from model.cost import Cost, program_cost
@@ -28,7 +28,7 @@ from model.programs import Programs
 from model.sharding import mesh
 from model.sizes import BY_PLATFORM, Layout
 from scripts.benchmarks.work import Request, Sizes, Variant, floor_flops
-from scripts.planning.bundles import Kernel, fold_bundles
+from scripts.planning.bundles import Kernel, Rotary, fold_bundles, rotary_bundles
 from scripts.planning.chips import CHIPS, HOST_BANDWIDTH, RINGS, devices
 from scripts.planning.host import host_cost
 
@@ -103,7 +103,8 @@ class Expected:
     """The time of one request that comes alone, in seconds.
 
     Attributes:
-        operations: of XLA's operations, by libtpu's model of their cycles, and of the collectives.
+        operations: of XLA's operations, by libtpu's model of their cycles, of the kernel of queries and keys, as of
+            attention's, and of the collectives.
         attention: of the kernel's loops, a cycle for each bundle of its program: it waits for nothing.
         transfers: between host and chips, at ``HOST_BANDWIDTH``.
         host: of this machine's processor, see ``host.HostCost``.
@@ -179,6 +180,10 @@ def launch_cost(programs: Programs, config: ModelConfig, laid: Layout, launch: L
         for window in windows:
             folds = attention_tpu.folds(tokens, width, page, launch.prefix_length, window)
             bundles += kv_heads * sum(count * each for count, each in zip(folds, of_one, strict=True))
+        rotary_width = config.rotary_width or config.head_width
+        rotary = Rotary(chip, heads, kv_heads, config.head_width, rotary_width, config.qk_norm == "head")
+        rotations = runs * -(-tokens // rotary_tpu.FOLD_TOKENS) * rotary_bundles(rotary)
+        cost += Cost(cycles={rotary_tpu.NAME: rotations / CHIPS[chip].cores})
     return LaunchCost(cost, bundles / CHIPS[chip].cores, memory)
 
 
