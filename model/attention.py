@@ -312,8 +312,8 @@ def pool_head_width(implementation: str, head_width: int) -> int:
 
 
 def attend(
-    q: Float[Array, "Q N H"],
-    k: Float[Array, "M K H"],
+    q: Float[Array, "Q N W"],
+    k: Float[Array, "M K W"],
     v: Float[Array, "M K H"],
     context: AttentionContext,
     layer: Layer,
