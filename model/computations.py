@@ -208,22 +208,24 @@ def prefill(
     return lax.dynamic_update_index_in_dim(kept, last(model, _cut(layers, final), x, angles), final, 0)
 
 
-def write(pool: jax.Array, keys_values: KeysValues, spans: jax.Array, count: jax.Array) -> jax.Array:
+def write(model: Model, pool: jax.Array, keys_values: KeysValues, spans: jax.Array, count: jax.Array) -> jax.Array:
     """The pool with keys and values of a prefill in the first ``count`` of ``spans``."""
-    stacked = jnp.stack(keys_values) if isinstance(keys_values, tuple) else keys_values
-    by_head = to_pool(stacked).transpose(0, 1, 3, 2, 4)  # L 2 K M H
-    around = [(0, 0)] * 3 + [(PAGE_TOKENS, PAGE_TOKENS), (0, pool.shape[5] - by_head.shape[4])]
-    padded = jnp.pad(by_head, around)
+    rows = to_pool(jnp.stack(keys_values) if isinstance(keys_values, tuple) else keys_values)  # L 2 M K W
+    layers, _, _, *head = rows.shape
+    # A call with whole pages of one prefix needs no rows around it. On a TPU they would cost as much as all the rest.
+    whole = model.layout.prefixes == 1 and not any(size % PAGE_TOKENS for size in model.layout.sizes.chunks)
+    around = 0 if whole else PAGE_TOKENS
+    if around:
+        rows = jnp.pad(rows, [(0, 0)] * 2 + [(around, around)] + [(0, 0)] * 2)
     places = jnp.arange(PAGE_TOKENS)
 
     def step(number: jax.Array, pool: jax.Array) -> jax.Array:
         page, offset, start, length = spans[number]
-        first = (0, 0, 0, PAGE_TOKENS + start - offset, 0)
-        new = lax.dynamic_slice(padded, first, (*padded.shape[:3], PAGE_TOKENS, padded.shape[4]))
+        begin = (0, 0, around + start - offset, 0, 0)
+        new = lax.dynamic_slice(rows, begin, (layers, 2, PAGE_TOKENS, *head)).transpose(0, 1, 3, 2, 4)
         old = lax.dynamic_slice(pool, (page, 0, 0, 0, 0, 0), (1, *pool.shape[1:]))
         written = (places >= offset) & (places < offset + length)
-        kept = jnp.where(written[None, None, None, None, :, None], new[None], old)
-        return lax.dynamic_update_slice(pool, kept, (page, 0, 0, 0, 0, 0))
+        return lax.dynamic_update_slice(pool, jnp.where(written[:, None], new[None], old), (page, 0, 0, 0, 0, 0))
 
     return lax.fori_loop(0, count, step, pool)
 
@@ -311,7 +313,7 @@ def definition(model: Model, weights: Weights, kind: Kind, size: Size) -> Defini
             return Definition(partial(prefill, model), (ends, layers, ids, ids, context), kept.spec)
         case Kind.WRITE:
             spans = Argument(_int32(spans_of(tokens), len(Span._fields)), WHOLE)
-            return Definition(write, (_pool(model), kept, spans, number), POOL, donated=(0,))
+            return Definition(partial(write, model), (_pool(model), kept, spans, number), POOL, donated=(0,))
         case Kind.TARGETS:
             return Definition(partial(targets, model), (ends, hidden, ids_of_hidden), WHOLE)
         case Kind.NORMALIZER:

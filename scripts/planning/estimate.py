@@ -20,6 +20,7 @@ import numpy as np
 from model import attention_tpu, decoder, plan, rotary_tpu
 from model.computations import Kind
 from model.config import ModelConfig
+from model.contract import PAGE_TOKENS
 from model.cost import Cost, program_cost
 from model.loading import without_weights
 from model.memory import MemoryNeededError, Room
@@ -161,9 +162,14 @@ def floor_sizes(config: ModelConfig) -> Sizes:
     )
 
 
+def trips(config: ModelConfig, kind: Kind, size: Any) -> int:
+    """How often a program's loop runs: for each layer but the last; or for each page that is written."""
+    return -(-size // PAGE_TOKENS) if kind is Kind.WRITE else config.layers - 1
+
+
 def launch_cost(programs: Programs, config: ModelConfig, laid: Layout, launch: Launch, chip: str) -> LaunchCost:
     """The cost of one launch."""
-    cost, runs, memory = _compiled(programs, launch.kind, launch.size, config.layers - 1)
+    cost, runs, memory = _compiled(programs, launch.kind, launch.size, trips(config, launch.kind, launch.size))
     bundles = 0.0
     if runs:
         heads = config.heads // programs.model.config.shards
@@ -253,7 +259,7 @@ def estimate(
     total, seconds, collective, extra = Cost(), 0.0, 0.0, 0
     kinds = {(launch.kind, launch.size) for launch in needed}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        compiling = [pool.submit(_compiled, programs, kind, size, config.layers - 1) for kind, size in kinds]
+        compiling = [pool.submit(_compiled, programs, kind, size, trips(config, kind, size)) for kind, size in kinds]
         for done, future in enumerate(as_completed(compiling), 1):
             future.result()
             if progress is not None:
