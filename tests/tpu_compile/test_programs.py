@@ -16,6 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, SingleDeviceSharding
 from typer.testing import CliRunner
 
+from model import rotary_tpu
 from model.attention_tpu import FOLD_TOKENS, STEP_PAGES, WIDE_FOLD_TOKENS, work
 from model.computations import Kind
 from model.config import ModelConfig
@@ -27,7 +28,7 @@ from model.plan import Shape
 from model.programs import Programs
 from model.sharding import divided, mesh
 from model.sizes import BY_PLATFORM, Layout
-from scripts.planning.bundles import Kernel, fold_bundles
+from scripts.planning.bundles import Kernel, Rotary, fold_bundles, rotary_bundles
 from scripts.planning.chips import CHIPS, devices
 from scripts.planning.estimate import Workload, estimate, launches
 from scripts.planning.host import host_cost
@@ -221,6 +222,13 @@ def test_the_kernel_takes_no_more_bundles_for_a_thousand_scores(chip: str, own: 
     assert 0.95 * own < found.own / (thousands * FOLD_TOKENS * width) < own
     assert 0.95 * prefix < found.whole / (thousands * WIDE_FOLD_TOKENS * STEP_PAGES * PAGE_TOKENS) < prefix
     assert found.whole < found.partial < 1.1 * found.whole
+
+
+@pytest.mark.parametrize(("chip", "most"), [pytest.param("v5e", 0.91, id="v5e"), pytest.param("v6e", 0.57, id="v6e")])
+def test_norm_and_positions_take_no_more_bundles_for_a_head(chip: str, most: float) -> None:
+    """A head of 128 channels of one token, of 16 heads of queries and 8 of keys. Bars are lowered with the kernel."""
+    found = rotary_bundles(Rotary(chip, 16, 8, 128, 128, normed=True))
+    assert 0.95 * most < found / (24 * rotary_tpu.FOLD_TOKENS) < most
 
 
 def test_the_host_s_part_of_a_request_is_measured_over_programs_that_return_at_once() -> None:
