@@ -141,10 +141,10 @@ def test_the_plan_of_ranking_on_one_v6e(tmp_path: Path) -> None:
     assert found["bytes_per_chip"]["weights"] == pytest.approx(2 * 596e6, rel=0.01)
     assert found["floor_seconds"] == pytest.approx(17e-3, rel=0.05)
     assert found["roofline_seconds"] <= 1.25 * found["floor_seconds"]
-    # libtpu's own estimate of the same programs is almost five times the roofline.
+    # libtpu's own estimate of the same programs is more than twice the roofline.
     parts = [found[f"{part}_seconds"] for part in ("operations", "attention", "transfer", "host")]
     assert found["expected_seconds"] == pytest.approx(sum(parts))
-    assert found["operations_seconds"] <= 76e-3
+    assert found["operations_seconds"] <= 40e-3
     assert found["attention_seconds"] <= 25e-3
     assert found["items_per_s_per_chip"] == pytest.approx(500 / found["expected_seconds"])
     assert len(found["dearest"]) == 10
@@ -192,8 +192,8 @@ def assert_no_scores_move(cost: Cost, whole: ModelConfig, programs: Programs, la
 @pytest.mark.parametrize(
     ("config", "chip", "call", "most"),
     [
-        pytest.param(QWEN3_06B, "v5e", Shape(256, 2), 790, id="qwen3-0.6b-v5e"),
-        pytest.param(LLAMA_31_8B, "v6e", Shape(256, 2), 1_720, id="llama-3.1-8b-v6e"),
+        pytest.param(QWEN3_06B, "v5e", Shape(256, 2), 430, id="qwen3-0.6b-v5e"),
+        pytest.param(LLAMA_31_8B, "v6e", Shape(256, 2), 1_370, id="llama-3.1-8b-v6e"),
     ],
 )
 def test_programs_fit_one_chip_and_attention_is_fused(config: ModelConfig, chip: str, call: Shape, most: float) -> None:
