@@ -297,7 +297,8 @@ def _fold_prefix_reference(
 
 
 NATIVE = "native"
-FUSED = ("fused", "fused-interpreted")
+FUSED_INTERPRETED = "fused-interpreted"
+FUSED = ("fused", FUSED_INTERPRETED)
 TRITON = ("triton", "triton-interpreted")
 FOLD_PREFIX = {"paged": _fold_prefix_paged, "reference": _fold_prefix_reference}
 
@@ -315,8 +316,8 @@ def pool_head_width(implementation: str, head_width: int) -> int:
 
 
 def attend(
-    q: Float[Array, "Q N H"],
-    k: Float[Array, "M K H"],
+    q: Float[Array, "Q N W"],
+    k: Float[Array, "M K W"],
     v: Float[Array, "M K H"],
     context: AttentionContext,
     layer: Layer,
@@ -328,7 +329,8 @@ def attend(
     """Softmax attention of every token, or of the tokens at ``reads`` alone; float32, or from a kernel in q's dtype.
 
     Args:
-        q: queries, already rotated and scaled; of all M tokens, or of the R tokens at ``reads``.
+        q: queries, already rotated and scaled; of all M tokens, or of the R tokens at ``reads``. For one of ``FUSED``
+            the heads of queries and keys may be as wide as in the pool.
         k: keys of all M tokens, rotated.
         v: values of all M tokens.
         layer: which layer of the pool holds this layer's prefix.
@@ -342,7 +344,7 @@ def attend(
     if implementation in FUSED:
         # The kernel takes whole bins: in the one layer that asks for reads alone, queries that are not read are zeros.
         queries = q if reads is None else jnp.zeros((k.shape[0], *q.shape[1:]), q.dtype).at[reads].set(q)
-        interpret = implementation == "fused-interpreted"
+        interpret = implementation == FUSED_INTERPRETED
         shared = context.pool, context.page_table, context.prefix_length
         attended = fused(
             queries, k, _finite(v), context.segments, context.positions, *shared, layer, *spec, interpret=interpret

@@ -124,8 +124,8 @@ def work(
 
 
 def fused(
-    q: Float[Array, "M N H"],
-    k: Float[Array, "M K H"],
+    q: Float[Array, "M N W"],
+    k: Float[Array, "M K W"],
     v: Float[Array, "M K H"],
     segments: Int[Array, "B T"],
     positions: Int[Array, " M"],
@@ -146,15 +146,15 @@ def fused(
     Raises:
         ValueError: at trace time, a bin that folds or tiles do not divide.
     """
-    tokens, heads, head_width = q.shape
-    kv_heads, page, width = k.shape[1], *pool.shape[4:]
+    (tokens, heads, _), (_, kv_heads, head_width) = q.shape, v.shape
+    page, width = pool.shape[4:]
     groups = heads // kv_heads
     tiling = _tiling(tokens, segments.shape[1])
     span, fold, wide_fold, tile, tiles, own_steps = tiling
     step = STEP_PAGES * page
 
-    def flat(x: Float[Array, "M heads H"]) -> Float[Array, "M features"]:
-        return jnp.pad(x, ((0, 0), (0, 0), (0, width - head_width))).reshape(tokens, -1)
+    def flat(x: Float[Array, "M heads _"]) -> Float[Array, "M features"]:
+        return jnp.pad(x, ((0, 0), (0, 0), (0, width - x.shape[2]))).reshape(tokens, -1)
 
     padded = jnp.pad(segments.reshape(-1), (0, tiles * tile - tokens), constant_values=-1)
     query_segments, key_segments = padded.reshape(tiles, -1, fold), padded.reshape(tiles, -1, span)

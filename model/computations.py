@@ -162,6 +162,12 @@ def embed(model: Model, size: int, ends: State, array: jax.Array) -> tuple[jax.A
     return *model.ends(ends).embed(inputs.tokens, inputs.positions), inputs
 
 
+def _embedded(model: Model, size: int, ends: State, array: jax.Array) -> tuple[jax.Array, Angles, Inputs]:
+    """``embed`` before a loop over layers: without the barrier, XLA computes the angles in each of them."""
+    x, angles, inputs = embed(model, size, ends, array)
+    return *lax.optimization_barrier((x, angles)), inputs
+
+
 def layer(
     model: Model,
     shape: Shape,
@@ -213,7 +219,7 @@ def segments(
 ) -> jax.Array:
     """``read`` after all layers but the last."""
     final = model.config.layers - 1
-    x, angles, inputs = embed(model, shape.tokens, ends, array)
+    x, angles, inputs = _embedded(model, shape.tokens, ends, array)
     context = context_of(inputs, pool, shape.bins)
 
     def step(number: jax.Array, x: jax.Array) -> jax.Array:
@@ -227,9 +233,9 @@ def segments(
 def prefill(model: Model, size: int, ends: State, layers: State, array: jax.Array, pool: jax.Array) -> jax.Array:
     """Keys and values of all layers."""
     final = model.config.layers - 1
-    x, angles, inputs = embed(model, size, ends, array)
+    x, angles, inputs = _embedded(model, size, ends, array)
     c = model.config
-    empty = jnp.zeros((c.layers, 2, size, c.kv_heads, c.head_width), model.dtype)
+    empty = jnp.zeros((c.layers, 2, size, c.kv_heads, model.layout.pool.shape[-1]), model.dtype)
 
     def step(number: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x, kept = carry
@@ -240,22 +246,24 @@ def prefill(model: Model, size: int, ends: State, layers: State, array: jax.Arra
     return lax.dynamic_update_index_in_dim(kept, last(model, _cut(model, layers, final), x, angles), final, 0)
 
 
-def write(pool: jax.Array, keys_values: KeysValues, spans: jax.Array, count: jax.Array) -> jax.Array:
+def write(model: Model, pool: jax.Array, keys_values: KeysValues, spans: jax.Array, count: jax.Array) -> jax.Array:
     """The pool with keys and values of a prefill in the first ``count`` of ``spans``."""
-    stacked = jnp.stack(keys_values) if isinstance(keys_values, tuple) else keys_values
-    by_head = to_pool(stacked).transpose(0, 1, 3, 2, 4)  # L 2 K M H
-    around = [(0, 0)] * 3 + [(PAGE_TOKENS, PAGE_TOKENS), (0, pool.shape[5] - by_head.shape[4])]
-    padded = jnp.pad(by_head, around)
+    rows = to_pool(jnp.stack(keys_values) if isinstance(keys_values, tuple) else keys_values)  # L 2 M K W
+    layers, _, _, *head = rows.shape
+    # A call with whole pages of one prefix needs no rows around it. On a TPU they would cost as much as all the rest.
+    whole = model.layout.prefixes == 1 and not any(size % PAGE_TOKENS for size in model.layout.sizes.chunks)
+    around = 0 if whole else PAGE_TOKENS
+    if around:
+        rows = jnp.pad(rows, [(0, 0)] * 2 + [(around, around)] + [(0, 0)] * 2)
     places = jnp.arange(PAGE_TOKENS)
 
     def step(number: jax.Array, pool: jax.Array) -> jax.Array:
         page, offset, start, length = spans[number]
-        first = (0, 0, 0, PAGE_TOKENS + start - offset, 0)
-        new = lax.dynamic_slice(padded, first, (*padded.shape[:3], PAGE_TOKENS, padded.shape[4]))
+        begin = (0, 0, around + start - offset, 0, 0)
+        new = lax.dynamic_slice(rows, begin, (layers, 2, PAGE_TOKENS, *head)).transpose(0, 1, 3, 2, 4)
         old = lax.dynamic_slice(pool, (page, 0, 0, 0, 0, 0), (1, *pool.shape[1:]))
         written = (places >= offset) & (places < offset + length)
-        kept = jnp.where(written[None, None, None, None, :, None], new[None], old)
-        return lax.dynamic_update_slice(pool, kept, (page, 0, 0, 0, 0, 0))
+        return lax.dynamic_update_slice(pool, jnp.where(written[:, None], new[None], old), (page, 0, 0, 0, 0, 0))
 
     return lax.fori_loop(0, count, step, pool)
 
@@ -354,7 +362,7 @@ def definition(model: Model, weights: Weights, kind: Kind, size: Size) -> Defini
             return Definition(partial(prefill, model, size), (ends, layers, array, pool), kept.spec)
         case Kind.WRITE, int():
             spans = Argument(_int32(spans_of(tokens), len(Span._fields)), WHOLE)
-            return Definition(write, (pool, kept, spans, number), POOL, donated=(0,))
+            return Definition(partial(write, model), (pool, kept, spans, number), POOL, donated=(0,))
         case Kind.TARGETS, int():
             return Definition(partial(targets, model), (ends, collected, pairs), WHOLE)
         case Kind.NORMALIZER, int():
@@ -403,7 +411,7 @@ def _inputs(model: Model, tokens: int) -> Argument:
 def _kept(model: Model, tokens: int) -> Argument:
     """The keys and values that a prefill returns. By layer, the spec is that of each part."""
     c = model.config
-    one = jax.ShapeDtypeStruct((2, tokens, c.kv_heads, c.head_width), model.dtype)
+    one = jax.ShapeDtypeStruct((2, tokens, c.kv_heads, model.layout.pool.shape[-1]), model.dtype)
     if model.by_layer:
         return Argument((one,) * c.layers, RULES.spec(None, None, "kv_heads", None))
     stack = jax.ShapeDtypeStruct((c.layers, *one.shape), one.dtype)

@@ -3,21 +3,22 @@
 A family's own file says how its layer puts these together, and which tensor of a checkpoint is which.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from model.attention import AttentionContext, Layer, MaskSpec, attend
+from model import rotary_tpu
+from model.attention import FUSED, FUSED_INTERPRETED, AttentionContext, Layer, MaskSpec, attend
 from model.checkpoint import Entry, Target
 from model.config import ModelConfig
-from model.layers import Angles, GatedMLP, Linear, RMSNorm, each, rope_angles, rotate
+from model.layers import Angles, GatedMLP, Heads, Linear, RMSNorm, each, rope_angles, rotated
 from model.logprobs import Split
 from model.sharding import MODEL
 
-KeysValues = Float[Array, "2 M K H"]
+KeysValues = Float[Array, "2 M K W"]
 AllAngles = tuple[Float[Array, "*ropes M half"], Float[Array, "*ropes M half"]]
 """``Angles`` of all layers: where layers differ in their rope, those of the common and of the local one, stacked."""
 
@@ -64,10 +65,15 @@ def qk_norm_widths(config: ModelConfig) -> dict[str, int]:
 
 
 class Attention(nnx.Module):
-    """Projections of one attention layer; the attending itself is ``model.attention``."""
+    """Projections of one attention layer; the attending itself is ``model.attention``.
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
+    Args:
+        implementation: of attention. Its TPU kernel takes queries and keys from another, ``model.rotary_tpu``.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, implementation: str) -> None:
         self.config = config
+        self.implementation = implementation
         self.scale = config.attention_scale or config.head_width**-0.5
         heads, kv_heads = config.heads * config.head_width, config.kv_heads * config.head_width
 
@@ -94,41 +100,44 @@ class Attention(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "M D"], angles: Angles
-    ) -> tuple[Float[Array, "M N H"], Float[Array, "M K H"], Float[Array, "M K H"]]:
-        """Queries, keys and values of all tokens."""
+    ) -> tuple[Float[Array, "M N W"], Float[Array, "M K W"], Float[Array, "M K H"]]:
+        """Queries, keys and values of all tokens; see ``queries`` and ``keys_values``."""
         q, k, v = each((self.q, self.k, self.v), x)
-        return self._queries(q, angles), *self._keys_values(k, v, angles)
+        q, k = self._rotated([self._queries(q), self._keys(k)], angles)
+        return q, k, self._values(v)
 
-    def queries(self, x: Float[Array, "M D"], angles: Angles) -> Float[Array, "M N H"]:
-        """Queries of all tokens, rotated and scaled, in the weights' dtype."""
-        return self._queries(self.q(x), angles)
+    def queries(self, x: Float[Array, "M D"], angles: Angles) -> Float[Array, "M N W"]:
+        """Queries of all tokens, rotated and scaled, in the weights' dtype; a TPU's kernel widens their heads."""
+        return self._rotated([self._queries(self.q(x))], angles)[0]
 
     def keys_values(
         self, x: Float[Array, "M D"], angles: Angles
-    ) -> tuple[Float[Array, "M K H"], Float[Array, "M K H"]]:
-        """Keys, rotated, and values, in the weights' dtype."""
+    ) -> tuple[Float[Array, "M K W"], Float[Array, "M K H"]]:
+        """Keys, rotated, and values, in the weights' dtype; a TPU's kernel widens the keys' heads."""
         k, v = each((self.k, self.v), x)
-        return self._keys_values(k, v, angles)
+        return self._rotated([self._keys(k)], angles)[0], self._values(v)
 
-    def _queries(self, q: Float[Array, "M NH"], angles: Angles) -> Float[Array, "M N H"]:
-        q = _normed(q, self.q_norm).reshape(-1, self.config.heads, self.config.head_width)
-        q = rotate(q * self.scale, angles)  # scaled first: XLA then keeps no float32 copy on TPU
-        return q.astype(self.q.dtype)
+    def _queries(self, q: Float[Array, "M NH"]) -> Heads:
+        return Heads(q, self.config.heads, self.q_norm, self.scale)
 
-    def _keys_values(
-        self, k: Float[Array, "M KH"], v: Float[Array, "M KH"], angles: Angles
-    ) -> tuple[Float[Array, "M K H"], Float[Array, "M K H"]]:
-        k = _normed(k, self.k_norm).reshape(-1, self.config.kv_heads, self.config.head_width)
-        v = v.reshape(-1, self.config.kv_heads, self.config.head_width)
-        return rotate(k, angles).astype(self.k.dtype), v.astype(self.v.dtype)
+    def _keys(self, k: Float[Array, "M KH"]) -> Heads:
+        return Heads(k, self.config.kv_heads, self.k_norm, 1.0)
+
+    def _values(self, v: Float[Array, "M KH"]) -> Float[Array, "M K H"]:
+        return v.reshape(-1, self.config.kv_heads, self.config.head_width).astype(self.v.dtype)
+
+    def _rotated(self, parts: Sequence[Heads], angles: Angles) -> list[Float[Array, "M heads W"]]:
+        if self.implementation in FUSED:
+            interpret = self.implementation == FUSED_INTERPRETED
+            return rotary_tpu.rotated(parts, angles, self.q.dtype, interpret=interpret)
+        return [rotated(part, angles).astype(self.q.dtype) for part in parts]
 
     def output(self, attended: Float[Array, "M N H"]) -> Float[Array, "M D"]:
         return self.o(attended.reshape(attended.shape[0], -1))
 
 
-def _normed(x: Float[Array, "M heads_times_H"], norm: RMSNorm | None) -> Float[Array, "M heads_times_H"]:
-    """The norm over as many channels as it has scales: a head's, or all."""
-    return x if norm is None else norm(x.reshape(-1, norm.scale.size)).reshape(x.shape)
+def _stacked(k: Float[Array, "M K W"], v: Float[Array, "M K H"]) -> KeysValues:
+    return jnp.stack([k, jnp.pad(v, ((0, 0), (0, 0), (0, k.shape[2] - v.shape[2])))])
 
 
 class Block(nnx.Module):
@@ -143,7 +152,7 @@ class Block(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, implementation: str) -> None:
         self.config = config
         self.implementation = implementation
-        self.attention = Attention(config, dtype)
+        self.attention = Attention(config, dtype, implementation)
 
     def pre_attention(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
         """The input of attention's projections, from the layer's input."""
@@ -159,11 +168,11 @@ class Block(nnx.Module):
         """The layer's output, and its keys and values."""
         q, k, v = self.attention(self.pre_attention(x), self._layer_angles(angles, layer))
         attended = attend(q, k, v, context, layer, self._mask_spec(layer), implementation=self.implementation)
-        return self.post_attention(x, self.attention.output(attended)), jnp.stack([k, v])
+        return self.post_attention(x, self.attention.output(attended)), _stacked(k, v)
 
     def keys_values(self, x: Float[Array, "M D"], angles: AllAngles, layer: Layer) -> KeysValues:
         """The keys and values alone, for a last layer that is not read."""
-        return jnp.stack(self.attention.keys_values(self.pre_attention(x), self._layer_angles(angles, layer)))
+        return _stacked(*self.attention.keys_values(self.pre_attention(x), self._layer_angles(angles, layer)))
 
     def forward_reads(
         self,

@@ -7,6 +7,7 @@ weights' dtype and their results are float32.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -147,10 +148,12 @@ class RMSNorm(nnx.Module):
         mean_square = row_dots(x, x, native=self.native)[:, None] / x.shape[-1]
         if self.over:
             mean_square = lax.pmean(mean_square, self.over)
+        return x * lax.rsqrt(mean_square + self.eps) * self.scales()[None, :]
+
+    def scales(self) -> Float[Array, " D"]:
+        """What normed channels are multiplied by."""
         scale = self.scale[...].astype(jnp.float32)
-        if self.offset:
-            scale = scale + self.offset
-        return x * lax.rsqrt(mean_square + self.eps) * scale[None, :]
+        return scale + self.offset if self.offset else scale
 
 
 def activate(x: Float[Array, "M F"], activation: Activation) -> Float[Array, "M F"]:
@@ -185,7 +188,8 @@ class GatedMLP(nnx.Module):
         if gate.packed and gate.bias is None:
             kernels = gate.kernel[...], up.kernel[...]
             return self.down(linear.gated(x.astype(gate.dtype), *kernels, gate.features_out, self.activation))
-        return self.down(activate(gate(x), self.activation) * up(x))
+        product = (activate(gate(x), self.activation) * up(x)).astype(up.dtype)
+        return self.down(lax.optimization_barrier(product))  # in one operation with ``down``, TPUs take longer
 
 
 def rope_frequencies(rope: Rope, width: int, *, long: bool = False) -> npt.NDArray[np.float32]:
@@ -275,3 +279,32 @@ def rotate(x: Float[Array, "M heads H"], angles: Angles) -> Float[Array, "M head
     first, second = jnp.split(x[..., :rotated], 2, axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate([*turned, x[..., rotated:]] if rotated < x.shape[-1] else turned, axis=-1)
+
+
+class Heads(NamedTuple):
+    """Queries or keys as their projection leaves them.
+
+    Attributes:
+        x: a token's heads side by side.
+        number: how many heads.
+        norm: over as many channels as it has scales: a head's, or all; None: there is none.
+        factor: what they are multiplied by after the norm.
+    """
+
+    x: Float[Array, "M heads_times_H"]
+    number: int
+    norm: RMSNorm | None
+    factor: float
+
+    @property
+    def head_width(self) -> int:
+        return self.x.shape[1] // self.number
+
+
+def rotated(heads: Heads, angles: Angles) -> Float[Array, "M heads H"]:
+    """The heads normed, scaled and rotated."""
+    x, number, norm, factor = heads
+    if norm is not None:
+        x = norm(x.reshape(-1, norm.scale.size))
+    x = x.reshape(len(heads.x), number, -1)
+    return rotate(x if factor == 1.0 else x * factor, angles)

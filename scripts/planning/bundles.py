@@ -1,4 +1,4 @@
-"""Counts the bundles of the loops of attention and of experts. libtpu gives no cycles of a kernel, but its program.
+"""Counts the bundles of the loops of kernels: Pallas' and libtpu's own for experts. libtpu gives no cycles of these.
 
 A bundle is one instruction of the chip's core and takes a cycle at least: a loop's bundles times its runs are a lower
 bound of its time. libtpu writes a kernel's final program into a folder if its flags ask for it when it is loaded, so
@@ -24,8 +24,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import SingleDeviceSharding
 
-from model import attention_tpu
+from model import attention_tpu, rotary_tpu
 from model.contract import PAGE_TOKENS
+from model.layers import Heads, RMSNorm
 from scripts.planning.chips import devices
 
 _LINE = re.compile(r"\s*(?:0x[0-9a-f]+|\d+)\s+([A-Z]{2})?\s*:\s*(>*)")
@@ -86,13 +87,46 @@ def visit_bundles(product: Product) -> int:
     return sum(1 for line in _program("ragged-dot-none", product).splitlines() if _depth(line) > 0)
 
 
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """All that the loop of the kernel of queries and keys depends on.
+
+    Attributes:
+        chip: a key of ``chips.CHIPS``.
+        heads: of queries.
+        head_width: channels of a head.
+        rotary_width: those that are rotated.
+        normed: each head has a norm.
+    """
+
+    chip: str
+    heads: int
+    kv_heads: int
+    head_width: int
+    rotary_width: int
+    normed: bool
+
+
+@cache
+def rotary_bundles(kernel: Rotary) -> int:
+    """Bundles of one run of the loop: ``rotary_tpu.FOLD_TOKENS`` tokens, in bfloat16.
+
+    Raises:
+        RuntimeError: the kernel does not compile, or its program has not one such loop.
+    """
+    found = list(loops(_program(rotary_tpu.NAME, kernel)))
+    if len(found) != 1:
+        raise RuntimeError(f"the kernel's program for {kernel} has loops of {found} bundles; expected is one")
+    return found[0]
+
+
 def _depth(line: str) -> int:
     """How many loops a line of a kernel's program is in."""
     found = _LINE.match(line)
     return len(found[2]) if found else 0
 
 
-def _program(name: str, kernel: Kernel | Product) -> str:
+def _program(name: str, kernel: Kernel | Product | Rotary) -> str:
     """The final program of the kernel with this name."""
     with tempfile.TemporaryDirectory() as folder:
         flags = ("--xla_jf_dump_llo_text=true", "--xla_jf_dump_llo_pass_label_regex=final_bundles")
@@ -120,7 +154,7 @@ def loops(program: str) -> Iterator[int]:
             count += 1
 
 
-def _compile(kernel: Kernel) -> None:
+def _compile_attention(kernel: Kernel) -> None:
     here = SingleDeviceSharding(devices(kernel.chip, "1x1")[0])
 
     def array(shape: tuple[int, ...], dtype: jnp.dtype | type = jnp.int32) -> jax.ShapeDtypeStruct:
@@ -150,9 +184,27 @@ def _compile_product(product: Product) -> None:
     jax.jit(through).lower(rows, array(product.groups, product.into, product.out), sizes).compile()
 
 
+def _compile_rotary(kernel: Rotary) -> None:
+    here, tokens = SingleDeviceSharding(devices(kernel.chip, "1x1")[0]), 4 * rotary_tpu.TILE_TOKENS
+
+    def array(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=here)
+
+    def both(q: jax.Array, k: jax.Array, *angles: jax.Array) -> list[jax.Array]:
+        norm = RMSNorm(kernel.head_width, eps=1e-6, dtype=jnp.dtype(jnp.bfloat16)) if kernel.normed else None
+        parts = Heads(q, kernel.heads, norm, 0.1), Heads(k, kernel.kv_heads, norm, 1.0)
+        return rotary_tpu.rotated(parts, (angles[0], angles[1]), jnp.bfloat16, interpret=False)
+
+    projections = [array(tokens, heads * kernel.head_width) for heads in (kernel.heads, kernel.kv_heads)]
+    jax.jit(both).lower(*projections, *[array(tokens, kernel.rotary_width // 2)] * 2).compile()
+
+
 if __name__ == "__main__":
     _, kind, told = sys.argv
+    fields = json.loads(told)
     if kind == Kernel.__name__:
-        _compile(Kernel(**json.loads(told)))
+        _compile_attention(Kernel(**fields))
+    elif kind == Rotary.__name__:
+        _compile_rotary(Rotary(**fields))
     else:
-        _compile_product(Product(**json.loads(told)))
+        _compile_product(Product(**fields))

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from model import attention_tpu, decoder, plan
+from model import attention_tpu, decoder, plan, rotary_tpu
 from model.computations import Kind
 from model.config import ModelConfig
+from model.contract import PAGE_TOKENS
 from model.cost import Cost, Ragged, program_cost
 from model.loading import without_weights
 from model.memory import MemoryNeededError, Room, roomiest
@@ -28,7 +29,7 @@ from model.programs import Programs
 from model.sharding import mesh, splits
 from model.sizes import BY_PLATFORM, Layout
 from scripts.benchmarks.work import Request, Sizes, Variant, floor_flops
-from scripts.planning.bundles import Kernel, Product, fold_bundles, visit_bundles
+from scripts.planning.bundles import Kernel, Product, Rotary, fold_bundles, rotary_bundles, visit_bundles
 from scripts.planning.chips import CHIPS, HOST_BANDWIDTH, RINGS, devices
 from scripts.planning.host import host_cost
 
@@ -108,7 +109,8 @@ class Expected:
     """The time of one request that comes alone, in seconds.
 
     Attributes:
-        operations: of XLA's operations, by libtpu's model of their cycles, and of the collectives.
+        operations: of XLA's operations, by libtpu's model of their cycles, of the kernel of queries and keys, as of
+            attention's, and of the collectives.
         attention: of the kernel's loops, a cycle for each bundle of its program: it waits for nothing.
         experts: of libtpu's kernel for the products of experts, where tokens choose them at random.
         experts_worst: the same where they are chosen so that it takes longest.
@@ -173,9 +175,14 @@ def floor_sizes(config: ModelConfig) -> Sizes:
     )
 
 
+def trips(config: ModelConfig, kind: Kind, size: Any) -> int:
+    """How often a program's loop runs: for each layer but the last; or for each page that is written."""
+    return -(-size // PAGE_TOKENS) if kind is Kind.WRITE else config.layers - 1
+
+
 def launch_cost(programs: Programs, config: ModelConfig, laid: Layout, launch: Launch, chip: str) -> LaunchCost:
     """The cost of one launch."""
-    cost, runs, memory = _compiled(programs, launch.kind, launch.size, config.layers - 1)
+    cost, runs, memory = _compiled(programs, launch.kind, launch.size, trips(config, launch.kind, launch.size))
     bundles = 0.0
     if runs:
         heads = config.heads // programs.model.config.shards
@@ -192,6 +199,10 @@ def launch_cost(programs: Programs, config: ModelConfig, laid: Layout, launch: L
         for window in windows:
             folds = attention_tpu.folds(tokens, width, page, launch.prefix_length, window)
             bundles += kv_heads * sum(count * each for count, each in zip(folds, of_one, strict=True))
+        rotary_width = config.rotary_width or config.head_width
+        rotary = Rotary(chip, heads, kv_heads, config.head_width, rotary_width, config.qk_norm == "head")
+        rotations = runs * -(-tokens // rotary_tpu.FOLD_TOKENS) * rotary_bundles(rotary)
+        cost += Cost(cycles={rotary_tpu.NAME: rotations / CHIPS[chip].cores})
     expected, worst = 0.0, 0.0
     if cost.ragged:
         for product, count in cost.ragged.items():
@@ -287,7 +298,7 @@ def estimate(
     total, seconds, collective, extra = Cost(), 0.0, 0.0, 0
     kinds = {(launch.kind, launch.size) for launch in needed}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        compiling = [pool.submit(_compiled, programs, kind, size, config.layers - 1) for kind, size in kinds]
+        compiling = [pool.submit(_compiled, programs, kind, size, trips(config, kind, size)) for kind, size in kinds]
         for done, future in enumerate(as_completed(compiling), 1):
             future.result()
             if progress is not None:

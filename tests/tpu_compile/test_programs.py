@@ -16,6 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, SingleDeviceSharding
 from typer.testing import CliRunner
 
+from model import rotary_tpu
 from model.attention_tpu import FOLD_TOKENS, STEP_PAGES, WIDE_FOLD_TOKENS, work
 from model.computations import Kind
 from model.config import ModelConfig
@@ -27,7 +28,7 @@ from model.plan import Shape
 from model.programs import Programs
 from model.sharding import divided, mesh
 from model.sizes import BY_PLATFORM, Layout
-from scripts.planning.bundles import Kernel, fold_bundles
+from scripts.planning.bundles import Kernel, Rotary, fold_bundles, rotary_bundles
 from scripts.planning.chips import CHIPS, devices
 from scripts.planning.estimate import Workload, estimate, launches
 from scripts.planning.plan import app
@@ -159,10 +160,10 @@ def test_the_plan_of_ranking_on_one_v6e(tmp_path: Path) -> None:
     assert found["bytes_per_chip"]["weights"] == pytest.approx(2 * 596e6, rel=0.01)
     assert found["floor_seconds"] == pytest.approx(17e-3, rel=0.05)
     assert found["roofline_seconds"] <= 1.25 * found["floor_seconds"]
-    # libtpu's own estimate of the same programs is almost five times the roofline.
+    # libtpu's own estimate of the same programs is more than twice the roofline.
     parts = [found[f"{part}_seconds"] for part in ("operations", "attention", "transfer", "host")]
     assert found["expected_seconds"] == pytest.approx(sum(parts))
-    assert found["operations_seconds"] <= 76e-3
+    assert found["operations_seconds"] <= 40e-3
     assert found["attention_seconds"] <= 25e-3
     assert found["items_per_s_per_chip"] == pytest.approx(500 / found["expected_seconds"])
     assert len(found["dearest"]) == 10
@@ -226,8 +227,8 @@ def assert_no_scores_move(cost: Cost, whole: ModelConfig, programs: Programs, la
 @pytest.mark.parametrize(
     ("config", "chip", "call", "most"),
     [
-        pytest.param(QWEN3_06B, "v5e", Shape(256, 2), 790, id="qwen3-0.6b-v5e"),
-        pytest.param(LLAMA_31_8B, "v6e", Shape(256, 2), 1_720, id="llama-3.1-8b-v6e"),
+        pytest.param(QWEN3_06B, "v5e", Shape(256, 2), 430, id="qwen3-0.6b-v5e"),
+        pytest.param(LLAMA_31_8B, "v6e", Shape(256, 2), 1_370, id="llama-3.1-8b-v6e"),
     ],
 )
 def test_programs_fit_one_chip_and_attention_is_fused(config: ModelConfig, chip: str, call: Shape, most: float) -> None:
@@ -256,6 +257,13 @@ def test_the_kernel_takes_no_more_bundles_for_a_thousand_scores(chip: str, own: 
     assert 0.95 * own < found.own / (thousands * FOLD_TOKENS * width) < own
     assert 0.95 * prefix < found.whole / (thousands * WIDE_FOLD_TOKENS * STEP_PAGES * PAGE_TOKENS) < prefix
     assert found.whole < found.partial < 1.1 * found.whole
+
+
+@pytest.mark.parametrize(("chip", "most"), [pytest.param("v5e", 0.91, id="v5e"), pytest.param("v6e", 0.57, id="v6e")])
+def test_norm_and_positions_take_no_more_bundles_for_a_head(chip: str, most: float) -> None:
+    """A head of 128 channels of one token, of 16 heads of queries and 8 of keys. Bars are lowered with the kernel."""
+    found = rotary_bundles(Rotary(chip, 16, 8, 128, 128, normed=True))
+    assert 0.95 * most < found / (24 * rotary_tpu.FOLD_TOKENS) < most
 
 
 @pytest.mark.parametrize(
