@@ -414,7 +414,12 @@ class MemoryInfo(ResponseBody):
 
 
 class MeshInfo(ResponseBody):
-    """The devices of a replica: ``data`` calls run at once, each on ``model`` devices over which the model is split."""
+    """The devices of a replica: ``data`` calls run at once, each on ``model`` devices over which the model is split.
+
+    Attributes:
+        data: calls that run at once.
+        model: devices of each call.
+    """
 
     data: int
     model: int

@@ -39,6 +39,7 @@ class TextClass(ResponseBody):
     Attributes:
         label: the name of the most probable class, the first of equals.
         probs: the probabilities of the classes; without ``use_activation`` their logits.
+        num_classes: the number of classes.
     """
 
     index: int

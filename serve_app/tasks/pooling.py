@@ -42,7 +42,11 @@ class PoolingRequest(RewardRequest):
 
 
 class PooledText(ResponseBody):
-    """The values of one text's classes."""
+    """The values of one text's classes.
+
+    Attributes:
+        data: the values, or their bytes in base64.
+    """
 
     index: int
     object: Literal["pooling"] = "pooling"
@@ -50,7 +54,12 @@ class PooledText(ResponseBody):
 
 
 class PoolingResponse(ResponseBody):
-    """The values of each text's classes, in the order of the request; see ``ClassifyResponse`` for errors."""
+    """The values of each text's classes, in the order of the request; see ``ClassifyResponse`` for errors.
+
+    Attributes:
+        data: one entry for each text.
+        errors: with ``on_error: "item"``: why entries are null.
+    """
 
     id: str
     object: Literal["list"] = "list"
@@ -74,7 +83,11 @@ class EmbeddingsRequest(RewardRequest):
 
 
 class Embedding(ResponseBody):
-    """The rewards of one text: a classifier's logits, one for each class, or a judge's probability of yes."""
+    """The rewards of one text: a classifier's logits, one for each class, or a judge's probability of yes.
+
+    Attributes:
+        embedding: the values, or their bytes in base64.
+    """
 
     object: Literal["embedding"] = "embedding"
     embedding: Values
@@ -82,7 +95,12 @@ class Embedding(ResponseBody):
 
 
 class EmbeddingsResponse(ResponseBody):
-    """The rewards of each text, in the order of the request; see ``ClassifyResponse`` for errors."""
+    """The rewards of each text, in the order of the request; see ``ClassifyResponse`` for errors.
+
+    Attributes:
+        data: one entry for each text.
+        errors: with ``on_error: "item"``: why entries are null.
+    """
 
     object: Literal["list"] = "list"
     data: list[Embedding | None]
