@@ -30,8 +30,6 @@ PROCESSES = {
     "MALLOC_ARENA_MAX": "2",
     # By default Ray's daemons have a higher priority than its workers, and interrupt the scorers at every wake-up.
     "RAY_worker_niceness": "0",
-    # Ray starts some of its processes with "python -m", which would import what lies in the current folder.
-    "PYTHONSAFEPATH": "1",
     # Without this, requests to upgrade lose their body.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.frontend.http_server.install",
 }

@@ -18,8 +18,13 @@ def _empty_kernels(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest
     Other tests compute with the real ones, which are built the same way.
     """
     source = tmp_path_factory.mktemp("kernels") / "empty.cc"
-    functions = [f'extern "C" void* {symbol}(void*) {{ return nullptr; }}\n' for symbol in build.SYMBOLS.values()]
-    source.write_text("".join(functions) + 'extern "C" int ScoreHasBFloat16() { return 0; }\n')
+    kernels = [
+        f"XLA_FFI_DEFINE_HANDLER_SYMBOL({symbol}, [] {{ return xla::ffi::Error::Success(); }}, xla::ffi::Ffi::Bind());"
+        for symbol in build.SYMBOLS.values()
+    ]
+    flag = 'extern "C" int ScoreHasBFloat16() { return 0; }'
+    source.write_text("\n".join(['#include "xla/ffi/api/ffi.h"', *kernels, flag, ""]))
+    monkeypatch.setenv("CXXFLAGS", "-O0")
     monkeypatch.setattr(build, "SOURCES", (source,))
 
 

@@ -225,8 +225,11 @@ def test_buckets() -> None:
 
 def test_calls_that_run_at_once_have_the_shape_of_the_largest() -> None:
     """Each on devices of its own: no launch is for a smaller rest alone. Calls of another width are apart."""
+    none = np.empty(0, np.int64)
+    parts = (plan.Segments.of([]), none, none, none)
     calls = [
-        plan.Call(plan.Shape(width, bins), ()) for width, bins in [(512, 2), (128, 32), (128, 32), (128, 16), (128, 4)]
+        plan.Call(plan.Shape(width, bins), *parts)
+        for width, bins in [(512, 2), (128, 32), (128, 32), (128, 16), (128, 4)]
     ]
     batched = [[str(call.shape) for call in each] for each in plan.batch_calls(calls, 4)]
     assert batched == [["2x512"], ["32x128"] * 4]

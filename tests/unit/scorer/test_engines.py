@@ -76,7 +76,7 @@ def test_the_dtype_is_the_platforms_and_the_reason_is_told(
     folder = make_llama(tmp_path, layers=1, vocab=271, context=64)
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     settings = ModelSettings(model=str(folder), dtype=set_to)
-    assert prepare(folder, dtype=settings.dtype).model.dtype == dtype
+    assert prepare(folder, dtype=settings.dtype, implementation="paged").model.dtype == dtype
     assert settings.dtype_reason(platform) == why
 
 
