@@ -186,12 +186,19 @@ def keep(
     model: Model, weights: State, x: jax.Array, angles: Angles, inputs: Inputs, pool: jax.Array, number: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The next layer's input, and this layer's keys and values."""
-    return model.block(weights)(x, angles, context_of(inputs, pool), number)
+    x, keys_values = model.block(weights)(x, angles, context_of(inputs, pool), number)
+    return x, _as_wide_as_pages(model, keys_values)
 
 
 def last(model: Model, weights: State, x: jax.Array, angles: Angles) -> jax.Array:
     """The last layer's keys and values: a prefill needs no more of it."""
-    return model.block(weights).keys_values(x, angles, model.config.layers - 1)
+    return _as_wide_as_pages(model, model.block(weights).keys_values(x, angles, model.config.layers - 1))
+
+
+def _as_wide_as_pages(model: Model, keys_values: jax.Array) -> jax.Array:
+    """Keys and values with zeros where the pool's heads are wider than the model's."""
+    more = model.layout.pool.shape[-1] - keys_values.shape[-1]
+    return jnp.pad(keys_values, [(0, 0)] * (keys_values.ndim - 1) + [(0, more)]) if more else keys_values
 
 
 def read(

@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def settings(folder: Path, chips: int, data: int | None = None) -> ModelSettings:
-    tpu = Tpu(chip="v6e", topology="2x4", chips=chips, data=data)
+    tpu = Tpu(chip="v6e", topology="2x2", chips=chips, data=data)
     return ModelSettings(model=str(folder), tpu=tpu, dtype="float32", limits=Limits(max_prompt_tokens=384))
 
 
