@@ -86,7 +86,7 @@ def tpu_meshes(chips: int, data: int | None = None) -> list[Mesh]:
         RuntimeError: jax finds no TPU, or libtpu cannot use it.
         ConfigError: it finds more or fewer chips.
     """
-    remedy = "is score-serve[tpu] installed, and does another process hold the chips?"
+    remedy = "is the extra tpu installed (pip install '.[tpu]' in a checkout), and does another process hold the chips?"
     try:
         found = jax.default_backend()
     except RuntimeError as error:

@@ -51,9 +51,7 @@ def _check(kind: Literal["tpu", "gpu"], model: str, dtype: Dtype | None, max_pro
     try:
         found = device_report.report(kind, settings, lambda line: lines.print(line, markup=False, highlight=False))
     except device_report.NoDeviceError as error:
-        remedy = (
-            "libtpu (pip install 'score-serve[tpu]')" if kind == "tpu" else "CUDA (pip install 'score-serve[cuda]')"
-        )
+        remedy = "libtpu (pip install '.[tpu]')" if kind == "tpu" else "CUDA (pip install '.[cuda]')"
         complain(f"{error}; it takes a machine with one, {remedy}, and no other process that uses it")
         raise typer.Exit(REFUSED) from None
     except (ModelSourceError, ValueError, RuntimeError) as error:

@@ -163,7 +163,7 @@ def test_the_plan_of_ranking_on_one_v6e(tmp_path: Path) -> None:
     # libtpu's own estimate of the same programs is more than twice the roofline.
     parts = [found[f"{part}_seconds"] for part in ("operations", "attention", "transfer", "host")]
     assert found["expected_seconds"] == pytest.approx(sum(parts))
-    assert found["operations_seconds"] <= 40e-3
+    assert found["operations_seconds"] <= 30e-3
     assert found["attention_seconds"] <= 25e-3
     assert found["items_per_s_per_chip"] == pytest.approx(500 / found["expected_seconds"])
     assert len(found["dearest"]) == 10

@@ -62,3 +62,15 @@ def test_links_have_a_target(file: str):
         if anchor:
             titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, anchor
+
+
+def test_no_text_installs_the_other_project_of_this_name():
+    """PyPI's score-serve is a stranger's."""
+    texts = [
+        *ROOT.glob("*.md"),
+        *(file for at in ("docs", "configs", "serve_app", "model") for file in (ROOT / at).rglob("*")),
+    ]
+    files = [file for file in texts if file.suffix in (".md", ".py", ".yaml") or file.name == "Dockerfile"]
+    assert len(files) > 100
+    wrong = re.compile(r"(?<!llm-)score-serve\[|pip install '?score-serve\b")
+    assert [str(file) for file in files if wrong.search(file.read_text())] == []
