@@ -264,6 +264,7 @@ def test_norm_and_positions_take_no_more_bundles_for_a_head(chip: str, most: flo
     """A head of 128 channels of one token, of 16 heads of queries and 8 of keys. Bars are lowered with the kernel."""
     found = rotary_bundles(Rotary(chip, 16, 8, 128, 128, normed=True))
     assert 0.95 * most < found / (24 * rotary_tpu.FOLD_TOKENS) < most
+    assert 0 < rotary_bundles(Rotary(chip, 4, 1, 128, 128, normed=False)) < found / 4  # a slice's share of the heads
 
 
 @pytest.mark.parametrize(
