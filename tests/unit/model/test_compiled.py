@@ -14,6 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from model import compiled, loading, sharding
 from model.versions import versions
+from serve_app import __version__
 from tests.batches import label_batch
 from tests.tiny import make_llama
 
@@ -186,3 +187,4 @@ def test_another_flag_or_library_is_another_key(where: str, changed: str, monkey
     monkeypatch.undo()
     assert key() == before
     assert versions()["jax"] == jax.__version__
+    assert versions()["llm-score-serve"] == __version__
