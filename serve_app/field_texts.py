@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import cache
 from typing import Any
 
@@ -62,6 +61,6 @@ def _texts(cls: type[BaseModel]) -> dict[str, str]:
     for each in reversed(cls.__mro__):
         if issubclass(each, Described) and each.__doc__:
             for attribute in docstring_parser.parse(each.__doc__).params:
-                said = re.sub(r"``", "`", " ".join((attribute.description or "").split()))
+                said = " ".join((attribute.description or "").split()).replace("``", "`")
                 texts |= dict.fromkeys(attribute.arg_name.split(", "), said[:1].upper() + said[1:])
     return texts

@@ -4,14 +4,12 @@ Nothing runs here: the CUDA compiler that comes with jax's plugin compiles, and 
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import SingleDeviceSharding
 
 from model.attention_gpu import KERNEL, paged_attention, stored_width
@@ -23,6 +21,7 @@ from model.loading import without_weights
 from model.memory import Room
 from model.sharding import mesh
 from model.sizes import BY_PLATFORM
+from tests.described_devices import QWEN3_06B_JSON, without_cache  # noqa: F401 - a fixture
 from tests.gpu_compile.cards import MISSING, card
 
 pytestmark = pytest.mark.skipif(
@@ -30,32 +29,7 @@ pytestmark = pytest.mark.skipif(
     reason=f"NOTHING IS COMPILED FOR GPU: {', '.join(MISSING)} is missing; docs/gpu.md says how to add it",
 )
 
-QWEN3_06B = from_hf(
-    {
-        "architectures": ["Qwen3ForCausalLM"],
-        "vocab_size": 151_936,
-        "hidden_size": 1024,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "intermediate_size": 3072,
-        "max_position_embeddings": 40_960,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1_000_000,
-        "tie_word_embeddings": True,
-    }
-)
-
-
-@pytest.fixture(autouse=True)
-def _without_cache() -> Iterator[None]:
-    """Turn jax's cache off: it cannot read back programs that were compiled for a described card."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
+QWEN3_06B = from_hf(QWEN3_06B_JSON)
 
 
 def kernels(hlo: str) -> int:

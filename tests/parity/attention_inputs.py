@@ -1,11 +1,15 @@
 """Random inputs of attention, for the tests of its kernels."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.attention import AttentionContext
+from model.attention import AttentionContext, MaskSpec, attend
 from model.contract import PAGE_TOKENS
+
+Attend = Callable[..., jax.Array]
 
 PAGES, SLOTS, LAYERS = 9, 8, 2
 
@@ -51,3 +55,25 @@ def inputs(
 def over_prefix(context: AttentionContext, length: int) -> AttentionContext:
     """The same segments over a prefix."""
     return context._replace(prefix_lengths=jnp.array([length], jnp.int32), positions=context.positions + length)
+
+
+def kernel_and_reference(
+    implementation: str, head_width: int, window: int | None = None, softcap: float | None = None
+) -> tuple[Attend, Attend]:
+    """Kernel and reference, compiled once for all prefix lengths; the reference's pool has unpadded heads."""
+    spec = MaskSpec(None if window is None else jnp.int32(window), softcap)
+
+    def kernel(
+        q: jax.Array, k: jax.Array, v: jax.Array, context: AttentionContext, reads: jax.Array | None = None
+    ) -> jax.Array:
+        query = q if reads is None else q[reads]
+        return attend(query, k, v, context, 1, spec, implementation=implementation, reads=reads)
+
+    def reference(
+        q: jax.Array, k: jax.Array, v: jax.Array, context: AttentionContext, reads: jax.Array | None = None
+    ) -> jax.Array:
+        query = q if reads is None else q[reads]
+        narrow = context._replace(pool=context.pool[..., :head_width])
+        return attend(query, k, v, narrow, 1, spec, implementation="reference", reads=reads)
+
+    return jax.jit(kernel), jax.jit(reference)

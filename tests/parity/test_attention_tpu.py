@@ -1,38 +1,17 @@
 """The TPU kernel, interpreted on this machine, against a plain softmax over all keys."""
 
-from collections.abc import Callable
+from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.attention import AttentionContext, MaskSpec, attend, to_pool
+from model.attention import MaskSpec, attend, to_pool
 from model.attention_tpu import stored_width
 from model.contract import PAGE_TOKENS
-from tests.parity.attention_inputs import inputs, over_prefix
+from tests.parity.attention_inputs import inputs, kernel_and_reference, over_prefix
 
-Attend = Callable[..., jax.Array]
-
-
-def both(head_width: int, window: int | None = None, softcap: float | None = None) -> tuple[Attend, Attend]:
-    """Kernel and reference, compiled once for all prefix lengths; the reference's pool has unpadded heads."""
-    rule = MaskSpec(None if window is None else jnp.int32(window), softcap)
-
-    def kernel(
-        q: jax.Array, k: jax.Array, v: jax.Array, context: AttentionContext, reads: jax.Array | None = None
-    ) -> jax.Array:
-        query = q if reads is None else q[reads]
-        return attend(query, k, v, context, 1, rule, implementation="fused-interpreted", reads=reads)
-
-    def reference(
-        q: jax.Array, k: jax.Array, v: jax.Array, context: AttentionContext, reads: jax.Array | None = None
-    ) -> jax.Array:
-        query = q if reads is None else q[reads]
-        narrow = context._replace(pool=context.pool[..., :head_width])
-        return attend(query, k, v, narrow, 1, rule, implementation="reference", reads=reads)
-
-    return jax.jit(kernel), jax.jit(reference)
+both = partial(kernel_and_reference, "fused-interpreted")
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,12 @@ A program that libtpu compiles fits the chip's memories. ``test_programs`` has w
 """
 
 import importlib.util
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import SingleDeviceSharding
 
 from model.attention import AttentionContext, MaskSpec, attend
@@ -24,6 +22,7 @@ from model.programs import Programs
 from model.sharding import mesh
 from model.sizes import Sizes
 from scripts.planning.chips import devices
+from tests.described_devices import without_cache  # noqa: F401 - a fixture
 from tests.tiny_families import config_of
 
 pytestmark = pytest.mark.skipif(
@@ -35,16 +34,6 @@ SMALLEST = {"v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2", "tpu7x": 
 """Each chip's smallest slice of several, whose first device stands for a single one. All but the v6e have, or are, one
 of two cores, or another shape of the matrix unit."""
 Dtype = Literal["float32", "bfloat16"]
-
-
-@pytest.fixture(autouse=True)
-def _without_cache() -> Iterator[None]:
-    """Turn jax's cache off: it cannot read back programs that were compiled for a described chip."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
 
 
 class Kernel(NamedTuple):

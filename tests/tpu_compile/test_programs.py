@@ -5,14 +5,12 @@ Nothing runs here: libtpu compiles for a described topology, and its compiler re
 
 import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, SingleDeviceSharding
 from typer.testing import CliRunner
 
@@ -32,6 +30,7 @@ from scripts.planning.bundles import Kernel, Rotary, fold_bundles, rotary_bundle
 from scripts.planning.chips import CHIPS, devices
 from scripts.planning.estimate import Workload, estimate, launches
 from scripts.planning.plan import app
+from tests.described_devices import QWEN3_06B_JSON, without_cache  # noqa: F401 - a fixture
 from tests.tiny_families import config_of
 
 pytestmark = pytest.mark.skipif(
@@ -40,30 +39,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def _without_cache() -> Iterator[None]:
-    """Turn jax's cache off: it cannot read back programs that were compiled for a described chip."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
-
-
-QWEN3_06B_JSON = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "vocab_size": 151_936,
-    "hidden_size": 1024,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 3072,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "max_position_embeddings": 40_960,
-    "tie_word_embeddings": True,
-}
 QWEN3_06B = from_hf(QWEN3_06B_JSON)
 LLAMA_31_8B = from_hf(
     {
