@@ -41,7 +41,8 @@ class Engine:
         self._config, self._layout = programs.model.config, programs.model.layout
         self._launching = threading.Lock()
         self._computed = self._padded = 0
-        self._forget_prefixes()
+        self._pool = programs.empty_pool()
+        self._begin()
 
     @property
     def info(self) -> ModelInfo:
@@ -188,9 +189,15 @@ class Engine:
         return tokens + long * np.int32(self._config.vocab_size)
 
     def _forget_prefixes(self) -> None:
-        """Start with an empty pool, and wait for nothing that was launched before."""
+        """Take an empty pool. The old one goes first, whoever refers to it still: there may be no room for both."""
+        self._pool.delete()
+        self._pool = self._programs.empty_pool()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin with an empty pool, and wait for nothing that was launched before."""
         self._launched: Any = None
-        self._pool, self._none_collected = self._programs.empty_pool(), self._programs.none_collected()
+        self._none_collected = self._programs.none_collected()
         self._cache = PrefixCache(self._layout.pool.shape[0])
         self._recurring = SeenPrefixes()
 

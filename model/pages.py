@@ -6,6 +6,7 @@ collide. Only whole paths are kept: a page is given up only when no page continu
 """
 
 import hashlib
+import heapq
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +22,11 @@ Tokens = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """One page: its number in the pool, the tokens in it (fewer than ``PAGE_TOKENS`` only at the end of a path)."""
+    """One page: its number in the pool, the tokens in it (fewer than ``PAGE_TOKENS`` only at the end of a path).
+
+    Attributes:
+        queued: it is among the pages that may be given up, see ``PrefixCache``.
+    """
 
     page: int
     tokens: Tokens
@@ -29,6 +34,12 @@ class Node:
     children: dict[bytes, "Node"] = field(default_factory=dict[bytes, "Node"])
     last_used: int = 0
     pins: int = 0
+    queued: bool = False
+
+    @property
+    def removable(self) -> bool:
+        """No page continues it, and none holds it."""
+        return not self.children and not self.pins
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +67,9 @@ class PrefixCache:
     def __init__(self, pages: int) -> None:
         self._root = Node(0, np.zeros(0, np.int32), None)
         self._free = list(range(pages - 1, 0, -1))
-        self._nodes: set[Node] = set()
+        self._removable: list[tuple[int, int, Node]] = []
+        """A heap of every page that may be given up, by when it was last used as it was put there; and some others,
+        which are passed over. The page's number tells two of one time apart."""
         self._pages = pages
         self._pinned = 0
         self._clock = 0
@@ -71,10 +84,10 @@ class PrefixCache:
         path: list[Node] = []
         node = self._root
         for start in range(0, len(prefix), PAGE_TOKENS):
-            piece = prefix[start : start + PAGE_TOKENS]
-            child = node.children.get(piece.tobytes())
-            if child is None and start + PAGE_TOKENS >= len(prefix):
-                child = next((c for c in node.children.values() if _starts_with(c.tokens, piece)), None)
+            piece = prefix[start : start + PAGE_TOKENS].tobytes()
+            child = node.children.get(piece)
+            if child is None and start + PAGE_TOKENS > len(prefix):
+                child = next((longer for key, longer in node.children.items() if key.startswith(piece)), None)
             if child is None:
                 break
             path.append(child)
@@ -112,13 +125,13 @@ class PrefixCache:
             for node in path:
                 node.pins -= 1
                 self._pinned -= not node.pins
+                self._queue(node)
 
     def _extend(self, path: list[Node], tokens: Tokens) -> Node:
         """A page for the tokens that follow ``path``."""
         parent = path[-1] if path else self._root
         node = Node(self._take_page(), tokens.copy(), parent)
         parent.children[node.tokens.tobytes()] = node
-        self._nodes.add(node)
         self._touch([node])
         return node
 
@@ -129,7 +142,7 @@ class PrefixCache:
 
     @property
     def stats(self) -> CacheStats:
-        return CacheStats(self._pages - 1, len(self._nodes), self._hits, self._misses, self._evicted)
+        return CacheStats(self._pages - 1, self._pages - 1 - len(self._free), self._hits, self._misses, self._evicted)
 
     def _touch(self, path: list[Node]) -> None:
         self._clock += 1
@@ -137,17 +150,27 @@ class PrefixCache:
             node.last_used = self._clock
 
     def _take_page(self) -> int:
-        if not self._free:
-            leaves = (node for node in self._nodes if not node.children and not node.pins)
-            self._remove(min(leaves, key=lambda node: node.last_used))
-            self._evicted += 1
+        while not self._free:
+            queued_at, _, node = heapq.heappop(self._removable)
+            node.queued = False
+            if queued_at < node.last_used:
+                self._queue(node)
+            elif node.removable:
+                self._remove(node)
+                self._evicted += 1
         return self._free.pop()
+
+    def _queue(self, node: Node) -> None:
+        """Put a page among those that may be given up, if it is one and is not there."""
+        if node.removable and not node.queued and node is not self._root:
+            node.queued = True
+            heapq.heappush(self._removable, (node.last_used, node.page, node))
 
     def _remove(self, node: Node) -> None:
         assert node.parent is not None
         del node.parent.children[node.tokens.tobytes()]
-        self._nodes.discard(node)
         self._free.append(node.page)
+        self._queue(node.parent)
 
 
 class SeenPrefixes:
@@ -178,7 +201,3 @@ class SeenPrefixes:
         while len(self._seen) > self._most:
             del self._seen[next(iter(self._seen))]
         return known
-
-
-def _starts_with(tokens: Tokens, piece: Tokens) -> bool:
-    return len(tokens) >= len(piece) and bool(np.array_equal(tokens[: len(piece)], piece))

@@ -67,6 +67,7 @@ BY_PLATFORM = {
         prefix_cache_bytes=4 * 2**30,
         costs=plan.Costs(call=560),
         large_calls=True,
+        fill_memory=True,
     ),
     # An H100 needs 300 tokens to a call before the matmuls take longer than reading the weights, and the copy of each
     # layer's weights that the loop makes costs a call of 8,192 tokens 6%.

@@ -113,8 +113,8 @@ class ModelSettings(_Frozen):
     None: they have ``dtype``."""
     prefix_cache_gb: Annotated[float, Field(ge=0)] | None = None
     """Memory of each device for the pages that keep prompts' beginnings, in GB; one prompt of the longest kind always
-    has room. None: 0.4 on a CPU and 4.3 on a TPU, or more for the model's context, but at most half of what is free
-    beside the weights; on a GPU about that half."""
+    has room. None: 0.4 on a CPU, or more for the model's context, but at most half of what is free beside the weights;
+    on a TPU or GPU about that half."""
     engine: Literal["jax", "fake"] = "jax"
     """``fake``: deterministic scores from hashed tokens, to test everything but the model."""
 

@@ -227,6 +227,29 @@ def test_pages_that_could_not_be_written_are_not_kept(folder: Path, monkeypatch:
     np.testing.assert_allclose(values(scorer, sequences), alone, rtol=0, atol=BITS)
 
 
+def test_the_old_pool_is_gone_before_a_new_one_is_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes its share of the device's memory: there may be no room for two. What failed may still refer to it."""
+    scorer = loading.load(folder, max_segment_tokens=64, call_tokens=64)
+    sequences, programs = prompts(3, seed=52, query=300), scorer._programs  # pyright: ignore[reportPrivateUsage]
+    wanted, held = values(scorer, sequences), list[jax.Array]()
+    empty_pool = programs.empty_pool
+
+    def failing(pool: jax.Array, *_: object) -> None:
+        held.append(pool)
+        raise RuntimeError("the device is gone")
+
+    def after_the_old() -> jax.Array:
+        assert [pool.is_deleted() for pool in held] == [True]
+        return empty_pool()
+
+    monkeypatch.setattr(programs, "write", failing)
+    monkeypatch.setattr(programs, "empty_pool", after_the_old)
+    with pytest.raises(RuntimeError, match="gone"):
+        values(scorer, prompts(3, seed=53, query=300))
+    monkeypatch.undo()
+    np.testing.assert_array_equal(values(scorer, sequences), wanted)
+
+
 @pytest.mark.parametrize("query", [PAGE_TOKENS - 1, PAGE_TOKENS, PAGE_TOKENS + 1, 2 * PAGE_TOKENS])
 def test_prefixes_around_a_page_agree_with_no_sharing(scorer: Engine, query: int) -> None:
     sequences = prompts(4, seed=query, query=query, longest=20)

@@ -208,18 +208,31 @@ def test_the_plan_is_what_an_engine_holds(tmp_path: Path):
     assert engine.info.max_prompt_tokens == 6144 < engine.info.context_length
 
 
-@pytest.mark.parametrize(("free", "pages"), [(21.6, 7.5), (72, 30.1), (127, 60.1)])
-def test_a_graphics_card_keeps_as_many_pages_as_its_memory_allows(free: float, pages: float):
-    """24, 80 and 141 GB, of which XLA holds 90%."""
+@pytest.mark.parametrize(
+    ("platform", "implementation", "free", "pages"),
+    [
+        # A v5e, a v6e and a v5p; an older default took 4.3 GB of each.
+        pytest.param("tpu", "fused", 16, 5.6, id="v5e"),
+        pytest.param("tpu", "fused", 32, 15.0, id="v6e"),
+        pytest.param("tpu", "fused", 95, 45.1, id="v5p"),
+        # 24, 80 and 141 GB, of which XLA holds 90%.
+        pytest.param("gpu", "triton", 21.6, 7.5, id="24 GB"),
+        pytest.param("gpu", "triton", 72, 30.1, id="80 GB"),
+        pytest.param("gpu", "triton", 127, 60.1, id="141 GB"),
+    ],
+)
+def test_a_device_keeps_as_many_pages_as_its_own_memory_allows(
+    platform: str, implementation: str, free: float, pages: float
+):
     choice = choose(
         from_hf(QWEN3_06B),
         dtype="bfloat16",
-        implementation="triton",
+        implementation=implementation,
         by_layer=False,
-        sizes=BY_PLATFORM["gpu"],
+        sizes=BY_PLATFORM[platform],
         max_prompt_tokens=None,
         mesh=None,
-        room=Room(int(free * GB), "each card", on_host=False),
+        room=Room(int(free * GB), "each device", on_host=False),
     )
     assert choice.memory.pages / GB == pytest.approx(pages, abs=0.1)
     assert choice.model.layout.longest == QWEN3_06B["max_position_embeddings"]

@@ -1,5 +1,8 @@
 """The prefix cache's bookkeeping: paths mean what they say, pinned pages stay, no page has two owners."""
 
+from contextlib import ExitStack
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -89,3 +92,71 @@ def test_no_page_ever_has_two_meanings(prefixes: list[list[tuple[int, int]]]) ->
             assert contents[node.page].startswith(piece.tobytes())
             assert node.page != 0
     assert cache.stats.pages_used <= 5
+
+
+class Scanning(PrefixCache):
+    """Finds the page to give up by looking at all of them."""
+
+    def _take_page(self) -> int:
+        if not self._free:
+            pages = self._below(self._root)
+            leaves = [node for node in pages if not node.children and not node.pins]
+            self._remove(min(leaves, key=lambda node: node.last_used))
+            self._evicted += 1
+        return self._free.pop()
+
+    def _below(self, node: Node) -> list[Node]:
+        return [page for child in node.children.values() for page in (child, *self._below(child))]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["store", "look up", "hold"]),
+            st.lists(st.tuples(st.integers(0, 3), st.sampled_from([1, 64, 128])), min_size=1, max_size=4),
+        ),
+        max_size=40,
+    )
+)
+def test_the_page_that_is_given_up_is_the_one_that_a_look_at_all_of_them_finds(
+    steps: list[tuple[str, list[tuple[int, int]]]],
+) -> None:
+    caches = PrefixCache(9), Scanning(9)
+    with ExitStack() as held:
+        for what, pieces in steps:
+            prefix = tokens(*pieces)
+            found: list[Any] = []
+            for cache in caches:
+                try:
+                    if what == "look up":
+                        path: list[Node] = cache.lookup(prefix)
+                    elif what == "store":
+                        path = store(cache, prefix)
+                    else:
+                        path, _ = held.enter_context(cache.hold(prefix))
+                except OutOfPagesError as error:
+                    found.append(str(error))
+                else:
+                    found.append([node.page for node in path])
+            assert found[0] == found[1]
+    assert caches[0].stats == caches[1].stats
+
+
+def test_a_large_pool_is_not_searched_for_each_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page is given up in some steps, however many pages there are."""
+    pages, looked = 500, 0
+    removable = Node.removable.fget
+    assert removable is not None
+
+    def counted(node: Node) -> bool:
+        nonlocal looked
+        looked += 1
+        return removable(node)
+
+    monkeypatch.setattr(Node, "removable", property(counted))
+    cache = PrefixCache(pages + 1)
+    for number in range(3 * pages):
+        store(cache, tokens((number, 5)))
+    assert cache.stats.evicted_pages == 2 * pages
+    assert looked < 10 * 3 * pages
