@@ -124,6 +124,16 @@ class FrontMetrics:
             )
         )
         self._items = _Total(_counter("score_items", "Items, documents and prompts scored."))
+        self._tenant_requests = _Total(
+            _counter("score_tenant_requests", "Requests of each API key, by its name.", "tenant", "outcome")
+        )
+        self._tenant_tokens = _Total(
+            _counter(
+                "score_tenant_tokens",
+                "Tokens of the answered requests of each API key, shared prefixes counted once.",
+                "tenant",
+            )
+        )
         self._tokenise_seconds = Histogram(
             "score_tokenise_seconds", "Time to build the prompts of an answered request.", _SECONDS, (MODEL,)
         )
@@ -143,6 +153,18 @@ class FrontMetrics:
                 self._requests.reach(total, model=model, outcome=outcome)
         for model, total in items.items():
             self._items.reach(total, model=model)
+
+    def update_tenants(
+        self, outcomes: Mapping[str, Mapping[str, Mapping[str, int]]], tokens: Mapping[str, Mapping[str, int]]
+    ) -> None:
+        """Record the counts since the last call, by the model's name and the tenant's."""
+        for model, tenants in outcomes.items():
+            for tenant, own in tenants.items():
+                for outcome, total in own.items():
+                    self._tenant_requests.reach(total, model=model, tenant=tenant, outcome=outcome)
+        for model, totals in tokens.items():
+            for tenant, total in totals.items():
+                self._tenant_tokens.reach(total, model=model, tenant=tenant)
 
 
 class _Total:

@@ -285,8 +285,8 @@ class ServiceSettings(_Frozen):
     ingress_cpus: Annotated[float, Field(ge=0)] = 0.5
     """Processors that Ray reserves for each front end."""
     api_keys_file: str | None = None
-    """File with one API key per line; it is read again when it changes. None: only the environment has keys, if any
-    (``auth.py``)."""
+    """File with an API key, or its hash, per line, perhaps after a name; it is read again when it changes. None: only
+    the environment has keys, if any (``auth.py``)."""
     salt_by_api_key: bool = False
     """Whether callers with different API keys share nothing in the prefix cache, as with different ``cache_salt``."""
     cors_origins: tuple[str, ...] = ()

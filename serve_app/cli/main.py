@@ -86,7 +86,8 @@ def serve(
         Path | None,
         typer.Option(
             resolve_path=True,
-            help="File of API keys, one per line; it is read again when it changes. Requests must then send one. "
+            help="File of API keys or their hashes, one per line; it is read again when it changes. Requests must then "
+            "send a key. "
             f"{auth.VARIABLE} in the environment adds more, comma-separated. Without any, no key is required.",
         ),
     ] = None,

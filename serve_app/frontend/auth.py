@@ -1,4 +1,4 @@
-"""API keys: where they come from, and the middleware that asks for one."""
+"""API keys: where they come from, and the middleware that asks for one. A key is kept as its SHA-256, with a name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hmac
 import logging
 import os
 import re
-from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,29 +41,50 @@ PUBLIC_ROUTES = (
 )
 """Routes that need no key: probes have none, and the other routes show nothing about the model or its requests."""
 
-_KEY = re.compile(r"[!-~]+")
-"""Characters that an HTTP header carries unchanged."""
+_LINE = re.compile(r"(?:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,62}):\s+)?(?P<key>[!-~]+)")
+"""A key, perhaps after its name. It has the characters that an HTTP header carries unchanged."""
+
+HASHED = "sha256:"
+"""Begins a line with a key's SHA-256 in place of the key. A plain hash is enough: keys are random, so nobody can guess
+one and compare, as with passwords."""
+
+_NAME_DIGITS = 12
+"""Digits of its hash by which a key without a name is named."""
 
 
 class ApiKeyError(ValueError):
     """The file or the environment variable of keys is unusable. The message says how to mend it, and shows no key."""
 
 
-def read_keys(file: str | None) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """A key of the service.
+
+    Attributes:
+        name: for logs and metrics. Several keys may have one name, as in a rotation: they are one tenant.
+        digest: its SHA-256.
+    """
+
+    name: str
+    digest: bytes
+
+
+def read_keys(file: str | None) -> list[ApiKey]:
     """Read the service's keys from ``file`` and the environment. Without any key the service is open to everyone.
 
     Args:
-        file: has one key per line; empty lines and lines that begin with # are skipped.
+        file: has one key per line, or its hash, perhaps after a name and a colon; empty lines and lines that begin with
+            # are skipped.
 
     Raises:
-        ApiKeyError: the file cannot be read or has no key, or a key has characters that no header can carry.
+        ApiKeyError: the file cannot be read or has no key, or a line is wrong.
     """
     from_environment = os.environ.get(VARIABLE, "").replace(",", "\n")
     return _keys(from_environment, VARIABLE) + (_read(Path(file)) if file is not None else [])
 
 
 class ApiKeys:
-    """The service's keys, kept as digests. The environment is read once, the file again when it changes.
+    """The service's keys. The environment is read once, the file again when it changes.
 
     If the file becomes unreadable, empty or wrong, this is logged, and its earlier keys stay valid.
 
@@ -74,13 +95,13 @@ class ApiKeys:
     def __init__(self, file: str | None) -> None:
         self._path = Path(file) if file is not None else None
         self._stamp = self._stamped()  # before the file is read: what changes in between is read again
-        self._digests = _digests(read_keys(file))
+        self._keys = read_keys(file)
 
     def __len__(self) -> int:
-        return len(self._digests)
+        return len(self._keys)
 
     def check(self, authorization: str) -> str:
-        """Accept a request with this ``Authorization`` header, and return its key.
+        """Accept a request with this ``Authorization`` header, and return its key's name.
 
         Raises:
             AuthenticationError: it is empty or not ``Bearer``, or its key is invalid.
@@ -91,10 +112,10 @@ class ApiKeys:
         self._reload()
         digest = _digest(key.strip())
         # Every key is compared, in constant time each: the time taken reveals nothing about a key.
-        equal = [hmac.compare_digest(digest, known) for known in self._digests]
+        equal = [hmac.compare_digest(digest, known.digest) for known in self._keys]
         if not any(equal):
             raise AuthenticationError("invalid API key; ask the operator of this service for one")
-        return key.strip()
+        return self._keys[equal.index(True)].name
 
     def _reload(self) -> None:
         stamp = self._stamped()
@@ -102,10 +123,11 @@ class ApiKeys:
             return
         self._stamp = stamp
         try:
-            self._digests = _digests(read_keys(str(self._path)))
-            logger.info("%s has changed; %d API keys are valid now", self._path, len(self._digests))
+            self._keys = read_keys(str(self._path))
+            names = ", ".join(dict.fromkeys(key.name for key in self._keys))
+            logger.info("%s has changed; %d API keys are valid now, of %s", self._path, len(self._keys), names)
         except ApiKeyError as error:
-            logger.error("%s; the %d API keys from before stay valid", error, len(self._digests))
+            logger.error("%s; the %d API keys from before stay valid", error, len(self._keys))
 
     def _stamped(self) -> tuple[int, ...] | None:
         """A value that changes when the file does."""
@@ -121,21 +143,17 @@ class ApiKeys:
 class RequireKey:
     """Middleware that asks for a key on all routes except ``PUBLIC_ROUTES``. Plain ASGI; the body is not read.
 
-    Args:
-        name_tenants: note in the request's state, as ``tenant``, whose key it has.
+    It notes in the request's state, as ``tenant``, the name of the key.
     """
 
-    def __init__(self, app: ASGIApp, *, keys: ApiKeys, name_tenants: bool = False) -> None:
+    def __init__(self, app: ASGIApp, *, keys: ApiKeys) -> None:
         self._app = app
         self._keys = keys
-        self._name_tenants = name_tenants
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")) not in PUBLIC_ROUTES:
             given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-            key = self._keys.check(given.decode("latin-1"))
-            if self._name_tenants:
-                scope.setdefault("state", {})["tenant"] = _digest(key).hex()
+            scope.setdefault("state", {})["tenant"] = self._keys.check(given.decode("latin-1"))
         await self._app(scope, receive, send)
 
 
@@ -159,7 +177,7 @@ def document(app: FastAPI) -> None:
     app.openapi = openapi
 
 
-def _read(path: Path) -> list[str]:
+def _read(path: Path) -> list[ApiKey]:
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -170,22 +188,33 @@ def _read(path: Path) -> list[str]:
     return keys
 
 
-def _keys(text: str, where: str) -> list[str]:
-    keys: list[str] = []
+def _keys(text: str, where: str) -> list[ApiKey]:
+    keys: list[ApiKey] = []
     for number, line in enumerate(text.splitlines(), 1):
-        key = line.strip()
-        if not key or key.startswith("#"):
+        if not line.strip() or line.strip().startswith("#"):
             continue
-        if not _KEY.fullmatch(key):
+        found = _LINE.fullmatch(line.strip())
+        if not found:
             raise ApiKeyError(
-                f"API key {number} of {where} has a space or a character outside ASCII; use a key without them"
+                f"API key {number} of {where} has a space or a character outside ASCII; use a key without them, "
+                "alone or after a name of letters, digits, dots, _ and -, a colon and a space"
             )
-        keys.append(key)
+        digest = _digest_of(found["key"])
+        if digest is None:
+            raise ApiKeyError(
+                f"API key {number} of {where} begins with {HASHED} but has no 64 hexadecimal digits after it; print "
+                'them with: printf %s "$KEY" | sha256sum'
+            )
+        keys.append(ApiKey(found["name"] or f"key-{digest.hex()[:_NAME_DIGITS]}", digest))
     return keys
 
 
-def _digests(keys: Iterable[str]) -> list[bytes]:
-    return [_digest(key) for key in keys]
+def _digest_of(given: str) -> bytes | None:
+    """The digest of a key in a file, which may be its hash. None: the hash is none."""
+    if not given.startswith(HASHED):
+        return _digest(given)
+    digits = given.removeprefix(HASHED)
+    return bytes.fromhex(digits) if re.fullmatch("[0-9a-fA-F]{64}", digits) else None
 
 
 def _digest(key: str) -> bytes:

@@ -26,6 +26,7 @@ from serve_app.frontend.models import Models
 from serve_app.frontend.replicas import ScorerReplicas
 from serve_app.frontend.routes import create_app
 from serve_app.frontend.service import ModelService
+from serve_app.frontend.tenants import Tenants
 from serve_app.metrics import REPORT_S, FrontMetrics
 from serve_app.schemas import InfoResponse, ScoreRequest, ScoreResponse
 from serve_app.settings import DEFAULT_NAME, ModelSettings, ServiceSettings, check_names
@@ -87,7 +88,7 @@ class Ingress:
         return create_app(
             lambda: self._models,
             keys=self._keys,
-            salt_by_api_key=self._service.salt_by_api_key,
+            tenants=Tenants(salted=self._service.salt_by_api_key),
             cors_origins=self._service.cors_origins,
             echo_request_id=False,
             door=self._door,
@@ -143,6 +144,7 @@ class Ingress:
     async def _report(self) -> None:
         while True:
             self._metrics.update(self._models.outcomes, self._models.items)
+            self._metrics.update_tenants(self._models.tenant_outcomes, self._models.tenant_tokens)
             await asyncio.sleep(REPORT_S)
 
 

@@ -74,7 +74,7 @@ class RequestContext:
         except ScoringError as refusal:
             await _error_response(refusal, scope["path"])(scope, receive, tracked)
         except Exception:
-            logger.exception("request %s: internal error", request_id)
+            logger.exception("request %s: internal error", _named(scope))
             if started:
                 raise
             fault = InternalError(f"the server failed on this request; look for {request_id} in its log")
@@ -85,6 +85,12 @@ def _request_id(scope: Scope) -> str:
     """The caller's ``x-request-id``, without characters that could harm a log or a header, or a new id."""
     given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
     return _NOT_IN_REQUEST_ID.sub("", given.decode("latin-1"))[:_MAX_REQUEST_ID] or uuid.uuid4().hex
+
+
+def _named(scope: Scope) -> str:
+    """The request for the log: its id, and whose API key it has."""
+    tenant = scope["state"].get("tenant")
+    return f"{scope['state']['request_id']} of {tenant}" if tenant else scope["state"]["request_id"]
 
 
 def _error_response(error: ScoringError, path: str, headers: dict[str, str] | None = None) -> Response:
@@ -100,7 +106,7 @@ def _error_response(error: ScoringError, path: str, headers: dict[str, str] | No
 async def on_scoring_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ScoringError)
     if error.status == InternalError.status:
-        logger.error("request %s: %s", request.state.request_id, error.message, exc_info=error)
+        logger.error("request %s: %s", _named(request.scope), error.message, exc_info=error)
     return _error_response(error, request.url.path)
 
 

@@ -61,6 +61,16 @@ class Models:
         """``ModelService.items`` by the model's name."""
         return {service.settings.name: service.items for service in self._services}
 
+    @property
+    def tenant_outcomes(self) -> Mapping[str, Mapping[str, Mapping[str, int]]]:
+        """``ModelService.tenant_outcomes`` by the model's name."""
+        return {service.settings.name: service.tenant_outcomes for service in self._services}
+
+    @property
+    def tenant_tokens(self) -> Mapping[str, Mapping[str, int]]:
+        """``ModelService.tenant_tokens`` by the model's name."""
+        return {service.settings.name: service.tenant_tokens for service in self._services}
+
     def of(self, name: str, aliases: Collection[str] = ()) -> ModelService:
         """Return the service of the model that a request names.
 

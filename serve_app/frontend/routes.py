@@ -24,6 +24,7 @@ from serve_app.frontend.models import Models
 from serve_app.frontend.openapi import documented, errors_of, share_parts
 from serve_app.frontend.parsing import parse_large
 from serve_app.frontend.streaming import PIECE_VALUES, LinesResponse, json_lines, json_pieces
+from serve_app.frontend.tenants import Tenants
 from serve_app.metrics import scrape
 from serve_app.schemas import InfoResponse, ModelCard, ModelsResponse, StatusResponse, TokenizerInfo
 from serve_app.settings import DEFAULT_NAME
@@ -42,7 +43,7 @@ def create_app(
     get_models: Callable[[], Models],
     *,
     keys: auth.ApiKeys | None = None,
-    salt_by_api_key: bool = False,
+    tenants: Tenants | None = None,
     cors_origins: Sequence[str] = (),
     echo_request_id: bool = True,
     metrics: Callable[[], Awaitable[str]] = scrape,
@@ -53,7 +54,7 @@ def create_app(
     Args:
         get_models: called in every request.
         keys: if there are any, a request must have one of them.
-        salt_by_api_key: keep the prefix caches of different keys apart.
+        tenants: what holds for each key; None: the same for all.
         cors_origins: web pages of these origins may call from a browser.
         echo_request_id: put ``x-request-id`` into responses. False under Serve's proxy, which does this itself.
         metrics: returns all metrics in Prometheus' text format, or raises OverloadedError if an agent does not answer.
@@ -63,7 +64,7 @@ def create_app(
     pages.add_pages(app)
     app.add_middleware(browsers.HeadAsGet)
     if keys:
-        app.add_middleware(auth.RequireKey, keys=keys, name_tenants=salt_by_api_key)
+        app.add_middleware(auth.RequireKey, keys=keys)
         auth.document(app)
     if door:
         app.add_middleware(door.before)
@@ -73,13 +74,15 @@ def create_app(
     app.add_exception_handler(ScoringError, on_scoring_error)
     app.add_exception_handler(HTTPException, on_http_exception)
     for path in dict.fromkeys(path for task in TASKS for path in task.paths):
-        _add_route(app, path, [task for task in TASKS if path in task.paths], get_models)
+        _add_route(app, path, [task for task in TASKS if path in task.paths], get_models, tenants or Tenants())
     _add_facts(app, get_models, metrics)
     share_parts(app)
     return app
 
 
-def _add_route(app: FastAPI, path: str, tasks: Sequence[AnyTask], get_models: Callable[[], Models]) -> None:
+def _add_route(
+    app: FastAPI, path: str, tasks: Sequence[AnyTask], get_models: Callable[[], Models], tenants: Tenants
+) -> None:
     """Add a route for one task, or for several that differ in their bodies; OpenAPI describes the last."""
 
     async def handle(request: Request) -> Response:
@@ -88,7 +91,7 @@ def _add_route(app: FastAPI, path: str, tasks: Sequence[AnyTask], get_models: Ca
         asked = await parse_large(task.request, sent, task.parse)
         service = get_models().of(asked.model or DEFAULT_NAME, task.aliases)
         request_id: str = request.state.request_id
-        limit, tenant = _timeout_s(request), getattr(request.state, "tenant", "")
+        limit, tenant = _timeout_s(request), tenants.of(getattr(request.state, "tenant", ""))
         if task.lines and asked.stream:
             stream = service.stream(task, asked, request_id=request_id, timeout_s=limit, tenant=tenant)
             lines = json_lines(stream, request_id, path)

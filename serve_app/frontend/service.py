@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
@@ -32,6 +32,7 @@ from serve_app.errors import (
 from serve_app.frontend import fanout
 from serve_app.frontend.admission import Admission
 from serve_app.frontend.streaming import as_finished
+from serve_app.frontend.tenants import NOBODY, Tenant
 from serve_app.frontend.watched_threads import WatchedThreads
 from serve_app.schemas import RequestBody
 from serve_app.settings import ModelSettings
@@ -107,6 +108,10 @@ class ModelService:
         """Numbers of requests for scores so far, by outcome."""
         self.items = 0
         """Items, documents and prompts scored so far."""
+        self.tenant_outcomes: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        """``outcomes`` of each tenant that has a name."""
+        self.tenant_tokens: Counter[str] = Counter()
+        """Tokens of the answered requests of each tenant that has a name, shared prefixes counted once."""
         self._observe = observe
         self._threads = WatchedThreads(settings.tokenizer_threads, "tokenizer")
 
@@ -134,7 +139,7 @@ class ModelService:
         return self._queued_tokens
 
     async def answer(
-        self, task: Task[R, A], request: R, *, request_id: str, timeout_s: float = math.inf, tenant: str = ""
+        self, task: Task[R, A], request: R, *, request_id: str, timeout_s: float = math.inf, tenant: Tenant = NOBODY
     ) -> A:
         """Answer a request.
 
@@ -142,7 +147,7 @@ class ModelService:
             task: the kind of the request.
             request_id: sent to the replicas with the work, for logs.
             timeout_s: the caller's own limit. ``settings.timeout_s`` holds if it is shorter.
-            tenant: callers of different tenants share no cached prefix.
+            tenant: who asks.
 
         Raises:
             InvalidRequestError: the request is wrong.
@@ -154,9 +159,9 @@ class ModelService:
         prepare = partial(self._prepare[task.name], request, request_id)
         if not task.scores:
             return (await self.in_time(self._in_steps(prepare()), self._time_limit(None, timeout_s))).value
-        with self._counted():
+        with self._counted(tenant):
             limit = self._time_limit(getattr(request, "timeout_s", None), timeout_s)
-            work = self._score(prepare, request_id, time.time() + limit, _salt(request, tenant))
+            work = self._score(prepare, request_id, time.time() + limit, _salt(request, tenant), tenant)
             return await self.in_time(work, limit)
 
     async def compute(self, batch: TokenBatch, request_id: str) -> BatchResult:
@@ -165,10 +170,10 @@ class ModelService:
         Raises:
             ScoringError: see ``answer``.
         """
-        return await self._run(self._work(batch, 0, request_id, time.time() + self._settings.timeout_s))
+        return await self._run(self._work(batch, 0, request_id, time.time() + self._settings.timeout_s), NOBODY)
 
     async def stream(
-        self, task: Task[R, Any], request: R, *, request_id: str, timeout_s: float = math.inf, tenant: str = ""
+        self, task: Task[R, Any], request: R, *, request_id: str, timeout_s: float = math.inf, tenant: Tenant = NOBODY
     ) -> AsyncGenerator[Sequence[BaseModel]]:
         """Yield the lines of a request's answer as they finish, several at a time and in no order, and finally an end
         with the usage.
@@ -183,14 +188,14 @@ class ModelService:
             ScoringError: see ``answer``. It may also come after some lines.
         """
         begin = partial(self._streams[task.name], request)
-        with self._counted():
+        with self._counted(tenant):
             limit = self._time_limit(getattr(request, "timeout_s", None), timeout_s)
-            async with aclosing(self._stream(begin, request_id, limit, _salt(request, tenant))) as answered:
+            async with aclosing(self._stream(begin, request_id, limit, _salt(request, tenant), tenant)) as answered:
                 async for some in answered:
                     yield some
 
     async def _stream(
-        self, begin: Callable[[], Stream], request_id: str, limit: float, salt: int
+        self, begin: Callable[[], Stream], request_id: str, limit: float, salt: int, tenant: Tenant
     ) -> AsyncGenerator[Sequence[BaseModel]]:
         deadline = time.time() + limit
         with timing.tokenising():
@@ -208,7 +213,7 @@ class ModelService:
             async with turn:
                 with timing.tokenising():
                     prepared, work = await self._in_steps(prepare())
-            result = await self._run(work)
+            result = await self._run(work, tenant)
             answered = await self._off_loop(partial(prepared.answer, result), prepared.size)
             self.items += prepared.items
             return answered, int(result.computed_tokens.sum())
@@ -244,7 +249,12 @@ class ModelService:
             raise
 
     async def _score(
-        self, prepare: Callable[[], Steps[PreparedRequest[A]]], request_id: str, deadline: float, salt: int
+        self,
+        prepare: Callable[[], Steps[PreparedRequest[A]]],
+        request_id: str,
+        deadline: float,
+        salt: int,
+        tenant: Tenant,
     ) -> A:
         def work() -> Steps[tuple[PreparedRequest[A], _Work]]:
             prepared = yield from prepare()
@@ -254,7 +264,7 @@ class ModelService:
         self._admission.check(1, self._replicas.count)  # a request that will be refused need not be tokenised
         with timing.tokenising():
             prepared, wanted = await self._in_steps(work())
-        result = await self._run(wanted)
+        result = await self._run(wanted, tenant)
         answer = await self._off_loop(partial(prepared.answer, result), prepared.size)
         self.items += prepared.items
         return answer
@@ -279,7 +289,7 @@ class ModelService:
         jobs = [ScoreJob(request_id, part, deadline, to) for part, to in zip(parts, affinities, strict=True)]
         return _Work(jobs, tokens, first > 0)
 
-    async def _run(self, work: _Work) -> BatchResult:
+    async def _run(self, work: _Work, tenant: Tenant) -> BatchResult:
         """Run the jobs and merge their results. When one fails, the others are cancelled."""
         if not work.admitted:
             self._admission.check(work.tokens, self._replicas.count)
@@ -290,6 +300,8 @@ class ModelService:
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
         answered = [task.result() for task in tasks]
+        if tenant.name:
+            self.tenant_tokens[tenant.name] += work.tokens
         # They ran in parallel: the request waited for the longest.
         timing.current().add(timing.QUEUE, max((job.queue_seconds for job in answered), default=0.0))
         timing.current().add(timing.DEVICE, max((job.device_seconds for job in answered), default=0.0))
@@ -310,14 +322,18 @@ class ModelService:
         self._admission.tokens_per_replica = self._queued_tokens / self._front_ends
 
     @contextmanager
-    def _counted(self) -> Generator[None]:
+    def _counted(self, tenant: Tenant) -> Generator[None]:
         """Count the request by its outcome, and pass on its timings if it is answered."""
+        outcome = "answered"
         try:
             yield
         except BaseException as error:
-            self.outcomes[_outcome(error)] += 1
+            outcome = _outcome(error)
             raise
-        self.outcomes["answered"] += 1
+        finally:
+            self.outcomes[outcome] += 1
+            if tenant.name:
+                self.tenant_outcomes[tenant.name][outcome] += 1
         if self._observe:
             self._observe(timing.current())
 
@@ -395,9 +411,9 @@ def _outcome(error: BaseException) -> str:
     return "invalid" if invalid else "failed"
 
 
-def _salt(request: RequestBody, tenant: str) -> int:
+def _salt(request: RequestBody, tenant: Tenant) -> int:
     """The salt of a request's prefixes in the cache, see ``TokenBatch.salts``; 0 without any."""
-    parts = [tenant, request.cache_salt or "", getattr(request, "prompt_cache_key", None) or ""]
+    parts = [tenant.salt, request.cache_salt or "", getattr(request, "prompt_cache_key", None) or ""]
     if not any(parts):
         return 0
     digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serve_app.frontend import pages
+from serve_app.frontend import middleware, pages
 from serve_app.frontend.auth import ApiKeys
 from serve_app.frontend.models import Models
 from serve_app.frontend.routes import create_app
@@ -117,3 +117,27 @@ async def test_openapi_says_which_routes_need_a_key(closed: Http, http: Http):
     assert "security" not in schema["paths"]["/ready"]["get"]
     unclosed = (await http.client.get("/openapi.json")).json()
     assert "401" not in unclosed["paths"]["/v1/score"]["post"]["responses"]
+
+
+async def test_requests_are_counted_and_logged_by_the_keys_name(
+    service: ModelService, file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    await asyncio.to_thread(file.write_text, "alice: a-key\nbob: another-key\n")
+    models = Models(service)
+    app = create_app(lambda: models, keys=ApiKeys(str(file)))
+    middleware.logger.addHandler(caplog.handler)  # Ray's logger does not propagate
+    async with httpx.AsyncClient(base_url="http://fake", transport=httpx.ASGITransport(app)) as client:
+        for key, body in (("a-key", BODY), ("a-key", BODY | {"items": [[]]}), ("another-key", BODY)):
+            await client.post("/v1/score", json=body, headers={"authorization": f"Bearer {key}"})
+        assert models.tenant_outcomes == {
+            "fake-judge": {"alice": {"answered": 1, "invalid": 1}, "bob": {"answered": 1}}
+        }
+        assert models.tenant_tokens == {"fake-judge": {"alice": 1, "bob": 1}}
+        assert models.outcomes["fake-judge"] == {"answered": 2, "invalid": 1}
+        monkeypatch.setattr(service, "answer", None)
+        failed = await client.post("/v1/score", json=BODY, headers=KEY | {"x-request-id": "r1"})
+    middleware.logger.removeHandler(caplog.handler)
+    assert failed.status_code == 500
+    (record,) = caplog.records
+    assert record.getMessage() == "request r1 of alice: internal error"
+    assert "a-key" not in caplog.text

@@ -11,6 +11,7 @@ from serve_app.frontend.auth import ApiKeys
 from serve_app.frontend.models import Models
 from serve_app.frontend.routes import create_app
 from serve_app.frontend.service import ModelService
+from serve_app.frontend.tenants import Tenants
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import ModelSettings
 from serve_app.tasks.tokenizer import TextTokenizer
@@ -30,7 +31,7 @@ class Salts:
         self._replicas = DirectReplicas(engine)
         models = Models(ModelService(ModelSettings(), tokenizer, engine.info, self._replicas))
         (folder / "keys").write_text("one\nother\n")
-        app = create_app(lambda: models, keys=ApiKeys(str(folder / "keys")), salt_by_api_key=salt_by_api_key)
+        app = create_app(lambda: models, keys=ApiKeys(str(folder / "keys")), tenants=Tenants(salted=salt_by_api_key))
         self._client = httpx.AsyncClient(base_url="http://fake", transport=httpx.ASGITransport(app))
 
     async def of(self, request: tuple[str, dict[str, object]], key: str = "one", **fields: object) -> int:

@@ -64,6 +64,19 @@ def test_a_front_end_counts_requests_and_items_of_each_model(recorded: list[Reco
     ]
 
 
+def test_a_front_end_counts_requests_and_tokens_of_each_tenant(recorded: list[Record]):
+    metrics = FrontMetrics()
+    metrics.update_tenants({"judge": {"alice": {"answered": 2}, "bob": {"invalid": 1}}}, {"judge": {"alice": 70}})
+    metrics.update_tenants({"judge": {"alice": {"answered": 5}, "bob": {"invalid": 1}}}, {"judge": {"alice": 90}})
+    assert recorded == [
+        ("score_tenant_requests", 2, {"model": "judge", "tenant": "alice", "outcome": "answered"}),
+        ("score_tenant_requests", 1, {"model": "judge", "tenant": "bob", "outcome": "invalid"}),
+        ("score_tenant_tokens", 70, {"model": "judge", "tenant": "alice"}),
+        ("score_tenant_requests", 3, {"model": "judge", "tenant": "alice", "outcome": "answered"}),
+        ("score_tenant_tokens", 20, {"model": "judge", "tenant": "alice"}),
+    ]
+
+
 def page(node: str) -> str:
     return (
         "# HELP ray_score_batches_total Device batches.\n"

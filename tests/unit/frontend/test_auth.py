@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import logging
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,8 @@ import pytest
 from serve_app.errors import AuthenticationError
 from serve_app.frontend import auth
 from serve_app.frontend.auth import ApiKeyError, ApiKeys, read_keys
+
+SECURITY = Path(__file__).parents[3] / "docs" / "security.md"
 
 
 @pytest.fixture(autouse=True)
@@ -40,10 +45,48 @@ def test_there_may_be_no_key():
 
 def test_keys_come_from_the_environment_and_a_file(file: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(auth.VARIABLE, "one, two,")
-    assert read_keys(str(file)) == ["one", "two", "first-key", "second/key="]
+    assert [key.digest for key in read_keys(str(file))] == [
+        hashlib.sha256(key).digest() for key in (b"one", b"two", b"first-key", b"second/key=")
+    ]
     keys = ApiKeys(str(file))
     assert len(keys) == 4
-    assert all(opens(keys, key) for key in read_keys(str(file)))
+    assert all(opens(keys, key) for key in ("one", "two", "first-key", "second/key="))
+
+
+def test_a_file_has_hashes_beside_keys_each_with_a_name(file: Path):
+    hashed = hashlib.sha256(b"third-key").hexdigest()
+    file.write_text(f"first-key\nteam-b: sec:ond\nalice:\tsha256:{hashed}\nalice: sha256:{'AB' * 32}\n")
+    keys = ApiKeys(str(file))
+    names = [keys.check(f"Bearer {key}") for key in ("first-key", "sec:ond", "third-key")]
+    assert names == ["key-" + hashlib.sha256(b"first-key").hexdigest()[:12], "team-b", "alice"]
+    assert not any(opens(keys, key) for key in (hashed, f"sha256:{hashed}", f"alice: sha256:{hashed}"))
+    assert "first-key" not in repr(read_keys(str(file)))
+
+
+def test_the_documented_command_makes_a_line_with_a_hash(tmp_path: Path):
+    command = re.search(r"^key=.*$", SECURITY.read_text(), re.MULTILINE)
+    assert command
+    run = subprocess.run(["sh", "-c", command[0]], cwd=tmp_path, capture_output=True, text=True, check=True)
+    keys = ApiKeys(str(tmp_path / "keys"))
+    assert keys.check(f"Bearer {run.stdout.strip()}") == "alice"
+    assert run.stdout.strip() not in (tmp_path / "keys").read_text()
+
+
+def test_keys_of_one_name_are_one_tenant_while_they_are_rotated(file: Path, caplog: pytest.LogCaptureFixture):
+    file.write_text("alice: old\nalice: new\n")
+    keys = ApiKeys(str(file))
+    assert keys.check("Bearer old") == keys.check("Bearer new") == "alice"
+    file.write_text("alice: new\n")
+    caplog.set_level(logging.INFO, "ray.serve")
+    caplog.handler.setLevel(logging.INFO)
+    auth.logger.addHandler(caplog.handler)  # Ray's logger does not propagate
+    try:
+        assert [opens(keys, key) for key in ("old", "new")] == [False, True]
+    finally:
+        auth.logger.removeHandler(caplog.handler)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{file} has changed; 1 API keys are valid now, of alice"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -83,6 +126,8 @@ def test_all_keys_are_compared_in_constant_time(file: Path, monkeypatch: pytest.
         (b"# all gone\n\n", "has no key"),
         (b"good\ntwo words\n", "API key 2 of .* has a space"),
         ("schl\u00fcssel\n".encode(), "API key 1 of .* outside ASCII"),
+        (b"alice: good\nb/b: words\n", "API key 2 of .* has a space .* after a name of letters, digits"),
+        (b"alice: sha256:words\n", "API key 1 of .* begins with sha256: but has no 64 hexadecimal digits .* sha256sum"),
         (b"\xff\xfe\n", "cannot be read"),
     ],
 )
