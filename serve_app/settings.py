@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -20,6 +21,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails
 
+from serve_app.profiles.calibration import Calibration
 from serve_app.profiles.profile import PROFILES
 from serve_app.templates import TEMPLATES, RerankTemplate
 from serve_app.tpu import Tpu
@@ -157,6 +159,11 @@ class ModelSettings(_Frozen):
     the model's files and name (``profile_choice.py``); ``chat-v1``, or ``plain-v1`` for a model without a chat
     template, if these say nothing."""
 
+    calibration: Calibration | None = None
+    """How the probabilities of the decision routes are calibrated: a file that ``score-serve calibrate`` wrote, or its
+    contents. It is read when the settings are, so other machines do not need it. None: they stay as the model gives
+    them."""
+
     reward_question: Annotated[str, Field(pattern=r"\S")] = REWARD_QUESTION
     """What a causal model is asked about each text on the reward routes; the reward is the probability of yes. A
     classifier has rewards of its own."""
@@ -169,6 +176,11 @@ class ModelSettings(_Frozen):
         if name is not None and name not in PROFILES:
             raise ValueError(f"there is no profile {name!r}; choose one of {', '.join(PROFILES)}")
         return name
+
+    @field_validator("calibration", mode="before")
+    @classmethod
+    def _read(cls, calibration: Any) -> Any:
+        return Calibration.of_file(Path(calibration)) if isinstance(calibration, str) else calibration
 
     @field_validator("rerank_template")
     @classmethod

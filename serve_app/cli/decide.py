@@ -85,7 +85,7 @@ def decide(
     with asking(url, model) as client:
         answer = client.decide(about, asked, permutations=permutations, on_error="item")
     if as_json:
-        sys.stdout.write(answer.model_dump_json() + "\n")
+        sys.stdout.write(answer.model_dump_json(exclude_none=True) + "\n")
     else:
         Console().print(_table(asked, answer))
     _warn_of_low_mass(answer)

@@ -1,4 +1,4 @@
-"""The command line ``score-serve``: ``serve``; ``score``, ``decide``, ``models``, ``dataset``; checks and tools."""
+"""The command line ``score-serve``: ``serve``; what asks one, such as ``score``; ``dataset``; checks and tools."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from pydantic import ValidationError
 
 from serve_app import __version__
-from serve_app.cli import checks, client, dataset, decide, launcher, tools
+from serve_app.cli import calibrate, checks, client, dataset, decide, launcher, tools
 from serve_app.cli.dataset import BY_DEVICE, Dtype, Engine
 from serve_app.cli.process_limits import LimitError
 from serve_app.frontend import auth
@@ -118,6 +118,12 @@ def serve(
             min=0, help="Memory for the beginnings of prompts.", show_default="by the context and what is free"
         ),
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="File that 'score-serve calibrate' wrote: how the probabilities of decisions are calibrated."
+        ),
+    ] = None,
     tpu: Annotated[
         str | None,
         typer.Option(
@@ -138,11 +144,12 @@ def serve(
         "base": base and absolute(base),
         "served_name": served_name,
         "trust_config": trusted,
+        "calibration": None if calibration is None else str(calibration),
     }
     if len(models) > 1 and any(one.values()):
         raise typer.BadParameter(
-            "--revision, --base, --served-name and --trust-config are for a single --model; name several models with "
-            "NAME=MODEL"
+            "--revision, --base, --served-name, --trust-config and --calibration are for a single --model; name "
+            "several models with NAME=MODEL"
         )
     if served_name and "served_name" in models[0]:
         raise typer.BadParameter(f"--model {model[0]!r} has a name already; leave out --served-name")
@@ -179,6 +186,7 @@ def serve(
 
 app.command()(client.score)
 app.command()(decide.decide)
+app.command()(calibrate.calibrate)
 app.command()(client.models)
 app.command()(dataset.dataset)
 app.command()(checks.tpu_check)

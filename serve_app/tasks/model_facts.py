@@ -9,6 +9,7 @@ from typing import Any
 
 from serve_app.contract import ModelInfo
 from serve_app.errors import InvalidRequestError
+from serve_app.profiles.calibration import Calibration
 from serve_app.profiles.profile import PLAIN, PROFILES, Profile
 from serve_app.schemas import Message
 from serve_app.settings import REWARD_QUESTION, Limits, ModelSettings
@@ -41,6 +42,7 @@ class ModelFacts:
         rerank: the template of ``/v1/rerank``.
         profile: how the decision routes ask.
         profile_problem: why the model cannot answer so; None if it can.
+        calibration: how the answers' probabilities are calibrated; None: they are not.
         chat: the model's chat template; None if its files have none.
         reward_question: what a causal model is asked on the reward routes.
         config: what its ``config.json`` says; empty if that is not known.
@@ -55,6 +57,7 @@ class ModelFacts:
     chat: ChatTemplate | None = None
     profile_problem: str | None = None
     reward_question: str = REWARD_QUESTION
+    calibration: Calibration | None = None
     config: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @classmethod
@@ -67,7 +70,7 @@ class ModelFacts:
             folder: the folder with the model's files, by which template and profile are chosen. None: its name decides.
 
         Raises:
-            ValueError: see ``choose_profile``.
+            ValueError: see ``choose_profile``; or the settings' calibration is for another profile.
         """
         chat = ChatTemplate.load(tokenizer)
         asked = choose_profile(settings, tokenizer, chat, folder)
@@ -82,6 +85,7 @@ class ModelFacts:
             chat,
             asked.problem,
             settings.reward_question,
+            _calibration(settings, asked.profile),
             CheckpointFiles(settings.model, folder).config,
         )
 
@@ -155,3 +159,13 @@ class ModelFacts:
             check_characters(len(text), self.max_text_characters, param, index)
         check_work(sum(map(len, texts)), self.max_request_characters, param)
         return Joined(self.tokenizer, "", add_special_tokens=add_special_tokens, many=False).each(texts)
+
+
+def _calibration(settings: ModelSettings, profile: Profile) -> Calibration | None:
+    own = settings.calibration
+    if own is not None and own.profile != profile.name:
+        raise ValueError(
+            f"calibration: {own.name} was fitted to answers with decision_profile {own.profile}, and this model has "
+            f"{profile.name}, whose prompts have other probabilities; set that profile, or fit a new calibration"
+        )
+    return own

@@ -19,11 +19,15 @@ class Read(ResponseBody):
         x_label_mass: how much of the model's next-token distribution the options' labels cover, 0 to 1.
         x_permutations: the number of cyclic orders of the options whose probabilities were averaged.
         x_reads: for each option in turn, the labels that stand for it.
+        x_raw: for each option in turn, its probability before calibration, if there was one.
+        x_calibration: the calibration's name.
     """
 
     x_label_mass: float
     x_permutations: int
     x_reads: list[list[str]]
+    x_raw: list[float] | None = None
+    x_calibration: str | None = None
 
 
 def read_of(judged: Judgement) -> dict[str, Any]:
@@ -32,6 +36,8 @@ def read_of(judged: Judgement) -> dict[str, Any]:
         "x_label_mass": judged.label_mass,
         "x_permutations": judged.permutations,
         "x_reads": [list(labels) for labels in judged.reads],
+        "x_raw": None if judged.raw is None else list(judged.raw),
+        "x_calibration": judged.calibration,
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
 from typing import TypeVar
@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from serve_app.contract import BatchResult, Int32, common_prefix
 from serve_app.errors import InternalError, InvalidRequestError, ScoringError, TooLargeError
+from serve_app.profiles.calibration import Calibration
 from serve_app.profiles.profile import Profile, ShownOption
 from serve_app.tasks.chat import ChatTemplate
 from serve_app.tasks.decisions.bodies import DecisionRequest
@@ -217,17 +218,20 @@ class Decider:
     Args:
         profile: how a question becomes a prompt.
         chat: the model's chat template, if the profile needs it.
+        calibration: how its probabilities are calibrated, if they are.
     """
 
-    def __init__(self, model: ModelFacts, profile: Profile, chat: ChatTemplate | None) -> None:
-        self._model, self._profile, self._chat = model, profile, chat
+    def __init__(
+        self, model: ModelFacts, profile: Profile, chat: ChatTemplate | None, calibration: Calibration | None = None
+    ) -> None:
+        self._model, self._profile, self._chat, self._calibration = model, profile, chat, calibration
         self._tokenizer = model.tokenizer.guarded
         self._answers: OrderedDict[tuple[str, tuple[tuple[str, ...], ...]], Answers] = OrderedDict()
 
     @classmethod
     def of(cls, model: ModelFacts) -> Decider:
         """The decider of a served model."""
-        return cls(model, model.profile, model.chat if model.profile.chat else None)
+        return cls(model, model.profile, model.chat if model.profile.chat else None, model.calibration)
 
     def prepare(
         self,
@@ -343,7 +347,7 @@ class Decider:
             asked.count(prompt.ids)
         made = packed(prompts, (), joined.query_tokens, vocab_logprobs=True, classes=False, pad=None)
         own = {number: questions[number] for number in numbers}
-        return Piece(self._profile, own, made, [read for _, read in kept], errors)
+        return Piece(self._profile, own, made, [read for _, read in kept], errors, self._calibration)
 
     def _tokenised(self, asked: Asked, tails: Sequence[str]) -> Iterator[list[int] | InvalidRequestError]:
         with of_field(asked.field):
@@ -527,6 +531,7 @@ class Piece:
     made: PreparedItems
     reads: Sequence[_Reading]
     errors: Mapping[int, ScoringError]
+    calibration: Calibration | None = None
 
     def prepared(self, answer: Callable[[Sequence[Judged], BatchResult], A]) -> PreparedRequest[A]:
         """The work for the engine.
@@ -558,7 +563,7 @@ class Piece:
             found[prompt.index].append((own.by_option(logs), mass))
             words.setdefault(prompt.index, tuple(own.by_option(own.answers.words)))
         return [
-            self.errors.get(number) or _judgement(number, own, found[number], words[number])
+            self.errors.get(number) or _judgement(number, own, found[number], words[number], self.calibration)
             for number, own in self.questions.items()
         ]
 
@@ -576,9 +581,13 @@ def _read(values: Sequence[float], answers: Answers, temperature: float) -> tupl
 
 
 def _judgement(
-    number: int, question: Question, reads: Sequence[tuple[list[float], float]], words: tuple[tuple[str, ...], ...]
+    number: int,
+    question: Question,
+    reads: Sequence[tuple[list[float], float]],
+    words: tuple[tuple[str, ...], ...],
+    calibration: Calibration | None,
 ) -> Judgement | InternalError:
-    """The mean of a question's log-probabilities over the orders of its options, normalised."""
+    """The mean of a question's log-probabilities over the orders of its options, normalised and calibrated."""
     masses = [mass for _, mass in reads]
     if any(map(math.isnan, masses)):
         return InternalError(
@@ -591,7 +600,12 @@ def _judgement(
     peak = max(means)
     weights = [math.exp(value - peak) for value in means]
     total = math.fsum(weights)
-    return Judgement(tuple(weight / total for weight in weights), math.fsum(masses) / len(masses), len(reads), words)
+    raw = tuple(weight / total for weight in weights)
+    judged = Judgement(raw, math.fsum(masses) / len(masses), len(reads), words)
+    curve = calibration and calibration.curve(question.kind.value, len(raw))
+    if curve is None or calibration is None:
+        return judged
+    return replace(judged, probabilities=curve.calibrated(raw), raw=raw, calibration=calibration.name)
 
 
 def _log_sum(values: Sequence[float]) -> float:

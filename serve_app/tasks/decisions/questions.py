@@ -59,6 +59,8 @@ class Judgement:
 
     Attributes:
         probabilities: one for each option, in the order of the request; they sum to 1.
+        raw: the same before calibration; None: they are not calibrated.
+        calibration: the calibration's name; None: as ``raw``.
         label_mass: how much of the model's next-token distribution the options' labels cover, 0 to 1.
         permutations: the number of cyclic orders of the options that were averaged.
         reads: for each option in turn, the labels that stand for it, as text.
@@ -68,6 +70,8 @@ class Judgement:
     label_mass: float
     permutations: int
     reads: tuple[tuple[str, ...], ...]
+    raw: tuple[float, ...] | None = None
+    calibration: str | None = None
 
     @property
     def top(self) -> int:
