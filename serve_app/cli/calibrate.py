@@ -22,6 +22,7 @@ from serve_app.cli.client import REFUSED, Json, Url, asking, complain, warn
 from serve_app.client import ScoreClient
 from serve_app.errors import ScoringError
 from serve_app.tasks.decisions import bodies
+from serve_app.tasks.decisions.questions import as_text
 from serve_app.tasks.systemone import (
     AnyAnswer,
     AnyQuestion,
@@ -201,7 +202,7 @@ def _labelled(client: ScoreClient, rows: Sequence[_Row], permutations: int) -> I
             if isinstance(answered, ScoringError):
                 failed.append((row, answered))
                 continue
-            text = json.dumps(row.state, sort_keys=True)
+            text = as_text(row.state)
             for name, answer in answered.items():
                 if isinstance(answer, ErrorAnswer):
                     failed.append((row, f"{name}: {answer.x_error.message}"))
