@@ -121,13 +121,13 @@ def measure(rows: Sequence[Labelled]) -> dict[Type, Measured]:
     Raises:
         ValueError: there are too few states.
     """
-    answers: defaultdict[str, list[tuple[Type, int]]] = defaultdict(list)
+    labels: defaultdict[str, list[tuple[Type, int]]] = defaultdict(list)
     for row in rows:
-        answers[row.state].append((row.type, row.answer))
-    if len(answers) < LEAST_STATES:
-        raise ValueError(f"there are {len(answers)} different states; label at least {LEAST_STATES}")
-    # States with the same answers are dealt in turn, so that all folds have about as many of each.
-    states = sorted(answers, key=lambda state: (answers[state], zlib.crc32(state.encode())))
+        labels[row.state].append((row.type, row.answer))
+    if len(labels) < LEAST_STATES:
+        raise ValueError(f"there are {len(labels)} different states; label at least {LEAST_STATES}")
+    # States with the same labels are dealt in turn, so that all folds have about as many of each.
+    states = sorted(labels, key=lambda state: (labels[state], zlib.crc32(state.encode())))
     fold_of = {state: number % FOLDS for number, state in enumerate(states)}
     unseen: list[tuple[float, ...]] = [()] * len(rows)
     for fold in range(FOLDS):
