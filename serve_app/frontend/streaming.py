@@ -184,4 +184,6 @@ def _values(entry: Any) -> int:
     if not isinstance(entry, list):
         return 1
     entries = cast(list[Any], entry)
-    return sum(map(len, entries)) if entries and isinstance(entries[-1], list | dict) else len(entries)
+    if not entries or not isinstance(entries[-1], list | dict):
+        return len(entries)
+    return sum(len(inner) if isinstance(inner, list | dict) else 1 for inner in entries)

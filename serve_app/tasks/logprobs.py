@@ -11,7 +11,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from serve_app import compat
-from serve_app.contract import BatchResult, TokenBatch
+from serve_app.contract import MOST_TOP, BatchResult, TokenBatch
 from serve_app.errors import InvalidRequestError
 from serve_app.schemas import IdLists, Ids, RequestBody, ResponseBody, Text, Texts, Usage
 from serve_app.tasks.model_facts import ModelFacts
@@ -36,6 +36,10 @@ NPZ = "application/x-npz"
 """The media type of numpy's archives of arrays."""
 
 
+Temperature = Annotated[float, Field(ge=0.001, le=1000)]
+"""Within what float32 holds of divided logits."""
+
+
 class LogprobsRequest(RequestBody):
     """Request for the logprobs of the tokens of sequences: ``POST /v1/logprobs``.
 
@@ -47,7 +51,7 @@ class LogprobsRequest(RequestBody):
             those with smaller ids.
         candidates: for each sequence, for each token from the start on, ids whose logprobs in the place of this token
             are returned, too. The lists may be empty and of any lengths.
-        temperature: divides the logits before the softmax, above 0.
+        temperature: divides the logits before the softmax, 0.001 to 1,000.
         add_special_tokens: add the tokenizer's special tokens to text, such as a begin-of-sequence token.
         format: ``"json"``, or ``"npz"``: arrays of numpy, which ``numpy.load`` reads, see docs/logprobs.md.
         timeout_s: seconds after which the request gets a 504, see ``ScoreRequest``.
@@ -58,9 +62,9 @@ class LogprobsRequest(RequestBody):
     model: Text = "default"
     input: Annotated[Text | Texts | Ids | IdLists, Field(union_mode="left_to_right")]
     start: int | Ids = 1
-    top: int = 0
+    top: Annotated[int, Field(ge=0, le=MOST_TOP)] = 0
     candidates: Annotated[list[IdLists], Field(fail_fast=True)] | None = None
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Temperature = 1.0
     add_special_tokens: bool = True
     format: Literal["json", "npz"] = "json"
     timeout_s: Annotated[float, Field(gt=0)] | None = None
