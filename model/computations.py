@@ -30,7 +30,7 @@ from model.cpu import linear
 from model.families.registry import Abstract
 from model.inputs import Inputs, width
 from model.layers import OfStack
-from model.logprobs import argmax, log_normalizer, target_logits
+from model.logprobs import argmax, log_normalizer, target_logits, top
 from model.plan import Shape
 from model.sharding import DATA, RULES
 from model.sizes import Layout
@@ -55,14 +55,17 @@ class Kind(StrEnum):
     KEEP = "keep"
     LAST = "last"
     READ = "read"
+    READ_ALL = "read-all"
     # Only where they run in a loop.
     SEGMENTS = "segments"
     PREFILL = "prefill"
+    PREFILL_READ = "prefill-read"
     # Everywhere.
     WRITE = "write"
     TARGETS = "targets"
     NORMALIZER = "normalizer"
     ARGMAX = "argmax"
+    TOP = "top"
 
 
 class Span(NamedTuple):
@@ -119,7 +122,8 @@ class Model:
     @property
     def collected(self) -> int:
         """Hidden states that are kept on the device: those of some launches, or of many that are not full."""
-        return 4 * self.at_once * max(shape.reads for shape in self.layout.ladder)
+        some = 4 * self.at_once * max(shape.reads for shape in self.layout.ladder)
+        return max(some, self.layout.sizes.chunks[-1])
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -221,6 +225,11 @@ def read(
     return model.collect(ends, hidden, inputs.place, collected)
 
 
+def read_all(model: Model, ends: State, x: jax.Array, inputs: Inputs, collected: jax.Array) -> jax.Array:
+    """Collected hidden states with those of all tokens of a prefill, which every device has."""
+    return lax.dynamic_update_slice(collected, model.ends(ends).norm(x), (inputs.place[0], 0))
+
+
 def segments(
     model: Model, shape: Shape, ends: State, layers: State, array: jax.Array, pool: jax.Array, collected: jax.Array
 ) -> jax.Array:
@@ -240,17 +249,34 @@ def segments(
 def prefill(model: Model, size: int, ends: State, layers: State, array: jax.Array, pool: jax.Array) -> jax.Array:
     """Keys and values of all layers."""
     final = model.config.layers - 1
-    x, angles, inputs = _embedded(model, size, ends, array)
+    embedded = x, angles, _ = _embedded(model, size, ends, array)
+    x, kept = _kept_layers(model, layers, embedded, pool, final)
+    return lax.dynamic_update_index_in_dim(kept, last(model, _cut(model, layers, final), x, angles), final, 0)
+
+
+def prefill_read(
+    model: Model, size: int, ends: State, layers: State, array: jax.Array, pool: jax.Array, collected: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """``prefill``, and ``read_all`` after it."""
+    embedded = _, _, inputs = _embedded(model, size, ends, array)
+    x, kept = _kept_layers(model, layers, embedded, pool, model.config.layers)
+    return kept, read_all(model, ends, x, inputs, collected)
+
+
+def _kept_layers(
+    model: Model, layers: State, embedded: tuple[jax.Array, Angles, Inputs], pool: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array]:
+    """The output of the first ``count`` layers, and their keys and values, with room for those of the others."""
+    x, angles, inputs = embedded
     c = model.config
-    empty = jnp.zeros((c.layers, 2, size, c.kv_heads, model.layout.pool.shape[-1]), model.dtype)
+    empty = jnp.zeros((c.layers, 2, len(x), c.kv_heads, model.layout.pool.shape[-1]), model.dtype)
 
     def step(number: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x, kept = carry
         x, keys_values = keep(model, _cut(model, layers, number), x, angles, inputs, pool, number)
         return x, lax.dynamic_update_index_in_dim(kept, keys_values, number, 0)
 
-    x, kept = lax.fori_loop(0, final, step, (x, empty))
-    return lax.dynamic_update_index_in_dim(kept, last(model, _cut(model, layers, final), x, angles), final, 0)
+    return lax.fori_loop(0, count, step, (x, empty))
 
 
 def write(model: Model, pool: jax.Array, keys_values: KeysValues, spans: jax.Array, count: jax.Array) -> jax.Array:
@@ -301,6 +327,24 @@ def highest(
     if model.config.native:
         return linear.argmax(hidden.astype(weights.dtype), weights, model.config.logit_softcap)
     return argmax(hidden, weights, model.config.logit_softcap, head.head_split())
+
+
+def tops(
+    model: Model,
+    count: int,
+    ends: State,
+    collected: jax.Array,
+    numbers: jax.Array,
+    wanted: jax.Array,
+    scale: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of the scaled logits of the hidden states of these numbers: ``normalizer``'s values, and ids and values of the
+    ``count`` highest. No more than ``wanted`` of so many states need be right: [ids, states]."""
+    head, hidden = model.ends(ends), collected[numbers]
+    weights = head.head_weights()
+    if model.config.native:
+        return linear.top(hidden.astype(weights.dtype), weights, wanted, scale, count, model.config.logit_softcap)
+    return top(hidden, weights, scale, count, model.config.logit_softcap, head.head_split())
 
 
 def _cut(model: Model, layers: State, number: jax.Array | int) -> State:
@@ -363,10 +407,15 @@ def definition(model: Model, weights: Weights, kind: Kind, size: Size) -> Defini
             return Definition(partial(last, model), (layers, x, angles), kept.spec)
         case Kind.READ, int():
             return Definition(partial(read, model), (ends, layers, *of_layer, collected), WHOLE)
+        case Kind.READ_ALL, int():
+            return Definition(partial(read_all, model), (ends, x, inputs, collected), WHOLE)
         case Kind.SEGMENTS, Shape():
             return Definition(partial(segments, model, size), (ends, layers, array, pool, collected), WHOLE)
         case Kind.PREFILL, int():
             return Definition(partial(prefill, model, size), (ends, layers, array, pool), kept.spec)
+        case Kind.PREFILL_READ, int():
+            arguments = (ends, layers, array, pool, collected)
+            return Definition(partial(prefill_read, model, size), arguments, (kept.spec, WHOLE))
         case Kind.WRITE, int():
             spans = Argument(_int32(spans_of(tokens), len(Span._fields)), WHOLE)
             return Definition(partial(write, model), (pool, kept, spans, number), POOL, donated=(0,))
@@ -376,6 +425,10 @@ def definition(model: Model, weights: Weights, kind: Kind, size: Size) -> Defini
             return Definition(partial(normalizer, model), (ends, collected, numbers), WHOLE)
         case Kind.ARGMAX, int():
             return Definition(partial(highest, model), (ends, collected, numbers), WHOLE)
+        case Kind.TOP, int():
+            states = Argument(_int32(model.layout.sizes.argmax_sizes[-1]), WHOLE)
+            asked = Argument(_int32(2), WHOLE), Argument(_float32(), WHOLE)
+            return Definition(partial(tops, model, size), (ends, collected, states, *asked), WHOLE)
         case _:
             raise ValueError(f"there is no program {kind} of the size {size}")
 

@@ -25,6 +25,9 @@ SALT_BITS = 42
 TOKEN_BITS = 63 - SALT_BITS
 """Bits of a salt, and of a token in the prefix cache's keys: together they fit into a signed integer of 64."""
 
+MOST_TOP = 1024
+"""The most tokens that are found of one read."""
+
 Progress = Callable[[int, int, str], None]
 """Called as ``progress(done, total, what)`` while an engine warms up."""
 
@@ -57,6 +60,8 @@ class TokenBatch:
             logits, that is log-probabilities up to one constant per read, which a softmax over the targets
             removes; the vocabulary matmul is then not needed.
         argmax: also find each read's top-1 token, which takes the vocabulary matmul.
+        top: how many tokens with the highest values to find of each read, at most ``MOST_TOP`` and the vocabulary.
+        temperature: divides all logits, above 0.
         keep: also compute the whole pages of sequences that have no reads, for later batches; otherwise such sequences
             cost nothing.
         common: shape [n, 2], for each sequence what its request's sequences have in common, in this batch and others:
@@ -76,10 +81,17 @@ class TokenBatch:
     target_offsets: Int64
     vocab_logprobs: bool = True
     argmax: bool = False
+    top: int = 0
+    temperature: float = 1.0
     keep: bool = False
     common: Int32 | None = None
     shared: Int64 | None = None
     salts: Int64 | None = None
+
+    @property
+    def kind(self) -> tuple[bool, bool, int, float]:
+        """What its reads need: only batches of one kind can be joined."""
+        return self.vocab_logprobs, self.argmax, self.top, self.temperature
 
     @property
     def num_sequences(self) -> int:
@@ -102,12 +114,17 @@ class BatchResult:
             a prefix shared with another sequence or with an earlier batch.
         argmax: for each read, the top-1 token, the lowest id of equals; empty if ``TokenBatch.argmax`` is False.
         argmax_values: their values, NaN where an id means nothing.
+        top_ids: for each read, the tokens with the highest values, these descending, of equals the lowest id first:
+            [reads, ``TokenBatch.top``].
+        top_values: their values.
     """
 
     values: Float32
     computed_tokens: Int32
     argmax: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
     argmax_values: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
+    top_ids: Int32 = field(default_factory=lambda: np.zeros((0, 0), np.int32))
+    top_values: Float32 = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,13 +131,10 @@ class Engine:
             raise
         for launched, arrays in zip(results, fetched, strict=True):
             for into, array in zip(launched.into, arrays, strict=True):
-                into[launched.places] = array[: len(launched.places)]
-        values, normalizers, argmax, argmax_values = found
-        if batch.vocab_logprobs:
-            values -= np.repeat(normalizers, np.diff(batch.target_offsets))
-            argmax_values -= normalizers[: len(argmax)]
+                of_reads = array[: len(launched.places)]
+                into[launched.places] = of_reads if into.ndim == 1 else of_reads[:, : into.shape[1]]
         computed = np.minimum(work.computed, batch.lengths).astype(np.int32)
-        return BatchResult(values, computed, argmax, argmax_values)
+        return found.result(batch, computed)
 
     def set_batch_timeout(self, stall_s: float) -> None:
         """Do nothing: a batch ends by itself, or with the process."""
@@ -209,6 +206,9 @@ class Engine:
         """
         result: list[plan.Group] = []
         for group in groups:
+            if group.first_read is not None:
+                result.append(group)
+                continue
             segments = group.segments
             first_read = work.order[work.first_reads(segments)] & _POSITION
             long = (segments.starts == group.prefix_length) & (first_read - group.prefix_length >= PAGE_TOKENS)
@@ -250,7 +250,7 @@ class Engine:
                             raise
                         break
                     waiting.popleft()
-                self._prefill(held)
+                self._prefill(held, work, collected)
                 self._segments(held, work, collected)
         return collected
 
@@ -259,18 +259,32 @@ class Engine:
         owner = int(work.numbering[group.prefix_of])
         prefix = work.sequences[owner][: group.prefix_length]
         path, cached = pins.enter_context(self._cache.hold(work.key(group.prefix_of, group.prefix_length)))
-        work.computed[owner] += len(prefix) - cached
-        return PinnedPrefix(group, prefix, path, cached)
+        pinned = PinnedPrefix(group, prefix, path, cached)
+        work.computed[owner] += len(prefix) - pinned.start
+        return pinned
 
-    def _prefill(self, held: Sequence[PinnedPrefix]) -> None:
-        """Fill the pages that are empty."""
+    def _prefill(self, held: Sequence[PinnedPrefix], work: "_Work", collected: list["_Collected"]) -> None:
+        """Fill the pages that are empty, and collect the hidden states of prefixes that are read."""
         for call in prefill.calls(held, self._layout.sizes.chunks, self._layout.prefixes):
             array, inputs = padding(self._programs.model.at_once, call.size, self._layout.tables)
             call.fill(inputs)
             _fill_prefixes(inputs, [(piece.held.path, piece.start) for piece in call.pieces])
             self._wait_for_last()
-            written = self._programs.layers.prefill(call.size, array, self._pool)
-            self._pool = self._programs.write(self._pool, written, call.size, call.spans)
+            layers = self._programs.layers
+            if call.is_read:
+                room = self._room(collected, call.size)
+                inputs.place[:] = room.filled
+                written, room.states = layers.prefill_read(call.size, array, self._pool, room.states)
+                for piece, at in zip(call.pieces, call.places, strict=True):
+                    if piece.held.group.first_read is not None:
+                        reads = work.reads_between(piece.held.group.prefix_of, piece.start, piece.stop)
+                        room.rows.append(inputs.place[0] + at + work.positions[reads] - piece.start)
+                        room.reads.append(reads)
+                room.filled += call.tokens
+            else:
+                written = layers.prefill(call.size, array, self._pool)
+            if call.spans:
+                self._pool = self._programs.write(self._pool, written, call.size, call.spans)
             self._count(call.tokens, call.size)
 
     def _segments(self, held: Sequence[PinnedPrefix], work: "_Work", collected: list["_Collected"]) -> None:
@@ -282,9 +296,7 @@ class Engine:
             shape = calls[0].shape
             array, inputs = padding(model.at_once, shape.tokens, self._layout.tables)
             _fill_prefixes(inputs, seen)
-            if not collected or collected[-1].filled + model.at_once * shape.reads > model.collected:
-                collected.append(_Collected(self._none_collected))
-            room = collected[-1]
+            room = self._room(collected, model.at_once * shape.reads)
             inputs.place[:] = first = room.filled
             for number, call in enumerate(calls):
                 reads = work.fill(call, Inputs(*(part[number] for part in inputs)))
@@ -295,6 +307,12 @@ class Engine:
             self._count(0, (model.at_once - len(calls)) * shape.tokens)
             launch = partial(self._programs.layers.segments, shape, array, self._pool)
             room.states = self._after_last(launch, room.states)
+
+    def _room(self, collected: list["_Collected"], rows: int) -> "_Collected":
+        """Where there is room for the hidden states of one more launch."""
+        if not collected or collected[-1].filled + rows > self._programs.model.collected:
+            collected.append(_Collected(self._none_collected))
+        return collected[-1]
 
     def _head(self, collected: Sequence["_Collected"], batch: TokenBatch, found: "_Found") -> list["_Launched"]:
         """Start the head's calls: target logits, and log-normalisers and top-1 tokens where those are asked for."""
@@ -309,11 +327,20 @@ class Engine:
                 launch = partial(programs.targets, pairs=_padded(pairs[:, at : at + count], size))
                 result = self._after_last(launch, one.states)
                 launched.append(_Launched((found.values,), places[at : at + count], (result,)))
-            if not (batch.argmax or batch.vocab_logprobs):
+            top = _top_count(batch)
+            if not (top or batch.argmax or batch.vocab_logprobs):
                 continue
-            for at, size, count in plan.blocks(len(rows), sizes.argmax_sizes if batch.argmax else sizes.head_sizes):
+            head_sizes = sizes.argmax_sizes[-1:] if top else sizes.argmax_sizes if batch.argmax else sizes.head_sizes
+            for at, size, count in plan.blocks(len(rows), head_sizes):
                 numbers, of_reads = _padded(rows[at : at + count], size), reads[at : at + count]
-                if batch.argmax:
+                if top:
+                    launch = partial(
+                        programs.top, numbers=numbers, count=top, states=count, scale=1 / batch.temperature
+                    )
+                    results = self._after_last(launch, one.states)
+                    into = (found.normalizers, found.top_ids, found.top_values)
+                    launched.append(_Launched(into, of_reads, results))
+                elif batch.argmax:
                     results = self._after_last(partial(programs.argmax, numbers=numbers), one.states)
                     into = (found.normalizers, found.argmax, found.argmax_values)
                     launched.append(_Launched(into, of_reads, results))
@@ -399,20 +426,43 @@ class _Launched:
 
 
 class _Found(NamedTuple):
-    """What the head finds: values of targets, and of each read the log-normaliser, the top-1 token and its value."""
+    """What the head finds: values of targets, and of each read the log-normaliser, the top-1 token or the highest ones,
+    and their values."""
 
     values: npt.NDArray[np.float32]
     normalizers: npt.NDArray[np.float32]
     argmax: npt.NDArray[np.int32]
     argmax_values: npt.NDArray[np.float32]
+    top_ids: npt.NDArray[np.int32]
+    top_values: npt.NDArray[np.float32]
 
     @classmethod
     def of(cls, batch: TokenBatch) -> "_Found":
         """Room for a batch's."""
         reads = len(batch.read_positions)
-        tops = reads if batch.argmax else 0
         values, normalizers = np.empty(len(batch.targets), np.float32), np.zeros(reads, np.float32)
-        return cls(values, normalizers, np.empty(tops, np.int32), np.empty(tops, np.float32))
+        tops = reads, _top_count(batch)
+        highest = reads if batch.argmax and not tops[1] else 0
+        of_highest = np.empty(highest, np.int32), np.empty(highest, np.float32)
+        return cls(values, normalizers, *of_highest, np.empty(tops, np.int32), np.empty(tops, np.float32))
+
+    def result(self, batch: TokenBatch, computed: npt.NDArray[np.int32]) -> BatchResult:
+        """The batch's, from logits."""
+        values, normalizers, argmax, argmax_values, top_ids, top_values = self
+        if batch.temperature != 1:  # the others were divided before they were compared
+            values *= np.float32(1 / batch.temperature)
+        if batch.vocab_logprobs:
+            values -= np.repeat(normalizers, np.diff(batch.target_offsets))
+            argmax_values -= normalizers[: len(argmax)]
+            top_values -= normalizers[:, None]
+        if batch.argmax and _top_count(batch):
+            argmax, argmax_values = top_ids[:, 0].copy(), top_values[:, 0].copy()
+        return BatchResult(values, computed, argmax, argmax_values, top_ids[:, : batch.top], top_values[:, : batch.top])
+
+
+def _top_count(batch: TokenBatch) -> int:
+    """How many of the highest logits the head finds: one at least where it is to scale them."""
+    return batch.top or int(batch.temperature != 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -458,6 +508,15 @@ class _Work:
     def first_reads(self, segments: plan.Segments) -> plan.Numbers:
         """The number of each segment's first read."""
         return np.searchsorted(self.order, _in_order(self.numbering[segments.sequences], segments.starts))
+
+    def reads_between(self, sequence: int, start: int, stop: int) -> plan.Numbers:
+        """The numbers in the batch of the reads of tokens ``start`` to ``stop``.
+
+        Args:
+            sequence: the planner's number.
+        """
+        ends = _in_order(self.numbering[[sequence, sequence]], np.array([start, stop]))
+        return np.arange(*np.searchsorted(self.order, ends))
 
     def fill(self, call: plan.Call, inputs: Inputs) -> plan.Numbers:
         """Write a call's tokens into its row. Returns the numbers in the batch of the call's reads."""

@@ -1,6 +1,6 @@
 """Reading logits and log-normalisers at hidden states, without a [positions, vocabulary] array above a budget."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -89,6 +89,44 @@ def argmax(
         best_id = jnp.where(local_best == best, best_id + _first(head, split), split.vocab_size)
         best_id = lax.pmin(best_id, split.axis)
     return _total(sums, split), best_id, best
+
+
+def top(
+    hidden: Float[Array, "R D"],
+    head: Float[Array, "rows D"],
+    scale: Float[Array, ""],
+    count: int,
+    softcap: float | None = None,
+    split: Split | None = None,
+) -> tuple[Float[Array, " R"], Int[Array, "R K"], Float[Array, "R K"]]:
+    """The log-normaliser of the scaled logits, and in the same walk the ids of the highest logits, of equals the lowest
+    first, and these logits, scaled.
+
+    Args:
+        scale: of all logits, 1 / temperature.
+        count: K, at most the vocabulary's size.
+    """
+    sums: list[Float[Array, " R"]] = []
+    best = jnp.full((hidden.shape[0], 0), -jnp.inf), jnp.zeros((hidden.shape[0], 0), jnp.int32)
+    for start, logits in _walk(hidden, head, softcap, split):
+        scaled = logits * scale
+        sums.append(logsumexp(scaled, axis=-1))
+        values, ids = lax.top_k(scaled, min(count, scaled.shape[1]))
+        best = _highest([best, (values, start + ids.astype(jnp.int32))], count)
+    values, ids = best
+    if split is not None:  # in the order of the devices, so of equals the lowest id comes first
+        parts = lax.all_gather(values, split.axis), lax.all_gather(ids + _first(head, split), split.axis)
+        values, ids = _highest(list(zip(*parts, strict=True)), count)
+    return _total(sums, split), ids, values
+
+
+def _highest(
+    parts: Sequence[tuple[Float[Array, "R _"], Int[Array, "R _"]]], count: int
+) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
+    """The highest values of all parts, and their ids; of equals those of earlier parts."""
+    values, ids = (jnp.concatenate(columns, axis=1) for columns in zip(*parts, strict=True))
+    highest, places = lax.top_k(values, min(count, values.shape[1]))
+    return highest, jnp.take_along_axis(ids, places, axis=1)
 
 
 def _walk(

@@ -123,11 +123,17 @@ NO_SEGMENTS = Segments.of([])
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """Segments over one prefix: the first ``prefix_length`` tokens of sequence ``prefix_of``, which all share."""
+    """Segments over one prefix: the first ``prefix_length`` tokens of sequence ``prefix_of``, which all share.
+
+    Attributes:
+        first_read: there are no segments, and the prefix's own tokens are read, from this one on. They, and what is
+            before them in their page, are computed even where the prefix is in the cache. None: only segments are read.
+    """
 
     prefix_of: int
     prefix_length: int
     segments: Segments
+    first_read: int | None = None
 
 
 class Placement(NamedTuple):
@@ -349,8 +355,8 @@ def groups(
 ) -> list[Group]:
     """Shared prefixes and segments for sequences with reads at the given ascending positions.
 
-    Tokens after a sequence's last read are not computed. A segment longer than ``max_width``, or with more than
-    ``max_reads`` reads, is cut: its earlier tokens become a prefix of its own.
+    Tokens after a sequence's last read are not computed. A segment longer than ``max_width`` is cut: its earlier tokens
+    become a prefix of its own. A sequence with more than ``max_reads`` reads becomes a prefix that is read.
 
     Args:
         page: a prefix is stored and attended to in pages of so many tokens.
@@ -371,12 +377,18 @@ def groups(
             of_request, count = common[prefix_of]
             uses.append((min(of_request, depth), max(count, len(members))))
         prefix_length = _worthwhile(depth, uses, own_tokens, page, partial_sizes or (page,), costs)
-        whole = (ends[members] - prefix_length <= max_width) & (counts[members] <= max_reads)
+        many = counts[members] > max_reads
+        result += [
+            Group(sequence, int(ends[sequence]), NO_SEGMENTS, first_read=reads[sequence][0])
+            for sequence in members[many].tolist()
+        ]
+        members = members[~many]
+        whole = ends[members] - prefix_length <= max_width
         fitting = members[whole]
         segments = Segments(fitting, np.full(len(fitting), prefix_length), ends[fitting], counts[fitting])
         fronts: list[Segment] = []
         for sequence in members[~whole].tolist():
-            for piece in _pieces(sequence, prefix_length, reads[sequence], max_width, max_reads):
+            for piece in _pieces(sequence, prefix_length, reads[sequence], max_width):
                 if piece.start == prefix_length:
                     fronts.append(piece)
                 else:
@@ -415,13 +427,13 @@ def _worthwhile(
     return best
 
 
-def _pieces(sequence: int, start: int, reads: Sequence[int], max_width: int, max_reads: int) -> list[Segment]:
+def _pieces(sequence: int, start: int, reads: Sequence[int], max_width: int) -> list[Segment]:
     """Segments that hold all reads of one sequence; stretches without a read are left to the prefix."""
     segments: list[Segment] = []
     done = 0
     while done < len(reads):
         end = done
-        while end < len(reads) and end - done < max_reads and reads[end] - reads[done] < max_width:
+        while end < len(reads) and reads[end] - reads[done] < max_width:
             end += 1
         stop = reads[end - 1] + 1
         first = max(segments[-1].stop if segments else start, stop - max_width)

@@ -20,6 +20,12 @@ class PinnedPrefix(NamedTuple):
     path: Sequence[Node]
     cached: int
 
+    @property
+    def start(self) -> int:
+        """The first token that is computed: calls begin with whole pages, see ``computations.write``."""
+        first_read = self.group.first_read
+        return self.cached if first_read is None else min(self.cached, first_read - first_read % PAGE_TOKENS)
+
 
 class PrefillChunk(NamedTuple):
     """Tokens ``start`` to ``stop`` of a prefix, computed together."""
@@ -37,8 +43,9 @@ class PrefillChunk(NamedTuple):
         spans: list[Span] = []
         for number in range(self.start // PAGE_TOKENS, -(-self.stop // PAGE_TOKENS)):
             page = number * PAGE_TOKENS
-            first, last = max(self.start, page), min(self.stop, page + PAGE_TOKENS)
-            spans.append(Span(self.held.path[number].page, first - page, at + first - self.start, last - first))
+            first, last = max(self.start, self.held.cached, page), min(self.stop, page + PAGE_TOKENS)
+            if first < last:  # others may be reading what is cached
+                spans.append(Span(self.held.path[number].page, first - page, at + first - self.start, last - first))
         return spans
 
 
@@ -53,8 +60,15 @@ class PrefillCall:
     def __init__(self, sizes: Sequence[int], prefixes: int) -> None:
         self._sizes, self._prefixes = sizes, prefixes
         self.pieces: list[PrefillChunk] = []
+        self.places: list[int] = []
+        """Of each piece's first token."""
         self.spans: list[Span] = []
         self.tokens = 0
+
+    @property
+    def is_read(self) -> bool:
+        """Some of its tokens are."""
+        return any(piece.held.group.first_read is not None for piece in self.pieces)
 
     @property
     def size(self) -> int:
@@ -70,29 +84,28 @@ class PrefillCall:
         if not {span.page for span in self.spans}.isdisjoint(piece.sees()):
             return False
         self.pieces.append(piece)
+        self.places.append(self.tokens)
         self.tokens, self.spans = tokens, spans
         return True
 
     def fill(self, inputs: Inputs) -> None:
         """Write the call's tokens into all rows; a piece is a segment over the prefix of its own number."""
-        at = 0
-        for number, (held, start, stop) in enumerate(self.pieces):
+        for number, ((held, start, stop), at) in enumerate(zip(self.pieces, self.places, strict=True)):
             place = slice(at, at + stop - start)
             inputs.tokens[:, place] = held.prefix[start:stop]
             inputs.positions[:, place] = np.arange(start, stop)
             inputs.segments[:, place] = inputs.prefixes[:, place] = number
-            at = place.stop
 
 
 def calls(held: Sequence[PinnedPrefix], sizes: Sequence[int], prefixes: int) -> Iterator[PrefillCall]:
-    """Calls that fill all pages that are empty, in the order in which they must run.
+    """Calls that compute what is read, and fill all pages that are empty, in the order in which they must run.
 
     What is missing of a prefix is cut in the same places whatever else is in its calls, so its keys and values have the
     same bits.
     """
     call = PrefillCall(sizes, prefixes)
     for each in held:
-        start = each.cached
+        start = each.start
         for size in plan.chunks(len(each.prefix) - start, sizes):
             piece = PrefillChunk(each, start, min(start + size, len(each.prefix)))
             if not call.add(piece):

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import PartitionSpec as P
 
+from model import plan
 from model.compiler import Compiler
 from model.computations import CALLS, POOL, WHOLE, Angles, KeysValues, Kind, Model, Size, Span, Weights, spans_of
 from model.inputs import Inputs
@@ -35,6 +36,12 @@ class Layers(Protocol):
         """Keys and values of ``size`` tokens in one bin."""
         ...
 
+    def prefill_read(
+        self, size: int, array: Array, pool: jax.Array, collected: jax.Array
+    ) -> tuple[KeysValues, jax.Array]:
+        """``prefill``, and ``collected`` with the final normalised hidden states of all these tokens."""
+        ...
+
 
 @final
 class LayerByLayer:
@@ -48,7 +55,7 @@ class LayerByLayer:
         layout = self._model.layout
         called = sorted({shape.tokens for shape in layout.ladder})
         wanted: list[tuple[Kind, Size]] = [(Kind.LAYER, shape) for shape in layout.ladder]
-        wanted += [(kind, size) for size in layout.sizes.chunks for kind in (Kind.KEEP, Kind.LAST)]
+        wanted += [(kind, size) for size in layout.sizes.chunks for kind in (Kind.KEEP, Kind.LAST, Kind.READ_ALL)]
         wanted += [(Kind.READ, tokens) for tokens in called]
         return wanted + [(Kind.EMBED, tokens) for tokens in sorted({*layout.sizes.chunks, *called})]
 
@@ -60,13 +67,28 @@ class LayerByLayer:
         return read(self._weights.ends, self._weights.layers[-1], x, angles, inputs, pool, self._numbers[-1], collected)
 
     def prefill(self, size: int, array: Array, pool: jax.Array) -> KeysValues:
-        x, angles, inputs = self.begin(size, array)
+        begun = _, angles, _ = self.begin(size, array)
+        x, kept = self._kept(size, begun, pool, len(self._numbers) - 1)
+        return (*kept, self._compiler.get(Kind.LAST, size)(self._weights.layers[-1], x, angles))
+
+    def prefill_read(
+        self, size: int, array: Array, pool: jax.Array, collected: jax.Array
+    ) -> tuple[KeysValues, jax.Array]:
+        begun = _, _, inputs = self.begin(size, array)
+        x, kept = self._kept(size, begun, pool, len(self._numbers))
+        return tuple(kept), self._compiler.get(Kind.READ_ALL, size)(self._weights.ends, x, inputs, collected)
+
+    def _kept(
+        self, size: int, begun: tuple[jax.Array, Angles, Inputs], pool: jax.Array, count: int
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        """The output of the first ``count`` layers, and their keys and values."""
+        x, angles, inputs = begun
         layer = self._compiler.get(Kind.KEEP, size)
         kept: list[jax.Array] = []
-        for number, weights in zip(self._numbers[:-1], self._weights.layers[:-1], strict=True):
+        for number, weights in zip(self._numbers[:count], self._weights.layers[:count], strict=True):
             x, keys_values = layer(weights, x, angles, inputs, pool, number)
             kept.append(keys_values)
-        return (*kept, self._compiler.get(Kind.LAST, size)(self._weights.layers[-1], x, angles))
+        return x, kept
 
     def begin(self, size: int, array: Array) -> tuple[jax.Array, Angles, Inputs]:
         """The first layer's input, and what all layers take, on the device once for all of them."""
@@ -83,7 +105,7 @@ class LayersInLoop:
     def wanted(self) -> list[tuple[Kind, Size]]:
         layout = self._model.layout
         wanted: list[tuple[Kind, Size]] = [(Kind.SEGMENTS, shape) for shape in layout.ladder]
-        return wanted + [(Kind.PREFILL, size) for size in layout.sizes.chunks]
+        return wanted + [(kind, size) for size in layout.sizes.chunks for kind in (Kind.PREFILL, Kind.PREFILL_READ)]
 
     def segments(self, shape: Shape, array: Array, pool: jax.Array, collected: jax.Array) -> jax.Array:
         [stack] = self._weights.layers
@@ -94,6 +116,13 @@ class LayersInLoop:
         [stack] = self._weights.layers
         program = self._compiler.get(Kind.PREFILL, size)
         return program(self._weights.ends, stack, _put(self._model, array, CALLS), pool)
+
+    def prefill_read(
+        self, size: int, array: Array, pool: jax.Array, collected: jax.Array
+    ) -> tuple[KeysValues, jax.Array]:
+        [stack] = self._weights.layers
+        program = self._compiler.get(Kind.PREFILL_READ, size)
+        return program(self._weights.ends, stack, _put(self._model, array, CALLS), pool, collected)
 
 
 @final
@@ -126,6 +155,7 @@ class Programs:
             (Kind.WRITE, sizes.chunks),
             (Kind.NORMALIZER, sizes.head_sizes),
             (Kind.ARGMAX, sizes.argmax_sizes),
+            (Kind.TOP, sizes.top_counts),
             (Kind.TARGETS, sizes.target_sizes),
         )
         return self.layers.wanted() + [(kind, size) for kind, calls in head for size in calls]
@@ -164,6 +194,15 @@ class Programs:
         """``normalizer``'s values, and for each of these hidden states the id of the highest logit, and that logit."""
         program = self.compiler.get(Kind.ARGMAX, len(numbers))
         return program(self.weights.ends, collected, _put(self.model, numbers, WHOLE))
+
+    def top(
+        self, collected: jax.Array, numbers: Array, count: int, states: int, scale: float
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Of scaled logits: ``normalizer``'s values, and ids and values of the ``count`` highest, perhaps followed by
+        others; of the first ``states`` of these hidden states."""
+        program = self.compiler.get(Kind.TOP, plan.bucket(count, self.model.layout.sizes.top_counts))
+        asked = np.array([count, states], np.int32), np.array(scale, np.float32)
+        return program(self.weights.ends, collected, *_put(self.model, (numbers, *asked), (WHOLE, WHOLE, WHOLE)))
 
 
 def _put(model: Model, host: Any, spec: P | tuple[P, ...]) -> Any:

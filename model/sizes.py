@@ -12,7 +12,7 @@ import numpy as np
 from model import plan
 from model.attention import NATIVE, PARTIAL_PAGES, TRITON, pool_head_width, segment_step
 from model.config import ModelConfig
-from model.contract import PAGE_TOKENS
+from model.contract import MOST_TOP, PAGE_TOKENS
 from model.plan import Shape
 
 NATIVE_PREFIXES = 64
@@ -32,6 +32,8 @@ class Sizes:
         chunks: sizes of prefix prefill calls, in tokens, ascending; empty: by what padding costs.
         head_sizes: sizes of head calls, in hidden states, ascending.
         argmax_sizes: the same for head calls that also find the top-1 tokens.
+        top_counts: how many of the highest logits a program finds, ascending, ``MOST_TOP`` among them; its head calls
+            have the largest of ``argmax_sizes``. None for a model with classes, nor more than a vocabulary has.
         target_sizes: sizes of target-logit calls, in (hidden state, target) pairs, ascending.
         prefix_cache_bytes: device memory for prefixes; more where one prompt of the longest kind needs it, and less
             where not so much is free, see ``model.memory``.
@@ -45,6 +47,7 @@ class Sizes:
     chunks: tuple[int, ...] = ()
     head_sizes: tuple[int, ...] = (1, 8, 32, 128)
     argmax_sizes: tuple[int, ...] = (8, 128)
+    top_counts: tuple[int, ...] = (64, MOST_TOP)
     target_sizes: tuple[int, ...] = (8, 64, 512)
     prefix_cache_bytes: int = 384 * 2**20
     costs: plan.Costs = plan.CPU_COSTS
@@ -181,7 +184,9 @@ def layout(
         prefixes = 1
         ladder = (plan.large_shapes if sizes.large_calls else plan.shapes)(width, call_tokens)
     chunks = sizes.chunks or (CHUNKS_WITH_CHEAP_PADDING if cheap else CHUNKS)
-    sizes = replace(sizes, chunks=chunks[: bisect.bisect_left(chunks, longest) + 1])
+    vocabulary = 0 if config.classes else config.vocab_size
+    tops = tuple(sorted({min(count, vocabulary) for count in sizes.top_counts} - {0}))
+    sizes = replace(sizes, chunks=chunks[: bisect.bisect_left(chunks, longest) + 1], top_counts=tops)
     if dtype == jnp.bfloat16:
         # XLA's CPU backend multiplies a single row in float32, and widens the whole head for it.
         sizes = replace(sizes, head_sizes=(max(2, sizes.head_sizes[0]), *sizes.head_sizes[1:]))

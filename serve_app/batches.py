@@ -29,7 +29,13 @@ class Reads(NamedTuple):
 
 
 def pack(
-    sequences: Sequence[Ids], reads: Sequence[Reads], *, vocab_logprobs: bool = True, argmax: bool = False
+    sequences: Sequence[Ids],
+    reads: Sequence[Reads],
+    *,
+    vocab_logprobs: bool = True,
+    argmax: bool = False,
+    top: int = 0,
+    temperature: float = 1.0,
 ) -> TokenBatch:
     """Pack ``sequences``, each with its own ``reads``, into one batch."""
     lengths = [len(sequence) for sequence in sequences]
@@ -42,6 +48,8 @@ def pack(
         target_offsets=np.concatenate([[0], np.cumsum(_joined([own.counts for own in reads]), dtype=np.int64)]),
         vocab_logprobs=vocab_logprobs,
         argmax=argmax,
+        top=top,
+        temperature=temperature,
     )
 
 
@@ -140,6 +148,8 @@ def cut(batch: TokenBatch, start: int, stop: int) -> TokenBatch:
         target_offsets=batch.target_offsets[reads.start : reads.stop + 1] - first_target,
         vocab_logprobs=batch.vocab_logprobs,
         argmax=batch.argmax,
+        top=batch.top,
+        temperature=batch.temperature,
         common=None if batch.common is None else batch.common[start:stop],
         shared=None if batch.shared is None else _cut_shared(batch.shared[start:stop]),
         salts=None if batch.salts is None else batch.salts[start:stop],
@@ -153,7 +163,7 @@ def _cut_shared(shared: Int64) -> Int64:
 
 
 def join(batches: Sequence[TokenBatch]) -> TokenBatch:
-    """Join the batches in order. All of them must have the same ``vocab_logprobs`` and ``argmax``."""
+    """Join the batches in order. All of them must be read for the same, see ``TokenBatch.kind``."""
     if len(batches) == 1:
         return batches[0]
     firsts = np.cumsum([0, *(batch.num_sequences for batch in batches)])
@@ -168,6 +178,8 @@ def join(batches: Sequence[TokenBatch]) -> TokenBatch:
         target_offsets=_join_offsets([batch.target_offsets for batch in batches]),
         vocab_logprobs=batches[0].vocab_logprobs,
         argmax=batches[0].argmax,
+        top=batches[0].top,
+        temperature=batches[0].temperature,
         common=_join_common(batches),
         shared=_join_shared(batches),
         salts=_join_salts(batches),

@@ -36,6 +36,7 @@ from serve_app.schemas import (
 )
 from serve_app.tasks.classify import ClassifyRequest, ClassifyResponse
 from serve_app.tasks.decisions import bodies
+from serve_app.tasks.logprobs import LogprobsRequest, LogprobsResponse
 from serve_app.tasks.remote_reward import RemoteRewardRequest, RemoteRewardResponse
 from serve_app.tasks.systemone import AnswerLine, AnswersEnd, AnyQuestion, SystemOneRequest, SystemOneResponse
 
@@ -271,6 +272,33 @@ class ScoreClient:
         request = _checked(RemoteRewardRequest, query=texts, cache_salt=cache_salt, model=self._model)
         answer = self._ask(RemoteRewardResponse, "POST", "/get_reward", request)
         return [reward for reward in answer.rewards if reward is not None]
+
+    def logprobs(
+        self,
+        input: str | list[str] | list[int] | list[list[int]],
+        *,
+        start: int | list[int] = 1,
+        top: int = 0,
+        candidates: list[list[list[int]]] | None = None,
+        temperature: float = 1.0,
+        add_special_tokens: bool = True,
+        cache_salt: str | None = None,
+        timeout_s: float | None = None,
+    ) -> LogprobsResponse:
+        """Return the logprobs of every token of sequences. The arguments are the fields of ``LogprobsRequest``."""
+        request = _checked(
+            LogprobsRequest,
+            input=input,
+            start=start,
+            top=top,
+            candidates=candidates,
+            temperature=temperature,
+            add_special_tokens=add_special_tokens,
+            cache_salt=cache_salt,
+            timeout_s=timeout_s,
+            model=self._model,
+        )
+        return self._ask(LogprobsResponse, "POST", "/v1/logprobs", request)
 
     def tokenize(
         self,

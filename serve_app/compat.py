@@ -88,6 +88,13 @@ COMPLETIONS: Mapping[str, Foreign] = {
     "return_token_ids": Foreign("POST /tokenize returns the ids", (False,)),
 }
 
+LOGPROBS: Mapping[str, Foreign] = {
+    **EVERYWHERE,
+    "prompt": Foreign("send the sequences as input"),
+    "stream": Foreign("the answer comes whole", (False,)),
+    "truncate_prompt_tokens": Foreign("a sequence that is too long is an error; shorten it"),
+}
+
 RERANK: Mapping[str, Foreign] = {
     **EVERYWHERE,
     "texts": Foreign("send documents or texts, not both"),

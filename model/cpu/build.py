@@ -26,6 +26,7 @@ SYMBOLS = {
     "products": "ScoreProducts",
     "gated": "ScoreGated",
     "normalizers": "ScoreNormalizers",
+    "tops": "ScoreTops",
     "dots": "ScoreDots",
 }
 """A kernel's name here -> its name in the sources."""

@@ -4,12 +4,15 @@
 // zeros and take no time.
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <string_view>
 #include <vector>
 
@@ -20,6 +23,8 @@ namespace {
 constexpr int kPanel = 64;           // columns of a kernel that lie beside each other
 constexpr int64_t kBlock = 96;       // rows that a thread takes at once
 constexpr int64_t kHeadBlock = 384;  // the same of the head's
+constexpr int64_t kAhead = 4;        // such blocks for each thread before their logits are looked through
+constexpr int64_t kLook = 8;         // logits of one state that are looked at together
 constexpr int64_t kDots = 65536;     // numbers that a thread sums up at once
 constexpr int64_t kLine = 64;        // bytes that the memory hands out together
 constexpr int64_t kSteps = 192;      // of one sum: sums of such sums are more exact, and cost 1%
@@ -238,7 +243,7 @@ struct Sums {
   float highest[kPanel], total[kPanel];
   int32_t best[kPanel];
 
-  void Fold(float (*logits)[kPanel], int64_t first, int64_t rows, int64_t columns, float softcap) {
+  void Fold(float (*logits)[kPanel], int64_t first, int64_t rows, int64_t columns, float softcap, float scale) {
     for (int64_t at = 0; at < columns; at += kLanes) {
       const Floats before = Load(&highest[at]);
       Floats now = before;
@@ -246,6 +251,7 @@ struct Sums {
       for (int64_t i = 0; i < rows; ++i) {
         Floats logit = Load(&logits[i][at]);
         if (softcap > 0) Store(&logits[i][at], logit = softcap * HyperbolicTangent(logit / softcap));
+        if (scale != 1) Store(&logits[i][at], logit = logit * scale);
         row = logit > now ? static_cast<int32_t>(first + i) - Ints{} : row;
         now = logit > now ? logit : now;
       }
@@ -265,10 +271,91 @@ struct Found {
   float* highest;
 };
 
-// The logits are x times the head's [vocabulary, steps] rows. These are the rows of the products here, and x's become a
-// panel's columns, so that the head is read as it lies.
+// The highest logits of one state so far, of equal ones those of lower rows, which come first.
+class Highest {
+ public:
+  struct Entry {
+    float logit;
+    int32_t row;
+    bool operator<(const Entry& other) const {
+      return logit > other.logit || (logit == other.logit && row < other.row);
+    }
+  };
+
+  explicit Highest(int64_t count) : count_(count) { entries_.reserve(2 * count); }
+
+  // What a logit of a higher row must exceed to be among them.
+  float threshold() const { return threshold_; }
+
+  void Add(float logit, int64_t row) {
+    entries_.push_back({logit, static_cast<int32_t>(row)});
+    if (static_cast<int64_t>(entries_.size()) < 2 * count_) return;
+    std::nth_element(entries_.begin(), entries_.begin() + count_ - 1, entries_.end());
+    entries_.resize(count_);
+    threshold_ = entries_.back().logit;
+  }
+
+  // Writes them in order; where there are fewer, logits that are not finite have left no others.
+  void Write(float* logits, int32_t* rows) {
+    std::sort(entries_.begin(), entries_.end());
+    entries_.resize(count_, {std::numeric_limits<float>::quiet_NaN(), 0});
+    for (int64_t i = 0; i < count_; ++i) {
+      logits[i] = entries_[i].logit;
+      rows[i] = entries_[i].row;
+    }
+  }
+
+ private:
+  int64_t count_;
+  float threshold_ = -std::numeric_limits<float>::infinity();
+  std::vector<Entry> entries_;
+};
+
+bool Any(Ints mask) {
+  const auto words = std::bit_cast<std::array<int64_t, kLanes / 2>>(mask);
+  return std::reduce(words.begin(), words.end(), int64_t{0}, std::bit_or<int64_t>()) != 0;
+}
+
+// Looks through logits [rows, stride] of `states` neighbouring states, of the head's rows from `first` on.
+void Look(const float* logits, int64_t stride, int64_t first, int64_t rows, Highest* found, int64_t states) {
+  alignas(64) float thresholds[kLanes];
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    thresholds[lane] = lane < states ? found[lane].threshold() : std::numeric_limits<float>::infinity();
+  }
+  for (int64_t row = 0; row < rows; row += kLook) {
+    const int64_t last = std::min(row + kLook, rows);
+    Floats most = Load(logits + row * stride);
+    for (int64_t i = row + 1; i < last; ++i) {
+      const Floats logit = Load(logits + i * stride);
+      most = logit > most ? logit : most;
+    }
+    // A NaN hides what follows it; its state has no scores anyway.
+    if (!Any(most > Load(thresholds))) continue;
+    for (int64_t lane = 0; lane < states; ++lane) {
+      if (!(most[lane] > thresholds[lane])) continue;
+      for (int64_t i = row; i < last; ++i) {
+        if (logits[i * stride + lane] > thresholds[lane]) {
+          found[lane].Add(logits[i * stride + lane], first + i);
+          thresholds[lane] = found[lane].threshold();
+        }
+      }
+    }
+  }
+}
+
+// What is found of each state besides its normaliser.
+struct Top {
+  int64_t count, stride;
+  float* logits;  // [states, stride], of which `count` are written
+  int32_t* rows;
+};
+
+// The logits are x times the head's [vocabulary, steps] rows, capped, then scaled. These are the rows of the products
+// here, and x's become a panel's columns, so that the head is read as it lies. Where the highest are asked for, the
+// logits of some blocks of the head are kept, and looked through before those of the next take their place.
 template <typename D>
-void Normalizers(ffi::ThreadPool& pool, const Input& x, const Input& head, float softcap, const Found& out) {
+void Normalizers(ffi::ThreadPool& pool, const Input& x, const Input& head, float softcap, float scale, const Found& out,
+                 const Top& top) {
   using Unit = typename D::Unit;
   using Stored = typename D::Stored;
   const int64_t panels = (x.count + kPanel - 1) / kPanel, blocks = (head.count + kHeadBlock - 1) / kHeadBlock;
@@ -276,23 +363,42 @@ void Normalizers(ffi::ThreadPool& pool, const Input& x, const Input& head, float
   Sums none{};
   std::fill_n(none.highest, kPanel, -std::numeric_limits<float>::infinity());
   const auto parts = std::make_shared<std::vector<Sums>>(blocks * panels, none);
-  Share(pool, blocks, [=] {
-    return [=, room = std::vector<Unit>()](int64_t block) mutable {
-      const int64_t last = std::min(head.count, (block + 1) * kHeadBlock), width = x.steps * D::kPacked;
-      for (int64_t panel = 0; panel < panels; ++panel) {
-        const Unit* states = packed->data() + panel * x.steps * kPanel;
-        const int64_t columns = std::min<int64_t>(kPanel, x.count - panel * kPanel);
-        for (int64_t row = block * kHeadBlock; row < last; row += kRows) {
-          alignas(64) float logits[kRows][kPanel];
-          const int64_t rows = std::min<int64_t>(kRows, last - row);
-          const Stored* stored = static_cast<const Stored*>(head.rows) + row * width;
-          const Ahead<Unit> ahead{reinterpret_cast<const Unit*>(stored + 2 * kRows * width), kRows};
-          Multiply<D>(rows, Units<D>(stored, rows * x.steps, room), x.steps, states, logits[0], columns, ahead);
-          (*parts)[block * panels + panel].Fold(logits, row, rows, columns, softcap);
+  const auto found = std::make_shared<std::vector<Highest>>(top.count ? x.count : 0, Highest(top.count));
+  const int64_t together = top.count ? kAhead * std::max<int64_t>(pool.num_threads(), 1) : blocks;
+  const int64_t stride = panels * kPanel;
+  const auto kept = std::make_shared<std::vector<float>>(top.count ? together * kHeadBlock * stride : 0);
+  for (int64_t begin = 0; begin < blocks; begin += together) {
+    const int64_t count = std::min(together, blocks - begin), first = begin * kHeadBlock;
+    Share(pool, count, [=] {
+      return [=, room = std::vector<Unit>()](int64_t unit) mutable {
+        const int64_t block = begin + unit;
+        const int64_t last = std::min(head.count, (block + 1) * kHeadBlock), width = x.steps * D::kPacked;
+        for (int64_t panel = 0; panel < panels; ++panel) {
+          const Unit* states = packed->data() + panel * x.steps * kPanel;
+          const int64_t columns = std::min<int64_t>(kPanel, x.count - panel * kPanel);
+          for (int64_t row = block * kHeadBlock; row < last; row += kRows) {
+            alignas(64) float logits[kRows][kPanel];
+            const int64_t rows = std::min<int64_t>(kRows, last - row);
+            const Stored* stored = static_cast<const Stored*>(head.rows) + row * width;
+            const Ahead<Unit> ahead{reinterpret_cast<const Unit*>(stored + 2 * kRows * width), kRows};
+            Multiply<D>(rows, Units<D>(stored, rows * x.steps, room), x.steps, states, logits[0], columns, ahead);
+            (*parts)[block * panels + panel].Fold(logits, row, rows, columns, softcap, scale);
+            for (int64_t i = 0; top.count && i < rows; ++i) {
+              std::memcpy(kept->data() + (row - first + i) * stride + panel * kPanel, logits[i], sizeof(logits[i]));
+            }
+          }
         }
-      }
-    };
-  });
+      };
+    });
+    if (!top.count) continue;
+    Share(pool, (x.count + kLanes - 1) / kLanes, [=] {
+      return [=](int64_t unit) {
+        const int64_t state = unit * kLanes, rows = std::min(head.count - first, count * kHeadBlock);
+        const int64_t states = std::min<int64_t>(kLanes, x.count - state);
+        Look(kept->data() + state, stride, first, rows, found->data() + state, states);
+      };
+    });
+  }
   for (int64_t row = 0; row < x.count; ++row) {
     const int64_t panel = row / kPanel, column = row % kPanel;
     float highest = none.highest[0], total = 0;
@@ -308,6 +414,10 @@ void Normalizers(ffi::ThreadPool& pool, const Input& x, const Input& head, float
       total += part(block).total[column] * std::exp(part(block).highest[column] - highest);
     }
     out.normalizers[row] = highest + std::log(total);
+    if (top.count) {
+      (*found)[row].Write(top.logits + row * top.stride, top.rows + row * top.stride);
+      continue;
+    }
     out.best[row] = best;
     out.highest[row] = std::isnan(total) ? total : highest;
   }
@@ -382,18 +492,34 @@ ffi::Error HandleGated(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer ga
   });
 }
 
+// Of the first `states` rows of x.
+ffi::Error OfHead(ffi::ThreadPool& pool, ffi::AnyBuffer x, ffi::AnyBuffer head, int64_t states, float softcap,
+                  float scale, const Found& out, const Top& top) {
+  const auto work = [&]<typename D>(D) {
+    Input first = Of<D>(x);
+    first.count = states;
+    Normalizers<D>(pool, first, Of<D>(head), softcap, scale, out, top);
+    return ffi::Error::Success();
+  };
+  if (x.element_type() == ffi::F32) return work(Float32());
+  if (x.element_type() == ffi::BF16) return work(BFloat16());
+  return ffi::Error::InvalidArgument("a head is float32 or bfloat16");
+}
+
 ffi::Error HandleNormalizers(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer head, float softcap,
                              ffi::ResultBuffer<ffi::F32> normalizers, ffi::ResultBuffer<ffi::S32> best,
                              ffi::ResultBuffer<ffi::F32> highest) {
   const Found out{normalizers->typed_data(), best->typed_data(), highest->typed_data()};
-  if (x.element_type() == ffi::F32) {
-    Normalizers<Float32>(pool, Of<Float32>(x), Of<Float32>(head), softcap, out);
-  } else if (x.element_type() == ffi::BF16) {
-    Normalizers<BFloat16>(pool, Of<BFloat16>(x), Of<BFloat16>(head), softcap, out);
-  } else {
-    return ffi::Error::InvalidArgument("a head is float32 or bfloat16");
-  }
-  return ffi::Error::Success();
+  return OfHead(pool, x, head, x.dimensions()[0], softcap, 1, out, Top{});
+}
+
+ffi::Error HandleTops(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer head, ffi::Buffer<ffi::S32> wanted,
+                      ffi::Buffer<ffi::F32> scale, float softcap, ffi::ResultBuffer<ffi::F32> normalizers,
+                      ffi::ResultBuffer<ffi::S32> ids, ffi::ResultBuffer<ffi::F32> logits) {
+  const int64_t most = ids->dimensions()[1], count = std::clamp<int64_t>(wanted.typed_data()[0], 1, most);
+  const int64_t states = std::clamp<int64_t>(wanted.typed_data()[1], 0, x.dimensions()[0]);
+  const Top top{count, most, logits->typed_data(), ids->typed_data()};
+  return OfHead(pool, x, head, states, softcap, scale.typed_data()[0], Found{normalizers->typed_data()}, top);
 }
 
 ffi::Error HandleDots(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> a, ffi::Buffer<ffi::F32> b,
@@ -424,6 +550,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ScoreNormalizers, HandleNormalizers,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Attr<float>("softcap")
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ScoreTops, HandleTops,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Attr<float>("softcap")
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::S32>>()

@@ -84,3 +84,24 @@ def argmax(
         x, head, softcap=np.float32(softcap or 0)
     )
     return normalizers, ids, highest
+
+
+def top(
+    x: Float[Array, "R D"],
+    head: Float[Array, "V D"],
+    wanted: Int[Array, "2"],
+    scale: Float[Array, ""],
+    count: int,
+    softcap: float | None,
+) -> tuple[Float[Array, " R"], Int[Array, "R K"], Float[Array, "R K"]]:
+    """The same as ``logprobs.top``, with x in the head's dtype; see ``argmax``.
+
+    Args:
+        wanted: how many ids are wanted of each row, and of how many rows; nothing else is written.
+    """
+    rows = x.shape[0]
+    shapes = ((rows,), jnp.float32), ((rows, count), jnp.int32), ((rows, count), jnp.float32)
+    results = [jax.ShapeDtypeStruct(*each) for each in shapes]
+    kernel = jax.ffi.ffi_call(build.target("tops"), results)
+    normalizers, ids, highest = kernel(x, head, wanted, scale, softcap=np.float32(softcap or 0))
+    return normalizers, ids, highest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import fields
 from itertools import pairwise
 
 import numpy as np
@@ -44,12 +45,10 @@ def split(batch: TokenBatch, parts: int, min_tokens: int, shared: int) -> list[T
 
 def merge(results: Sequence[BatchResult]) -> BatchResult:
     """Merge the results of ``split``'s parts, in order, into that of the whole batch. Without parts it is empty."""
-    return BatchResult(
-        values=np.concatenate([np.zeros(0, np.float32), *(result.values for result in results)]),
-        computed_tokens=np.concatenate([np.zeros(0, np.int32), *(result.computed_tokens for result in results)]),
-        argmax=np.concatenate([np.zeros(0, np.int32), *(result.argmax for result in results)]),
-        argmax_values=np.concatenate([np.zeros(0, np.float32), *(result.argmax_values for result in results)]),
-    )
+    if not results:
+        return BatchResult(np.zeros(0, np.float32), np.zeros(0, np.int32))
+    names = [field.name for field in fields(BatchResult)]
+    return BatchResult(**{name: np.concatenate([getattr(result, name) for result in results]) for name in names})
 
 
 def affinities(parts: Sequence[TokenBatch], prefix_tokens: int, first: int = 0) -> Sequence[Affinity | None]:

@@ -31,9 +31,11 @@ from serve_app.metrics import REPORT_S, FrontMetrics
 from serve_app.schemas import InfoResponse, ScoreRequest, ScoreResponse
 from serve_app.settings import DEFAULT_NAME, ModelSettings, ServiceSettings, check_names
 from serve_app.tasks.chat import ChatTemplate
+from serve_app.tasks.logprobs import LOGPROBS, LogprobsRequest, LogprobsResponse
 from serve_app.tasks.profile_choice import choose_profile
 from serve_app.tasks.score import SCORE
 from serve_app.tasks.systemone import SYSTEMONE, SystemOneRequest, SystemOneResponse
+from serve_app.tasks.task import Binary
 from serve_app.tasks.template_choice import choose
 from serve_app.tasks.tokenizer import TextTokenizer
 
@@ -118,6 +120,15 @@ class Ingress:
         """
         timing.begin()
         return await self._models.of(request.model).answer(SYSTEMONE, request, request_id=uuid.uuid4().hex)
+
+    async def logprobs(self, request: LogprobsRequest) -> LogprobsResponse | Binary:
+        """Compute logprobs like ``POST /v1/logprobs``, for callers inside the Ray cluster.
+
+        Raises:
+            ScoringError: see ``ModelService.answer``.
+        """
+        timing.begin()
+        return await self._models.of(request.model).answer(LOGPROBS, request, request_id=uuid.uuid4().hex)
 
     async def info(self, model: str = DEFAULT_NAME) -> InfoResponse:
         """Answer like ``GET /v1/info``, for callers inside the Ray cluster."""

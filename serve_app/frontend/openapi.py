@@ -40,7 +40,7 @@ def documented(
     *statuses: int,
     example: Mapping[str, Any] | None = None,
     error: type[BaseModel] = ErrorResponse,
-    lines: str | None = None,
+    others: Mapping[str, str] | None = None,
     invalid: int = InvalidRequestError.status,
 ) -> dict[str, Any]:
     """Describe a route for FastAPI.
@@ -48,13 +48,13 @@ def documented(
     Args:
         example: a request that works.
         error: the type of its error responses.
-        lines: describes the lines of a streamed answer, if the route can stream.
+        others: the media types of answers that are not JSON, such as lines, each with a description.
         invalid: the status of an invalid request.
     """
     codes = ([invalid, 404, 413, 415] if asked else []) + [500, *statuses]
     options: dict[str, Any] = {"response_model": answer, "responses": errors_of(*codes, error=error)}
-    if lines:
-        content = {"application/x-ndjson": {"schema": {"type": "string", "description": lines}}}
+    if others:
+        content = {kind: {"schema": {"type": "string", "description": text}} for kind, text in others.items()}
         options["responses"][200] = {"content": content}
     if asked:
         # Two requests may have objects of the same name.

@@ -29,7 +29,7 @@ from serve_app.metrics import scrape
 from serve_app.schemas import InfoResponse, ModelCard, ModelsResponse, StatusResponse, TokenizerInfo
 from serve_app.settings import DEFAULT_NAME
 from serve_app.tasks.table import TASKS
-from serve_app.tasks.task import AnyTask
+from serve_app.tasks.task import AnyTask, Binary
 
 TIMEOUT_HEADER = "x-request-timeout-seconds"
 """Serve's proxy reads this header, too, and answers with a plain-text 408 when the time has passed."""
@@ -102,9 +102,15 @@ def _add_route(
     task = tasks[-1]
     statuses = (503, 504) if task.scores else (504,)
     invalid, _ = InvalidRequestError("").answer_on(path)
-    lines = task.lines.description if task.lines else None
+    lines = ("application/x-ndjson", task.lines.description) if task.lines else None
     options = documented(
-        task.response, task.request, *statuses, example=task.example, error=task.error, lines=lines, invalid=invalid
+        task.response,
+        task.request,
+        *statuses,
+        example=task.example,
+        error=task.error,
+        others=dict(filter(None, (lines, task.binary))),
+        invalid=invalid,
     )
     app.add_api_route(path, handle, methods=["POST"], name=task.name, description=task.description, **options)
 
@@ -192,8 +198,10 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _json(answer: BaseModel | list[Any]) -> Response:
+async def _json(answer: BaseModel | list[Any] | Binary) -> Response:
     """Make a response, in pieces: a huge answer takes seconds, and the event loop must go on."""
+    if isinstance(answer, Binary):
+        return Response(answer.content, media_type=answer.media_type)
     content = bytearray()
     for piece in json_pieces(answer):
         content += piece

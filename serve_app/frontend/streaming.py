@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel
 from pydantic_core import to_json
@@ -157,7 +157,12 @@ def _list_pieces(entries: list[Any]) -> Iterator[bytes]:
         while stop < len(entries) and values < PIECE_VALUES:
             values += _values(entries[stop])
             stop += 1
-        yield (b"," if start else b"") + to_json(entries[start:stop], exclude_none=True)[1:-1]
+        if start:
+            yield b","
+        if stop == start + 1 and values > PIECE_VALUES and isinstance(entries[start], BaseModel | list):
+            yield from json_pieces(entries[start])
+        else:
+            yield to_json(entries[start:stop], exclude_none=True)[1:-1]
         start = stop
     yield b"]"
 
@@ -174,4 +179,11 @@ def _values(entry: Any) -> int:
     """The approximate number of numbers and texts in ``entry``."""
     if isinstance(entry, BaseModel):
         return sum(_values(value) for _, value in entry)
-    return len(entry) if isinstance(entry, list) else 1  # pyright: ignore[reportUnknownArgumentType]
+    if isinstance(entry, dict):
+        return len(entry)  # pyright: ignore[reportUnknownArgumentType]
+    if not isinstance(entry, list):
+        return 1
+    entries = cast(list[Any], entry)
+    if not entries or not isinstance(entries[-1], list | dict):
+        return len(entries)
+    return sum(len(inner) if isinstance(inner, list | dict) else 1 for inner in entries)

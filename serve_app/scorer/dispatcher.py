@@ -35,6 +35,8 @@ class _Pending(QueuedJob):
         self.computed_tokens = np.zeros(job.batch.num_sequences, np.int32)
         reads = len(job.batch.read_positions) if job.batch.argmax else 0
         self.argmax, self.argmax_values = np.empty(reads, np.int32), np.empty(reads, np.float32)
+        tops = len(job.batch.read_positions), job.batch.top
+        self.top_ids, self.top_values = np.empty(tops, np.int32), np.empty(tops, np.float32)
         self.arrived = time.monotonic()
         self.queue_seconds = -1.0  # until its first batch has run
         self.device_seconds = 0.0
@@ -52,12 +54,15 @@ class _Pending(QueuedJob):
         self.computed_tokens[part.start : part.stop] += result.computed_tokens
         if self.batch.argmax:
             self.argmax[part.reads()], self.argmax_values[part.reads()] = result.argmax, result.argmax_values
+        if self.batch.top:
+            self.top_ids[part.reads()], self.top_values[part.reads()] = result.top_ids, result.top_values
         self.missing -= part.stop - part.start
         if self.missing == 0 and not self.answer.done():
             self.answer.set_result(JobResult(self.result(), self.queue_seconds, self.device_seconds))
 
     def result(self) -> BatchResult:
-        return BatchResult(self.values, self.computed_tokens, self.argmax, self.argmax_values)
+        found = self.argmax, self.argmax_values, self.top_ids, self.top_values
+        return BatchResult(self.values, self.computed_tokens, *found)
 
 
 _Part = Part[_Pending]
@@ -319,6 +324,8 @@ def _scatter(parts: Sequence[_Part], result: BatchResult, begun: float, seconds:
                 result.computed_tokens[sequences],
                 result.argmax[reads],
                 result.argmax_values[reads],
+                result.top_ids[reads],
+                result.top_values[reads],
             ),
         )
         sequence, read, target = sequences.stop, reads.stop, targets.stop

@@ -84,10 +84,10 @@ class FakeEngine:
         with self._device:
             self._computed_tokens += int(computed.sum())
             time.sleep(self._seconds_per_token * int(computed.sum()))
-        values, argmax, argmax_values = self._read(batch)
-        if not batch.argmax:
-            argmax, argmax_values = argmax[:0], argmax_values[:0]
-        return BatchResult(values, computed, argmax, argmax_values)
+        values, top_ids, top_values = self._read(batch)
+        tops = len(top_ids) if batch.argmax else 0
+        argmax, argmax_values = top_ids[:tops, 0], top_values[:tops, 0]
+        return BatchResult(values, computed, argmax, argmax_values, top_ids[:, : batch.top], top_values[:, : batch.top])
 
     def set_batch_timeout(self, stall_s: float) -> None:
         """Change nothing: no batch is given up."""
@@ -96,15 +96,17 @@ class FakeEngine:
         """Never raise."""
 
     def _read(self, batch: TokenBatch) -> tuple[Float32, Int32, Float32]:
-        """The targets' values, and for each read the top-1 token and its value."""
+        """The targets' values, and for each read the highest tokens, one at least, and their values."""
         vocab_size = self._info.vocab_size
         starts = batch.offsets[:-1]
         seeds = self._hashes(batch)[starts[batch.read_sequences] + batch.read_positions]
         shift = (seeds % np.uint64(vocab_size)).astype(np.int64)
         falling = _NATS * (1 + (seeds >> np.uint64(11)) / 2**53) / vocab_size  # nats from one rank to the next
+        falling = falling / batch.temperature
         read = np.repeat(np.arange(len(seeds)), np.diff(batch.target_offsets))
         rank = (batch.targets.astype(np.int64) * _SPREAD + shift[read]) % vocab_size
-        first = -shift % vocab_size * pow(_SPREAD, -1, vocab_size) % vocab_size  # the id of rank 0
+        ranks = np.arange(max(1, min(batch.top, vocab_size)))
+        tops = (ranks - shift[:, None]) % vocab_size * pow(_SPREAD, -1, vocab_size) % vocab_size
         highest = np.zeros(len(seeds))
         if batch.vocab_logprobs:
             highest = np.log(-np.expm1(-falling)) - np.log(-np.expm1(-falling * vocab_size))
@@ -114,7 +116,8 @@ class FakeEngine:
             poisoned[sequence[batch.tokens == self._nan_token]] = True
             highest[poisoned[batch.read_sequences]] = np.nan
         values = highest[read] - falling[read] * rank
-        return values.astype(np.float32), first.astype(np.int32), highest.astype(np.float32)
+        top_values = highest[:, None] - falling[:, None] * ranks
+        return values.astype(np.float32), tops.astype(np.int32), top_values.astype(np.float32)
 
     def _hashes(self, batch: TokenBatch) -> UInt64:
         """For each token, a hash of its sequence up to and including it."""

@@ -68,9 +68,9 @@ class QueuedJob:
         """Tokens of the next sequence that were prefilled, and how many of them count in its cost."""
 
     @property
-    def kind(self) -> tuple[bool, bool]:
+    def kind(self) -> tuple[bool, bool, int, float]:
         """What its reads need. Only jobs of one kind share a device batch."""
-        return self.batch.vocab_logprobs, self.batch.argmax
+        return self.batch.kind
 
     @property
     def exhausted(self) -> bool:
@@ -317,7 +317,7 @@ class Scheduler(Generic[J]):
             parts.append(Part(job, start, job.taken, spent))
         return parts, room
 
-    def _line_up(self, parts: Sequence[Part[J]], kind: tuple[bool, bool]) -> None:
+    def _line_up(self, parts: Sequence[Part[J]], kind: tuple[bool, bool, int, float]) -> None:
         """Put the jobs in line for the next batch: those of ``parts`` go last, the others keep their places.
 
         New jobs of another kind go to the front, since the next batch is theirs.

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import AfterValidator, Field
@@ -26,11 +26,12 @@ from serve_app.errors import InvalidRequestError
 from serve_app.schemas import LOWEST, IdLists, Ids, RequestBody, ResponseBody, Text, Texts, Usage
 from serve_app.tasks.model_facts import ModelFacts
 from serve_app.tasks.scores import not_finite, usage
+from serve_app.tasks.sequences import read_sequences
 from serve_app.tasks.steps import Steps
 from serve_app.tasks.task import PreparedRequest, Task
 from serve_app.tasks.token_texts import TokenReader, TokenTexts
 from serve_app.tasks.tokenizer import TextTokenizer
-from serve_app.tasks.validation import check_causal, check_count, check_ids, too_many_tokens
+from serve_app.tasks.validation import check_causal
 
 
 def _one_at_most(count: int) -> int:
@@ -50,8 +51,6 @@ def _greedy(temperature: float) -> float:
         raise PydanticCustomError("greedy", "0 or left out, since the one token is the top-1 token, never sampled")
     return temperature
 
-
-Prompt = str | list[str] | list[int] | list[list[int]]
 
 _ZERO_OR_ONE: dict[str, Any] = {"minimum": 0, "maximum": 1}
 
@@ -176,7 +175,7 @@ class Completer:
         """
         check_causal(self._model.info.classes)
         new_tokens = request.new_tokens
-        texts, sequences = yield from self._prompts(request.prompt)
+        texts, sequences = yield from read_sequences(self._model, request.prompt, "prompt")
         rated = request.echo and request.logprobs is not None
         arrays = [np.asarray(ids, np.int32) for ids in sequences]
         # Each position has the next token as its target. The last has no target: it is read for its top-1 token.
@@ -197,40 +196,6 @@ class Completer:
         tokenizer = self._model.tokenizer
         completions = Completions(batch, request, texts, tokenizer, self._reader, self._model.name, request_id)
         return PreparedRequest(batch, 0, batch.num_sequences, len(batch.tokens), completions.answer)
-
-    def _prompts(self, prompt: Prompt) -> Steps[tuple[list[str | None], list[list[int]]]]:
-        """The text of each prompt, None if it came as ids, and its ids."""
-        if not prompt and not isinstance(prompt, str):
-            raise InvalidRequestError("prompt is an empty list; send at least one prompt", param="prompt")
-        where = "prompt[{}]"
-        if isinstance(prompt, str):
-            prompt = [prompt]
-        elif isinstance(prompt[0], int):
-            where, prompt = "prompt", [cast(list[int], prompt)]
-        check_count(prompt, self._model.limits.max_items, "prompt")
-        if isinstance(prompt[0], str):
-            texts = cast(list[str], prompt)
-            found = self._model.encoded(texts, "prompt")
-        else:
-            texts = [None] * len(prompt)
-            found = iter(cast(list[list[int]], prompt))
-        total = 0
-        sequences: list[list[int]] = []
-        for index, ids in enumerate(found):
-            yield
-            sequences.append(ids)
-            check_ids(ids, self._model.info.vocab_size, where.format(index), index, of_text=isinstance(prompt[0], str))
-            total += len(ids)
-            if not 0 < len(ids) <= self._model.max_prompt_tokens:
-                raise InvalidRequestError(
-                    f"prompt[{index}] has {len(ids)} tokens; this model reads 1 to {self._model.most_tokens}; "
-                    "send a prompt of such a length",
-                    param="prompt",
-                    index=index,
-                )
-            if total > self._model.limits.max_request_tokens:
-                raise too_many_tokens(total, self._model.limits.max_request_tokens, "prompt", index)
-        return list(texts), sequences
 
 
 @dataclass(frozen=True, slots=True)

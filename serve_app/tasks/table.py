@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from serve_app.tasks.classify import CLASSIFY
 from serve_app.tasks.completions import COMPLETIONS
 from serve_app.tasks.generative import GENERATIVE
+from serve_app.tasks.logprobs import LOGPROBS
 from serve_app.tasks.openai_decisions import OPENAI_DECISIONS
 from serve_app.tasks.pooling import EMBEDDINGS, POOLING
 from serve_app.tasks.remote_reward import REMOTE_REWARD
@@ -24,6 +25,7 @@ TASKS: Sequence[AnyTask] = (
     SYSTEMONE,
     OPENAI_DECISIONS,
     COMPLETIONS,
+    LOGPROBS,
     GENERATIVE,
     CLASSIFY,
     POOLING,

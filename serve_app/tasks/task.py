@@ -47,6 +47,14 @@ class PreparedRequest(Generic[A]):
 
 
 @dataclass(frozen=True, slots=True)
+class Binary:
+    """An answer that is not JSON."""
+
+    content: bytes
+    media_type: str
+
+
+@dataclass(frozen=True, slots=True)
 class Answered(Generic[A]):
     """A request answered without an engine."""
 
@@ -120,6 +128,7 @@ class Task(Generic[R, A]):
         matches: whether a body is of this task, for tasks that share a route. None: the task takes every body that no
             other task of the route takes.
         lines: how answers are streamed to a request with ``stream``. None: they are not.
+        binary: the media type of answers that are not JSON, and what they are. None: all are JSON.
         parse: the function that makes a checked request of a body. None: ``schemas.parse``, in pieces if it is large.
         aliases: names that mean the default model here, where no model is served under them.
     """
@@ -135,6 +144,7 @@ class Task(Generic[R, A]):
     scores: bool = True
     matches: Callable[[bytes], bool] | None = None
     lines: Lines[R] | None = None
+    binary: tuple[str, str] | None = None
     parse: Callable[[type[R], bytes], R] | None = None
     aliases: tuple[str, ...] = ()
 

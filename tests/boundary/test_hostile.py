@@ -28,6 +28,7 @@ GOOD: dict[str, Any] = {"query": "the ", "items": ["fox", "dog"], "label_token_i
 OTHERS: dict[str, dict[str, Any]] = {
     "/v1/rerank": {"query": "the ", "documents": ["fox", {"text": "dog"}]},
     "/v1/completions": {"prompt": ["fox", "dog"], "max_tokens": 1, "logprobs": 1, "echo": True},
+    "/v1/logprobs": {"input": [[5, 7, 9], [3, 4]], "start": [2, 1], "top": 2, "candidates": [[[1, 2]], [[]]]},
     "/generative_scoring": GOOD,
     "/classify": {"input": ["the", "fox"], "use_activation": False},
     "/pooling": {"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": "fox"}]},
@@ -103,6 +104,10 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "questions": st.dictionaries(st.text(max_size=5), st.deferred(lambda: asked), max_size=3)
     | st.lists(st.deferred(lambda: asked), max_size=3)
     | anything,
+    "start": st.integers(-1, 5) | st.lists(st.integers(-1, 3), max_size=3) | anything,
+    "top": st.integers(-1, 3) | st.integers(500, 1100) | anything,
+    "candidates": st.lists(st.lists(id_lists, max_size=3), max_size=3) | anything,
+    "format": st.sampled_from(["json", "npz"]) | anything,
     "permutations": st.integers(-1, 300) | anything,
     "unknown": anything,
 }

@@ -150,6 +150,68 @@ def test_of_equal_logits_the_first_is_found(head_dtype: str) -> None:
     np.testing.assert_array_equal(again, once)
 
 
+def top(
+    x: np.ndarray, head: np.ndarray, count: int, softcap: float | None = None, scale: float = 1, most: int | None = None
+) -> list[np.ndarray]:
+    """The normalisers, ids and logits.
+
+    Args:
+        most: that the program has room for; None: as many as ``count``.
+    """
+    wanted, room = jnp.asarray([count, len(x)], jnp.int32), most or count
+    call = jax.jit(lambda x, head, wanted, scale: linear.top(x, head, wanted, scale, room, softcap))
+    normalizers, ids, logits = call(x, head, wanted, jnp.float32(scale))
+    return [np.asarray(y) for y in (normalizers, ids[:, :count], logits[:, :count])]
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "count", "softcap"), [(1, 5, 5, 8.0), (17, 385, 300, 8.0), (130, 9000, 40, None)]
+)
+def test_the_highest_logits_equal_float64(
+    rows: int, vocabulary: int, count: int, softcap: float | None, head_dtype: str
+) -> None:
+    x, head = normal(head_dtype, rows, 96), normal(head_dtype, vocabulary, 96)
+    logits = x.astype(np.float64) @ head.astype(np.float64).T
+    if softcap is not None:
+        logits = softcap * np.tanh(logits / softcap)
+    scaled = logits / 2
+    got, ids, found = top(x, head, count, softcap, scale=0.5, most=count + 3)
+    highest = scaled.max(axis=1)
+    np.testing.assert_allclose(
+        got, highest + np.log(np.exp(scaled - highest[:, None]).sum(axis=1)), rtol=5e-7, atol=2e-6
+    )
+    # Some are small differences of large products.
+    np.testing.assert_allclose(found, -np.sort(-scaled, axis=1)[:, :count], rtol=5e-7, atol=1e-5)
+    np.testing.assert_allclose(found, np.take_along_axis(scaled, ids.astype(int), axis=1), rtol=5e-7, atol=1e-5)
+    assert all(len(set(row)) == count for row in ids.tolist())
+    assert (np.diff(found, axis=1) <= 0).all()
+    for own, all_rows in zip(top(x[rows - 1 :], head, count, softcap, scale=0.5), (got, ids, found), strict=True):
+        np.testing.assert_array_equal(own, all_rows[rows - 1 :])
+
+
+def test_of_equal_logits_the_first_are_among_the_highest(head_dtype: str) -> None:
+    """Whichever threads see them, and wherever the head's blocks end."""
+    x, head = normal(head_dtype, 70, 96), normal(head_dtype, 500, 96)
+    _, once, _ = top(x, head, 20)
+    _, many, logits = top(x, np.concatenate([head] * 12), 240)
+    np.testing.assert_array_equal(many[:, ::12], once)
+    np.testing.assert_array_equal(
+        many.reshape(70, 20, 12) - once[:, :, None], np.tile(500 * np.arange(12), (70, 20, 1))
+    )
+    assert (np.diff(logits.reshape(70, 20, 12)) == 0).all()
+    _, some, _ = top(x, np.concatenate([head] * 12), 18)
+    np.testing.assert_array_equal(some, many[:, :18])
+
+
+def test_a_scale_of_one_and_the_highest_change_no_normalizer(head_dtype: str) -> None:
+    x, head = normal(head_dtype, 70, 96), normal(head_dtype, 5000, 96)
+    normalizers, ids, highest = argmax(x, head, 8.0)
+    got, top_ids, top_logits = top(x, head, 7, 8.0)
+    np.testing.assert_array_equal(got, normalizers)
+    np.testing.assert_array_equal(top_ids[:, 0], ids)
+    np.testing.assert_array_equal(top_logits[:, 0], highest)
+
+
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("width", [1, 7, 48, 576, 1030])
 def test_dots_equal_float64(width: int) -> None:

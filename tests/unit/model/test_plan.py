@@ -30,7 +30,7 @@ def batches(draw: st.DrawFn) -> tuple[list[np.ndarray], list[list[int]]]:
 
 @settings(max_examples=300)
 @given(batches(), st.integers(1, 64))
-def test_every_read_is_in_exactly_one_segment_over_its_own_prefix(
+def test_every_read_is_in_exactly_one_segment_over_its_own_prefix_or_in_a_prefix_that_is_read(
     batch: tuple[list[np.ndarray], list[list[int]]], min_saving: int
 ) -> None:
     sequences, reads = batch
@@ -39,6 +39,11 @@ def test_every_read_is_in_exactly_one_segment_over_its_own_prefix(
     for group in groups:
         prefix = sequences[group.prefix_of][: group.prefix_length]
         assert len(prefix) == group.prefix_length
+        if group.first_read is not None:
+            own = reads[group.prefix_of]
+            assert len(own) > 4
+            assert (group.first_read, group.prefix_length, len(group.segments)) == (own[0], own[-1] + 1, 0)
+            found.update((group.prefix_of, p) for p in own)
         for segment in group.segments:
             assert segment.start == group.prefix_length
             assert 0 < segment.length <= 64
