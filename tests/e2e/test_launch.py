@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -88,8 +90,9 @@ def test_ctrl_c_waits_for_the_last_request_and_leaves_no_process(
     monkeypatch.chdir(tmp_path)
     port = free_port()
     monkeypatch.setenv(auth.VARIABLE, "a-key")  # reaches the front end through Ray
-    with launched("--model", "./judge", "--port", str(port)) as process:
+    with launched("--model", "./judge", "--port", str(port), "--access-log") as process:
         said = read_until(process, "curl")
+        (logs,) = [Path(line.split()[1]) for line in said if line.startswith("logs: ")]
         assert any("programs are ready" in line for line in said)
         words = shlex.split(said[-1])
         body = json.loads(words[words.index("-d") + 1])
@@ -98,6 +101,16 @@ def test_ctrl_c_waits_for_the_last_request_and_leaves_no_process(
         assert answer.status_code == 200
         assert [round(sum(row), 6) for row in answer.json()["scores"]] == [1, 1]
         started = psutil.Process(process.pid).children(recursive=True)
+        listening = [
+            (each.name(), one.laddr.ip)
+            for each in (psutil.Process(process.pid), *started)
+            for one in each.net_connections("inet")
+            if one.status == psutil.CONN_LISTEN
+        ]
+        assert len(listening) > 5
+        # Serve binds the port of a replica's calls to all interfaces, with no setting for it (docs/security.md).
+        open_to_all = {name for name, ip in listening if ip not in ("127.0.0.1", "::ffff:127.0.0.1")}
+        assert open_to_all <= {"ray::ServeReplica:score:Ingress", "ray::ServeReplica:score:Scorer"}, listening
         (raylet,) = [child for child in started if child.name() == "raylet"]
         assert raylet.environ()["MALLOC_ARENA_MAX"] == "2"
         assert {child.nice() for child in started} == {psutil.Process().nice()}
@@ -119,6 +132,10 @@ def test_ctrl_c_waits_for_the_last_request_and_leaves_no_process(
         assert "Traceback" not in rest
     _, alive = psutil.wait_procs(started, timeout=10)
     assert alive == []
+    # The logs outlive the service, and have the requests.
+    (front_end,) = logs.glob("replica_*Ingress*.log")
+    assert re.search(r"POST /v1/score 401 .*\n(.*\n)*.*POST /v1/score 200 ", front_end.read_text())
+    shutil.rmtree(logs)
 
 
 def test_calls_by_grpc_take_large_jobs_and_outlive_a_replica_but_not_ray(
