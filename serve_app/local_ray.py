@@ -67,7 +67,7 @@ def free_port() -> int:
 
 def set_environment(*, fast_front: bool = False) -> None:
     """Set the environment for Ray on this host alone. Call it before Ray Serve is imported, which reads some of it."""
-    for name, value in (PROCESSES | GRPC_ENV | LOOPBACK | (FAST_FRONT if fast_front else {})).items():
+    for name, value in (PROCESSES | GRPC_ENV | (FAST_FRONT if fast_front else {})).items():
         os.environ.setdefault(name, value)
 
 
