@@ -13,6 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 APP_NAME = "score"
 """Name of the Serve application: ``serve.get_app_handle("score")``."""
 
@@ -48,6 +50,9 @@ GRPC_ENV = {
 silently, Ray ends actor calls, but gRPC calls only fail after minutes. Variables that are already set keep their
 values."""
 
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Ray's switch for a machine that is a cluster of its own, as on macOS and Windows by default: its node then has the
+address 127.0.0.1, and Ray's ports listen there alone. Ray reads it when it is imported."""
 
 FOLDERS = ("SCORE_SERVE_CACHE", "HF_HOME")
 """Variables that name folders, perhaps relative to the current one."""
@@ -94,6 +99,34 @@ def start_ray(cpus: int, **options: Any) -> None:
             _node_ip_address="127.0.0.1",
             **options,
         )
+
+
+def join_ray(**options: Any) -> None:
+    """Connect to the Ray cluster of RAY_ADDRESS or of this machine, such as that of ``score-serve serve``.
+
+    ``ray.init("auto")`` alone takes 127.0.0.1, where a Ray of ``start_ray`` listens, for the machine's other address.
+
+    Args:
+        options: more options of ``ray.init``.
+
+    Raises:
+        ConnectionError: there is none.
+    """
+    import ray
+    from ray._private import ray_constants
+
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address.startswith("127.0.0.1:") or (not address and _listens_on_loopback()):
+        ray_constants.ENABLE_RAY_CLUSTER = False  # what LOOPBACK sets, for this process, which has imported Ray
+    ray.init("auto", **options)  # pyright: ignore[reportUnknownMemberType]
+
+
+def _listens_on_loopback() -> bool:
+    """Whether a Ray of this machine listens on 127.0.0.1 alone."""
+    running = psutil.process_iter(["name", "cmdline"])
+    return any(
+        each.info["name"] == "gcs_server" and "--node-ip-address=127.0.0.1" in each.info["cmdline"] for each in running
+    )
 
 
 def reason(message: str) -> str:

@@ -1,21 +1,20 @@
 """The examples of the documentation: they are run, and the answers that follow them are compared.
 
-A ``python`` block is run, and a ``sh`` block that begins with ``curl`` or ``score-serve``. A ``json`` or ``text``
-block that follows is its output.
+A ``python`` block is run, and a ``sh`` block that begins with ``curl`` or ``score-serve``: as a user runs them, in a
+process of their own and in a folder that is not the checkout and has a copy of ``examples/``. A ``json`` or ``text``
+block that follows is the output.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
-import io
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 FILES = [
     "README.md",
-    *(f"docs/{name}.md" for name in ("quickstart", "api", "recipes", "decisions", "migration", "clients")),
+    *(f"docs/{name}.md" for name in ("quickstart", "api", "recipes", "decisions", "migration", "clients", "jobs")),
 ]
 ADDRESS = "http://127.0.0.1:8000"
 COMMANDS = ("curl", "score-serve")
@@ -73,22 +72,19 @@ def examples() -> Iterator[Example]:
             yield Example(f"{file}:{line}", language, code, shown)
 
 
-def run(example: Example, url: str) -> str:
-    """Run the example against the service at ``url``. Returns its output."""
+def run(example: Example, url: str, folder: Path, **environment: str) -> str:
+    """Run the example against the service at ``url``, in ``folder``. Returns its output."""
     code = example.code.replace(ADDRESS, url)
+    if not (folder / "examples").exists():
+        shutil.copytree(ROOT / "examples", folder / "examples")
     if example.language == "python":
-        printed = io.StringIO()
-        names: dict[str, Any] = {"__name__": "__example__"}
-        with contextlib.redirect_stdout(printed), warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)  # a short example leaves its client open
-            warnings.filterwarnings("ignore", ".*is in beta")  # LangChain's decisions
-            exec(compile(code, example.name, "exec"), names)
-            names.clear()
-            gc.collect()
-        return printed.getvalue()
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    command = ["bash", "-euo", "pipefail", "-c", code.replace("curl ", "curl -sS ", 1)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PATH": path})
+        command = [sys.executable, "-c", code]
+    else:
+        command = ["bash", "-euo", "pipefail", "-c", code.replace("curl ", "curl -sS ", 1)]
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | environment, cwd=folder
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 

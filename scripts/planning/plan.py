@@ -22,6 +22,7 @@ from model.families.registry import from_hf
 from model.fields import read_config
 from scripts.planning.chips import CHIPS, libtpu_version
 from scripts.planning.estimate import Estimate, Workload, estimate
+from serve_app import model_source
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 GB = 1e9
@@ -29,7 +30,7 @@ GB = 1e9
 
 @app.command()
 def plan_tpu(
-    model: Annotated[str, typer.Argument(help="A folder with config.json, a config.json, or a hub id.")],
+    model: Annotated[str, typer.Argument(help="'demo', a folder with config.json, a config.json, or a hub id.")],
     chip: Annotated[str, typer.Option(help=f"One of {', '.join(CHIPS)}.")] = "v6e",
     topology: Annotated[
         list[str], typer.Option(help="Topology of the slice, such as 1x1. Repeatable, for more columns.")
@@ -107,8 +108,8 @@ def plan_tpu(
 
 
 def read(model: str) -> ModelConfig:
-    """Read the config of a folder, a file, or a model on the hub."""
-    path = Path(model)
+    """Read the config of the demo model, a folder, a file, or a model on the hub."""
+    path = model_source.resolve(model) if model == "demo" else Path(model)
     if path.is_file():
         return from_hf(json.loads(path.read_text(encoding="utf-8")))
     if path.is_dir():

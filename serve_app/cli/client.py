@@ -12,6 +12,7 @@ from typing import Annotated
 import httpx
 import typer
 from pydantic import ValidationError
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -27,6 +28,10 @@ LOW_MASS = 0.01
 """A total probability of all labels below this causes a warning; the page uses the same number."""
 LOOKED_AT = 3
 """Items checked for low mass, by a request of their own: a softmax over the labels alone does not compute it."""
+MIN_ITEM = 12
+"""Characters of an item that the table shows at least."""
+SCORE = 10
+"""Characters of a score at most, such as 1.234e-105."""
 TRY_AGAIN = 3
 """Exit code: unreachable, overloaded or timed out; retry later. 2 is a wrong command."""
 
@@ -95,7 +100,8 @@ def score(
         if as_json:
             sys.stdout.write(answer.model_dump_json(exclude_none=True) + "\n")
         else:
-            Console().print(_table(texts, label or [str(i) for i in label_id or []], answer))
+            console = Console()
+            console.print(_table(texts, label or [str(i) for i in label_id or []], answer, console.width))
         _warn_of_low_mass(ask, texts[:LOOKED_AT])
 
 
@@ -177,15 +183,32 @@ def _warn_of_low_mass(ask: Callable[..., ScoreResponse], items: list[str]) -> No
         )
 
 
-def _table(items: list[str], labels: list[str], answer: ScoreResponse) -> Table:
+def _table(items: list[str], labels: list[str], answer: ScoreResponse, width: int) -> Table:
+    """A row for each item; where the labels leave it too little of the width, a row for each score.
+
+    Items are shortened to the width that is left, never scores.
+    """
     usage = answer.usage
     cached = usage.prompt_tokens_details.cached_tokens
     table = Table(caption=f"{usage.prompt_tokens:,} prompt tokens, {cached:,} cached")
-    table.add_column("item", overflow="ellipsis", no_wrap=True, ratio=1)
-    for label in labels:
-        table.add_column(printable(label.strip() or repr(label)), justify="right", no_wrap=True)
-    for item, row in zip(items, answer.scores, strict=True):
-        table.add_row(printable(item), *(f"{value:.4g}" for value in row or ()))
+    table.add_column("item", overflow="ellipsis", no_wrap=True)
+    names = [printable(label.strip() or repr(label)) for label in labels]
+    rows = [[f"{value:.4g}" for value in row or ()] for row in answer.scores]
+    widths = [max(cell_len(name.plain), SCORE) for name in names]
+    left = width - 4 - sum(each + 3 for each in widths)  # a column has a line and two spaces
+    if left >= MIN_ITEM:
+        for name, own in zip(names, widths, strict=True):
+            table.add_column(name, justify="right", no_wrap=True, min_width=own)
+        table.columns[0].max_width = left
+        for item, row in zip(items, rows, strict=True):
+            table.add_row(printable(item), *row)
+        return table
+    table.add_column("label", overflow="fold")
+    table.add_column("score", justify="right", no_wrap=True, min_width=SCORE)
+    table.columns[0].max_width = max(MIN_ITEM, width // 3)
+    for item, row in zip(items, rows, strict=True):
+        for number, (name, value) in enumerate(zip(names, row, strict=True)):
+            table.add_row("" if number else printable(item), name, value)
     return table
 
 

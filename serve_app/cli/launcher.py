@@ -51,6 +51,11 @@ STATISTICS_PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_P
 _SCORER_LOG = re.compile(r"_Scorer-(.+)_[^_]+\.log$")
 """Name of a scorer's log, with the model's name if there are several (``app.build`` chooses it)."""
 
+_WARNING = "warning: "
+_LOGS = "logs: "
+KEPT = (MEMORY, _WARNING, _LOGS)
+"""Lines with one of these stay on the terminal."""
+
 Say = Callable[[str], None]
 
 
@@ -58,13 +63,14 @@ class LaunchError(Exception):
     """The service cannot start. The message says why and what to do."""
 
 
-def run(settings: ServiceSettings, *, host: str, port: int, fast_front: bool = False) -> None:
+def run(settings: ServiceSettings, *, host: str, port: int, fast_front: bool = False, access_log: bool = False) -> None:
     """Serve until SIGINT, SIGTERM or SIGHUP, then stop every process that was started.
 
     Args:
         fast_front: use HAProxy instead of Serve's own proxy. Requests take some milliseconds less. Its statistics
             ports listen on all interfaces whatever ``host`` says. While the only front end is being replaced it
             answers 500 at once; Serve's proxy would let requests wait.
+        access_log: log a line for each request.
 
     Raises:
         LaunchError: the port is taken, the disk is full, the settings do not fit the model, or a replica cannot start.
@@ -78,7 +84,7 @@ def run(settings: ServiceSettings, *, host: str, port: int, fast_front: bool = F
 
         def say(line: str) -> None:
             """Update the last line on a terminal; print a new line elsewhere, and for what is worth keeping."""
-            kept = MEMORY in line
+            kept = any(word in line for word in KEPT)
             if not kept:
                 status.update(line)
             if kept or not console.is_terminal:
@@ -120,7 +126,7 @@ def run(settings: ServiceSettings, *, host: str, port: int, fast_front: bool = F
                     markup=False,
                 )
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        with ending.watched() as end, _service(settings, host, port, say, end) as logs:
+        with ending.watched() as end, _service(settings, host, port, say, end, access_log=access_log) as logs:
             end.at_end.append(status.stop)
             wait_until_ready(url, logs, say)
             status.stop()
@@ -216,7 +222,7 @@ def drain(timeout_s: float) -> None:
 def log_lines(folder: Path) -> Iterator[str | None]:
     """Yield the lines of the scorers' logs, without end; None when there is nothing new.
 
-    With several models each line begins with the model's name.
+    With several models each line begins with the model's name, and a warning with "warning: ".
     """
     read: dict[Path, int] = {}
     while True:
@@ -227,8 +233,9 @@ def log_lines(folder: Path) -> Iterator[str | None]:
                 file.seek(read.get(path, 0))
                 while (line := file.readline()).endswith("\n"):
                     read[path] = file.tell()
-                    if " -- " in line:
-                        yield prefix + line.split(" -- ", 1)[1].strip()
+                    level, _, said = line.partition(" -- ")
+                    if said:
+                        yield (_WARNING if level.startswith("WARNING") else "") + prefix + said.strip()
         yield None
 
 
@@ -265,7 +272,9 @@ def _is_ready(url: str) -> bool:
 
 
 @contextmanager
-def _service(settings: ServiceSettings, host: str, port: int, say: Say, end: Ending) -> Generator[Path]:
+def _service(
+    settings: ServiceSettings, host: str, port: int, say: Say, end: Ending, *, access_log: bool
+) -> Generator[Path]:
     """Ray, Serve and the application; yields the folder of the replicas' logs."""
     # Ray takes a second to import: --help and user errors come first.
     import ray
@@ -275,36 +284,36 @@ def _service(settings: ServiceSettings, host: str, port: int, say: Say, end: End
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     say("starting Ray")
-    with tempfile.TemporaryDirectory(prefix="score-serve-", ignore_cleanup_errors=True) as logs:
-        end.at_end.append(lambda: shutil.rmtree(logs, ignore_errors=True))
-        try:
-            start_ray(_cpus(settings))
-            end.watch_ray()
-            check_chips(settings, ray.nodes())
-            quiet = {"log_level": "WARNING", "enable_access_log": False}
-            interrupt_on_signals()  # ray.init has put its own handler in place, which ends the process at once
-            http = {"host": host, "port": port}
-            serve.start(http_options=http, logging_config=quiet)  # pyright: ignore[reportUnknownMemberType]
-            say("starting the service")
-            serve.run_many(  # pyright: ignore[reportUnknownMemberType]
-                [
-                    serve.RunTarget(
-                        build(settings),
-                        name=APP_NAME,
-                        logging_config={"logs_dir": logs, "enable_access_log": False},
-                    )
-                ],
-                wait_for_ingress_deployment_creation=False,
-                wait_for_applications_running=False,
-            )
-            yield Path(logs)
-        finally:
-            # One more Ctrl-C must not leave processes behind.
-            for each in (signal.SIGINT, *STOPPING):
-                signal.signal(each, signal.SIG_IGN)
-            logging.disable()
-            end.stopping()
-            ray.shutdown()  # pyright: ignore[reportUnknownMemberType]
+    logs = tempfile.mkdtemp(prefix="score-serve-logs-")  # stays, for whoever looks for the reason of a failure
+    say(f"{_LOGS}{logs}")
+    try:
+        start_ray(_cpus(settings))
+        end.watch_ray()
+        check_chips(settings, ray.nodes())
+        quiet = {"log_level": "WARNING", "enable_access_log": False}
+        interrupt_on_signals()  # ray.init has put its own handler in place, which ends the process at once
+        http = {"host": host, "port": port}
+        serve.start(http_options=http, logging_config=quiet)  # pyright: ignore[reportUnknownMemberType]
+        say("starting the service")
+        serve.run_many(  # pyright: ignore[reportUnknownMemberType]
+            [
+                serve.RunTarget(
+                    build(settings),
+                    name=APP_NAME,
+                    logging_config={"logs_dir": logs, "enable_access_log": access_log},
+                )
+            ],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+        yield Path(logs)
+    finally:
+        # One more Ctrl-C must not leave processes behind.
+        for each in (signal.SIGINT, *STOPPING):
+            signal.signal(each, signal.SIG_IGN)
+        logging.disable()
+        end.stopping()
+        ray.shutdown()  # pyright: ignore[reportUnknownMemberType]
 
 
 def interrupt_on_signals() -> None:

@@ -82,6 +82,14 @@ def serve(
             "ports listen on all interfaces, and it answers 500 while the only front end is being replaced.",
         ),
     ] = False,
+    access_log: Annotated[
+        bool,
+        typer.Option(
+            "--access-log",
+            help="Log a line with route, status and duration for each request, in the folder of logs that the start "
+            "names.",
+        ),
+    ] = False,
     api_keys_file: Annotated[
         Path | None,
         typer.Option(
@@ -170,7 +178,7 @@ def serve(
             api_keys_file=None if api_keys_file is None else str(api_keys_file),
             cors_origins=tuple(cors_origin or ()),
         )
-        launcher.run(settings, host=host, port=port, fast_front=fast_front)
+        launcher.run(settings, host=host, port=port, fast_front=fast_front, access_log=access_log)
     except ValidationError as error:
         faults = [
             (".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")) for each in error.errors()

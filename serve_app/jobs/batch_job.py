@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
@@ -31,10 +31,13 @@ from serve_app.jobs.files import (
 )
 from serve_app.jobs.folder import Done, JobFolder, appearing
 from serve_app.jobs.job import AnyJob, Values
-from serve_app.jobs.progress import Progress
+from serve_app.jobs.progress import Progress, RowCount
 from serve_app.jobs.row_template import RowTemplate
 from serve_app.jobs.targets import App, Target
-from serve_app.local_ray import reason, start_ray
+from serve_app.local_ray import join_ray, reason, start_ray
+
+Tell = Callable[[int, int], object]
+"""Called with a block's number and how many of its rows are done."""
 
 _CAUSED = "\n\nThe above exception"
 """Ray Data writes this after the error, and its own comments after this."""
@@ -104,17 +107,41 @@ def run(job: AnyJob, target: Target, *, workers: int = 2, progress: Progress | N
         if left:
             stack.enter_context(_ray(target, workers))
             reader = Reader(source.format, source.columns, fixed=format_ in ("csv", "parquet"), schema=schema)
-            with progress.of(sum(block.rows for block in source.blocks), before.rows + before.bad):
-                for one in _computed(left, (job, target, reader, format_), workers):
+            rows = SharedCount.started()
+            total = sum(block.rows for block in source.blocks)
+            with progress.of(total, before.rows + before.bad, rows.total):
+                for one in _computed(left, (job, target, reader, format_, rows.tell), workers):
                     here += one
-                    progress.advance(one.rows + one.bad)
         seconds = time.monotonic() - started
         summary = Summary(before + here, len(source.blocks), here, len(left), seconds)
         folder.finish(summary.as_json())
     return summary
 
 
-def _computed(left: list[Block], worker: tuple[AnyJob, Target, Reader, Format], workers: int) -> Generator[Done]:
+@dataclass(frozen=True)
+class SharedCount:
+    """The rows that are done, in an actor; pickled to the workers."""
+
+    actor: Any
+
+    @staticmethod
+    def started() -> SharedCount:
+        import ray
+
+        return SharedCount(ray.remote(num_cpus=0)(RowCount).remote())
+
+    def tell(self, block: int, rows: int) -> None:
+        """Set the block's rows that are done, without waiting."""
+        self.actor.set.remote(block, rows)
+
+    def total(self) -> int:
+        """The rows of all blocks."""
+        import ray
+
+        return ray.get(self.actor.total.remote())
+
+
+def _computed(left: list[Block], worker: tuple[AnyJob, Target, Reader, Format, Tell], workers: int) -> Generator[Done]:
     """Yield each block's figures as it is finished."""
     import ray.data
     from ray.exceptions import RayError
@@ -139,14 +166,18 @@ class Worker:
 
     Args:
         format_: the output's format.
+        tell: hears of a block's rows that are done.
     """
 
-    def __init__(self, job: AnyJob, target: Target, reader: Reader, format_: Format) -> None:
+    def __init__(
+        self, job: AnyJob, target: Target, reader: Reader, format_: Format, tell: Tell = lambda *_: None
+    ) -> None:
         self._job = job
         self._templates = _templates(job)
         self._reader = reader
         self._format: Format = format_
         self._folder = JobFolder(job.output)
+        self._tell = tell
         self._ask = job.connect(target)
 
     def __call__(self, place: dict[str, Any]) -> dict[str, Any]:
@@ -166,7 +197,15 @@ class Worker:
                     asked.append((at, [template.fill(values) for template in self._templates]))
                 except ValueError as error:
                     rows.problems[at] = str(error)
-        found, cost = self._ask(asked)
+        told = len(rows.problems)
+
+        def tell(more: int) -> None:
+            nonlocal told
+            told += more
+            self._tell(block.index, told)
+
+        tell(0)
+        found, cost = self._ask(asked, tell)
         rows.problems |= {at: one for at, one in found.items() if isinstance(one, str)}
         kept = [at for at in range(len(rows.values)) if at not in rows.problems]
         self._write(block, rows, kept, [cast(Values, found[at]) for at in kept])
@@ -245,6 +284,8 @@ def _manifest(job: AnyJob, source: Source, target: Target) -> dict[str, Any]:
 @contextmanager
 def _ray(target: Target, workers: int) -> Generator[None]:
     """Have Ray running inside the ``with`` block."""
+    # Ray Data's own way of making workers is an "error" in Ray's log on standard error.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
     if ray.is_initialized():
@@ -252,11 +293,11 @@ def _ray(target: Target, workers: int) -> Generator[None]:
         return
     if isinstance(target, App):
         try:
-            ray.init("auto", log_to_driver=False, logging_level=logging.ERROR)  # pyright: ignore[reportUnknownMemberType]
+            join_ray(log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError as error:
             raise JobError(
-                f"cannot connect to a Ray cluster: {error}; set RAY_ADDRESS, or use --url (the Ray of "
-                "'score-serve serve' is private)"
+                f"cannot connect to a Ray cluster: {error}; set RAY_ADDRESS, start 'score-serve serve' on this "
+                "machine, or use --url"
             ) from error
     else:
         needed = workers * target.resources.get("num_cpus", 1)

@@ -9,7 +9,7 @@ from typing import Any
 
 from serve_app.errors import DeadlineExceededError, InternalError, InvalidRequestError, TooLargeError
 from serve_app.jobs import columns
-from serve_app.jobs.scoring import Cost
+from serve_app.jobs.scoring import Cost, Told
 from serve_app.jobs.targets import Ask
 from serve_app.tasks.systemone import ErrorAnswer, SystemOneRequest, SystemOneResponse
 
@@ -21,20 +21,27 @@ _OF_THE_ROW = (TooLargeError, DeadlineExceededError, InternalError)
 
 
 def decide(
-    request: SystemOneRequest, asked: Sequence[tuple[int, str]], ask: Ask[SystemOneRequest, SystemOneResponse]
+    request: SystemOneRequest,
+    asked: Sequence[tuple[int, str]],
+    ask: Ask[SystemOneRequest, SystemOneResponse],
+    told: Told = lambda _: None,
 ) -> tuple[dict[int, dict[str, Any] | str], Cost]:
     """Decide the request's questions for each row: the results by position, or the reason why a row has none.
 
     Args:
         asked: position and state of each row.
         ask: sends a request; threads share it.
+        told: hears of each row.
 
     Raises:
         ScoringError: no row can be answered, since a question is wrong, the model is unknown or the service is
             unreachable.
     """
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        answers = list(pool.map(partial(_decide, request, ask), [state for _, state in asked]))
+        answers: list[SystemOneResponse | str] = []
+        for answer in pool.map(partial(_decide, request, ask), [state for _, state in asked]):
+            answers.append(answer)
+            told(1)
     found = {at: _values(answer) for (at, _), answer in zip(asked, answers, strict=True)}
     answered = [answer for answer in answers if not isinstance(answer, str)]
     tokens = sum(answer.usage.input_tokens for answer in answered)

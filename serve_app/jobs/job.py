@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from serve_app.jobs import columns, deciding, scoring
 from serve_app.jobs.columns import Column
 from serve_app.jobs.files import Format
-from serve_app.jobs.scoring import Cost
+from serve_app.jobs.scoring import Cost, Told
 from serve_app.jobs.targets import Target
 from serve_app.schemas import ScoreRequest
 from serve_app.tasks.score import SCORE
@@ -20,8 +20,9 @@ from serve_app.tasks.systemone import SYSTEMONE, SystemOneRequest
 Values = dict[str, Any]
 """A row's value in each of the columns that a job adds."""
 
-AskRows = Callable[[Sequence[tuple[int, Sequence[str]]]], tuple[dict[int, Values | str], Cost]]
-"""Asks about rows, each a position and its filled-in templates. Returns their values, or why a row has none.
+AskRows = Callable[[Sequence[tuple[int, Sequence[str]]], Told], tuple[dict[int, Values | str], Cost]]
+"""Asks about rows, each a position and its filled-in templates, and tells of each that is done. Returns their values,
+or why a row has none.
 
 Raises:
     ScoringError: no row can be answered.
@@ -109,7 +110,9 @@ class Job(AnyJob):
 
     def connect(self, target: Target) -> AskRows:
         ask = target.connect(SCORE)
-        return lambda asked: scoring.score(self.request, [(at, query, item) for at, (query, item) in asked], ask)
+        return lambda asked, told: scoring.score(
+            self.request, [(at, query, item) for at, (query, item) in asked], ask, told
+        )
 
 
 @dataclass(frozen=True)
@@ -144,4 +147,4 @@ class DecisionJob(AnyJob):
 
     def connect(self, target: Target) -> AskRows:
         ask = target.connect(SYSTEMONE)
-        return lambda asked: deciding.decide(self.request, [(at, state) for at, (state,) in asked], ask)
+        return lambda asked, told: deciding.decide(self.request, [(at, state) for at, (state,) in asked], ask, told)

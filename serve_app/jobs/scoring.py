@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,19 @@ _ITEM = re.compile(r"items\[\d+\]")
 
 MOST_ITEMS = 1_000
 """Items of one request."""
+FIRST_ITEMS = 100
+"""Items of the first request; its time decides how many the next ones have."""
+REQUEST_S = 2.0
+"""What a request should take, so that the progress moves."""
 MOST_CHARACTERS = 4_000_000
 """Characters of one request; as JSON they stay under the default body limit of 32 MiB."""
 
 _SPLIT = (TooLargeError, DeadlineExceededError, InternalError)
 """Errors after which a request is halved, since one row may be the cause."""
+
+
+Told = Callable[[int], object]
+"""Called with the number of rows whenever some have been asked about."""
 
 
 @dataclass
@@ -33,13 +42,17 @@ class Cost:
 
 
 def score(
-    request: ScoreRequest, asked: Sequence[tuple[int, str, str]], ask: Ask[ScoreRequest, ScoreResponse]
+    request: ScoreRequest,
+    asked: Sequence[tuple[int, str, str]],
+    ask: Ask[ScoreRequest, ScoreResponse],
+    told: Told = lambda _: None,
 ) -> tuple[dict[int, dict[str, Any] | str], Cost]:
     """Score rows: the results by position, or the reason why a row has none.
 
     Args:
         asked: position, query and item of each row.
         ask: sends a request, of at most ``MOST_ITEMS`` items.
+        told: hears of each request's rows.
 
     Raises:
         ScoringError: no row can be scored, since the labels are wrong, the model is unknown or the service is
@@ -47,9 +60,15 @@ def score(
     """
     found: dict[int, dict[str, Any] | str] = {}
     cost = Cost()
+    most = FIRST_ITEMS
     for query, rows in _grouped(request, asked):
-        for some in _cut(query, rows):
+        at = 0
+        while some := _some(query, rows[at : at + min(most, MOST_ITEMS)]):
+            started = time.monotonic()
             _score(request, query, some, ask, found, cost)
+            told(len(some))
+            at += len(some)
+            most = max(1, int(len(some) * REQUEST_S / max(time.monotonic() - started, 1e-3)))
     return found, cost
 
 
@@ -72,16 +91,14 @@ def _grouped(
     return [*several, ("", whole)] if whole else several
 
 
-def _cut(query: str, rows: list[tuple[int, str]]) -> Generator[list[tuple[int, str]]]:
-    some: list[tuple[int, str]] = []
+def _some(query: str, rows: list[tuple[int, str]]) -> list[tuple[int, str]]:
+    """The first rows, as many as one request may have characters; at least one."""
     characters = len(query)
-    for row in rows:
-        if some and (len(some) == MOST_ITEMS or characters + len(row[1]) > MOST_CHARACTERS):
-            yield some
-            some, characters = [], len(query)
-        some.append(row)
-        characters += len(row[1])
-    yield some
+    for at, (_, item) in enumerate(rows):
+        characters += len(item)
+        if at and characters > MOST_CHARACTERS:
+            return rows[:at]
+    return rows
 
 
 def _score(

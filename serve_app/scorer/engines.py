@@ -27,6 +27,7 @@ from serve_app.scorer.slice_worker import Place
 from serve_app.settings import ModelSettings
 
 logger = logging.getLogger("ray.serve")
+logging.getLogger("model").parent = logger  # what the model package says belongs in the replica's log, too
 
 ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")
 """Device files of TPUs and GPUs."""

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import ray
 
 from serve_app import model_source
 from serve_app.app import build
@@ -142,8 +143,9 @@ def test_the_right_document_is_usually_first(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("example", list(documents.examples()), ids=lambda example: example.name)
-def test_the_documentations_examples(client: httpx.Client, example: documents.Example) -> None:
-    printed = documents.run(example, str(client.base_url))
+def test_the_documentations_examples(client: httpx.Client, example: documents.Example, tmp_path: Path) -> None:
+    address = ray.get_runtime_context().gcs_address
+    printed = documents.run(example, str(client.base_url), tmp_path, RAY_ADDRESS=address)
     if example.shown is not None:
         documents.check(printed, example.shown)
 

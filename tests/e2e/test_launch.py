@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -88,8 +90,9 @@ def test_ctrl_c_waits_for_the_last_request_and_leaves_no_process(
     monkeypatch.chdir(tmp_path)
     port = free_port()
     monkeypatch.setenv(auth.VARIABLE, "a-key")  # reaches the front end through Ray
-    with launched("--model", "./judge", "--port", str(port)) as process:
+    with launched("--model", "./judge", "--port", str(port), "--access-log") as process:
         said = read_until(process, "curl")
+        (logs,) = [Path(line.split()[1]) for line in said if line.startswith("logs: ")]
         assert any("programs are ready" in line for line in said)
         words = shlex.split(said[-1])
         body = json.loads(words[words.index("-d") + 1])
@@ -119,6 +122,10 @@ def test_ctrl_c_waits_for_the_last_request_and_leaves_no_process(
         assert "Traceback" not in rest
     _, alive = psutil.wait_procs(started, timeout=10)
     assert alive == []
+    # The logs outlive the service, and have the requests.
+    (front_end,) = logs.glob("replica_*Ingress*.log")
+    assert re.search(r"POST /v1/score 401 .*\n(.*\n)*.*POST /v1/score 200 ", front_end.read_text())
+    shutil.rmtree(logs)
 
 
 def test_calls_by_grpc_take_large_jobs_and_outlive_a_replica_but_not_ray(

@@ -64,6 +64,12 @@ def test_links_have_a_target(file: str):
             assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, anchor
 
 
+@pytest.mark.parametrize("file", PAGES)
+def test_the_files_of_examples_exist(file: str):
+    named = re.findall(r"\bexamples/[\w./-]*\w", (ROOT / file).read_text())
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 def test_no_text_installs_the_other_project_of_this_name():
     """PyPI's score-serve is a stranger's."""
     texts = [

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from rich.cells import cell_len
 from typer.testing import CliRunner
 
 from serve_app.cli import main
@@ -56,6 +57,20 @@ def test_the_table_shows_items_labels_and_scores(served: Served):
     assert "prompt tokens" in result.stdout
     several = run(served, "score", "q ", "a dog", "-l", " by no means")
     assert (several.exit_code, "by no means" in several.stdout) == (0, True)
+
+
+@pytest.mark.parametrize("width", [40, 80, 100])
+@pytest.mark.parametrize("count", [1, 2, 12])
+def test_no_score_is_hidden_whatever_the_width_and_the_items(served: Served, width: int, count: int):
+    items = ["the quick brown fox jumps over the lazy dog " * 4, "short", "电影" * 30]
+    labels = [part for i in range(10, 10 + count) for part in ("--label-id", str(i))]
+    narrow = CliRunner(env={"COLUMNS": str(width), auth.VARIABLE: None})
+    asked = ["score", "q ", *items, *labels, "--url", served.url]
+    scores = json.loads(narrow.invoke(main.app, [*asked, "--json"]).stdout)["scores"]
+    table = narrow.invoke(main.app, asked).stdout
+    assert all(f"{value:.4g}" in table.split() for row in scores for value in row), table
+    assert "short" in table
+    assert max(map(cell_len, table.splitlines())) <= width
 
 
 def labels_with(served: Served, wanted: Callable[[float], bool]) -> list[str]:

@@ -35,6 +35,14 @@ def test_the_benchmarks_own_commands_are_reached():
     assert "Poisson" in result.stdout
 
 
+@pytest.mark.heavy
+@pytest.mark.demo
+def test_the_planner_knows_the_demo_model():
+    from scripts.planning.plan import read
+
+    assert read("demo").vocab_size == 49_152
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import signal
 import socket
@@ -17,12 +18,14 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 from typer.testing import CliRunner
 
+from model.cpu import build
 from serve_app import __version__, local_ray, model_source
 from serve_app.cli import launcher, main
 from serve_app.cli.launcher import LaunchError
 from serve_app.errors import SelfTestError
 from serve_app.frontend import auth
 from serve_app.schemas import ScoreRequest, parse
+from serve_app.scorer import engines
 from serve_app.settings import ModelSettings, ServiceSettings
 from tests.tiny import make_llama
 
@@ -103,6 +106,29 @@ def test_log_lines_follow_several_scorers_and_wait_for_whole_lines(tmp_path: Pat
 def test_log_lines_of_several_models_name_theirs(tmp_path: Path):
     (tmp_path / "replica_score_Scorer-my_judge.v1_x7f3k2.log").write_text("INFO 2026 score -- loading\n")
     assert next(launcher.log_lines(tmp_path)) == "my_judge.v1: loading"
+
+
+def test_what_the_model_package_warns_of_is_a_line_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Such as that there is no C++ compiler. Serve's replicas write the logger ray.serve to their log."""
+    log = tmp_path / "replica_score_Scorer_a.log"
+    handler = logging.FileHandler(log)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s score -- %(message)s"))
+    serve_logger = logging.getLogger("ray.serve")
+    serve_logger.addHandler(handler)
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    try:
+        assert engines.logger is serve_logger
+        assert build.register(None) is None
+    finally:
+        serve_logger.removeHandler(handler)
+        handler.close()
+    (line,) = [line for line in log.read_text().splitlines() if "kernels" in line]
+    assert line.startswith("WARNING")
+    said = next(launcher.log_lines(tmp_path))
+    assert said
+    assert said.startswith("warning: layers run as XLA's matmuls alone")
+    assert "Install a C++20 compiler" in said
+    assert any(word in said for word in launcher.KEPT)
 
 
 def application(status: ApplicationStatus, message: str = "", deployment: str = "") -> Any:
@@ -261,6 +287,7 @@ def test_options_become_settings(monkeypatch: pytest.MonkeyPatch):
     arguments = ["--model", "org/name", "--revision", "abc", "--served-name", "judge", "--dtype", "bfloat16"]
     arguments += ["--base", "org/base"]
     arguments += ["--engine", "fake", "--port", "9000", "--replicas", "2", "--api-keys-file", "/a", "--fast-front"]
+    arguments += ["--access-log"]
     arguments += ["--trust-config", "a", "--trust-config", "b"]
     assert run(*arguments).exit_code == 0
     model = ModelSettings(
@@ -274,7 +301,7 @@ def test_options_become_settings(monkeypatch: pytest.MonkeyPatch):
         scorer_replicas=2,
     )
     settings = ServiceSettings(models=(model,), api_keys_file="/a")
-    assert got == [(settings, {"host": "127.0.0.1", "port": 9000, "fast_front": True})]
+    assert got == [(settings, {"host": "127.0.0.1", "port": 9000, "fast_front": True, "access_log": True})]
 
 
 def test_without_options_the_settings_are_the_defaults(monkeypatch: pytest.MonkeyPatch):

@@ -99,6 +99,22 @@ def test_requests_are_bounded(tokenizer: TextTokenizer, monkeypatch: pytest.Monk
     assert len(found) == len(items)
 
 
+def test_requests_are_as_large_as_they_are_fast_and_each_tells_its_rows(
+    tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    """A clock in which an item takes a tenth of a second: 20 items in the two seconds of a request."""
+    ask, now, told = Asked(tokenizer), [0.0], list[int]()
+
+    def slow(request: ScoreRequest) -> ScoreResponse:
+        now[0] += 0.1 * len(request.items)
+        return ask(request)
+
+    monkeypatch.setattr(scoring.time, "monotonic", lambda: now[0])
+    found, _ = score(REQUEST, [(at, "q ", "fox") for at in range(175)], slow, told.append)
+    assert len(found) == 175
+    assert told == [len(each.items) for each in ask.requests] == [100, 20, 20, 20, 15]
+
+
 def test_a_bad_row_harms_no_other(tokenizer: TextTokenizer):
     ask = Asked(tokenizer)
     found, _ = score(REQUEST, [(0, "q ", "fox"), (1, "q ", "x" * 1_000), (2, "", "")], ask)
