@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from model import checkpoint, decoder, sharding
-from model.attention import NATIVE
+from model.attention import FOLD_PREFIX, NATIVE
 from model.attention_gpu import LEAST_CAPABILITY
 from model.checkpoint import Place, Tensor
 from model.computations import Model, State, Weights, stack_of
@@ -181,6 +181,8 @@ def choose(
         MemoryNeededError: it does not fit into ``room``.
     """
     target = jnp.dtype(dtype)
+    if config.encoder and implementation not in (NATIVE, *FOLD_PREFIX):
+        implementation = "paged"  # the accelerators' kernels are causal
     part = config if mesh is None else divided(config, mesh.shape[MODEL])
     family, abstract = registry.build(part, dtype=target, implementation=implementation)
 
@@ -201,7 +203,7 @@ def place(stored: Opened, choice: Choice, progress: Progress | None = None) -> W
     """
     placed = _Placed(choice)
     table = choice.family.weights(choice.whole)
-    checkpoint.load(stored, table, ignored=decoder.ignored(choice.whole), put=placed.put, progress=progress)
+    checkpoint.load(stored, table, ignored=(*decoder.ignored(choice.whole), *choice.family.ignored), put=placed.put, progress=progress)
     block = choice.model.abstract.block[1]
     places = [("blocks", layer) for layer in range(choice.whole.layers)] if choice.model.by_layer else [("blocks",)]
     return Weights(placed.state(choice.model.abstract.ends[1]), [placed.state(block, *each) for each in places])
