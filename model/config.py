@@ -58,19 +58,23 @@ class Encoder:
     """What an encoder has that a decoder has not: every token sees the whole sequence, which is classified as one.
 
     Attributes:
-        token_types: rows of the token types' embedding, for the texts of a pair; 1: their types are not told apart.
+        token_types: rows of the token types' embedding, for the texts of a pair; 0: there is none.
         positions: rows of the learned positions' embedding; 0: positions are rotary.
         first_position: the row of a sequence's first token.
         pad_token_id: a token that takes the row before the first, and is not counted in the positions of those after
             it; None: there is none.
         mean: the mean of all tokens is classified; otherwise the first token alone.
+        norm_bias: the layer norms have biases.
+        dense_bias: the layer before the classes has.
     """
 
-    token_types: int = 1
+    token_types: int = 0
     positions: int = 0
     first_position: int = 0
     pad_token_id: int | None = None
     mean: bool = False
+    norm_bias: bool = True
+    dense_bias: bool = True
 
 
 MOST_TOKENS = 2**TOKEN_BITS // 2

@@ -155,7 +155,7 @@ class ModelInfo:
         notes: what a user should know about how the model was loaded.
         memory: None: not planned.
         mesh: calls that run at once, and the devices that the model is split over for each; None: it is on one device.
-        token_types: of an encoder, how many types of tokens it tells apart, those of a pair's texts; 0: it is no encoder.
+        token_types: of an encoder, how many types of tokens it tells apart: those of a pair's texts. 0: it is none.
     """
 
     vocab_size: int

@@ -158,8 +158,8 @@ class Block(nnx.Module):
         """The input of attention's projections, from the layer's input."""
         raise NotImplementedError
 
-    def attention_input(self, x: Float[Array, "M D"], layer: Layer) -> Float[Array, "M D"]:
-        """``pre_attention``, unless a family's layers differ in it."""
+    def attention_input(self, x: Float[Array, "M D"], layer: Layer) -> Float[Array, "M D"]:  # noqa: ARG002
+        """``pre_attention``, for a family to overwrite whose layers differ in it."""
         return self.pre_attention(x)
 
     def post_attention(self, x: Float[Array, "Q D"], attended: Float[Array, "Q D"]) -> Float[Array, "Q D"]:
@@ -269,7 +269,7 @@ class EmbeddingAndHead(nnx.Module):
 
     def head_bias(self) -> None:
         """What is added to the logits: nothing."""
-        return None
+        return
 
     def head_split(self) -> Split | None:
         """How the vocabulary is split, if it is."""

@@ -33,10 +33,11 @@ def standardized(x: Float[Array, "M D"], config: ModelConfig) -> Float[Array, "M
 class LayerNorm(nnx.Module):
     """Layer norm in float32."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, bias: bool) -> None:
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
         self.config = config
         self.scale = nnx.Param(jnp.zeros((config.width,), dtype), axes=("embed",))
-        self.bias = nnx.Param(jnp.zeros((config.width,), dtype), axes=("embed",)) if bias else None
+        has_bias = encoder_of(config).norm_bias
+        self.bias = nnx.Param(jnp.zeros((config.width,), dtype), axes=("embed",)) if has_bias else None
 
     def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
         return self.scaled(standardized(x, self.config))
@@ -83,15 +84,9 @@ def _means(x: Float[Array, "M D"], context: AttentionContext, reads: Int[Array, 
 
 
 class EmbeddingAndClassifier(nnx.Module):
-    """The embedding before the first layer; the classifier after the last.
+    """The embedding before the first layer; the classifier after the last."""
 
-    Args:
-        dense_bias: whether the layer before the classes has one.
-    """
-
-    def __init__(
-        self, config: ModelConfig, *, dtype: jnp.dtype, norm_bias: bool = True, dense_bias: bool = True
-    ) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype) -> None:
         self.config = config
         encoder, rows = encoder_of(config), -(-config.vocab_size // config.shards)
 
@@ -101,11 +96,11 @@ class EmbeddingAndClassifier(nnx.Module):
         self.embedding = table(rows, "vocab")
         self.types = table(encoder.token_types) if encoder.token_types else None
         self.positions = table(encoder.positions) if encoder.positions else None
-        self.embedding_norm = LayerNorm(config, dtype, bias=norm_bias)
+        self.embedding_norm = LayerNorm(config, dtype)
         self.dense = Linear(
             config.width,
             config.width,
-            bias=dense_bias,
+            bias=encoder.dense_bias,
             dtype=dtype,
             axes=("embed", "embed"),
             shards=config.shards,
@@ -155,4 +150,4 @@ class EmbeddingAndClassifier(nnx.Module):
 
     def head_split(self) -> None:
         """Every device has all classes."""
-        return None
+        return

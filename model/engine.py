@@ -61,7 +61,7 @@ class Engine:
             notes=self._config.notes,
             memory=self._memory,
             mesh=None if mesh is None or mesh.size == 1 else (mesh.shape[DATA], mesh.shape[MODEL]),
-            token_types=self._config.encoder.token_types if self._config.encoder else 0,
+            token_types=max(1, self._config.encoder.token_types) if self._config.encoder else 0,
         )
 
     @property

@@ -203,7 +203,13 @@ def place(stored: Opened, choice: Choice, progress: Progress | None = None) -> W
     """
     placed = _Placed(choice)
     table = choice.family.weights(choice.whole)
-    checkpoint.load(stored, table, ignored=(*decoder.ignored(choice.whole), *choice.family.ignored), put=placed.put, progress=progress)
+    checkpoint.load(
+        stored,
+        table,
+        ignored=(*decoder.ignored(choice.whole), *choice.family.ignored),
+        put=placed.put,
+        progress=progress,
+    )
     block = choice.model.abstract.block[1]
     places = [("blocks", layer) for layer in range(choice.whole.layers)] if choice.model.by_layer else [("blocks",)]
     return Weights(placed.state(choice.model.abstract.ends[1]), [placed.state(block, *each) for each in places])
@@ -266,6 +272,9 @@ class _Placed:
     def state(self, like: State, *prefix: str | int) -> State:
         """The parameters of ``like``, stored under ``prefix``."""
         leaves: Any = nnx.to_flat_state(like)
+        for path, leaf in leaves:
+            if (*prefix, *path) not in self._arrays:  # that the layer has not, see ``families.modernbert``
+                self.put((*prefix, *path), np.zeros(leaf.shape, np.float32))
         return nnx.from_flat_state([(path, leaf.replace(self._arrays[*prefix, *path])) for path, leaf in leaves])
 
     def _on_device(self, leaf: Any, tensor: Tensor) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from model import decoder, encoder
+from model import encoder
 from model.checkpoint import Entry, Target, Targets
 from model.config import Activation, Encoder, ModelConfig, Rope, with_classes
 from model.encoder import LayerNorm, encoder_of
@@ -118,9 +118,9 @@ class MLP(nnx.Module):
 class Block(encoder.Block):
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, implementation: str) -> None:
         super().__init__(config, dtype=dtype, implementation=implementation)
-        self.attention_norm = LayerNorm(config, dtype, bias=True)
+        self.attention_norm = LayerNorm(config, dtype)
         self.mlp = MLP(config, dtype)
-        self.mlp_norm = LayerNorm(config, dtype, bias=True)
+        self.mlp_norm = LayerNorm(config, dtype)
 
     def pre_attention(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
         return x

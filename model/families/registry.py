@@ -10,11 +10,10 @@ from flax import nnx
 from model import decoder, encoder
 from model.checkpoint import Targets
 from model.config import ModelConfig, with_classes
-from model.families import bert, gemma, gemma2, gemma3, llama, mistral, olmo2, phi3, qwen2, qwen3, qwen3_moe
+from model.families import bert, gemma, gemma2, gemma3, llama, mistral, modernbert, olmo2, phi3, qwen2, qwen3, qwen3_moe
 from model.families.wrappers import ALIASES, WRAPPERS, unwrapped
 from model.fields import ConfigError, Fields
 from model.tensors.quantised import methods
-
 
 Ends = decoder.EmbeddingAndHead | encoder.EmbeddingAndClassifier
 """What is before the first layer and after the last."""
@@ -86,6 +85,14 @@ ENCODERS: dict[str, Family] = {
         bert.weights_of_xlm_roberta,
         ends=encoder.EmbeddingAndClassifier,
         ignored=bert.IGNORED_OF_XLM_ROBERTA,
+    ),
+    "ModernBertForSequenceClassification": Family(
+        "modernbert",
+        modernbert.parse,
+        modernbert.Block,
+        modernbert.weights,
+        ends=modernbert.Ends,
+        ignored=modernbert.IGNORED_TENSORS,
     ),
 }
 """Classifiers whose layers are no causal model's."""

@@ -18,7 +18,7 @@ SPELLINGS = tuple(
         (r"(bert|roberta)\.", ""),
         (r"(model\.language_model|language_model\.model|language_model)\.", "model."),
         # A model that was saved without its head, as an embedder.
-        (r"(?=(embed_tokens|layers|norm)\.)", "model."),
+        (r"(?=(embed_tokens|layers|norm|embeddings\.(tok_embeddings|norm)|final_norm)\.)", "model."),
     )
 )
 """How a name may begin, and the beginning that the families know. The first that matches counts."""

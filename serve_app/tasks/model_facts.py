@@ -43,7 +43,8 @@ class ModelFacts:
         profile_problem: why the model cannot answer so; None if it can.
         chat: the model's chat template; None if its files have none.
         reward_question: what a causal model is asked on the reward routes.
-        config: what its ``config.json`` says; empty if that is not known.
+        config: what its ``config.json`` says, with the activation that ``config_sentence_transformers.json`` names;
+            empty if that is not known.
     """
 
     name: str
@@ -71,7 +72,8 @@ class ModelFacts:
         """
         chat = ChatTemplate.load(tokenizer)
         asked = choose_profile(settings, tokenizer, chat, folder)
-        template = choose(settings, folder)
+        template, files = choose(settings, folder), CheckpointFiles(settings.model, folder)
+        named = files.object("config_sentence_transformers.json").get("activation_fn")
         return cls(
             settings.name,
             tokenizer,
@@ -82,7 +84,7 @@ class ModelFacts:
             chat,
             asked.problem,
             settings.reward_question,
-            CheckpointFiles(settings.model, folder).config,
+            files.config | ({"sentence_transformers": {"activation_fn": named}} if named else {}),
         )
 
     @property
