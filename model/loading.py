@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -273,11 +274,11 @@ class _Placed:
         """The parameters of ``like``, stored under ``prefix``."""
         leaves: Any = nnx.to_flat_state(like)
         for path, leaf in leaves:
-            if (*prefix, *path) not in self._arrays:  # that the layer has not, see ``families.modernbert``
-                self.put((*prefix, *path), np.zeros(leaf.shape, np.float32))
+            if (*prefix, *path) not in self._arrays:  # a layer may lack one, see ``families.modernbert``
+                self._store((*prefix, *path), self._on_device(leaf, np.zeros(leaf.shape, np.float32)))
         return nnx.from_flat_state([(path, leaf.replace(self._arrays[*prefix, *path])) for path, leaf in leaves])
 
-    def _on_device(self, leaf: Any, tensor: Tensor) -> jax.Array:
+    def _on_device(self, leaf: Any, tensor: Tensor | npt.NDArray[np.float32]) -> jax.Array:
         dtype, mesh = self._choice.model.dtype, self._choice.model.mesh
         if mesh is not None:
             return sharding.place(tensor, leaf.axes, leaf.shape, dtype, mesh)

@@ -95,7 +95,7 @@ def _parse(fields: Fields, *, first_position: int, pad_token_id: int | None) -> 
             pad_token_id=pad_token_id,
         ),
     )
-    fields.refuse_rest(ignored=(IGNORED - {"is_decoder"}) | UNREAD, neutral=NEUTRAL | FIXED)
+    fields.refuse_rest(ignored=(IGNORED - {"is_decoder"}) | UNREAD, neutral={**NEUTRAL, **FIXED})
     return classifier(config, fields)
 
 

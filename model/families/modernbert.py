@@ -5,7 +5,6 @@ The first layer has no norm before attention: the embedding's is in its place. S
 ``modeling_modernbert``.
 """
 
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -128,11 +127,9 @@ def weights(config: ModelConfig) -> Targets:
 
     def linear(name: str, out: int, into: int, *paths: tuple[str | int, ...], bias: bool) -> None:
         """One matrix of several parameters, ``out`` rows each."""
-        parts = {"weight": ("kernel", (out, into), "transpose"), "bias": ("bias", (out,), "same")}
-        for kind in ("weight", "bias") if bias else ("weight",):
-            last, shape, transform = parts[kind]
-            fused = tuple(Target((*path, last), shape, transform) for path in paths)
-            targets[f"{name}.{kind}"] = Fused(fused)
+        targets[f"{name}.weight"] = Fused(tuple(Target((*path, "kernel"), (out, into), "transpose") for path in paths))
+        if bias:
+            targets[f"{name}.bias"] = Fused(tuple(Target((*path, "bias"), (out,), "same") for path in paths))
 
     targets["model.embeddings.tok_embeddings.weight"] = Target(("embedding",), (config.vocab_size, width), "same")
     norm("model.embeddings.norm", "embedding_norm")

@@ -111,6 +111,7 @@ def shortened(first: int, second: int, room: int) -> tuple[int, int]:
     if first + second <= room:
         return first, second
     if first > second:
-        return shortened(second, first, room)[::-1]
+        second, first = shortened(second, first, room)
+        return first, second
     second = max(first, room - first)
     return (first, second) if first + second <= room else (room // 2, room - room // 2)
