@@ -64,10 +64,13 @@ class MaskSpec(NamedTuple):
     Attributes:
         window: a token at position p sees the keys after p - window; None: all before it.
         softcap: bound of the scores, see ``logprobs.softcapped``; None: none.
+        causal: a token sees no key after it. False: it sees its whole segment, or what is before p + window too, and
+            there are no prefixes.
     """
 
     window: Int[Array, ""] | None = None
     softcap: float | None = None
+    causal: bool = True
 
 
 class SoftmaxState(NamedTuple):
@@ -92,14 +95,19 @@ def from_pool(x: Array) -> Array:
     return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
-def _causal_mask(segments: Int[Array, "B T"], window: Int[Array, ""] | None) -> Bool[Array, "B T T"]:
-    """True where the query (axis 1) may see the key (axis 2): same segment, not later, not before the window."""
-    width = segments.shape[1]
-    causal = jnp.tril(jnp.ones((width, width), bool))
-    if window is not None:
-        place = jnp.arange(width)
-        causal &= place[:, None] - place[None, :] < window
-    return (segments[:, :, None] == segments[:, None, :]) & causal[None, :, :]
+def _in_reach(distance: Int[Array, "*shape"], spec: MaskSpec) -> Bool[Array, "*shape"]:
+    """True where the key that is ``distance`` tokens before the query is not later than it, nor beyond the window."""
+    reach = distance >= 0 if spec.causal else jnp.ones_like(distance, bool)
+    if spec.window is not None:
+        reach &= (distance if spec.causal else jnp.abs(distance)) < spec.window
+    return reach
+
+
+def _mask(segments: Int[Array, "B T"], spec: MaskSpec) -> Bool[Array, "B T T"]:
+    """True where the query (axis 1) may see the key (axis 2): in the same segment, and in reach."""
+    place = jnp.arange(segments.shape[1])
+    in_reach = _in_reach(place[:, None] - place[None, :], spec)
+    return (segments[:, :, None] == segments[:, None, :]) & in_reach[None, :, :]
 
 
 def _split_heads(q: Float[Array, "M N H"], kv_heads: int) -> Float[Array, "K Q H"]:
@@ -124,7 +132,8 @@ def _finite(v: Float[Array, "M K H"]) -> Float[Array, "M K H"]:
 
 
 def _cuts(width: int) -> list[int]:
-    """Bounds that cut a bin's queries into parts, 0 to ``width``: each part looks only at the keys up to its end.
+    """Bounds that cut a bin's queries into parts, 0 to ``width``: each part looks only at the keys up to its end, if
+    attention is causal.
 
     Two to four parts of about 100 and more spare a quarter to three eighths of a wide bin's scores; more parts are
     more, and smaller, matmuls.
@@ -152,15 +161,16 @@ def _own_bins(
         return x.reshape(bins, width, kv_heads, h).transpose(0, 2, 1, 3).reshape(bins * kv_heads, width, h)
 
     keys, values = batched(k), batched(_finite(v))
-    visible = _causal_mask(segments, spec.window)
+    visible = _mask(segments, spec)
     parts: list[tuple[Array, Array, Array]] = []
     for start, stop in pairwise(_cuts(width)):
+        seen = stop if spec.causal else width
         part = grouped[:, :, :, start:stop].reshape(bins * kv_heads, -1, h)
-        scores = _scores(part, keys[:, :stop], spec).reshape(bins, kv_heads, groups, stop - start, stop)
-        scores = jnp.where(visible[:, None, None, start:stop, :stop], scores, -jnp.inf)
+        scores = _scores(part, keys[:, :seen], spec).reshape(bins, kv_heads, groups, stop - start, seen)
+        scores = jnp.where(visible[:, None, None, start:stop, :seen], scores, -jnp.inf)
         maximum = scores.max(axis=-1, keepdims=True)
         weights = _weights(scores, maximum, v.dtype)
-        summed = _weighted(weights.reshape(bins * kv_heads, -1, stop), values[:, :stop])
+        summed = _weighted(weights.reshape(bins * kv_heads, -1, seen), values[:, :seen])
         parts.append((maximum[..., 0], _total(weights), summed.reshape(bins, kv_heads, groups, -1, h)))
     maximum, total, summed = (jnp.concatenate(pieces, axis=3) for pieces in zip(*parts, strict=True))
 
@@ -183,9 +193,7 @@ def _own_reads(
     kv_heads = k.shape[1]
     flat = segments.reshape(-1)
     place = jnp.arange(flat.size)[None, :]
-    visible = (flat[reads][:, None] == flat[None, :]) & (place <= reads[:, None])  # R M
-    if spec.window is not None:
-        visible &= reads[:, None] - place < spec.window
+    visible = (flat[reads][:, None] == flat[None, :]) & _in_reach(reads[:, None] - place, spec)  # R M
     queries = _split_heads(q, kv_heads)  # K G*R H
     scores = _scores(queries, k.transpose(1, 0, 2), spec).reshape(kv_heads, -1, *visible.shape)
     scores = jnp.where(visible[None, None], scores, -jnp.inf).reshape(kv_heads, -1, flat.size)
@@ -341,13 +349,15 @@ def attend(
     if implementation == NATIVE:
         stored = context.prefixes, context.pool, context.page_tables, context.prefix_lengths
         return attend_native(q, k, v, context.segments, *stored, layer, *spec, reads)
+    if not spec.causal and implementation not in FOLD_PREFIX:
+        raise ValueError(f"attention {implementation!r} is causal; take {NATIVE!r} or one of {', '.join(FOLD_PREFIX)}")
     if implementation in FUSED:
         # The kernel takes whole bins: in the one layer that asks for reads alone, queries that are not read are zeros.
         queries = q if reads is None else jnp.zeros((k.shape[0], *q.shape[1:]), q.dtype).at[reads].set(q)
         interpret = implementation == FUSED_INTERPRETED
         shared = context.pool, context.page_table, context.prefix_length
         attended = fused(
-            queries, k, _finite(v), context.segments, context.positions, *shared, layer, *spec, interpret=interpret
+            queries, k, _finite(v), context.segments, context.positions, *shared, layer, *spec[:2], interpret=interpret
         )
         return attended if reads is None else attended[reads]
     if implementation in TRITON:
@@ -364,7 +374,7 @@ def attend(
             context.page_tables,
             context.prefix_lengths,
             layer,
-            *spec,
+            *spec[:2],
             interpret=implementation == "triton-interpreted",
         )
     if reads is None:
@@ -372,6 +382,8 @@ def attend(
     else:
         own, positions = _own_reads(q, k, v, context.segments, reads, spec), context.positions[reads]
     kv_heads = k.shape[1]
-    queries = Queries(_split_heads(q, kv_heads), jnp.tile(positions, q.shape[1] // kv_heads), spec)
-    partial = FOLD_PREFIX[implementation](queries, own, context, layer)
+    partial = own
+    if spec.causal:
+        queries = Queries(_split_heads(q, kv_heads), jnp.tile(positions, q.shape[1] // kv_heads), spec)
+        partial = FOLD_PREFIX[implementation](queries, own, context, layer)
     return _merge_heads(partial.values / partial.total[..., None], q.shape[0])

@@ -27,7 +27,7 @@ from model.attention import AttentionContext, to_pool
 from model.config import ModelConfig
 from model.contract import PAGE_TOKENS
 from model.cpu import linear
-from model.families.registry import Abstract
+from model.families.registry import Abstract, Ends
 from model.inputs import Inputs, width
 from model.layers import OfStack
 from model.logprobs import argmax, log_normalizer, target_logits, top
@@ -88,7 +88,7 @@ class Weights:
     """Parameters on the devices.
 
     Attributes:
-        ends: parameters of ``decoder.EmbeddingAndHead``.
+        ends: parameters of ``registry.Ends``.
         layers: each layer's parameters; or, in a list of one, all layers' in stacks.
     """
 
@@ -130,7 +130,7 @@ class Model:
         """The dtype of weights, matmul operands, keys and values."""
         return jax.tree.leaves(self.abstract.ends[1])[0].dtype
 
-    def ends(self, ends: State) -> decoder.EmbeddingAndHead:
+    def ends(self, ends: State) -> Ends:
         """The embedding and the head, with these parameters."""
         return nnx.merge(self.abstract.ends[0], ends)
 
@@ -306,7 +306,8 @@ def targets(model: Model, ends: State, collected: jax.Array, pairs: jax.Array) -
     head = model.ends(ends)
     softcap, native = model.config.logit_softcap, model.config.native
     hidden, ids = collected[pairs[0]], pairs[1]
-    return target_logits(hidden, ids, head.head_weights(), softcap, head.head_split(), native=native)
+    logits = target_logits(hidden, ids, head.head_weights(), softcap, head.head_split(), native=native)
+    return logits if (bias := head.head_bias()) is None else logits + bias[ids]
 
 
 def normalizer(model: Model, ends: State, collected: jax.Array, numbers: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from model.contract import TOKEN_BITS
 from model.fields import ConfigError, Fields
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu", "gelu_tanh"]
 QkNorm = Literal["head", "projection"]
 
 ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -51,6 +51,30 @@ class Rope:
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
     magnitude: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """What an encoder has that a decoder has not: every token sees the whole sequence, which is classified as one.
+
+    Attributes:
+        token_types: rows of the token types' embedding, for the texts of a pair; 0: there is none.
+        positions: rows of the learned positions' embedding; 0: positions are rotary.
+        first_position: the row of a sequence's first token.
+        pad_token_id: a token that takes the row before the first, and is not counted in the positions of those after
+            it; None: there is none.
+        mean: the mean of all tokens is classified; otherwise the first token alone.
+        norm_bias: the layer norms have biases.
+        dense_bias: the layer before the classes has.
+    """
+
+    token_types: int = 0
+    positions: int = 0
+    first_position: int = 0
+    pad_token_id: int | None = None
+    mean: bool = False
+    norm_bias: bool = True
+    dense_bias: bool = True
 
 
 MOST_TOKENS = 2**TOKEN_BITS // 2
@@ -93,6 +117,7 @@ class ModelConfig:
         ragged: experts multiply by ``lax.ragged_dot``, which TPUs have a kernel for.
         classes: of a sequence-classification head; 0: the model is causal.
         pad_token_id: classes are read at a prompt's last token that is another; None: at its last.
+        encoder: None: the model is a decoder.
         shards: devices that every layer is split over; heads, key/value heads and F are one device's.
         int8: the kernels of attention and MLP are stored so, see ``layers.quantized``.
         native: sums over a token's channels, and over the vocabulary, are those of ``cpu.linear``.
@@ -132,6 +157,7 @@ class ModelConfig:
     ragged: bool = False
     classes: int = 0
     pad_token_id: int | None = None
+    encoder: Encoder | None = None
     shards: int = 1
     int8: bool = False
     native: bool = False

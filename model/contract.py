@@ -50,7 +50,8 @@ class TokenBatch:
     sequence, then by position, each position once.
 
     Attributes:
-        tokens: ids of all sequences, one after the other; each ``0 <= id < vocab_size``.
+        tokens: ids of all sequences, one after the other; each ``0 <= id < vocab_size``. With token types, ids of the
+            second are ``vocab_size`` higher, and so on.
         offsets: n + 1 bounds into ``tokens``, the first 0; no sequence is empty.
         read_sequences: one sequence number a read, not descending.
         read_positions: one position a read, within its sequence.
@@ -171,6 +172,7 @@ class ModelInfo:
         notes: what a user should know about how the model was loaded.
         memory: None: not planned.
         mesh: calls that run at once, and the devices that the model is split over for each; None: it is on one device.
+        token_types: of an encoder, how many types of tokens it tells apart: those of a pair's texts. 0: it is none.
     """
 
     vocab_size: int
@@ -187,6 +189,12 @@ class ModelInfo:
     notes: tuple[str, ...] = ()
     memory: MemoryUse | None = None
     mesh: tuple[int, int] | None = None
+    token_types: int = 0
+
+    @property
+    def encoder(self) -> bool:
+        """Whether every token sees the whole sequence, so that no other continues it."""
+        return self.token_types > 0
 
 
 @dataclass(frozen=True, slots=True)

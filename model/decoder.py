@@ -158,6 +158,10 @@ class Block(nnx.Module):
         """The input of attention's projections, from the layer's input."""
         raise NotImplementedError
 
+    def attention_input(self, x: Float[Array, "M D"], layer: Layer) -> Float[Array, "M D"]:  # noqa: ARG002
+        """``pre_attention``, for a family to overwrite whose layers differ in it."""
+        return self.pre_attention(x)
+
     def post_attention(self, x: Float[Array, "Q D"], attended: Float[Array, "Q D"]) -> Float[Array, "Q D"]:
         """The layer's output, from its input and attention's output."""
         raise NotImplementedError
@@ -166,13 +170,14 @@ class Block(nnx.Module):
         self, x: Float[Array, "M D"], angles: AllAngles, context: AttentionContext, layer: Layer
     ) -> tuple[Float[Array, "M D"], KeysValues]:
         """The layer's output, and its keys and values."""
-        q, k, v = self.attention(self.pre_attention(x), self._layer_angles(angles, layer))
+        q, k, v = self.attention(self.attention_input(x, layer), self._layer_angles(angles, layer))
         attended = attend(q, k, v, context, layer, self._mask_spec(layer), implementation=self.implementation)
         return self.post_attention(x, self.attention.output(attended)), _stacked(k, v)
 
     def keys_values(self, x: Float[Array, "M D"], angles: AllAngles, layer: Layer) -> KeysValues:
         """The keys and values alone, for a last layer that is not read."""
-        return _stacked(*self.attention.keys_values(self.pre_attention(x), self._layer_angles(angles, layer)))
+        inputs = self.attention_input(x, layer)
+        return _stacked(*self.attention.keys_values(inputs, self._layer_angles(angles, layer)))
 
     def forward_reads(
         self,
@@ -183,7 +188,7 @@ class Block(nnx.Module):
         reads: Int[Array, " R"],
     ) -> Float[Array, "R D"]:
         """The layer's output at the flat indices ``reads`` alone; other tokens get only their keys and values."""
-        (cos, sin), inputs = self._layer_angles(angles, layer), self.pre_attention(x)
+        (cos, sin), inputs = self._layer_angles(angles, layer), self.attention_input(x, layer)
         k, v = self.attention.keys_values(inputs, (cos, sin))
         q = self.attention.queries(inputs[reads], (cos[reads], sin[reads]))
         spec = self._mask_spec(layer)
@@ -208,12 +213,26 @@ def all_angles(config: ModelConfig, positions: Int[Array, " M"], long: Bool[Arra
     Args:
         long: for ``longrope``: tokens of prompts beyond the original context.
     """
-    width = config.rotary_width or config.head_width
+    width = config.head_width if config.rotary_width is None else config.rotary_width
     angles = rope_angles(config.rope, width, positions, long)
     if config.local_rope is None:
         return angles
     local = rope_angles(config.local_rope, width, positions)
     return jnp.stack([angles[0], local[0]]), jnp.stack([angles[1], local[1]])
+
+
+def embedded(embedding: Float[Array, "rows D"], tokens: Int[Array, " M"], shards: int) -> Float[Array, "M D"]:
+    """The rows of tokens, float32; zeros for padding, which is below 0.
+
+    Args:
+        shards: devices that the rows are split over.
+    """
+    if shards == 1:
+        return jnp.where(tokens[:, None] < 0, 0.0, embedding[tokens].astype(jnp.float32))
+    rows = tokens - lax.axis_index(MODEL) * embedding.shape[0]
+    local = (rows >= 0) & (rows < embedding.shape[0])
+    x = embedding[jnp.where(local, rows, 0)]
+    return lax.psum(jnp.where(local[:, None], x, jnp.zeros_like(x)), MODEL).astype(jnp.float32)
 
 
 class EmbeddingAndHead(nnx.Module):
@@ -241,20 +260,16 @@ class EmbeddingAndHead(nnx.Module):
             long = tokens >= config.vocab_size
             tokens = jnp.where(long, tokens - config.vocab_size, tokens)
         angles = all_angles(config, positions, long)
-        x = self._embedded(tokens)
+        x = embedded(self.embedding[...], tokens, config.shards)
         return x if config.embedding_scale == 1.0 else x * config.embedding_scale, angles
-
-    def _embedded(self, tokens: Int[Array, " M"]) -> Float[Array, "M D"]:
-        if self.config.shards == 1:
-            return jnp.where(tokens[:, None] < 0, 0.0, self.embedding[...][tokens].astype(jnp.float32))
-        rows = tokens - lax.axis_index(MODEL) * self.rows
-        local = (rows >= 0) & (rows < self.rows)
-        x = self.embedding[...][jnp.where(local, rows, 0)]
-        return lax.psum(jnp.where(local[:, None], x, jnp.zeros_like(x)), MODEL).astype(jnp.float32)
 
     def head_weights(self) -> Float[Array, "V D"]:
         """The output head's rows: tokens, or classes. Of a split vocabulary this device's."""
         return self.embedding[...] if self.head is None else self.head[...]
+
+    def head_bias(self) -> None:
+        """What is added to the logits: nothing."""
+        return
 
     def head_split(self) -> Split | None:
         """How the vocabulary is split, if it is."""

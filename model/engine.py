@@ -61,6 +61,7 @@ class Engine:
             notes=self._config.notes,
             memory=self._memory,
             mesh=None if mesh is None or mesh.size == 1 else (mesh.shape[DATA], mesh.shape[MODEL]),
+            token_types=max(1, self._config.encoder.token_types) if self._config.encoder else 0,
         )
 
     @property
@@ -158,7 +159,8 @@ class Engine:
         tokens, count = self._marked(batch.tokens, lengths), batch.num_sequences
         first = np.searchsorted(batch.read_sequences, np.arange(count + 1))
         read = np.flatnonzero(np.diff(first)).tolist()
-        unread = np.flatnonzero(np.diff(first) == 0).tolist() if batch.keep else []
+        keep = batch.keep and not self._layout.whole
+        unread = np.flatnonzero(np.diff(first) == 0).tolist() if keep else []
         positions = batch.read_positions.tolist()
         return _Work(
             tokens=tokens,
@@ -204,6 +206,8 @@ class Engine:
         A prompt that comes alone shares nothing within its batch. Its beginning is kept when it comes the second time,
         in whole pages, so that prompts that never recur cost no page.
         """
+        if self._layout.whole:
+            return list(groups)
         result: list[plan.Group] = []
         for group in groups:
             if group.first_read is not None:

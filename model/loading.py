@@ -14,11 +14,12 @@ from typing import Any, Literal, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from flax import nnx
 from jax.sharding import Mesh
 
 from model import checkpoint, decoder, sharding
-from model.attention import NATIVE
+from model.attention import FOLD_PREFIX, NATIVE
 from model.attention_gpu import LEAST_CAPABILITY
 from model.checkpoint import Place, Tensor
 from model.computations import Model, State, Weights, stack_of
@@ -181,6 +182,8 @@ def choose(
         MemoryNeededError: it does not fit into ``room``.
     """
     target = jnp.dtype(dtype)
+    if config.encoder and implementation not in (NATIVE, *FOLD_PREFIX):
+        implementation = "paged"  # the accelerators' kernels are causal
     part = config if mesh is None else divided(config, mesh.shape[MODEL])
     family, abstract = registry.build(part, dtype=target, implementation=implementation)
 
@@ -201,7 +204,13 @@ def place(stored: Opened, choice: Choice, progress: Progress | None = None) -> W
     """
     placed = _Placed(choice)
     table = choice.family.weights(choice.whole)
-    checkpoint.load(stored, table, ignored=decoder.ignored(choice.whole), put=placed.put, progress=progress)
+    checkpoint.load(
+        stored,
+        table,
+        ignored=(*decoder.ignored(choice.whole), *choice.family.ignored),
+        put=placed.put,
+        progress=progress,
+    )
     block = choice.model.abstract.block[1]
     places = [("blocks", layer) for layer in range(choice.whole.layers)] if choice.model.by_layer else [("blocks",)]
     return Weights(placed.state(choice.model.abstract.ends[1]), [placed.state(block, *each) for each in places])
@@ -264,9 +273,12 @@ class _Placed:
     def state(self, like: State, *prefix: str | int) -> State:
         """The parameters of ``like``, stored under ``prefix``."""
         leaves: Any = nnx.to_flat_state(like)
+        for path, leaf in leaves:
+            if (*prefix, *path) not in self._arrays:  # a layer may lack one, see ``families.modernbert``
+                self._store((*prefix, *path), self._on_device(leaf, np.zeros(leaf.shape, np.float32)))
         return nnx.from_flat_state([(path, leaf.replace(self._arrays[*prefix, *path])) for path, leaf in leaves])
 
-    def _on_device(self, leaf: Any, tensor: Tensor) -> jax.Array:
+    def _on_device(self, leaf: Any, tensor: Tensor | npt.NDArray[np.float32]) -> jax.Array:
         dtype, mesh = self._choice.model.dtype, self._choice.model.mesh
         if mesh is not None:
             return sharding.place(tensor, leaf.axes, leaf.shape, dtype, mesh)

@@ -187,10 +187,11 @@ def _use(weighed: Weighed, workspace: int, laid: Layout, free: int | None) -> Me
 
 def _activations(config: ModelConfig, laid: Layout) -> int:
     """What lies between the steps of the largest call, and the keys and values of the largest prefill, in bytes."""
-    tokens = max(laid.ladder[-1].tokens, laid.sizes.chunks[-1])
+    chunk = max(laid.sizes.chunks, default=0)
+    tokens = max(laid.ladder[-1].tokens, chunk)
     heads = (config.heads + 2 * config.kv_heads) * config.head_width
     channels = 6 * config.width + 3 * config.ff_width * max(1, config.experts_per_token) + 2 * heads
-    return 4 * tokens * channels + laid.sizes.chunks[-1] * laid.page_bytes // PAGE_TOKENS
+    return 4 * tokens * channels + chunk * laid.page_bytes // PAGE_TOKENS
 
 
 def _refusal(

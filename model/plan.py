@@ -187,7 +187,7 @@ def large_shapes(max_width: int, call_tokens: int) -> tuple[Shape, ...]:
     Segments of one length leave 7% (8 to 128 tokens) to 12% (256 to 1,024) of the positions on padding on average,
     mixed lengths 4% (computed).
     """
-    widths = sorted({min(width, max_width) for width in (128, 256, 384, 512, 768, 1024)} | {max_width})
+    widths = sorted({min(width, max_width) for width in (128, 256, 384, 512, 768, 1024, 2048, 4096)} | {max_width})
     return tuple(sorted({Shape(w, -(-call_tokens // (part * w))) for w in widths for part in (1, 2, 4, 8)}))
 
 
@@ -248,6 +248,15 @@ def pack_flat(groups: Sequence[Group], ladder: Sequence[Shape]) -> list[Call]:
         taken = segments[np.array(placed)]
         calls.append(Call(smallest, taken, np.zeros(len(taken), np.int64), np.array(offsets), np.array(prefixes)))
     return calls
+
+
+def pack_whole(groups: Sequence[Group], ladder: Sequence[Shape], call_tokens: int) -> list[Call]:
+    """``pack_flat`` in calls of up to ``call_tokens``; longer segments are packed by themselves, in longer calls."""
+    (group,) = groups
+    long = group.segments.lengths > call_tokens
+    usual = [shape for shape in ladder if shape.tokens <= call_tokens]
+    parts = ((group.segments[long], ladder), (group.segments[~long], usual))
+    return [call for part, shapes in parts if len(part) for call in pack_flat([Group(0, 0, part)], shapes)]
 
 
 class _Waiting(NamedTuple):
@@ -398,6 +407,12 @@ def groups(
         if len(segments):
             result.append(Group(prefix_of, prefix_length, segments))
     return result
+
+
+def whole(sequences: Sequence[Tokens], reads: Sequence[Sequence[int]]) -> Group:
+    """Every sequence as one segment, wherever it is read: each of its tokens depends on all of them."""
+    segments = [Segment(at, 0, len(tokens), len(reads[at])) for at, tokens in enumerate(sequences)]
+    return Group(0, 0, Segments.of(segments))
 
 
 def _worthwhile(
@@ -609,6 +624,8 @@ def _runs(bins: Sequence[list[_Run]], shape: Shape) -> list[_Planned]:
 
 def chunks(length: int, sizes: Sequence[int]) -> list[int]:
     """Sizes of the prefill chunks that cover ``length`` tokens with the least padding, largest first."""
+    if not length:
+        return []
     largest = sizes[-1]
     result = [largest] * (length // largest)
     rest = length - largest * len(result)

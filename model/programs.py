@@ -151,13 +151,14 @@ class Programs:
     def wanted(self) -> list[tuple[Kind, Size]]:
         """Kinds and sizes of all programs that can be called."""
         sizes = self.model.layout.sizes
-        head = (
-            (Kind.WRITE, sizes.chunks),
-            (Kind.NORMALIZER, sizes.head_sizes),
-            (Kind.ARGMAX, sizes.argmax_sizes),
-            (Kind.TOP, sizes.top_counts),
-            (Kind.TARGETS, sizes.target_sizes),
-        )
+        head = [(Kind.TARGETS, sizes.target_sizes)]
+        if not self.model.layout.whole:
+            head += [
+                (Kind.WRITE, sizes.chunks),
+                (Kind.NORMALIZER, sizes.head_sizes),
+                (Kind.ARGMAX, sizes.argmax_sizes),
+                (Kind.TOP, sizes.top_counts),
+            ]
         return self.layers.wanted() + [(kind, size) for kind, calls in head for size in calls]
 
     def empty_pool(self) -> jax.Array:

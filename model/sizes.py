@@ -100,6 +100,7 @@ class Layout:
         segment_tokens: tokens of the longest segment.
         prefixes: how many prefixes the segments of a call see at most.
         slots: entries of a page table.
+        whole: sequences share no prefix, and each is one segment: an encoder's.
         pool: shape and dtype of the page pool, [pages, L, 2, K, page, H].
     """
 
@@ -110,6 +111,7 @@ class Layout:
     prefixes: int
     slots: int
     pool: jax.ShapeDtypeStruct
+    whole: bool = False
 
     @property
     def tables(self) -> tuple[int, int]:
@@ -132,6 +134,8 @@ class Layout:
         salts: Sequence[int] = (),
     ) -> list[plan.Group]:
         """See ``plan.groups``."""
+        if self.whole:
+            return [plan.whole(sequences, reads)]
         # Attention with a prefix for every token reads no more of a page than there is.
         partial_sizes = PARTIAL_PAGES if self.prefixes == 1 else range(1, PAGE_TOKENS + 1)
         return plan.groups(
@@ -149,6 +153,8 @@ class Layout:
 
     def calls(self, groups: Sequence[plan.Group]) -> list[plan.Call]:
         """Calls for the segments of at most ``prefixes`` groups."""
+        if self.whole and self.prefixes > 1:
+            return plan.pack_whole(groups, self.ladder, self.sizes.call_tokens)
         if self.prefixes > 1:
             return plan.pack_flat(groups, self.ladder)
         (group,) = groups
@@ -166,6 +172,8 @@ def layout(
         max_prompt_tokens: the longest sequence; None: the model's context. The pool has room for one.
     """
     longest = min(config.context_length, max_prompt_tokens or config.context_length)
+    if config.encoder:
+        return _of_whole_sequences(config, sizes, longest, dtype, implementation)
     step = segment_step(implementation)
     width = -(-min(sizes.max_segment_tokens, longest) // step) * step
     slots = -(-longest // PAGE_TOKENS) + 1
@@ -191,3 +199,18 @@ def layout(
         # XLA's CPU backend multiplies a single row in float32, and widens the whole head for it.
         sizes = replace(sizes, head_sizes=(max(2, sizes.head_sizes[0]), *sizes.head_sizes[1:]))
     return Layout(sizes, longest, ladder, width, prefixes, slots, jax.ShapeDtypeStruct((pages, *page), stored))
+
+
+def _of_whole_sequences(config: ModelConfig, sizes: Sizes, longest: int, dtype: Any, implementation: str) -> Layout:
+    """An encoder's layout: calls that hold its longest sequence, no chunks, and one page, which nothing reads."""
+    step = segment_step(implementation)
+    width = -(-longest // step) * step
+    if implementation == NATIVE:
+        usual = plan.flat_shapes(sizes.call_tokens, padding_is_cheap=False)
+        longer = [shape for shape in plan.flat_shapes(width, padding_is_cheap=True) if shape.tokens > usual[-1].tokens]
+        prefixes, ladder = NATIVE_PREFIXES, (*usual, *longer)
+    else:
+        prefixes, ladder = 1, plan.large_shapes(width, max(sizes.call_tokens, width))
+    page = (config.layers, 2, config.kv_heads, PAGE_TOKENS, config.head_width)
+    pool = jax.ShapeDtypeStruct((1, *page), jnp.dtype(jnp.uint16 if dtype == jnp.bfloat16 else dtype))
+    return Layout(replace(sizes, chunks=()), longest, ladder, width, prefixes, 1, pool, whole=True)

@@ -36,9 +36,10 @@ struct Problem {
   const int32_t* tables;    // [P, slots]
   const int32_t* lengths;   // [P] tokens of each prefix
   void* out;                // [Q, N, H]
-  int64_t queries, heads, kv_heads, width, layers, page, slots;
+  int64_t tokens, queries, heads, kv_heads, width, layers, page, slots;
   int64_t layer, window;
   float softcap;
+  bool causal;  // otherwise a query sees the keys after it, too, and there are no prefixes
 
   int64_t groups() const { return heads / kv_heads; }
 };
@@ -86,7 +87,7 @@ class Worker {
   // Queries of one segment, which follow each other.
   struct Segment {
     int64_t begin, end;    // their rows
-    int64_t start, count;  // the segment's first token, and how many of its tokens the last of them sees
+    int64_t start, count;  // the segment's first token, and how many of its tokens they see
   };
 
   // Folds all keys into query `from` and into those after it that see the same prefix; returns the first that does not.
@@ -125,6 +126,7 @@ class Worker {
       const int64_t position = segment < 0 ? -1 : length + place - start;  // padding sees nothing
       std::fill_n(positions_.begin() + (until - first) * groups, groups, static_cast<int32_t>(position));
     }
+    while (!p_.causal && latest + 1 < p_.tokens && p_.segments[latest + 1] == segment) ++latest;
     if (segment >= 0) segments_.push_back({(from - first) * groups, (until - first) * groups, start, latest + 1 - start});
     return until;
   }
@@ -167,15 +169,15 @@ class Worker {
   }
 
   // Folds the first `count` keys of the packed block into the running softmax of rows begin:end. The block begins at
-  // position `block`; a query sees what is in its window, up to its own position.
+  // position `block`; a query sees what is in its window, up to its own position or as far beyond it.
   void Fold(int64_t begin, int64_t end, int64_t block, int count) {
     alignas(64) float scores[kRows][kKeys];
     alignas(64) Unit weights[kRows][kKeys / D::kPacked];
     for (int64_t row = begin; row < end; row += kRows) {
       int from[kRows], until[kRows], most = 0, least = kKeys, latest_from = 0;
       for (int i = 0; i < kRows; ++i) {
-        const int64_t after = positions_[row + i] + 1 - block;
-        until[i] = row + i < end ? static_cast<int>(std::clamp<int64_t>(after, 0, count)) : 0;
+        const int64_t after = positions_[row + i] + 1 - block, behind = p_.causal ? after : after + p_.window - 1;
+        until[i] = row + i < end ? static_cast<int>(std::clamp<int64_t>(behind, 0, count)) : 0;
         from[i] = static_cast<int>(std::clamp<int64_t>(after - p_.window, 0, kKeys));
         most = std::max(most, from[i] < until[i] ? until[i] : 0);
         least = std::min(least, until[i]);
@@ -316,7 +318,7 @@ void Attend(const Problem& problem, ffi::ThreadPool& pool) {
 ffi::Error Handle(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                   ffi::Buffer<ffi::S32> segments, ffi::Buffer<ffi::S32> prefixes, ffi::AnyBuffer pages,
                   ffi::Buffer<ffi::S32> tables, ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::S32> layer,
-                  ffi::Buffer<ffi::S32> window, ffi::Buffer<ffi::S32> reads, float softcap,
+                  ffi::Buffer<ffi::S32> window, ffi::Buffer<ffi::S32> reads, float softcap, bool causal,
                   ffi::Result<ffi::AnyBuffer> out) {
   const auto of_queries = q.dimensions(), of_keys = k.dimensions(), of_pages = pages.dimensions();
   if (of_pages[4] % kKeys != 0) return ffi::Error::InvalidArgument("a page must hold a multiple of 64 tokens");
@@ -332,6 +334,7 @@ ffi::Error Handle(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
       .tables = tables.typed_data(),
       .lengths = lengths.typed_data(),
       .out = out->untyped_data(),
+      .tokens = of_keys[0],
       .queries = of_queries[0],
       .heads = of_queries[1],
       .kv_heads = of_keys[1],
@@ -342,6 +345,7 @@ ffi::Error Handle(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
       .layer = *layer.typed_data(),
       .window = *window.typed_data(),
       .softcap = softcap,
+      .causal = causal,
   };
   if (q.element_type() == ffi::F32) {
     Attend<Float32>(problem, pool);
@@ -370,4 +374,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ScoreAttention, Handle,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Attr<float>("softcap")
+                                  .Attr<bool>("causal")
                                   .Ret<ffi::AnyBuffer>());

@@ -27,6 +27,7 @@ def attend_native(
     layer: int | Int[Array, ""],
     window: Int[Array, ""] | None,
     softcap: float | None,
+    causal: bool,
     reads: Int[Array, " Q"] | None,
 ) -> Float[Array, "Q N H"]:
     """The same as ``attention.attend``, in q's dtype; call ``build.load`` first."""
@@ -34,4 +35,4 @@ def attend_native(
     scalars = [jnp.asarray(x, jnp.int32) for x in (layer, UNLIMITED if window is None else window)]
     kernel = jax.ffi.ffi_call(build.target("attention"), jax.ShapeDtypeStruct(q.shape, q.dtype))
     operands = (q, k, v, segments.reshape(-1), prefixes, pool, page_tables, prefix_lengths, *scalars, queries)
-    return kernel(*operands, softcap=np.float32(softcap or 0))
+    return kernel(*operands, softcap=np.float32(softcap or 0), causal=causal)

@@ -7,18 +7,21 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from model import decoder
+from model import decoder, encoder
 from model.checkpoint import Targets
 from model.config import ModelConfig, with_classes
-from model.families import gemma, gemma2, gemma3, llama, mistral, olmo2, phi3, qwen2, qwen3, qwen3_moe
+from model.families import bert, gemma, gemma2, gemma3, llama, mistral, modernbert, olmo2, phi3, qwen2, qwen3, qwen3_moe
 from model.families.wrappers import ALIASES, WRAPPERS, unwrapped
 from model.fields import ConfigError, Fields
 from model.tensors.quantised import methods
 
+Ends = decoder.EmbeddingAndHead | encoder.EmbeddingAndClassifier
+"""What is before the first layer and after the last."""
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One architecture; the first and last steps of all are ``decoder.EmbeddingAndHead``.
+    """One architecture.
 
     Attributes:
         model_type: of its ``config.json``, by which transformers chooses the class.
@@ -27,6 +30,8 @@ class Family:
         weights: checkpoint tensor names -> places: in ``decoder.EmbeddingAndHead``, or ("blocks", layer, ...).
         pad_token_id: its config's value where the key is absent.
         classifies: its head is ``score.weight``, read at a prompt's last token that is not ``pad_token_id``.
+        ends: builds the first and last steps with zero weights.
+        ignored: patterns of tensors, beside ``decoder.ignored``, that may be there and mean nothing.
     """
 
     model_type: str
@@ -35,6 +40,8 @@ class Family:
     weights: Callable[[ModelConfig], Targets]
     pad_token_id: int | None = None
     classifies: bool = False
+    ends: Callable[..., Ends] = decoder.EmbeddingAndHead
+    ignored: tuple[str, ...] = ()
 
 
 GENERATIVE: dict[str, Family] = {
@@ -62,7 +69,38 @@ CLASSIFIERS = _named("ForSequenceClassification")
 """Architecture -> the causal one with the same layers."""
 BASES = _named("Model")
 """Architecture without a head -> the causal one with the same layers."""
-FAMILIES = GENERATIVE | {name: replace(GENERATIVE[causal], classifies=True) for name, causal in CLASSIFIERS.items()}
+ENCODERS: dict[str, Family] = {
+    "BertForSequenceClassification": Family(
+        "bert",
+        bert.parse,
+        bert.Block,
+        bert.weights,
+        ends=encoder.EmbeddingAndClassifier,
+        ignored=bert.IGNORED_TENSORS,
+    ),
+    "XLMRobertaForSequenceClassification": Family(
+        "xlm-roberta",
+        bert.parse_xlm_roberta,
+        bert.Block,
+        bert.weights_of_xlm_roberta,
+        ends=encoder.EmbeddingAndClassifier,
+        ignored=bert.IGNORED_OF_XLM_ROBERTA,
+    ),
+    "ModernBertForSequenceClassification": Family(
+        "modernbert",
+        modernbert.parse,
+        modernbert.Block,
+        modernbert.weights,
+        ends=modernbert.Ends,
+        ignored=modernbert.IGNORED_TENSORS,
+    ),
+}
+"""Classifiers whose layers are no causal model's."""
+FAMILIES = {
+    **GENERATIVE,
+    **{name: replace(GENERATIVE[causal], classifies=True) for name, causal in CLASSIFIERS.items()},
+    **ENCODERS,
+}
 
 KNOWN = (*FAMILIES, *ALIASES, *WRAPPERS)
 """All architectures that are loaded, those that only wrap another included."""
@@ -73,7 +111,7 @@ class Abstract:
     """A model without its weights: how to merge it, and the shapes of its parameters.
 
     Attributes:
-        ends: graph and state of ``decoder.EmbeddingAndHead``.
+        ends: graph and state of ``Ends``.
         block: graph and state of one layer; all layers are alike.
     """
 
@@ -125,6 +163,6 @@ def _hint(names: object) -> str:
 def build(config: ModelConfig, *, dtype: jnp.dtype, implementation: str) -> tuple[Family, Abstract]:
     """The family and its modules, shapes only; the config parser has refused unknown names."""
     family = FAMILIES[config.architecture]
-    ends = nnx.eval_shape(lambda: decoder.EmbeddingAndHead(config, dtype=dtype))
+    ends = nnx.eval_shape(lambda: family.ends(config, dtype=dtype))
     block = nnx.eval_shape(lambda: family.block(config, dtype=dtype, implementation=implementation))
     return family, Abstract(nnx.split(ends), nnx.split(block))

@@ -14,9 +14,11 @@ SPELLINGS = tuple(
     for pattern, name in (
         # A model that reads images too, by transformers before 4.52; since then its prefixes are in the other order.
         (r"language_model\.lm_head\.", "lm_head."),
+        # A BERT or a RoBERTa with its head.
+        (r"(bert|roberta)\.", ""),
         (r"(model\.language_model|language_model\.model|language_model)\.", "model."),
         # A model that was saved without its head, as an embedder.
-        (r"(?=(embed_tokens|layers|norm)\.)", "model."),
+        (r"(?=(embed_tokens|layers|norm|embeddings\.(tok_embeddings|norm)|final_norm)\.)", "model."),
     )
 )
 """How a name may begin, and the beginning that the families know. The first that matches counts."""
@@ -24,6 +26,10 @@ SPELLINGS = tuple(
 LAYER_NORMS = {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
 """Name in a layer of the first Yi -> Llama's."""
 _LAYER_NORM = re.compile(rf"(model\.layers\.\d+\.)({'|'.join(LAYER_NORMS)})\.")
+
+_FIRST_NORMS = {"gamma": "weight", "beta": "bias"}
+"""Name in a norm of the first BERT -> today's."""
+_FIRST_NORM = re.compile(rf"(.+\.LayerNorm\.)({'|'.join(_FIRST_NORMS)})")
 
 _EXPERTS = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
 """All experts of a layer in one tensor of three axes, as transformers 5 has them in memory."""
@@ -35,6 +41,7 @@ def known_name(name: str) -> str:
         if found := pattern.match(name):
             name = beginning + name[found.end() :]
             break
+    name = _FIRST_NORM.sub(lambda found: f"{found[1]}{_FIRST_NORMS[found[2]]}", name)
     return _LAYER_NORM.sub(lambda found: f"{found[1]}{LAYER_NORMS[found[2]]}.", name)
 
 

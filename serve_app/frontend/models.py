@@ -130,7 +130,8 @@ class Models:
             NotFoundError: no model has this name.
         """
         model = self.of(name).model
-        return TokenizerInfo(**asdict(model.tokenizer.facts), model_max_length=model.max_prompt_tokens)
+        facts = asdict(model.tokenizer.facts)
+        return TokenizerInfo.model_validate(facts | {"model_max_length": model.max_prompt_tokens})
 
     def check_health(self) -> None:
         """Raise if ``ModelService.check_health`` raises for any model."""

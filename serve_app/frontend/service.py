@@ -279,7 +279,8 @@ class ModelService:
         replicas = self._replicas.count
         if not len(batch.read_positions):
             return _Work([], 0, first > 0)
-        shared = shared_tokens(batch)
+        # An encoder computes every sequence whole.
+        shared = np.zeros(batch.num_sequences, np.int64) if self._info.encoder else shared_tokens(batch)
         batch, tokens = replace(batch, shared=shared), int((batch.lengths - shared).sum())
         if replicas <= 1:
             return _Work([ScoreJob(request_id, batch, deadline)], tokens, first > 0)

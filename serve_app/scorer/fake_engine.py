@@ -30,6 +30,7 @@ class FakeEngine:
     Args:
         classes: see ``ModelInfo``.
         pad_token_id: see ``ModelInfo``.
+        token_types: see ``ModelInfo``.
         seconds_per_token: time to sleep for each computed token, to keep a device busy.
         nan_token: an id that makes all values of its sequence NaN; None: no id does.
     """
@@ -41,6 +42,7 @@ class FakeEngine:
         *,
         classes: int = 0,
         pad_token_id: int | None = None,
+        token_types: int = 0,
         seconds_per_token: float = 0.0,
         nan_token: int | None = None,
     ) -> None:
@@ -54,6 +56,7 @@ class FakeEngine:
             buckets=(),
             classes=classes,
             pad_token_id=pad_token_id,
+            token_types=token_types,
         )
         self._seconds_per_token = seconds_per_token
         self._nan_token = nan_token

@@ -45,7 +45,8 @@ class ModelFacts:
         calibration: how the answers' probabilities are calibrated; None: they are not.
         chat: the model's chat template; None if its files have none.
         reward_question: what a causal model is asked on the reward routes.
-        config: what its ``config.json`` says; empty if that is not known.
+        config: what its ``config.json`` says, with the activation that ``config_sentence_transformers.json`` names;
+            empty if that is not known.
     """
 
     name: str
@@ -74,7 +75,8 @@ class ModelFacts:
         """
         chat = ChatTemplate.load(tokenizer)
         asked = choose_profile(settings, tokenizer, chat, folder)
-        template = choose(settings, folder)
+        template, files = choose(settings, folder), CheckpointFiles(settings.model, folder)
+        named = files.object("config_sentence_transformers.json").get("activation_fn")
         return cls(
             settings.name,
             tokenizer,
@@ -87,6 +89,7 @@ class ModelFacts:
             settings.reward_question,
             _calibration(settings, asked.profile),
             CheckpointFiles(settings.model, folder).config,
+            files.config | ({"sentence_transformers": {"activation_fn": named}} if named else {}),
         )
 
     @property

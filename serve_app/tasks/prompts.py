@@ -16,6 +16,7 @@ from serve_app.schemas import ScoreRequest
 from serve_app.tasks import labels
 from serve_app.tasks.labels import Layout, Words
 from serve_app.tasks.model_facts import LABEL_CHARACTERS, ModelFacts
+from serve_app.tasks.pairs import Pairs
 from serve_app.tasks.steps import Steps
 from serve_app.tasks.tokenizer import Ending, Joined, in_chunks
 from serve_app.tasks.truncation import item_span, shortened
@@ -124,6 +125,7 @@ class PromptBuilder:
             many=len(self._items) > 1 or bool(self._words),
             work=self._work,
         )
+        self._pairs = self._paired() if self._text and self._query and model.info.encoder else None
 
     @property
     def left(self) -> int:
@@ -157,7 +159,8 @@ class PromptBuilder:
             yield
             # The tokenizer may have more tokens than the model.
             read = [(index, ids) for index, ids in chunk if not isinstance(ids, InvalidRequestError)]
-            unknown = wrong_ids(read, self._model.info.vocab_size, "items", of_text=True) if self._text else ()
+            check = self._text and not self._pairs
+            unknown = wrong_ids(read, self._model.info.vocab_size, "items", of_text=True) if check else ()
             wrong = {error.index: error for error in unknown}
             for index, ids in chunk:
                 try:
@@ -212,12 +215,20 @@ class PromptBuilder:
             raise InvalidRequestError(
                 f"temperature is {request.temperature}, which needs apply_softmax: true", param="temperature"
             )
-        for name in ("return_token_logprobs", "return_label_mass"):
-            if self._model.info.classes and getattr(request, name):
+        info = self._model.info
+        of_labels = ("labels", "label_token_ids") if info.encoder else ()
+        for name in ("return_token_logprobs", "return_label_mass", *of_labels):
+            if info.classes and getattr(request, name):
+                kind = "encoder, with" if info.encoder else "one has"
                 raise InvalidRequestError(
-                    f"{name} is for causal models; this one has {self._model.info.classes} classes; leave it out",
-                    param=name,
+                    f"{name} is for causal models; this {kind} {info.classes} classes; leave it out", param=name
                 )
+
+    def _paired(self) -> Pairs:
+        """The query with each item, as an encoder reads them."""
+        request = self._request
+        last, special = request.item_first, self._special
+        return Pairs(self._tokenizer, self._model.info, self._query, "query", "items", last=last, special=special)
 
     def _check_messages(self) -> None:
         request, items = self._request, self._items
@@ -322,7 +333,9 @@ class PromptBuilder:
         """The index and the prompt's tokens of each item, or its error, as many at a time as take about one step."""
         request, numbers = self._request, iter(indices)
         items = [self._items[index] for index in indices]
-        if self._text:
+        if self._pairs:
+            made = self._pairs.checked(cast(list[str], items))
+        elif self._text:
             own = map(self._own, indices) if request.item_first else cast(list[str], items)
             made = self._joined.checked(own)
         else:
@@ -402,6 +415,8 @@ class PromptBuilder:
             own = len(self._items[index])
             start, stop = (0, own) if item_first else (len(ids) - own, len(ids))
             return shortened(ids, start, stop, room, index), layout, spelling
+        if self._pairs:
+            return shortened(ids, *self._pairs.span(len(ids)), room, index), layout, spelling
         item = cast(str, self._items[index])
         text = item + self._query if item_first else self._query + item
         special, tokenizer = self._special, self._tokenizer

@@ -26,8 +26,10 @@ from serve_app.schemas import LOWEST, RequestBody, ResponseBody, Text, Usage
 from serve_app.tasks import labels
 from serve_app.tasks.labels import Layout
 from serve_app.tasks.model_facts import MOST_CLASSES, ModelFacts
+from serve_app.tasks.pairs import Pairs, shortened
 from serve_app.tasks.plain_text import original
 from serve_app.tasks.prompts import PreparedItems, Prompt, packed
+from serve_app.tasks.rewards.head import trained_activation
 from serve_app.tasks.scores import class_logits, label_scores, usage
 from serve_app.tasks.steps import Steps
 from serve_app.tasks.task import Prepare, PreparedRequest, Task
@@ -54,9 +56,10 @@ class RerankRequest(RequestBody):
         documents: texts, or objects with a ``text``.
         top_n: return only this number of the best results. None: return all.
         return_documents: put each document's text into its result.
-        instruct: the task in words, for templates that have a place for it; None: the template's own. vLLM's name for
-            it is ``instruction``.
-        max_tokens_per_doc: cut longer documents. Documents that do not fit the model's context are always cut.
+        instruct: the task in words, for templates that have a place for it; None: the template's own. An encoder takes
+            none. vLLM's name for it is ``instruction``.
+        max_tokens_per_doc: cut longer documents. Documents that do not fit the model's context are always cut. Of an
+            encoder's pair that does not fit, the longer text is cut.
         truncate_prompt_tokens: cut documents so that no prompt is longer. -1 or None: the longest that the model reads.
         truncate: False: a document that would be cut is an error.
         raw_scores: return scores from before the logistic function: ``log(p_yes / p_no)`` for a causal model.
@@ -87,7 +90,8 @@ class RerankResult(ResponseBody):
 
     Attributes:
         index: the document's place in the request.
-        relevance_score: 0 to 1; with ``raw_scores`` any number.
+        relevance_score: 0 to 1; with ``raw_scores`` any number, and from an encoder whose sentence-transformers files
+            name the activation Identity.
         document: with ``return_documents``, the document's text.
     """
 
@@ -139,9 +143,11 @@ def prepare(model: ModelFacts, request: RerankRequest, request_id: str) -> Steps
             or the model has more than two classes.
         TooLargeError: the request has more documents or tokens than the limits allow.
     """
-    template = model.rerank.template
     documents = [document if isinstance(document, str) else document.text for document in request.documents]
     check_count(documents, model.limits.max_items, "documents")
+    if model.info.encoder:
+        return (yield from _of_pairs(model, request, documents, request_id))
+    template = model.rerank.template
     guard, tokenizer = model.tokenizer.plain.guard, model.tokenizer.guarded
     instruct = None if request.instruct is None else guard(request.instruct)
     apart, before, behind = template.around(guard(request.query), instruct)
@@ -157,10 +163,7 @@ def prepare(model: ModelFacts, request: RerankRequest, request_id: str) -> Steps
     with of_field("query"):
         (front,) = tokenizer.encode([before], add_special_tokens=whole)
     front = opening + front
-    most, limited = model.max_prompt_tokens, f"this model reads at most {model.most_tokens}"
-    if request.truncate_prompt_tokens is not None and 0 <= request.truncate_prompt_tokens < most:
-        most = request.truncate_prompt_tokens
-        limited = f"truncate_prompt_tokens allows at most {most}"
+    most, limited = _most_tokens(model, request)
     if most - len(front) - len(end) < 1:
         raise InvalidRequestError(
             f"the query, the instruction and the template take {len(front) + len(end)} tokens; {limited}, "
@@ -184,19 +187,10 @@ def prepare(model: ModelFacts, request: RerankRequest, request_id: str) -> Steps
             # The front's last token, such as a space, may have become a part of the document's first one.
             start = common_prefix(kept, np.asarray(front, np.int32))
             kept = kept[: start + request.max_tokens_per_doc]
-        if request.truncate is False and len(kept) < len(ids):
-            raise InvalidRequestError(
-                f"documents[{index}] makes a prompt of {len(ids) + len(end)} tokens and would lose "
-                f"{len(ids) - len(kept)} of them; shorten it, or leave out truncate: false",
-                param="documents",
-                index=index,
-            )
         prompt = Prompt(index, np.append(kept, np.asarray(end, np.int32)), layout, dropped=len(ids) - len(kept))
         prompts.append(prompt)
         total += len(prompt.ids)
-        if total > model.limits.max_request_tokens:
-            counted = ", counting the query once per document"
-            raise too_many_tokens(total, model.limits.max_request_tokens, "documents", index, counted)
+        _check_prompt(model, request, prompt, total)
     # No vocabulary matmul: the answers' logits are enough.
     made = packed(
         prompts,
@@ -206,16 +200,93 @@ def prepare(model: ModelFacts, request: RerankRequest, request_id: str) -> Steps
         classes=model.info.classes > 0,
         pad=model.info.pad_token_id,
     )
-    answer = partial(_answer, request, documents, made, model.name, request_id)
+    answer = partial(_answer, request, documents, made, model, request_id)
     return PreparedRequest(made.batch, made.query_tokens, len(prompts), len(made.parts), answer)
+
+
+def _of_pairs(
+    model: ModelFacts, request: RerankRequest, documents: Sequence[str], request_id: str
+) -> Steps[PreparedRequest[RerankResponse]]:
+    """Put the query and each document together as a pair, for a model that is an encoder.
+
+    A pair that is too long loses tokens as with sentence-transformers' CrossEncoder.
+
+    Raises:
+        InvalidRequestError: the request has an instruction, or the model more than two classes.
+        TooLargeError: the request has more documents or tokens than the limits allow.
+    """
+    if request.instruct:
+        raise InvalidRequestError(
+            "instruct is for models with a prompt; this one reads the query and a document as a pair; leave it out",
+            param="instruct",
+        )
+    guard, (_, layout) = model.tokenizer.plain.guard, _answers(model, ())
+    pairs = Pairs(model.tokenizer.guarded, model.info, guard(request.query), "query", "documents")
+    check_characters(len(request.query), model.max_text_characters, "query")
+    for index, document in enumerate(documents):
+        check_characters(len(document), model.max_text_characters, "documents", index)
+    check_work(len(request.query) + sum(map(len, documents)), model.max_request_characters, "documents")
+    query = pairs.shared
+    most, limited = _most_tokens(model, request)
+    if (room := most - pairs.added) < 2:
+        raise InvalidRequestError(
+            f"a pair has {pairs.added} special tokens beside those of its texts, and {limited}; allow more",
+            param="truncate_prompt_tokens",
+        )
+    prompts: list[Prompt] = []
+    total = 0
+    for index, ids in enumerate(pairs.each(map(guard, documents))):
+        yield
+        of_query, of_document = shortened(len(query), min(len(ids), request.max_tokens_per_doc or len(ids)), room)
+        dropped = len(query) - of_query + len(ids) - of_document
+        prompts.append(Prompt(index, pairs.together(query[:of_query], ids[:of_document]), layout, dropped=dropped))
+        total += len(prompts[-1].ids)
+        _check_prompt(model, request, prompts[-1], total)
+    made = packed(prompts, (), 0, vocab_logprobs=False, classes=True, pad=None)
+    answer = partial(_answer, request, documents, made, model, request_id)
+    return PreparedRequest(made.batch, 0, len(prompts), len(made.parts), answer)
+
+
+def _most_tokens(model: ModelFacts, request: RerankRequest) -> tuple[int, str]:
+    """The most tokens of a prompt, and what limits them, in words."""
+    most, limited = model.max_prompt_tokens, f"this model reads at most {model.most_tokens}"
+    trained = model.tokenizer.facts.model_max_length
+    if model.info.encoder and trained is not None and trained < most:
+        most, limited = trained, f"tokenizer_config.json allows at most {trained}"
+    if request.truncate_prompt_tokens is not None and 0 <= request.truncate_prompt_tokens < most:
+        most = request.truncate_prompt_tokens
+        limited = f"truncate_prompt_tokens allows at most {most}"
+    return most, limited
+
+
+def _check_prompt(model: ModelFacts, request: RerankRequest, prompt: Prompt, total: int) -> None:
+    """Check the last prompt of ``total`` tokens in all.
+
+    Raises:
+        InvalidRequestError: it has lost tokens, and the request does not allow that.
+        TooLargeError: the request has more tokens than the limits allow.
+    """
+    if request.truncate is False and prompt.dropped:
+        raise InvalidRequestError(
+            f"documents[{prompt.index}] makes a prompt of {len(prompt.ids) + prompt.dropped} tokens and would lose "
+            f"{prompt.dropped} of them; shorten it, or leave out truncate: false",
+            param="documents",
+            index=prompt.index,
+        )
+    if total > model.limits.max_request_tokens:
+        counted = ", counting the query once per document"
+        raise too_many_tokens(total, model.limits.max_request_tokens, "documents", prompt.index, counted)
 
 
 def _builder(model: ModelFacts) -> Prepare[RerankRequest, RerankResponse]:
     """Build ``prepare`` for one model.
 
     Raises:
-        ValueError: the model is causal, and an answer of the template in the settings is not one token.
+        ValueError: the settings have a template, and the model is an encoder; or it is causal, and an answer of the
+            template is not one token.
     """
+    if model.rerank.asked and model.info.encoder:
+        raise ValueError("rerank_template: the model is an encoder, and reads two texts as a pair; leave it out")
     if model.rerank.asked and not model.info.classes:
         try:
             _answers(model, model.rerank.template.around("", None).behind)
@@ -266,7 +337,7 @@ def _answer(
     request: RerankRequest,
     documents: Sequence[str],
     prepared: PreparedItems,
-    model: str,
+    model: ModelFacts,
     request_id: str,
     result: BatchResult,
 ) -> RerankResponse:
@@ -277,14 +348,14 @@ def _answer(
     """
     answers = len(prepared.parts) // max(len(documents), 1)
     values = result.values[prepared.parts].reshape(len(documents), answers).tolist()
-    scores = [
-        relevance(own, index, classes=prepared.classes, raw=request.raw_scores) for index, own in enumerate(values)
-    ]
+    # A cross-encoder may have been trained so that its scores are its logits.
+    raw = request.raw_scores or (model.info.encoder and trained_activation(model.config) == "identity")
+    scores = [relevance(own, index, classes=prepared.classes, raw=raw) for index, own in enumerate(values)]
     ranking = sorted(range(len(scores)), key=lambda index: -scores[index])  # stable: ties keep their order
     used = usage(prepared.prompt_tokens, int(result.computed_tokens.sum()))
     return RerankResponse(
         id=request_id,
-        model=model,
+        model=model.name,
         results=[
             RerankResult(
                 index=index,

@@ -36,6 +36,11 @@ class Choice:
         return f"/v1/rerank uses the template {self.name} ({self.because})"
 
 
+PAIR = "pair"
+"""The name of an encoder's template: its tokenizer's own of two texts."""
+ENCODER_TYPES = frozenset({"bert", "xlm-roberta", "modernbert"})
+"""``model_type`` of the encoders."""
+
 UNNAMED = Choice(PLAIN, TEMPLATES[PLAIN], "nothing is known about the model")
 
 
@@ -90,6 +95,8 @@ def choose(settings: ModelSettings, folder: Path | None = None) -> Choice:
     if asked is not None:
         return Choice(asked, TEMPLATES[asked], "named in the settings", asked=True)
     files = CheckpointFiles(settings.model, folder)
+    if files.model_type in ENCODER_TYPES:
+        return Choice(PAIR, TEMPLATES[PLAIN], f"config.json says {files.model_type}: it reads two texts as a pair")
     if found := recognised(files):
         return found
     if files.model_type == "qwen3" and files.config.get("vocab_size") == _QWEN3_RERANKER_ROWS:

@@ -101,6 +101,16 @@ class Ending:
             self.work.spend(characters)
 
 
+@dataclass(frozen=True, slots=True)
+class PairTemplate:
+    """How a tokenizer puts two texts together: special tokens, each with its type, and the types of both texts."""
+
+    before: Sequence[tuple[int, int]]
+    between: Sequence[tuple[int, int]]
+    behind: Sequence[tuple[int, int]]
+    types: tuple[int, int]
+
+
 class TextTokenizer:
     """A Hugging Face fast tokenizer. Encoding releases the GIL, and threads may share a tokenizer.
 
@@ -148,6 +158,22 @@ class TextTokenizer:
         guarded = copy.copy(self)
         guarded._reads_marks = True
         return guarded
+
+    @cached_property
+    def pair(self) -> PairTemplate:
+        """How two texts are put together.
+
+        Raises:
+            InvalidRequestError: not one after the other, each in one type.
+        """
+        found = self.backend.encode("a b", "b a")
+        pieces = list(zip(found.ids, found.type_ids, strict=True))
+        first, second = ([at for at, of in enumerate(found.sequence_ids) if of == number] for number in (0, 1))
+        types = [{pieces[at][1] for at in own} for own in (first, second)]
+        if any(len(own) != 1 for own in types) or max(first) > min(second):
+            raise InvalidRequestError("this model's tokenizer has no template for pairs of texts", param="model")
+        before, between, behind = pieces[: first[0]], pieces[first[-1] + 1 : second[0]], pieces[second[-1] + 1 :]
+        return PairTemplate(before, between, behind, (types[0].pop(), types[1].pop()))
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """Tokenise each text. There is at most one BOS at the front, even if the text begins with one too.

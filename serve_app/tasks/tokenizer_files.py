@@ -40,6 +40,7 @@ class TokenizerFacts:
     pad_token: str | None = None
     unk_token: str | None = None
     chat_template: str | None = None
+    model_max_length: int | None = None
 
 
 class LoadedTokenizer(NamedTuple):
@@ -103,6 +104,7 @@ def _facts(folder: Path, declared: dict[str, Any]) -> TokenizerFacts:
         pad_token=_content(declared.get("pad_token")),
         unk_token=_content(declared.get("unk_token")),
         chat_template=_content(template),
+        model_max_length=longest if isinstance(longest := declared.get("model_max_length"), int) else None,
     )
 
 

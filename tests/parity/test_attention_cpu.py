@@ -24,11 +24,12 @@ def attended(
     context: AttentionContext,
     rule: MaskSpec | None = None,
     reads: jax.Array | None = None,
+    implementation: str = "native",
 ) -> np.ndarray:
     """Attention by the kernel, in layer 1; the pool is stored as the engine stores it."""
     context = context._replace(pool=to_pool(context.pool))
     query, asked = q if reads is None else q[reads], rule or MaskSpec()
-    result = jax.jit(lambda *a: attend(*a, 1, asked, implementation="native", reads=reads))(query, k, v, context)
+    result = jax.jit(lambda *a: attend(*a, 1, asked, implementation=implementation, reads=reads))(query, k, v, context)
     return np.asarray(result, np.float32)
 
 
@@ -42,7 +43,8 @@ def exact(q: jax.Array, k: jax.Array, v: jax.Array, context: AttentionContext, r
     keys, values = np.concatenate([prefix, own], axis=2).repeat(q.shape[1] // k.shape[1], axis=1)
     distance = positions[:, None] - np.concatenate([np.arange(length), positions])
     of_row = np.concatenate([np.ones((len(segments), length), bool), segments[:, None] == segments], axis=1)
-    visible = of_row & (distance >= 0) & (distance < (rule.window if rule.window is not None else len(of_row[0])))
+    window = rule.window if rule.window is not None else len(of_row[0])
+    visible = of_row & ((distance >= 0) & (distance < window) if rule.causal else abs(distance) < window)
     scores = np.asarray(q, np.float64).transpose(1, 0, 2) @ keys.transpose(0, 2, 1)
     if rule.softcap is not None:
         scores = rule.softcap * np.tanh(scores / rule.softcap)
@@ -85,6 +87,24 @@ def test_kernel_equals_float64(
         stored = here._replace(pool=here.pool.astype(jnp.bfloat16))
         got = attended(*rounded, stored, rule)
         np.testing.assert_allclose(got[real], exact(*rounded, stored, rule)[real], rtol=0.004, atol=0.01)
+
+
+@pytest.mark.parametrize("window", [None, 20, 90])
+@pytest.mark.parametrize(("shape", "longest"), [((1, 700), 600), ((3, 64), 30)])
+def test_an_encoder_s_tokens_see_what_is_after_them(shape: tuple[int, int], longest: int, window: int | None) -> None:
+    """Of their own segment and within the window on both sides, by every attention that knows no more than that."""
+    q, k, v, context = inputs(bins=shape[0], width=shape[1], head_width=24, longest=longest, heads=4, kv_heads=4)
+    real = np.asarray(context.segments).reshape(-1) >= 0
+    rule = MaskSpec(None if window is None else jnp.int32(window), causal=False)
+    reads = jnp.asarray([3, 17, 18, 18, 60, 0])
+    wanted = exact(q, k, v, context, rule)
+    for implementation in ("native", "paged"):
+        got = attended(q, k, v, context, rule, implementation=implementation)
+        np.testing.assert_allclose(got[real], wanted[real], rtol=3e-6, atol=3e-6)
+        read = attended(q, k, v, context, rule, reads, implementation=implementation)
+        np.testing.assert_allclose(read, wanted[np.asarray(reads)], rtol=3e-6, atol=3e-6)
+    with pytest.raises(ValueError, match="'fused' is causal"):
+        attended(q, k, v, context, rule, implementation="fused")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

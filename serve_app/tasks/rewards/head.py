@@ -71,11 +71,19 @@ def _activation(classes: int, config: Mapping[str, Any]) -> Activation:
     """The activation that vLLM chooses for a sequence classifier."""
     if found := _BY_PROBLEM.get(config.get("problem_type")):
         return found
+    return trained_activation(config) or ("softmax" if classes > 1 else "sigmoid")
+
+
+_BY_MODULE: Mapping[Any, Activation] = {
+    "torch.nn.modules.linear.Identity": "identity",
+    "torch.nn.modules.activation.Sigmoid": "sigmoid",
+    "torch.nn.modules.activation.Softmax": "softmax",
+}
+"""The activations of sentence-transformers' ``activation_fn``."""
+
+
+def trained_activation(config: Mapping[str, Any]) -> Activation | None:
+    """What sentence-transformers' CrossEncoder makes of the logits; None: its files do not say."""
     trained = config.get("sentence_transformers")
-    if isinstance(trained, dict) and cast(dict[str, Any], trained).get("activation_fn") == _IDENTITY:
-        return "identity"
-    return "softmax" if classes > 1 else "sigmoid"
-
-
-_IDENTITY = "torch.nn.modules.linear.Identity"
-"""``activation_fn`` of a CrossEncoder that returns its logits."""
+    named = cast(dict[str, Any], trained).get("activation_fn") if isinstance(trained, dict) else None
+    return _BY_MODULE.get(named or config.get("sbert_ce_default_activation_function"))
