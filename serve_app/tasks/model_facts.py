@@ -88,7 +88,6 @@ class ModelFacts:
             asked.problem,
             settings.reward_question,
             _calibration(settings, asked.profile),
-            CheckpointFiles(settings.model, folder).config,
             files.config | ({"sentence_transformers": {"activation_fn": named}} if named else {}),
         )
 
