@@ -21,12 +21,13 @@ from pydantic import BaseModel
 
 from serve_app import timing
 from serve_app.batches import shared_by_all, shared_tokens
-from serve_app.contract import SALT_BITS, BatchResult, JobResult, ModelInfo, ScoreJob, TokenBatch
+from serve_app.contract import SALT_BITS, BatchResult, JobResult, ModelInfo, ScoreJob, Share, TokenBatch
 from serve_app.errors import (
     DeadlineExceededError,
     InternalError,
     InvalidRequestError,
     OverloadedError,
+    QuotaExceededError,
     ScoringError,
 )
 from serve_app.frontend import fanout
@@ -152,6 +153,7 @@ class ModelService:
         Raises:
             InvalidRequestError: the request is wrong.
             TooLargeError: it asks for more than the limits allow.
+            QuotaExceededError: the tenant's quota does not cover it.
             OverloadedError: there is no room, or no healthy replica.
             DeadlineExceededError: the time limit has passed; the queued work is dropped.
             InternalError: the model's output for an item is not finite, or the service has a fault.
@@ -170,7 +172,8 @@ class ModelService:
         Raises:
             ScoringError: see ``answer``.
         """
-        return await self._run(self._work(batch, 0, request_id, time.time() + self._settings.timeout_s), NOBODY)
+        deadline = time.time() + self._settings.timeout_s
+        return await self._run(self._work(batch, 0, request_id, deadline, NOBODY.share), NOBODY)
 
     async def stream(
         self, task: Task[R, Any], request: R, *, request_id: str, timeout_s: float = math.inf, tenant: Tenant = NOBODY
@@ -207,7 +210,7 @@ class ModelService:
         def prepare() -> Steps[tuple[PreparedRequest[Sequence[BaseModel]], _Work]]:
             prepared = yield from stream.some(self._settings.batch_tokens(self._info.platform) // 2)
             batch = _salted(prepared.batch, salt)
-            return prepared, self._work(batch, prepared.query_tokens, request_id, deadline, next(numbers))
+            return prepared, self._work(batch, prepared.query_tokens, request_id, deadline, tenant.share, next(numbers))
 
         async def piece() -> tuple[Sequence[BaseModel], int]:
             async with turn:
@@ -259,9 +262,11 @@ class ModelService:
         def work() -> Steps[tuple[PreparedRequest[A], _Work]]:
             prepared = yield from prepare()
             batch = _salted(prepared.batch, salt)
-            return prepared, self._work(batch, prepared.query_tokens, request_id, deadline)
+            return prepared, self._work(batch, prepared.query_tokens, request_id, deadline, tenant.share)
 
-        self._admission.check(1, self._replicas.count)  # a request that will be refused need not be tokenised
+        self._admission.check(
+            1, self._replicas.count, tenant.share
+        )  # a request that will be refused need not be tokenised
         with timing.tokenising():
             prepared, wanted = await self._in_steps(work())
         result = await self._run(wanted, tenant)
@@ -269,11 +274,14 @@ class ModelService:
         self.items += prepared.items
         return answer
 
-    def _work(self, batch: TokenBatch, prefix_tokens: int, request_id: str, deadline: float, first: int = 0) -> _Work:
+    def _work(
+        self, batch: TokenBatch, prefix_tokens: int, request_id: str, deadline: float, share: Share, first: int = 0
+    ) -> _Work:
         """Split the batch into jobs, as far as that makes the answer faster.
 
         Args:
             prefix_tokens: leading tokens of every sequence that another request may have, too; 0: those that all share.
+            share: whose turns the jobs take.
             first: number of parts that the request had before these.
         """
         replicas = self._replicas.count
@@ -282,19 +290,21 @@ class ModelService:
         shared = shared_tokens(batch)
         batch, tokens = replace(batch, shared=shared), int((batch.lengths - shared).sum())
         if replicas <= 1:
-            return _Work([ScoreJob(request_id, batch, deadline)], tokens, first > 0)
+            return _Work([ScoreJob(request_id, batch, deadline, share=share)], tokens, first > 0)
         # If each part fills a device batch, the split costs nothing but the prefix.
         parts = fanout.split(batch, replicas, self._settings.batch_tokens(self._info.platform), shared_by_all(shared))
         affinities = fanout.affinities(parts, prefix_tokens or shared_by_all(shared), first)
-        jobs = [ScoreJob(request_id, part, deadline, to) for part, to in zip(parts, affinities, strict=True)]
+        jobs = [ScoreJob(request_id, part, deadline, to, share) for part, to in zip(parts, affinities, strict=True)]
         return _Work(jobs, tokens, first > 0)
 
     async def _run(self, work: _Work, tenant: Tenant) -> BatchResult:
         """Run the jobs and merge their results. When one fails, the others are cancelled."""
         if not work.admitted:
-            self._admission.check(work.tokens, self._replicas.count)
+            self._admission.check(work.tokens, self._replicas.count, tenant.share)
+        if tenant.bucket:
+            (tenant.bucket.owe if work.admitted else tenant.bucket.take)(work.tokens)
         try:
-            with self._admission.inside(work.tokens):
+            with self._admission.inside(work.tokens, tenant.share):
                 async with asyncio.TaskGroup() as group:
                     tasks = [group.create_task(self._run_one(job)) for job in work.jobs]
         except BaseExceptionGroup as failures:
@@ -405,6 +415,8 @@ def _outcome(error: BaseException) -> str:
         return "cancelled"
     if isinstance(error, OverloadedError):
         return "overloaded"
+    if isinstance(error, QuotaExceededError):
+        return "over_quota"
     if isinstance(error, DeadlineExceededError):
         return "expired"
     invalid = isinstance(error, ScoringError) and error.status < InternalError.status
