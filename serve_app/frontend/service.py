@@ -160,7 +160,7 @@ class ModelService:
         """
         prepare = partial(self._prepare[task.name], request, request_id)
         if not task.scores:
-            return (await self.in_time(self._in_steps(prepare()), self._time_limit(None, timeout_s))).value
+            return (await self.in_time(self._in_steps(prepare(), tenant), self._time_limit(None, timeout_s))).value
         with self._counted(tenant):
             limit = self._time_limit(getattr(request, "timeout_s", None), timeout_s)
             work = self._score(prepare, request_id, time.time() + limit, _salt(request, tenant), tenant)
@@ -202,7 +202,7 @@ class ModelService:
     ) -> AsyncGenerator[Sequence[BaseModel]]:
         deadline = time.time() + limit
         with timing.tokenising():
-            stream = await self.in_time(self._in_thread(begin), limit)
+            stream = await self.in_time(self._in_thread(begin, tenant), limit)
         turn = asyncio.Lock()
         numbers = count()
         computed_tokens = 0
@@ -215,9 +215,9 @@ class ModelService:
         async def piece() -> tuple[Sequence[BaseModel], int]:
             async with turn:
                 with timing.tokenising():
-                    prepared, work = await self._in_steps(prepare())
+                    prepared, work = await self._in_steps(prepare(), tenant)
             result = await self._run(work, tenant)
-            answered = await self._off_loop(partial(prepared.answer, result), prepared.size)
+            answered = await self._off_loop(partial(prepared.answer, result), prepared.size, tenant)
             self.items += prepared.items
             return answered, int(result.computed_tokens.sum())
 
@@ -268,9 +268,9 @@ class ModelService:
             1, self._replicas.count, tenant.share
         )  # a request that will be refused need not be tokenised
         with timing.tokenising():
-            prepared, wanted = await self._in_steps(work())
+            prepared, wanted = await self._in_steps(work(), tenant)
         result = await self._run(wanted, tenant)
-        answer = await self._off_loop(partial(prepared.answer, result), prepared.size)
+        answer = await self._off_loop(partial(prepared.answer, result), prepared.size, tenant)
         self.items += prepared.items
         return answer
 
@@ -380,20 +380,20 @@ class ModelService:
             )
         return min(asked_s or most, timeout_s)
 
-    async def _in_thread(self, call: Callable[[], T]) -> T:
+    async def _in_thread(self, call: Callable[[], T], tenant: Tenant) -> T:
         """Run ``call`` in a thread: tokenising takes up to seconds, and the event loop must go on."""
-        return await self._threads.run(call)
+        return await self._threads.run(call, tenant.name)
 
-    async def _in_steps(self, steps: Steps[T]) -> T:
+    async def _in_steps(self, steps: Steps[T], tenant: Tenant) -> T:
         """Run ``steps`` in a thread, a short step at a time: other requests' steps run in between, and the steps end
         when the caller leaves or its time has passed."""
-        while not (done := await self._in_thread(partial(advance, steps))):
+        while not (done := await self._in_thread(partial(advance, steps), tenant)):
             pass
         return done.result
 
-    async def _off_loop(self, call: Callable[[], T], size: int) -> T:
+    async def _off_loop(self, call: Callable[[], T], size: int, tenant: Tenant) -> T:
         """Run ``call``, in a thread if the answer that it makes is large."""
-        return call() if size <= INLINE_VALUES else await self._in_thread(call)
+        return call() if size <= INLINE_VALUES else await self._in_thread(call, tenant)
 
 
 class _Work(NamedTuple):

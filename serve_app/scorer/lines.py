@@ -44,6 +44,11 @@ class Line(Generic[J]):
         """All jobs that have sequences to hand out."""
         return [*self._new, *self._ring]
 
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens to compute for all of them."""
+        return sum(job.waiting_tokens for job in self.jobs)
+
     def add(self, job: J) -> None:
         """Let ``job`` wait for its first turn."""
         self._new.append(job)
@@ -189,6 +194,21 @@ class Lines(Generic[J]):
         """
         passed = {line.share.priority for line in waited} - {line.share.priority for line in served}
         self._passed = Counter({priority: self._passed[priority] + 1 for priority in passed})
+
+
+def short(lines: Sequence[Line[J]], room: int) -> Sequence[Line[J]]:
+    """The lines that need not wait for the rest of a batch: if all jobs of the first fit into its part, that one and
+    those with little or no more than it. Otherwise all.
+
+    Args:
+        lines: in the order of their turns.
+        room: tokens of the batch.
+    """
+    first = lines[0]
+    if first.waiting_tokens > room * first.share.weight / sum(line.share.weight for line in lines):
+        return lines
+    little = max(first.waiting_tokens, room // TURNS_PER_BATCH)
+    return [line for line in lines if line.waiting_tokens <= little]
 
 
 def rank(line: Line[J], overdue: Collection[int]) -> tuple[bool, int, float]:

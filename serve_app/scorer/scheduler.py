@@ -11,7 +11,7 @@ from functools import partial
 from typing import Generic
 
 from serve_app.contract import Share
-from serve_app.scorer.lines import TURNS_PER_BATCH, Line, Lines, Offer, rank
+from serve_app.scorer.lines import TURNS_PER_BATCH, Line, Lines, Offer, rank, short
 from serve_app.scorer.queued_job import J, Part
 from serve_app.scorer.speed import Speed
 
@@ -73,6 +73,8 @@ class Scheduler(Generic[J]):
         self._speed = speed
         self._lines: Lines[J] = Lines()
         self._in_engine: list[DeviceBatch[J]] = []
+        self._kept_small = False
+        """Whether the last batch was left to tenants who waited for little."""
 
     def add(self, job: J) -> None:
         """Let ``job`` wait for its turn. It has sequences to hand out."""
@@ -89,7 +91,7 @@ class Scheduler(Generic[J]):
 
     def held(self) -> dict[Share, int]:
         """``queued_tokens`` of each tenant that has jobs."""
-        return {line.share: sum(job.waiting_tokens for job in line.jobs) for line in self._lines.waiting()}
+        return {line.share: line.waiting_tokens for line in self._lines.waiting()}
 
     @property
     def piece(self) -> int:
@@ -154,8 +156,12 @@ class Scheduler(Generic[J]):
         # Jobs of another kind open the next batch. They wait for half a batch more, not for a whole one.
         alike = all(job.kind == kind for line in lines for job in line.jobs)
         room = self.piece if alike else self.piece // 2
+        # A tenant that waits for little need not wait for work of others that goes on after this batch anyway. Every
+        # other batch is filled: many small ones in a row would take the device from the others.
+        some = lines if overdue or self._kept_small else short(lines, room)
+        self._kept_small = len(some) < len(lines)
         turn, whole = room // TURNS_PER_BATCH, True
-        offers = [Offer(line, kind, self.piece) for line in lines]
+        offers = [Offer(line, kind, self.piece) for line in some]
         left = list(offers)
         while left:
             offer = min(left, key=lambda each: rank(each.line, overdue))

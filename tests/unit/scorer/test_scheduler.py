@@ -301,6 +301,7 @@ class TestTenants:
             scheduler.add(small := job_of([[7, 7, j], [7, 8, j]], share=share))
             batches += run(scheduler, *batches[-2:], count=1)
             assert small.exhausted
+            assert tokens_of(batches[-1:], A) == 0  # nor does it wait for the flood's part of its batch
             batches += run(scheduler, *batches[-2:], count=3)
 
     def test_a_tenant_that_comes_back_has_a_batch_to_itself_if_it_needs_one(self):
@@ -316,6 +317,22 @@ class TestTenants:
         batches = run(scheduler_of(*flood(one), *flood(three, jobs=1, sequences=2_500)), count=40)
         assert sum(part.cost for batch in batches for part in batch.parts) == 40 * 64
         assert tokens_of(batches, three) / tokens_of(batches, one) == pytest.approx(3, rel=0.05)
+
+    def test_every_other_batch_is_filled_however_many_small_jobs_another_sends(self):
+        scheduler = scheduler_of(*flood(A))
+        batches = run(scheduler, count=10)
+        for j in range(10):
+            scheduler.add(job_of([[7, 7, j]], share=B))
+            batches += run(scheduler, *batches[-2:], count=1)
+        assert [tokens_of([batch], A) for batch in batches[10:]] == [0, 61] * 5
+
+    def test_a_tenant_that_waits_for_little_shares_its_batch_with_others_who_wait_for_little(self):
+        scheduler = scheduler_of(*flood(A))
+        batches = run(scheduler, count=10)
+        for share, tokens in ((B, 12), (Share("c"), 16), (Share("d"), 17)):
+            scheduler.add(job_of([[i] for i in range(tokens)], share=share))
+        batches = run(scheduler, *batches[-2:], count=1)
+        assert {part.job.share.tenant: part.cost for part in batches[0].parts} == {"b": 12, "c": 16}
 
     def test_what_one_tenant_does_not_need_goes_to_the_others(self):
         [batch] = run(scheduler_of(*flood(A), job_of([[1], [2]], share=B)), count=1)
