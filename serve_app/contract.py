@@ -76,6 +76,25 @@ class Affinity:
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """Whose turns a job takes, and how much of the device is theirs.
+
+    Attributes:
+        tenant: the name of an API key.
+        weight: its part of the device, relative to that of other tenants of its class that have work.
+        priority: the class, 0 is the first. A class gets what those before it leave, and a turn now and then.
+    """
+
+    tenant: str = ""
+    weight: float = 1.0
+    priority: int = 1
+
+
+EVERYONE = Share()
+"""The share of all callers without an API key."""
+
+
+@dataclass(frozen=True, slots=True)
 class ScoreJob:
     """One replica-sized part of a request.
 
@@ -83,12 +102,14 @@ class ScoreJob:
         request_id: the request's ``x-request-id``, for logs.
         deadline: Unix time in seconds after which the answer is useless; None: never.
         affinity: helps to choose the replica; None: any replica will do.
+        share: whose turns it takes.
     """
 
     request_id: str
     batch: TokenBatch
     deadline: float | None = None
     affinity: Affinity | None = None
+    share: Share = EVERYONE
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,6 +135,13 @@ class UnsupportedEncodingError(ScoringError):
     type = "UnsupportedEncodingError"
 
 
+class QuotaExceededError(ScoringError):
+    """The API key has used its quota: retry after ``retry_after_s`` seconds."""
+
+    status = 429
+    type = "RateLimitError"
+
+
 class InternalError(ScoringError):
     """The service or the model failed."""
 
@@ -166,6 +173,7 @@ ERRORS: tuple[type[ScoringError], ...] = (
     MethodNotAllowedError,
     TooLargeError,
     UnsupportedEncodingError,
+    QuotaExceededError,
     InternalError,
     OverloadedError,
     DeadlineExceededError,

@@ -119,7 +119,8 @@ class FrontMetrics:
         self._requests = _Total(
             _counter(
                 "score_requests",
-                "Requests for scores: answered, invalid, overloaded, expired, cancelled (the client left) or failed.",
+                "Requests for scores: answered, invalid, over_quota, overloaded, expired, cancelled (the client left), "
+                "failed.",
                 "outcome",
             )
         )

@@ -283,6 +283,22 @@ def check_names(models: Iterable[ModelSettings]) -> None:
             taken[name] = each.model
 
 
+PRIORITIES = ("high", "normal", "low")
+"""Classes of tenants. Each gets what those before it leave of the device, and a turn in one of eight batches."""
+
+
+class TenantSettings(_Frozen):
+    """What holds for the API keys of one name, for all of them together."""
+
+    weight: Annotated[float, Field(gt=0, le=1_000)] = 1.0
+    """Its part of the device, relative to that of other tenants of its class that have work."""
+    priority: Literal["high", "normal", "low"] = "normal"
+    """Its class: all work of an earlier class goes first, except for one turn in eight batches."""
+    tokens_per_s: Annotated[float, Field(gt=0)] | None = None
+    """Its quota: prompt tokens a second, shared prefixes counted once, of all models; ten seconds of them may come at
+    once. Each front end has an equal part. A request beyond it gets a 429 with Retry-After. None: no quota."""
+
+
 class ServiceSettings(_Frozen):
     """The whole service: its models, and the front ends that they share.
 
@@ -301,6 +317,8 @@ class ServiceSettings(_Frozen):
     the environment has keys, if any (``auth.py``)."""
     salt_by_api_key: bool = False
     """Whether callers with different API keys share nothing in the prefix cache, as with different ``cache_salt``."""
+    tenants: dict[str, TenantSettings] = {}
+    """What holds for some API keys, by the keys' names (``auth.py``). For the others the defaults hold."""
     cors_origins: tuple[str, ...] = ()
     """Origins of web pages that may call the service from a browser, such as ``https://example.org``; ``*`` allows
     all."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serve_app.errors import AuthenticationError
+from serve_app.errors import AuthenticationError, QuotaExceededError, ScoringError
 
 if TYPE_CHECKING:  # the command line reads keys too, and starts faster without
     from fastapi import FastAPI
@@ -100,6 +100,11 @@ class ApiKeys:
     def __len__(self) -> int:
         return len(self._keys)
 
+    @property
+    def names(self) -> set[str]:
+        """The names of all keys."""
+        return {key.name for key in self._keys}
+
     def check(self, authorization: str) -> str:
         """Accept a request with this ``Authorization`` header, and return its key's name.
 
@@ -171,7 +176,14 @@ def document(app: FastAPI) -> None:
                     operation["security"] = [{"ApiKey": []}]
                     answers = operation["responses"]
                     # In the shape of the route's other errors.
-                    answers["401"] = {"description": AuthenticationError.__doc__, "content": answers["500"]["content"]}
+                    errors: list[type[ScoringError]] = [AuthenticationError]
+                    if {"503", "504"} <= answers.keys():  # it scores
+                        errors.append(QuotaExceededError)
+                    for error in errors:
+                        answers[str(error.status)] = {
+                            "description": error.__doc__,
+                            "content": answers["500"]["content"],
+                        }
         return schema
 
     app.openapi = openapi

@@ -61,6 +61,8 @@ class Ingress:
         self._keys = auth.ApiKeys(settings.api_keys_file)
         if not self._keys:
             logger.warning("no API key is set: everyone who can reach this service may use it")
+        if unknown := sorted(settings.tenants.keys() - self._keys.names):
+            logger.warning("tenants: no API key has the name %s", ", ".join(unknown))
         self._watching = [
             asyncio.create_task(watch_chips(tpu, replicas)) for tpu, replicas in settings.replicas_on_chips().items()
         ]
@@ -90,7 +92,11 @@ class Ingress:
         return create_app(
             lambda: self._models,
             keys=self._keys,
-            tenants=Tenants(salted=self._service.salt_by_api_key),
+            tenants=Tenants(
+                self._service.tenants,
+                salted=self._service.salt_by_api_key,
+                front_ends=self._service.ingress_replicas,
+            ),
             cors_origins=self._service.cors_origins,
             echo_request_id=False,
             door=self._door,

@@ -21,12 +21,13 @@ from pydantic import BaseModel
 
 from serve_app import timing
 from serve_app.batches import shared_by_all, shared_tokens
-from serve_app.contract import SALT_BITS, BatchResult, JobResult, ModelInfo, ScoreJob, TokenBatch
+from serve_app.contract import SALT_BITS, BatchResult, JobResult, ModelInfo, ScoreJob, Share, TokenBatch
 from serve_app.errors import (
     DeadlineExceededError,
     InternalError,
     InvalidRequestError,
     OverloadedError,
+    QuotaExceededError,
     ScoringError,
 )
 from serve_app.frontend import fanout
@@ -152,13 +153,14 @@ class ModelService:
         Raises:
             InvalidRequestError: the request is wrong.
             TooLargeError: it asks for more than the limits allow.
+            QuotaExceededError: the tenant's quota does not cover it.
             OverloadedError: there is no room, or no healthy replica.
             DeadlineExceededError: the time limit has passed; the queued work is dropped.
             InternalError: the model's output for an item is not finite, or the service has a fault.
         """
         prepare = partial(self._prepare[task.name], request, request_id)
         if not task.scores:
-            return (await self.in_time(self._in_steps(prepare()), self._time_limit(None, timeout_s))).value
+            return (await self.in_time(self._in_steps(prepare(), tenant), self._time_limit(None, timeout_s))).value
         with self._counted(tenant):
             limit = self._time_limit(getattr(request, "timeout_s", None), timeout_s)
             work = self._score(prepare, request_id, time.time() + limit, _salt(request, tenant), tenant)
@@ -170,7 +172,8 @@ class ModelService:
         Raises:
             ScoringError: see ``answer``.
         """
-        return await self._run(self._work(batch, 0, request_id, time.time() + self._settings.timeout_s), NOBODY)
+        deadline = time.time() + self._settings.timeout_s
+        return await self._run(self._work(batch, 0, request_id, deadline, NOBODY.share), NOBODY)
 
     async def stream(
         self, task: Task[R, Any], request: R, *, request_id: str, timeout_s: float = math.inf, tenant: Tenant = NOBODY
@@ -199,7 +202,7 @@ class ModelService:
     ) -> AsyncGenerator[Sequence[BaseModel]]:
         deadline = time.time() + limit
         with timing.tokenising():
-            stream = await self.in_time(self._in_thread(begin), limit)
+            stream = await self.in_time(self._in_thread(begin, tenant), limit)
         turn = asyncio.Lock()
         numbers = count()
         computed_tokens = 0
@@ -207,14 +210,14 @@ class ModelService:
         def prepare() -> Steps[tuple[PreparedRequest[Sequence[BaseModel]], _Work]]:
             prepared = yield from stream.some(self._settings.batch_tokens(self._info.platform) // 2)
             batch = _salted(prepared.batch, salt)
-            return prepared, self._work(batch, prepared.query_tokens, request_id, deadline, next(numbers))
+            return prepared, self._work(batch, prepared.query_tokens, request_id, deadline, tenant.share, next(numbers))
 
         async def piece() -> tuple[Sequence[BaseModel], int]:
             async with turn:
                 with timing.tokenising():
-                    prepared, work = await self._in_steps(prepare())
+                    prepared, work = await self._in_steps(prepare(), tenant)
             result = await self._run(work, tenant)
-            answered = await self._off_loop(partial(prepared.answer, result), prepared.size)
+            answered = await self._off_loop(partial(prepared.answer, result), prepared.size, tenant)
             self.items += prepared.items
             return answered, int(result.computed_tokens.sum())
 
@@ -259,21 +262,26 @@ class ModelService:
         def work() -> Steps[tuple[PreparedRequest[A], _Work]]:
             prepared = yield from prepare()
             batch = _salted(prepared.batch, salt)
-            return prepared, self._work(batch, prepared.query_tokens, request_id, deadline)
+            return prepared, self._work(batch, prepared.query_tokens, request_id, deadline, tenant.share)
 
-        self._admission.check(1, self._replicas.count)  # a request that will be refused need not be tokenised
+        self._admission.check(
+            1, self._replicas.count, tenant.share
+        )  # a request that will be refused need not be tokenised
         with timing.tokenising():
-            prepared, wanted = await self._in_steps(work())
+            prepared, wanted = await self._in_steps(work(), tenant)
         result = await self._run(wanted, tenant)
-        answer = await self._off_loop(partial(prepared.answer, result), prepared.size)
+        answer = await self._off_loop(partial(prepared.answer, result), prepared.size, tenant)
         self.items += prepared.items
         return answer
 
-    def _work(self, batch: TokenBatch, prefix_tokens: int, request_id: str, deadline: float, first: int = 0) -> _Work:
+    def _work(
+        self, batch: TokenBatch, prefix_tokens: int, request_id: str, deadline: float, share: Share, first: int = 0
+    ) -> _Work:
         """Split the batch into jobs, as far as that makes the answer faster.
 
         Args:
             prefix_tokens: leading tokens of every sequence that another request may have, too; 0: those that all share.
+            share: whose turns the jobs take.
             first: number of parts that the request had before these.
         """
         replicas = self._replicas.count
@@ -283,19 +291,21 @@ class ModelService:
         shared = np.zeros(batch.num_sequences, np.int64) if self._info.encoder else shared_tokens(batch)
         batch, tokens = replace(batch, shared=shared), int((batch.lengths - shared).sum())
         if replicas <= 1:
-            return _Work([ScoreJob(request_id, batch, deadline)], tokens, first > 0)
+            return _Work([ScoreJob(request_id, batch, deadline, share=share)], tokens, first > 0)
         # If each part fills a device batch, the split costs nothing but the prefix.
         parts = fanout.split(batch, replicas, self._settings.batch_tokens(self._info.platform), shared_by_all(shared))
         affinities = fanout.affinities(parts, prefix_tokens or shared_by_all(shared), first)
-        jobs = [ScoreJob(request_id, part, deadline, to) for part, to in zip(parts, affinities, strict=True)]
+        jobs = [ScoreJob(request_id, part, deadline, to, share) for part, to in zip(parts, affinities, strict=True)]
         return _Work(jobs, tokens, first > 0)
 
     async def _run(self, work: _Work, tenant: Tenant) -> BatchResult:
         """Run the jobs and merge their results. When one fails, the others are cancelled."""
         if not work.admitted:
-            self._admission.check(work.tokens, self._replicas.count)
+            self._admission.check(work.tokens, self._replicas.count, tenant.share)
+        if tenant.bucket:
+            (tenant.bucket.owe if work.admitted else tenant.bucket.take)(work.tokens)
         try:
-            with self._admission.inside(work.tokens):
+            with self._admission.inside(work.tokens, tenant.share):
                 async with asyncio.TaskGroup() as group:
                     tasks = [group.create_task(self._run_one(job)) for job in work.jobs]
         except BaseExceptionGroup as failures:
@@ -371,20 +381,20 @@ class ModelService:
             )
         return min(asked_s or most, timeout_s)
 
-    async def _in_thread(self, call: Callable[[], T]) -> T:
+    async def _in_thread(self, call: Callable[[], T], tenant: Tenant) -> T:
         """Run ``call`` in a thread: tokenising takes up to seconds, and the event loop must go on."""
-        return await self._threads.run(call)
+        return await self._threads.run(call, tenant.name)
 
-    async def _in_steps(self, steps: Steps[T]) -> T:
+    async def _in_steps(self, steps: Steps[T], tenant: Tenant) -> T:
         """Run ``steps`` in a thread, a short step at a time: other requests' steps run in between, and the steps end
         when the caller leaves or its time has passed."""
-        while not (done := await self._in_thread(partial(advance, steps))):
+        while not (done := await self._in_thread(partial(advance, steps), tenant)):
             pass
         return done.result
 
-    async def _off_loop(self, call: Callable[[], T], size: int) -> T:
+    async def _off_loop(self, call: Callable[[], T], size: int, tenant: Tenant) -> T:
         """Run ``call``, in a thread if the answer that it makes is large."""
-        return call() if size <= INLINE_VALUES else await self._in_thread(call)
+        return call() if size <= INLINE_VALUES else await self._in_thread(call, tenant)
 
 
 class _Work(NamedTuple):
@@ -406,6 +416,8 @@ def _outcome(error: BaseException) -> str:
         return "cancelled"
     if isinstance(error, OverloadedError):
         return "overloaded"
+    if isinstance(error, QuotaExceededError):
+        return "over_quota"
     if isinstance(error, DeadlineExceededError):
         return "expired"
     invalid = isinstance(error, ScoringError) and error.status < InternalError.status

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from serve_app.frontend.turns import Turns
+
 T = TypeVar("T")
 
 
@@ -21,6 +23,7 @@ class WatchedThreads:
 
     def __init__(self, threads: int, name: str) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
+        self._turns = Turns(threads + 1)  # no thread waits for the event loop between two calls
         self._callers: set[asyncio.Future[Any]] = set()
         self._abandoned: Exception | None = None
         """The error of the last ``abandon``, which all waiting callers got."""
@@ -34,8 +37,11 @@ class WatchedThreads:
         """When a call last began or ended, or arrived when there was no other."""
         self._probe: Future[None] | None = None
 
-    async def run(self, call: Callable[[], T]) -> T:
+    async def run(self, call: Callable[[], T], tenant: str = "") -> T:
         """Run ``call`` in a thread and return its result. Cancelling prevents a call that waits from starting.
+
+        Args:
+            tenant: the calls of different tenants go in turn.
 
         Raises:
             RuntimeError: the pool is closed.
@@ -43,7 +49,14 @@ class WatchedThreads:
         """
         if self._given_up and self._abandoned:
             raise self._abandoned.with_traceback(None)
-        answer = asyncio.wrap_future(self._submit(call))
+        turn = self._turns.ask(tenant)
+        try:
+            await self._unless_abandoned(turn)
+            return await self._unless_abandoned(asyncio.wrap_future(self._submit(call)))
+        finally:
+            self._turns.leave(turn)
+
+    async def _unless_abandoned(self, answer: asyncio.Future[T]) -> T:
         self._callers.add(answer)
         try:
             return await answer

@@ -17,7 +17,9 @@ import numpy as np
 from serve_app.batches import join
 from serve_app.contract import BatchResult, Engine, JobResult, QueueStats, ScoreJob
 from serve_app.errors import DeadlineExceededError, InternalError, OverloadedError
-from serve_app.scorer.scheduler import IN_ENGINE, DeviceBatch, Part, QueuedJob, Scheduler
+from serve_app.room import has_room
+from serve_app.scorer.queued_job import Part, QueuedJob
+from serve_app.scorer.scheduler import IN_ENGINE, DeviceBatch, Scheduler
 from serve_app.scorer.speed import Speed
 
 logger = logging.getLogger("ray.serve")
@@ -27,7 +29,7 @@ class _Pending(QueuedJob):
     """A job that is not answered yet, and its results so far."""
 
     def __init__(self, job: ScoreJob, answer: asyncio.Future[JobResult]) -> None:
-        super().__init__(job.batch)
+        super().__init__(job.batch, job.share)
         self.job = job
         self.answer = answer
         self.missing = job.batch.num_sequences
@@ -77,7 +79,7 @@ class Dispatcher:
     Args:
         engine: its ``score`` is called from two threads.
         max_batch_tokens: see ``Scheduler``.
-        max_queued_tokens: tokens that may wait for the device; jobs above that are refused.
+        max_queued_tokens: tokens that may wait for the device; jobs above that are refused (``has_room``).
         observe: called for each device batch with the tokens that it computed, as a share of the most that it could.
         tokens_per_s: the engine's measured speed; 0.0: it is learnt from the first batches.
     """
@@ -131,13 +133,13 @@ class Dispatcher:
             answer.set_exception(_closed_error())
             return
         pending = _Pending(job, answer)
-        queued = self.queued_tokens
-        if queued and queued + pending.waiting_tokens > self._max_queued_tokens:
+        held = self._scheduler.held()
+        if not has_room(pending.waiting_tokens, job.share, held, self._max_queued_tokens):
             self._refused += 1
             answer.set_exception(
                 OverloadedError(
-                    f"{queued:,} tokens are queued and this request adds {pending.waiting_tokens:,}; the limit is "
-                    f"{self._max_queued_tokens:,}; try again in {self._drain_seconds()} s",
+                    f"{sum(held.values()):,} tokens are queued and this request adds {pending.waiting_tokens:,}; the "
+                    f"limit is {self._max_queued_tokens:,}; try again in {self._drain_seconds()} s",
                     retry_after_s=self._drain_seconds(),
                 )
             )

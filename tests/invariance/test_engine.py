@@ -15,7 +15,7 @@ from model import loading
 from model.contract import PAGE_TOKENS
 from model.engine import Engine
 from serve_app.batches import cut
-from serve_app.scorer.scheduler import AHEAD_TOKENS
+from serve_app.scorer.queued_job import AHEAD_TOKENS
 from tests.batches import label_batch, reads_batch
 from tests.invariance.rows import BFLOAT16_TOLERANCE, BITS, LABELS, TOLERANCE, VOCAB, make_model, prompts, values
 from tests.tiny import make_llama

@@ -14,6 +14,7 @@ TYPESAFE = {
     "MethodNotAllowedError": "method_not_allowed_error",
     "RequestTooLargeError": "request_too_large_error",
     "UnsupportedEncodingError": "unsupported_encoding_error",
+    "RateLimitError": "rate_limit_error",
     "InternalServerError": "internal_server_error",
     "ServiceUnavailableError": "service_unavailable_error",
     "TimeoutError": "timeout_error",

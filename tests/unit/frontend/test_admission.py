@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from serve_app.contract import Share
 from serve_app.errors import OverloadedError
 from serve_app.frontend.admission import LONGEST_RETRY_S, Admission
+from serve_app.room import has_room
+
+A, B = Share("a"), Share("b")
 
 
 class Clock:
@@ -55,6 +63,32 @@ def test_a_request_that_is_larger_than_the_limit_is_admitted_alone():
     door = Admission(1_000)
     with enter(door, 5_000, 1), pytest.raises(OverloadedError):
         door.check(1, 1)
+
+
+def test_a_tenant_that_fills_the_queue_does_not_keep_others_out():
+    door = Admission(1_000)
+    with door.inside(1_000, A):
+        with pytest.raises(OverloadedError):
+            door.check(1, 1, A)
+        door.check(1_000, 1, B)
+        with door.inside(300, B):
+            door.check(200, 1, B)  # up to its half
+            with pytest.raises(OverloadedError, match="1,300 tokens are being scored and this request adds 201"):
+                door.check(201, 1, B)
+            door.check(400, 1, replace(B, tenant="c", weight=4.0))
+    door.check(1_000, 1, A)
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 100)), max_size=200))
+def test_all_tenants_together_hold_a_bounded_number_of_tokens(requests: list[tuple[int, int]]):
+    held: Counter[Share] = Counter()
+    for tenant, tokens in requests:
+        share = Share(str(tenant))
+        if has_room(tokens, share, held, 1_000):
+            held[share] += tokens
+        else:
+            assert held[share] > 0
+    assert held.total() <= 1_000 * sum(1 / n for n in range(1, 6))
 
 
 def test_a_request_that_fails_makes_room_too():

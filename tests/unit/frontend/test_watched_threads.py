@@ -121,3 +121,31 @@ async def test_a_closed_pool_fails_its_check():
     threads.close()
     with pytest.raises(RuntimeError):
         threads.check(STALL_S)
+
+
+async def test_a_tenant_with_many_calls_lets_another_go_between_them(gate: threading.Event):
+    threads = WatchedThreads(1, "test")
+    made: list[str] = []
+    first = await begun(threads, gate.wait)
+    many = [asyncio.create_task(threads.run(lambda: made.append("many"), "many")) for _ in range(50)]
+    await asyncio.sleep(0)
+    few = [asyncio.create_task(threads.run(lambda: made.append("few"), "few")) for _ in range(2)]
+    left = asyncio.create_task(threads.run(lambda: pytest.fail("a cancelled call was made"), "few"))
+    await asyncio.sleep(0)
+    left.cancel()
+    gate.set()
+    await asyncio.gather(first, *many, *few)
+    assert made[:5].count("few") == 2
+    assert (len(made), made.count("few")) == (52, 2)
+    threads.close()
+
+
+async def test_calls_that_wait_for_their_turn_fail_when_the_threads_are_abandoned(gate: threading.Event):
+    threads = WatchedThreads(1, "test")
+    calls = [await begun(threads, gate.wait) for _ in range(5)]
+    threads.abandon(ZeroDivisionError())
+    for call in calls:
+        with pytest.raises(ZeroDivisionError):
+            await call
+    gate.set()
+    threads.close()

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.batches import join
-from serve_app.contract import BatchResult, JobResult, ScoreJob, TokenBatch
+from serve_app.contract import EVERYONE, BatchResult, JobResult, ScoreJob, Share, TokenBatch
 from serve_app.errors import DeadlineExceededError, InternalError, OverloadedError
 from serve_app.scorer.dispatcher import Dispatcher, _Part
 from serve_app.scorer.fake_engine import FakeEngine
@@ -75,10 +75,15 @@ async def test_the_fill_of_each_batch_is_observed():
 
 
 def ask(
-    queue: Dispatcher, batch: TokenBatch, *, deadline: float | None = None, request_id: str = "r"
+    queue: Dispatcher,
+    batch: TokenBatch,
+    *,
+    deadline: float | None = None,
+    request_id: str = "r",
+    share: Share = EVERYONE,
 ) -> asyncio.Future[JobResult]:
     answer: asyncio.Future[JobResult] = asyncio.get_running_loop().create_future()
-    queue.submit(ScoreJob(request_id, batch, deadline), answer)
+    queue.submit(ScoreJob(request_id, batch, deadline, share=share), answer)
     return answer
 
 
@@ -355,6 +360,23 @@ async def test_past_the_limit_jobs_are_refused_and_later_ones_accepted():
         engine.gate.set()
         await asyncio.gather(busy, kept)
         await ask(queue, batch_of([[2] * 20]))
+
+
+async def test_a_tenant_that_floods_the_queue_neither_keeps_another_out_nor_makes_it_wait():
+    engine, flood, small = WatchedEngine(), Share("flood"), Share("small")
+    async with opened(engine, queued=1_000) as queue:
+        busy = await hold(engine, queue)
+        many = [ask(queue, batch_of([[j] * 10] * 10), share=flood) for j in range(64)]
+        one = ask(queue, batch_of([[7, 7], [8, 8]]), share=small)
+        await asyncio.sleep(0)
+        refused = [each for each in many if each.done()]
+        assert 0 < len(refused) < 64
+        assert all(isinstance(each.exception(), OverloadedError) for each in refused)
+        engine.gate.set()
+        await asyncio.gather(busy, one, *(each for each in many if each not in refused))
+    first = next(number for number, batch in enumerate(engine.batches) if [7, 7] in sequences_of(batch))
+    assert [8, 8] in sequences_of(engine.batches[first])
+    assert first <= 2  # one was on the device, and one had been formed before it came
 
 
 async def test_a_job_larger_than_the_whole_limit_is_accepted_when_nothing_waits():

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.batches import join, shared_with_previous
-from serve_app.contract import TokenBatch
-from serve_app.scorer.scheduler import LEAD_S, PATIENCE, TURNS_PER_BATCH, DeviceBatch, QueuedJob, Scheduler
+from serve_app.contract import EVERYONE, Share, TokenBatch
+from serve_app.scorer.lines import PASSED_AT_MOST, TURNS_PER_BATCH
+from serve_app.scorer.queued_job import QueuedJob
+from serve_app.scorer.scheduler import LEAD_S, PATIENCE, DeviceBatch, Scheduler
 from serve_app.scorer.speed import Speed
 from tests.batches import batch_of, label_batch
 from tests.batches import sequences_of as sequences_in
@@ -19,8 +21,21 @@ from tests.batches import sequences_of as sequences_in
 Batch = DeviceBatch[QueuedJob]
 
 
-def job_of(sequences: Sequence[Sequence[int]], *, vocab: bool = True) -> QueuedJob:
-    return QueuedJob(batch_of(sequences, vocab_logprobs=vocab))
+A, B = Share("a"), Share("b")
+HIGH, LOW = Share("high", priority=0), Share("low", priority=2)
+
+
+def job_of(sequences: Sequence[Sequence[int]], *, vocab: bool = True, share: Share = EVERYONE) -> QueuedJob:
+    return QueuedJob(batch_of(sequences, vocab_logprobs=vocab), share)
+
+
+def flood(share: Share, jobs: int = 16, sequences: int = 200) -> list[QueuedJob]:
+    """More work than a test computes."""
+    return [job_of([[1_000 * j + i] for i in range(sequences)], share=share) for j in range(jobs)]
+
+
+def tokens_of(batches: Sequence[Batch], share: Share) -> int:
+    return sum(part.cost for batch in batches for part in batch.parts if part.job.share == share)
 
 
 def scheduler_of(*jobs: QueuedJob, budget: int = 64, tokens_per_s: float = 0.0) -> Scheduler[QueuedJob]:
@@ -273,18 +288,112 @@ def test_nothing_more_is_handed_out_of_a_job_that_was_discarded():
     assert {sequence[0] for batch in run(scheduler, *batches) for sequence in sequences_of(batch)} == {2}
 
 
+class TestTenants:
+    """The jobs of one tenant take the turns that the tests above describe; several tenants share the batches."""
+
+    @pytest.mark.parametrize("share", [B, replace(B, weight=0.2), HIGH])
+    def test_a_tenant_that_asks_for_little_goes_with_the_next_batch_however_much_another_waits_for(self, share: Share):
+        scheduler = scheduler_of(*flood(A, jobs=32))
+        batches = run(scheduler, count=20)
+        for j in range(10):
+            for job in flood(A, jobs=10, sequences=1):  # new ones, which arrived first
+                scheduler.add(job)
+            scheduler.add(small := job_of([[7, 7, j], [7, 8, j]], share=share))
+            batches += run(scheduler, *batches[-2:], count=1)
+            assert small.exhausted
+            assert tokens_of(batches[-1:], A) == 0  # nor does it wait for the flood's part of its batch
+            batches += run(scheduler, *batches[-2:], count=3)
+
+    def test_a_tenant_that_comes_back_has_a_batch_to_itself_if_it_needs_one(self):
+        scheduler = scheduler_of(*flood(A))
+        batches = run(scheduler, count=20)
+        scheduler.add(job_of([[i] for i in range(500)], share=B))
+        batches = run(scheduler, *batches[-2:], count=5)
+        assert tokens_of(batches[:1], B) == 64
+        assert tokens_of(batches[1:], B) == pytest.approx(2 * 64, abs=64 // TURNS_PER_BATCH)  # its part from then on
+
+    def test_tenants_share_the_device_by_weight_however_many_jobs_they_have(self):
+        one, three = replace(A, weight=1.0), replace(B, weight=3.0)
+        batches = run(scheduler_of(*flood(one), *flood(three, jobs=1, sequences=2_500)), count=40)
+        assert sum(part.cost for batch in batches for part in batch.parts) == 40 * 64
+        assert tokens_of(batches, three) / tokens_of(batches, one) == pytest.approx(3, rel=0.05)
+
+    def test_every_other_batch_is_filled_however_many_small_jobs_another_sends(self):
+        scheduler = scheduler_of(*flood(A))
+        batches = run(scheduler, count=10)
+        for j in range(10):
+            scheduler.add(job_of([[7, 7, j]], share=B))
+            batches += run(scheduler, *batches[-2:], count=1)
+        assert [tokens_of([batch], A) for batch in batches[10:]] == [0, 61] * 5
+
+    def test_a_tenant_that_waits_for_little_shares_its_batch_with_others_who_wait_for_little(self):
+        scheduler = scheduler_of(*flood(A))
+        batches = run(scheduler, count=10)
+        for share, tokens in ((B, 12), (Share("c"), 16), (Share("d"), 17)):
+            scheduler.add(job_of([[i] for i in range(tokens)], share=share))
+        batches = run(scheduler, *batches[-2:], count=1)
+        assert {part.job.share.tenant: part.cost for part in batches[0].parts} == {"b": 12, "c": 16}
+
+    def test_what_one_tenant_does_not_need_goes_to_the_others(self):
+        [batch] = run(scheduler_of(*flood(A), job_of([[1], [2]], share=B)), count=1)
+        assert (tokens_of([batch], A), tokens_of([batch], B)) == (62, 2)
+
+    def test_jobs_of_one_tenant_do_not_wait_longer_for_a_turn_because_another_has_more_of_them(self):
+        mine = [job_of([[10_000 + j, i] for i in range(9)], share=B) for j in range(4)]
+        scheduler = scheduler_of(*flood(A), *mine)
+        run(scheduler, count=6)
+        assert all(job.taken for job in mine)
+
+    def test_a_long_sequence_of_one_tenant_is_charged_to_it(self):
+        long = job_of([[i % 500 for i in range(8_000)]], share=A)
+        scheduler = scheduler_of(long, budget=8_192, tokens_per_s=1_100)
+        first = due(scheduler)
+        scheduler.add(job_of([[9_000 + i, 1] for i in range(2_000)], share=B))
+        batches = run(scheduler, first, count=4)
+        assert [tokens_of([batch], A) for batch in batches] == [0, 1_024, 0, 1_024]
+
+    def test_an_earlier_class_goes_first_and_a_later_one_gets_a_turn_in_every_eighth_batch(self):
+        scheduler = scheduler_of(*flood(LOW, jobs=3), *flood(A, jobs=3), *flood(HIGH))
+        batches = run(scheduler, count=4 * (PASSED_AT_MOST + 1))
+        turn = 1 + 64 // TURNS_PER_BATCH
+        for late in (A, LOW):
+            assert [tokens_of([batch], late) for batch in batches] == [*[0] * PASSED_AT_MOST, turn] * 4
+        assert tokens_of(batches, HIGH) == sum(len(packed(batch).tokens) for batch in batches) - 8 * turn
+
+    def test_the_tenants_of_a_class_that_was_passed_over_take_its_turns_by_weight(self):
+        late = [Share("x", priority=2), Share("y", weight=2.0, priority=2)]
+        scheduler = scheduler_of(
+            *flood(HIGH, jobs=1, sequences=6_200), *flood(late[0], jobs=2), *flood(late[1], jobs=2)
+        )
+        batches = run(scheduler, count=12 * (PASSED_AT_MOST + 1))
+        assert tokens_of(batches, late[1]) == 2 * tokens_of(batches, late[0]) > 0
+
+    def test_nobody_has_to_make_up_for_what_was_used_while_nobody_else_wanted_it(self):
+        scheduler = scheduler_of(*flood(A))
+        batches = run(scheduler, count=40)
+        scheduler.discard([part.job for batch in batches for part in batch.parts])
+        for job in [*flood(B), *flood(A)]:
+            scheduler.add(job)
+        batches = run(scheduler, *batches[-2:], count=10)
+        assert tokens_of(batches, A) == pytest.approx(tokens_of(batches, B), abs=2 * 64)
+
+
 rows = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=8)
 
 
-@given(st.lists(st.tuples(rows, st.booleans()), min_size=1, max_size=6), st.integers(1, 20))
+shares = st.builds(Share, st.sampled_from("abc"), st.sampled_from([0.5, 1.0, 4.0]), st.integers(0, 2))
+
+
+@given(st.lists(st.tuples(rows, st.booleans(), shares), min_size=1, max_size=6), st.integers(1, 20))
 def test_every_sequence_is_handed_out_once_in_order_with_jobs_of_its_kind(
-    jobs: list[tuple[list[list[int]], bool]], budget: int
+    jobs: list[tuple[list[list[int]], bool, Share]], budget: int
 ):
-    queued = [job_of(sequences, vocab=vocab) for sequences, vocab in jobs]
+    queued = [job_of(sequences, vocab=vocab, share=share) for sequences, vocab, share in jobs]
     scheduler = scheduler_of(*queued, budget=budget)
     waiting = scheduler.queued_tokens
+    assert sum(scheduler.held().values()) == waiting
     batches = run(scheduler)
-    for job, (sequences, _) in zip(queued, jobs, strict=True):
+    for job, (sequences, *_) in zip(queued, jobs, strict=True):
         parts = [part for batch in batches for part in batch.parts if part.job is job]
         assert [i for part in parts for i in range(part.start, part.stop)] == [*range(len(sequences))]
     for batch in batches:
@@ -293,3 +402,36 @@ def test_every_sequence_is_handed_out_once_in_order_with_jobs_of_its_kind(
         assert sum(costs) <= budget or len(costs) == 1
     assert sum(part.cost for batch in batches for part in batch.parts) == waiting
     assert scheduler.queued_tokens == 0
+
+
+weights = st.sampled_from([1.0, 2.0, 5.0])
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(st.integers(1, 3), weights), min_size=2, max_size=4), st.integers(24, 64), st.integers(1, 9))
+def test_tenants_with_work_have_had_their_parts_at_any_time(tenants: list[tuple[int, float]], budget: int, formed: int):
+    """Over its weight, none has had more than another by more than a turn, and what the other could not use because its
+    sequence did not fit into what was left of a batch."""
+    lengths = {Share(str(i), weight): length for i, (length, weight) in enumerate(tenants)}
+    jobs = [job_of([[i] * length for i in range(600 // length)], share=share) for share, length in lengths.items()]
+    batches = run(scheduler_of(*jobs, budget=budget), count=formed)
+    assert not any(job.exhausted for job in jobs)
+    for one, own in lengths.items():
+        for other, length in lengths.items():
+            ahead = tokens_of(batches, one) / one.weight - tokens_of(batches, other) / other.weight
+            assert ahead <= (own + max(own, budget // TURNS_PER_BATCH) + length) / one.weight
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 9), st.booleans()), min_size=1, max_size=4))
+def test_no_class_is_passed_over_more_often_than_the_bound(tenants: list[tuple[int, int, bool]]):
+    jobs = [
+        job_of([[i] * length for i in range(450 // length)], vocab=vocab, share=Share(str(i), priority=priority))
+        for i, (priority, length, vocab) in enumerate(tenants)
+    ]
+    batches = run(scheduler_of(*jobs, budget=16), count=25)
+    assert not any(job.exhausted for job in jobs)
+    for priority in {priority for priority, *_ in tenants}:
+        served = [any(part.job.share.priority == priority for part in batch.parts) for batch in batches]
+        passed = max(len(run) for run in "".join("+" if each else "-" for each in served).split("+"))
+        assert passed <= PASSED_AT_MOST + 1  # two classes may be due at once, with jobs of two kinds

@@ -13,7 +13,7 @@ from serve_app.batches import DeltaBatch, cut, join
 from serve_app.contract import BatchResult, EngineStats
 from serve_app.scorer.engines import load_part
 from serve_app.scorer.fake_engine import FakeEngine
-from serve_app.scorer.scheduler import QueuedJob
+from serve_app.scorer.queued_job import QueuedJob
 from serve_app.scorer.slice_group import GroupLostError, agreed, check_versions
 from serve_app.scorer.slice_worker import Answer, Host, HostFailedError, OutOfStepError, Place, SliceWorker
 from serve_app.settings import ModelSettings
