@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from model import decoder
 from model.attention import AttentionContext, Layer, MaskSpec
 from model.config import Encoder, ModelConfig
+from model.cpu import linear
 from model.decoder import AllAngles
 from model.layers import Linear, row_dots
 
@@ -40,7 +41,11 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((config.width,), dtype), axes=("embed",)) if has_bias else None
 
     def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
-        return self.scaled(standardized(x, self.config))
+        if not self.config.native:
+            return self.scaled(standardized(x, self.config))
+        scale = self.scale[...].astype(jnp.float32)
+        bias = jnp.zeros_like(scale) if self.bias is None else self.bias[...].astype(jnp.float32)
+        return linear.layer_norms(x, scale, bias, self.config.norm_eps)
 
     def scaled(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
         """The norm of what is standardised already."""

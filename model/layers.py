@@ -185,7 +185,7 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
         gate, up = self.gate, self.up
-        if gate.packed and gate.bias is None and self.activation != "gelu":  # which the kernel has not
+        if gate.packed and gate.bias is None:
             kernels = gate.kernel[...], up.kernel[...]
             return self.down(linear.gated(x.astype(gate.dtype), *kernels, gate.features_out, self.activation))
         product = (activate(gate(x), self.activation) * up(x)).astype(up.dtype)

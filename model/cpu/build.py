@@ -25,6 +25,8 @@ SYMBOLS = {
     "attention": "ScoreAttention",
     "products": "ScoreProducts",
     "gated": "ScoreGated",
+    "activated": "ScoreActivated",
+    "layer_norms": "ScoreLayerNorms",
     "normalizers": "ScoreNormalizers",
     "tops": "ScoreTops",
     "dots": "ScoreDots",

@@ -183,6 +183,45 @@ Floats Gelu(Floats x) {
   return 0.5f * x * (1.0f + HyperbolicTangent(0.7978845608f * (x + 0.044715f * x * x * x)));
 }
 
+// x times half of 1 + erf(x / sqrt(2)), to 3e-7 of itself above -1, and of x below. The error function's is that of
+// Abramowitz and Stegun, 7.1.26.
+Floats GeluByErf(Floats x) {
+  const Floats z = 0.7071067812f * (x < 0.0f ? -x : x), t = 1.0f / (1.0f + 0.3275911f * z);
+  Floats p = All(1.061405429f);
+  p = Fused(p, t, All(-1.453152027f));
+  p = Fused(p, t, All(1.421413741f));
+  p = Fused(p, t, All(-0.284496736f));
+  p = Fused(p, t, All(0.254829592f));
+  const Floats beyond = p * t * Exponential(-z * z);
+  return 0.5f * x * (x < 0.0f ? beyond : 2.0f - beyond);
+}
+
+// activation(x * kernel + bias), narrowed.
+template <typename D, Floats (*activation)(Floats)>
+void Activated(ffi::ThreadPool& pool, const Input& x, const Linear& linear, const float* bias) {
+  using Unit = typename D::Unit;
+  EachTile(pool, linear.panels(), x.count, [x, linear, bias](const Tile& tile) {
+    const int64_t panel = tile.panel, row = tile.row, rows = tile.rows;
+    alignas(64) float sums[kRows][kPanel] = {}, added[kPanel] = {};
+    alignas(64) Unit narrowed[kPanel / D::kPacked];
+    const Unit* from = static_cast<const Unit*>(x.rows) + row * x.steps;
+    const Unit* kernel = static_cast<const Unit*>(linear.kernel) + panel * x.steps * kPanel;
+    const int64_t count = std::min<int64_t>(kPanel, linear.columns - panel * kPanel);
+    auto* out = static_cast<typename D::Stored*>(linear.out) + row * linear.columns + panel * kPanel;
+    PrefetchToWrite(out, rows, count, linear.columns);
+    std::memcpy(added, bias + panel * kPanel, count * sizeof(float));
+    if (!Zeros<D>(from, rows * x.steps)) {
+      Multiply<D>(rows, from, x.steps, kernel, sums[0], count, tile.Next(kernel, x.steps));
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int column = 0; column < kPanel; column += kLanes) {
+        D::Round(&narrowed[column / D::kPacked], activation(Load(&sums[i][column]) + Load(&added[column])));
+      }
+      std::memcpy(out + i * linear.columns, narrowed, count * sizeof(*out));
+    }
+  });
+}
+
 // activation(x * gate) * (x * up), narrowed.
 template <typename D, Floats (*activation)(Floats)>
 void Gated(ffi::ThreadPool& pool, const Input& x, const void* gate, const Linear& up) {
@@ -448,6 +487,37 @@ void Dots(ffi::ThreadPool& pool, const float* a, const float* b, int64_t rows, i
   });
 }
 
+// The sum of a, in one order for each count.
+float Sum(const float* a, int64_t count) {
+  Floats sums[4] = {};
+  int64_t at = 0;
+  for (; at + 4 * kLanes <= count; at += 4 * kLanes) {
+    for (int j = 0; j < 4; ++j) sums[j] += Load(a + at + j * kLanes);
+  }
+  for (; at + kLanes <= count; at += kLanes) sums[0] += Load(a + at);
+  float total = Across((sums[0] + sums[1]) + (sums[2] + sums[3]), Plus)[0];
+  for (; at < count; ++at) total += a[at];
+  return total;
+}
+
+// Each row of x less its mean, over its standard deviation, times scale, plus bias.
+void LayerNorms(ffi::ThreadPool& pool, const float* x, const float* scale, const float* bias, int64_t rows,
+                int64_t width, float eps, float* out) {
+  const int64_t most = std::max<int64_t>(1, kDots / 4 / width);
+  Share(pool, (rows + most - 1) / most, [=] {
+    return [=](int64_t unit) {
+      for (int64_t row = unit * most; row < std::min(rows, (unit + 1) * most); ++row) {
+        const float* from = x + row * width;
+        float* to = out + row * width;
+        const float mean = Sum(from, width) / width;
+        for (int64_t at = 0; at < width; ++at) to[at] = from[at] - mean;
+        const float factor = 1.0f / std::sqrt(Dot(to, to, width) / width + eps);
+        for (int64_t at = 0; at < width; ++at) to[at] = to[at] * factor * scale[at] + bias[at];
+      }
+    };
+  });
+}
+
 template <typename D>
 Input Of(ffi::AnyBuffer x) {
   return {x.untyped_data(), x.dimensions()[0], x.dimensions()[1] / D::kPacked};
@@ -483,6 +553,8 @@ ffi::Error HandleGated(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer ga
   return ByDtype(x, [&]<typename D>(D) {
     if (activation == "silu") {
       Gated<D, Silu>(pool, Of<D>(x), gate.untyped_data(), linear);
+    } else if (activation == "gelu") {
+      Gated<D, GeluByErf>(pool, Of<D>(x), gate.untyped_data(), linear);
     } else if (activation == "gelu_tanh") {
       Gated<D, Gelu>(pool, Of<D>(x), gate.untyped_data(), linear);
     } else {
@@ -504,6 +576,28 @@ ffi::Error OfHead(ffi::ThreadPool& pool, ffi::AnyBuffer x, ffi::AnyBuffer head, 
   if (x.element_type() == ffi::F32) return work(Float32());
   if (x.element_type() == ffi::BF16) return work(BFloat16());
   return ffi::Error::InvalidArgument("a head is float32 or bfloat16");
+}
+
+ffi::Error HandleActivated(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::Buffer<ffi::F32> bias,
+                           std::string_view activation, ffi::Result<ffi::AnyBuffer> out) {
+  const Linear linear{kernel.untyped_data(), out->untyped_data(), out->dimensions()[1]};
+  return ByDtype(x, [&]<typename D>(D) {
+    if (activation == "gelu") {
+      Activated<D, GeluByErf>(pool, Of<D>(x), linear, bias.typed_data());
+    } else if (activation == "gelu_tanh") {
+      Activated<D, Gelu>(pool, Of<D>(x), linear, bias.typed_data());
+    } else {
+      return ffi::Error::InvalidArgument("no such activation");
+    }
+    return ffi::Error::Success();
+  });
+}
+
+ffi::Error HandleLayerNorms(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> scale,
+                            ffi::Buffer<ffi::F32> bias, float eps, ffi::ResultBuffer<ffi::F32> out) {
+  LayerNorms(pool, x.typed_data(), scale.typed_data(), bias.typed_data(), x.dimensions()[0], x.dimensions()[1], eps,
+             out->typed_data());
+  return ffi::Error::Success();
 }
 
 ffi::Error HandleNormalizers(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer head, float softcap,
@@ -544,6 +638,24 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ScoreGated, HandleGated,
                                   .Arg<ffi::AnyBuffer>()
                                   .Attr<std::string_view>("activation")
                                   .Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ScoreActivated, HandleActivated,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Attr<std::string_view>("activation")
+                                  .Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ScoreLayerNorms, HandleLayerNorms,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("eps")
+                                  .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ScoreNormalizers, HandleNormalizers,
                               ffi::Ffi::Bind()

@@ -70,6 +70,25 @@ def gated(
     return kernel(x, gate, up, activation=activation)
 
 
+def activated(
+    x: Float[Array, "M features_in"],
+    kernel: Float[Array, "panels steps packed"],
+    bias: Float[Array, " features_out"],
+    activation: Activation,
+) -> Float[Array, "M features_out"]:
+    """``activation(x @ kernel + bias)``, in x's dtype, by a GELU; the bias is float32; see ``products``."""
+    call = jax.ffi.ffi_call(build.target("activated"), jax.ShapeDtypeStruct((x.shape[0], *bias.shape), x.dtype))
+    return call(x, kernel, bias, activation=activation)
+
+
+def layer_norms(
+    x: Float[Array, "M D"], scale: Float[Array, " D"], bias: Float[Array, " D"], eps: float
+) -> Float[Array, "M D"]:
+    """Each row less its mean, over its standard deviation, times ``scale``, plus ``bias``: all float32."""
+    call = jax.ffi.ffi_call(build.target("layer_norms"), jax.ShapeDtypeStruct(x.shape, jnp.float32))
+    return call(x, scale, bias, eps=np.float32(eps))
+
+
 def dots(a: Float[Array, "M D"], b: Float[Array, "M D"]) -> Float[Array, " M"]:
     """The sum of each row of a * b, float32."""
     return jax.ffi.ffi_call(build.target("dots"), jax.ShapeDtypeStruct(a.shape[:1], jnp.float32))(a, b)

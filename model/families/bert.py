@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from model import encoder
 from model.checkpoint import Entry, Target, Targets
 from model.config import Activation, Encoder, ModelConfig, Rope, with_classes
+from model.cpu import linear
 from model.encoder import LayerNorm, encoder_of
 from model.fields import IGNORED, NEUTRAL, ConfigError, Fields
 from model.layers import Linear, activate
@@ -103,16 +104,20 @@ class MLP(nnx.Module):
     """``down(activation(up(x)))``."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
-        def linear(into: int, out: int, axes: tuple[str, str]) -> Linear:
+        def made(into: int, out: int, axes: tuple[str, str]) -> Linear:
             shards, int8, packed = config.shards, config.int8, config.packed
             return Linear(into, out, bias=True, dtype=dtype, axes=axes, shards=shards, int8=int8, packed=packed)
 
-        self.up = linear(config.width, config.ff_width, ("embed", "mlp"))
-        self.down = linear(config.ff_width, config.width, ("mlp", "embed"))
+        self.up = made(config.width, config.ff_width, ("embed", "mlp"))
+        self.down = made(config.ff_width, config.width, ("mlp", "embed"))
         self.activation: Activation = config.activation
 
     def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
-        return self.down(activate(self.up(x), self.activation))
+        up = self.up
+        if not up.packed or up.bias is None:
+            return self.down(activate(up(x), self.activation))
+        bias = up.bias[...].astype(jnp.float32)
+        return self.down(linear.activated(x.astype(up.dtype), up.kernel[...], bias, self.activation))
 
 
 class Block(encoder.Block):

@@ -15,6 +15,7 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from model import attention_tpu, decoder, plan, rotary_tpu
@@ -22,6 +23,7 @@ from model.computations import Kind
 from model.config import ModelConfig
 from model.contract import PAGE_TOKENS
 from model.cost import Cost, Ragged, program_cost
+from model.families.registry import build
 from model.loading import without_weights
 from model.memory import MemoryNeededError, Room, roomiest
 from model.pages import PrefixCache
@@ -175,6 +177,25 @@ def floor_sizes(config: ModelConfig) -> Sizes:
     )
 
 
+def floor_of(config: ModelConfig, request: Request) -> float:
+    """The least floating-point operations that answer a request, see ``floor_flops``.
+
+    An encoder computes the query again with each item, and each token sees all others; but in the last layer only what
+    the classes are read from is needed.
+    """
+    if config.encoder is None:
+        return floor_flops(Variant([request], None), floor_sizes(config))
+    _, abstract = build(config, dtype=jnp.dtype("bfloat16"), implementation="paged")
+    matmuls = sum(2 * leaf.size for leaf in jax.tree.leaves(abstract.block[1]) if leaf.ndim == 2)
+    attention, keys_values = config.heads * config.head_width, 4 * config.width * config.heads * config.head_width
+    lengths = np.array([len(prompt) for prompt in request.prompts], np.float64)
+    reads = lengths if config.encoder.mean else np.ones_like(lengths)
+    *windows, last = (min(2 * window - 1, 2**31) for window in decoder.windows(config) or (2**31,) * config.layers)
+    seen = sum(lengths * np.minimum(lengths, window) for window in windows) + reads * np.minimum(lengths, last)
+    linears = lengths * (config.layers - 1) * matmuls + lengths * keys_values + reads * (matmuls - keys_values)
+    return float((linears + 4 * attention * seen).sum())
+
+
 def trips(config: ModelConfig, kind: Kind, size: Any) -> int:
     """How often a program's loop runs: for each layer but the last; or for each page that is written."""
     return -(-size // PAGE_TOKENS) if kind is Kind.WRITE else config.layers - 1
@@ -288,7 +309,7 @@ def estimate(
     at_once = programs.model.at_once
     request = workload.request()
     needed = launches(config, laid, request, at_once)
-    floor = floor_flops(Variant([request], None), floor_sizes(config)) / peaks.flops / len(here)
+    floor = floor_of(config, request) / peaks.flops / len(here)
     counts = Counter[str]()
     for launch, count in needed.items():
         counts[f"{launch.kind} {launch.size}"] += count

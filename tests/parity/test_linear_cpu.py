@@ -58,10 +58,11 @@ SCALE = math.sqrt(2 / math.pi)
 ACTIVATIONS = {
     "silu": lambda x: x / (1 + np.exp(-x)),
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(SCALE * (x + 0.044715 * x**3))),
+    "gelu": lambda x: 0.5 * x * np.vectorize(math.erfc)(-x / math.sqrt(2)),
 }
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("rows", "width"), [(5, 64), (7, 100), (301, 576)])
 def test_gated_equals_float64_after_the_products(rows: int, width: int, activation: Activation, dtype: str) -> None:
     x, gate, up = normal(dtype, rows, 48), normal(dtype, 48, width), normal(dtype, 48, width, seed=1)
@@ -73,8 +74,38 @@ def test_gated_equals_float64_after_the_products(rows: int, width: int, activati
     assert got.dtype == dtype
     rounding = 2**-8 if dtype == "bfloat16" else 3e-6
     # Far below 0, 1 + tanh is the small difference of two numbers near 1.
-    absolute = 1e-5 if activation == "gelu_tanh" else 1e-30
+    absolute = {"silu": 1e-30, "gelu_tanh": 1e-5, "gelu": 1e-5}[activation]
     np.testing.assert_allclose(got.astype(np.float64), wanted, rtol=rounding, atol=absolute)
+
+
+def activated(x: np.ndarray, kernel: np.ndarray, bias: np.ndarray, activation: Activation) -> np.ndarray:
+    packed = jnp.asarray(linear.pack(kernel))
+    return np.asarray(jax.jit(lambda *a: linear.activated(*a, activation))(x, packed, bias))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize(("rows", "width"), [(5, 64), (7, 100), (301, 576)])
+def test_activated_equals_float64_after_the_product(rows: int, width: int, activation: Activation, dtype: str) -> None:
+    x, kernel, bias = normal(dtype, rows, 48), normal(dtype, 48, width), normal("float32", width)
+    x[3] = 0
+    got = activated(x, kernel, bias, activation)
+    wanted = ACTIVATIONS[activation](products(x, kernel)[0].astype(np.float64) + bias)
+    assert got.dtype == dtype
+    rounding = 2**-8 if dtype == "bfloat16" else 3e-6
+    np.testing.assert_allclose(got.astype(np.float64), wanted, rtol=rounding, atol=3e-6)
+    np.testing.assert_array_equal(activated(x[2:5], kernel, bias, activation), got[2:5])
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 6), (70, 100), (1100, 384)])
+@pytest.mark.usefixtures("kernels")
+def test_layer_norms_equal_float64(rows: int, width: int) -> None:
+    x, scale, bias = normal("float32", rows, width) + 2, normal("float32", width), normal("float32", width, seed=1)
+    through = jax.jit(lambda *a: linear.layer_norms(*a, 0.01))
+    wanted = x.astype(np.float64) - x.mean(axis=1, keepdims=True, dtype=np.float64)
+    wanted = wanted / np.sqrt((wanted**2).mean(axis=1, keepdims=True) + 0.01) * scale + bias
+    got = np.asarray(through(x, scale, bias))
+    np.testing.assert_allclose(got, wanted, rtol=3e-6, atol=3e-6)
+    np.testing.assert_array_equal(np.asarray(through(x[-1:], scale, bias)), got[-1:])
 
 
 def test_a_row_has_the_same_bits_among_any_others(dtype: str) -> None:

@@ -31,6 +31,7 @@ from scripts.planning.chips import CHIPS, devices
 from scripts.planning.estimate import Workload, estimate, launches
 from scripts.planning.plan import app
 from tests.described_devices import QWEN3_06B_JSON, without_cache  # noqa: F401 - a fixture
+from tests.tiny_encoders import COMMON, ENCODERS
 from tests.tiny_families import config_of
 
 pytestmark = pytest.mark.skipif(
@@ -298,6 +299,51 @@ def test_plans_that_cannot_be_made_are_refused(
     result = CliRunner().invoke(app, [str(tmp_path), *arguments], env={"COLUMNS": "200"})
     assert result.exit_code != 0
     assert said in " ".join(result.output.split())
+
+
+MINILM_L6 = {
+    "architectures": ["BertForSequenceClassification"],
+    "model_type": "bert",
+    "vocab_size": 30_522,
+    "hidden_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "num_labels": 1,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_plan_of_an_encoder(tmp_path: Path) -> None:
+    """64 pairs of 16 and 200 tokens with MiniLM-L6's sizes: each is computed whole, and no prefix is kept."""
+    (tmp_path / "config.json").write_text(json.dumps(MINILM_L6))
+    told, sizes = tmp_path / "plan.json", ["--query-tokens", "16", "--items", "64", "--item-tokens", "200"]
+    result = CliRunner().invoke(app, [str(tmp_path), *sizes, "--json", str(told)])
+    assert result.exit_code == 0, result.output
+    found = json.loads(told.read_text())
+    assert found["fits"]
+    assert found["bytes_per_chip"]["weights"] == pytest.approx(2 * 22.7e6, rel=0.01)
+    assert found["bytes_per_chip"]["prefix_cache"] < 2e6
+    whole = 64 * 216 * (5 * 24 * 384**2 + 4 * 384**2 + 5 * 4 * 384 * 216)
+    assert found["floor_seconds"] * CHIPS["v6e"].flops == pytest.approx(whole, rel=0.01)
+    assert {name.split()[0] for name in found["launches"]} == {"segments", "targets"}
+    assert found["expected_seconds"] > found["roofline_seconds"] > found["floor_seconds"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind == "modernbert-mean" else pytest.param(kind, marks=pytest.mark.slow) for kind in ENCODERS],
+)
+def test_an_encoder_compiles_for_one_chip_and_for_four(kind: str) -> None:
+    config, chips = from_hf({**COMMON, **ENCODERS[kind]}), devices("v6e", "2x2")
+    for over in (mesh(1, 1, chips[:1]), mesh(2, 2, chips)):
+        programs, laid = without_weights(config, over, BY_PLATFORM["tpu"])
+        traced = programs.compiler.trace(Kind.SEGMENTS, laid.ladder[0])
+        _, kernels = program_cost(traced, traced.lower().compile(), trips=config.layers - 1)
+        assert kernels == 0  # attention is XLA's
 
 
 def test_a_plan_that_does_not_fit_is_reported_without_compiling() -> None:
