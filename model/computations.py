@@ -123,7 +123,7 @@ class Model:
     def collected(self) -> int:
         """Hidden states that are kept on the device: those of some launches, or of many that are not full."""
         some = 4 * self.at_once * max(shape.reads for shape in self.layout.ladder)
-        return max(some, self.layout.sizes.chunks[-1])
+        return max([some, *self.layout.sizes.chunks])
 
     @property
     def dtype(self) -> jnp.dtype:
