@@ -188,12 +188,14 @@ def memory_line(info: ModelInfo) -> str | None:
     free = "" if memory.free is None else f" of {memory.free / GB:.1f} GB free"
     data, model = info.mesh or (1, 1)
     devices = f"{data} calls at once, each over {model} chips; on each chip " if data * model > 1 else ""
+    taken = f"{MEMORY} {devices}weights {memory.weights / GB:.2f} GB, workspace {memory.workspace / GB:.2f} GB"
+    if info.encoder:  # which keeps no pages
+        return f"{taken}{free}; context {context} tokens"
     return (
-        f"{MEMORY} {devices}weights {memory.weights / GB:.2f} GB, workspace {memory.workspace / GB:.2f} GB, pages "
-        f"{memory.pages / GB:.2f} GB{free} (by default pages take at most half of what weights and workspace leave); "
-        f"context {context} tokens; the pages hold about {memory.page_tokens // typical} prompts of {typical:,} tokens "
-        "at once; for longer prompts set limits.max_prompt_tokens (--max-prompt-tokens), for more of them "
-        "prefix_cache_gb (--prefix-cache-gb)"
+        f"{taken}, pages {memory.pages / GB:.2f} GB{free} (by default pages take at most half of what weights and "
+        f"workspace leave); context {context} tokens; the pages hold about {memory.page_tokens // typical} prompts of "
+        f"{typical:,} tokens at once; for longer prompts set limits.max_prompt_tokens (--max-prompt-tokens), for more "
+        "of them prefix_cache_gb (--prefix-cache-gb)"
     )
 
 

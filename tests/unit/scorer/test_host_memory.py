@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -164,4 +165,7 @@ def test_the_start_says_what_it_took_what_that_gives_and_what_to_set_for_more():
         "half of what weights and workspace leave); context 24,576 of the model's 262,144 tokens; the pages hold "
         "about 12 prompts of 2,048 tokens at once; for longer prompts set limits.max_prompt_tokens "
         "(--max-prompt-tokens), for more of them prefix_cache_gb (--prefix-cache-gb)"
+    )
+    assert engines.memory_line(replace(INFO, token_types=2)) == (
+        "memory: weights 16.09 GB, workspace 1.16 GB of 32.0 GB free; context 24,576 of the model's 262,144 tokens"
     )
