@@ -119,8 +119,15 @@ class ScoreClient:
     @overload
     def ask(self, request: SystemOneRequest) -> SystemOneResponse: ...
 
-    def ask(self, request: ScoreRequest | SystemOneRequest) -> ScoreResponse | SystemOneResponse:
-        """Send a request as it is, with its own ``model``. ``stream`` is ignored."""
+    @overload
+    def ask(self, request: LogprobsRequest) -> LogprobsResponse: ...
+
+    def ask(
+        self, request: ScoreRequest | SystemOneRequest | LogprobsRequest
+    ) -> ScoreResponse | SystemOneResponse | LogprobsResponse:
+        """Send a request as it is, with its own ``model``. ``stream`` is ignored, and the answer is JSON."""
+        if isinstance(request, LogprobsRequest):
+            return self._ask(LogprobsResponse, "POST", "/v1/logprobs", request.model_copy(update={"format": "json"}))
         request = request.model_copy(update={"stream": False})
         if isinstance(request, SystemOneRequest):
             return self._ask(SystemOneResponse, "POST", SYSTEM_ONE, request)
@@ -286,19 +293,20 @@ class ScoreClient:
         timeout_s: float | None = None,
     ) -> LogprobsResponse:
         """Return the logprobs of every token of sequences. The arguments are the fields of ``LogprobsRequest``."""
-        request = _checked(
-            LogprobsRequest,
-            input=input,
-            start=start,
-            top=top,
-            candidates=candidates,
-            temperature=temperature,
-            add_special_tokens=add_special_tokens,
-            cache_salt=cache_salt,
-            timeout_s=timeout_s,
-            model=self._model,
+        return self.ask(
+            _checked(
+                LogprobsRequest,
+                input=input,
+                start=start,
+                top=top,
+                candidates=candidates,
+                temperature=temperature,
+                add_special_tokens=add_special_tokens,
+                cache_salt=cache_salt,
+                timeout_s=timeout_s,
+                model=self._model,
+            )
         )
-        return self._ask(LogprobsResponse, "POST", "/v1/logprobs", request)
 
     def tokenize(
         self,

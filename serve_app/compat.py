@@ -31,6 +31,8 @@ class Foreign:
         return any(value == own and isinstance(value, bool) == isinstance(own, bool) for own in self.neutral)
 
 
+READS_TEXT = "this service reads text; it takes no images"
+
 _NO_EFFECT = Foreign("it has no effect", None)
 _NOT_SAMPLED = Foreign("the one token is the top-1 token, never sampled", None)
 _ONE = "at most one token follows a prompt"
@@ -81,7 +83,6 @@ COMPLETIONS: Mapping[str, Foreign] = {
     "guided_choice": Foreign(_LABELS),
     "structured_outputs": Foreign(_LABELS),
     "response_format": Foreign("the answer is text", ({"type": "text"},)),
-    "prompt_logprobs": Foreign("send echo: true and logprobs: 0 or 1 for the prompt's logprobs"),
     "add_special_tokens": Foreign("to choose the prompt's tokens, send their ids", (True,)),
     "truncate_prompt_tokens": Foreign("a prompt that is too long is an error; shorten it"),
     "return_tokens_as_token_ids": Foreign("POST /tokenize returns the ids", (False,)),
@@ -93,6 +94,21 @@ LOGPROBS: Mapping[str, Foreign] = {
     "prompt": Foreign("send the sequences as input"),
     "stream": Foreign("the answer comes whole", (False,)),
     "truncate_prompt_tokens": Foreign("a sequence that is too long is an error; shorten it"),
+}
+
+GENERATE: Mapping[str, Foreign] = {
+    **EVERYWHERE,
+    "stream": Foreign("the answer comes whole", (False,)),
+    "input_embeds": Foreign("send text or input_ids"),
+    "image_data": Foreign(READS_TEXT),
+    "video_data": Foreign(READS_TEXT),
+    "audio_data": Foreign(READS_TEXT),
+    "modalities": Foreign(READS_TEXT),
+    "lora_path": Foreign("name the model in model"),
+    "return_hidden_states": Foreign("only logprobs are returned", (False,)),
+    "log_metrics": _NO_EFFECT,
+    "bootstrap_host": _NO_EFFECT,
+    "background": Foreign("the answer comes at once", (False,)),
 }
 
 RERANK: Mapping[str, Foreign] = {
@@ -161,8 +177,6 @@ DETOKENIZE: Mapping[str, Foreign] = {
     **EVERYWHERE,
     "skip_special_tokens": Foreign("special tokens are returned as text", (False,)),
 }
-
-READS_TEXT = "this service reads text; it takes no images"
 
 SYSTEM_ONE: Mapping[str, Foreign] = {"assets": Foreign(READS_TEXT, ({},))}
 """All other unknown fields are ignored, as TypeSafe's own service does."""

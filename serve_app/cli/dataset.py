@@ -19,6 +19,7 @@ from serve_app.errors import DeadlineExceededError, OverloadedError, ScoringErro
 from serve_app.schemas import ScoreRequest, invalid
 from serve_app.settings import ModelSettings
 from serve_app.tasks.decisions import bodies
+from serve_app.tasks.logprobs import LogprobsRequest
 from serve_app.tasks.systemone import SystemOneRequest
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ Engine = Literal["jax", "fake"]
 _URL = "http://127.0.0.1:8000"
 _SCORES: dict[str, Any] = {"rich_help_panel": "Scores of labels for each row"}
 _DECISIONS: dict[str, Any] = {"rich_help_panel": "Or answers to questions for each row"}
+_LOGPROBS: dict[str, Any] = {"rich_help_panel": "Or a teacher's logprobs for each row"}
 _SCORER: dict[str, Any] = {"rich_help_panel": "What scores (one of --url, --app and --model)"}
 
 
@@ -69,6 +71,15 @@ class Options:
     permutations: Annotated[
         int, typer.Option(min=1, help="Ask with the options in this many orders, and average.", **_DECISIONS)
     ] = 1
+    logprobs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="own|top-K",
+            help="Write the logprob of every token of the row's --item, and with top-64 those of the 64 most probable "
+            "tokens in its place.",
+            **_LOGPROBS,
+        ),
+    ] = None
     workers: Annotated[
         int | None,
         typer.Option(min=1, help="Blocks scored at once; with --model, engines.", show_default="2; with --model 1"),
@@ -141,7 +152,7 @@ class Options:
     )
     engine: Annotated[Engine, typer.Option(help="With --model: 'fake' is for tests.", hidden=True, **_SCORER)] = "jax"
 
-    def request(self) -> ScoreRequest | SystemOneRequest:
+    def request(self) -> ScoreRequest | SystemOneRequest | LogprobsRequest:
         """The request for each row.
 
         Raises:
@@ -149,10 +160,14 @@ class Options:
         """
         if sum(scorer is not None for scorer in (self.url, self.app, self.model)) > 1:
             raise typer.BadParameter("name one of --url, --app and --model")
+        if self.logprobs is not None:
+            return self._teaching(self.logprobs)
         scores, decisions = self._scores(), self._decisions()
         if decisions is None:
             if self.item is None or self.state is not None or self.permutations != 1:
-                raise typer.BadParameter("name --item for scores of labels, or --state and --questions for decisions")
+                raise typer.BadParameter(
+                    "name --item for scores of labels or for --logprobs, or --state and --questions for decisions"
+                )
             return scores
         if self.state is None:
             raise typer.BadParameter("--questions needs --state, such as --state '{text}'")
@@ -181,6 +196,33 @@ class Options:
         except ValidationError as error:
             raise typer.BadParameter(invalid(error, ScoreRequest).message) from None
 
+    def _teaching(self, asked: str) -> LogprobsRequest:
+        kind, _, count = asked.partition("-")
+        if not (asked == "own" or (kind == "top" and count.isdecimal())):
+            raise typer.BadParameter(
+                f"--logprobs is {asked!r}; name 'own', or 'top-64' for the 64 most probable tokens"
+            )
+        if self.item is None:
+            raise typer.BadParameter("--logprobs needs --item, such as --item '{text}'")
+        known = ScoreRequest(
+            items=[],
+            temperature=self.temperature,
+            add_special_tokens=not self.no_special_tokens,
+            model=self._served,
+        )
+        if self.state is not None or self.questions is not None or self.query or self._scores() != known:
+            raise typer.BadParameter("--logprobs goes with --item, --temperature and --no-special-tokens alone")
+        try:
+            return LogprobsRequest(
+                input="",
+                top=int(count or 0),
+                temperature=self.temperature,
+                add_special_tokens=not self.no_special_tokens,
+                model=self._served,
+            )
+        except ValidationError as error:
+            raise typer.BadParameter(invalid(error, LogprobsRequest).message) from None
+
     def _decisions(self) -> SystemOneRequest | None:
         if self.questions is None:
             return None
@@ -199,14 +241,16 @@ class Options:
     def _served(self) -> str:
         return "default" if self.model else self.served_model
 
-    def job(self, request: ScoreRequest | SystemOneRequest) -> "AnyJob":
+    def job(self, request: ScoreRequest | SystemOneRequest | LogprobsRequest) -> "AnyJob":
         """What is to be done."""
-        from serve_app.jobs.job import DecisionJob, Job
+        from serve_app.jobs.job import DecisionJob, Job, LogprobsJob
 
         inputs, output = tuple(self.inputs), self.output
         more: dict[str, Any] = {"output_format": self.format, "block_rows": self.block_rows}
         if isinstance(request, SystemOneRequest):
             return DecisionJob(inputs, output, cast(str, self.state), request, **more)
+        if isinstance(request, LogprobsRequest):
+            return LogprobsJob(inputs, output, cast(str, self.item), request, **more)
         return Job(inputs, output, cast(str, self.item), request, self.query, **more)
 
     def target(self) -> "Target":
@@ -235,8 +279,10 @@ def dataset(**given: Any) -> None:
 
     score-serve dataset tickets.parquet -o decided --state '{text}' --questions questions.json
 
-    The output has the input's columns, and after them "scores" or the answers. Rows without an answer are in
-    OUTPUT/bad, with the reason.
+    score-serve dataset rollouts.parquet -o teacher --item '{text}' --logprobs top-64
+
+    The output has the input's columns, and after them "scores", the answers or the logprobs. Rows without an answer
+    are in OUTPUT/bad, with the reason.
     After a kill the same command does what is left. An API key is read from SCORE_SERVE_API_KEY.
     Exit codes: 0 done; 1 failed, or no row could be scored; 2 wrong command;
     3 unreachable, overloaded or timed out, retry later to resume; 130 stopped by Ctrl-C.

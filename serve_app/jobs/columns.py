@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from serve_app.schemas import ScoreRequest, ScoreResponse
+from serve_app.tasks.logprobs import LogprobsRequest, SequenceLogprobs
 from serve_app.tasks.systemone import AnyAnswer, AnyQuestion, NoulQuestion
 
 
@@ -17,10 +18,12 @@ class Column(NamedTuple):
         value: the type of its values, or of those in its lists.
         labels: the names of the values in a list. CSV has a column for each, such as ``scores[ yes]``. None: a row has
             a single value.
+        depth: values without names are in lists, in so many; in CSV they are JSON.
     """
 
     value: type[float] | type[int] | type[str]
     labels: Sequence[str] | None = None
+    depth: int = 0
 
 
 def of_scores(request: ScoreRequest, labels: Sequence[str] = ()) -> dict[str, Column]:
@@ -37,6 +40,18 @@ def of_scores(request: ScoreRequest, labels: Sequence[str] = ()) -> dict[str, Co
 def scored(request: ScoreRequest, answer: ScoreResponse, index: int) -> dict[str, Any]:
     """An item's value in each column of its scores."""
     return {name: getattr(answer, name)[index] for name in of_scores(request)}
+
+
+def of_logprobs(request: LogprobsRequest) -> dict[str, Column]:
+    """The columns of a sequence's logprobs by name, which is also that of the answer's field."""
+    columns = {"token_ids": Column(int, depth=1), "logprobs": Column(float, depth=1)}
+    tops = {"top_ids": Column(int, depth=2), "top_logprobs": Column(float, depth=2)}
+    return columns | (tops if request.top else {})
+
+
+def taught(request: LogprobsRequest, answer: SequenceLogprobs) -> dict[str, Any]:
+    """A row's value in each column of its logprobs."""
+    return {name: getattr(answer, name) for name in of_logprobs(request)}
 
 
 _SPREAD = {".probabilities": "probabilities", ".confidence": "confidence"}

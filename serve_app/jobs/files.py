@@ -372,8 +372,10 @@ _ARROW_TYPES = {float: pa.float64(), int: pa.int64(), str: pa.string()}
 
 
 def _arrow_type(column: Column) -> pa.DataType:
-    value = _ARROW_TYPES[column.value]
-    return value if column.labels is None else pa.list_(value)
+    kind: pa.DataType = _ARROW_TYPES[column.value]
+    for _ in range(column.depth if column.labels is None else 1):
+        kind = pa.list_(kind)
+    return kind
 
 
 def write_lines(path: Path, rows: Sequence[Row]) -> None:

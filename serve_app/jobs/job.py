@@ -6,14 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
-from serve_app.jobs import columns, deciding, scoring
+from serve_app.jobs import columns, deciding, scoring, teaching
 from serve_app.jobs.columns import Column
 from serve_app.jobs.files import Format
 from serve_app.jobs.scoring import Cost, Told
-from serve_app.jobs.targets import Target
+from serve_app.jobs.targets import Ask, Target
 from serve_app.schemas import ScoreRequest
+from serve_app.tasks.logprobs import LOGPROBS, LogprobsRequest, LogprobsResponse
 from serve_app.tasks.score import SCORE
 from serve_app.tasks.systemone import SYSTEMONE, SystemOneRequest
 
@@ -148,3 +149,34 @@ class DecisionJob(AnyJob):
     def connect(self, target: Target) -> AskRows:
         ask = target.connect(SYSTEMONE)
         return lambda asked, told: deciding.decide(self.request, [(at, state) for at, (state,) in asked], ask, told)
+
+
+@dataclass(frozen=True)
+class LogprobsJob(AnyJob):
+    """A job that writes a teacher's logprobs.
+
+    Attributes:
+        text: template of each row's sequence.
+        request: the other fields of the request for each row; its input is not used.
+    """
+
+    text: str
+    request: LogprobsRequest
+
+    @property
+    def model(self) -> str:
+        return self.request.model
+
+    @property
+    def templates(self) -> Mapping[str, str]:
+        return {"text": self.text}
+
+    def settings(self) -> dict[str, Any]:
+        return {"logprobs": self.request.model_dump(exclude={"input", "format", "timeout_s"}, exclude_none=True)}
+
+    def columns(self, answers: Sequence[Values] = ()) -> dict[str, Column]:  # noqa: ARG002 - the request says it
+        return columns.of_logprobs(self.request)
+
+    def connect(self, target: Target) -> AskRows:
+        ask = cast(Ask[LogprobsRequest, LogprobsResponse], target.connect(LOGPROBS))
+        return lambda asked, told: teaching.teach(self.request, [(at, text) for at, (text,) in asked], ask, told)

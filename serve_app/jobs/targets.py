@@ -22,6 +22,7 @@ from serve_app.jobs.local_replicas import LocalReplicas
 from serve_app.schemas import InfoResponse, RequestBody
 from serve_app.scorer.engines import load_engine
 from serve_app.settings import ModelSettings
+from serve_app.tasks.logprobs import LOGPROBS
 from serve_app.tasks.score import SCORE
 from serve_app.tasks.systemone import SYSTEMONE
 from serve_app.tasks.task import Task
@@ -38,7 +39,7 @@ A = TypeVar("A")
 Ask = Callable[[R], A]
 """Sends a request and returns the answer; threads may share it. Raises ``ScoringError``."""
 
-_METHODS = {SCORE.name: "score", SYSTEMONE.name: "decide"}
+_METHODS = {SCORE.name: "score", SYSTEMONE.name: "decide", LOGPROBS.name: "logprobs"}
 """The method of a Serve application's handle for each task."""
 
 

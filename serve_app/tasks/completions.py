@@ -17,14 +17,16 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
 
 from serve_app import compat
 from serve_app.batches import Reads, pack
-from serve_app.contract import BatchResult, TokenBatch
+from serve_app.contract import MOST_TOP, BatchResult, Float32, Int32, TokenBatch
 from serve_app.errors import COMPLETIONS as COMPLETIONS_PATH
 from serve_app.errors import InvalidRequestError
 from serve_app.schemas import LOWEST, IdLists, Ids, RequestBody, ResponseBody, Text, Texts, Usage
 from serve_app.tasks.model_facts import ModelFacts
+from serve_app.tasks.positions import LOWEST_TEMPERATURE, MOST_IN_JSON, check_size, check_top, in_json
 from serve_app.tasks.scores import not_finite, usage
 from serve_app.tasks.sequences import read_sequences
 from serve_app.tasks.steps import Steps
@@ -46,12 +48,6 @@ def _top_1_only(count: int) -> int:
     return count
 
 
-def _greedy(temperature: float) -> float:
-    if temperature:
-        raise PydanticCustomError("greedy", "0 or left out, since the one token is the top-1 token, never sampled")
-    return temperature
-
-
 _ZERO_OR_ONE: dict[str, Any] = {"minimum": 0, "maximum": 1}
 
 
@@ -65,7 +61,10 @@ class CompletionRequest(RequestBody):
         echo: begin the answer's text, and its logprobs, with the prompt.
         logprobs: 0: return the logprobs of the answer's tokens; 1: also those of the top-1 token at each position.
             None: return no logprobs.
-        temperature: 0, which is also the default.
+        prompt_logprobs: return, as vLLM does, the logprobs of each token of the prompt and of so many most probable
+            tokens in its place, at most 1,024. None: return none.
+        temperature: with ``prompt_logprobs``, divides the logits before all logprobs, as vLLM's ``processed_logprobs``
+            are made; 0 is 1. Else 0, which is also the default.
     """
 
     foreign = compat.COMPLETIONS
@@ -75,7 +74,8 @@ class CompletionRequest(RequestBody):
     max_tokens: Annotated[int, AfterValidator(_one_at_most), Field(json_schema_extra=_ZERO_OR_ONE)] | None = None
     echo: bool = False
     logprobs: Annotated[int, AfterValidator(_top_1_only), Field(json_schema_extra=_ZERO_OR_ONE)] | None = None
-    temperature: Annotated[float, AfterValidator(_greedy), Field(json_schema_extra={"const": 0})] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=1000)] | None = None
 
     @property
     def new_tokens(self) -> int:
@@ -84,13 +84,51 @@ class CompletionRequest(RequestBody):
         Raises:
             InvalidRequestError: the request asks for OpenAI's default, which is more than one.
         """
-        if self.max_tokens is None and not (self.echo and self.logprobs is not None):
+        if self.max_tokens is None and not self.rates_prompts and self.prompt_logprobs is None:
             raise InvalidRequestError(
                 "max_tokens is left out, which in OpenAI's API means 16; this service prefills prompts and never "
                 "generates text: send max_tokens: 0, or 1 for the top-1 next token",
                 param="max_tokens",
             )
         return self.max_tokens or 0
+
+    @property
+    def rates_prompts(self) -> bool:
+        """Whether ``logprobs`` are those of the prompt's tokens."""
+        return self.echo and self.logprobs is not None
+
+    @property
+    def divisor(self) -> float:
+        """The temperature of all logprobs.
+
+        Raises:
+            InvalidRequestError: the request asks for a token at a temperature, or for one near 0.
+        """
+        if not self.temperature:
+            return 1.0
+        if self.prompt_logprobs is None:
+            raise InvalidRequestError(
+                f"temperature must be 0 or left out, since the one token is the top-1 token, never sampled; it is "
+                f"{self.temperature}",
+                param="temperature",
+            )
+        if self.temperature < LOWEST_TEMPERATURE:
+            raise InvalidRequestError(
+                f"temperature is {self.temperature}; send 0, which is 1 here, or {LOWEST_TEMPERATURE} to 1000",
+                param="temperature",
+            )
+        return self.temperature
+
+
+class PromptLogprob(TypedDict):
+    """The logprob of a token in a place of the prompt."""
+
+    logprob: Annotated[float, Field(description="In nats, over the whole vocabulary.")]
+    rank: Annotated[
+        int,
+        Field(description="1 for the most probable token; a token that is not among those asked for has the next one."),
+    ]
+    decoded_token: Annotated[str, Field(description="The token's text.")]
 
 
 class CompletionLogprobs(ResponseBody):
@@ -117,12 +155,15 @@ class CompletionChoice(ResponseBody):
         text: the prompt with ``echo``, and the next token with ``max_tokens: 1``.
         logprobs: with ``logprobs``: those of the text's tokens.
         finish_reason: always that the length asked for is reached.
+        prompt_logprobs: with ``prompt_logprobs``: for each token of the prompt, by token id, its own logprob and those
+            of the most probable tokens in its place; null for the first.
     """
 
     text: str
     index: int
     logprobs: CompletionLogprobs | None = None
     finish_reason: Literal["length"] = "length"
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
 
 
 class CompletionResponse(ResponseBody):
@@ -174,9 +215,10 @@ class Completer:
             TooLargeError: the request has more prompts or tokens than the limits allow.
         """
         check_causal(self._model.info.classes)
-        new_tokens = request.new_tokens
+        new_tokens, top, temperature = request.new_tokens, request.prompt_logprobs, request.divisor
+        check_top(top or 0, self._model, "prompt_logprobs")
         texts, sequences = yield from read_sequences(self._model, request.prompt, "prompt")
-        rated = request.echo and request.logprobs is not None
+        rated = request.rates_prompts or top is not None
         arrays = [np.asarray(ids, np.int32) for ids in sequences]
         # Each position has the next token as its target. The last has no target: it is read for its top-1 token.
         firsts = [0 if rated else len(ids) - 1 for ids in arrays]
@@ -191,11 +233,18 @@ class Completer:
         batch = pack(
             arrays,
             [Reads(*own) for own in zip(reads, targets, target_counts, strict=True)],
-            argmax=new_tokens == 1 or (rated and request.logprobs == 1),
+            argmax=new_tokens == 1 or (request.rates_prompts and request.logprobs == 1),
+            top=top or 0,
+            temperature=temperature,
+        )
+        # An entry has an id, a logprob and a rank.
+        numbers = 0 if top is None else 3 * (1 + top) * len(batch.read_positions)
+        check_size(
+            numbers, MOST_IN_JSON, 'send fewer prompts or a smaller prompt_logprobs, or /v1/logprobs with format: "npz"'
         )
         tokenizer = self._model.tokenizer
         completions = Completions(batch, request, texts, tokenizer, self._reader, self._model.name, request_id)
-        return PreparedRequest(batch, 0, batch.num_sequences, len(batch.tokens), completions.answer)
+        return PreparedRequest(batch, 0, batch.num_sequences, len(batch.tokens) + numbers, completions.answer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,15 +278,19 @@ class Completions:
         offsets, target_offsets = batch.offsets.tolist(), batch.target_offsets.tolist()
         choices: list[CompletionChoice] = []
         for index, (start, stop), (first, last) in zip(prompts, pairwise(offsets), pairwise(read_bounds), strict=True):
-            prompt = _Read(
-                ids=batch.tokens[start:stop].tolist(),
-                logprobs=result.values[target_offsets[first] : target_offsets[last]].tolist(),
-                argmax=result.argmax[first:last].tolist(),
-                argmax_logprobs=result.argmax_values[first:last].tolist(),
-            )
-            if not all(value < math.inf for value in (*prompt.logprobs, *prompt.argmax_logprobs)):  # false for NaN too
+            ids = batch.tokens[start:stop].tolist()
+            own = result.values[target_offsets[first] : target_offsets[last]]
+            tops = result.top_ids[first:last], result.top_values[first:last]
+            highest = result.argmax[first:last], result.argmax_values[first:last]
+            if not all((values < math.inf).all() for values in (own, tops[1], highest[1])):  # false for NaN too
                 raise not_finite(index, "prompt")
-            choices.append(self._choice(index, prompt))
+            shown = own if self.request.rates_prompts else own[:0]
+            reads = len(shown) + self.request.new_tokens if len(highest[0]) else 0
+            prompt = _Read(ids, shown.tolist(), *(column[len(column) - reads :].tolist() for column in highest))
+            choice = self._choice(index, prompt)
+            if self.request.prompt_logprobs is not None:
+                choice.prompt_logprobs = self._prompt_logprobs(ids, own, *tops)
+            choices.append(choice)
         prompt_tokens, generated = len(batch.tokens), len(prompts) * self.request.new_tokens
         return CompletionResponse(
             id=f"cmpl-{self.request_id}",
@@ -274,6 +327,24 @@ class Completions:
             tokens=told.names, token_logprobs=known, top_logprobs=top, text_offset=told.starts
         )
         return CompletionChoice(text=told.text, index=index, logprobs=logprobs)
+
+    def _prompt_logprobs(
+        self, ids: list[int], own: Float32, top_ids: Int32, top_logprobs: Float32
+    ) -> list[dict[str, PromptLogprob] | None]:
+        """vLLM's: the own token first, then the most probable ones."""
+        known = np.unique(np.concatenate([np.asarray(ids, np.int32), top_ids.ravel()])).tolist()
+        texts = self.tokenizer.backend.decode_batch([[token] for token in known], skip_special_tokens=False)
+        text_of = dict(zip(known, texts, strict=True))
+        found: list[dict[str, PromptLogprob] | None] = [None]
+        for token, logprob, others, logprobs in zip(
+            ids[1:], in_json(own), top_ids[: len(own)].tolist(), in_json(top_logprobs[: len(own)]), strict=True
+        ):
+            last = {"logprob": logprob, "rank": len(others) + 1, "decoded_token": text_of[token]}
+            entries: dict[str, Any] = {str(token): last}
+            for rank, (other, value) in enumerate(zip(others, logprobs, strict=True), 1):
+                entries[str(other)] = {"logprob": value, "rank": rank, "decoded_token": text_of[other]}
+            found.append(entries)
+        return found
 
     def _told(self, index: int, ids: list[int], generated: list[int]) -> TokenTexts:
         """The text of the prompt and the generated token, with the tokens' names and starts."""

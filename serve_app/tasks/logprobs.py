@@ -16,6 +16,7 @@ from serve_app.errors import InvalidRequestError
 from serve_app.schemas import IdLists, Ids, RequestBody, ResponseBody, Text, Texts, Usage
 from serve_app.tasks.model_facts import ModelFacts
 from serve_app.tasks.positions import (
+    LOWEST_TEMPERATURE,
     MOST_IN_BINARY,
     MOST_IN_JSON,
     Found,
@@ -34,10 +35,6 @@ from serve_app.tasks.validation import check_causal
 
 NPZ = "application/x-npz"
 """The media type of numpy's archives of arrays."""
-
-
-Temperature = Annotated[float, Field(ge=0.001, le=1000)]
-"""Within what float32 holds of divided logits."""
 
 
 class LogprobsRequest(RequestBody):
@@ -64,7 +61,7 @@ class LogprobsRequest(RequestBody):
     start: int | Ids = 1
     top: Annotated[int, Field(ge=0, le=MOST_TOP)] = 0
     candidates: Annotated[list[IdLists], Field(fail_fast=True)] | None = None
-    temperature: Temperature = 1.0
+    temperature: Annotated[float, Field(ge=LOWEST_TEMPERATURE, le=1000)] = 1.0
     add_special_tokens: bool = True
     format: Literal["json", "npz"] = "json"
     timeout_s: Annotated[float, Field(gt=0)] | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,8 @@ from serve_app.tasks.validation import check_ids
 
 MOST_IN_JSON = 2**22
 """The most numbers of an answer in JSON, which takes 20 bytes and more for each."""
+LOWEST_TEMPERATURE = 0.001
+"""Divided by less, logits may leave what float32 holds."""
 MOST_IN_BINARY = 2**25
 """The most numbers of a binary answer, of 4 bytes each."""
 
@@ -120,8 +123,8 @@ class Found:
         return (flat[start:end] for start, end in itertools.pairwise([0, *ends]))
 
 
-def in_json(values: Float32) -> list[float]:
-    """Logprobs as JSON can hold them, a list for each dimension."""
+def in_json(values: Float32) -> list[Any]:
+    """Logprobs as JSON can hold them, in lists as they are in arrays."""
     return np.maximum(values, np.float32(LOWEST)).tolist()
 
 

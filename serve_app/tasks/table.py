@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from serve_app.tasks.classify import CLASSIFY
 from serve_app.tasks.completions import COMPLETIONS
+from serve_app.tasks.generate import GENERATE
 from serve_app.tasks.generative import GENERATIVE
 from serve_app.tasks.logprobs import LOGPROBS
 from serve_app.tasks.openai_decisions import OPENAI_DECISIONS
@@ -26,6 +27,7 @@ TASKS: Sequence[AnyTask] = (
     OPENAI_DECISIONS,
     COMPLETIONS,
     LOGPROBS,
+    GENERATE,
     GENERATIVE,
     CLASSIFY,
     POOLING,

@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 from serve_app.cli import launcher, main
 from serve_app.jobs import batch_job
 from serve_app.jobs.folder import Done
-from serve_app.jobs.job import AnyJob, DecisionJob, Job
+from serve_app.jobs.job import AnyJob, DecisionJob, Job, LogprobsJob
 from serve_app.jobs.targets import App, Service, Target
 from serve_app.schemas import ScoreRequest
+from serve_app.tasks.logprobs import LogprobsRequest
 from serve_app.tasks.systemone import SystemOneRequest
 
 
@@ -123,4 +124,30 @@ def test_a_wrong_question_is_named_with_its_file(jobs: list[tuple[AnyJob, Target
     result = decisions(tmp_path, "--state", "{text}", questions={"team": {"type": "choice", "criteria": {"a": None}}})
     assert result.exit_code == 2
     assert "questions.json: questions.team.criteria has 1 entries" in result.stderr
+    assert not jobs
+
+
+def test_logprobs_make_a_job_of_a_teacher(jobs: list[tuple[AnyJob, Target, int]]):
+    assert dataset("--logprobs", "top-64", "--temperature", "0.5", "--no-special-tokens").exit_code == 0
+    assert dataset("--logprobs", "own", "--served-model", "judge").exit_code == 0
+    paths = (Path("a.csv"), Path("b.csv"))
+    request = LogprobsRequest(input="", top=64, temperature=0.5, add_special_tokens=False)
+    own = LogprobsRequest(input="", model="judge")
+    assert [job for job, _, _ in jobs] == [LogprobsJob(paths, Path("/out"), "{a}", each) for each in (request, own)]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--logprobs", "64"], "'top-64' for the 64"),
+        (["--logprobs", "top-"], "'top-64' for the 64"),
+        (["--logprobs", "top-2000"], "1024"),
+        (["--logprobs", "own", "-l", " yes"], "alone"),
+        (["--logprobs", "own", "--query", "x"], "alone"),
+        (["--logprobs", "own", "--temperature", "0.0001"], "0.001"),
+    ],
+)
+def test_logprobs_that_do_not_exist(jobs: list[tuple[AnyJob, Target, int]], options: list[str], said: str):
+    result = dataset(*options)
+    assert (result.exit_code, said in result.stderr) == (2, True), result.output
     assert not jobs
