@@ -178,6 +178,7 @@ class Dispatcher:
         """The counters at this moment."""
         return QueueStats(
             queued_jobs=len(self._jobs),
+            running_jobs=sum(pending.begun for pending in self._jobs),
             queued_tokens=self.queued_tokens,
             pending_tokens=sum(pending.tokens for pending in self._jobs),
             batches=self._batches,
