@@ -33,6 +33,7 @@ class QueueStats:
 
     Attributes:
         queued_jobs: state: jobs that are not yet answered, including those on the device.
+        running_jobs: state: those of which something has gone to the device.
         queued_tokens: state: tokens that wait for the device, shared prefixes counted once.
         pending_tokens: state: the same, plus all tokens of the jobs that the device has begun and not finished.
         batches: batches that the device computed.
@@ -47,6 +48,7 @@ class QueueStats:
     """
 
     queued_jobs: int = 0
+    running_jobs: int = 0
     queued_tokens: int = 0
     pending_tokens: int = 0
     batches: int = 0

@@ -16,6 +16,7 @@ from ray.serve.metrics import Counter, Gauge, Histogram
 
 from serve_app.contract import EngineStats, JobResult, QueueStats
 from serve_app.errors import OverloadedError
+from serve_app.gateway_gauges import PAGES, PAGES_USED, RUNNING, WAITING, gateway_page
 from serve_app.timing import TOKENISE, Timings
 
 MODEL = "model"
@@ -67,9 +68,11 @@ class ScorerMetrics:
         self._compilations = total("score_compilations", "Programs compiled; none after the warm-up.")
         self._prefix_tokens = total("score_prefix_tokens", "Tokens of prefixes looked up: hit or missed.", "result")
         self._evicted = total("score_prefix_evicted_pages", "Pages of the prefix cache given to other prefixes.")
-        self._pages = gauge("score_prefix_pages", "Pages that the prefix cache has.")
-        self._pages_used = gauge("score_prefix_pages_used", "Pages of the prefix cache that hold a prefix.")
+        self._pages = gauge(PAGES, "Pages that the prefix cache has.")
+        self._pages_used = gauge(PAGES_USED, "Pages of the prefix cache that hold a prefix.")
         self._bytes_used = gauge("score_prefix_bytes_used", "Device memory of the pages that hold a prefix, in bytes.")
+        self._waiting = gauge(WAITING, "Jobs of which nothing has gone to the device.")
+        self._running = gauge(RUNNING, "Jobs that the device has begun.")
         self._queued_tokens = gauge(
             "score_queued_tokens", "Tokens waiting for the device, shared prefixes counted once."
         )
@@ -110,6 +113,8 @@ class ScorerMetrics:
         self._pages_used.set(engine.prefix_pages_used)
         self._bytes_used.set(engine.prefix_pages_used * engine.prefix_page_bytes)
         self._queued_tokens.set(queue.queued_tokens)
+        self._waiting.set(queue.queued_jobs - queue.running_jobs)
+        self._running.set(queue.running_jobs)
 
 
 class FrontMetrics:
@@ -216,7 +221,8 @@ async def scrape() -> str:
 
 
 def merged(pages: Sequence[str]) -> str:
-    """Merge pages into one that has only our metric families. Each appears once, with the samples of all pages."""
+    """Merge pages into one that has only our metric families, and those that gateways read. Each appears once, with the
+    samples of all pages."""
     families: dict[str, dict[str, None]] = {}
     for page in pages:
         lines: dict[str, None] = {}
@@ -225,4 +231,5 @@ def merged(pages: Sequence[str]) -> str:
                 lines = families.setdefault(line.split(" ", 3)[2], {})
             lines[line] = None
     ours = [line for name, lines in families.items() if name.startswith(PREFIX) for line in lines]
-    return "".join(f"{line}\n" for line in ours)
+    page = "".join(f"{line}\n" for line in ours)
+    return page + gateway_page(page)

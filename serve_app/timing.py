@@ -17,12 +17,21 @@ _tracer = trace.get_tracer("score-serve")
 """The tracer. It has no effect in a process where Serve has not set up tracing."""
 
 
+_OPERATIONS = {"completions": "text_completion"}
+"""Operations of OpenTelemetry's GenAI conventions, by a task's name; the others have the task's own name."""
+
+
 class Timings:
-    """The seconds spent in one request's stages, counted from its creation."""
+    """The seconds spent in one request's stages, counted from its creation.
+
+    Attributes:
+        input_tokens: tokens of its prompts.
+    """
 
     def __init__(self) -> None:
         self._begun = time.perf_counter()
         self.seconds: dict[str, float] = {}
+        self.input_tokens = 0
 
     def add(self, stage: str, seconds: float) -> None:
         """Add ``seconds`` to a stage."""
@@ -57,6 +66,37 @@ def begin() -> Timings:
 def current() -> Timings:
     """The timings of this task's request. Outside a request they are new ones, which are dropped."""
     return _timings.get(None) or Timings()
+
+
+@contextmanager
+def inference(task: str, model: str, tenant: str) -> Generator[None]:
+    """Make a span of a request, from its admission to its answer, with the attributes of OpenTelemetry's GenAI
+    conventions.
+
+    Args:
+        model: the served name.
+        tenant: the name of the API key; empty: none.
+
+    Source: https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans/
+    """
+    operation = _OPERATIONS.get(task, task)
+    span = _tracer.start_span(f"{operation} {model}")
+    span.set_attributes(
+        {
+            "gen_ai.operation.name": operation,
+            "gen_ai.provider.name": "score-serve",
+            "gen_ai.request.model": model,
+            **({"score_serve.tenant": tenant} if tenant else {}),
+        }
+    )
+    try:
+        yield
+    except BaseException as error:
+        span.set_attribute("error.type", type(error).__name__)
+        raise
+    finally:
+        span.set_attributes({"gen_ai.usage.input_tokens": current().input_tokens, "gen_ai.usage.output_tokens": 0})
+        span.end()
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Measures what one API key notices of another that floods the service with 64 clients.
 
-python -m scripts.benchmarks.tenants                    a fake engine of 10,000 tokens a second
+python -m scripts.benchmarks.tenants                    a fake engine of 2,000 tokens a second
 python -m scripts.benchmarks.tenants --engine demo      the demo model
 
 The service runs in a process of its own, over HTTP, without Ray: its front end, queue and engine are the real ones. A
@@ -45,7 +45,7 @@ from serve_app.tasks.tokenizer import TextTokenizer
 
 CLIENTS = 64
 FLOOD_ITEMS, SMALL_ITEMS = 100, 4
-FAKE_TOKENS_PER_S = 10_000
+FAKE_TOKENS_PER_S = 2_000
 PAUSE_S = 0.2
 """The longest pause of the small client before a request; it is random, so that they come at any time of a batch."""
 SETTLE_S = 5.0

@@ -40,7 +40,7 @@ from serve_app.settings import ModelSettings
 from serve_app.tasks.model_facts import ModelFacts
 from serve_app.tasks.steps import Steps, advance
 from serve_app.tasks.table import TASKS
-from serve_app.tasks.task import PreparedRequest, Stream, Task
+from serve_app.tasks.task import AnyTask, PreparedRequest, Stream, Task
 from serve_app.tasks.tokenizer import TextTokenizer
 from serve_app.timing import Timings
 
@@ -161,7 +161,7 @@ class ModelService:
         prepare = partial(self._prepare[task.name], request, request_id)
         if not task.scores:
             return (await self.in_time(self._in_steps(prepare(), tenant), self._time_limit(None, timeout_s))).value
-        with self._counted(tenant):
+        with self._counted(task, tenant):
             limit = self._time_limit(getattr(request, "timeout_s", None), timeout_s)
             work = self._score(prepare, request_id, time.time() + limit, _salt(request, tenant), tenant)
             return await self.in_time(work, limit)
@@ -191,7 +191,7 @@ class ModelService:
             ScoringError: see ``answer``. It may also come after some lines.
         """
         begin = partial(self._streams[task.name], request)
-        with self._counted(tenant):
+        with self._counted(task, tenant):
             limit = self._time_limit(getattr(request, "timeout_s", None), timeout_s)
             async with aclosing(self._stream(begin, request_id, limit, _salt(request, tenant), tenant)) as answered:
                 async for some in answered:
@@ -264,9 +264,8 @@ class ModelService:
             batch = _salted(prepared.batch, salt)
             return prepared, self._work(batch, prepared.query_tokens, request_id, deadline, tenant.share)
 
-        self._admission.check(
-            1, self._replicas.count, tenant.share
-        )  # a request that will be refused need not be tokenised
+        # A request that will be refused need not be tokenised.
+        self._admission.check(1, self._replicas.count, tenant.share)
         with timing.tokenising():
             prepared, wanted = await self._in_steps(work(), tenant)
         result = await self._run(wanted, tenant)
@@ -313,6 +312,7 @@ class ModelService:
         answered = [task.result() for task in tasks]
         if tenant.name:
             self.tenant_tokens[tenant.name] += work.tokens
+        timing.current().input_tokens += sum(len(job.batch.tokens) for job in work.jobs)
         # They ran in parallel: the request waited for the longest.
         timing.current().add(timing.QUEUE, max((job.queue_seconds for job in answered), default=0.0))
         timing.current().add(timing.DEVICE, max((job.device_seconds for job in answered), default=0.0))
@@ -333,11 +333,12 @@ class ModelService:
         self._admission.tokens_per_replica = self._queued_tokens / self._front_ends
 
     @contextmanager
-    def _counted(self, tenant: Tenant) -> Generator[None]:
+    def _counted(self, task: AnyTask, tenant: Tenant) -> Generator[None]:
         """Count the request by its outcome, and pass on its timings if it is answered."""
         outcome = "answered"
         try:
-            yield
+            with timing.inference(task.name, self._settings.name, tenant.name):
+                yield
         except BaseException as error:
             outcome = _outcome(error)
             raise

@@ -178,6 +178,7 @@ class Dispatcher:
         """The counters at this moment."""
         return QueueStats(
             queued_jobs=len(self._jobs),
+            running_jobs=sum(pending.begun for pending in self._jobs),
             queued_tokens=self.queued_tokens,
             pending_tokens=sum(pending.tokens for pending in self._jobs),
             batches=self._batches,
@@ -234,9 +235,9 @@ class Dispatcher:
 
     async def _compute(self, parts: Sequence[_Part]) -> None:
         """Run one device batch. If it fails, each job's part runs alone, so that a bad job harms only itself."""
+        started = time.monotonic()
         # This raises when the threads are gone, and so ends the loop: another replica can compute the jobs.
         computing = asyncio.get_running_loop().run_in_executor(self._threads, self._on_device, parts)
-        started = time.monotonic()
         try:
             result = await computing
         except Exception:

@@ -46,6 +46,11 @@ class QueuedJob:
         return self.batch.kind
 
     @property
+    def begun(self) -> bool:
+        """True when something of it was handed out."""
+        return self.taken > 0 or self._ahead > 0
+
+    @property
     def exhausted(self) -> bool:
         """True when all its sequences were handed out."""
         return self.taken == len(self.costs)

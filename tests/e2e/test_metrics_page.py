@@ -114,3 +114,6 @@ def test_all_replicas_count_their_work_and_none_compiles_after_the_start(client:
     model = client.get("/v1/info").json()["model"]
     assert read(client, "compilations_total", model=model) == compiled
     wait_for(lambda: sum(read(client, "requests_total", model=model, outcome="answered").values()) == len(asked))
+    wait_for(lambda: f'vllm:num_requests_waiting{{model_name="{model}"}} 0.0' in client.get("/metrics").text)
+    assert f'vllm:num_requests_running{{model_name="{model}"}} 0.0' in client.get("/metrics").text
+    assert f'vllm:cache_config_info{{model_name="{model}",block_size="128",' in client.get("/metrics").text

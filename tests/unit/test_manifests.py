@@ -11,18 +11,23 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import promql_parser
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from pydantic import BaseModel, ConfigDict, Field
 from ray.serve.schema import ServeDeploySchema
+from typer.main import get_command
 
+from serve_app.cli.main import app
+from serve_app.gateway_gauges import GAUGES
 from serve_app.local_ray import PROCESSES
-from serve_app.settings import ServiceSettings
+from serve_app.settings import ModelSettings, ServiceSettings
 from serve_app.tpu import CHIPS_OF_A_SLICES_HOST, HOSTS
 
 ROOT = Path(__file__).parents[2]
-MANIFESTS = sorted((ROOT / "configs" / "kuberay").glob("*.yaml"))
+GATEWAY = ROOT / "configs" / "kuberay" / "inference-gateway.yaml"
+MANIFESTS = sorted({*(ROOT / "configs" / "kuberay").glob("*.yaml")} - {GATEWAY})
 FRONT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -202,7 +207,139 @@ class PersistentVolumeClaim(Strict):
     spec: ClaimSpec
 
 
-KINDS: dict[str, type[BaseModel]] = {"RayService": RayService, "PersistentVolumeClaim": PersistentVolumeClaim}
+class HttpGet(Strict):
+    path: Literal["/ready", "/health"]
+    port: int
+
+
+class HttpProbe(Strict):
+    httpGet: HttpGet  # noqa: N815
+    initialDelaySeconds: int = 0  # noqa: N815
+    periodSeconds: int  # noqa: N815
+    timeoutSeconds: int  # noqa: N815
+    failureThreshold: int  # noqa: N815
+
+
+class EmptyDir(Strict):
+    medium: Literal["Memory"]
+    sizeLimit: Quantity  # noqa: N815
+
+
+class OwnVolume(Strict):
+    name: Name
+    emptyDir: EmptyDir  # noqa: N815
+
+
+class Server(Strict):
+    name: Name
+    image: str
+    args: list[str]
+    ports: list[Port]
+    readinessProbe: HttpProbe  # noqa: N815
+    livenessProbe: HttpProbe  # noqa: N815
+    resources: Resources
+    volumeMounts: list[Mount]  # noqa: N815
+
+
+class ServerSpec(Strict):
+    terminationGracePeriodSeconds: int  # noqa: N815
+    containers: Annotated[list[Server], Field(min_length=1, max_length=1)]
+    volumes: list[OwnVolume]
+
+
+class Labels(Strict):
+    labels: dict[str, str]
+    annotations: dict[str, str]
+
+
+class ServerTemplate(Strict):
+    metadata: Labels
+    spec: ServerSpec
+
+
+class Selector(Strict):
+    matchLabels: dict[str, str]  # noqa: N815
+
+
+class DeploymentSpec(Strict):
+    replicas: int
+    selector: Selector
+    template: ServerTemplate
+
+
+class Deployment(Strict):
+    apiVersion: Literal["apps/v1"]  # noqa: N815
+    kind: Literal["Deployment"]
+    metadata: Metadata
+    spec: DeploymentSpec
+
+
+PortNumber = Annotated[int, Field(ge=1, le=65_535)]
+
+
+class NumberedPort(Strict):
+    number: PortNumber
+
+
+class EndpointPicker(Strict):
+    name: Name
+    port: NumberedPort
+    failureMode: Literal["FailOpen", "FailClose"]  # noqa: N815
+
+
+class PoolSpec(Strict):
+    selector: Selector
+    targetPorts: Annotated[list[NumberedPort], Field(min_length=1, max_length=8)]  # noqa: N815
+    endpointPickerRef: EndpointPicker  # noqa: N815
+
+
+class InferencePool(Strict):
+    """After ``api/v1/inferencepool_types.go`` of Gateway API's inference extension."""
+
+    apiVersion: Literal["inference.networking.k8s.io/v1"]  # noqa: N815
+    kind: Literal["InferencePool"]
+    metadata: Metadata
+    spec: PoolSpec
+
+
+class ScaleTarget(Strict):
+    apiVersion: Literal["apps/v1"]  # noqa: N815
+    kind: Literal["Deployment"]
+    name: Name
+
+
+class PrometheusQuery(Strict):
+    serverAddress: str  # noqa: N815
+    query: str
+    threshold: Annotated[str, Field(pattern=r"^[0-9.]+$")]
+
+
+class Trigger(Strict):
+    type: Literal["prometheus"]
+    metadata: PrometheusQuery
+
+
+class ScaledSpec(Strict):
+    scaleTargetRef: ScaleTarget  # noqa: N815
+    pollingInterval: int  # noqa: N815
+    cooldownPeriod: int  # noqa: N815
+    minReplicaCount: int  # noqa: N815
+    maxReplicaCount: int  # noqa: N815
+    triggers: Annotated[list[Trigger], Field(min_length=1)]
+
+
+class ScaledObject(Strict):
+    """After ``apis/keda/v1alpha1/scaledobject_types.go`` of KEDA, and its Prometheus scaler."""
+
+    apiVersion: Literal["keda.sh/v1alpha1"]  # noqa: N815
+    kind: Literal["ScaledObject"]
+    metadata: Metadata
+    spec: ScaledSpec
+
+
+KINDS: dict[str, type[BaseModel]] = {
+    each.__name__: each for each in (RayService, PersistentVolumeClaim, Deployment, InferencePool, ScaledObject)
+}
 
 
 def documents(path: Path) -> list[Any]:
@@ -361,3 +498,43 @@ def test_the_image_copies_and_installs_only_what_exists():
         assert {container.image for pod in service.pods for container in pod.containers} == {
             f"score-serve:{path.name.split('-')[0].removesuffix('.yaml')}"
         }
+
+
+def test_a_gateways_pool_and_keda_fit_the_pods_that_they_are_for():
+    deployment, pool, scaled = documents(GATEWAY)
+    assert isinstance(deployment, Deployment)
+    assert isinstance(pool, InferencePool)
+    assert isinstance(scaled, ScaledObject)
+    template = deployment.spec.template
+    (server,) = template.spec.containers
+    (port,) = [each.containerPort for each in server.ports]
+    assert server.image == "score-serve:cpu"
+    assert pool.spec.selector == deployment.spec.selector
+    assert template.metadata.labels == pool.spec.selector.matchLabels
+    assert [each.number for each in pool.spec.targetPorts] == [port]
+    assert template.metadata.annotations["prometheus.io/port"] == str(port)
+    assert (server.readinessProbe.httpGet, server.livenessProbe.httpGet) == (
+        HttpGet(path="/ready", port=port),
+        HttpGet(path="/health", port=port),
+    )
+    assert {mount.name for mount in server.volumeMounts} == {volume.name for volume in template.spec.volumes}
+    assert scaled.spec.scaleTargetRef.name == deployment.metadata.name
+    assert scaled.spec.minReplicaCount <= deployment.spec.replicas <= scaled.spec.maxReplicaCount
+
+
+def test_the_pods_of_a_gateway_are_started_by_a_command_that_exists():
+    deployment, *_ = documents(GATEWAY)
+    program, command, *options = deployment.spec.template.spec.containers[0].args
+    assert PROJECT["scripts"][program] == "serve_app.cli.main:main"
+    parsed = get_command(app).commands[command].make_context(command, options).params  # type: ignore[attr-defined]
+    assert (parsed["host"], parsed["port"]) == ("0.0.0.0", 8000)
+
+
+def test_keda_asks_for_a_gauge_of_the_model_that_is_served():
+    deployment, _, scaled = documents(GATEWAY)
+    args = deployment.spec.template.spec.containers[0].args
+    model = ModelSettings(model=args[args.index("--model") + 1])
+    for trigger in scaled.spec.triggers:
+        expression: Any = promql_parser.parse(trigger.metadata.query)
+        assert expression.expr.name in {gauge.name for gauge in GAUGES}
+        assert {each.name: each.value for each in expression.expr.matchers.matchers} == {"model_name": model.name}

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+
 import pytest
 import ray
+from prometheus_client.parser import text_string_to_metric_families
 
-from serve_app.contract import EngineStats, QueueStats
+from serve_app.contract import EngineStats, QueueStats, ScoreJob
 from serve_app.errors import OverloadedError
+from serve_app.gateway_gauges import gateway_page
 from serve_app.metrics import FrontMetrics, ScorerMetrics, merged, scrape
+from serve_app.scorer.dispatcher import Dispatcher
 from serve_app.timing import Timings
+from tests.batches import batch_of
+from tests.stubs import HeldEngine
 
 Record = tuple[str, float, dict[str, str]]
 
@@ -102,6 +110,59 @@ def test_the_pages_of_several_nodes_become_one_with_each_family_once():
         'ray_score_queued_tokens{node="one"} 0.0',
         'ray_score_queued_tokens{node="two"} 0.0',
     ]
+
+
+def exported(recorded: list[Record], model: str, replica: str) -> str:
+    """The page of the agent of a replica that recorded these values."""
+    lines: list[str] = []
+    for name, value, _ in recorded:
+        lines += [f"# HELP ray_{name} It.", f"# TYPE ray_{name} gauge"]
+        lines.append(f'ray_{name}{{model="{model}",replica="{replica}"}} {value}')
+    return "\n".join(lines) + "\n"
+
+
+async def test_gateways_read_the_queues_own_counts_under_load(recorded: list[Record]):
+    """``test_jobs_wait_until_something_of_them_has_gone_to_the_device`` compares these with the jobs themselves."""
+    pages: list[str] = []
+    counts: list[QueueStats] = []
+    for replica, jobs in (("a", 40), ("b", 9)):
+        engine = HeldEngine()
+        queue = Dispatcher(engine, max_batch_tokens=64, max_queued_tokens=10_000)
+        answers = [asyncio.get_running_loop().create_future() for _ in range(jobs)]
+        for number, answer in enumerate(answers):
+            queue.submit(ScoreJob("r", batch_of([[number, 1, 2, i] for i in range(20)])), answer)
+        assert await asyncio.to_thread(engine.entered.wait, 30)
+        counts.append(queue.stats())
+        recorded.clear()
+        ScorerMetrics("judge").update(counts[-1], EngineStats(prefix_pages=100, prefix_pages_used=jobs))
+        pages.append(exported([each for each in recorded if not each[2]], "judge", replica))
+        engine.gate.set()
+        await asyncio.gather(*answers)
+        await queue.close()
+    samples = {
+        sample.name: (sample.value, sample.labels)
+        for family in text_string_to_metric_families(merged(pages))
+        for sample in family.samples
+        if sample.name.startswith("vllm:")
+    }
+    running = sum(each.running_jobs for each in counts)
+    assert 0 < running < 49 == sum(each.queued_jobs for each in counts)
+    assert samples == {
+        "vllm:num_requests_waiting": (49 - running, {"model_name": "judge"}),
+        "vllm:num_requests_running": (running, {"model_name": "judge"}),
+        "vllm:kv_cache_usage_perc": (0.245, {"model_name": "judge"}),
+        "vllm:cache_config_info": (1.0, {"model_name": "judge", "block_size": "128", "num_gpu_blocks": "200"}),
+    }
+
+
+def test_a_models_name_is_escaped_and_models_are_told_apart():
+    names = ['a "b"', "c\\d"]
+    own = "# TYPE ray_score_jobs_waiting gauge\n" + "".join(
+        f"ray_score_jobs_waiting{{model={json.dumps(name)}}} {number}\n" for number, name in enumerate(names, 3)
+    )
+    families = {family.name: family.samples for family in text_string_to_metric_families(gateway_page(own))}
+    waiting = families["vllm:num_requests_waiting"]
+    assert {sample.labels["model_name"]: sample.value for sample in waiting} == dict(zip(names, (3, 4), strict=True))
 
 
 async def test_an_agent_that_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyPatch):

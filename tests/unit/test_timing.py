@@ -11,6 +11,12 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from serve_app import timing
+from serve_app.errors import InvalidRequestError
+from serve_app.frontend.service import ModelService
+from serve_app.frontend.tenants import Tenant
+from serve_app.schemas import ScoreRequest
+from serve_app.tasks.completions import COMPLETIONS, CompletionRequest
+from serve_app.tasks.score import SCORE
 
 
 @pytest.fixture
@@ -73,3 +79,31 @@ def test_a_jobs_wait_and_its_time_on_the_device_follow_each_other(spans: InMemor
     assert seconds(device)[1] >= arrived + 2 - 1e-5
     assert dict(queue.attributes or {}) == {"request_id": "abc", "sequences": 7}
     assert dict(device.attributes or {}) == {"request_id": "abc", "sequences": 7, "device_seconds": 0.25}
+
+
+async def test_a_request_is_a_span_with_the_attributes_of_genai(spans: InMemorySpanExporter, service: ModelService):
+    """Also of a stream, which has no text of the prompts either."""
+    asked = ScoreRequest(query=[1, 2], items=[[3], [4, 5]], label_token_ids=[1])
+    timing.begin()
+    await service.answer(SCORE, asked, request_id="r", tenant=Tenant("alice"))
+    timing.begin()
+    await service.answer(COMPLETIONS, CompletionRequest(prompt=[7, 8, 9], max_tokens=1), request_id="r")
+    timing.begin()
+    async for _ in service.stream(SCORE, asked, request_id="r"):
+        pass
+    timing.begin()
+    with pytest.raises(InvalidRequestError):
+        await service.answer(SCORE, asked.model_copy(update={"items": [[]], "query": []}), request_id="r")
+    found = [each for each in spans.get_finished_spans() if " " in each.name]
+    assert [each.name for each in found] == [
+        "score fake-judge", "text_completion fake-judge", "score fake-judge", "score fake-judge"
+    ]  # fmt: skip
+    shared = {"gen_ai.provider.name": "score-serve", "gen_ai.request.model": "fake-judge"}
+    shared["gen_ai.usage.output_tokens"] = 0
+    score = shared | {"gen_ai.operation.name": "score"}
+    assert [dict(each.attributes or {}) for each in found] == [
+        score | {"gen_ai.usage.input_tokens": 7, "score_serve.tenant": "alice"},
+        shared | {"gen_ai.operation.name": "text_completion", "gen_ai.usage.input_tokens": 3},
+        score | {"gen_ai.usage.input_tokens": 7},
+        score | {"gen_ai.usage.input_tokens": 0, "error.type": "InvalidRequestError"},
+    ]

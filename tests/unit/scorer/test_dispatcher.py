@@ -591,6 +591,23 @@ async def test_the_event_loop_stays_free_while_the_device_works():
         await busy
 
 
+async def test_jobs_wait_until_something_of_them_has_gone_to_the_device():
+    engine = WatchedEngine()
+    async with opened(engine) as queue:
+        busy = await hold(engine, queue)
+        behind = ask(queue, batch_of([[1_000 + i] for i in range(500)]))
+        while queue.queued_tokens == 500:  # noqa: ASYNC110 - a few turns of the loop
+            await asyncio.sleep(0)
+        others = [ask(queue, batch_of([[j]])) for j in range(7)]
+        await asyncio.sleep(0)
+        stats = queue.stats()
+        assert (stats.queued_jobs, stats.running_jobs) == (9, 2)
+        engine.gate.set()
+        await asyncio.gather(busy, behind, *others)
+        stats = queue.stats()
+        assert (stats.queued_jobs, stats.running_jobs) == (0, 0)
+
+
 async def test_the_counters():
     async with opened(FakeEngine()) as queue:
         await ask(queue, batch_of([[1, 2, 3], [1, 2, 4]]))
