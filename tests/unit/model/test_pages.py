@@ -134,7 +134,7 @@ def test_the_page_that_is_given_up_is_the_one_that_a_look_at_all_of_them_finds(
                     elif what == "store":
                         path = store(cache, prefix)
                     else:
-                        path, _ = held.enter_context(cache.hold(prefix))
+                        path, *_ = held.enter_context(cache.hold(prefix))
                 except OutOfPagesError as error:
                     found.append(str(error))
                 else:
