@@ -313,7 +313,7 @@ def _delta(hf_name: str, tensor: np.ndarray, config: dict[str, Any]) -> np.ndarr
 
 
 def _name(table: gguf.TensorNameMap, hf_name: str) -> str:
-    name = table.get_name(hf_name, (".weight", ".bias"))
+    name = table.get_name(hf_name.replace("dt_bias", "dt_proj.bias"), (".weight", ".bias"))  # as llama.cpp does, too
     assert name is not None, hf_name
     return name
 
