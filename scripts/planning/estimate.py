@@ -172,6 +172,8 @@ def floor_sizes(config: ModelConfig) -> Sizes:
         ff_width=config.ff_width * max(1, config.experts_per_token),
         vocab=config.classes or config.vocab_size,
         windows=decoder.windows(config) or (),
+        gated=config.recurrence is not None,
+        recurrence=config.recurrence,
     )
 
 
