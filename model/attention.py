@@ -25,6 +25,7 @@ from model import attention_gpu
 from model.attention_tpu import LANES, fused, stored_width
 from model.contract import PAGE_TOKENS
 from model.cpu.attention import attend_native
+from model.delta import Snapshots
 from model.logprobs import softcapped
 
 
@@ -38,6 +39,8 @@ class AttentionContext(NamedTuple):
         pool: keys (index 0) and values (1) of all pages, for all layers, stored as by ``to_pool``.
         page_tables: each prefix's page numbers in order; entries past the prefix are not read.
         prefix_lengths: tokens in each prefix; 0 for none.
+        snapshots: of a hybrid's recurrent layers, see ``model.delta``.
+        slots: of each prefix, see ``delta.Packed``.
     """
 
     segments: Int[Array, "B T"]
@@ -46,6 +49,8 @@ class AttentionContext(NamedTuple):
     pool: Shaped[Array, "pages L 2 K page H"]
     page_tables: Int[Array, "P slots"]
     prefix_lengths: Int[Array, " P"]
+    snapshots: Snapshots | None = None
+    slots: Int[Array, "P 2"] | None = None
 
     @property
     def page_table(self) -> Int[Array, " slots"]:

@@ -27,6 +27,7 @@ from model.attention import AttentionContext, to_pool
 from model.config import ModelConfig
 from model.contract import PAGE_TOKENS
 from model.cpu import linear
+from model.delta import Snapshots
 from model.families.registry import Abstract, Ends
 from model.inputs import Inputs, width
 from model.layers import OfStack
@@ -39,6 +40,8 @@ State = nnx.State[Any, Any]
 Angles = tuple[jax.Array, jax.Array]
 KeysValues = jax.Array | tuple[jax.Array, ...]
 """Keys and values of all layers, [L, 2, M, K, H]; by layer a tuple of the L parts."""
+Kept = Snapshots | None
+"""What a hybrid keeps of prefixes beside keys and values, see ``model.delta``; None: the model is none."""
 Size = Shape | int
 """What a program is compiled for: the shape of a call, or a number of tokens, hidden states or targets."""
 
@@ -150,14 +153,15 @@ class Model:
         return Inputs.of(array[0], size, self.layout.tables)
 
 
-def context_of(inputs: Inputs, pool: jax.Array, bins: int = 1) -> AttentionContext:
+def context_of(inputs: Inputs, pool: jax.Array, snapshots: Kept, bins: int = 1) -> AttentionContext:
     """What attention takes.
 
     Args:
         bins: that the call's tokens are in.
     """
     segments = inputs.segments.reshape(bins, -1)
-    return AttentionContext(segments, inputs.positions, inputs.prefixes, pool, inputs.tables, inputs.lengths)
+    pages = pool, inputs.tables, inputs.lengths
+    return AttentionContext(segments, inputs.positions, inputs.prefixes, *pages, snapshots, inputs.slots)
 
 
 def embed(model: Model, size: int, ends: State, array: jax.Array) -> tuple[jax.Array, Angles, Inputs]:
@@ -180,23 +184,36 @@ def layer(
     angles: Angles,
     inputs: Inputs,
     pool: jax.Array,
+    snapshots: Kept,
     number: jax.Array,
 ) -> jax.Array:
     """The next layer's input."""
-    return model.block(weights)(x, angles, context_of(inputs, pool, shape.bins), number)[0]
+    return model.block(weights)(x, angles, context_of(inputs, pool, snapshots, shape.bins), number)[0]
 
 
 def keep(
-    model: Model, weights: State, x: jax.Array, angles: Angles, inputs: Inputs, pool: jax.Array, number: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The next layer's input, and this layer's keys and values."""
-    x, keys_values = model.block(weights)(x, angles, context_of(inputs, pool), number)
-    return x, _as_wide_as_pages(model, keys_values)
+    model: Model,
+    weights: State,
+    x: jax.Array,
+    angles: Angles,
+    inputs: Inputs,
+    pool: jax.Array,
+    snapshots: Kept,
+    number: jax.Array,
+) -> tuple[jax.Array, jax.Array, Kept]:
+    """The next layer's input, this layer's keys and values, and the snapshots with this layer's."""
+    x, keys_values, snapshots = model.block(weights).keep(x, angles, context_of(inputs, pool, snapshots), number)
+    return x, _as_wide_as_pages(model, keys_values), snapshots
 
 
-def last(model: Model, weights: State, x: jax.Array, angles: Angles) -> jax.Array:
-    """The last layer's keys and values: a prefill needs no more of it."""
-    return _as_wide_as_pages(model, model.block(weights).keys_values(x, angles, model.config.layers - 1))
+def last(
+    model: Model, weights: State, x: jax.Array, angles: Angles, inputs: Inputs, snapshots: Kept
+) -> tuple[jax.Array, Kept]:
+    """The last layer's keys and values, and the snapshots with its own: a prefill needs no more of it."""
+    final = model.config.layers - 1
+    unread = jnp.zeros((), model.dtype)  # it attends to nothing
+    keys_values, snapshots = model.block(weights).keep_last(x, angles, context_of(inputs, unread, snapshots), final)
+    return _as_wide_as_pages(model, keys_values), snapshots
 
 
 def _as_wide_as_pages(model: Model, keys_values: jax.Array) -> jax.Array:
@@ -213,6 +230,7 @@ def read(
     angles: Angles,
     inputs: Inputs,
     pool: jax.Array,
+    snapshots: Kept,
     number: jax.Array,
     collected: jax.Array,
 ) -> jax.Array:
@@ -220,7 +238,7 @@ def read(
 
     What is read sees no bins, only segments: one program serves all shapes of as many tokens.
     """
-    context = context_of(inputs, pool)
+    context = context_of(inputs, pool, snapshots)
     hidden = model.block(weights).forward_reads(x, angles, context, number, inputs.reads)
     return model.collect(ends, hidden, inputs.place, collected)
 
@@ -231,12 +249,19 @@ def read_all(model: Model, ends: State, x: jax.Array, inputs: Inputs, collected:
 
 
 def segments(
-    model: Model, shape: Shape, ends: State, layers: State, array: jax.Array, pool: jax.Array, collected: jax.Array
+    model: Model,
+    shape: Shape,
+    ends: State,
+    layers: State,
+    array: jax.Array,
+    pool: jax.Array,
+    snapshots: Kept,
+    collected: jax.Array,
 ) -> jax.Array:
     """``read`` after all layers but the last."""
     final = model.config.layers - 1
     x, angles, inputs = _embedded(model, shape.tokens, ends, array)
-    context = context_of(inputs, pool, shape.bins)
+    context = context_of(inputs, pool, snapshots, shape.bins)
 
     def step(number: jax.Array, x: jax.Array) -> jax.Array:
         return model.block(_cut(model, layers, number))(x, angles, context, number)[0]
@@ -246,37 +271,54 @@ def segments(
     return model.collect(ends, hidden, inputs.place, collected)
 
 
-def prefill(model: Model, size: int, ends: State, layers: State, array: jax.Array, pool: jax.Array) -> jax.Array:
-    """Keys and values of all layers."""
+def prefill(
+    model: Model, size: int, ends: State, layers: State, array: jax.Array, pool: jax.Array, snapshots: Kept
+) -> tuple[jax.Array, Kept]:
+    """Keys and values of all layers, and the snapshots with theirs."""
     final = model.config.layers - 1
-    embedded = x, angles, _ = _embedded(model, size, ends, array)
-    x, kept = _kept_layers(model, layers, embedded, pool, final)
-    return lax.dynamic_update_index_in_dim(kept, last(model, _cut(model, layers, final), x, angles), final, 0)
+    embedded = _, angles, inputs = _embedded(model, size, ends, array)
+    x, kept, snapshots = _kept_layers(model, layers, embedded, pool, snapshots, final)
+    keys_values, snapshots = last(model, _cut(model, layers, final), x, angles, inputs, snapshots)
+    return lax.dynamic_update_index_in_dim(kept, keys_values, final, 0), snapshots
 
 
 def prefill_read(
-    model: Model, size: int, ends: State, layers: State, array: jax.Array, pool: jax.Array, collected: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    model: Model,
+    size: int,
+    ends: State,
+    layers: State,
+    array: jax.Array,
+    pool: jax.Array,
+    snapshots: Kept,
+    collected: jax.Array,
+) -> tuple[jax.Array, Kept, jax.Array]:
     """``prefill``, and ``read_all`` after it."""
     embedded = _, _, inputs = _embedded(model, size, ends, array)
-    x, kept = _kept_layers(model, layers, embedded, pool, model.config.layers)
-    return kept, read_all(model, ends, x, inputs, collected)
+    x, kept, snapshots = _kept_layers(model, layers, embedded, pool, snapshots, model.config.layers)
+    return kept, snapshots, read_all(model, ends, x, inputs, collected)
 
 
 def _kept_layers(
-    model: Model, layers: State, embedded: tuple[jax.Array, Angles, Inputs], pool: jax.Array, count: int
-) -> tuple[jax.Array, jax.Array]:
-    """The output of the first ``count`` layers, and their keys and values, with room for those of the others."""
+    model: Model,
+    layers: State,
+    embedded: tuple[jax.Array, Angles, Inputs],
+    pool: jax.Array,
+    snapshots: Kept,
+    count: int,
+) -> tuple[jax.Array, jax.Array, Kept]:
+    """The output of the first ``count`` layers, their keys and values, with room for those of the others, and the
+    snapshots with theirs."""
     x, angles, inputs = embedded
     c = model.config
     empty = jnp.zeros((c.layers, 2, len(x), c.kv_heads, model.layout.pool.shape[-1]), model.dtype)
 
-    def step(number: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        x, kept = carry
-        x, keys_values = keep(model, _cut(model, layers, number), x, angles, inputs, pool, number)
-        return x, lax.dynamic_update_index_in_dim(kept, keys_values, number, 0)
+    def step(number: jax.Array, carry: tuple[jax.Array, jax.Array, Kept]) -> tuple[jax.Array, jax.Array, Kept]:
+        x, kept, snapshots = carry
+        weights = _cut(model, layers, number)
+        x, keys_values, snapshots = keep(model, weights, x, angles, inputs, pool, snapshots, number)
+        return x, lax.dynamic_update_index_in_dim(kept, keys_values, number, 0), snapshots
 
-    return lax.fori_loop(0, count, step, (x, empty))
+    return lax.fori_loop(0, count, step, (x, empty, snapshots))
 
 
 def write(model: Model, pool: jax.Array, keys_values: KeysValues, spans: jax.Array, count: jax.Array) -> jax.Array:
@@ -395,7 +437,8 @@ def definition(model: Model, weights: Weights, kind: Kind, size: Size) -> Defini
     x, angles, inputs = Argument(_float32(tokens, c.width), CALLS), _angles(model, tokens), _inputs(model, tokens)
     collected = Argument(_float32(model.collected, c.width), WHOLE)
     numbers, pairs = Argument(_int32(tokens), WHOLE), Argument(_int32(2, tokens), WHOLE)
-    of_layer = x, angles, inputs, pool, number
+    snapshots = Argument(model.layout.snapshots, WHOLE)
+    of_layer = x, angles, inputs, pool, snapshots, number
     kept = _kept(model, tokens)
     match kind, size:
         case Kind.EMBED, int():
@@ -403,20 +446,24 @@ def definition(model: Model, weights: Weights, kind: Kind, size: Size) -> Defini
         case Kind.LAYER, Shape():
             return Definition(partial(layer, model, size), (layers, *of_layer), x.spec, donated=(1,))
         case Kind.KEEP, int():
-            return Definition(partial(keep, model), (layers, *of_layer), (x.spec, kept.spec), donated=(1,))
+            return Definition(partial(keep, model), (layers, *of_layer), (x.spec, kept.spec, WHOLE), donated=(1, 5))
         case Kind.LAST, int():
-            return Definition(partial(last, model), (layers, x, angles), kept.spec)
+            return Definition(
+                partial(last, model), (layers, x, angles, inputs, snapshots), (kept.spec, WHOLE), donated=(4,)
+            )
         case Kind.READ, int():
             return Definition(partial(read, model), (ends, layers, *of_layer, collected), WHOLE)
         case Kind.READ_ALL, int():
             return Definition(partial(read_all, model), (ends, x, inputs, collected), WHOLE)
         case Kind.SEGMENTS, Shape():
-            return Definition(partial(segments, model, size), (ends, layers, array, pool, collected), WHOLE)
+            return Definition(partial(segments, model, size), (ends, layers, array, pool, snapshots, collected), WHOLE)
         case Kind.PREFILL, int():
-            return Definition(partial(prefill, model, size), (ends, layers, array, pool), kept.spec)
+            arguments = ends, layers, array, pool, snapshots
+            return Definition(partial(prefill, model, size), arguments, (kept.spec, WHOLE), donated=(4,))
         case Kind.PREFILL_READ, int():
-            arguments = (ends, layers, array, pool, collected)
-            return Definition(partial(prefill_read, model, size), arguments, (kept.spec, WHOLE))
+            arguments = ends, layers, array, pool, snapshots, collected
+            results = kept.spec, WHOLE, WHOLE
+            return Definition(partial(prefill_read, model, size), arguments, results, donated=(4,))
         case Kind.WRITE, int():
             spans = Argument(_int32(spans_of(tokens), len(Span._fields)), WHOLE)
             return Definition(partial(write, model), (pool, kept, spans, number), POOL, donated=(0,))
@@ -466,7 +513,7 @@ def _inputs(model: Model, tokens: int) -> Argument:
     """What a call is told, taken apart."""
     row = _int32(width(tokens, model.layout.tables))
     part = jax.eval_shape(partial(Inputs.of, size=tokens, tables=model.layout.tables), row)
-    return Argument(part, Inputs(*[CALLS] * 5, tables=WHOLE, lengths=WHOLE, place=WHOLE))
+    return Argument(part, Inputs(*[CALLS] * 5, tables=WHOLE, lengths=WHOLE, slots=WHOLE, place=WHOLE))
 
 
 def _kept(model: Model, tokens: int) -> Argument:

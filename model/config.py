@@ -77,6 +77,37 @@ class Encoder:
     dense_bias: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class Recurrence:
+    """Gated DeltaNet, ``model.delta``, in the layers before each attention layer.
+
+    Attributes:
+        parts: recurrent layers before each attention layer.
+        key_heads: of queries and keys.
+        value_heads: of values and memories, a multiple of ``key_heads``.
+        key_width: of one head.
+        value_width: of one head.
+        taps: tokens that the convolution sees, the last one itself included.
+    """
+
+    parts: int
+    key_heads: int
+    value_heads: int
+    key_width: int
+    value_width: int
+    taps: int
+
+    @property
+    def values(self) -> int:
+        """Channels of all value heads."""
+        return self.value_heads * self.value_width
+
+    @property
+    def channels(self) -> int:
+        """Channels of the convolution: queries, keys and values."""
+        return 2 * self.key_heads * self.key_width + self.values
+
+
 MOST_TOKENS = 2**TOKEN_BITS // 2
 """The most tokens of a vocabulary: with some ropes the prefix cache knows each by two ids (``Engine``)."""
 
@@ -89,7 +120,7 @@ class ModelConfig:
         architecture: Hugging Face name, ``LlamaForCausalLM``.
         vocab_size: V, rows of the embedding, and of the output head of a causal model.
         width: D.
-        layers: L.
+        layers: L; of a hybrid those of attention, each with the recurrent ones before it, which are one block.
         heads: N, a multiple of ``kv_heads``.
         kv_heads: K.
         head_width: H; not always ``width / heads``.
@@ -107,6 +138,7 @@ class ModelConfig:
         qk_norm: queries and keys are normed, by head or as one vector, before they are rotated; None: they are not.
         norm_offset: added to the stored scale of every norm.
         embedding_scale: multiplies the embedding at the model's entry.
+        recurrence: of a hybrid; None: all layers are of attention.
         rotary_width: channels of a head that are rotated, the first ones; None: all.
         window: tokens that a sliding layer sees back, itself included; 0: all.
         sliding: for each layer, whether it is a sliding one; empty: none is.
@@ -147,6 +179,7 @@ class ModelConfig:
     qk_norm: QkNorm | None = None
     norm_offset: float = 0.0
     embedding_scale: float = 1.0
+    recurrence: Recurrence | None = None
     rotary_width: int | None = None
     window: int = 0
     sliding: tuple[bool, ...] = ()

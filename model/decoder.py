@@ -14,6 +14,7 @@ from model import rotary_tpu
 from model.attention import FUSED, FUSED_INTERPRETED, AttentionContext, Layer, MaskSpec, attend
 from model.checkpoint import Entry, Target
 from model.config import ModelConfig
+from model.delta import Snapshots
 from model.layers import Angles, GatedMLP, Heads, Linear, RMSNorm, each, rope_angles, rotated
 from model.logprobs import Split
 from model.sharding import MODEL
@@ -136,7 +137,7 @@ class Attention(nnx.Module):
         return self.o(attended.reshape(attended.shape[0], -1))
 
 
-def _stacked(k: Float[Array, "M K W"], v: Float[Array, "M K H"]) -> KeysValues:
+def stacked(k: Float[Array, "M K W"], v: Float[Array, "M K H"]) -> KeysValues:
     return jnp.stack([k, jnp.pad(v, ((0, 0), (0, 0), (0, k.shape[2] - v.shape[2])))])
 
 
@@ -172,12 +173,24 @@ class Block(nnx.Module):
         """The layer's output, and its keys and values."""
         q, k, v = self.attention(self.attention_input(x, layer), self._layer_angles(angles, layer))
         attended = attend(q, k, v, context, layer, self._mask_spec(layer), implementation=self.implementation)
-        return self.post_attention(x, self.attention.output(attended)), _stacked(k, v)
+        return self.post_attention(x, self.attention.output(attended)), stacked(k, v)
+
+    def keep(
+        self, x: Float[Array, "M D"], angles: AllAngles, context: AttentionContext, layer: Layer
+    ) -> tuple[Float[Array, "M D"], KeysValues, Snapshots | None]:
+        """What ``__call__`` returns, and the snapshots with this layer's, for a prefill."""
+        return *self(x, angles, context, layer), context.snapshots
+
+    def keep_last(
+        self, x: Float[Array, "M D"], angles: AllAngles, context: AttentionContext, layer: Layer
+    ) -> tuple[KeysValues, Snapshots | None]:
+        """The keys and values, and the snapshots with this layer's, for a last layer that is not read."""
+        return self.keys_values(x, angles, layer), context.snapshots
 
     def keys_values(self, x: Float[Array, "M D"], angles: AllAngles, layer: Layer) -> KeysValues:
         """The keys and values alone, for a last layer that is not read."""
         inputs = self.attention_input(x, layer)
-        return _stacked(*self.attention.keys_values(inputs, self._layer_angles(angles, layer)))
+        return stacked(*self.attention.keys_values(inputs, self._layer_angles(angles, layer)))
 
     def forward_reads(
         self,
@@ -333,7 +346,8 @@ def table(config: ModelConfig, linears: Linears, norms: Mapping[str, str]) -> di
 
 
 def ignored(config: ModelConfig) -> tuple[str, ...]:
-    """Tensors that some checkpoints carry though nothing reads them: rope tables, what only images go through, a copy
-    of a tied head, and the output head that a classifier was made from."""
-    always = (r"(.+\.)?rotary_emb\w*\.\w*inv_freq", r"(model\.)?(vision_tower|multi_modal_projector)\..+")
+    """Tensors that some checkpoints carry though nothing reads them: rope tables, what only images go through, what
+    predicts further tokens, a copy of a tied head, and the output head that a classifier was made from."""
+    images = r"(model\.)?(vision_tower|multi_modal_projector|visual)\..+"
+    always = (r"(.+\.)?rotary_emb\w*\.\w*inv_freq", images, r"mtp\..+")
     return (*always, r"lm_head\.weight") if config.tied_head or config.classes else always

@@ -41,7 +41,7 @@ class Engine:
         self._config, self._layout = programs.model.config, programs.model.layout
         self._launching = threading.Lock()
         self._computed = self._padded = 0
-        self._pool = programs.empty_pool()
+        self._pool, self._snapshots = programs.empty_pool(), programs.empty_snapshots()
         self._begin()
 
     @property
@@ -189,15 +189,16 @@ class Engine:
 
     def _forget_prefixes(self) -> None:
         """Take an empty pool. The old one goes first, whoever refers to it still: there may be no room for both."""
-        self._pool.delete()
-        self._pool = self._programs.empty_pool()
+        for part in jax.tree.leaves((self._pool, self._snapshots)):
+            part.delete()
+        self._pool, self._snapshots = self._programs.empty_pool(), self._programs.empty_snapshots()
         self._begin()
 
     def _begin(self) -> None:
         """Begin with an empty pool, and wait for nothing that was launched before."""
         self._launched: Any = None
         self._none_collected = self._programs.none_collected()
-        self._cache = PrefixCache(self._layout.pool.shape[0])
+        self._cache = PrefixCache(self._layout.pool.shape[0], self._layout.snapshot_slots)
         self._recurring = SeenPrefixes()
 
     def _with_recurring(self, groups: Sequence[plan.Group], work: "_Work") -> list[plan.Group]:
@@ -262,8 +263,9 @@ class Engine:
         """Pages for a group's prefix, see ``PrefixCache.hold``."""
         owner = int(work.numbering[group.prefix_of])
         prefix = work.sequences[owner][: group.prefix_length]
-        path, cached = pins.enter_context(self._cache.hold(work.key(group.prefix_of, group.prefix_length)))
-        pinned = PinnedPrefix(group, prefix, path, cached)
+        key = work.key(group.prefix_of, group.prefix_length)
+        held = pins.enter_context(self._cache.hold(key, read_from=group.first_read))
+        pinned = PinnedPrefix(group, prefix, *held)
         work.computed[owner] += len(prefix) - pinned.start
         return pinned
 
@@ -273,12 +275,15 @@ class Engine:
             array, inputs = padding(self._programs.model.at_once, call.size, self._layout.tables)
             call.fill(inputs)
             _fill_prefixes(inputs, [(piece.held.path, piece.start) for piece in call.pieces])
+            inputs.slots[:, : len(call.pieces)] = [(piece.begin, piece.end) for piece in call.pieces]
             self._wait_for_last()
             layers = self._programs.layers
             if call.is_read:
                 room = self._room(collected, call.size)
                 inputs.place[:] = room.filled
-                written, room.states = layers.prefill_read(call.size, array, self._pool, room.states)
+                written, self._snapshots, room.states = layers.prefill_read(
+                    call.size, array, self._pool, self._snapshots, room.states
+                )
                 for piece, at in zip(call.pieces, call.places, strict=True):
                     if piece.held.group.first_read is not None:
                         reads = work.reads_between(piece.held.group.prefix_of, piece.start, piece.stop)
@@ -286,7 +291,7 @@ class Engine:
                         room.reads.append(reads)
                 room.filled += call.tokens
             else:
-                written = layers.prefill(call.size, array, self._pool)
+                written, self._snapshots = layers.prefill(call.size, array, self._pool, self._snapshots)
             if call.spans:
                 self._pool = self._programs.write(self._pool, written, call.size, call.spans)
             self._count(call.tokens, call.size)
@@ -300,6 +305,7 @@ class Engine:
             shape = calls[0].shape
             array, inputs = padding(model.at_once, shape.tokens, self._layout.tables)
             _fill_prefixes(inputs, seen)
+            inputs.slots[:, : len(held), 0] = [each.end for each in held]
             room = self._room(collected, model.at_once * shape.reads)
             inputs.place[:] = first = room.filled
             for number, call in enumerate(calls):
@@ -309,7 +315,7 @@ class Engine:
                 np.add.at(work.computed, sequences, lengths)
                 self._count(int(lengths.sum()), shape.tokens)
             self._count(0, (model.at_once - len(calls)) * shape.tokens)
-            launch = partial(self._programs.layers.segments, shape, array, self._pool)
+            launch = partial(self._programs.layers.segments, shape, array, self._pool, self._snapshots)
             room.states = self._after_last(launch, room.states)
 
     def _room(self, collected: list["_Collected"], rows: int) -> "_Collected":

@@ -23,6 +23,7 @@ class Inputs(NamedTuple):
         reads: [R] flat indices of the tokens whose hidden states are kept; not used by ``prefill``.
         tables: [P, slots], the pages of each prefix; the same in all rows, as is what follows.
         lengths: [P], each prefix's tokens.
+        slots: [P, 2], see ``delta.Packed``; zeros but in a hybrid.
         place: [1], where the first hidden state goes among those of earlier launches.
     """
 
@@ -33,6 +34,7 @@ class Inputs(NamedTuple):
     reads: Any
     tables: Any
     lengths: Any
+    slots: Any
     place: Any
 
     @classmethod
@@ -64,4 +66,4 @@ def padding(rows: int, size: int, tables: tuple[int, int]) -> tuple[npt.NDArray[
 
 
 def _shapes(size: int, tables: tuple[int, int]) -> tuple[tuple[int, ...], ...]:
-    return ((size,), (size,), (size,), (size,), (reads_of(size),), tables, (tables[0],), (1,))
+    return ((size,), (size,), (size,), (size,), (reads_of(size),), tables, (tables[0],), (tables[0], 2), (1,))

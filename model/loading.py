@@ -279,7 +279,8 @@ class _Placed:
         return nnx.from_flat_state([(path, leaf.replace(self._arrays[*prefix, *path])) for path, leaf in leaves])
 
     def _on_device(self, leaf: Any, tensor: Tensor | npt.NDArray[np.float32]) -> jax.Array:
-        dtype, mesh = self._choice.model.dtype, self._choice.model.mesh
+        mesh = self._choice.model.mesh
+        dtype = leaf.dtype if leaf.dtype == jnp.float32 else self._choice.model.dtype
         if mesh is not None:
             return sharding.place(tensor, leaf.axes, leaf.shape, dtype, mesh)
         whole = np.asarray(tensor)

@@ -157,7 +157,7 @@ def fit(
     workspace = _activations(config, chosen) + process
     if room is None:
         return chosen, _use(weighed, workspace, chosen, None)
-    fixed, page = weighed.all + workspace, chosen.page_bytes
+    fixed, page = weighed.all + workspace, chosen.page_share_bytes
     share = int(max(0, room.free / room.sharers - fixed) * SHARE)  # as if the others were as large
     if chosen.sizes.fill_memory and cache_bytes is None and chosen.pool_bytes < share:
         chosen = laid(asked, rounded(share // page - 1) * page)

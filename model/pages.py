@@ -3,13 +3,17 @@
 Host side only, pure Python: the device holds one pool array, this module says what each page of it means. A prefix is
 a path in a tree of pages; each edge is keyed by the page's own tokens, not by a hash of them, so two prefixes never
 collide. Only whole paths are kept: a page is given up only when no page continues it.
+
+A hybrid's prefix is a snapshot besides (``model.delta``), of the state after its last token: it can be begun from
+where a page has one after its own last token, and nowhere else.
 """
 
 import hashlib
 import heapq
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +30,8 @@ class Node:
 
     Attributes:
         queued: it is among the pages that may be given up, see ``PrefixCache``.
+        snapshot: slot of the snapshot after its last token; 0: there is none.
+        holders: how many have the snapshot in use.
     """
 
     page: int
@@ -34,12 +40,31 @@ class Node:
     children: dict[bytes, "Node"] = field(default_factory=dict[bytes, "Node"])
     last_used: int = 0
     pins: int = 0
+    snapshot: int = 0
+    holders: int = 0
     queued: bool = False
 
     @property
     def removable(self) -> bool:
         """No page continues it, and none holds it."""
         return not self.children and not self.pins
+
+
+class Held(NamedTuple):
+    """Pages for a prefix.
+
+    Attributes:
+        path: all its pages.
+        cached: tokens at its front that need not be computed.
+        begin: slot of the snapshot after these.
+        cuts: where snapshots of the others belong: ascending, (tokens before it, slot), the last at the prefix's end.
+            Empty: the model has no snapshots, or the prefix's is there.
+    """
+
+    path: list[Node]
+    cached: int
+    begin: int = 0
+    cuts: Sequence[tuple[int, int]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +87,13 @@ class PrefixCache:
 
     Args:
         pages: the pool's number of pages. Page 0 is never handed out: unused page-table entries point to it.
+        slots: of snapshots. Slot 0 is never handed out: it is what is before the first token. 0: there are no
+            snapshots.
     """
 
-    def __init__(self, pages: int) -> None:
+    def __init__(self, pages: int, slots: int = 0) -> None:
+        self._slots, self._free_slots = slots, list(range(slots - 1, 0, -1))
+        self._snapshots: dict[int, Node] = {}
         self._root = Node(0, np.zeros(0, np.int32), None)
         self._free = list(range(pages - 1, 0, -1))
         self._removable: list[tuple[int, int, Node]] = []
@@ -79,14 +108,14 @@ class PrefixCache:
         """The longest path of pages that hold the prefix's own tokens, whole pages or its very end.
 
         Every page but the last is full. A last page with more tokens than the prefix has left serves too, since the
-        reader stops at the prefix's length.
+        reader stops at the prefix's length; but not with snapshots, which cannot be read in part.
         """
         path: list[Node] = []
         node = self._root
         for start in range(0, len(prefix), PAGE_TOKENS):
             piece = prefix[start : start + PAGE_TOKENS].tobytes()
             child = node.children.get(piece)
-            if child is None and start + PAGE_TOKENS > len(prefix):
+            if child is None and start + PAGE_TOKENS > len(prefix) and not self._slots:
                 child = next((longer for key, longer in node.children.items() if key.startswith(piece)), None)
             if child is None:
                 break
@@ -96,20 +125,26 @@ class PrefixCache:
         return path
 
     @contextmanager
-    def hold(self, prefix: Tokens) -> Generator[tuple[list[Node], int]]:
+    def hold(self, prefix: Tokens, *, read_from: int | None = None) -> Generator[Held]:
         """Pages for a prefix, which stay its own inside of the ``with``; the least recently used are given up for it.
 
-        Yields:
-            All its pages, and how many of its tokens are in them already: the later pages are to be filled, in the
-            order in which prefixes are held.
+        The pages after the cached tokens are to be filled, and the snapshots at the cuts to be written, in the order
+        in which prefixes are held.
+
+        Args:
+            read_from: the prefix's own tokens are read from this one on, so that a hybrid cannot begin behind it; None:
+                none is.
 
         Raises:
-            OutOfPagesError: too many are held for others. None was given up.
+            OutOfPagesError: too many pages or snapshots are held for others.
         """
         path = self.lookup(prefix)
         cached = min(len(prefix), len(path) * PAGE_TOKENS)
         missing = range(cached, len(prefix), PAGE_TOKENS)
+        shared = len(path)
         self._pin(path)
+        using: list[Node] = []
+        on_the_way: list[int] = []
         try:
             if len(missing) > (left := self._pages - 1 - self._pinned):
                 raise OutOfPagesError(
@@ -118,14 +153,67 @@ class PrefixCache:
             for at in missing:
                 path.append(self._extend(path, prefix[at : at + PAGE_TOKENS]))
                 self._pin(path[-1:])
-            self._hits += cached
-            self._misses += len(prefix) - cached
-            yield path, cached
+            held = Held(path, cached)
+            if self._slots:
+                before = len(prefix) if read_from is None else read_from
+                held = self._with_snapshots(path, shared, len(prefix), before, using, on_the_way)
+            self._hits += held.cached
+            self._misses += len(prefix) - held.cached
+            yield held
         finally:
+            for node in using:
+                node.holders -= 1
+            self._free_slots += on_the_way
             for node in path:
                 node.pins -= 1
                 self._pinned -= not node.pins
                 self._queue(node)
+
+    def _with_snapshots(
+        self, path: list[Node], shared: int, length: int, before: int, using: list[Node], on_the_way: list[int]
+    ) -> Held:
+        """Where the prefix begins, and where its snapshots go: at its end, and where it leaves what came before, so
+        that the next one can begin there.
+
+        Args:
+            shared: pages of the path that were there before.
+            before: where it may begin at the latest.
+            using: gets the nodes whose snapshots are in use.
+            on_the_way: gets slots of snapshots that nobody needs afterwards: the pages have theirs.
+        """
+        ends = [min(number * PAGE_TOKENS, length) for number in range(len(path) + 1)]
+        known = max((n for n, node in enumerate(path, 1) if node.snapshot and ends[n] <= before), default=0)
+        begin = self._use(path[known - 1], using) if known else 0
+        numbers = sorted({number for number in (shared, len(path)) if number > known})
+        left = len(self._free_slots) + sum(not node.holders for node in self._snapshots.values())
+        if len(numbers) > left:  # before a page has a snapshot that nobody writes
+            raise OutOfPagesError(f"{len(numbers)} more snapshots are needed; {left} of {self._slots - 1} are left")
+        cuts: list[tuple[int, int]] = []
+        for number in numbers:
+            node = path[number - 1]
+            slot = self._take_slot()
+            cuts.append((ends[number], slot))
+            if node.snapshot:
+                on_the_way.append(slot)
+            else:
+                node.snapshot, self._snapshots[slot] = slot, node
+                self._use(node, using)
+        return Held(path, ends[known], begin, cuts)
+
+    @staticmethod
+    def _use(node: Node, using: list[Node]) -> int:
+        node.holders += 1
+        using.append(node)
+        return node.snapshot
+
+    def _take_slot(self) -> int:
+        if not self._free_slots:
+            unheld = (node for node in self._snapshots.values() if not node.holders)
+            oldest = min(unheld, key=lambda node: node.last_used)
+            self._free_slots.append(oldest.snapshot)
+            del self._snapshots[oldest.snapshot]
+            oldest.snapshot = 0
+        return self._free_slots.pop()
 
     def _extend(self, path: list[Node], tokens: Tokens) -> Node:
         """A page for the tokens that follow ``path``."""
@@ -171,6 +259,9 @@ class PrefixCache:
         del node.parent.children[node.tokens.tobytes()]
         self._free.append(node.page)
         self._queue(node.parent)
+        if node.snapshot:
+            self._free_slots.append(node.snapshot)
+            del self._snapshots[node.snapshot]
 
 
 class SeenPrefixes:

@@ -13,12 +13,23 @@ from model.pages import Node
 
 
 class PinnedPrefix(NamedTuple):
-    """A group and the pages of its prefix; the pages after ``cached`` tokens are to be filled."""
+    """A group and the pages of its prefix; the pages after ``cached`` tokens are to be filled.
+
+    Attributes:
+        begin, cuts: see ``pages.Held``.
+    """
 
     group: plan.Group
     prefix: plan.Tokens
     path: Sequence[Node]
     cached: int
+    begin: int = 0
+    cuts: Sequence[tuple[int, int]] = ()
+
+    @property
+    def end(self) -> int:
+        """Slot of the snapshot at the prefix's end."""
+        return self.cuts[-1][1] if self.cuts else self.begin
 
     @property
     def start(self) -> int:
@@ -28,11 +39,17 @@ class PinnedPrefix(NamedTuple):
 
 
 class PrefillChunk(NamedTuple):
-    """Tokens ``start`` to ``stop`` of a prefix, computed together."""
+    """Tokens ``start`` to ``stop`` of a prefix, computed together.
+
+    Attributes:
+        begin, end: slots of the snapshots that it begins with and leaves.
+    """
 
     held: PinnedPrefix
     start: int
     stop: int
+    begin: int = 0
+    end: int = 0
 
     def sees(self) -> Iterator[int]:
         """The pages that it attends to."""
@@ -83,6 +100,8 @@ class PrefillCall:
             return False
         if not {span.page for span in self.spans}.isdisjoint(piece.sees()):
             return False
+        if piece.begin and piece.begin in (other.end for other in self.pieces):
+            return False
         self.pieces.append(piece)
         self.places.append(self.tokens)
         self.tokens, self.spans = tokens, spans
@@ -90,9 +109,10 @@ class PrefillCall:
 
     def fill(self, inputs: Inputs) -> None:
         """Write the call's tokens into all rows; a piece is a segment over the prefix of its own number."""
-        for number, ((held, start, stop), at) in enumerate(zip(self.pieces, self.places, strict=True)):
+        for number, (piece, at) in enumerate(zip(self.pieces, self.places, strict=True)):
+            start, stop = piece.start, piece.stop
             place = slice(at, at + stop - start)
-            inputs.tokens[:, place] = held.prefix[start:stop]
+            inputs.tokens[:, place] = piece.held.prefix[start:stop]
             inputs.positions[:, place] = np.arange(start, stop)
             inputs.segments[:, place] = inputs.prefixes[:, place] = number
 
@@ -105,14 +125,21 @@ def calls(held: Sequence[PinnedPrefix], sizes: Sequence[int], prefixes: int) -> 
     """
     call = PrefillCall(sizes, prefixes)
     for each in held:
-        start = each.start
-        for size in plan.chunks(len(each.prefix) - start, sizes):
-            piece = PrefillChunk(each, start, min(start + size, len(each.prefix)))
+        for piece in _pieces(each, sizes):
             if not call.add(piece):
                 yield call
                 call = PrefillCall(sizes, prefixes)
                 added = call.add(piece)
                 assert added, "a chunk fits an empty call"
-            start = piece.stop
     if call.pieces:
         yield call
+
+
+def _pieces(held: PinnedPrefix, sizes: Sequence[int]) -> Iterator[PrefillChunk]:
+    """What is missing of a prefix, cut where it leaves snapshots and where a call is full."""
+    start, begin = held.start, held.begin
+    for stop, slot in held.cuts or [(len(held.prefix), 0)]:
+        for size in plan.chunks(stop - start, sizes):
+            piece = PrefillChunk(held, start, min(start + size, stop), begin, slot)
+            yield piece
+            start, begin = piece.stop, slot

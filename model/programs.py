@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from model import plan
 from model.compiler import Compiler
-from model.computations import CALLS, POOL, WHOLE, Angles, KeysValues, Kind, Model, Size, Span, Weights, spans_of
+from model.computations import CALLS, POOL, WHOLE, Angles, Kept, KeysValues, Kind, Model, Size, Span, Weights, spans_of
+from model.delta import Snapshots
 from model.inputs import Inputs
 from model.plan import Shape
 from model.sharding import abstract, put
@@ -28,17 +29,17 @@ class Layers(Protocol):
         """Kinds and sizes of all programs that the two others can call."""
         ...
 
-    def segments(self, shape: Shape, array: Array, pool: jax.Array, collected: jax.Array) -> jax.Array:
+    def segments(self, shape: Shape, array: Array, pool: jax.Array, snapshots: Kept, collected: jax.Array) -> jax.Array:
         """``collected`` with the final normalised hidden states at the reads of up to ``Model.at_once`` calls."""
         ...
 
-    def prefill(self, size: int, array: Array, pool: jax.Array) -> KeysValues:
-        """Keys and values of ``size`` tokens in one bin."""
+    def prefill(self, size: int, array: Array, pool: jax.Array, snapshots: Kept) -> tuple[KeysValues, Kept]:
+        """Keys and values of ``size`` tokens in one bin, and the snapshots with theirs; ``snapshots`` is given away."""
         ...
 
     def prefill_read(
-        self, size: int, array: Array, pool: jax.Array, collected: jax.Array
-    ) -> tuple[KeysValues, jax.Array]:
+        self, size: int, array: Array, pool: jax.Array, snapshots: Kept, collected: jax.Array
+    ) -> tuple[KeysValues, Kept, jax.Array]:
         """``prefill``, and ``collected`` with the final normalised hidden states of all these tokens."""
         ...
 
@@ -59,36 +60,40 @@ class LayerByLayer:
         wanted += [(Kind.READ, tokens) for tokens in called]
         return wanted + [(Kind.EMBED, tokens) for tokens in sorted({*layout.sizes.chunks, *called})]
 
-    def segments(self, shape: Shape, array: Array, pool: jax.Array, collected: jax.Array) -> jax.Array:
+    def segments(self, shape: Shape, array: Array, pool: jax.Array, snapshots: Kept, collected: jax.Array) -> jax.Array:
         x, angles, inputs = self.begin(shape.tokens, array)
         layer, read = self._compiler.get(Kind.LAYER, shape), self._compiler.get(Kind.READ, shape.tokens)
         for number, weights in zip(self._numbers[:-1], self._weights.layers[:-1], strict=True):
-            x = layer(weights, x, angles, inputs, pool, number)
-        return read(self._weights.ends, self._weights.layers[-1], x, angles, inputs, pool, self._numbers[-1], collected)
+            x = layer(weights, x, angles, inputs, pool, snapshots, number)
+        last, number = self._weights.layers[-1], self._numbers[-1]
+        return read(self._weights.ends, last, x, angles, inputs, pool, snapshots, number, collected)
 
-    def prefill(self, size: int, array: Array, pool: jax.Array) -> KeysValues:
-        begun = _, angles, _ = self.begin(size, array)
-        x, kept = self._kept(size, begun, pool, len(self._numbers) - 1)
-        return (*kept, self._compiler.get(Kind.LAST, size)(self._weights.layers[-1], x, angles))
+    def prefill(self, size: int, array: Array, pool: jax.Array, snapshots: Kept) -> tuple[KeysValues, Kept]:
+        begun = _, angles, inputs = self.begin(size, array)
+        x, kept, snapshots = self._kept(size, begun, pool, snapshots, len(self._numbers) - 1)
+        last = self._compiler.get(Kind.LAST, size)
+        keys_values, snapshots = last(self._weights.layers[-1], x, angles, inputs, snapshots)
+        return (*kept, keys_values), snapshots
 
     def prefill_read(
-        self, size: int, array: Array, pool: jax.Array, collected: jax.Array
-    ) -> tuple[KeysValues, jax.Array]:
+        self, size: int, array: Array, pool: jax.Array, snapshots: Kept, collected: jax.Array
+    ) -> tuple[KeysValues, Kept, jax.Array]:
         begun = _, _, inputs = self.begin(size, array)
-        x, kept = self._kept(size, begun, pool, len(self._numbers))
-        return tuple(kept), self._compiler.get(Kind.READ_ALL, size)(self._weights.ends, x, inputs, collected)
+        x, kept, snapshots = self._kept(size, begun, pool, snapshots, len(self._numbers))
+        read = self._compiler.get(Kind.READ_ALL, size)
+        return tuple(kept), snapshots, read(self._weights.ends, x, inputs, collected)
 
     def _kept(
-        self, size: int, begun: tuple[jax.Array, Angles, Inputs], pool: jax.Array, count: int
-    ) -> tuple[jax.Array, list[jax.Array]]:
-        """The output of the first ``count`` layers, and their keys and values."""
+        self, size: int, begun: tuple[jax.Array, Angles, Inputs], pool: jax.Array, snapshots: Kept, count: int
+    ) -> tuple[jax.Array, list[jax.Array], Kept]:
+        """The output of the first ``count`` layers, their keys and values, and the snapshots with theirs."""
         x, angles, inputs = begun
         layer = self._compiler.get(Kind.KEEP, size)
         kept: list[jax.Array] = []
         for number, weights in zip(self._numbers[:count], self._weights.layers[:count], strict=True):
-            x, keys_values = layer(weights, x, angles, inputs, pool, number)
+            x, keys_values, snapshots = layer(weights, x, angles, inputs, pool, snapshots, number)
             kept.append(keys_values)
-        return x, kept
+        return x, kept, snapshots
 
     def begin(self, size: int, array: Array) -> tuple[jax.Array, Angles, Inputs]:
         """The first layer's input, and what all layers take, on the device once for all of them."""
@@ -107,22 +112,22 @@ class LayersInLoop:
         wanted: list[tuple[Kind, Size]] = [(Kind.SEGMENTS, shape) for shape in layout.ladder]
         return wanted + [(kind, size) for size in layout.sizes.chunks for kind in (Kind.PREFILL, Kind.PREFILL_READ)]
 
-    def segments(self, shape: Shape, array: Array, pool: jax.Array, collected: jax.Array) -> jax.Array:
+    def segments(self, shape: Shape, array: Array, pool: jax.Array, snapshots: Kept, collected: jax.Array) -> jax.Array:
         [stack] = self._weights.layers
         program = self._compiler.get(Kind.SEGMENTS, shape)
-        return program(self._weights.ends, stack, _put(self._model, array, CALLS), pool, collected)
+        return program(self._weights.ends, stack, _put(self._model, array, CALLS), pool, snapshots, collected)
 
-    def prefill(self, size: int, array: Array, pool: jax.Array) -> KeysValues:
+    def prefill(self, size: int, array: Array, pool: jax.Array, snapshots: Kept) -> tuple[KeysValues, Kept]:
         [stack] = self._weights.layers
         program = self._compiler.get(Kind.PREFILL, size)
-        return program(self._weights.ends, stack, _put(self._model, array, CALLS), pool)
+        return program(self._weights.ends, stack, _put(self._model, array, CALLS), pool, snapshots)
 
     def prefill_read(
-        self, size: int, array: Array, pool: jax.Array, collected: jax.Array
-    ) -> tuple[KeysValues, jax.Array]:
+        self, size: int, array: Array, pool: jax.Array, snapshots: Kept, collected: jax.Array
+    ) -> tuple[KeysValues, Kept, jax.Array]:
         [stack] = self._weights.layers
         program = self._compiler.get(Kind.PREFILL_READ, size)
-        return program(self._weights.ends, stack, _put(self._model, array, CALLS), pool, collected)
+        return program(self._weights.ends, stack, _put(self._model, array, CALLS), pool, snapshots, collected)
 
 
 @final
@@ -164,6 +169,11 @@ class Programs:
     def empty_pool(self) -> jax.Array:
         """The page pool, zeros."""
         return self._zeros(self.model.layout.pool, POOL)
+
+    def empty_snapshots(self) -> Kept:
+        """The snapshots of a hybrid, zeros; None: it is none."""
+        parts = self.model.layout.snapshots
+        return parts and Snapshots(*(self._zeros(part, WHOLE) for part in parts))
 
     def none_collected(self) -> jax.Array:
         """Room for collected hidden states, zeros."""

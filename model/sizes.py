@@ -1,6 +1,7 @@
 """How large calls, the page pool and the head's programs are: by platform, and what follows from it for one model."""
 
 import bisect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,10 +14,15 @@ from model import plan
 from model.attention import NATIVE, PARTIAL_PAGES, TRITON, pool_head_width, segment_step
 from model.config import ModelConfig
 from model.contract import MOST_TOP, PAGE_TOKENS
+from model.delta import Snapshots
 from model.plan import Shape
 
 NATIVE_PREFIXES = 64
 """Prefixes that one call sees at most: a full call of a CPU has 16 tokens for each."""
+
+LEAST_SNAPSHOTS = 8
+"""Snapshots that a hybrid keeps at least, see ``model.delta``. A prefix needs up to three at once: what it begins with,
+what it leaves, and one on the way."""
 
 CHUNKS = (64, 128, 192, 256, 288, 320, 384, 448, 512)
 CHUNKS_WITH_CHEAP_PADDING = (64, 128, 192, 256, 384, 512, 1024)
@@ -35,8 +41,8 @@ class Sizes:
         top_counts: how many of the highest logits a program finds, ascending, ``MOST_TOP`` among them; its head calls
             have the largest of ``argmax_sizes``. None for a model with classes, nor more than a vocabulary has.
         target_sizes: sizes of target-logit calls, in (hidden state, target) pairs, ascending.
-        prefix_cache_bytes: device memory for prefixes; more where one prompt of the longest kind needs it, and less
-            where not so much is free, see ``model.memory``.
+        prefix_cache_bytes: device memory for prefixes, of which a hybrid's snapshots take half; more where one prompt
+            of the longest kind needs it, and less where not so much is free, see ``model.memory``.
         costs: what the planner weighs.
         large_calls: the smallest calls are an eighth of a full one, see ``plan.large_shapes``.
         fill_memory: the prefix cache takes its share of the free memory, however much; see ``model.memory``.
@@ -102,6 +108,7 @@ class Layout:
         slots: entries of a page table.
         whole: sequences share no prefix, and each is one segment: an encoder's.
         pool: shape and dtype of the page pool, [pages, L, 2, K, page, H].
+        snapshots: of a hybrid: shapes of the pool of snapshots.
     """
 
     sizes: Sizes
@@ -112,6 +119,7 @@ class Layout:
     slots: int
     pool: jax.ShapeDtypeStruct
     whole: bool = False
+    snapshots: Snapshots | None = None
 
     @property
     def tables(self) -> tuple[int, int]:
@@ -123,8 +131,24 @@ class Layout:
         return int(np.prod(self.pool.shape[1:])) * self.pool.dtype.itemsize
 
     @property
+    def snapshot_bytes(self) -> int:
+        """Of one snapshot; 0: there are none."""
+        return sum(4 * int(np.prod(part.shape[1:])) for part in self.snapshots or ())
+
+    @property
+    def snapshot_slots(self) -> int:
+        """Slots of snapshots, that of zeros included."""
+        return self.snapshots.memories.shape[0] if self.snapshots else 0
+
+    @property
+    def page_share_bytes(self) -> int:
+        """What one more page takes of the prefix cache: with snapshots, as much again for them."""
+        return self.page_bytes * (2 if self.snapshots else 1)
+
+    @property
     def pool_bytes(self) -> int:
-        return self.pool.shape[0] * self.page_bytes
+        """Of pages and snapshots."""
+        return self.pool.shape[0] * self.page_bytes + self.snapshot_slots * self.snapshot_bytes
 
     def groups(
         self,
@@ -180,7 +204,9 @@ def layout(
     head_width = pool_head_width(implementation, config.head_width)
     page = (config.layers, 2, config.kv_heads, PAGE_TOKENS, head_width)
     stored = jnp.dtype(jnp.uint16 if dtype == jnp.bfloat16 else dtype)  # see attention.to_pool
-    pages = 1 + max(slots, sizes.prefix_cache_bytes // (int(np.prod(page)) * stored.itemsize))
+    snapshots = _snapshots(config, sizes.prefix_cache_bytes // 2)
+    for_pages = sizes.prefix_cache_bytes // (2 if snapshots else 1)
+    pages = 1 + max(slots, for_pages // (int(np.prod(page)) * stored.itemsize))
     call_tokens = max(sizes.call_tokens, width)
     cheap = config.packed and not config.experts  # ``cpu.linear`` passes over padding, XLA multiplies it
     if implementation == NATIVE:
@@ -198,7 +224,8 @@ def layout(
     if dtype == jnp.bfloat16:
         # XLA's CPU backend multiplies a single row in float32, and widens the whole head for it.
         sizes = replace(sizes, head_sizes=(max(2, sizes.head_sizes[0]), *sizes.head_sizes[1:]))
-    return Layout(sizes, longest, ladder, width, prefixes, slots, jax.ShapeDtypeStruct((pages, *page), stored))
+    pool = jax.ShapeDtypeStruct((pages, *page), stored)
+    return Layout(sizes, longest, ladder, width, prefixes, slots, pool, snapshots=snapshots)
 
 
 def _of_whole_sequences(config: ModelConfig, sizes: Sizes, longest: int, dtype: Any, implementation: str) -> Layout:
@@ -214,3 +241,14 @@ def _of_whole_sequences(config: ModelConfig, sizes: Sizes, longest: int, dtype: 
     page = (config.layers, 2, config.kv_heads, PAGE_TOKENS, config.head_width)
     pool = jax.ShapeDtypeStruct((1, *page), jnp.dtype(jnp.uint16 if dtype == jnp.bfloat16 else dtype))
     return Layout(replace(sizes, chunks=()), longest, ladder, width, prefixes, 1, pool, whole=True)
+
+
+def _snapshots(config: ModelConfig, room: int) -> Snapshots | None:
+    """Shapes of as many snapshots as the room has, in bytes; None: the model has no recurrent layers."""
+    if (r := config.recurrence) is None:
+        return None
+    shapes = (r.taps - 1, r.channels), (r.value_heads, r.key_width, r.value_width)
+    count = config.layers * r.parts
+    slots = 1 + max(LEAST_SNAPSHOTS, room // (4 * count * sum(map(math.prod, shapes))))
+    parts = (jax.ShapeDtypeStruct((slots, config.layers, r.parts, *shape), jnp.float32) for shape in shapes)
+    return Snapshots(*parts)

@@ -119,6 +119,26 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
             "long_factor": [1.2, 1.9, 3.5, 5.0, 7.5, 9.0],
         },
     },
+    "qwen3_5": {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "model_type": "qwen3_5_text",
+        "num_hidden_layers": 6,
+        "full_attention_interval": 3,
+        "head_dim": 20,
+        "rms_norm_eps": 4e-4,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 9012.0,
+            "partial_rotary_factor": 0.3,
+            "mrope_interleaved": True,
+            "mrope_section": [1, 1, 1],
+        },
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 12,
+        "linear_value_head_dim": 10,
+        "linear_conv_kernel_dim": 4,
+    },
     "qwen3_moe": {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
@@ -144,6 +164,7 @@ CLASSIFIERS: Mapping[str, str] = {
     "mistral": "MistralForSequenceClassification",
     "olmo2": "Olmo2ForSequenceClassification",
     "phi3": "Phi3ForSequenceClassification",
+    "qwen3_5": "Qwen3_5TextForSequenceClassification",
     "qwen3_moe": "Qwen3MoeForSequenceClassification",
 }
 """Families, and their architecture with a classification head."""
@@ -182,10 +203,28 @@ _MISTRAL3_IMAGES: Mapping[str, Any] = {
         "patch_size": 14,
     },
 }
+_QWEN3_5_IMAGES: Mapping[str, Any] = {
+    "model_type": "qwen3_5",
+    "image_token_id": 303,
+    "video_token_id": 304,
+    "vision_start_token_id": 301,
+    "vision_end_token_id": 302,
+    "vision_config": {
+        "model_type": "qwen3_5",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "depth": 1,
+        "num_heads": 2,
+        "out_hidden_size": 48,
+        "num_position_embeddings": 16,
+    },
+}
 WRAPPED: Mapping[str, str] = {
     "Gemma3ForConditionalGeneration": "gemma3",
     "Gemma3ForSequenceClassification": "gemma3",
     "Mistral3ForConditionalGeneration": "mistral",
+    "Qwen3_5ForConditionalGeneration": "qwen3_5",
+    "Qwen3_5ForSequenceClassification": "qwen3_5",
 }
 """Architectures whose text part is a family."""
 
@@ -194,8 +233,8 @@ def wrapped_config(architecture: str) -> dict[str, Any]:
     """The ``config.json`` of a model for images with a tiny family in it."""
     family = WRAPPED[architecture]
     text = {key: value for key, value in config_of(family).items() if key != "architectures"}
-    images = _GEMMA3_IMAGES if family == "gemma3" else _MISTRAL3_IMAGES
-    return {**images, "architectures": [architecture], "text_config": text}
+    images = {"gemma3": _GEMMA3_IMAGES, "mistral": _MISTRAL3_IMAGES, "qwen3_5": _QWEN3_5_IMAGES}
+    return {**images[family], "architectures": [architecture], "text_config": text}
 
 
 NORMS: Mapping[str, tuple[str, ...]] = {
@@ -208,6 +247,7 @@ NORMS: Mapping[str, tuple[str, ...]] = {
 """Norms of a layer, if they are not Llama's."""
 QK_NORMS: Mapping[str, str] = {
     "qwen3": "one head",
+    "qwen3_5_text": "one head",
     "qwen3_moe": "one head",
     "gemma3_text": "one head",
     "olmo2": "all heads",
@@ -254,7 +294,22 @@ def _tensors(rng: np.random.Generator, config: Mapping[str, Any]) -> dict[str, n
             tensors[f"{name}.bias"] = rng.normal(0, 0.3, out)
 
     def norm(name: str, size: int = width) -> None:
-        tensors[f"{name}.weight"] = rng.uniform(0.6, 1.4, size) - (1 if kind.startswith("gemma") else 0)
+        tensors[f"{name}.weight"] = rng.uniform(0.6, 1.4, size) - (1 if kind.startswith(("gemma", "qwen3_5")) else 0)
+
+    def delta_net(name: str) -> None:
+        """With memories that fade by a hundredth to a half a token."""
+        keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
+        of_values = config["linear_num_value_heads"]
+        values = of_values * config["linear_value_head_dim"]
+        linear(f"{name}.in_proj_qkv", 2 * keys + values, width)
+        linear(f"{name}.in_proj_z", values, width)
+        linear(f"{name}.in_proj_b", of_values, width)
+        linear(f"{name}.in_proj_a", of_values, width)
+        linear(f"{name}.out_proj", width, values)
+        tensors[f"{name}.conv1d.weight"] = rng.normal(0, 0.5, (2 * keys + values, 1, config["linear_conv_kernel_dim"]))
+        tensors[f"{name}.A_log"] = np.log(rng.uniform(0.02, 0.8, of_values))
+        tensors[f"{name}.dt_bias"] = rng.normal(0, 0.5, of_values)
+        tensors[f"{name}.norm.weight"] = rng.uniform(0.6, 1.4, config["linear_value_head_dim"])
 
     linear("model.embed_tokens", config["vocab_size"], width, gain=3.0)
     for layer in range(config["num_hidden_layers"]):
@@ -262,11 +317,16 @@ def _tensors(rng: np.random.Generator, config: Mapping[str, Any]) -> dict[str, n
         attention = f"{block}.self_attn"
         for name in NORMS.get(kind, ("input_layernorm", "post_attention_layernorm")):
             norm(f"{block}.{name}")
-        projections = (("q", heads, 1.5), ("k", kv_heads, 1.5), ("v", kv_heads, 1.0))
-        for name, count, gain in projections:
+        recurrent = kind == "qwen3_5_text" and (layer + 1) % config["full_attention_interval"] > 0
+        gated = 2 if kind == "qwen3_5_text" else 1
+        projections = (("q", gated * heads, 1.5), ("k", kv_heads, 1.5), ("v", kv_heads, 1.0))
+        for name, count, gain in () if recurrent else projections:
             linear(f"{attention}.{name}_proj", count * head, width, bias=kind == "qwen2", gain=gain)
-        linear(f"{attention}.o_proj", width, heads * head)
-        if kind in QK_NORMS:
+        if recurrent:
+            delta_net(f"{block}.linear_attn")
+        else:
+            linear(f"{attention}.o_proj", width, heads * head)
+        if kind in QK_NORMS and not recurrent:
             norm(f"{attention}.q_norm", head * (heads if QK_NORMS[kind] == "all heads" else 1))
             norm(f"{attention}.k_norm", head * (kv_heads if QK_NORMS[kind] == "all heads" else 1))
         mlps = {f"{block}.mlp": config["intermediate_size"]}

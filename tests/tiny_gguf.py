@@ -152,6 +152,7 @@ ARCHITECTURES = {
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
     "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
+    "qwen3_5": gguf.MODEL_ARCH.QWEN35,
     "gemma2": gguf.MODEL_ARCH.GEMMA2,
     "gemma": gguf.MODEL_ARCH.GEMMA,
     "gemma3": gguf.MODEL_ARCH.GEMMA3,
@@ -208,6 +209,7 @@ def write_family_gguf(
     arch = ARCHITECTURES[family]
     name, heads = gguf.MODEL_ARCH_NAMES[arch], config["num_attention_heads"]
     head_width = config.get("head_dim", config["hidden_size"] // heads)
+    rope = config if "rope_theta" in config else config["rope_parameters"]
     keys: dict[str, Any] = {
         "general.architecture": name,
         f"{name}.context_length": config["max_position_embeddings"],
@@ -217,8 +219,8 @@ def write_family_gguf(
         f"{name}.attention.head_count": heads,
         f"{name}.attention.head_count_kv": config["num_key_value_heads"],
         f"{name}.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
-        f"{name}.rope.freq_base": config["rope_theta"],
-        f"{name}.rope.dimension_count": int(head_width * config.get("partial_rotary_factor", 1)),
+        f"{name}.rope.freq_base": rope["rope_theta"],
+        f"{name}.rope.dimension_count": int(head_width * rope.get("partial_rotary_factor", 1)),
         **WORDLESS,
     }
     more: dict[str, Any] = {}
@@ -229,6 +231,17 @@ def write_family_gguf(
             "expert_count": config["num_experts"],
             "expert_used_count": config["num_experts_per_tok"],
             "expert_feed_forward_length": config["moe_intermediate_size"],
+        }
+    if family == "qwen3_5":
+        value_heads = config["linear_num_value_heads"]
+        more |= {
+            "full_attention_interval": config["full_attention_interval"],
+            "rope.dimension_sections": [*rope["mrope_section"], 0],
+            "ssm.conv_kernel": config["linear_conv_kernel_dim"],
+            "ssm.state_size": config["linear_key_head_dim"],
+            "ssm.group_count": config["linear_num_key_heads"],
+            "ssm.time_step_rank": value_heads,
+            "ssm.inner_size": value_heads * config["linear_value_head_dim"],
         }
     if family == "gemma2":
         more |= {key: config[key] for key in ("attn_logit_softcapping", "final_logit_softcapping")}
@@ -267,14 +280,40 @@ def _named(tensors: dict[str, np.ndarray], config: dict[str, Any], arch: gguf.MO
         module = hf_name.split(".")[-2]
         if arch in (gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.MISTRAL3) and module in heads:
             tensor = interleave(tensor, heads[module])
-        if config["model_type"].startswith("gemma") and hf_name.endswith("norm.weight"):
+        if ".linear_attn." in hf_name:
+            tensor = _delta(hf_name, tensor, config)
+        elif config["model_type"].startswith(("gemma", "qwen3_5")) and hf_name.endswith("norm.weight"):
             tensor = tensor + 1
         found[_name(table, hf_name)] = tensor
     return found | {_name(table, hf_name): np.stack(each) for hf_name, each in experts.items()}
 
 
+def _delta(hf_name: str, tensor: np.ndarray, config: dict[str, Any]) -> np.ndarray:
+    """A tensor of gated DeltaNet. Written as loops, unlike the code under test."""
+    keys, each = config["linear_num_key_heads"], config["linear_num_value_heads"] // config["linear_num_key_heads"]
+
+    def tiled(tensor: np.ndarray) -> np.ndarray:
+        parts = np.split(tensor, keys * each)
+        return np.concatenate([parts[key * each + number] for number in range(each) for key in range(keys)])
+
+    before = 2 * keys * config["linear_key_head_dim"]
+    match hf_name.split(".linear_attn.")[1].removesuffix(".weight"):
+        case "norm":
+            return tensor
+        case "in_proj_qkv":
+            return np.concatenate([tensor[:before], tiled(tensor[before:])])
+        case "conv1d":
+            return np.concatenate([tensor[:before, 0], tiled(tensor[before:, 0])])
+        case "out_proj":
+            return np.ascontiguousarray(tiled(tensor.T).T)
+        case "A_log":
+            return tiled(-np.exp(tensor))
+        case _:
+            return tiled(tensor)
+
+
 def _name(table: gguf.TensorNameMap, hf_name: str) -> str:
-    name = table.get_name(hf_name, (".weight", ".bias"))
+    name = table.get_name(hf_name.replace("dt_bias", "dt_proj.bias"), (".weight", ".bias"))  # as llama.cpp does, too
     assert name is not None, hf_name
     return name
 

@@ -19,7 +19,7 @@ from model import compiled
 logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-SOURCES = (HERE / "attention.cc", HERE / "linear.cc")
+SOURCES = (HERE / "attention.cc", HERE / "linear.cc", HERE / "delta.cc")
 HEADER = HERE / "kernels.h"
 SYMBOLS = {
     "attention": "ScoreAttention",
@@ -30,6 +30,8 @@ SYMBOLS = {
     "normalizers": "ScoreNormalizers",
     "tops": "ScoreTops",
     "dots": "ScoreDots",
+    "delta": "ScoreDelta",
+    "delta_kept": "ScoreDeltaKept",
 }
 """A kernel's name here -> its name in the sources."""
 OPTIONS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared")

@@ -10,7 +10,21 @@ from flax import nnx
 from model import decoder, encoder
 from model.checkpoint import Targets
 from model.config import ModelConfig, with_classes
-from model.families import bert, gemma, gemma2, gemma3, llama, mistral, modernbert, olmo2, phi3, qwen2, qwen3, qwen3_moe
+from model.families import (
+    bert,
+    gemma,
+    gemma2,
+    gemma3,
+    llama,
+    mistral,
+    modernbert,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_5,
+    qwen3_moe,
+)
 from model.families.wrappers import ALIASES, WRAPPERS, unwrapped
 from model.fields import ConfigError, Fields
 from model.tensors.quantised import methods
@@ -54,9 +68,10 @@ GENERATIVE: dict[str, Family] = {
     "Phi3ForCausalLM": Family("phi3", phi3.parse, phi3.Block, phi3.weights, pad_token_id=32_000),
     "Qwen2ForCausalLM": Family("qwen2", qwen2.parse, qwen2.Block, qwen2.weights),
     "Qwen3ForCausalLM": Family("qwen3", qwen3.parse, qwen3.Block, qwen3.weights),
+    "Qwen3_5ForCausalLM": Family("qwen3_5_text", qwen3_5.parse, qwen3_5.Block, qwen3_5.weights),
     "Qwen3MoeForCausalLM": Family("qwen3_moe", qwen3_moe.parse, qwen3_moe.Block, qwen3_moe.weights),
 }
-_TEXT_ALONE = {"Gemma3ForCausalLM": "Gemma3Text"}
+_TEXT_ALONE = {"Gemma3ForCausalLM": "Gemma3Text", "Qwen3_5ForCausalLM": "Qwen3_5Text"}
 """Architectures whose other classes in transformers are called otherwise, and how their names begin."""
 
 

@@ -1,7 +1,7 @@
 """Architectures that only wrap a family: other names of it, and models for images whose text part it is."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from model.fields import IGNORED, NEUTRAL, ConfigError, Fields
@@ -31,6 +31,7 @@ class Wrapper:
         defaults: of keys that published files leave out of ``text_config``, by its class in transformers.
         fixed: keys of ``text_config`` that its class does not read, and what they would have to be.
         of_images: keys that concern images alone.
+        tied: whether the output head is the embedding, where the key is absent.
     """
 
     model_type: str
@@ -39,6 +40,7 @@ class Wrapper:
     of_images: frozenset[str]
     defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
     fixed: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    tied: bool = True
 
 
 ALIASES = {
@@ -62,7 +64,16 @@ _GEMMA3 = Wrapper(
     },
     fixed={"final_logit_softcapping": None},
 )
+_QWEN3_5 = Wrapper(
+    "qwen3_5",
+    "Qwen3_5ForCausalLM",
+    "qwen3_5_text",
+    _IMAGES | {"video_token_id", "vision_start_token_id", "vision_end_token_id", "language_model_only"},
+    tied=False,
+)
 WRAPPERS = {
+    "Qwen3_5ForConditionalGeneration": _QWEN3_5,
+    "Qwen3_5ForSequenceClassification": replace(_QWEN3_5, text="Qwen3_5TextForSequenceClassification"),
     "Gemma3ForConditionalGeneration": _GEMMA3,
     "Gemma3ForSequenceClassification": Wrapper(
         "gemma3", "Gemma3TextForSequenceClassification", "gemma3_text", _GEMMA3.of_images, _GEMMA3.defaults
@@ -121,7 +132,7 @@ def _text_part(config: Mapping[str, Any], wrapper: Wrapper, trusted: Collection[
             "implemented as its text part"
         )
     # transformers reads this key beside text_config alone.
-    tied = fields.flag("tie_word_embeddings", True)
+    tied = fields.flag("tie_word_embeddings", wrapper.tied)
     fields.refuse_rest(ignored=IGNORED | wrapper.of_images | set(_OF_ALL), neutral=NEUTRAL)
     shared = {key: config[key] for key in _OF_ALL if key in config}
     own = {"architectures": [wrapper.text], "tie_word_embeddings": tied}

@@ -45,6 +45,8 @@ class Piece:
         stored: where its numbers are; None: they are zeros.
         rows: of the stored tensor (numbers, if it has one dimension), in the order to write.
         shift: subtracted from every number.
+        columns: of the stored rows, in the order to write; None: all as they are.
+        logarithm: what is stored is minus the exponential of the numbers.
     """
 
     name: str
@@ -52,6 +54,8 @@ class Piece:
     stored: Stored | None
     rows: Array
     shift: float = 0.0
+    columns: Array | None = None
+    logarithm: bool = False
 
     def values(self) -> Iterator[Array]:
         """Its numbers in float32, some rows at a time."""
@@ -61,13 +65,15 @@ class Piece:
         type, shift = self.stored.type, np.float32(self.shift)
         try:
             if len(self.shape) == 1:
-                yield dequantize(self.stored.rows(0, 1)[0], type)[self.rows] - shift
+                values = dequantize(self.stored.rows(0, 1)[0], type)[self.rows] - shift
+                yield np.log(-values) if self.logarithm else values
                 return
             step = max(1, CHUNK // self.shape[-1])
             for start in range(0, len(self.rows), step):
                 rows = self.rows[start : start + step]
                 first = rows.min()
-                yield dequantize(self.stored.rows(first, rows.max() + 1)[rows - first], type) - shift
+                values = dequantize(self.stored.rows(first, rows.max() + 1)[rows - first], type) - shift
+                yield values if self.columns is None else values[:, self.columns]
         except NotImplementedError:
             raise GgufError(f"{self.stored.name}: quantisation {type.name} is not converted") from None
 
@@ -101,6 +107,8 @@ def convert(source: Path, folder: Path, *, say: Callable[[str], None] = print) -
     kind = KINDS[architecture]
     tensors = {name: stored for name, stored in tensors.items() if not name.startswith(kind.ignored)}
     config = _config(fields, architecture, tensors)
+    layers = range(config["num_hidden_layers"], fields[f"{architecture}.block_count"])
+    tensors = {name: stored for name, stored in tensors.items() if not name.startswith(_blocks(layers))}
     if _unscaled(config, tensors):
         say("this file has no rope_freqs.weight, as files of Llama 3.1 of before August 2024: its rope is not scaled")
     pieces = _pieces(kind, config, tensors)
@@ -117,6 +125,11 @@ def convert(source: Path, folder: Path, *, say: Callable[[str], None] = print) -
         part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _blocks(layers: range) -> tuple[str, ...]:
+    """What the names of these layers' tensors begin with."""
+    return tuple(f"blk.{layer}." for layer in layers)
 
 
 def _config(fields: dict[str, Any], architecture: str, tensors: Mapping[str, Stored]) -> dict[str, Any]:
@@ -209,9 +222,9 @@ def _pieces(kind: Kind, config: dict[str, Any], tensors: Mapping[str, Stored]) -
     present = [names for key, names in kind.biases.items() if config[key]] + [kind.always]
     biased = {name for names in present for name in names}
     for layer in range(config["num_hidden_layers"]):
-        for name, hf_name in kind.layer.items():
-            place = f"model.layers.{layer}.{hf_name}"
-            take(f"blk.{layer}.{name}.weight", f"{place}.weight")
+        for stored_name, hf_name in kind.tensors(layer, config).items():
+            name, place = stored_name.removesuffix(".weight"), f"model.layers.{layer}.{hf_name}".removesuffix(".weight")
+            take(f"blk.{layer}.{stored_name}", f"model.layers.{layer}.{hf_name}")
             if f"blk.{layer}.{name}.bias" in rest and name in biased:
                 take(f"blk.{layer}.{name}.bias", f"{place}.bias")
             elif name in biased and f"blk.{layer}.{name}.weight" in tensors:
@@ -234,6 +247,9 @@ def _restored(stored: Stored, name: str, kind: Kind, config: dict[str, Any]) -> 
             rows = np.arange(expert * count, (expert + 1) * count)
             yield Piece(name.format(expert), stored.shape[1:], stored, rows)
         return
+    if ".linear_attn." in name:
+        yield _of_delta_net(stored, name, config)
+        return
     rows = np.arange(stored.shape[0])
     module = name.split(".")[-2]
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
@@ -242,6 +258,30 @@ def _restored(stored: Stored, name: str, kind: Kind, config: dict[str, Any]) -> 
     if stored.name == CLASSIFIER:
         rows = rows[::-1]  # /v1/rerank takes the last class for relevance
     yield Piece(name, stored.shape, stored, rows, kind.norm_shift if name.endswith("norm.weight") else 0.0)
+
+
+def _of_delta_net(stored: Stored, name: str, config: dict[str, Any]) -> Piece:
+    """A tensor of gated DeltaNet. Of a key head's value heads llama.cpp stores the first of all key heads, then the
+    second, and so on; Hugging Face has them together."""
+    key_heads, value_heads = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    width, keys = config["linear_value_head_dim"], 2 * key_heads * config["linear_key_head_dim"]
+    heads = np.arange(value_heads).reshape(-1, key_heads).T.reshape(-1)
+    channels = (heads[:, None] * width + np.arange(width)).reshape(-1)
+    mixed = np.concatenate([np.arange(keys), keys + channels])
+    every = np.arange(stored.shape[0])
+    match name.split(".linear_attn.")[1]:
+        case "in_proj_qkv.weight":
+            return Piece(name, stored.shape, stored, mixed)
+        case "conv1d.weight":
+            return Piece(name, (stored.shape[0], 1, stored.shape[1]), stored, mixed)
+        case "in_proj_z.weight":
+            return Piece(name, stored.shape, stored, channels)
+        case "out_proj.weight":
+            return Piece(name, stored.shape, stored, every, columns=channels)
+        case "norm.weight":  # the only one that is stored as it is
+            return Piece(name, stored.shape, stored, every)
+        case part:
+            return Piece(name, stored.shape, stored, heads, logarithm=part == "A_log")
 
 
 def _need_space(folder: Path, needed: int) -> None:

@@ -28,6 +28,17 @@ EXPERTS = {
 NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 POST_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 GEMMA_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm", **POST_NORMS}
+DELTA = {
+    "attn_qkv": "linear_attn.in_proj_qkv",
+    "attn_gate": "linear_attn.in_proj_z",
+    "ssm_beta": "linear_attn.in_proj_b",
+    "ssm_alpha": "linear_attn.in_proj_a",
+    "ssm_conv1d": "linear_attn.conv1d",
+    "ssm_norm": "linear_attn.norm",
+    "ssm_out": "linear_attn.out_proj",
+}
+"""Gated DeltaNet's."""
+_NORMS_AFTER = {"attn_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"}
 FUSED = {
     "attn_qkv": "self_attn.qkv_proj",
     "attn_output": "self_attn.o_proj",
@@ -50,6 +61,8 @@ class Kind:
         always: the group of ``biases`` that has no key and is always there.
         interleaved: each head's rotary channels are stored as 0, H/2, 1, H/2 + 1, ...; Hugging Face has two halves.
         norm_shift: what stored norms have more than Hugging Face's.
+        recurrent: the tensors of a hybrid's recurrent layers in place of ``layer``, with their endings; its layers of
+            attention are every ``full_attention_interval``-th.
         ignored: what keys and tensors of other parts than the text's model begin with.
     """
 
@@ -61,7 +74,14 @@ class Kind:
     always: tuple[str, ...] = ()
     interleaved: bool = False
     norm_shift: float = 0.0
+    recurrent: Mapping[str, str] = field(default_factory=dict[str, str])
     ignored: tuple[str, ...] = ()
+
+    def tensors(self, layer: int, config: Config) -> Mapping[str, str]:
+        """A layer's tensors, GGUF's name -> Hugging Face's."""
+        if self.recurrent and (layer + 1) % config["full_attention_interval"]:
+            return self.recurrent
+        return {f"{name}.weight": f"{hf_name}.weight" for name, hf_name in self.layer.items()}
 
 
 def _silu(keys: Keys, config: Config) -> Config:
@@ -81,6 +101,23 @@ def _qwen3_moe(keys: Keys, config: Config) -> Config:
         "num_experts_per_tok": keys.required("expert_used_count"),
         "moe_intermediate_size": keys.required("expert_feed_forward_length"),
         "norm_topk_prob": True,  # llama.cpp's graph of this architecture always does
+    }
+
+
+def _qwen3_5(keys: Keys, config: Config) -> Config:
+    value_heads, values = keys.required("ssm.time_step_rank"), keys.required("ssm.inner_size")
+    keys.whole("rope.dimension_sections")  # of images
+    ahead = keys.get("nextn_predict_layers", 0)  # that predict further tokens, after the others
+    return {
+        "hidden_act": "silu",
+        "num_hidden_layers": config["num_hidden_layers"] - ahead,
+        "full_attention_interval": keys.get("full_attention_interval", 4),
+        "partial_rotary_factor": keys.get("rope.dimension_count", config["head_dim"]) / config["head_dim"],
+        "linear_num_key_heads": keys.required("ssm.group_count"),
+        "linear_num_value_heads": value_heads,
+        "linear_key_head_dim": keys.required("ssm.state_size"),
+        "linear_value_head_dim": values // value_heads,
+        "linear_conv_kernel_dim": keys.required("ssm.conv_kernel"),
     }
 
 
@@ -158,6 +195,18 @@ KINDS = {
     "mistral3": Kind("MistralForCausalLM", "mistral", {**ATTENTION, **MLP, **NORMS}, _mistral, interleaved=True),
     "qwen2": Kind("Qwen2ForCausalLM", "qwen2", {**ATTENTION, **MLP, **NORMS}, _silu, always=QKV),
     "qwen3": Kind("Qwen3ForCausalLM", "qwen3", {**ATTENTION, **QK_NORMS, **MLP, **NORMS}, _silu),
+    "qwen35": Kind(
+        "Qwen3_5ForCausalLM",
+        "qwen3_5_text",
+        {**ATTENTION, **QK_NORMS, **MLP, **_NORMS_AFTER},
+        _qwen3_5,
+        norm_shift=1.0,
+        recurrent={
+            **{f"{name}.weight": f"{hf_name}.weight" for name, hf_name in {**DELTA, **MLP, **_NORMS_AFTER}.items()},
+            "ssm_a": "linear_attn.A_log",
+            "ssm_dt.bias": "linear_attn.dt_bias",
+        },
+    ),
     "qwen3moe": Kind(
         "Qwen3MoeForCausalLM",
         "qwen3_moe",

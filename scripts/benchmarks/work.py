@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from model.config import Recurrence
 from scripts.benchmarks import decisions
 from serve_app import model_source
 
@@ -135,6 +136,8 @@ class Sizes:
 
     Attributes:
         windows: for each layer, how many tokens back a token attends, including itself; empty for all.
+        gated: attention's queries have gates of the same width.
+        recurrence: of a hybrid, whose ``layers`` are those of attention; None: it is none.
     """
 
     width: int
@@ -145,6 +148,8 @@ class Sizes:
     ff_width: int
     vocab: int
     windows: tuple[int, ...] = ()
+    gated: bool = False
+    recurrence: Recurrence | None = None
 
     @classmethod
     def of_demo(cls) -> Sizes:
@@ -173,7 +178,7 @@ def floor_flops(variant: Variant, sizes: Sizes) -> float:
     """
     attention = sizes.heads * sizes.head_width
     key_value = 2 * 2 * sizes.width * sizes.kv_heads * sizes.head_width
-    rest = 2 * (2 * sizes.width * attention + 3 * sizes.width * sizes.ff_width)
+    rest = 2 * ((3 if sizes.gated else 2) * sizes.width * attention + 3 * sizes.width * sizes.ff_width)
     *windows, last_window = sizes.windows or (2**31,) * sizes.layers
     total = 0.0
     for request in variant.requests:
@@ -181,6 +186,7 @@ def floor_flops(variant: Variant, sizes: Sizes) -> float:
         lengths = np.array([len(item) for item in request.items_ids], np.float64)
         tokens, reads = query + lengths.sum(), len(lengths)
         total += tokens * key_value * sizes.layers
+        total += tokens * recurrent_flops(sizes) * sizes.layers
         total += (tokens * (sizes.layers - 1) + reads) * rest
         for window in windows:
             shared = _seen(query, window)
@@ -188,6 +194,16 @@ def floor_flops(variant: Variant, sizes: Sizes) -> float:
         total += 4 * attention * np.minimum(query + lengths, last_window).sum()
         total += reads * 2 * sizes.width * sizes.vocab
     return total
+
+
+def recurrent_flops(sizes: Sizes) -> float:
+    """Operations that a token takes in the recurrent layers before one of attention: projections, MLP, and of each
+    memory what it has under a key, its change, and what a query reads."""
+    if (r := sizes.recurrence) is None:
+        return 0.0
+    projections = sizes.width * (r.channels + 2 * r.values + 2 * r.value_heads)
+    memories = r.value_heads * 3 * r.key_width * r.value_width
+    return 2.0 * r.parts * (projections + r.taps * r.channels + memories + 3 * sizes.width * sizes.ff_width)
 
 
 def _seen(tokens: Any, window: int) -> Any:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model import attention_tpu, decoder, plan, rotary_tpu
+from model import attention_tpu, decoder, plan, prefill, rotary_tpu
 from model.computations import Kind
 from model.config import ModelConfig
 from model.contract import PAGE_TOKENS
@@ -27,6 +27,7 @@ from model.families.registry import build
 from model.loading import without_weights
 from model.memory import MemoryNeededError, Room, roomiest
 from model.pages import PrefixCache
+from model.prefill import PinnedPrefix
 from model.programs import Programs
 from model.sharding import mesh, splits
 from model.sizes import BY_PLATFORM, Layout
@@ -143,15 +144,14 @@ def launches(config: ModelConfig, laid: Layout, request: Request, at_once: int =
     """
     sequences = [np.array(prompt, np.int32) for prompt in request.prompts]
     reads = [[len(prompt) - 1] for prompt in sequences]
-    pages, found = PrefixCache(laid.pool.shape[0]), Counter[Launch]()
+    pages, found = PrefixCache(laid.pool.shape[0], laid.snapshot_slots), Counter[Launch]()
     for group in laid.groups(sequences, reads):
         prefix = sequences[group.prefix_of][: group.prefix_length]
-        with pages.hold(prefix) as (_, cached):
-            pass
-        for size in plan.chunks(len(prefix) - cached, laid.sizes.chunks):
-            found[Launch(Kind.PREFILL, size, cached)] += 1
-            found[Launch(Kind.WRITE, size, 0)] += 1
-            cached += size
+        with pages.hold(prefix) as held:
+            missing = PinnedPrefix(group, prefix, *held)
+        for call in prefill.calls([missing], laid.sizes.chunks, laid.prefixes):
+            found[Launch(Kind.PREFILL, call.size, call.pieces[0].start)] += 1
+            found[Launch(Kind.WRITE, call.size, 0)] += 1
         for calls in plan.batch_calls(laid.calls([group]), at_once):
             found[Launch(Kind.SEGMENTS, calls[0].shape, group.prefix_length)] += 1
     reads_of_head = [(Kind.TARGETS, len(sequences) * (config.classes or 2), laid.sizes.target_sizes)]
@@ -174,6 +174,8 @@ def floor_sizes(config: ModelConfig) -> Sizes:
         ff_width=config.ff_width * max(1, config.experts_per_token),
         vocab=config.classes or config.vocab_size,
         windows=decoder.windows(config) or (),
+        gated=config.recurrence is not None,
+        recurrence=config.recurrence,
     )
 
 
@@ -313,7 +315,7 @@ def estimate(
     counts = Counter[str]()
     for launch, count in needed.items():
         counts[f"{launch.kind} {launch.size}"] += count
-    memory = {"weights": programs.weight_bytes, "prefix_cache": laid.pool.shape[0] * laid.page_bytes}
+    memory = {"weights": programs.weight_bytes, "prefix_cache": laid.pool_bytes}
     if (missing := sum(memory.values()) - peaks.hbm_bytes) > 0:
         return Estimate(len(here), at_once, memory, int(missing), floor, dict(counts))
     total, seconds, collective, extra = Cost(), 0.0, 0.0, 0

@@ -70,7 +70,9 @@ class _AtOnce(Compiler):
         def program(*arguments: Any) -> Any:
             self._computing = True
             self.launches += 1
-            on_device = (self._model.layout.pool.shape, (self._model.collected, self._model.config.width), (0,))
+            layout = self._model.layout
+            on_device = [layout.pool.shape, (self._model.collected, self._model.config.width), (0,)]
+            on_device += [part.shape for part in layout.snapshots or ()]
             for leaf in jax.tree.leaves(arguments):
                 if isinstance(leaf, jax.Array) and leaf.shape not in on_device:
                     self.sent += 1
@@ -81,7 +83,7 @@ class _AtOnce(Compiler):
                 case Kind.SEGMENTS:
                     return arguments[-1]
                 case Kind.PREFILL:
-                    return self._kept
+                    return self._kept, arguments[-1]
                 case _:
                     return _Zeros(size, self._fetch)
 

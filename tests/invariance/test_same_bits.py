@@ -45,11 +45,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "norms of queries and keys": ("olmo2", SMALL),
     "a second rope beyond 170 tokens": ("phi3-longrope", SMALL),
     "experts": ("qwen3_moe", SMALL),
+    "gated DeltaNet": ("qwen3_5", SMALL),
+    "gated DeltaNet in bfloat16": ("qwen3_5", {"dtype": "bfloat16", **SMALL}),
     "experts in bfloat16": ("qwen3_moe", {"dtype": "bfloat16", **SMALL}),
     "int8": ("llama", {"quantization": "int8", **SMALL}),
     "int8 in bfloat16": ("llama", {"quantization": "int8", "dtype": "bfloat16", **SMALL}),
     "one loop over the layers": ("llama", {"by_layer": False, **SMALL}),
 }
+
+
+NAMES = [
+    pytest.param(name, marks=pytest.mark.slow) if name == "gated DeltaNet in bfloat16" else name for name in MODELS
+]
 
 
 class Read(NamedTuple):
@@ -110,7 +117,7 @@ def forget(scorer: Engine) -> None:
     scorer._forget_prefixes()  # pyright: ignore[reportPrivateUsage]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_sequence_has_the_bits_that_it_has_alone(name: str, engines: Callable[[str], Engine]) -> None:
     """Among any others, in any order, after a prefix that is cold, warm or prefilled in pieces, with several reads."""
     scorer, rng = engines(name), np.random.default_rng(len(name))
@@ -154,7 +161,7 @@ def test_items_among_400_have_the_bits_that_they_have_alone(name: str, engines: 
         assert answers(scorer, asked([items[i]], [last[i]])) == [together[i]]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_read_has_the_bits_of_the_last_read_of_the_cut_prompt(name: str, engines: Callable[[str], Engine]) -> None:
     """What follows a token says nothing about it; not so where a prompt's length chooses its rope."""
     scorer = engines(name)

@@ -21,6 +21,8 @@ BEGINNINGS = {
     "Gemma3ForConditionalGeneration": {"model.": "model.language_model."},
     "Gemma3ForSequenceClassification": {"model.": "model.language_model."},
     "Mistral3ForConditionalGeneration": {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
+    "Qwen3_5ForConditionalGeneration": {"model.": "model.language_model."},
+    "Qwen3_5ForSequenceClassification": {"model.": "model.language_model."},
 }
 """How the names of the text part begin in such a checkpoint: in today's and in the first spelling."""
 

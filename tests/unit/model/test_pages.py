@@ -18,7 +18,7 @@ def tokens(*pieces: tuple[int, int]) -> np.ndarray:
 
 
 def store(cache: PrefixCache, prefix: np.ndarray) -> list[Node]:
-    with cache.hold(prefix) as (path, _):
+    with cache.hold(prefix) as (path, *_):
         return path
 
 
@@ -57,9 +57,9 @@ def test_pages_that_are_held_are_never_given_up() -> None:
     cache = PrefixCache(5)
     prefix = tokens((1, PAGE_TOKENS), (2, PAGE_TOKENS))
     store(cache, tokens((3, 5)))
-    with cache.hold(prefix) as (path, cached):
+    with cache.hold(prefix) as (path, cached, *_):
         assert cached == 0
-        with cache.hold(prefix[: PAGE_TOKENS + 4]) as (beginning, cached):
+        with cache.hold(prefix[: PAGE_TOKENS + 4]) as (beginning, cached, *_):
             assert (beginning, cached) == (path, PAGE_TOKENS + 4)
         three = tokens((4, PAGE_TOKENS), (5, PAGE_TOKENS), (6, PAGE_TOKENS))
         with pytest.raises(OutOfPagesError, match="3 more prefix pages are needed; 2 of 4 are left"), cache.hold(three):
@@ -70,7 +70,7 @@ def test_pages_that_are_held_are_never_given_up() -> None:
         with cache.hold(three[: 2 * PAGE_TOKENS]):
             assert cache.stats.evicted_pages == 1
         assert cache.lookup(prefix) == path
-    with cache.hold(three) as (path, cached):
+    with cache.hold(three) as (path, cached, *_):
         assert (len(path), cached) == (3, 2 * PAGE_TOKENS)
     assert cache.stats.hit_tokens == 3 * PAGE_TOKENS + 4
     assert cache.stats.missed_tokens == 5 + 5 * PAGE_TOKENS
@@ -134,7 +134,7 @@ def test_the_page_that_is_given_up_is_the_one_that_a_look_at_all_of_them_finds(
                     elif what == "store":
                         path = store(cache, prefix)
                     else:
-                        path, _ = held.enter_context(cache.hold(prefix))
+                        path, *_ = held.enter_context(cache.hold(prefix))
                 except OutOfPagesError as error:
                     found.append(str(error))
                 else:
@@ -160,3 +160,47 @@ def test_a_large_pool_is_not_searched_for_each_page(monkeypatch: pytest.MonkeyPa
         store(cache, tokens((number, 5)))
     assert cache.stats.evicted_pages == 2 * pages
     assert looked < 10 * 3 * pages
+
+
+def test_a_prefix_begins_at_a_snapshot_and_leaves_one_where_it_parts_from_others() -> None:
+    """A hybrid's prefix cannot begin where there is no snapshot, though its pages are there."""
+    cache = PrefixCache(20, slots=9)
+    first = tokens((1, 3 * PAGE_TOKENS), (2, PAGE_TOKENS + 10))
+    with cache.hold(first) as held:
+        assert (held.cached, held.begin) == (0, 0)
+        [(stop, end)] = held.cuts
+        assert stop == len(first)
+        assert end > 0
+    with cache.hold(first) as held:
+        assert held[1:] == (len(first), end, [])
+    with cache.hold(first[:-4]) as held:
+        assert held.cached == 0
+        assert [stop for stop, _ in held.cuts] == [4 * PAGE_TOKENS, len(first) - 4]
+    with cache.hold(np.append(first, np.int32(7))) as held:
+        assert held.cached == 4 * PAGE_TOKENS, "where the last one has left it"
+    other = tokens((1, 2 * PAGE_TOKENS + 60), (9, 100))
+    with cache.hold(other) as held:
+        assert held.cached == 0
+        assert [stop for stop, _ in held.cuts] == [2 * PAGE_TOKENS, len(other)]
+    with cache.hold(np.append(other[: 2 * PAGE_TOKENS], np.full(20, 5, np.int32))) as held:
+        assert held.cached == 2 * PAGE_TOKENS
+
+
+def test_snapshots_in_use_stay_and_the_oldest_of_the_others_goes() -> None:
+    cache = PrefixCache(50, slots=4)
+    first, second, third = (tokens((number, 40)) for number in (1, 2, 3))
+    for prefix in (first, second, third):
+        store(cache, prefix)
+    cache.lookup(first)
+    with cache.hold(second) as held, cache.hold(tokens((4, 40))) as more:
+        assert held.cached == 40
+        assert more.cached == 0
+        with cache.hold(first) as kept:
+            assert kept.cached == 40
+            with (
+                pytest.raises(OutOfPagesError, match="1 more snapshots are needed; 0 of 3 are left"),
+                cache.hold(third),
+            ):
+                pass
+    with cache.hold(third) as held:
+        assert held.cached == 0, "it was the oldest that was not in use"

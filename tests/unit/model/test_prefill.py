@@ -1,5 +1,7 @@
 """Prefill calls: together they fill every page, and no call attends to the pages that it writes."""
 
+from contextlib import ExitStack
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,14 +11,14 @@ from model import plan, prefill
 from model.computations import spans_of
 from model.contract import PAGE_TOKENS
 from model.inputs import Inputs, padding
-from model.pages import PrefixCache
+from model.pages import OutOfPagesError, PrefixCache
 from model.prefill import PinnedPrefix
 from model.sizes import CHUNKS_WITH_CHEAP_PADDING
 
 
 def held(cache: PrefixCache, prefix: list[int]) -> PinnedPrefix:
     tokens = np.array(prefix, np.int32)
-    with cache.hold(tokens) as (path, cached):
+    with cache.hold(tokens) as (path, cached, *_):
         return PinnedPrefix(plan.Group(0, len(tokens), plan.NO_SEGMENTS), tokens, path, cached)
 
 
@@ -89,3 +91,36 @@ def test_short_prefixes_share_calls_and_are_cut_as_alone() -> None:
         for piece in call.pieces
     ]
     assert together == alone
+
+
+@settings(max_examples=200)
+@given(st.data(), prefixes(), st.sampled_from([(17,), (64, 256)]), st.sampled_from([1, 3, 64]), st.sampled_from([4, 9]))
+def test_every_piece_begins_with_the_snapshot_of_what_is_before_it(
+    data: st.DataObject, prompts: list[list[int]], sizes: tuple[int, ...], most: int, slots: int
+) -> None:
+    """As the engine holds prefixes, with few slots and pages: what it begins with was written by an earlier call."""
+    cache = PrefixCache(30, slots)
+    snapshots: dict[int, tuple[int, ...]] = {0: ()}
+    waiting = prompts + data.draw(st.lists(st.sampled_from(prompts), max_size=5))
+    while waiting:
+        with ExitStack() as pins:
+            together: list[PinnedPrefix] = []
+            while waiting and len(together) < most:
+                tokens = np.array(waiting[0], np.int32)
+                try:
+                    own = pins.enter_context(cache.hold(tokens))
+                except OutOfPagesError:
+                    assert together, "there is room for any one"
+                    break
+                together.append(PinnedPrefix(plan.Group(0, len(tokens), plan.NO_SEGMENTS), tokens, *own))
+                waiting.pop(0)
+            for call in prefill.calls(together, sizes, most):
+                before = dict(snapshots)
+                for piece in call.pieces:
+                    prefix = tuple(piece.held.prefix.tolist())
+                    assert before[piece.begin] == prefix[: piece.start]
+                    assert piece.end > 0
+                    snapshots[piece.end] = prefix[: piece.stop]
+            for each in together:
+                assert snapshots[each.end] == tuple(each.prefix.tolist())
+                assert snapshots[0] == ()
