@@ -18,13 +18,14 @@ from pydantic.fields import FieldInfo
 from model.compiled import FLAGS
 from serve_app.frontend import auth
 from serve_app.local_ray import FAST_FRONT, GRPC_ENV, LOOPBACK, PROCESSES
-from serve_app.settings import RECONFIGURABLE, Autoscaling, Limits, ModelSettings, ServiceSettings
+from serve_app.settings import RECONFIGURABLE, Autoscaling, Limits, ModelSettings, ServiceSettings, TenantSettings
 from serve_app.tpu import Tpu
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 
 SECTIONS: dict[str, tuple[type[BaseModel], str]] = {
     "The service": (ServiceSettings, "At the top of `args`. Settings of a model may also stand there."),
+    "tenants": (TenantSettings, "In `tenants`, by the name of the tenant's API keys."),
     "A model": (ModelSettings, "In each of `models`; or at the top, for the only model or for all of them."),
     "limits": (Limits, "In `limits`, which is completed field by field."),
     "autoscaling": (Autoscaling, "In `autoscaling`."),
@@ -121,8 +122,10 @@ def _default(field: FieldInfo) -> str:
     match field.default:
         case None:
             return ""
-        case BaseModel() | tuple():
-            return "" if not isinstance(field.default, tuple) or field.default == () else "the demo model"
+        case BaseModel() | () | {}:
+            return ""
+        case tuple():
+            return "the demo model"
         case bool() | str():
             return f"`{json.dumps(field.default).strip(chr(34))}`"
         case number:
