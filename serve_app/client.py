@@ -38,6 +38,7 @@ from serve_app.tasks.classify import ClassifyRequest, ClassifyResponse
 from serve_app.tasks.decisions import bodies
 from serve_app.tasks.logprobs import LogprobsRequest, LogprobsResponse
 from serve_app.tasks.remote_reward import RemoteRewardRequest, RemoteRewardResponse
+from serve_app.tasks.rerank import RerankRequest, RerankResponse
 from serve_app.tasks.systemone import AnswerLine, AnswersEnd, AnyQuestion, SystemOneRequest, SystemOneResponse
 
 LONGEST_WAIT_S = 30.0
@@ -307,6 +308,27 @@ class ScoreClient:
                 model=self._model,
             )
         )
+
+    def rerank(
+        self,
+        query: str,
+        documents: list[str],
+        *,
+        top_n: int | None = None,
+        instruct: str | None = None,
+        raw_scores: bool = False,
+    ) -> RerankResponse:
+        """Rank documents by their relevance to a query. The arguments are the fields of ``RerankRequest``."""
+        request = _checked(
+            RerankRequest,
+            query=query,
+            documents=documents,
+            top_n=top_n,
+            instruct=instruct,
+            raw_scores=raw_scores,
+            model=self._model,
+        )
+        return self._ask(RerankResponse, "POST", "/v1/rerank", request)
 
     def tokenize(
         self,

@@ -55,15 +55,18 @@ _OF_ONE = {"model", "revision", "base", "served_name", "aliases", "trust_config"
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Limits(_Frozen):
     """Limits of a single request, and of the queue. ``/v1/info`` shows them."""
 
     max_items: Annotated[int, Field(ge=1)] = 10_000
+    """Items, documents or prompts of a request."""
     max_labels: Annotated[int, Field(ge=1)] = 1_000
+    """Labels of an item."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 32 * 2**20
+    """Bytes of a request's body, as it is sent and decoded."""
     max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
     """Tokens of one item's prompt, query included. None: the model's context, or a shorter one whose pages fit into
     their share of the free memory (``prefix_cache_gb``)."""
@@ -82,6 +85,7 @@ class Autoscaling(_Frozen):
     min_replicas: Annotated[int, Field(ge=0)] = 1
     """0: no replica runs while there are no requests, and the next request waits until one has started."""
     max_replicas: Annotated[int, Field(ge=1)]
+    """The largest number of scorers."""
     tokens_per_replica: Annotated[int, Field(ge=1)] = 65_536
     """Unanswered tokens per replica, shared prefixes counted once. Above this, another replica starts."""
     upscale_delay_s: Annotated[float, Field(ge=0)] = 10.0
@@ -169,6 +173,7 @@ class ModelSettings(_Frozen):
     classifier has rewards of its own."""
 
     limits: Limits = Limits()
+    """Limits of a request and of the queue."""
 
     @field_validator("decision_profile")
     @classmethod

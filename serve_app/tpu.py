@@ -45,9 +45,10 @@ four chips of a 2x4 host would keep the bounds 2,4,1, of eight. A test runs that
 class Tpu(BaseModel):
     """The TPU chips of each scorer. Ray hides all other chips from it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     chip: Literal["v4", "v5e", "v5p", "v6e"]
+    """The kind of chip."""
     topology: str
     """Topology of the slice, as in GKE: ``2x2`` and ``2x4`` are one host, ``4x4`` is four."""
     chips: int = 1

@@ -1,4 +1,4 @@
-"""Commands that send requests to a running service: ``score-serve score`` and ``models``; ``decide.py`` is another."""
+"""Commands that ask a running service: ``score-serve score`` and ``models``; other files have more."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def score(
     """
     if bool(label) == bool(label_id):
         raise typer.BadParameter("name labels either by --label or by --label-id")
-    texts = _items(items, items_file)
+    texts = given_items(items, items_file, "items")
     with asking(url, model) as client:
         ask = partial(
             client.score, query, labels=label or None, label_token_ids=label_id or None, item_first=item_first
@@ -151,20 +151,28 @@ def asking(url: str, model: str) -> Generator[ScoreClient]:
         raise typer.Exit(REFUSED) from None
 
 
-def _items(arguments: list[str] | None, file: typer.FileText | None) -> list[str]:
+def given_items(arguments: list[str] | None, file: typer.FileText | None, what: str) -> list[str]:
+    """The texts to ask about: arguments, or the lines of a file or of standard input.
+
+    Args:
+        what: what they are called, which is also the name of the file's option.
+
+    Raises:
+        typer.BadParameter: there are none, or they are not UTF-8.
+    """
     if arguments and file:
-        raise typer.BadParameter("give items as arguments or with --items, not both")
+        raise typer.BadParameter(f"give {what} as arguments or with --{what}, not both")
     if arguments:
         return arguments
     if file is None and sys.stdin.isatty():
         raise typer.BadParameter(
-            "there are no items; give them as arguments, as a file with --items, or on standard input, one per line"
+            f"there are no {what}; give them as arguments, as a file with --{what}, or on standard input, one per line"
         )
     lines: Iterable[str] = file or sys.stdin
     try:
         return [line.removesuffix("\n") for line in lines]
     except UnicodeDecodeError as error:
-        raise typer.BadParameter(f"the items are not UTF-8: {error}; convert them to UTF-8") from error
+        raise typer.BadParameter(f"the {what} are not UTF-8: {error}; convert them to UTF-8") from error
 
 
 def _warn_of_low_mass(ask: Callable[..., ScoreResponse], items: list[str]) -> None:

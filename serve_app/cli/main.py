@@ -9,7 +9,7 @@ import typer
 from pydantic import ValidationError
 
 from serve_app import __version__
-from serve_app.cli import calibrate, checks, client, dataset, decide, launcher, tools
+from serve_app.cli import calibrate, checks, client, dataset, decide, doctor, launcher, rerank, tools
 from serve_app.cli.dataset import BY_DEVICE, Dtype, Engine
 from serve_app.cli.process_limits import LimitError
 from serve_app.frontend import auth
@@ -193,10 +193,12 @@ def serve(
 
 
 app.command()(client.score)
+app.command()(rerank.rerank)
 app.command()(decide.decide)
 app.command()(calibrate.calibrate)
 app.command()(client.models)
 app.command()(dataset.dataset)
+app.command()(doctor.doctor)
 app.command()(checks.tpu_check)
 app.command()(checks.gpu_check)
 app.command(context_settings=tools.PASSED_ON, add_help_option=False)(tools.bench)

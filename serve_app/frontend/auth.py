@@ -25,6 +25,7 @@ VARIABLE = "SCORE_SERVE_API_KEY"
 PUBLIC_ROUTES = (
     "/",
     "/static/common.js",
+    "/static/csv.js",
     "/static/decide.js",
     "/static/examples.json",
     "/static/page.css",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -53,7 +56,7 @@ def sent(answer: Response) -> dict[str, Any]:
 def percentages(page: Page) -> list[list[float]]:
     """The percentages beside the bars, row by row."""
     rows = page.locator(f"{ROWS} > li").all()
-    return [[float(text.removesuffix("%")) for text in row.locator("dd").all_inner_texts()] for row in rows]
+    return [[float(text.strip("<%")) for text in row.locator("dd").all_inner_texts()] for row in rows]
 
 
 def test_bars_are_the_services_scores(open_page: Open, served: Served):
@@ -107,7 +110,9 @@ def test_a_warning_is_shown_when_all_labels_are_unlikely(open_page: Open, served
     low = next(word for word in words if max(masses[word]) < 0.01)
     page = open_page(served.url + SCORE)
     ask(page, labels=low)
-    least, most = (f"{100 * share:.1g}%" for share in (min(masses[low]), max(masses[low])))
+    least, most = (
+        f"{100 * share:.1g}%" if share > 1e-5 else "<0.001%" for share in (min(masses[low]), max(masses[low]))
+    )
     said = page.inner_text(WARNING)
     assert f"The labels together hold only {least} to {most} of the probability" in said
     for advice in ("query", "chat template", "other labels", "labels without a space before them"):
@@ -206,11 +211,11 @@ def test_it_works_by_keyboard(open_page: Open, served: Served):
     for _ in range(20):
         page.keyboard.press("Tab")
         reached.append(page.evaluate("(e => e.id || e.textContent)(document.activeElement)"))
-    assert reached[:17] == [
+    assert reached[:18] == [
         "model", "Decide", "Score", "Rerank", "API", "Film reviews", "Support", "Topics",
-        "query", "item_first", "items", "labels", "spaced", "softmax", "Score", "live", "sort",
+        "query", "item_first", "items", "file", "labels", "spaced", "softmax", "Score", "live", "sort",
     ]  # fmt: skip
-    assert "Label mass" in reached[17]
+    assert "Label mass" in reached[18]
     page.focus("#query")
     page.keyboard.type("again ")
     with page.expect_request("**/v1/score") as request:
@@ -297,6 +302,60 @@ def test_many_items_are_shown_in_part_until_all_are_asked_for(open_page: Open, s
     assert page.locator(f"{ROWS} > li").count() == 200
     page.get_by_role("button", name="Show all 230").click()
     assert page.locator(f"{ROWS} > li").count() == 230
+
+
+def test_rows_of_many_items_are_shown_as_they_come(open_page: Open, served: Served):
+    page = open_page(served.url + SCORE)
+    items = [f"fox {number}" for number in range(120)]
+    page.evaluate(
+        """() => {
+          const status = document.querySelector("main[data-tab=score] .status");
+          window.said = [];
+          new MutationObserver(() => said.push([status.textContent,
+            document.querySelectorAll("main[data-tab=score] .rows > li").length]))
+            .observe(status, {childList: true, characterData: true, subtree: true});
+        }"""
+    )
+    answer = ask(page, items=items)
+    assert sent(answer)["stream"] is True
+    partial = [(text, rows) for text, rows in page.evaluate("said") if " of 120 items" in text]
+    assert partial[0][0] == "1 of 120 items"
+    assert page.inner_text("main[data-tab=score] .status").startswith("120 items in")
+    body = {name: value for name, value in sent(answer).items() if name != "stream"}
+    wanted = httpx.post(f"{served.url}/v1/score", json=body).json()["scores"]
+    assert percentages(page) == [[pytest.approx(100 * share, abs=0.051) for share in row] for row in wanted]
+    assert '"stream"' not in page.locator("main[data-tab=score] pre.curl").text_content()
+    ask(page, labels="yes, yes", items=items)  # an error before the first row
+    assert page.locator(ERROR).is_visible()
+
+
+def test_a_csv_file_gives_the_items_and_takes_the_scores(open_page: Open, served: Served):
+    page = open_page(served.url + SCORE)
+    page.uncheck("#live")
+    content = '\ufeffid,text\r\n1,"the ""fox"", quick"\r\n2,"two\nlines"\r\n3,dog'
+    page.set_input_files("#file", {"name": "in.csv", "mimeType": "text/csv", "buffer": content.encode()})
+    page.wait_for_selector("#column:not([hidden])")
+    items = ['the "fox", quick', "two lines", "dog"]
+    assert page.input_value("#items").split("\n") == items
+    page.select_option("#column", "id")
+    assert page.input_value("#items").split("\n") == ["1", "2", "3"]
+    answer = ask(page, items=items).json()
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Save as CSV").click()
+    rows = [*csv.reader(io.StringIO(Path(saved.value.path()).read_text("utf-8"), newline=""))]
+    assert rows[0] == ["item", "yes", "no", "label_mass"]
+    assert [row[0] for row in rows[1:]] == items
+    assert [[float(value) for value in row[1:]] for row in rows[1:]] == [
+        [*scores, mass] for scores, mass in zip(answer["scores"], answer["label_mass"], strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("share", "shown"), [(0, "0.0%"), (1e-9, "<0.001%"), (2e-5, "0.002%"), (0.0004, "0.04%"), (0.5, "50.0%")]
+)
+def test_no_percentage_is_long(open_page: Open, served: Served, share: float, shown: str):
+    page = open_page(served.url + SCORE)
+    assert page.evaluate(f"import('./static/common.js').then(({{percent}}) => percent({share}))") == shown
 
 
 def test_the_documentation_needs_no_other_server(open_page: Open, served: Served, locked: Served):

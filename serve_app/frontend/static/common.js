@@ -18,6 +18,7 @@ export const copied = (template) => $(template).content.firstElementChild.cloneN
 export const count = (number, what) => `${number.toLocaleString("en")} ${what}${number === 1 ? "" : "s"}`;
 
 export function percent(share) {
+  if (share > 0 && share < 0.00001) return "<0.001%";
   return share === 0 || share >= 0.0005 ? `${(100 * share).toFixed(1)}%` : `${(100 * share).toPrecision(1)}%`;
 }
 
@@ -47,7 +48,24 @@ export class Unsendable extends Error {
 }
 
 /** Return the service's answer, or throw its error. The body is JSON text. */
-export async function ask(path, body, signal) {
+export const ask = async (path, body, signal) => (await reached(path, body, signal)).json().catch(() => ({}));
+
+/** Yield the lines of a streamed answer, each as its value; an error among them is thrown. */
+export async function* askEach(path, body, signal) {
+  const reader = (await reached(path, body, signal)).body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (let {value, done} = await reader.read(); !done; {value, done} = await reader.read()) {
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      const read = JSON.parse(line);
+      if (read.object === "error") throw Object.assign(new Error(read.message), {status: read.code, places: []});
+      yield read;
+    }
+  }
+}
+
+async function reached(path, body, signal) {
   const headers = {"content-type": "application/json"};
   if ($("key").value) headers.authorization = `Bearer ${$("key").value}`;
   let response;
@@ -57,8 +75,8 @@ export async function ask(path, body, signal) {
     if (error.name === "AbortError") throw error;
     throw new Error("The service cannot be reached; is it running?");
   }
+  if (response.ok) return response;
   const answer = await response.json().catch(() => ({}));
-  if (response.ok) return answer;
   const {message, param, error, detail} = answer;
   throw Object.assign(new Error(message ?? error?.message ?? detail?.message ?? `HTTP ${response.status}`), {
     status: response.status,

@@ -10,7 +10,7 @@ import {curl, json, python} from "./snippets.js";
  * Each tab's form. `read` returns what its fields hold, `fill` puts it back, and `fields` makes it of a request; `body`
  * makes the request of it or throws Unsendable; `fit` shows the fields that a model needs; `live` says whether the form
  * is sent while one types; `show` shows an answer and returns what the status says; `mark` marks the fields that an
- * error is about.
+ * error is about. A form may have an `ask` of its own, which shows rows as they come.
  */
 const FORMS = {decide, score, rerank};
 const PAUSE_MS = 250;  // pause in typing before the form is scored, or the address written
@@ -43,7 +43,8 @@ async function send(name) {
     const body = request(name, asked);
     rows.ariaBusy = "true";
     const started = performance.now();
-    const answer = await ask(FORMS[name].path, body, signal);
+    const said = (text) => { within(name, ".status").textContent = text; };
+    const answer = await (FORMS[name].ask ?? ask)(FORMS[name].path, body, signal, {asked, facts, said});
     const milliseconds = performance.now() - started;
     fail(name, null);
     within(name, ".status").textContent = FORMS[name].show({asked, answer, facts}, `${milliseconds.toFixed(0)} ms`);

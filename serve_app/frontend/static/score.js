@@ -1,9 +1,12 @@
 // Labels' probabilities for every item: POST /v1/score.
 
-import {$, Unsendable, WEAK, ask, bars, count, element, lines, percent} from "./common.js";
+import {$, Unsendable, WEAK, ask, askEach, bars, count, element, lines, percent} from "./common.js";
+import * as csv from "./csv.js";
 
 const COLOURS = ["#2f6fed", "#e07b1a", "#1a9c6b", "#b04bd6", "#c93d54", "#0e93b5", "#8a7a14", "#6b6f7b"];
 const ROWS = 200;  // rows shown at first
+const STREAMED = 50;  // items from which on rows are shown as they come
+const DRAWN_MS = 300;  // between two drawings of rows that come
 const FIELDS = ["query", "items", "labels"];
 
 const panel = document.querySelector("main[data-tab=score]");
@@ -53,9 +56,33 @@ export const score = {
 
   live: () => $("live").checked,
 
-  show({asked, answer, facts: {classes}}, time) {
-    const words = classes ? [...Array(classes).keys()].map((number) => `class ${number}`) : written(asked.labels, asked.spaced);
-    shown = {asked: {...asked, items: lines(asked.items), words}, answer, logits: classes && !asked.softmax, limit: ROWS};
+  async ask(path, body, signal, {asked, facts, said}) {
+    const request = JSON.parse(body);
+    const total = request.items.length;
+    if (total < STREAMED) return ask(path, body, signal);
+    const answer = {scores: Array(total).fill(null), ...(request.return_label_mass && {label_mass: Array(total).fill(null)})};
+    let drawn = -Infinity;
+    let done = 0;
+    for await (const {index, scores, label_mass, ...end} of askEach(path, JSON.stringify({...request, stream: true}), signal)) {
+      if (index === undefined) {
+        Object.assign(answer, end);
+        continue;
+      }
+      answer.scores[index] = scores;
+      if (answer.label_mass) answer.label_mass[index] = label_mass;
+      done++;
+      if (performance.now() - drawn < DRAWN_MS) continue;
+      drawn = performance.now();
+      said(`${done.toLocaleString("en")} of ${count(total, "item")}`);
+      prepare(asked, answer, facts);
+      show();
+    }
+    if (!answer.usage) throw new Error("The answer ended too early; ask again.");
+    return answer;
+  },
+
+  show({asked, answer, facts}, time) {
+    prepare(asked, answer, facts);
     show();
     const {prompt_tokens, prompt_tokens_details: {cached_tokens}} = answer.usage;
     return `${count(shown.asked.items.length, "item")} in ${time} · ${count(prompt_tokens, "prompt token")}, ` +
@@ -71,17 +98,23 @@ function written(labels, spaced) {
   return labels.split(",").map((word) => word.trim()).filter(Boolean).map((word) => (spaced ? " " : "") + word);
 }
 
+function prepare(asked, answer, {classes}) {
+  const words = classes ? [...Array(classes).keys()].map((number) => `class ${number}`) : written(asked.labels, asked.spaced);
+  shown = {asked: {...asked, items: lines(asked.items), words}, answer, logits: classes && !asked.softmax, limit: ROWS};
+}
+
 function show() {
   const {asked, answer, limit} = shown;
   const sorts = asked.words.map((word, label) => new Option(word.trim(), label));
   const kept = $("sort").selectedOptions[0]?.text;
   $("sort").replaceChildren(new Option("given order", ""), ...sorts);
   for (const option of $("sort").options) option.selected = option.text === kept;
-  const order = [...asked.items.keys()];
+  const order = [...asked.items.keys()].filter((item) => answer.scores[item]);  // while they come, not all are there
   const by = $("sort").value;
   if (by !== "") order.sort((a, b) => answer.scores[b][by] - answer.scores[a][by]);
   const opened = new Set([...rows.querySelectorAll("details[open]")].map((details) => details.dataset.item));
-  warn((answer.label_mass ?? []).filter((mass) => mass < WEAK), asked.items.length, asked.words);
+  warn((answer.label_mass ?? []).filter((mass) => mass !== null && mass < WEAK), asked.items.length, asked.words);
+  $("save").hidden = !answer.usage;
   rows.replaceChildren(...order.slice(0, limit).map((item) => row(item, opened.has(String(item)))));
   $("more").hidden = order.length <= limit;
   $("more").textContent = `Show all ${order.length.toLocaleString("en")}`;
@@ -163,5 +196,36 @@ for (let byte = 0, next = 256; byte < 256; byte++) {
   BYTES.set(String.fromCodePoint(printable ? byte : next++), byte);
 }
 
+/** The values of a file's column, each on one line. */
+function column(rows, name) {
+  const at = rows[0].indexOf(name);
+  return rows.slice(1).map((row) => (row[at] ?? "").replaceAll(/\s*[\r\n]+\s*/g, " ")).join("\n");
+}
+
+/** Make a column of a CSV file the items; of several columns one can choose, and `text` is chosen first. */
+$("file").addEventListener("change", async () => {
+  const [file] = $("file").files;
+  if (!file) return;
+  const rows = csv.parse(await file.text());
+  const names = rows[0] ?? [];
+  const take = () => {
+    $("items").value = column(rows, $("column").value);
+    $("items").dispatchEvent(new Event("input", {bubbles: true}));
+  };
+  $("column").replaceChildren(...names.map((name) => new Option(name)));
+  if (names.includes("text")) $("column").value = "text";
+  $("column").hidden = names.length < 2;
+  $("column").onchange = take;
+  if (names.length) take();
+  $("file").value = "";  // the same file can be chosen again
+});
+
+/** Save the scores as they are, with the items, in their order. */
+$("save").addEventListener("click", () => {
+  const {asked: {items, words}, answer: {scores, label_mass}} = shown;
+  const head = ["item", ...words.map((word) => word.trim()), ...(label_mass ? ["label_mass"] : [])];
+  const rows = items.map((item, at) => [item, ...scores[at], ...(label_mass ? [label_mass[at]] : [])]);
+  csv.save("scores.csv", csv.written([head, ...rows]));
+});
 $("sort").addEventListener("change", () => shown && show());
 $("more").addEventListener("click", () => { shown.limit = Infinity; show(); });

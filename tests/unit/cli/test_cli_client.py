@@ -113,6 +113,23 @@ def test_items_of_a_file_are_one_a_line_and_keep_their_places(served: Served, ho
     assert json.loads(result.stdout)["scores"] == httpx.post(f"{served.url}/v1/score", json=body).json()["scores"]
 
 
+def test_documents_are_ranked_best_first(served: Served, tmp_path: Path):
+    documents = ["the fox", "the lazy [b]dog[/b]", "yes"]
+    body = {"query": "q", "documents": documents, "top_n": 2}
+    wanted = httpx.post(f"{served.url}/v1/rerank", json=body).json()["results"]
+    (tmp_path / "documents").write_text("\n".join(documents) + "\n")
+    asked = ["rerank", "q", "--documents", str(tmp_path / "documents"), "--top-n", "2"]
+    as_json = run(served, *asked, "--json")
+    assert as_json.exit_code == 0, as_json.output
+    assert json.loads(as_json.stdout)["results"] == wanted
+    table = run(served, "rerank", "q", *documents, "--top-n", "2").stdout
+    rows = [line.replace("\u2502", " ").split(maxsplit=2) for line in table.splitlines() if "\u2502" in line]
+    assert [(float(score), int(line), text.strip()) for score, line, text in rows] == [
+        (round(each["relevance_score"], 4), each["index"] + 1, documents[each["index"]]) for each in wanted
+    ]
+    assert run(served, "rerank", "q", "a", "--documents", str(tmp_path / "documents")).exit_code == 2
+
+
 def test_models_are_listed(served: Served):
     result = run(served, "models")
     assert result.exit_code == 0
