@@ -39,6 +39,7 @@ from serve_app.frontend.routes import create_app
 from serve_app.frontend.service import ModelService
 from serve_app.scorer import speed
 from serve_app.scorer.dispatcher import Dispatcher
+from serve_app.scorer.engines import load_engine
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import ModelSettings
 from serve_app.tasks.tokenizer import TextTokenizer
@@ -93,16 +94,10 @@ class Replicas:
 def serve(kind: Kind, keys: str, listener: socket.socket, pipe: Connection) -> None:
     """Serve until the process ends; answers each message on ``pipe`` with the batches' seconds since the last one."""
     folder = model_source.resolve("demo")
-    if kind is Kind.FAKE:
-        engine: Engine = FakeEngine(seconds_per_token=1 / FAKE_TOKENS_PER_S)
-    else:
-        from model import loading
-
-        engine = loading.load(folder)
-        engine.warmup()
+    settings = ModelSettings(engine="fake" if kind is Kind.FAKE else "jax")
+    engine = FakeEngine(seconds_per_token=1 / FAKE_TOKENS_PER_S) if kind is Kind.FAKE else load_engine(settings)
 
     async def run() -> None:
-        settings = ModelSettings(engine="fake" if kind is Kind.FAKE else "jax")
         replicas = Replicas(engine, settings)
         models = Models(ModelService(settings, TextTokenizer.load(folder), engine.info, replicas))
         app = create_app(lambda: models, keys=ApiKeys(keys))
