@@ -62,7 +62,13 @@ def parse(fields: Fields) -> ModelConfig:
         fields.notes.append("the layers that predict further tokens (mtp) are not loaded: nothing is generated")
     fields.refuse_rest(
         ignored=IGNORED | {"mtp_use_dedicated_embeddings"},
-        neutral={**NEUTRAL, "attn_output_gate": True, "output_gate_type": "swish", "mamba_ssm_dtype": "float32"},
+        neutral={
+            **NEUTRAL,
+            "mlp_only_layers": [],
+            "attn_output_gate": True,
+            "output_gate_type": "swish",
+            "mamba_ssm_dtype": "float32",
+        },
     )
     layers = config.layers // (parts + 1)
     return replace(config, layers=layers, rotary_width=rotary_width, recurrence=recurrence)

@@ -13,7 +13,7 @@ from model.computations import Kind
 from model.engine import Engine
 from model.inputs import padding
 from model.plan import Shape
-from tests.batches import label_batch
+from tests.batches import label_batch, reads_batch
 from tests.parity.cases import HAVE_TORCH, LABELS, expected, sequences
 from tests.tiny_families import FAMILIES
 
@@ -112,3 +112,23 @@ def test_a_token_s_sorted_experts_do_not_depend_on_the_others(families: Families
     crowded[40] = np.nan
     through = jax.jit(lambda x: experts(x))
     assert (np.array(through(crowded))[:8] == np.array(through(x))[:8]).all()
+
+
+@pytest.mark.skipif(not HAVE_TORCH, reason="torch is not installed, and these answers are not stored")
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [0, 200])
+def test_every_position_of_a_hybrid_s_prompt_equals_transformers(first: int, families: Families) -> None:
+    """So many reads are those of prefill calls, which begin at a snapshot before the first."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder, scorer = families("qwen3_5")
+    tokens = np.random.default_rng(3).integers(0, 307, 330).tolist()
+    auto: Any = AutoModelForCausalLM
+    with torch.no_grad():
+        logits = auto.from_pretrained(folder, dtype=torch.float32).eval()(torch.tensor([tokens])).logits[0, first:]
+    wanted = torch.log_softmax(logits.double(), -1)[:, list(LABELS)].numpy()
+    reads = [(position, LABELS) for position in range(first, len(tokens))]
+    for _ in range(2):
+        got = scorer.score(reads_batch([tokens], [reads])).values.reshape(-1, len(LABELS))
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4)

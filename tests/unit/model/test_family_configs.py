@@ -1,13 +1,14 @@
 """``config.json`` of the model families: the keys that each reads besides Llama's, and those it refuses by name."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from model.config import ModelConfig, Rope
+from model.config import ModelConfig, Recurrence, Rope
 from model.families.registry import FAMILIES, KNOWN, from_hf
 from model.fields import ConfigError
 from tests.tiny_families import CLASSIFIERS, CONFIGS, config_of
@@ -273,3 +274,59 @@ def test_an_unknown_architecture_is_answered_with_all_that_are_known() -> None:
         with_("llama", architectures=["MixtralForCausalLM"])
     for name in KNOWN:
         assert name in str(refusal.value)
+
+
+def published_qwen3_5(**changes: Any) -> dict[str, Any]:
+    """The keys of Qwen3.5-27B's ``config.json``, with those of its text part nested."""
+    kinds = ["full_attention" if (layer + 1) % 4 == 0 else "linear_attention" for layer in range(64)]
+    text = {
+        "attention_bias": False, "attention_dropout": 0.0, "attn_output_gate": True, "dtype": "bfloat16",
+        "eos_token_id": 248_044, "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu",
+        "hidden_size": 5120, "initializer_range": 0.02, "intermediate_size": 17_408, "layer_types": kinds,
+        "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_num_key_heads": 16,
+        "linear_num_value_heads": 48, "linear_value_head_dim": 128, "mamba_ssm_dtype": "float32",
+        "max_position_embeddings": 262_144, "mlp_only_layers": [], "model_type": "qwen3_5_text",
+        "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False, "num_attention_heads": 24,
+        "num_hidden_layers": 64, "num_key_value_heads": 4, "output_gate_type": "swish", "pad_token_id": None,
+        "partial_rotary_factor": 0.25, "rms_norm_eps": 1e-6, "use_cache": True, "vocab_size": 248_320,
+        "rope_parameters": {
+            "mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25,
+            "rope_theta": 10_000_000, "rope_type": "default",
+        },
+    }  # fmt: skip
+    return {
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        "model_type": "qwen3_5",
+        "image_token_id": 248_056,
+        "video_token_id": 248_057,
+        "vision_start_token_id": 248_053,
+        "vision_end_token_id": 248_054,
+        "language_model_only": False,
+        "tie_word_embeddings": False,
+        "text_config": text | changes,
+        "vision_config": {"depth": 27},
+    }
+
+
+def test_a_published_hybrid_is_read_in_blocks_that_end_in_attention() -> None:
+    config = from_hf(published_qwen3_5())
+    assert (config.layers, config.rotary_width, config.norm_offset, config.tied_head) == (16, 64, 1.0, False)
+    assert config.recurrence == Recurrence(3, 16, 48, 128, 128, 4)
+    assert config.rope.theta == 1e7
+    assert any("mtp" in note for note in config.notes)
+    assert from_hf(published_qwen3_5(layer_types=None)) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"layer_types": ["linear_attention"] * 64}, "before each full_attention, which is the last"),
+        ({"num_hidden_layers": 62, "layer_types": None}, "before each full_attention, which is the last"),
+        ({"attn_output_gate": False}, "attn_output_gate=False (only True is implemented)"),
+        ({"output_gate_type": "sigmoid"}, "output_gate_type='sigmoid' (only 'swish' is implemented)"),
+        ({"linear_num_value_heads": 40}, "linear_num_value_heads 40 is not a multiple of linear_num_key_heads 16"),
+    ],
+)
+def test_a_hybrid_of_another_shape_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        from_hf(published_qwen3_5(**changes))

@@ -204,3 +204,24 @@ def test_snapshots_in_use_stay_and_the_oldest_of_the_others_goes() -> None:
                 pass
     with cache.hold(third) as held:
         assert held.cached == 0, "it was the oldest that was not in use"
+
+
+def test_a_prefix_whose_own_tokens_are_read_begins_before_them() -> None:
+    """And its snapshots on the way are given back where the pages have theirs."""
+    cache = PrefixCache(20, slots=4)
+    prefix = tokens((1, 2 * PAGE_TOKENS), (2, PAGE_TOKENS))
+    store(cache, prefix[: 2 * PAGE_TOKENS])
+    store(cache, prefix)
+    for read_from, begins in (
+        (PAGE_TOKENS, 0),
+        (2 * PAGE_TOKENS + 5, 2 * PAGE_TOKENS),
+        (3 * PAGE_TOKENS, 3 * PAGE_TOKENS),
+    ):
+        for _ in range(3):
+            with cache.hold(prefix, read_from=read_from) as held:
+                assert held.cached == begins
+                assert (held.begin > 0) == (begins > 0)
+                assert [stop for stop, _ in held.cuts] == ([] if begins == len(prefix) else [len(prefix)])
+                assert all(slot not in (0, held.begin) for _, slot in held.cuts)
+    with cache.hold(prefix) as held:
+        assert held.cached == len(prefix)
