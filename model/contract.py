@@ -253,3 +253,15 @@ class Engine(Protocol):
     def check_health(self) -> None:
         """Raise RuntimeError if the engine will not score again by itself."""
         ...
+
+
+class LaunchingEngine(Engine, Protocol):
+    """An engine that is one host's part of another: while it waits for one batch, it can plan and start the next."""
+
+    def launch(self, batch: TokenBatch) -> Callable[[], BatchResult]:
+        """Plan a batch and start to compute it; ``stats`` then count it. Returns what waits for its result.
+
+        Raises:
+            ValueError: see ``score``.
+        """
+        ...

@@ -105,6 +105,14 @@ class Engine:
         Raises:
             ValueError: a sequence is empty or longer than the model's context.
         """
+        return self.launch(batch)()
+
+    def launch(self, batch: TokenBatch) -> Callable[[], BatchResult]:
+        """Plan a batch, and start all of its calls. Returns what waits for its result.
+
+        Raises:
+            ValueError: see ``score``.
+        """
         work = self._work(batch)
         groups = self._layout.groups(
             [work.sequences[number] for number in work.read],
@@ -124,6 +132,10 @@ class Engine:
             except Exception:  # the next thread would find pages that were never written
                 self._forget_prefixes()
                 raise
+        return partial(self._result, batch, work, found, results)
+
+    def _result(self, batch: TokenBatch, work: "_Work", found: "_Found", results: Sequence["_Launched"]) -> BatchResult:
+        """Wait for the head's results, and put them where they belong."""
         try:
             fetched = jax.device_get([each.results for each in results])
         except Exception:  # the pool comes from calls that failed

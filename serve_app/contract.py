@@ -17,6 +17,7 @@ from model.contract import EngineStats as EngineStats
 from model.contract import Float32 as Float32
 from model.contract import Int32 as Int32
 from model.contract import Int64 as Int64
+from model.contract import LaunchingEngine as LaunchingEngine
 from model.contract import MemoryUse as MemoryUse
 from model.contract import ModelInfo as ModelInfo
 from model.contract import Progress as Progress

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from serve_app import model_source
-from serve_app.contract import MEMORY, Engine, ModelInfo, Progress
+from serve_app.contract import MEMORY, Engine, LaunchingEngine, ModelInfo, Progress
 from serve_app.scorer import host_memory
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.scorer.slice_group import SliceGroup
@@ -79,7 +79,7 @@ def progress_log(say: Callable[[str], None], now: Callable[[], float] = time.mon
     return progress
 
 
-def load_part(settings: ModelSettings, place: Place) -> Engine:
+def load_part(settings: ModelSettings, place: Place) -> LaunchingEngine:
     """Load the part of an engine that one host of a slice holds; see ``slice_worker.LoadPart``."""
     if settings.engine == "fake":
         return FakeEngine()
@@ -99,7 +99,7 @@ def card_environment(scorer_gpus: float | None) -> dict[str, str]:
     return {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 * scorer_gpus:.3f}"}
 
 
-def _load_model(settings: ModelSettings, scorers: int = 1) -> Engine:
+def _load_model(settings: ModelSettings, scorers: int = 1) -> LaunchingEngine:
     for name, value in card_environment(settings.scorer_gpus).items():
         os.environ.setdefault(name, value)
     if settings.tpu:

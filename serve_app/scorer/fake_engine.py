@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -91,6 +92,11 @@ class FakeEngine:
         tops = len(top_ids) if batch.argmax else 0
         argmax, argmax_values = top_ids[:tops, 0], top_values[:tops, 0]
         return BatchResult(values, computed, argmax, argmax_values, top_ids[:, : batch.top], top_values[:, : batch.top])
+
+    def launch(self, batch: TokenBatch) -> Callable[[], BatchResult]:
+        """Compute the batch."""
+        result = self.score(batch)
+        return lambda: result
 
     def set_batch_timeout(self, stall_s: float) -> None:
         """Change nothing: no batch is given up."""

@@ -22,6 +22,7 @@ from ray.util.tpu import SlicePlacementGroup
 
 from serve_app.batches import DeltaBatch
 from serve_app.contract import BatchResult, EngineStats, ModelInfo, Progress, TokenBatch
+from serve_app.scorer.scheduler import IN_ENGINE
 from serve_app.scorer.slice_worker import SIDE_CALLS, Answer, Host, LoadPart, Place, SliceWorker
 from serve_app.settings import ModelSettings
 from serve_app.tpu import CHIP_LABEL, CHIPS_OF_A_SLICES_HOST, NUMBER_LABEL, RESOURCE, Tpu
@@ -56,7 +57,7 @@ class _Group:
         self._workers = workers
         self.info = info
         self.stats = EngineStats()
-        self._sequence = 0
+        self._sequence = self._counted = 0
         self._sending = threading.Lock()
         self._watched = [worker.until_death.remote() for worker in workers]
 
@@ -94,7 +95,9 @@ class _Group:
         except RayError as error:
             raise GroupLostError(f"batch {sequence}: {error}") from error
         answer = agreed(answers)
-        self.stats = answer.stats
+        with self._sending:
+            if sequence >= self._counted:  # an earlier batch may end later
+                self._counted, self.stats = sequence, answer.stats
         if answer.result is None:
             raise ValueError(answer.refusal)
         return answer.result
@@ -222,6 +225,7 @@ class SliceGroup:
         actor = cast(Any, ray.remote)(
             num_cpus=self._settings.scorer_cpus,
             resources={RESOURCE: CHIPS_OF_A_SLICES_HOST},
+            max_concurrency=IN_ENGINE,
             concurrency_groups={SIDE_CALLS: 2},
         )(SliceWorker)
         workers = [

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import ray.util
 
 from serve_app.batches import DeltaBatch
-from serve_app.contract import BatchResult, Engine, EngineStats, ModelInfo
+from serve_app.contract import BatchResult, EngineStats, LaunchingEngine, ModelInfo
+from serve_app.scorer.scheduler import IN_ENGINE
 from serve_app.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class Host:
     versions: Mapping[str, str]
 
 
-LoadPart = Callable[[ModelSettings, Place], Engine]
+LoadPart = Callable[[ModelSettings, Place], LaunchingEngine]
 """Makes one host's part of an engine. It runs on every host, and returns when all parts have found each other."""
 
 
@@ -59,7 +60,8 @@ class Answer:
 
     Attributes:
         sequence: the batch's number.
-        stats: the engine's counters after it. Each host plans on its own: equal counters show that they are in step.
+        stats: the engine's counters when it was started. Each host plans on its own: equal counters show that they are
+            in step.
         result: host 0's result; None from the other hosts, which have the same, and for a batch that was refused.
         refusal: the message of the engine's ValueError.
     """
@@ -89,7 +91,7 @@ def _in_words() -> Generator[None]:
 
 
 class SliceWorker:
-    """The class of the actor. Its calls run in order, one at a time, except ``SIDE_CALLS``.
+    """The class of the actor. ``IN_ENGINE`` of its calls run at once, and ``SIDE_CALLS`` beside them.
 
     Args:
         number: the host's number, from 0.
@@ -98,7 +100,9 @@ class SliceWorker:
     def __init__(self, number: int) -> None:
         self._number = number
         self._next = 0
-        self._engine: Engine
+        """The next batch to be started."""
+        self._starting = threading.Condition()
+        self._engine: LaunchingEngine
         self._progress = (0, 0, "")
 
     def introduce(self) -> Host:
@@ -135,17 +139,39 @@ class SliceWorker:
             return self._engine.stats
 
     def score(self, sequence: int, delta: DeltaBatch) -> Answer:
-        """Compute the next batch.
+        """Compute the next batch, or the one after it once that is started.
 
         Raises:
             OutOfStepError: ``sequence`` is not its number; nothing was computed.
             HostFailedError: the engine failed. A refused batch is no failure.
         """
-        if sequence != self._next:
-            raise OutOfStepError(f"host {self._number} was sent batch {sequence}; its next is {self._next}")
-        self._next += 1
+        batch = delta.whole()
+        with self._turn(sequence), _in_words():
+            try:
+                finish = self._engine.launch(batch)
+            except ValueError as error:
+                return Answer(sequence, self._engine.stats, refusal=str(error))
+            stats = self._engine.stats
         with _in_words():
-            return self._answer(sequence, delta)
+            result = finish()
+        return Answer(sequence, stats, result if self._number == 0 else None)
+
+    @contextmanager
+    def _turn(self, sequence: int) -> Generator[None]:
+        """Wait until the batches before this one are started, as on all hosts; the next one waits for this one.
+
+        Raises:
+            OutOfStepError: there is a batch between them that no one has sent.
+        """
+        with self._starting:
+            if not self._next <= sequence < self._next + IN_ENGINE:
+                raise OutOfStepError(f"host {self._number} was sent batch {sequence}; its next is {self._next}")
+            self._starting.wait_for(lambda: self._next == sequence)
+            try:
+                yield
+            finally:
+                self._next += 1
+                self._starting.notify_all()
 
     @ray.method(concurrency_group=SIDE_CALLS)
     def progress(self) -> tuple[int, int, str]:
@@ -156,10 +182,3 @@ class SliceWorker:
     def until_death(self) -> None:
         """Never return. The call fails when the process ends, so the caller learns of it at once."""
         threading.Event().wait()
-
-    def _answer(self, sequence: int, delta: DeltaBatch) -> Answer:
-        try:
-            result = self._engine.score(delta.whole())
-        except ValueError as error:
-            return Answer(sequence, self._engine.stats, refusal=str(error))
-        return Answer(sequence, self._engine.stats, result if self._number == 0 else None)

@@ -337,8 +337,35 @@ class ScaledObject(Strict):
     spec: ScaledSpec
 
 
+class ClaimRef(Strict):
+    namespace: Literal["default"]
+    name: Name
+
+
+class Driver(Strict):
+    driver: Literal["gcsfuse.csi.storage.gke.io"]
+    volumeHandle: Literal["BUCKET"]  # noqa: N815
+
+
+class VolumeSpec(Strict):
+    accessModes: list[Literal["ReadWriteMany"]]  # noqa: N815
+    capacity: dict[Literal["storage"], Quantity]
+    storageClassName: Name  # noqa: N815
+    claimRef: ClaimRef  # noqa: N815
+    mountOptions: list[str]  # noqa: N815
+    csi: Driver
+
+
+class PersistentVolume(Strict):
+    apiVersion: Literal["v1"]  # noqa: N815
+    kind: Literal["PersistentVolume"]
+    metadata: Metadata
+    spec: VolumeSpec
+
+
 KINDS: dict[str, type[BaseModel]] = {
-    each.__name__: each for each in (RayService, PersistentVolumeClaim, Deployment, InferencePool, ScaledObject)
+    each.__name__: each
+    for each in (RayService, PersistentVolume, PersistentVolumeClaim, Deployment, InferencePool, ScaledObject)
 }
 
 
@@ -413,6 +440,17 @@ def test_an_update_compiles_beside_the_old_replicas_into_the_folder_that_all_sha
         if volume.name == mount.name
     }
     assert caches == {("/cache", "score-serve-compiled")}
+
+
+def test_a_bucket_may_take_the_place_of_the_folder_of_programs(service: RayService, objects: list[Any]):
+    """Its claim has the name of a manifest's; its files belong to the pods' user, else no replica would run them."""
+    volume, claim = documents(ROOT / "configs" / "kuberay" / "bucket" / "compiled.yaml")
+    assert claim.metadata.name in {each.metadata.name for each in objects if isinstance(each, PersistentVolumeClaim)}
+    assert volume.spec.claimRef.name == claim.metadata.name == "score-serve-compiled"
+    assert volume.spec.storageClassName == claim.spec.storageClassName
+    options = dict(option.partition("=")[::2] for option in volume.spec.mountOptions)
+    assert {int(options["uid"])} == {pod.securityContext.runAsUser for pod in service.pods}
+    assert not int(options["file-mode"], 8) & 0o002
 
 
 def test_the_image_has_the_python_and_the_jax_that_are_tested():

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 
 from serve_app.batches import DeltaBatch, cut, join
-from serve_app.contract import BatchResult, EngineStats
+from serve_app.contract import BatchResult, EngineStats, TokenBatch
 from serve_app.scorer.engines import load_part
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.scorer.queued_job import QueuedJob
+from serve_app.scorer.scheduler import IN_ENGINE
 from serve_app.scorer.slice_group import GroupLostError, agreed, check_versions
 from serve_app.scorer.slice_worker import Answer, Host, HostFailedError, OutOfStepError, Place, SliceWorker
 from serve_app.settings import ModelSettings
@@ -51,10 +55,42 @@ def test_only_the_first_host_sends_its_values():
 def test_a_batch_out_of_turn_is_refused_by_the_host():
     host = worker(3)
     host.score(0, DeltaBatch.of(BATCH))
-    for sequence in (0, 2):
+    for sequence in (0, 1 + IN_ENGINE):
         with pytest.raises(OutOfStepError, match=f"host 3 was sent batch {sequence}; its next is 1"):
             host.score(sequence, DeltaBatch.of(BATCH))
     assert host.score(1, DeltaBatch.of(BATCH)).sequence == 1
+
+
+def test_a_host_plans_a_batch_while_its_devices_compute_the_one_before():
+    """Batches start in their order, however they arrive, and each answer counts what was started up to its batch."""
+    started: list[int] = []
+    second = threading.Event()
+
+    class Devices(FakeEngine):
+        def launch(self, batch: TokenBatch) -> Callable[[], BatchResult]:
+            started.append(batch.num_sequences)
+            result = self.score(batch)
+            if len(started) == 2:
+                second.set()
+
+            def finish() -> BatchResult:
+                assert second.wait(20), "the second batch was not started while the first was computed"
+                return result
+
+            return finish
+
+    host = SliceWorker(0)
+    host.load(lambda *_: Devices(), ModelSettings(engine="fake"), Place("nowhere", 1, 0))
+    batches = [label_batch([[1, 2, 3]] * count, [[1]] * count) for count in (1, 2)]
+    with ThreadPoolExecutor(IN_ENGINE) as threads:
+        later = threads.submit(host.score, 1, DeltaBatch.of(batches[1]))
+        first = threads.submit(host.score, 0, DeltaBatch.of(batches[0]))
+        answers = [first.result(), later.result()]
+    assert started == [1, 2]
+    assert [answer.stats.computed_tokens for answer in answers] == [3, 7]
+    for answer, batch in zip(answers, batches, strict=True):
+        assert answer.result is not None
+        np.testing.assert_array_equal(answer.result.values, FakeEngine().score(batch).values)
 
 
 def test_a_batch_that_all_hosts_refuse_leaves_them_in_step():
