@@ -40,8 +40,9 @@ STARTS = "import subprocess, sys; print(subprocess.Popen(sys.argv[1:]).pid, flus
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
-    """A folder with a short path."""
+def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with a short path; the environment names no other HAProxy, as it does after a start in this process."""
+    monkeypatch.delenv("RAY_SERVE_HAPROXY_BINARY_PATH", raising=False)
     with tempfile.TemporaryDirectory() as found:
         yield Path(found)
 
