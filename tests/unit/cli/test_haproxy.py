@@ -57,6 +57,7 @@ def test_statistics_are_local_a_missing_front_end_is_a_503_and_it_ends_with_its_
         assert parent.stdout is not None
         proxy = psutil.Process(int(parent.stdout.readline()))
         while len(listening := [each.laddr for each in proxy.net_connections() if each.status == "LISTEN"]) < 3:
+            assert proxy.status() != psutil.STATUS_ZOMBIE
             time.sleep(0.02)
         hosts = {address.port: address.ip for address in listening}
         assert hosts == {ports["metrics"]: "127.0.0.1", ports["stats"]: "127.0.0.1", ports["service"]: "0.0.0.0"}
