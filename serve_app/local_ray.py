@@ -10,6 +10,7 @@ import re
 import shutil
 import socket
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ FAST_FRONT = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     # The scorers' logs show the progress of a start; buffered lines would come too late.
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
+    # For load balancers of a cluster Ray lets a front end that stops wait for 30 s; HAProxy hears of it at once.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
 }
-"""Environment for HAProxy in place of Serve's Python proxy. Serve reads it when Ray is imported, on every node.
+"""Environment for HAProxy in place of Serve's Python proxy on a single host. Serve reads it when Ray is imported.
 Variables that are already set keep their values."""
 
 PROCESSES = {
@@ -65,9 +68,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def set_environment(*, fast_front: bool = False) -> None:
+def set_environment(more: Mapping[str, str] | None = None) -> None:
     """Set the environment for Ray on this host alone. Call it before Ray Serve is imported, which reads some of it."""
-    for name, value in (PROCESSES | GRPC_ENV | (FAST_FRONT if fast_front else {})).items():
+    for name, value in (PROCESSES | GRPC_ENV | dict(more or {})).items():
         os.environ.setdefault(name, value)
 
 

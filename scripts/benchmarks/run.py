@@ -21,7 +21,7 @@ from scripts.benchmarks.report import Measured, References, show
 from scripts.benchmarks.systems import SYSTEMS, System
 from scripts.benchmarks.work import NAMES, Sizes, floor_flops, load
 
-USUAL = [name for name in SYSTEMS if name not in ("vllm", "http-fast-front")]
+USUAL = [name for name in SYSTEMS if name not in ("vllm", "http-serve-proxy")]
 """Other systems run only if named: vLLM's installation takes 3 GB and some minutes."""
 DTYPES = ("float32", "bfloat16")
 REPEATS = {"W4": 40}
@@ -46,7 +46,7 @@ def compare(
         str | None,
         typer.Option(
             help=f"Comma-separated, of {', '.join(SYSTEMS)}.",
-            show_default="all but vllm and http-fast-front; quick: engine",
+            show_default="all but vllm and http-serve-proxy; quick: engine",
         ),
     ] = None,
     workloads: Annotated[

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import psutil
+from starlette.types import Receive, Scope, Send
 
 from scripts.benchmarks.work import Request
 from serve_app import model_source
@@ -25,11 +26,18 @@ VLLM = "0.32.0"
 
 @dataclass(frozen=True)
 class Server:
-    """A running server: its address, the processes that count for its memory, and how long it took to become ready."""
+    """A running server: its address, the process that started it, which of that one's children count for its memory and
+    time, and how long it took to become ready."""
 
     url: str
-    processes: Sequence[int]
+    root: psutil.Process
+    counts: Callable[[psutil.Process], bool]
     start_seconds: float
+
+    @property
+    def processes(self) -> Sequence[int]:
+        """The processes that count now; where the server has no others, its own."""
+        return [each.pid for each in self.root.children(recursive=True) if self.counts(each)] or [self.root.pid]
 
 
 @contextlib.contextmanager
@@ -57,16 +65,48 @@ def _serving(
             else:
                 raise RuntimeError(f"this server did not start; run it to see why: {' '.join(command)}")
             seconds = time.perf_counter() - started
-            children = psutil.Process(process.pid).children(recursive=True)
-            yield Server(url, [child.pid for child in children if counts(child)], seconds)
+            yield Server(url, psutil.Process(process.pid), counts, seconds)
         finally:
             process.terminate()
 
 
 def service(dtype: str, *options: str) -> contextlib.AbstractContextManager[Server]:
     """This project's service with the demo model, as ``score-serve serve`` starts it. Memory is the scorer's."""
-    command = [str(Path(sys.executable).with_name("score-serve")), "serve", "--dtype", dtype, *options]
-    return _serving(command, "/ready", lambda child: "ServeReplica:score:Scorer" in " ".join(child.cmdline()), {})
+    return _service(
+        ["--dtype", dtype, *options], lambda child: "ServeReplica:score:Scorer" in " ".join(child.cmdline())
+    )
+
+
+def fake_service(checkout: Path, *options: str) -> contextlib.AbstractContextManager[Server]:
+    """The service of a checkout of this project, with the fake engine; all of its processes count."""
+    return _service(["--engine", "fake", *options], lambda _: True, {"PYTHONPATH": str(checkout)})
+
+
+def _service(
+    options: Sequence[str], counts: Callable[[psutil.Process], bool], environment: dict[str, str] | None = None
+) -> contextlib.AbstractContextManager[Server]:
+    command = [str(Path(sys.executable).with_name("score-serve")), "serve", *options]
+    return _serving(command, "/ready", counts, environment or {})
+
+
+def echo() -> contextlib.AbstractContextManager[Server]:
+    """One uvicorn process whose application answers with the body it got: the least that HTTP costs in Python."""
+    command = [sys.executable, "-m", "uvicorn", "scripts.benchmarks.server:echoes", "--no-access-log"]
+    return _serving(command, "/", lambda _: True, {})
+
+
+async def echoes(scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] != "http":
+        return
+    sent = b""
+    more = True
+    while more:
+        message = await receive()
+        sent += message["body"]
+        more = message["more_body"]
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(sent)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": sent})
 
 
 def vllm(model: Path, dtype: str) -> contextlib.AbstractContextManager[Server]:

@@ -303,7 +303,7 @@ def _hf_prefix(dtype: str) -> Generator[tuple[Run, Sequence[int]]]:
 SYSTEMS: dict[str, Callable[[str], contextlib.AbstractContextManager[tuple[Run, Sequence[int]]]]] = {
     "engine": _engine,
     "http": _http,
-    "http-fast-front": lambda dtype: _http(dtype, "--fast-front"),
+    "http-serve-proxy": lambda dtype: _http(dtype, "--no-fast-front"),
     "vllm": _vllm,
     "hf-naive": _hf_naive,
     "hf-prefix": _hf_prefix,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import ipaddress
 import json
@@ -16,8 +17,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,12 +29,12 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from serve_app import model_source
-from serve_app.cli import ending, process_limits
+from serve_app.cli import ending, haproxy, process_limits
 from serve_app.cli.ending import Ending
 from serve_app.contract import MEMORY
 from serve_app.errors import SelfTestError
 from serve_app.frontend import auth
-from serve_app.local_ray import APP_NAME, free_port, reason, set_environment, start_ray
+from serve_app.local_ray import APP_NAME, reason, set_environment, start_ray
 from serve_app.schemas import ErrorResponse
 from serve_app.settings import ServiceSettings
 from serve_app.tasks.chat import ChatTemplate
@@ -45,8 +47,6 @@ MIN_FREE_BYTES = 2 * 2**30
 
 STOPPING = (signal.SIGTERM, signal.SIGHUP)
 """They stop the service as Ctrl-C does."""
-
-STATISTICS_PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
 
 _SCORER_LOG = re.compile(r"_Scorer-(.+)_[^_]+\.log$")
 """Name of a scorer's log, with the model's name if there are several (``app.build`` chooses it)."""
@@ -63,13 +63,12 @@ class LaunchError(Exception):
     """The service cannot start. The message says why and what to do."""
 
 
-def run(settings: ServiceSettings, *, host: str, port: int, fast_front: bool = False, access_log: bool = False) -> None:
+def run(settings: ServiceSettings, *, host: str, port: int, fast_front: bool = True, access_log: bool = False) -> None:
     """Serve until SIGINT, SIGTERM or SIGHUP, then stop every process that was started.
 
     Args:
-        fast_front: use HAProxy instead of Serve's own proxy. Requests take some milliseconds less. Its statistics
-            ports listen on all interfaces whatever ``host`` says. While the only front end is being replaced it
-            answers 500 at once; Serve's proxy would let requests wait.
+        fast_front: use HAProxy instead of Serve's own proxy where Ray has it. Requests take some milliseconds less.
+            While the only front end is being replaced it answers 503 at once; Serve's proxy would let requests wait.
         access_log: log a line for each request.
 
     Raises:
@@ -80,7 +79,10 @@ def run(settings: ServiceSettings, *, host: str, port: int, fast_front: bool = F
     """
     console = Console(stderr=True, highlight=False)
     interrupt_on_signals()
-    with console.status("starting") as status:
+    with (
+        console.status("starting") as status,
+        tempfile.TemporaryDirectory(prefix="haproxy-", ignore_cleanup_errors=True) as files,
+    ):
 
         def say(line: str) -> None:
             """Update the last line on a terminal; print a new line elsewhere, and for what is worth keeping."""
@@ -90,11 +92,7 @@ def run(settings: ServiceSettings, *, host: str, port: int, fast_front: bool = F
             if kept or not console.is_terminal:
                 console.print(line, soft_wrap=True)
 
-        set_environment(fast_front=fast_front)
-        if fast_front:
-            # By default Ray uses two fixed ports, which a second service on this machine would share.
-            statistics = [os.environ.setdefault(name, str(free_port())) for name in STATISTICS_PORTS]
-            say(f"using HAProxy; its statistics are on ports {' and '.join(statistics)} of all interfaces")
+        set_environment(_fast_front(Path(files), say) if fast_front else None)
         keys = auth.read_keys(settings.api_keys_file)
         check_port(host, port)
         if not keys and not is_loopback(host):
@@ -127,7 +125,7 @@ def run(settings: ServiceSettings, *, host: str, port: int, fast_front: bool = F
                 )
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         with ending.watched() as end, _service(settings, host, port, say, end, access_log=access_log) as logs:
-            end.at_end.append(status.stop)
+            end.at_end += [status.stop, partial(shutil.rmtree, files, ignore_errors=True)]
             wait_until_ready(url, logs, say)
             status.stop()
             names = ", ".join(each.name for each in settings.models)
@@ -140,6 +138,14 @@ def run(settings: ServiceSettings, *, host: str, port: int, fast_front: bool = F
                 with suppress(OSError):  # the terminal may be gone
                     say("stopping, after the requests in flight; Ctrl-C again drops them")
                 drain(max(each.timeout_s for each in settings.models))
+
+
+def _fast_front(folder: Path, say: Say) -> Mapping[str, str] | None:
+    """The environment for HAProxy, if it runs here."""
+    found = haproxy.environment(folder)
+    if found is None:
+        say("HAProxy does not run here: requests go through Serve's own proxy, and take some milliseconds more")
+    return found
 
 
 def check_port(host: str, port: int) -> None:
@@ -212,10 +218,15 @@ def drain(timeout_s: float) -> None:
     from ray import serve
 
     logging.disable()  # where Ray's processes had the signal, too, its calls fail
+
+    async def close() -> None:
+        """In an event loop, without which Serve makes no calls where HAProxy is in front."""
+        await serve.get_app_handle(APP_NAME).broadcast("close").results_async(timeout_s=timeout_s)
+
     with suppress(KeyboardInterrupt):
         with suppress(Exception):
             # Serve stops idle scorers at once, while front ends may hold requests that have not reached them yet.
-            serve.get_app_handle(APP_NAME).broadcast("close").results(timeout_s=timeout_s)
+            asyncio.run(close())
         serve.delete(APP_NAME)
 
 

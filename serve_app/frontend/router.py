@@ -13,10 +13,14 @@ from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, R
 from serve_app.contract import Affinity, ScoreJob
 from serve_app.frontend import replica_counts
 
+LOST_CALLS = 1_000_000
+"""A replica that is lost counts as if it had so many calls more than the others."""
+
 
 def running_replicas(handle: DeploymentHandle[Any]) -> int:
     """Number of running replicas of the handle's deployment; 0 before its first call."""
-    return replica_counts.replicas.get(str(handle.deployment_id), 0)
+    router = replica_counts.routers.get(str(handle.deployment_id))
+    return 0 if router is None else router.running
 
 
 def ranked(affinity: Affinity | None, ongoing: Mapping[str, int]) -> list[str]:
@@ -48,9 +52,31 @@ class PrefixRouter(FIFOMixin, RequestRouter):
     """
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Note the number of replicas. Serve calls this whenever one comes or goes."""
+        """Make this router known. Serve calls this whenever a replica comes or goes."""
         super().update_replicas(replicas)
-        replica_counts.replicas[str(self._deployment_id)] = len(replicas)
+        replica_counts.routers[str(self._deployment_id)] = self
+
+    @property
+    def running(self) -> int:
+        """Number of running replicas."""
+        return len(self.curr_replicas)
+
+    def best(self, job: object) -> RunningReplica | None:
+        """The replica that should compute ``job``; None: none is running."""
+        replicas = list(self.curr_replicas.values())
+        return self._ranked(replicas, job)[0] if replicas else None
+
+    def _ranked(self, replicas: list[RunningReplica], job: object) -> list[RunningReplica]:
+        by_id = {replica.replica_id.unique_id: replica for replica in replicas}
+        # Those that are lost come last. A replica that is not in the cache has no calls of this process; Serve asks it
+        # before it sends one.
+        ongoing = {
+            name: (self.replica_queue_len_cache.get(each.replica_id) or 0)
+            + replica_counts.direct[name]
+            + LOST_CALLS * (name in replica_counts.lost)
+            for name, each in by_id.items()
+        }
+        return [by_id[name] for name in ranked(job.affinity if isinstance(job, ScoreJob) else None, ongoing)]
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -62,8 +88,5 @@ class PrefixRouter(FIFOMixin, RequestRouter):
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # else Serve asks again without a pause
             job = pending_request.args[0] if pending_request.args else None
-        by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        # A replica that is not in the cache has no calls of this process; Serve asks it before it sends one.
-        ongoing = {name: self.replica_queue_len_cache.get(each.replica_id) or 0 for name, each in by_id.items()}
-        first, *others = ranked(job.affinity if isinstance(job, ScoreJob) else None, ongoing)
-        return [[by_id[first]], [by_id[other] for other in others]]
+        first, *others = self._ranked(candidate_replicas, job)
+        return [[first], others]

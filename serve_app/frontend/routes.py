@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
+from starlette.routing import request_response
 
 from serve_app.errors import InvalidRequestError, NotFoundError, ScoringError
 from serve_app.frontend import auth, bodies, browsers, pages
@@ -39,6 +41,14 @@ AHEAD_OF_PROXY_S = 0.25
 T = TypeVar("T")
 
 
+class _PlainRoute(APIRoute):
+    """A route that OpenAPI describes, and that Starlette runs: FastAPI would look for parameters in each request."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.app = request_response(self.endpoint)
+
+
 def create_app(
     get_models: Callable[[], Models],
     *,
@@ -61,7 +71,6 @@ def create_app(
         door: counts the requests inside, and can be closed; None: the application is never asked to stop.
     """
     app = FastAPI(title="score-serve", redirect_slashes=False, docs_url=None, redoc_url=None)
-    pages.add_pages(app)
     app.add_middleware(browsers.HeadAsGet)
     if keys:
         app.add_middleware(auth.RequireKey, keys=keys)
@@ -73,9 +82,11 @@ def create_app(
         browsers.allow(app, cors_origins)
     app.add_exception_handler(ScoringError, on_scoring_error)
     app.add_exception_handler(HTTPException, on_http_exception)
+    # A request is compared with the routes in this order, by Serve, too.
     for path in dict.fromkeys(path for task in TASKS for path in task.paths):
         _add_route(app, path, [task for task in TASKS if path in task.paths], get_models, tenants or Tenants())
     _add_facts(app, get_models, metrics)
+    pages.add_pages(app)
     share_parts(app)
     return app
 
@@ -96,7 +107,7 @@ def _add_route(
             stream = service.stream(task, asked, request_id=request_id, timeout_s=limit, tenant=tenant)
             lines = json_lines(stream, request_id, path)
             return LinesResponse(await _unless_gone(request, anext(lines)), lines)
-        work = service.answer(task, asked, request_id=request_id, timeout_s=limit, tenant=tenant)
+        work = service.answer(task, asked, request_id=request_id, timeout_s=limit, tenant=tenant, size=len(sent))
         return await _json(await _unless_gone(request, work))
 
     task = tasks[-1]
@@ -112,7 +123,8 @@ def _add_route(
         others=dict(filter(None, (lines, task.binary))),
         invalid=invalid,
     )
-    app.add_api_route(path, handle, methods=["POST"], name=task.name, description=task.description, **options)
+    about: dict[str, Any] = {"methods": ["POST"], "name": task.name, "description": task.description, **options}
+    app.router.add_api_route(path, handle, route_class_override=_PlainRoute, **about)
 
 
 def _add_facts(app: FastAPI, get_models: Callable[[], Models], scraped: Callable[[], Awaitable[str]]) -> None:
@@ -178,19 +190,28 @@ def _timeout_s(request: Request) -> float:
     return seconds - min(AHEAD_OF_PROXY_S, seconds / 4)
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
     """Return the result of ``work``, or cancel it if the client leaves first."""
-    task = asyncio.create_task(work)
+    here = asyncio.timeout(None)
+
+    def leave(gone: asyncio.Task[None]) -> None:
+        if not gone.cancelled():
+            here.reschedule(0)
+
     gone = asyncio.create_task(_disconnected(request))
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientDisconnect
+        async with here:
+            gone.add_done_callback(leave)
+            try:
+                return await work
+            finally:
+                gone.remove_done_callback(leave)
+    except TimeoutError:
+        if here.expired():
+            raise ClientDisconnect from None
+        raise
     finally:
-        task.cancel()
         gone.cancel()
-        await asyncio.wait((task, gone))
 
 
 async def _disconnected(request: Request) -> None:

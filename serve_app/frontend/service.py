@@ -47,6 +47,9 @@ from serve_app.timing import Timings
 PIECES_AT_ONCE = 4
 """Pieces of a streamed request kept in flight for each replica: two half batches in the engine and more to follow."""
 
+INLINE_BYTES = 2_000
+"""A request whose body has no more is prepared in the event loop: waking a thread takes longer than a short prompt."""
+
 INLINE_VALUES = 2_000
 """A response with more values is made in a thread: it takes milliseconds, and the event loop must go on."""
 
@@ -140,7 +143,14 @@ class ModelService:
         return self._queued_tokens
 
     async def answer(
-        self, task: Task[R, A], request: R, *, request_id: str, timeout_s: float = math.inf, tenant: Tenant = NOBODY
+        self,
+        task: Task[R, A],
+        request: R,
+        *,
+        request_id: str,
+        timeout_s: float = math.inf,
+        tenant: Tenant = NOBODY,
+        size: float = math.inf,
     ) -> A:
         """Answer a request.
 
@@ -149,6 +159,7 @@ class ModelService:
             request_id: sent to the replicas with the work, for logs.
             timeout_s: the caller's own limit. ``settings.timeout_s`` holds if it is shorter.
             tenant: who asks.
+            size: bytes of the request's body, if they are known.
 
         Raises:
             InvalidRequestError: the request is wrong.
@@ -160,10 +171,12 @@ class ModelService:
         """
         prepare = partial(self._prepare[task.name], request, request_id)
         if not task.scores:
-            return (await self.in_time(self._in_steps(prepare(), tenant), self._time_limit(None, timeout_s))).value
+            return (
+                await self.in_time(self._in_steps(prepare(), tenant, size), self._time_limit(None, timeout_s))
+            ).value
         with self._counted(task, tenant):
             limit = self._time_limit(getattr(request, "timeout_s", None), timeout_s)
-            work = self._score(prepare, request_id, time.time() + limit, _salt(request, tenant), tenant)
+            work = self._score(prepare, request_id, time.time() + limit, _salt(request, tenant), tenant, size)
             return await self.in_time(work, limit)
 
     async def compute(self, batch: TokenBatch, request_id: str) -> BatchResult:
@@ -258,6 +271,7 @@ class ModelService:
         deadline: float,
         salt: int,
         tenant: Tenant,
+        size: float,
     ) -> A:
         def work() -> Steps[tuple[PreparedRequest[A], _Work]]:
             prepared = yield from prepare()
@@ -267,7 +281,7 @@ class ModelService:
         # A request that will be refused need not be tokenised.
         self._admission.check(1, self._replicas.count, tenant.share)
         with timing.tokenising():
-            prepared, wanted = await self._in_steps(work(), tenant)
+            prepared, wanted = await self._in_steps(work(), tenant, size)
         result = await self._run(wanted, tenant)
         answer = await self._off_loop(partial(prepared.answer, result), prepared.size, tenant)
         self.items += prepared.items
@@ -386,9 +400,11 @@ class ModelService:
         """Run ``call`` in a thread: tokenising takes up to seconds, and the event loop must go on."""
         return await self._threads.run(call, tenant.name)
 
-    async def _in_steps(self, steps: Steps[T], tenant: Tenant) -> T:
+    async def _in_steps(self, steps: Steps[T], tenant: Tenant, size: float = math.inf) -> T:
         """Run ``steps`` in a thread, a short step at a time: other requests' steps run in between, and the steps end
-        when the caller leaves or its time has passed."""
+        when the caller leaves or its time has passed. A small request's first step needs no thread."""
+        if size <= INLINE_BYTES and self._threads.idle and (done := advance(steps)):
+            return done.result
         while not (done := await self._in_thread(partial(advance, steps), tenant)):
             pass
         return done.result

@@ -37,6 +37,11 @@ class WatchedThreads:
         """When a call last began or ended, or arrived when there was no other."""
         self._probe: Future[None] | None = None
 
+    @property
+    def idle(self) -> bool:
+        """Whether no call waits or runs."""
+        return not self._open
+
     async def run(self, call: Callable[[], T], tenant: str = "") -> T:
         """Run ``call`` in a thread and return its result. Cancelling prevents a call that waits from starting.
 

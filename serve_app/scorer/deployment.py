@@ -15,9 +15,11 @@ from ray import serve
 from serve_app import timing
 from serve_app.contract import Engine, JobResult, ModelInfo, QueueStats, ScoreJob
 from serve_app.errors import OverloadedError
+from serve_app.frames import ADDRESS
 from serve_app.metrics import REPORT_S, ScorerMetrics
 from serve_app.scorer import speed
 from serve_app.scorer.autoscaling import PENDING_TOKENS
+from serve_app.scorer.direct import DirectCalls
 from serve_app.scorer.dispatcher import Dispatcher
 from serve_app.scorer.engines import load_engine
 from serve_app.settings import ModelSettings
@@ -29,7 +31,7 @@ INTAKE_CONCURRENCY = 32
 MAX_ONGOING = INTAKE_BATCH * INTAKE_CONCURRENCY
 """Calls that a replica accepts at once. Most of them wait for the device, which costs nothing;
 ``limits.max_queued_tokens`` is the bound that matters."""
-INTAKE_WAIT_S = 0.001
+INTAKE_WAIT_S = 0.0
 INTAKE_LIMIT_S = 15.0
 """Seconds. The intake never waits for the device, so a call that takes longer than this will never end."""
 
@@ -70,6 +72,10 @@ class Scorer:
         )
         self._settings = self._live = settings
         self._intake_works = True
+        self._direct = DirectCalls(self.score)
+        self._direct_reported = 0
+        # Serve waits for its own calls, and then for this. A method of the class would be called by Python, too.
+        self.__del__ = self._direct.close
         self._reporting = asyncio.create_task(self._report())
 
     async def score(self, job: ScoreJob) -> JobResult:
@@ -146,8 +152,17 @@ class Scorer:
         )
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """The input of ``autoscaling.PendingTokensPolicy``. Serve calls the method by this name."""
-        return {PENDING_TOKENS: self._queue.stats().pending_tokens}
+        """The input of ``autoscaling.PendingTokensPolicy``. Serve calls the method by this name.
+
+        Serve counts no direct calls, so a replica that has had one since the last report has a token at least.
+        """
+        asked, self._direct_reported = self._direct.begun > self._direct_reported, self._direct.begun
+        return {PENDING_TOKENS: max(self._queue.stats().pending_tokens, asked)}
+
+    async def record_replica_metadata(self) -> dict[str, str]:
+        """Tell routers where front ends on this host may send their jobs. Serve calls the method by this name."""
+        address = await self._direct.listen()
+        return {} if address is None else {ADDRESS: address}
 
     async def _report(self) -> None:
         while True:

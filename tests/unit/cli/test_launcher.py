@@ -286,7 +286,7 @@ def test_options_become_settings(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(launcher, "run", lambda settings, **address: got.append((settings, address)))
     arguments = ["--model", "org/name", "--revision", "abc", "--served-name", "judge", "--dtype", "bfloat16"]
     arguments += ["--base", "org/base"]
-    arguments += ["--engine", "fake", "--port", "9000", "--replicas", "2", "--api-keys-file", "/a", "--fast-front"]
+    arguments += ["--engine", "fake", "--port", "9000", "--replicas", "2", "--api-keys-file", "/a", "--no-fast-front"]
     arguments += ["--access-log"]
     arguments += ["--trust-config", "a", "--trust-config", "b"]
     assert run(*arguments).exit_code == 0
@@ -301,7 +301,7 @@ def test_options_become_settings(monkeypatch: pytest.MonkeyPatch):
         scorer_replicas=2,
     )
     settings = ServiceSettings(models=(model,), api_keys_file="/a")
-    assert got == [(settings, {"host": "127.0.0.1", "port": 9000, "fast_front": True, "access_log": True})]
+    assert got == [(settings, {"host": "127.0.0.1", "port": 9000, "fast_front": False, "access_log": True})]
 
 
 def test_without_options_the_settings_are_the_defaults(monkeypatch: pytest.MonkeyPatch):

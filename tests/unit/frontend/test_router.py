@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ray.serve._private.common import DeploymentHandleSource, DeploymentID
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
@@ -24,7 +27,7 @@ async def test_updates_to_serves_own_copy_of_the_router_reach_the_front_end():
     handle = DeploymentHandle("Scorer", "heard")
     assert running_replicas(handle) == 0
     router.update_replicas([])
-    assert str(handle.deployment_id) in replica_counts.replicas
+    assert replica_counts.routers[str(handle.deployment_id)] is router
 
 
 def to(key: int, *, part: int = 0, worth: float = 2.0) -> Affinity:
@@ -73,3 +76,17 @@ def test_without_a_prefix_one_of_the_least_busy_is_drawn():
     ongoing = {**IDLE, REPLICAS[0]: 1, REPLICAS[3]: 1}
     drawn = {ranked(None, ongoing)[0] for _ in range(200)}
     assert drawn == {REPLICAS[1], REPLICAS[2], REPLICAS[4]}
+
+
+async def test_calls_sent_past_serve_count_and_lost_replicas_come_last(monkeypatch: pytest.MonkeyPatch):
+    deployment = DeploymentID("Scorer", "counts")
+    router = PrefixRouter(deployment, DeploymentHandleSource.REPLICA)
+    replicas: list[Any] = [SimpleNamespace(replica_id=ReplicaID(name, deployment)) for name in REPLICAS]
+    monkeypatch.setattr(replica_counts, "direct", Counter(dict.fromkeys(REPLICAS[1:], 1)))
+
+    def order() -> list[str]:
+        return [each.replica_id.unique_id for each in router._ranked(replicas, None)]
+
+    assert {order()[0] for _ in range(20)} == {REPLICAS[0]}
+    monkeypatch.setattr(replica_counts, "lost", {REPLICAS[0]})
+    assert REPLICAS[0] not in {order()[0] for _ in range(20)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import pickle
+import threading
 import time
 from dataclasses import replace
 from typing import Any
@@ -31,7 +32,7 @@ from serve_app.errors import (
 from serve_app.frontend import replicas as replicas_module
 from serve_app.frontend.info import info as told
 from serve_app.frontend.replicas import ScorerReplicas
-from serve_app.frontend.service import INLINE_VALUES, ModelService
+from serve_app.frontend.service import INLINE_BYTES, INLINE_VALUES, ModelService
 from serve_app.schemas import LOWEST, ScoreRequest
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import Limits, ModelSettings
@@ -331,6 +332,24 @@ class TestFanOut:
             await service_on(Timing(), tokenizer).answer(SCORE, ASK, request_id="r")
 
 
+async def test_only_a_small_request_needs_no_thread_and_only_while_none_is_busy(tokenizer: TextTokenizer):
+    service, gate = service_on(DirectReplicas(ENGINE), tokenizer), threading.Event()
+
+    async def ask(size: int) -> None:
+        await service.answer(SCORE, ASK, request_id="r", size=size)
+
+    hanging = asyncio.create_task(service._threads.run(gate.wait))
+    await asyncio.sleep(0)
+    service.close()  # later calls for a thread fail
+    with pytest.raises(RuntimeError):
+        await ask(INLINE_BYTES)
+    gate.set()
+    await hanging
+    await ask(INLINE_BYTES)
+    with pytest.raises(RuntimeError):
+        await ask(INLINE_BYTES + 1)
+
+
 async def test_the_limit_of_admitted_tokens_follows_the_speed_in_the_answers(tokenizer: TextTokenizer):
     class Timed(DirectReplicas):
         async def score(self, job: ScoreJob) -> JobResult:
@@ -347,6 +366,8 @@ async def test_the_limit_of_admitted_tokens_follows_the_speed_in_the_answers(tok
 
 class Scorer:
     """A stand-in for a Serve handle: ``score.remote(job)`` can be awaited and cancelled."""
+
+    deployment_id = "Scorer"
 
     def __init__(self, *answers: Any) -> None:
         self.answers = list(answers)

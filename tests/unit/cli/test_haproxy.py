@@ -1,0 +1,77 @@
+"""HAProxy as the launcher starts it. The real program runs, with a configuration like Serve's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from serve_app.cli import haproxy
+from serve_app.local_ray import free_port
+
+CONFIG = """
+defaults
+    mode http
+    timeout connect 1s
+    timeout client 1s
+    timeout server 1s
+    errorfile 503 /nowhere
+frontend prometheus
+    bind :{metrics}
+    http-request return status 200
+frontend http_frontend
+    bind 0.0.0.0:{service}
+    default_backend front_ends
+backend front_ends
+listen stats
+  bind *:{stats}
+  stats enable
+"""
+STARTS = "import subprocess, sys; print(subprocess.Popen(sys.argv[1:]).pid, flush=True); input()"
+
+
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with a short path; the environment names no other HAProxy, as it does after a start in this process."""
+    monkeypatch.delenv("RAY_SERVE_HAPROXY_BINARY_PATH", raising=False)
+    with tempfile.TemporaryDirectory() as found:
+        yield Path(found)
+
+
+def test_statistics_are_local_a_missing_front_end_is_a_503_and_it_ends_with_its_parent_and_not_by_ctrl_c(folder: Path):
+    found = haproxy.environment(folder)
+    assert found is not None
+    config, ports = folder / "haproxy.cfg", {name: free_port() for name in ("metrics", "service", "stats")}
+    config.write_text(CONFIG.format(**ports))
+    command = [sys.executable, "-c", STARTS, found["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(config)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        proxy = psutil.Process(int(parent.stdout.readline()))
+        while len(listening := [each.laddr for each in proxy.net_connections() if each.status == "LISTEN"]) < 3:
+            assert proxy.status() != psutil.STATUS_ZOMBIE
+            time.sleep(0.02)
+        hosts = {address.port: address.ip for address in listening}
+        assert hosts == {ports["metrics"]: "127.0.0.1", ports["stats"]: "127.0.0.1", ports["service"]: "0.0.0.0"}
+        assert proxy.name() == "haproxy"
+        assert httpx.get(f"http://127.0.0.1:{ports['service']}").status_code == 503  # Serve's 500 would end retries
+        assert os.getpgid(proxy.pid) != os.getpgid(parent.pid)
+        parent.send_signal(signal.SIGKILL)
+        psutil.wait_procs([proxy], timeout=10)
+        assert not proxy.is_running()
+
+
+def test_where_it_does_not_run_serves_own_proxy_is_used(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    assert haproxy.environment(folder / ("x" * 80)) is None  # no such folder
+    (deep := folder / ("x" * 60)).mkdir()
+    assert haproxy.environment(deep) is None  # paths of sockets are short
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", "/bin/false")
+    assert haproxy.environment(folder) is None
