@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from model import checkpoint, decoder, sharding
-from model.attention import FOLD_PREFIX, NATIVE
+from model.attention import FOLD_PREFIX, NATIVE, TRITON
 from model.attention_gpu import LEAST_CAPABILITY
 from model.checkpoint import Place, Tensor
 from model.computations import Model, State, Weights, stack_of
@@ -184,6 +184,8 @@ def choose(
     target = jnp.dtype(dtype)
     if config.encoder and implementation not in (NATIVE, *FOLD_PREFIX):
         implementation = "paged"  # the accelerators' kernels are causal
+    if config.recurrence and implementation in TRITON:
+        implementation = "paged"  # recurrent layers by XLA know one prefix a call, and that kernel's calls have several
     part = config if mesh is None else divided(config, mesh.shape[MODEL])
     family, abstract = registry.build(part, dtype=target, implementation=implementation)
 

@@ -11,6 +11,8 @@ import pytest
 from model.config import ModelConfig, Recurrence, Rope
 from model.families.registry import FAMILIES, KNOWN, from_hf
 from model.fields import ConfigError
+from model.loading import choose
+from model.sizes import BY_PLATFORM
 from tests.tiny_families import CLASSIFIERS, CONFIGS, config_of
 
 
@@ -315,6 +317,21 @@ def test_a_published_hybrid_is_read_in_blocks_that_end_in_attention() -> None:
     assert config.rope.theta == 1e7
     assert any("mtp" in note for note in config.notes)
     assert from_hf(published_qwen3_5(layer_types=None)) == config
+
+
+@pytest.mark.parametrize("implementation", ["triton", "paged"])
+def test_a_hybrid_s_call_has_one_prefix_where_xla_runs_its_recurrent_layers(implementation: str) -> None:
+    config = from_hf(published_qwen3_5())
+    choice = choose(
+        config,
+        dtype="bfloat16",
+        implementation=implementation,
+        by_layer=False,
+        sizes=BY_PLATFORM["gpu"],
+        max_prompt_tokens=4_096,
+        mesh=None,
+    )
+    assert choice.model.layout.prefixes == 1
 
 
 @pytest.mark.parametrize(
