@@ -453,7 +453,7 @@ def _split(pieces: Iterator[bytes]) -> Iterator[bytes]:
 
 def _kind(status: int) -> type[ScoringError]:
     if status in _OVERLOADED:
-        return OverloadedError
+        return BY_STATUS.get(status, OverloadedError)
     return BY_STATUS.get(status, InvalidRequestError if status < 500 else InternalError)
 
 

@@ -135,13 +135,6 @@ class UnsupportedEncodingError(ScoringError):
     type = "UnsupportedEncodingError"
 
 
-class QuotaExceededError(ScoringError):
-    """The API key has used its quota: retry after ``retry_after_s`` seconds."""
-
-    status = 429
-    type = "RateLimitError"
-
-
 class InternalError(ScoringError):
     """The service or the model failed."""
 
@@ -151,6 +144,13 @@ class OverloadedError(ScoringError):
 
     status = 503
     type = "ServiceUnavailableError"
+
+
+class QuotaExceededError(OverloadedError):
+    """The API key has used its quota: retry after ``retry_after_s`` seconds."""
+
+    status = 429
+    type = "RateLimitError"
 
 
 class SelfTestError(OverloadedError):

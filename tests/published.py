@@ -562,9 +562,7 @@ OTHERS = (
     *(
         Checkpoint(name, _foreign(model_type, architecture), refused=architecture)
         for name, model_type, architecture in (
-            ("BAAI/bge-reranker-v2-m3", "xlm-roberta", "XLMRobertaForSequenceClassification"),
             ("meta-llama/Llama-Prompt-Guard-2-86M", "deberta-v2", "DebertaV2ForSequenceClassification"),
-            ("Alibaba-NLP/gte-reranker-modernbert-base", "modernbert", "ModernBertForSequenceClassification"),
             ("HuggingFaceTB/SmolLM3-3B", "smollm3", "SmolLM3ForCausalLM"),
             ("allenai/Olmo-3-7B-Instruct", "olmo3", "Olmo3ForCausalLM"),
             ("ibm-granite/granite-3.3-8b-instruct", "granite", "GraniteForCausalLM"),

@@ -431,10 +431,10 @@ def _outcome(error: BaseException) -> str:
     """The outcome of a request that failed, in the terms of the scorers' own counter."""
     if isinstance(error, asyncio.CancelledError | GeneratorExit):
         return "cancelled"
-    if isinstance(error, OverloadedError):
-        return "overloaded"
     if isinstance(error, QuotaExceededError):
         return "over_quota"
+    if isinstance(error, OverloadedError):
+        return "overloaded"
     if isinstance(error, DeadlineExceededError):
         return "expired"
     invalid = isinstance(error, ScoringError) and error.status < InternalError.status

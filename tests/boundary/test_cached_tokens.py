@@ -18,6 +18,8 @@ from serve_app.frontend.service import ModelService
 from serve_app.frontend.tenants import Tenants
 from serve_app.settings import ModelSettings
 from serve_app.tasks.completions import COMPLETIONS
+from serve_app.tasks.generate import GENERATE
+from serve_app.tasks.logprobs import LOGPROBS
 from serve_app.tasks.table import TASKS
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.local import DirectReplicas
@@ -47,8 +49,14 @@ REQUESTS = {task.name: (task.paths[0], longer(task.example)) for task in TASKS i
 REQUESTS |= {
     f"{task.name} in lines": (task.paths[0], longer(task.example) | {"stream": True}) for task in TASKS if task.lines
 }
-# The example asks for every position's value, so that nothing is cached.
+# These examples ask for every position's value, so that nothing is cached.
 REQUESTS[COMPLETIONS.name] = (COMPLETIONS.paths[0], {"prompt": "The sky is blue. " * 12, "max_tokens": 1})
+IDS = [5 + number % 200 for number in range(300)]
+REQUESTS[LOGPROBS.name] = (LOGPROBS.paths[0], {"input": IDS, "start": 299})
+REQUESTS[GENERATE.name] = (
+    GENERATE.paths[0],
+    GENERATE.example | {"text": None, "input_ids": IDS, "logprob_start_len": 299},
+)
 
 
 class Asked:

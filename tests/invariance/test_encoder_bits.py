@@ -49,7 +49,7 @@ def test_a_sequence_has_the_bits_that_it_has_alone(kind: str, dtype: Any, tmp_pa
 
 @pytest.mark.parametrize(
     "kind",
-    [kind if kind in ("bert", "modernbert-mean") else pytest.param(kind, marks=pytest.mark.slow) for kind in ENCODERS],
+    [kind if kind == "bert" else pytest.param(kind, marks=pytest.mark.slow) for kind in ENCODERS],
 )
 def test_spread_over_four_devices_equals_one(kind: str, tmp_path: Path) -> None:
     """Two calls run at once, each over two devices; a mesh of one device multiplies as they do."""

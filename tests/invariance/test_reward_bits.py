@@ -28,7 +28,7 @@ TEXTS = 64
 @pytest.mark.parametrize(
     ("classes", "dtype"),
     [
-        pytest.param(1, "bfloat16", id="classifier in bfloat16"),
+        pytest.param(1, "bfloat16", id="classifier in bfloat16", marks=pytest.mark.slow),
         pytest.param(0, "float32", id="judge"),
         pytest.param(1, "float32", id="classifier", marks=pytest.mark.slow),
         pytest.param(0, "bfloat16", id="judge in bfloat16", marks=pytest.mark.slow),

@@ -13,9 +13,18 @@ from tests.parity.cases import CASES, GOLDENS, HAVE_TORCH, LABELS, expected, seq
 from tests.tiny import make_llama
 
 
+OFTEN = {"one-layer", "no-groups", "attention-bias", "untied"}
+"""Cases that every run compares with ``paged``, too; the others are of the parts that all implementations share."""
+
+
 @pytest.mark.parametrize(
     ("case", "implementation"),
-    [*((case, each) for case in CASES for each in ("native", "paged")), ("untied", "reference"), ("tied", "reference")],
+    [
+        *((case, "native") for case in CASES),
+        *(pytest.param(case, "paged", marks=() if case in OFTEN else pytest.mark.slow) for case in CASES),
+        ("untied", "reference"),
+        ("tied", "reference"),
+    ],
 )
 def test_float32_logprobs_equal_transformers(case: str, implementation: str, tmp_path: Path) -> None:
     folder = make_llama(tmp_path, **CASES[case])

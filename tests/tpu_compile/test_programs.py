@@ -204,7 +204,7 @@ def assert_no_scores_move(cost: Cost, whole: ModelConfig, programs: Programs, la
     ("config", "chip", "call", "most"),
     [
         pytest.param(QWEN3_06B, "v5e", Shape(256, 2), 430, id="qwen3-0.6b-v5e"),
-        pytest.param(LLAMA_31_8B, "v6e", Shape(256, 2), 1_370, id="llama-3.1-8b-v6e"),
+        pytest.param(LLAMA_31_8B, "v6e", Shape(256, 2), 1_370, id="llama-3.1-8b-v6e", marks=pytest.mark.slow),
     ],
 )
 def test_programs_fit_one_chip_and_attention_is_fused(config: ModelConfig, chip: str, call: Shape, most: float) -> None:
@@ -247,7 +247,7 @@ def test_norm_and_positions_take_no_more_bundles_for_a_head(chip: str, most: flo
     ("config", "topology"),
     [
         (QWEN3_06B, "2x2"),
-        (LLAMA_31_8B, "4x4"),
+        pytest.param(LLAMA_31_8B, "4x4", marks=pytest.mark.slow),
         (QWEN3_06B, "4x4"),
         pytest.param(LLAMA_31_8B, "2x2", marks=pytest.mark.slow),
     ],

@@ -275,7 +275,7 @@ def test_other_architectures_are_refused_by_name(tmp_path: Path, architecture: s
     message = refusal(tmp_path, path)
     for word in (
         repr(architecture),
-        "known: llama, mistral3, qwen2, qwen3, qwen3moe, gemma, gemma2, gemma3, olmo2, phi3",
+        "known: llama, mistral3, qwen2, qwen3, qwen35, qwen3moe, gemma, gemma2, gemma3, olmo2, phi3",
     ):
         assert word in message
 

@@ -96,7 +96,7 @@ WRONG: list[Any] = [
 ]  # fmt: skip
 GOOD: dict[str, Any] = {
     "query": "q", "items": ["a"], "label_token_ids": [1], "documents": ["a"], "prompt": "a", "max_tokens": 1,
-    "tokens": [1], "texts": ["a"],
+    "tokens": [1], "texts": ["a"], "input": "a",
 }  # fmt: skip
 """A valid value for every required field."""
 OWN: dict[type[RequestBody], dict[str, Any]] = {RemoteRewardRequest: {"query": ["q"]}}
@@ -110,7 +110,7 @@ KINDS = {
     "a valid list": (list,),
     "an object": (dict,),
 }
-OTHER = r"'\w+'( or '\w+')?|greater than( or equal to)? \d+|(0|1|false|true)( or [^,]+)?(, since .+)?"
+OTHER = r"'\w+'( or '\w+')?|(greater|less) than( or equal to)? \d+(\.\d+)?|(0|1|false|true)( or [^,]+)?(, since .+)?"
 """Expectations in the errors of values of the right kind."""
 
 

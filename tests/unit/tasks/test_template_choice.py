@@ -232,7 +232,7 @@ class TestReported:
     def test_on_the_console_before_anything_starts(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
     ):
-        def stop(*_: object) -> None:
+        def stop(*_: object, **__: object) -> None:
             raise LaunchError("far enough")
 
         folder = make_llama(tmp_path / "my-reranker", layers=1, vocab=271, tokenizer=True)
