@@ -55,7 +55,7 @@ IDS = [5 + number % 200 for number in range(300)]
 REQUESTS[LOGPROBS.name] = (LOGPROBS.paths[0], {"input": IDS, "start": 299})
 REQUESTS[GENERATE.name] = (
     GENERATE.paths[0],
-    GENERATE.example | {"text": None, "input_ids": IDS, "logprob_start_len": 299},
+    GENERATE.example | {"text": None, "input_ids": IDS, "logprob_start_len": 298},
 )
 
 

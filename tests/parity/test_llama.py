@@ -12,7 +12,6 @@ from tests.batches import label_batch, reads_batch
 from tests.parity.cases import CASES, GOLDENS, HAVE_TORCH, LABELS, expected, sequences
 from tests.tiny import make_llama
 
-
 OFTEN = {"one-layer", "no-groups", "attention-bias", "untied"}
 """Cases that every run compares with ``paged``, too; the others are of the parts that all implementations share."""
 
