@@ -74,8 +74,17 @@ def test_batch_sizes_agree(scorer: Engine, count: int) -> None:
     np.testing.assert_allclose(np.concatenate(batched), values(scorer, sequences), rtol=0, atol=BITS)
 
 
-@pytest.mark.parametrize(("widest", "call"), [(16, 16), (32, 96), (128, 128)])
-@pytest.mark.parametrize("implementation", ["native", "paged"])
+@pytest.mark.parametrize(
+    ("implementation", "widest", "call"),
+    [
+        ("native", 16, 16),
+        ("native", 32, 96),
+        ("native", 128, 128),
+        ("paged", 128, 128),
+        pytest.param("paged", 16, 16, marks=pytest.mark.slow),
+        pytest.param("paged", 32, 96, marks=pytest.mark.slow),
+    ],
+)
 def test_any_buckets_and_chunks_agree(
     scorer: Engine, folder: Path, implementation: str, widest: int, call: int
 ) -> None:

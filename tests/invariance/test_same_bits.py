@@ -55,6 +55,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 SELDOM = {
+    "biases, and windows of 20 in some layers",
+    "norms of queries and keys",
+    "one loop over the layers",
     "experts in bfloat16",
     "gated DeltaNet in bfloat16",
     "int8 in bfloat16",

@@ -162,7 +162,15 @@ def test_an_8b_model_and_a_long_query_fit_eight_v6e() -> None:
     assert found.floor_seconds < found.roofline_seconds - found.collective_seconds < 1.3 * found.floor_seconds
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3", "phi3-longrope", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "gemma2",
+        pytest.param("gemma3", marks=pytest.mark.slow),
+        pytest.param("phi3-longrope", marks=pytest.mark.slow),
+        "qwen3_moe",
+    ],
+)
 def test_windows_caps_ropes_and_experts_compile(family: str) -> None:
     config = from_hf(config_of(family))
     programs, laid = without_weights(config, one("v6e"), BY_PLATFORM["tpu"])
@@ -223,7 +231,8 @@ def test_programs_fit_one_chip_and_attention_is_fused(config: ModelConfig, chip:
 
 
 @pytest.mark.parametrize(
-    ("chip", "own", "prefix"), [pytest.param("v5e", 6.6, 4.95, id="v5e"), pytest.param("v6e", 4.75, 3.2, id="v6e")]
+    ("chip", "own", "prefix"),
+    [pytest.param("v5e", 6.6, 4.95, id="v5e", marks=pytest.mark.slow), pytest.param("v6e", 4.75, 3.2, id="v6e")],
 )
 def test_the_kernel_takes_no_more_bundles_for_a_thousand_scores(chip: str, own: float, prefix: float) -> None:
     """Over keys of the queries' own bin, and over a step of the prefix. Bars are lowered with the kernel."""
@@ -235,7 +244,9 @@ def test_the_kernel_takes_no_more_bundles_for_a_thousand_scores(chip: str, own: 
     assert found.whole < found.partial < 1.1 * found.whole
 
 
-@pytest.mark.parametrize(("chip", "most"), [pytest.param("v5e", 0.91, id="v5e"), pytest.param("v6e", 0.57, id="v6e")])
+@pytest.mark.parametrize(
+    ("chip", "most"), [pytest.param("v5e", 0.91, id="v5e", marks=pytest.mark.slow), pytest.param("v6e", 0.57, id="v6e")]
+)
 def test_norm_and_positions_take_no_more_bundles_for_a_head(chip: str, most: float) -> None:
     """A head of 128 channels of one token, of 16 heads of queries and 8 of keys. Bars are lowered with the kernel."""
     found = rotary_bundles(Rotary(chip, 16, 8, 128, 128, normed=True))
@@ -333,10 +344,8 @@ def test_plan_of_an_encoder(tmp_path: Path) -> None:
     assert found["expected_seconds"] > found["roofline_seconds"] > found["floor_seconds"]
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [kind if kind == "modernbert-mean" else pytest.param(kind, marks=pytest.mark.slow) for kind in ENCODERS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ENCODERS)
 def test_an_encoder_compiles_for_one_chip_and_for_four(kind: str) -> None:
     config, chips = from_hf({**COMMON, **ENCODERS[kind]}), devices("v6e", "2x2")
     for over in (mesh(1, 1, chips[:1]), mesh(2, 2, chips)):

@@ -31,7 +31,7 @@ def test_argmax_is_numpys_and_the_normaliser_log_normalizers(
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("block", [V, 33, 7, 1])
+@pytest.mark.parametrize("block", [V, 7])
 @pytest.mark.parametrize("count", [1, 20, V])
 def test_the_highest_are_numpys_of_equals_the_lowest_ids(
     monkeypatch: pytest.MonkeyPatch, count: int, block: int, softcap: float | None
