@@ -193,6 +193,7 @@ def test_labels_in_words_have_the_log_likelihoods_of_transformers(client: httpx.
         np.testing.assert_allclose(answer["label_mass"][number], np.exp(wanted).sum(), rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (HAVE_TORCH and find_spec("lm_eval") and find_spec("accelerate")),
     reason="NO LM-EVAL: it is not compared with the service; pip install '.[test]'",

@@ -248,7 +248,9 @@ def test_a_signal_to_the_whole_group_ends_the_start(when: str, number: int, mode
         assert process.returncode == 130
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(
+    "number", [pytest.param(each, marks=pytest.mark.slow) if each == signal.SIGHUP else each for each in SIGNALS]
+)
 def test_a_signal_to_the_whole_group_ends_a_service_with_requests_in_flight(number: int, model_folder: Path):
     port = free_port()
     body = {"query": [1], "items": [[*range(300)]] * 50, "label_token_ids": [4, 5]}

@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.ray
 
 
-@pytest.mark.parametrize(("tpu", "devices"), [(TWO_HOSTS, 2), (FOUR_HOSTS, 1)], ids=["2x2", "4x1"])
+@pytest.mark.parametrize(
+    ("tpu", "devices"),
+    [
+        pytest.param(TWO_HOSTS, 2, id="2x2"),
+        pytest.param(FOUR_HOSTS, 1, id="4x1", marks=pytest.mark.slow),
+    ],
+)
 def test_hosts_score_as_one_process(nodes: Cluster, tmp_path: Path, tpu: Tpu, devices: int):
     import ray
 

@@ -89,6 +89,7 @@ def one(chip: str) -> Mesh:
     return mesh(1, 1, devices(chip, "1x1"))
 
 
+@pytest.mark.slow
 def test_loops_and_on_chip_arrays_are_counted_rightly() -> None:
     """A loop's cost is that of the same program written out, and a large array costs its bytes."""
     here = SingleDeviceSharding(devices("v6e", "1x1")[0])

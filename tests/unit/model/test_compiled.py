@@ -108,6 +108,7 @@ def test_another_constant_is_another_program(
     assert np.abs(score(model, folder) - wanted).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_another_order_of_the_devices_is_another_program(folder: Path, model: Path) -> None:
     """The devices' count and the text of the sharding are the same."""
     devices = jax.devices()[:2]

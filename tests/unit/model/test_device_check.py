@@ -65,6 +65,7 @@ def test_a_wrong_kernel_is_found(folder: Path, fault: Fault, dtype: Any, monkeyp
         device_check.prove(programs(engine))
 
 
+@pytest.mark.slow
 def test_a_start_with_a_wrong_kernel_fails_and_says_why(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "fused", last_page_missing)
     with pytest.raises(DeviceError) as caught:
