@@ -1,4 +1,4 @@
-"""Engines and replicas that tests hold: each is used by several test files."""
+"""Engines, replicas and a clock that tests hold: each is used by several test files."""
 
 import asyncio
 import threading
@@ -72,3 +72,12 @@ class FailsLater(DirectReplicas):
         for _ in range(100):
             await asyncio.sleep(0)
         raise self.error
+
+
+class Clock:
+    """A stand-in for ``time.monotonic`` that a test moves."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now

@@ -18,7 +18,7 @@ from model.checkpoint import Target, Targets
 from model.config import ModelConfig, Recurrence, Rope, common_config
 from model.decoder import AllAngles, KeysValues
 from model.delta import Snapshots
-from model.families.llama import NORMS
+from model.families import llama
 from model.fields import IGNORED, NEUTRAL, ConfigError, Fields
 from model.layers import Angles, Linear, RMSNorm, each
 
@@ -214,7 +214,7 @@ class RecurrentLayer(nnx.Module):
         return x + self.mlp(self.mlp_norm(x)), kept
 
 
-class Block(decoder.Block):
+class Block(llama.Block):
     """Recurrent layers, and the layer of attention after them."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, implementation: str) -> None:
@@ -223,16 +223,6 @@ class Block(decoder.Block):
         assert sizes is not None, "``parse`` has read it"
         self.recurrent = nnx.List([RecurrentLayer(config, sizes, dtype, implementation) for _ in range(sizes.parts)])
         self.attention = GatedAttention(config, dtype, implementation)
-        self.attention_norm = decoder.norm(config, config.width, dtype)
-        self.mlp_norm = decoder.norm(config, config.width, dtype)
-        self.mlp = decoder.gated_mlp(config, dtype)
-
-    def pre_attention(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
-        return self.attention_norm(x)
-
-    def post_attention(self, x: Float[Array, "Q D"], attended: Float[Array, "Q D"]) -> Float[Array, "Q D"]:
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x))
 
     def __call__(
         self, x: Float[Array, "M D"], angles: AllAngles, context: AttentionContext, layer: Layer
@@ -299,7 +289,7 @@ def weights(config: ModelConfig) -> Targets:
     path, heads, width, bias = attention["self_attn.q_proj"]
     attention["self_attn.q_proj"] = (path, 2 * heads, width, bias)
     head_norms = {f"self_attn.{name}": (f"attention.{name}", config.head_width) for name in ("q_norm", "k_norm")}
-    attends = _of_layer(attention | mlp, {name: (path, width) for name, path in NORMS.items()} | head_norms)
+    attends = _of_layer(attention | mlp, {name: (path, width) for name, path in llama.NORMS.items()} | head_norms)
     recurs = _recurrent(config, sizes, mlp)
     for layer in range(config.layers * (sizes.parts + 1)):
         block, part = divmod(layer, sizes.parts + 1)

@@ -23,7 +23,6 @@ from serve_app.errors import (
     MethodNotAllowedError,
     NotFoundError,
     OverloadedError,
-    QuotaExceededError,
     ScoringError,
 )
 
@@ -96,7 +95,7 @@ def _named(scope: Scope) -> str:
 
 def _error_response(error: ScoringError, path: str, headers: dict[str, str] | None = None) -> Response:
     headers = dict(headers or {})
-    if error.status in (OverloadedError.status, QuotaExceededError.status):
+    if isinstance(error, OverloadedError):
         headers["retry-after"] = str(error.retry_after_s or RETRY_AFTER_S)
     if error.status == AuthenticationError.status:
         headers["www-authenticate"] = "Bearer"

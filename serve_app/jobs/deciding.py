@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
-from serve_app.errors import DeadlineExceededError, InternalError, InvalidRequestError, TooLargeError
-from serve_app.jobs import columns
+from serve_app.jobs import columns, single_rows
 from serve_app.jobs.scoring import Cost, Told
 from serve_app.jobs.targets import Ask
 from serve_app.tasks.systemone import ErrorAnswer, SystemOneRequest, SystemOneResponse
-
-AT_ONCE = 16
-"""Rows that a worker asks about at once: the service computes them together."""
-
-_OF_THE_ROW = (TooLargeError, DeadlineExceededError, InternalError)
-"""Errors of which one row may be the cause."""
 
 
 def decide(
@@ -37,29 +28,15 @@ def decide(
         ScoringError: no row can be answered, since a question is wrong, the model is unknown or the service is
             unreachable.
     """
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        answers: list[SystemOneResponse | str] = []
-        for answer in pool.map(partial(_decide, request, ask), [state for _, state in asked]):
-            answers.append(answer)
-            told(1)
+
+    def decided(state: str) -> SystemOneResponse:
+        return ask(request.model_copy(update={"state": state, "on_error": "item"}))
+
+    answers = single_rows.ask_each([state for _, state in asked], decided, ("state",), told)
     found = {at: _values(answer) for (at, _), answer in zip(asked, answers, strict=True)}
     answered = [answer for answer in answers if not isinstance(answer, str)]
     tokens = sum(answer.usage.input_tokens for answer in answered)
     return found, Cost(tokens, sum(answer.x_cached_tokens for answer in answered))
-
-
-def _decide(
-    request: SystemOneRequest, ask: Ask[SystemOneRequest, SystemOneResponse], state: str
-) -> SystemOneResponse | str:
-    """A row's answer, or the reason why it has none."""
-    try:
-        return ask(request.model_copy(update={"state": state, "on_error": "item"}))
-    except _OF_THE_ROW as error:
-        return error.message
-    except InvalidRequestError as error:
-        if error.param != "state":
-            raise
-        return error.message
 
 
 def _values(answer: SystemOneResponse | str) -> dict[str, Any] | str:

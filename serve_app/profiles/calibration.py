@@ -55,10 +55,7 @@ class Curve(BaseModel):
         """The calibrated probabilities of a question's options; those of a ``noul`` are no and yes."""
         logs = [math.log(p) / self.temperature if p > 0 else -math.inf for p in probabilities]
         logs[-1] += self.bias
-        peak = max(logs)
-        weights = [math.exp(value - peak) for value in logs]
-        total = math.fsum(weights)
-        return tuple(weight / total for weight in weights)
+        return normalised(logs)
 
 
 class Calibration(BaseModel):
@@ -125,6 +122,14 @@ class Calibration(BaseModel):
         own = [curve for curve in self.curves if curve.type == type]
         ranged = (curve for curve in own if curve.options and curve.options[0] <= options <= curve.options[1])
         return next(ranged, next((curve for curve in own if curve.options is None), None))
+
+
+def normalised(logs: Sequence[float]) -> tuple[float, ...]:
+    """Probabilities that are in proportion to the exponentials, of which one at least is not 0."""
+    peak = max(logs)
+    weights = [math.exp(value - peak) for value in logs]
+    total = math.fsum(weights)
+    return tuple(weight / total for weight in weights)
 
 
 def bucket(options: int) -> Range:

@@ -32,11 +32,9 @@ def read_sequences(
     """
     if not given and not isinstance(given, str):
         raise InvalidRequestError(f"{field} is an empty list; send at least one prompt", param=field)
-    where = f"{field}[{{}}]"
-    if isinstance(given, str):
-        given = [given]
-    elif isinstance(given[0], int):
-        where, given = field, [cast(list[int], given)]
+    where = field if is_one(given) and not isinstance(given, str) else f"{field}[{{}}]"
+    if is_one(given):
+        given = cast(list[str] | list[list[int]], [given])
     check_count(given, model.limits.max_items, field)
     texts: Sequence[str | None] = [None] * len(given)
     found = iter(cast(list[list[int]], given))

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from serve_app.contract import BatchResult, Int32, common_prefix
 from serve_app.errors import InternalError, InvalidRequestError, ScoringError, TooLargeError
-from serve_app.profiles.calibration import Calibration
+from serve_app.profiles.calibration import Calibration, normalised
 from serve_app.profiles.profile import Profile, ShownOption
 from serve_app.tasks.chat import ChatTemplate
 from serve_app.tasks.decisions.bodies import DecisionRequest
@@ -597,15 +597,11 @@ def _judgement(
             where=question.where,
         )
     means = [math.fsum(values) / len(reads) for values in zip(*(logs for logs, _ in reads), strict=True)]
-    peak = max(means)
-    weights = [math.exp(value - peak) for value in means]
-    total = math.fsum(weights)
-    raw = tuple(weight / total for weight in weights)
+    raw = normalised(means)
     judged = Judgement(raw, math.fsum(masses) / len(masses), len(reads), words)
-    curve = calibration and calibration.curve(question.kind.value, len(raw))
-    if curve is None or calibration is None:
-        return judged
-    return replace(judged, probabilities=curve.calibrated(raw), raw=raw, calibration=calibration.name)
+    if calibration and (curve := calibration.curve(question.kind.value, len(raw))):
+        return replace(judged, probabilities=curve.calibrated(raw), raw=raw, calibration=calibration.name)
+    return judged
 
 
 def _log_sum(values: Sequence[float]) -> float:

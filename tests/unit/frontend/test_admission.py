@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -15,22 +14,9 @@ from serve_app.contract import Share
 from serve_app.errors import OverloadedError
 from serve_app.frontend.admission import LONGEST_RETRY_S, Admission
 from serve_app.room import has_room
+from tests.stubs import Clock
 
 A, B = Share("a"), Share("b")
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(time, "monotonic", clock)
-    return clock
 
 
 def enter(door: Admission, tokens: int, replicas: int) -> AbstractContextManager[None]:

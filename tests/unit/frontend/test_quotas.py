@@ -10,20 +10,7 @@ from hypothesis import strategies as st
 
 from serve_app.errors import QuotaExceededError
 from serve_app.frontend.quotas import FULL_AFTER_S, Bucket
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(time, "monotonic", clock)
-    return clock
+from tests.stubs import Clock
 
 
 def refused_for(bucket: Bucket, tokens: int) -> int:
