@@ -125,7 +125,7 @@ class DecisionJob(AnyJob):
         request: the questions, and the other fields of the request for each row; its state is not used.
     """
 
-    facts = ("decision_profile",)
+    facts = ("decision_profile", "calibration")
 
     state: str
     request: SystemOneRequest

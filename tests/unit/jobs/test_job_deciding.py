@@ -16,6 +16,8 @@ import pytest
 
 from serve_app.contract import Engine
 from serve_app.errors import InternalError, InvalidRequestError, OverloadedError
+from serve_app.frontend.models import Models
+from serve_app.frontend.routes import create_app
 from serve_app.frontend.service import ModelService
 from serve_app.jobs.batch_job import Worker
 from serve_app.jobs.columns import Column, of_decisions
@@ -23,13 +25,15 @@ from serve_app.jobs.deciding import decide
 from serve_app.jobs.files import JobError, Reader, plan
 from serve_app.jobs.folder import JobFolder
 from serve_app.jobs.job import DecisionJob
-from serve_app.jobs.targets import Engines
+from serve_app.jobs.targets import Engines, Service
+from serve_app.profiles.calibration import Calibration
 from serve_app.scorer.fake_engine import FakeEngine
 from serve_app.settings import ModelSettings
 from serve_app.tasks.systemone import SYSTEMONE, SystemOneRequest, SystemOneResponse
 from serve_app.tasks.task import Task
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas, save_tokenizer
+from tests.served import serving
 
 QUESTIONS: dict[str, Any] = {
     "urgent": {"type": "noul", "instructions": "Is it urgent?"},
@@ -215,3 +219,15 @@ def test_a_worker_s_own_engine_asks_as_the_service_does_by_the_models_files(tmp_
 
     with pytest.raises(InvalidRequestError, match="a head of its own"):
         asyncio.run(asked())
+
+
+def test_with_another_calibration_it_is_another_job(tokenizer: TextTokenizer):
+    engine = FakeEngine(VOCAB_SIZE, CONTEXT)
+    made = Calibration(name="fox-v1", model="fake", profile="plain-v1")
+    settings = ModelSettings(model="fake", engine="fake", calibration=made)
+    service = ModelService(settings, tokenizer, engine.info, DirectReplicas(engine))
+    models = Models(service)
+    with serving(create_app(lambda: models)) as served:
+        identity = Service(served.url).identity("default", *DecisionJob.facts)
+    service.close()
+    assert (identity["decision_profile"], identity["calibration"]) == ("plain-v1", "fox-v1")
