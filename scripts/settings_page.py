@@ -137,7 +137,11 @@ def _variables() -> Iterator[tuple[str, str]]:
 
 
 def _of_ray() -> Iterator[tuple[str, str, str]]:
-    for values, when in ((PROCESSES, "always"), (GRPC_ENV | LOOPBACK, "on one host"), (FAST_FRONT, "unless `--no-fast-front`")):
+    for values, when in (
+        (PROCESSES, "always"),
+        (GRPC_ENV | LOOPBACK, "on one host"),
+        (FAST_FRONT, "unless `--no-fast-front`"),
+    ):
         for name, value in values.items():
             yield f"`{name}`", f"`{value}`", when
 
