@@ -146,6 +146,7 @@ class ModelConfig:
         experts: 0: the MLP is one.
         experts_per_token: that a token goes through.
         norm_expert_weights: the weights of a token's experts are made to sum to 1.
+        shared_ff_width: F of the expert that all tokens go through; 0: there is none.
         ragged: experts multiply by ``lax.ragged_dot``, which TPUs have a kernel for.
         classes: of a sequence-classification head; 0: the model is causal.
         pad_token_id: classes are read at a prompt's last token that is another; None: at its last.
@@ -187,6 +188,7 @@ class ModelConfig:
     experts: int = 0
     experts_per_token: int = 0
     norm_expert_weights: bool = False
+    shared_ff_width: int = 0
     ragged: bool = False
     classes: int = 0
     pad_token_id: int | None = None
@@ -204,6 +206,8 @@ def common_config(
     rope: Rope | None = None,
     kv_heads: int | None = None,
     head_width: int | None = None,
+    ff_key: str = "intermediate_size",
+    ff_width: int | None = None,
     norm_eps: float = 1e-6,
     tied_head: bool = False,
     activation_key: str = "hidden_act",
@@ -216,6 +220,7 @@ def common_config(
         rope: where the family reads its keys itself.
         kv_heads: what the family's class in transformers takes where the key is absent; None: all heads, as for null.
         head_width: the same; None: D / N.
+        ff_width: the same, for the key ``ff_key``; None: it must be there.
         norm_eps: the same.
         tied_head: the same.
         activation: the same, for the key ``activation_key``.
@@ -241,7 +246,7 @@ def common_config(
         heads=heads,
         kv_heads=kv_heads,
         head_width=_head_width(fields, width, heads, head_width),
-        ff_width=fields.integer("intermediate_size"),
+        ff_width=fields.integer(ff_key, ff_width),
         norm_eps=fields.number("rms_norm_eps", norm_eps),
         rope=rope,
         context_length=_context(fields, rope, context_length),

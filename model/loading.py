@@ -144,7 +144,7 @@ def prepare(
     native = packed = kernels is not None and mesh is None
     if kernels is not None and dtype == "bfloat16":  # two numbers make one operand
         native = native and config.width % 2 == 0
-        packed = native and kernels.bfloat16 and config.ff_width % 2 == 0
+        packed = native and kernels.bfloat16 and config.ff_width % 2 == 0 and config.shared_ff_width % 2 == 0
     packed = packed and not quantization
     ragged = platform == "tpu" if ragged is None else ragged
     return choose(

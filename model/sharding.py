@@ -141,6 +141,7 @@ def divided(config: ModelConfig, shards: int) -> ModelConfig:
         heads=config.heads // shards,
         kv_heads=max(1, config.kv_heads // shards),
         ff_width=ff_width,
+        shared_ff_width=-(-config.shared_ff_width // shards),  # the last device may have zeros
         shards=shards,
     )
 

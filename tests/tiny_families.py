@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from tests.tiny import save, write_json
 
@@ -139,6 +140,24 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "linear_value_head_dim": 10,
         "linear_conv_kernel_dim": 4,
     },
+    "qwen3_5_moe": {
+        "architectures": ["Qwen3_5MoeForCausalLM"],
+        "model_type": "qwen3_5_moe_text",
+        "num_hidden_layers": 4,
+        "full_attention_interval": 2,
+        "head_dim": 16,
+        "rms_norm_eps": 6e-4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 8109.0, "partial_rotary_factor": 0.5},
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 10,
+        "linear_value_head_dim": 12,
+        "linear_conv_kernel_dim": 3,
+        "moe_intermediate_size": 20,
+        "shared_expert_intermediate_size": 28,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+    },
     "qwen3_moe": {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
@@ -154,6 +173,10 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
 
 FAMILIES = tuple(name for name in CONFIGS if name != "llama")
 """Families that have no tests of their own."""
+TESTED = tuple(
+    pytest.param(name, marks=pytest.mark.slow) if name == "qwen3_5_moe" else pytest.param(name) for name in FAMILIES
+)
+"""The same for tests. The slow one's layers are those of two others, and every run compares its mixture alone."""
 CLASSIFIERS: Mapping[str, str] = {
     "llama": "LlamaForSequenceClassification",
     "qwen2": "Qwen2ForSequenceClassification",
@@ -225,6 +248,7 @@ WRAPPED: Mapping[str, str] = {
     "Mistral3ForConditionalGeneration": "mistral",
     "Qwen3_5ForConditionalGeneration": "qwen3_5",
     "Qwen3_5ForSequenceClassification": "qwen3_5",
+    "Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe",
 }
 """Architectures whose text part is a family."""
 
@@ -233,7 +257,16 @@ def wrapped_config(architecture: str) -> dict[str, Any]:
     """The ``config.json`` of a model for images with a tiny family in it."""
     family = WRAPPED[architecture]
     text = {key: value for key, value in config_of(family).items() if key != "architectures"}
-    images = {"gemma3": _GEMMA3_IMAGES, "mistral": _MISTRAL3_IMAGES, "qwen3_5": _QWEN3_5_IMAGES}
+    images = {
+        "gemma3": _GEMMA3_IMAGES,
+        "mistral": _MISTRAL3_IMAGES,
+        "qwen3_5": _QWEN3_5_IMAGES,
+        "qwen3_5_moe": {
+            **_QWEN3_5_IMAGES,
+            "model_type": "qwen3_5_moe",
+            "vision_config": {**_QWEN3_5_IMAGES["vision_config"], "model_type": "qwen3_5_moe"},
+        },
+    }
     return {**images[family], "architectures": [architecture], "text_config": text}
 
 
@@ -245,9 +278,12 @@ NORMS: Mapping[str, tuple[str, ...]] = {
     ),
 }
 """Norms of a layer, if they are not Llama's."""
+HYBRIDS = ("qwen3_5_text", "qwen3_5_moe_text")
+"""Model types with gated DeltaNet in most layers."""
 QK_NORMS: Mapping[str, str] = {
     "qwen3": "one head",
     "qwen3_5_text": "one head",
+    "qwen3_5_moe_text": "one head",
     "qwen3_moe": "one head",
     "gemma3_text": "one head",
     "olmo2": "all heads",
@@ -317,8 +353,8 @@ def _tensors(rng: np.random.Generator, config: Mapping[str, Any]) -> dict[str, n
         attention = f"{block}.self_attn"
         for name in NORMS.get(kind, ("input_layernorm", "post_attention_layernorm")):
             norm(f"{block}.{name}")
-        recurrent = kind == "qwen3_5_text" and (layer + 1) % config["full_attention_interval"] > 0
-        gated = 2 if kind == "qwen3_5_text" else 1
+        recurrent = kind in HYBRIDS and (layer + 1) % config["full_attention_interval"] > 0
+        gated = 2 if kind in HYBRIDS else 1
         projections = (("q", gated * heads, 1.5), ("k", kv_heads, 1.5), ("v", kv_heads, 1.0))
         for name, count, gain in () if recurrent else projections:
             linear(f"{attention}.{name}_proj", count * head, width, bias=kind == "qwen2", gain=gain)
@@ -330,10 +366,13 @@ def _tensors(rng: np.random.Generator, config: Mapping[str, Any]) -> dict[str, n
             norm(f"{attention}.q_norm", head * (heads if QK_NORMS[kind] == "all heads" else 1))
             norm(f"{attention}.k_norm", head * (kv_heads if QK_NORMS[kind] == "all heads" else 1))
         mlps = {f"{block}.mlp": config["intermediate_size"]}
-        if kind == "qwen3_moe":
+        if kind in ("qwen3_moe", "qwen3_5_moe_text"):
             linear(f"{block}.mlp.gate", config["num_experts"], width, gain=2.0)
             experts = range(config["num_experts"])
             mlps = {f"{block}.mlp.experts.{expert}": config["moe_intermediate_size"] for expert in experts}
+        if kind == "qwen3_5_moe_text":
+            linear(f"{block}.mlp.shared_expert_gate", 1, width, gain=2.0)
+            mlps[f"{block}.mlp.shared_expert"] = config["shared_expert_intermediate_size"]
         for mlp, ff in mlps.items():
             linear(f"{mlp}.gate_proj", ff, width)
             linear(f"{mlp}.up_proj", ff, width)

@@ -23,10 +23,12 @@ def decided(config: Mapping[str, Any], stored: Opened) -> dict[str, Any]:
     """
     name = name_of(config)
     if name in BASES:
-        causal, found = BASES[name], [head for head in (OUTPUT, CLASSES) if head in stored.tensors]
+        causal = BASES[name]
+        known = (OUTPUT, CLASSES) if causal in _WITH_CLASSES else (OUTPUT,)
+        found = [head for head in known if head in stored.tensors]
         if not found:
             raise ConfigError(
-                f"architectures is [{name!r}], and no tensor is a head ({OUTPUT} or {CLASSES}): the model is an "
+                f"architectures is [{name!r}], and no tensor is a head ({' or '.join(known)}): the model is an "
                 "embedder, which makes vectors. Only a model with a head makes scores"
             )
         if len(found) > 1:

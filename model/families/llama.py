@@ -3,6 +3,8 @@
 Source: transformers' ``modeling_llama``; the parity tests compare with its float32 forward pass.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -32,7 +34,11 @@ class Block(decoder.Block):
         super().__init__(config, dtype=dtype, implementation=implementation)
         self.attention_norm = decoder.norm(config, config.width, dtype)
         self.mlp_norm = decoder.norm(config, config.width, dtype)
-        self.mlp = decoder.gated_mlp(config, dtype)
+        self.mlp = self.feed_forward(config, dtype)
+
+    def feed_forward(self, config: ModelConfig, dtype: jnp.dtype) -> Callable[[Array], Array]:
+        """The layer's last part, for a family to overwrite that has another than a gated MLP."""
+        return decoder.gated_mlp(config, dtype)
 
     def pre_attention(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
         return self.attention_norm(x)

@@ -4,8 +4,9 @@ The layers up to and with one of attention are one block, so that all blocks are
 their scales less 1; but not that of what a memory gives. Source: transformers' ``modeling_qwen3_5``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,22 @@ LINEAR, FULL = "linear_attention", "full_attention"
 
 
 def parse(fields: Fields) -> ModelConfig:
+    return hybrid(fields)
+
+
+def hybrid(
+    fields: Fields,
+    *,
+    ignored: Collection[str] = (),
+    neutral: Mapping[str, object] | None = None,
+    **constants: Any,
+) -> ModelConfig:
+    """The config of layers of both kinds.
+
+    Args:
+        ignored, neutral: what else than here, see ``Fields.refuse_rest``.
+        constants: of the layers' MLPs, see ``common_config``.
+    """
     rope, rotated = _rope(fields)
     bias = fields.flag("attention_bias", False)
     config = common_config(
@@ -37,6 +54,7 @@ def parse(fields: Fields) -> ModelConfig:
         output_bias=bias,
         qk_norm="head",
         norm_offset=1.0,
+        **constants,
     )
     rotary_width = int(config.head_width * rotated)
     if rotary_width < 2 or rotary_width % 2:
@@ -61,13 +79,14 @@ def parse(fields: Fields) -> ModelConfig:
     if fields.count("mtp_num_hidden_layers", 0):
         fields.notes.append("the layers that predict further tokens (mtp) are not loaded: nothing is generated")
     fields.refuse_rest(
-        ignored=IGNORED | {"mtp_use_dedicated_embeddings"},
+        ignored=IGNORED | {"mtp_use_dedicated_embeddings", *ignored},
         neutral={
             **NEUTRAL,
             "mlp_only_layers": [],
             "attn_output_gate": True,
             "output_gate_type": "swish",
             "mamba_ssm_dtype": "float32",
+            **(neutral or {}),
         },
     )
     layers = config.layers // (parts + 1)
@@ -199,11 +218,13 @@ class DeltaNet(nnx.Module):
 class RecurrentLayer(nnx.Module):
     """One layer of gated DeltaNet, and its MLP."""
 
-    def __init__(self, config: ModelConfig, sizes: Recurrence, dtype: jnp.dtype, implementation: str) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: jnp.dtype, delta_net: DeltaNet, mlp: Callable[[Array], Array]
+    ) -> None:
         self.delta_norm = decoder.norm(config, config.width, dtype)
-        self.delta = DeltaNet(config, sizes, dtype, implementation)
+        self.delta = delta_net
         self.mlp_norm = decoder.norm(config, config.width, dtype)
-        self.mlp = decoder.gated_mlp(config, dtype)
+        self.mlp = mlp
 
     def __call__(
         self, x: Float[Array, "M D"], context: AttentionContext, layer: Layer, part: int, *, keep: bool
@@ -221,7 +242,14 @@ class Block(llama.Block):
         super().__init__(config, dtype=dtype, implementation=implementation)
         sizes = config.recurrence
         assert sizes is not None, "``parse`` has read it"
-        self.recurrent = nnx.List([RecurrentLayer(config, sizes, dtype, implementation) for _ in range(sizes.parts)])
+        self.recurrent = nnx.List(
+            [
+                RecurrentLayer(
+                    config, dtype, DeltaNet(config, sizes, dtype, implementation), self.feed_forward(config, dtype)
+                )
+                for _ in range(sizes.parts)
+            ]
+        )
         self.attention = GatedAttention(config, dtype, implementation)
 
     def __call__(
@@ -282,26 +310,35 @@ def _linear(config: ModelConfig, dtype: jnp.dtype, into: int, out: int) -> Linea
 
 
 def weights(config: ModelConfig) -> Targets:
+    return table(config, _of_layer(decoder.mlp_linears(config), {}))
+
+
+def table(config: ModelConfig, mlp: Mapping[str, Target]) -> Targets:
+    """Tensor names -> places.
+
+    Args:
+        mlp: what every layer has after its memories or its attention, by the name in a layer of the checkpoint.
+    """
     sizes = config.recurrence
     assert sizes is not None, "``parse`` has read it"
     table = decoder.table(replace(config, layers=0), {}, {})
-    mlp, attention = decoder.mlp_linears(config), decoder.attention_linears(config)
+    attention = decoder.attention_linears(config)
     path, heads, width, bias = attention["self_attn.q_proj"]
     attention["self_attn.q_proj"] = (path, 2 * heads, width, bias)
     head_norms = {f"self_attn.{name}": (f"attention.{name}", config.head_width) for name in ("q_norm", "k_norm")}
-    attends = _of_layer(attention | mlp, {name: (path, width) for name, path in llama.NORMS.items()} | head_norms)
-    recurs = _recurrent(config, sizes, mlp)
+    attends = _of_layer(attention, {name: (path, width) for name, path in llama.NORMS.items()} | head_norms)
+    recurs = _recurrent(config, sizes)
     for layer in range(config.layers * (sizes.parts + 1)):
         block, part = divmod(layer, sizes.parts + 1)
-        place, tensors = ((), attends) if part == sizes.parts else (("recurrent", part), recurs)
-        for name, target in tensors.items():
+        place, own = ((), attends) if part == sizes.parts else (("recurrent", part), recurs)
+        for name, target in (*own.items(), *mlp.items()):
             table[f"model.layers.{layer}.{name}"] = replace(target, path=("blocks", block, *place, *target.path))
     return table
 
 
-def _recurrent(config: ModelConfig, sizes: Recurrence, mlp: decoder.Linears) -> dict[str, Target]:
+def _recurrent(config: ModelConfig, sizes: Recurrence) -> dict[str, Target]:
     width = config.width
-    linears = mlp | {
+    linears = {
         "linear_attn.in_proj_qkv": ("delta.mixed", sizes.channels, width, False),
         "linear_attn.in_proj_z": ("delta.gate", sizes.values, width, False),
         "linear_attn.in_proj_b": ("delta.rate", sizes.value_heads, width, False),

@@ -32,6 +32,8 @@ def parse(fields: Fields) -> ModelConfig:
     config = common_config(
         fields,
         kv_heads=4,
+        ff_key="moe_intermediate_size",
+        ff_width=768,
         attention_bias=bias,
         output_bias=bias,
         qk_norm="head",
@@ -39,17 +41,16 @@ def parse(fields: Fields) -> ModelConfig:
         experts_per_token=fields.integer("num_experts_per_tok", 8),
         norm_expert_weights=fields.flag("norm_topk_prob", False),
     )
-    config = replace(config, ff_width=fields.integer("moe_intermediate_size", 768))
-    if config.experts_per_token > config.experts:
-        raise ConfigError(f"num_experts_per_tok {config.experts_per_token} is more than num_experts {config.experts}")
+    check_experts(config)
     config = within_chunk(config, fields)
     window = fields.integer_or_none("sliding_window", absent=4096)
     if not fields.flag("use_sliding_window", False):
         window = None
     config = with_window(config, fields, window, [True] * config.layers)
     fields.refuse_rest(
-        # transformers reads no max_window_layers here: the window is that of all layers.
-        ignored=IGNORED | {"max_window_layers"},
+        # transformers reads no max_window_layers here: the window is that of all layers. intermediate_size is of
+        # dense layers, of which there are none.
+        ignored=IGNORED | {"max_window_layers", "intermediate_size"},
         neutral={**NEUTRAL, "decoder_sparse_step": 1, "mlp_only_layers": []},
     )
     return config
@@ -58,6 +59,12 @@ def parse(fields: Fields) -> ModelConfig:
 def _experts(fields: Fields) -> int:
     """Published under the first name; transformers v5 writes the second."""
     return fields.integer("num_experts" if "num_experts" in fields else "num_local_experts", 128)
+
+
+def check_experts(config: ModelConfig) -> None:
+    """Refuse a token that goes through more experts than there are."""
+    if config.experts_per_token > config.experts:
+        raise ConfigError(f"num_experts_per_tok {config.experts_per_token} is more than num_experts {config.experts}")
 
 
 class Experts(nnx.Module):
@@ -178,13 +185,19 @@ class Block(decoder.Block):
 
 def weights(config: ModelConfig) -> Targets:
     table = decoder.table(config, decoder.attention_linears(config), NORMS)
-    width, ff_width = config.width, config.ff_width
-    shapes = {"gate": (ff_width, width), "up": (ff_width, width), "down": (width, ff_width)}
+    experts = expert_targets(config)
     for layer in range(config.layers):
-        source, block = f"model.layers.{layer}.mlp", ("blocks", layer, "mlp")
-        table[f"{source}.gate.weight"] = decoder.kernel(layer, "mlp.router", config.experts, width)
-        for expert in range(config.experts):
-            for name, shape in shapes.items():
-                stacked = Target((*block, name), shape, "transpose", (expert, config.experts))
-                table[f"{source}.experts.{expert}.{name}_proj.weight"] = stacked
+        for name, target in experts.items():
+            table[f"model.layers.{layer}.{name}"] = replace(target, path=("blocks", layer, *target.path))
     return table
+
+
+def expert_targets(config: ModelConfig) -> dict[str, Target]:
+    """Name in a layer of the checkpoint -> place in a layer of the model."""
+    width, ff_width, experts = config.width, config.ff_width, config.experts
+    shapes = {"gate": (ff_width, width), "up": (ff_width, width), "down": (width, ff_width)}
+    return {"mlp.gate.weight": Target(("mlp", "router", "kernel"), (experts, width), "transpose")} | {
+        f"mlp.experts.{expert}.{name}_proj.weight": Target(("mlp", name), shape, "transpose", (expert, experts))
+        for expert in range(experts)
+        for name, shape in shapes.items()
+    }

@@ -23,6 +23,7 @@ from model.families import (
     qwen2,
     qwen3,
     qwen3_5,
+    qwen3_5_moe,
     qwen3_moe,
 )
 from model.families.wrappers import ALIASES, WRAPPERS, unwrapped
@@ -69,9 +70,14 @@ GENERATIVE: dict[str, Family] = {
     "Qwen2ForCausalLM": Family("qwen2", qwen2.parse, qwen2.Block, qwen2.weights),
     "Qwen3ForCausalLM": Family("qwen3", qwen3.parse, qwen3.Block, qwen3.weights),
     "Qwen3_5ForCausalLM": Family("qwen3_5_text", qwen3_5.parse, qwen3_5.Block, qwen3_5.weights),
+    "Qwen3_5MoeForCausalLM": Family("qwen3_5_moe_text", qwen3_5_moe.parse, qwen3_5_moe.Block, qwen3_5_moe.weights),
     "Qwen3MoeForCausalLM": Family("qwen3_moe", qwen3_moe.parse, qwen3_moe.Block, qwen3_moe.weights),
 }
-_TEXT_ALONE = {"Gemma3ForCausalLM": "Gemma3Text", "Qwen3_5ForCausalLM": "Qwen3_5Text"}
+_TEXT_ALONE = {
+    "Gemma3ForCausalLM": "Gemma3Text",
+    "Qwen3_5ForCausalLM": "Qwen3_5Text",
+    "Qwen3_5MoeForCausalLM": "Qwen3_5MoeText",
+}
 """Architectures whose other classes in transformers are called otherwise, and how their names begin."""
 
 
@@ -80,7 +86,11 @@ def _named(suffix: str) -> dict[str, str]:
     return {_TEXT_ALONE.get(name, name.removesuffix("ForCausalLM")) + suffix: name for name in GENERATIVE}
 
 
-CLASSIFIERS = _named("ForSequenceClassification")
+CLASSIFIERS = {
+    name: causal
+    for name, causal in _named("ForSequenceClassification").items()
+    if causal != "Qwen3_5MoeForCausalLM"  # transformers has none
+}
 """Architecture -> the causal one with the same layers."""
 BASES = _named("Model")
 """Architecture without a head -> the causal one with the same layers."""

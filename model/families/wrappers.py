@@ -72,6 +72,9 @@ _QWEN3_5 = Wrapper(
     tied=False,
 )
 WRAPPERS = {
+    "Qwen3_5MoeForConditionalGeneration": replace(
+        _QWEN3_5, model_type="qwen3_5_moe", text="Qwen3_5MoeForCausalLM", text_type="qwen3_5_moe_text"
+    ),
     "Qwen3_5ForConditionalGeneration": _QWEN3_5,
     "Qwen3_5ForSequenceClassification": replace(_QWEN3_5, text="Qwen3_5TextForSequenceClassification"),
     "Gemma3ForConditionalGeneration": _GEMMA3,

@@ -55,6 +55,10 @@ WORDS = {"chat-v1": ("", " "), "plain-v1": (" ",)}
 
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_judge(tmp_path_factory.mktemp("decides") / "judge", request.param)
+
+
+def make_judge(folder: Path, family: str, template: str = CHATML) -> Path:
     """A tiny model with a chat template. Some answers are one token of its tokenizer, others are several."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -66,9 +70,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         show_progress=False,
     )
     tokenizer.train_from_iterator([" yes Yes no AC AD AF BA"] * 50, trainer)
-    made = make_family(tmp_path_factory.mktemp("decides") / "judge", request.param)
+    made = make_family(folder, family)
     tokenizer.save(str(made / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHATML}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
     (made / "tokenizer_config.json").write_text(json.dumps(config))
     # Published prompts are long in so small a vocabulary.
     config = json.loads((made / "config.json").read_text()) | {"max_position_embeddings": 1_024}
@@ -116,7 +120,12 @@ class Reference:
         ask = asked if kind is Kind.NOUL else f"with {asked}"
         content = "\n".join([STATE, "", *lines, f"Answer {ask} only."])
         messages = [{"role": "user", "content": content}]
-        return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return self.conversation(messages)
+
+    def conversation(self, messages: Sequence[dict[str, str]]) -> str:
+        """The prompt of a conversation, without thinking."""
+        how: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}
+        return self._tokenizer.apply_chat_template(messages, **how)
 
     def probabilities(self, number: int, turn: int) -> tuple[list[float], float]:
         """The probability of each option, in the request's order, normalised; and before that, of all together."""

@@ -13,14 +13,15 @@ from model.computations import Kind
 from model.engine import Engine
 from model.inputs import padding
 from model.plan import Shape
+from model.tensors.folder import opened
 from tests.batches import label_batch, reads_batch
-from tests.parity.cases import HAVE_TORCH, LABELS, expected, sequences
-from tests.tiny_families import FAMILIES
+from tests.parity.cases import HAVE_TORCH, LABELS, expected, sequences, torch_on_one_thread
+from tests.tiny_families import TESTED, make_family
 
 Families = Callable[[str], tuple[Path, Engine]]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TESTED)
 def test_float32_logprobs_equal_transformers(family: str, families: Families) -> None:
     folder, scorer = families(family)
     wanted = np.array(expected(family, folder))
@@ -49,7 +50,7 @@ def logprobs(scorer: Engine) -> np.ndarray:
 
 
 @pytest.mark.skipif(not HAVE_TORCH, reason="torch is not installed, and hidden states are not stored")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TESTED)
 def test_every_layer_equals_transformers(family: str, families: Families) -> None:
     import torch
     from transformers import AutoModelForCausalLM
@@ -112,6 +113,27 @@ def test_a_token_s_sorted_experts_do_not_depend_on_the_others(families: Families
     crowded[40] = np.nan
     through = jax.jit(lambda x: experts(x))
     assert (np.array(through(crowded))[:8] == np.array(through(x))[:8]).all()
+
+
+@pytest.mark.skipif(not HAVE_TORCH, reason="torch is not installed, and a mixture's results are not stored")
+def test_a_mixture_with_an_expert_for_all_tokens_equals_transformers(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch_on_one_thread()
+    folder = make_family(tmp_path, "qwen3_5_moe", changes={"num_hidden_layers": 2, "full_attention_interval": 2})
+    with opened(folder) as stored:
+        choice = loading.prepare(folder, by_layer=True)
+        weights = loading.place(stored, choice)
+    block: Any = choice.model.block(weights.layers[0])
+    auto: Any = AutoModelForCausalLM
+    layers = auto.from_pretrained(folder, dtype=torch.float32).eval().model.layers
+    x = np.random.default_rng(3).standard_normal((40, 48)).astype(np.float32)
+    for ours, theirs in ((block.recurrent[0], layers[0]), (block, layers[1])):
+        with torch.no_grad():
+            wanted = theirs.mlp(torch.tensor(x[None]))[0].numpy()
+        assert wanted.std() > 0.1
+        np.testing.assert_allclose(jax.jit(lambda x, mlp=ours.mlp: mlp(x))(x), wanted, rtol=0, atol=1e-4)
 
 
 @pytest.mark.skipif(not HAVE_TORCH, reason="torch is not installed, and these answers are not stored")

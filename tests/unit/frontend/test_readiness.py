@@ -21,7 +21,7 @@ from serve_app.settings import ModelSettings
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.local import CONTEXT, VOCAB_SIZE, DirectReplicas
 from tests.tiny import make_llama
-from tests.tiny_families import CONFIGS, make_family
+from tests.tiny_families import TESTED, make_family
 
 Families = Callable[[str], tuple[Path, Any]]
 Answer = Callable[[TokenBatch, BatchResult], np.ndarray]
@@ -73,7 +73,7 @@ async def test_the_fake_engine_passes(classes: int, vocab_size: int, tokenizer: 
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", ["llama", *TESTED])
 async def test_every_family_passes(family: str, families: Families, tokenizer: TextTokenizer) -> None:
     await ready(tokenizer, families(family)[1])
 

@@ -110,7 +110,7 @@ def test_an_architecture_of_another_model_type_is_refused(architecture: str) -> 
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSES
 
     own = FAMILIES[architecture].model_type
-    assert architecture in (CAUSAL.get(own), CLASSES[own])
+    assert architecture in (CAUSAL.get(own), CLASSES.get(own))
     other = "mistral" if own == "llama" else "llama"
     with pytest.raises(ConfigError, match=f"{architecture}.*model_type '{other}'"):
         from_hf({**config_of("llama"), "architectures": [architecture], "model_type": other})
@@ -317,6 +317,29 @@ def test_a_published_hybrid_is_read_in_blocks_that_end_in_attention() -> None:
     assert config.rope.theta == 1e7
     assert any("mtp" in note for note in config.notes)
     assert from_hf(published_qwen3_5(layer_types=None)) == config
+
+
+def test_a_published_mixture_of_a_hybrid_is_read() -> None:
+    """The keys of Qwen3.5-35B-A3B."""
+    from transformers import Qwen3_5MoeConfig
+
+    kinds = ["full_attention" if (layer + 1) % 4 == 0 else "linear_attention" for layer in range(40)]
+    dense = published_qwen3_5(
+        hidden_size=2048, num_hidden_layers=40, layer_types=kinds, num_attention_heads=16, num_key_value_heads=2,
+        linear_num_value_heads=32, model_type="qwen3_5_moe_text", num_experts=256, num_experts_per_tok=8,
+        moe_intermediate_size=512, shared_expert_intermediate_size=512, router_aux_loss_coef=0.001,
+    )  # fmt: skip
+    del dense["text_config"]["intermediate_size"]
+    named = {"architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe"}
+    config = from_hf(dense | named)
+    assert (config.layers, config.experts, config.experts_per_token, config.norm_expert_weights) == (10, 256, 8, True)
+    assert (config.ff_width, config.shared_ff_width, config.recurrence) == (
+        512,
+        512,
+        Recurrence(3, 16, 32, 128, 128, 4),
+    )
+    of_class = Qwen3_5MoeConfig(**{key: dense[key] for key in ("text_config", "vision_config")} | named).to_dict()
+    assert from_hf(of_class | {"architectures": named["architectures"]}) == config
 
 
 @pytest.mark.parametrize("implementation", ["triton", "paged"])

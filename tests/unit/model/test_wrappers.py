@@ -97,9 +97,13 @@ def test_other_names_of_llama(name: str, model_type: str) -> None:
 def test_a_model_without_its_head_takes_the_one_that_is_stored(family: str) -> None:
     causal = config_of(family)["architectures"][0]
     base = next(name for name, its in BASES.items() if its == causal)
-    classifier = next(name for name, its in CLASSIFIERS.items() if its == causal)
+    classifier = next((name for name, its in CLASSIFIERS.items() if its == causal), None)
     config = {**config_of(family), "architectures": [base]}
     assert from_hf(heads.decided(config, stored("lm_head.weight"))).architecture == causal
+    if classifier is None:
+        with pytest.raises(ConfigError, match=r"no tensor is a head \(lm_head.weight\)"):
+            heads.decided(config, stored("score.weight"))
+        return
     parsed = from_hf(heads.decided(config, stored("score.weight", classes=5)))
     assert (parsed.architecture, parsed.classes) == (classifier, 5)
     with pytest.raises(ConfigError, match="embedder"):
