@@ -93,7 +93,7 @@ def program_cost(traced: Any, compiled: Any, *, trips: int) -> tuple[Cost, int]:
     Args:
         traced: ``jax.jit(...).trace(...)``.
         compiled: the same, compiled for one or more TPU chips; the cost is one chip's.
-        trips: of each of its loops.
+        trips: of each of its loops whose compiled text does not say it.
     """
     counted = float(compiled.cost_analysis()["flops"])
     once, whole = dot_flops(traced.jaxpr, trips=False), dot_flops(traced.jaxpr)
@@ -164,7 +164,7 @@ def hlo_cost(hlo: str, *, trips: int) -> tuple[Cost, int]:
 
     Args:
         hlo: text of a compiled program.
-        trips: of each loop.
+        trips: of each loop whose text does not say it.
     """
     computations = dict(_computations(hlo))
     entry = re.search(r"^ENTRY %?([\w.\-]+)", hlo, re.MULTILINE)
@@ -179,7 +179,7 @@ def hlo_cost(hlo: str, *, trips: int) -> tuple[Cost, int]:
         for op in ops.values():
             if op.kind == "while":
                 assert op.calls
-                pending.append((op.calls, times * trips))
+                pending.append((op.calls, times * (_trips(op, computations) or trips)))
             elif op.kind == "custom-call" and KERNEL in op.name:
                 kernels += times
             elif op.kind == "custom-call" and op.name.startswith(EXPERTS_KERNEL):
@@ -194,6 +194,16 @@ def hlo_cost(hlo: str, *, trips: int) -> tuple[Cost, int]:
             if expected and op.kind.removesuffix("-start").removesuffix("-done") not in _COLLECTIVES:
                 cycles[_title(op)] += times * int(expected[1])
     return Cost(0, moved, collective, cycles, ragged), kernels
+
+
+def _trips(loop: _Op, computations: Mapping[str, list[_Op]]) -> int | None:
+    """How often a loop runs: as XLA has noted, or else the only number that its counter is compared with."""
+    if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text):
+        return int(noted[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.text)
+    ops = computations.get(condition[1], []) if condition else []
+    bounds = [int(found[1]) for op in ops if op.kind == "constant" and (found := re.match(r"(\d+)\)", op.text))]
+    return bounds[0] if len(bounds) == 1 and bounds[0] > 0 else None
 
 
 def _ragged(op: _Op) -> Ragged:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from model.config import ModelConfig
 from model.contract import PAGE_TOKENS, MemoryUse
+from model.delta import CHUNK
 from model.families.registry import Abstract
 from model.fields import ConfigError
 from model.sizes import Layout
@@ -190,8 +191,17 @@ def _activations(config: ModelConfig, laid: Layout) -> int:
     chunk = max(laid.sizes.chunks, default=0)
     tokens = max(laid.ladder[-1].tokens, chunk)
     heads = (config.heads + 2 * config.kv_heads) * config.head_width
-    channels = 6 * config.width + 3 * config.ff_width * max(1, config.experts_per_token) + 2 * heads
+    mlp = 3 * (config.ff_width * max(1, config.experts_per_token) + config.shared_ff_width)
+    channels = 6 * config.width + max(mlp + 2 * heads, _recurrent(config))
     return 4 * tokens * channels + chunk * laid.page_bytes // PAGE_TOKENS
+
+
+def _recurrent(config: ModelConfig) -> int:
+    """Channels of a recurrent layer: the convolution's, and by XLA what all chunks of a call have at once."""
+    if (r := config.recurrence) is None:
+        return 0
+    chunks = 0 if config.native else r.value_heads * (4 * (r.key_width + r.value_width) + 4 * CHUNK)
+    return 2 * r.channels + 3 * r.values + chunks
 
 
 def _refusal(

@@ -682,7 +682,205 @@ WRAPPERS = (
         compared="tests/parity/test_classifiers.py",
     ),
 )
-CHECKPOINTS = (*LLAMA, *QWEN, *OTHERS, *QUANTISED, *WRAPPERS)
+
+
+def _hybrid(*, architecture: str, model_type: str, layers: int, tied: bool, **text: Any) -> dict[str, Any]:
+    """A Qwen 3.5 or 3.6, which is published as a model for images."""
+    kinds = ["full_attention" if (layer + 1) % 4 == 0 else "linear_attention" for layer in range(layers)]
+    rope = {"mrope_interleaved": True, "mrope_section": [11, 11, 10], "rope_type": "default"}
+    common = {
+        "attention_bias": False,
+        "attn_output_gate": True,
+        "full_attention_interval": 4,
+        "head_dim": 256,
+        "hidden_act": "silu",
+        "layer_types": kinds,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_value_head_dim": 128,
+        "mamba_ssm_dtype": "float32",
+        "max_position_embeddings": 262144,
+        "mtp_num_hidden_layers": 1,
+        "num_hidden_layers": layers,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {**rope, "rope_theta": 10000000, "partial_rotary_factor": 0.25},
+        "vocab_size": 248320,
+    }
+    ids = {"image_token_id": 248056, "video_token_id": 248057, "vision_start_token_id": 248053}
+    own = {**common, **text, "model_type": f"{model_type}_text"}
+    more = {**ids, "vision_end_token_id": 248054, "tie_word_embeddings": tied}
+    return _of_images(model_type, architecture, own, **more)
+
+
+def _qwen35(width: int, layers: int, heads: tuple[int, int], value_heads: int, ff: int, *, tied: bool) -> Config:
+    return _hybrid(
+        architecture="Qwen3_5ForConditionalGeneration",
+        model_type="qwen3_5",
+        layers=layers,
+        tied=tied,
+        hidden_size=width,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        linear_num_value_heads=value_heads,
+        intermediate_size=ff,
+    )
+
+
+HYBRIDS = (
+    Checkpoint(
+        "Qwen/Qwen3.5-0.8B",
+        _qwen35(1024, 24, (8, 2), 16, 3584, tied=True),
+        "gated DeltaNet, text part, tied",
+        compared=_WRAPPERS,
+    ),
+    Checkpoint(
+        "Qwen/Qwen3.5-4B",
+        _qwen35(2560, 32, (16, 4), 32, 9216, tied=True),
+        "gated DeltaNet, text part, tied",
+        compared=_WRAPPERS,
+    ),
+    Checkpoint(
+        "Qwen/Qwen3.5-9B",
+        _qwen35(4096, 32, (16, 4), 32, 12288, tied=False),
+        "gated DeltaNet, text part",
+        compared=_WRAPPERS,
+    ),
+    Checkpoint(
+        "Qwen/Qwen3.5-27B",
+        _qwen35(5120, 64, (24, 4), 48, 17408, tied=False),
+        "gated DeltaNet, text part",
+        compared=_WRAPPERS,
+    ),
+    Checkpoint(
+        "Qwen/Qwen3.6-35B-A3B",
+        _hybrid(
+            architecture="Qwen3_5MoeForConditionalGeneration",
+            model_type="qwen3_5_moe",
+            layers=40,
+            tied=False,
+            hidden_size=2048,
+            num_attention_heads=16,
+            num_key_value_heads=2,
+            linear_num_value_heads=32,
+            moe_intermediate_size=512,
+            shared_expert_intermediate_size=512,
+            num_experts=256,
+            num_experts_per_tok=8,
+            output_router_logits=False,
+            router_aux_loss_coef=0.001,
+        ),
+        "gated DeltaNet, experts, text part",
+        compared=_WRAPPERS,
+    ),
+)
+
+
+def _encoder(model_type: str, architecture: str, sizes: tuple[int, ...], **keys: Any) -> dict[str, Any]:
+    """An encoder's ``config.json``; sizes as in ``_config``, without key/value heads."""
+    width, layers, heads, ff, vocab, context = sizes
+    found = _config(model_type, architecture, (width, layers, heads, heads, ff, vocab, context), **keys)
+    del found["num_key_value_heads"]
+    return {**found, **_ONE_CLASS}
+
+
+def _bert(*sizes: int, architecture: str = "BertForSequenceClassification", **keys: Any) -> dict[str, Any]:
+    base = {
+        "attention_probs_dropout_prob": 0.1,
+        "classifier_dropout": None,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "position_embedding_type": "absolute",
+    }
+    kinds = {"BertForSequenceClassification": "bert", "XLMRobertaForSequenceClassification": "xlm-roberta"}
+    return _encoder(kinds[architecture], architecture, sizes, **{**base, **keys})
+
+
+def _xlm_roberta(*sizes: int) -> dict[str, Any]:
+    own: dict[str, Any] = {"layer_norm_eps": 1e-5, "output_past": True, "type_vocab_size": 1, "pad_token_id": 1}
+    return _bert(*sizes, architecture="XLMRobertaForSequenceClassification", **own)
+
+
+def _modernbert(*sizes: int) -> dict[str, Any]:
+    return _encoder(
+        "modernbert",
+        "ModernBertForSequenceClassification",
+        sizes,
+        attention_bias=False,
+        attention_dropout=0.0,
+        classifier_activation="gelu",
+        classifier_bias=False,
+        classifier_dropout=0.0,
+        classifier_pooling="mean",
+        cls_token_id=50281,
+        decoder_bias=True,
+        deterministic_flash_attn=False,
+        embedding_dropout=0.0,
+        global_attn_every_n_layers=3,
+        global_rope_theta=160000.0,
+        gradient_checkpointing=False,
+        hidden_activation="gelu",
+        initializer_cutoff_factor=2.0,
+        layer_norm_eps=1e-5,
+        local_attention=128,
+        local_rope_theta=10000.0,
+        mlp_bias=False,
+        mlp_dropout=0.0,
+        norm_bias=False,
+        norm_eps=1e-5,
+        pad_token_id=50283,
+        position_embedding_type="absolute",
+    )
+
+
+_ENCODERS = "tests/parity/test_encoders.py"
+ENCODERS = (
+    Checkpoint(
+        "cross-encoder/ms-marco-MiniLM-L6-v2",
+        _bert(
+            *(384, 6, 12, 1536, 30522, 512),
+            layer_norm_eps=1e-12,
+            type_vocab_size=2,
+            sbert_ce_default_activation_function="torch.nn.modules.linear.Identity",
+        ),
+        "BERT, one class",
+        compared=_ENCODERS,
+    ),
+    Checkpoint(
+        "BAAI/bge-reranker-base",
+        _xlm_roberta(768, 12, 12, 3072, 250002, 514),
+        "XLM-RoBERTa, one class",
+        context=512,
+        compared=_ENCODERS,
+    ),
+    Checkpoint(
+        "BAAI/bge-reranker-large",
+        _xlm_roberta(1024, 24, 16, 4096, 250002, 514),
+        "XLM-RoBERTa, one class",
+        context=512,
+        compared=_ENCODERS,
+    ),
+    Checkpoint(
+        "BAAI/bge-reranker-v2-m3",
+        _xlm_roberta(1024, 24, 16, 4096, 250002, 8194),
+        "XLM-RoBERTa, one class",
+        context=8192,
+        compared=_ENCODERS,
+    ),
+    Checkpoint(
+        "Alibaba-NLP/gte-reranker-modernbert-base",
+        _modernbert(768, 22, 12, 1152, 50368, 8192),
+        "ModernBERT, one class",
+        compared=_ENCODERS,
+    ),
+    Checkpoint(
+        "MoritzLaurer/ModernBERT-large-zeroshot-v2.0",
+        {**_modernbert(1024, 28, 16, 2624, 50368, 8192), "id2label": {"0": "entailment", "1": "not_entailment"}},
+        "ModernBERT, two classes",
+        compared=_ENCODERS,
+    ),
+)
+CHECKPOINTS = (*LLAMA, *QWEN, *OTHERS, *QUANTISED, *WRAPPERS, *HYBRIDS, *ENCODERS)
 
 HEADER = "| checkpoint | what sets it apart | loads |\n| --- | --- | --- |"
 

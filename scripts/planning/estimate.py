@@ -171,7 +171,7 @@ def floor_sizes(config: ModelConfig) -> Sizes:
         heads=config.heads,
         kv_heads=config.kv_heads,
         head_width=config.head_width,
-        ff_width=config.ff_width * max(1, config.experts_per_token),
+        ff_width=config.ff_width * max(1, config.experts_per_token) + config.shared_ff_width,
         vocab=config.classes or config.vocab_size,
         windows=decoder.windows(config) or (),
         gated=config.recurrence is not None,

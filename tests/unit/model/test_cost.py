@@ -54,6 +54,22 @@ def test_bytes_follow_loops_cuts_and_memory_spaces() -> None:
     assert kernels == 5
 
 
+def test_a_loop_runs_as_often_as_its_text_says() -> None:
+    """As XLA notes it, or as its counter is compared with."""
+    loop = "while(%init), condition=%less, body=%body"
+    noted = HLO.replace(loop, loop + ', backend_config={"known_trip_count":{"n":"7"},"window_config":{}}')
+    assert hlo_cost(noted, trips=5) == hlo_cost(HLO, trips=7)
+    condition = """
+%less (arg.1: (s32[], f32[60,100])) -> pred[] {
+  %arg.1 = (s32[]{:T(128)}, f32[60,100]{1,0:T(8,128)}) parameter(0)
+  %bound = s32[]{:T(128)} constant(3)
+  %m = s32[]{:T(128)} get-tuple-element(%arg.1), index=0
+  ROOT %before = pred[]{:T(512)} compare(%m, %bound), direction=LT
+}
+"""
+    assert hlo_cost(condition + HLO, trips=5) == hlo_cost(HLO, trips=3)
+
+
 def test_expected_cycles_follow_loops_and_are_named() -> None:
     """A fusion's own operations are not counted again."""
     cost, _ = hlo_cost(HLO, trips=5)
