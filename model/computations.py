@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,7 @@ class Kind(StrEnum):
     NORMALIZER = "normalizer"
     ARGMAX = "argmax"
     TOP = "top"
+    FEATURES = "features"
 
 
 class Span(NamedTuple):
@@ -131,7 +132,7 @@ class Model:
     @property
     def dtype(self) -> jnp.dtype:
         """The dtype of weights, matmul operands, keys and values."""
-        return jax.tree.leaves(self.abstract.ends[1])[0].dtype
+        return dict(nnx.to_flat_state(self.abstract.ends[1]))["embedding",].dtype
 
     def ends(self, ends: State) -> Ends:
         """The embedding and the head, with these parameters."""
@@ -390,6 +391,14 @@ def tops(
     return top(hidden, weights, scale, count, model.config.logit_softcap, head.head_split())
 
 
+def features(model: Model, ends: State, collected: jax.Array, numbers: jax.Array) -> jax.Array:
+    """What a decision head makes of the hidden states of these numbers: [states, features]."""
+    head = cast(decoder.EmbeddingAndHead, model.ends(ends)).decision_head
+    assert head is not None
+    with jax.default_matmul_precision("highest"):
+        return head(collected[numbers])
+
+
 def _cut(model: Model, layers: State, number: jax.Array | int) -> State:
     """One layer's parameters from all layers' stacks."""
 
@@ -477,6 +486,8 @@ def definition(model: Model, weights: Weights, kind: Kind, size: Size) -> Defini
             states = Argument(_int32(model.layout.sizes.argmax_sizes[-1]), WHOLE)
             asked = Argument(_int32(2), WHOLE), Argument(_float32(), WHOLE)
             return Definition(partial(tops, model, size), (ends, collected, states, *asked), WHOLE)
+        case Kind.FEATURES, int():
+            return Definition(partial(features, model), (ends, collected, numbers), WHOLE)
         case _:
             raise ValueError(f"there is no program {kind} of the size {size}")
 

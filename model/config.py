@@ -108,6 +108,19 @@ class Recurrence:
         return 2 * self.key_heads * self.key_width + self.values
 
 
+@dataclass(frozen=True, slots=True)
+class DecisionHead:
+    """A head that scores a question's options, ``model.decision_heads``.
+
+    Attributes:
+        kind: ``candidate``: Decision 2.0's; ``pointer``: kev's.
+        width: channels in which an option and its query are compared.
+    """
+
+    kind: Literal["candidate", "pointer"]
+    width: int
+
+
 MOST_TOKENS = 2**TOKEN_BITS // 2
 """The most tokens of a vocabulary: with some ropes the prefix cache knows each by two ids (``Engine``)."""
 
@@ -151,6 +164,7 @@ class ModelConfig:
         classes: of a sequence-classification head; 0: the model is causal.
         pad_token_id: classes are read at a prompt's last token that is another; None: at its last.
         encoder: None: the model is a decoder.
+        decision_head: what its hidden states are read by, in place of an output head; None: by the output head.
         shards: devices that every layer is split over; heads, key/value heads and F are one device's.
         int8: the kernels of attention and MLP are stored so, see ``layers.quantized``.
         native: sums over a token's channels, and over the vocabulary, are those of ``cpu.linear``.
@@ -193,6 +207,7 @@ class ModelConfig:
     classes: int = 0
     pad_token_id: int | None = None
     encoder: Encoder | None = None
+    decision_head: DecisionHead | None = None
     shards: int = 1
     int8: bool = False
     native: bool = False

@@ -49,6 +49,9 @@ class TokenBatch:
     the values of the token ids ``targets[target_offsets[r]:target_offsets[r + 1]]``. Reads are ordered by
     sequence, then by position, each position once.
 
+    A model with a decision head has one value for any target of a read: the logit of the option that is read there,
+    for the query that is read at the last read of its sequence.
+
     Attributes:
         tokens: ids of all sequences, one after the other; each ``0 <= id < vocab_size``. With token types, ids of the
             second are ``vocab_size`` higher, and so on.
@@ -172,6 +175,8 @@ class ModelInfo:
         notes: what a user should know about how the model was loaded.
         memory: None: not planned.
         mesh: calls that run at once, and the devices that the model is split over for each; None: it is on one device.
+        decision_head: the kind of a head that scores a question's options, see ``TokenBatch``; such a model has no
+            next-token probabilities. None: it has none.
         token_types: of an encoder, how many types of tokens it tells apart: those of a pair's texts. 0: it is none.
     """
 
@@ -190,6 +195,7 @@ class ModelInfo:
     memory: MemoryUse | None = None
     mesh: tuple[int, int] | None = None
     token_types: int = 0
+    decision_head: str | None = None
 
     @property
     def encoder(self) -> bool:

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from model import rotary_tpu
+from model import decision_heads, rotary_tpu
 from model.attention import FUSED, FUSED_INTERPRETED, AttentionContext, Layer, MaskSpec, attend
 from model.checkpoint import Entry, Target
 from model.config import ModelConfig
@@ -260,6 +260,7 @@ class EmbeddingAndHead(nnx.Module):
         rows, axis = (config.classes, None) if config.classes else (self.rows, "vocab")
         head = None if config.tied_head else nnx.Param(jnp.zeros((rows, config.width), dtype), axes=(axis, "embed"))
         self.head = head
+        self.decision_head = decision_heads.build(config)
 
     def embed(self, tokens: Int[Array, " M"], positions: Int[Array, " M"]) -> tuple[Float[Array, "M D"], AllAngles]:
         """The first layer's input, float32, and the rope angles of all layers.

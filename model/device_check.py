@@ -186,7 +186,7 @@ def first_batch(programs: Programs) -> TokenBatch:
     ids = np.arange(query, dtype=np.int32) % min(model.config.vocab_size, 1000)
     rows = [np.append(ids, np.arange(count + 1, dtype=np.int32))[: model.layout.longest] for count in range(3)]
     lengths = np.array([len(row) for row in rows])
-    causal = not model.config.classes
+    causal = not model.config.classes and not model.config.decision_head
     return TokenBatch(
         tokens=np.concatenate(rows).astype(np.int32),
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),

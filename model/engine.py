@@ -19,7 +19,8 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from model import device_check, plan, prefill
+from model import decision_heads, device_check, plan, prefill
+from model.config import DecisionHead
 from model.contract import PAGE_TOKENS, TOKEN_BITS, BatchResult, EngineStats, MemoryUse, ModelInfo, Progress, TokenBatch
 from model.inputs import Inputs, padding
 from model.pages import CacheStats, Node, OutOfPagesError, PrefixCache, SeenPrefixes
@@ -39,6 +40,7 @@ class Engine:
     def __init__(self, programs: Programs, memory: MemoryUse | None = None) -> None:
         self._programs, self._memory = programs, memory
         self._config, self._layout = programs.model.config, programs.model.layout
+        self._scalar = programs.decision_scalar()
         self._launching = threading.Lock()
         self._computed = self._padded = 0
         self._pool, self._snapshots = programs.empty_pool(), programs.empty_snapshots()
@@ -61,6 +63,7 @@ class Engine:
             notes=self._config.notes,
             memory=self._memory,
             mesh=None if mesh is None or mesh.size == 1 else (mesh.shape[DATA], mesh.shape[MODEL]),
+            decision_head=None if self._config.decision_head is None else self._config.decision_head.kind,
             token_types=max(1, self._config.encoder.token_types) if self._config.encoder else 0,
         )
 
@@ -124,7 +127,8 @@ class Engine:
             plan.Group(place, len(tokens) - len(tokens) % PAGE_TOKENS, plan.NO_SEGMENTS)
             for place, tokens in enumerate((work.sequences[number] for number in work.unread), len(work.read))
         ]
-        found = _Found.of(batch)
+        head = self._config.decision_head
+        found = _Found.of(batch, 0 if head is None else decision_heads.features_of(head))
         with self._launching:
             try:
                 collected = self._launch([*self._with_recurring(groups, work), *kept], work)
@@ -146,8 +150,18 @@ class Engine:
             for into, array in zip(launched.into, arrays, strict=True):
                 of_reads = array[: len(launched.places)]
                 into[launched.places] = of_reads if into.ndim == 1 else of_reads[:, : into.shape[1]]
+        if self._config.decision_head:
+            found.values[:] = self._option_logits(self._config.decision_head, batch, found.features)
         computed = np.minimum(work.computed, batch.lengths).astype(np.int32)
         return found.result(batch, computed)
+
+    def _option_logits(
+        self, head: DecisionHead, batch: TokenBatch, features: npt.NDArray[np.float32]
+    ) -> npt.NDArray[np.float32]:
+        """The targets' values by a decision head, from the features of all reads."""
+        options = np.repeat(np.arange(len(features)), np.diff(batch.target_offsets))
+        queries = np.searchsorted(batch.read_sequences, batch.read_sequences[options], side="right") - 1
+        return decision_heads.logits(head, self._scalar, features[options], features[queries])
 
     def set_batch_timeout(self, stall_s: float) -> None:
         """Do nothing: a batch ends by itself, or with the process."""
@@ -338,6 +352,8 @@ class Engine:
 
     def _head(self, collected: Sequence["_Collected"], batch: TokenBatch, found: "_Found") -> list["_Launched"]:
         """Start the head's calls: target logits, and log-normalisers and top-1 tokens where those are asked for."""
+        if self._config.decision_head:
+            return self._features(collected, found)
         programs, sizes = self._programs, self._layout.sizes
         first, counts = batch.target_offsets[:-1], np.diff(batch.target_offsets)
         launched: list[_Launched] = []
@@ -369,6 +385,17 @@ class Engine:
                 else:
                     result = self._after_last(partial(programs.normalizer, numbers=numbers), one.states)
                     launched.append(_Launched((found.normalizers,), of_reads, (result,)))
+        return launched
+
+    def _features(self, collected: Sequence["_Collected"], found: "_Found") -> list["_Launched"]:
+        """Start the calls of a decision head, for all reads."""
+        launched: list[_Launched] = []
+        for one in collected:
+            rows, reads = np.concatenate(one.rows), np.concatenate(one.reads)
+            for at, size, count in plan.blocks(len(rows), self._layout.sizes.head_sizes):
+                launch = partial(self._programs.features, numbers=_padded(rows[at : at + count], size))
+                result = self._after_last(launch, one.states)
+                launched.append(_Launched((found.features,), reads[at : at + count], (result,)))
         return launched
 
     def _after_last(self, launch: Callable[[jax.Array], Any], states: jax.Array) -> Any:
@@ -449,7 +476,7 @@ class _Launched:
 
 class _Found(NamedTuple):
     """What the head finds: values of targets, and of each read the log-normaliser, the top-1 token or the highest ones,
-    and their values."""
+    and their values; of a decision head, each read's features, of which the values are made."""
 
     values: npt.NDArray[np.float32]
     normalizers: npt.NDArray[np.float32]
@@ -457,20 +484,26 @@ class _Found(NamedTuple):
     argmax_values: npt.NDArray[np.float32]
     top_ids: npt.NDArray[np.int32]
     top_values: npt.NDArray[np.float32]
+    features: npt.NDArray[np.float32]
 
     @classmethod
-    def of(cls, batch: TokenBatch) -> "_Found":
-        """Room for a batch's."""
+    def of(cls, batch: TokenBatch, features: int) -> "_Found":
+        """Room for a batch's.
+
+        Args:
+            features: of each read.
+        """
         reads = len(batch.read_positions)
         values, normalizers = np.empty(len(batch.targets), np.float32), np.zeros(reads, np.float32)
         tops = reads, _top_count(batch)
         highest = reads if batch.argmax and not tops[1] else 0
         of_highest = np.empty(highest, np.int32), np.empty(highest, np.float32)
-        return cls(values, normalizers, *of_highest, np.empty(tops, np.int32), np.empty(tops, np.float32))
+        of_tops = np.empty(tops, np.int32), np.empty(tops, np.float32)
+        return cls(values, normalizers, *of_highest, *of_tops, np.empty((reads, features), np.float32))
 
     def result(self, batch: TokenBatch, computed: npt.NDArray[np.int32]) -> BatchResult:
         """The batch's, from logits."""
-        values, normalizers, argmax, argmax_values, top_ids, top_values = self
+        values, normalizers, argmax, argmax_values, top_ids, top_values, _ = self
         if batch.temperature != 1:  # the others were divided before they were compared
             values *= np.float32(1 / batch.temperature)
         if batch.vocab_logprobs:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from flax import nnx
 from jax.sharding import Mesh
 
-from model import checkpoint, decoder, sharding
+from model import checkpoint, decision_heads, decoder, sharding
 from model.attention import FOLD_PREFIX, NATIVE, TRITON
 from model.attention_gpu import LEAST_CAPABILITY
 from model.checkpoint import Place, Tensor
@@ -38,7 +38,7 @@ from model.programs import Programs
 from model.sharding import MODEL, by_device, divided, stacked
 from model.sizes import BY_PLATFORM, Layout, Sizes, layout
 from model.tensors.adapters import REMEDY, Merged
-from model.tensors.folder import Opened, differ, opened
+from model.tensors.folder import HEAD_FILE, Opened, differ, opened
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def prepare(
     raw = read_config(folder)
     with opened(folder) as stored:
         config = registry.from_hf(heads.decided(wrappers.unwrapped(raw, trust_config), stored), trust_config)
-        config = _with_stored_head(config, stored)
+        config = _with_decision_head(_with_stored_head(config, stored), stored)
         notes = [note for note in (wrappers.note(raw), stored.adapter and stored.adapter.note) if note]
     config = replace(config, notes=(*config.notes, *notes))
     if quantization and config.experts:
@@ -205,7 +205,7 @@ def place(stored: Opened, choice: Choice, progress: Progress | None = None) -> W
         CheckpointError: a tensor missing, unexpected or mis-shaped.
     """
     placed = _Placed(choice)
-    table = choice.family.weights(choice.whole)
+    table = {**choice.family.weights(choice.whole), **decision_heads.table(choice.whole)}
     checkpoint.load(
         stored,
         table,
@@ -326,6 +326,19 @@ def _with_stored_head(config: ModelConfig, stored: Opened) -> ModelConfig:
         EMBEDDING,
     )
     return replace(config, tied_head=False)
+
+
+def _with_decision_head(config: ModelConfig, stored: Opened) -> ModelConfig:
+    """``config`` with the decision head that is stored in place of an output head, which nothing would read."""
+    if (head := decision_heads.of(stored.tensors)) is None:
+        return config
+    if config.classes:
+        raise ConfigError(
+            f"{config.architecture} has the head of a classifier, and {HEAD_FILE} lies beside it; only one of them can "
+            "be meant: take the other out of the folder"
+        )
+    note = f"answers are read by a {head.kind} head of {head.width} channels: only the decision routes score"
+    return replace(config, decision_head=head, tied_head=True, notes=(*config.notes, note))
 
 
 def _with_embedding(config: ModelConfig, stored: Opened) -> Opened:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from model import plan
@@ -157,7 +158,9 @@ class Programs:
         """Kinds and sizes of all programs that can be called."""
         sizes = self.model.layout.sizes
         head = [(Kind.TARGETS, sizes.target_sizes)]
-        if not self.model.layout.whole:
+        if self.model.config.decision_head:
+            head = [(Kind.WRITE, sizes.chunks), (Kind.FEATURES, sizes.head_sizes)]
+        elif not self.model.layout.whole:
             head += [
                 (Kind.WRITE, sizes.chunks),
                 (Kind.NORMALIZER, sizes.head_sizes),
@@ -214,6 +217,18 @@ class Programs:
         program = self.compiler.get(Kind.TOP, plan.bucket(count, self.model.layout.sizes.top_counts))
         asked = np.array([count, states], np.int32), np.array(scale, np.float32)
         return program(self.weights.ends, collected, *_put(self.model, (numbers, *asked), (WHOLE, WHOLE, WHOLE)))
+
+    def decision_scalar(self) -> npt.NDArray[np.float32] | None:
+        """``decision_heads.CandidateHead.scalar``, which the host takes; None: there is no such head."""
+        head = self.model.config.decision_head
+        if head is None or head.kind != "candidate":
+            return None
+        return np.asarray(dict(nnx.to_flat_state(self.weights.ends))["decision_head", "scalar"][...])
+
+    def features(self, collected: jax.Array, numbers: Array) -> jax.Array:
+        """What a decision head makes of the hidden states of these numbers: [states, features]."""
+        program = self.compiler.get(Kind.FEATURES, len(numbers))
+        return program(self.weights.ends, collected, _put(self.model, numbers, WHOLE))
 
 
 def _put(model: Model, host: Any, spec: P | tuple[P, ...]) -> Any:

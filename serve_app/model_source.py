@@ -19,6 +19,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +33,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+from serve_app import decision_packages
+from serve_app.decision_packages import HEAD, Files, PackageError
 
 FORMAT = 3
 """Version of converted folders. Increase it when the conversion changes; then all folders are converted again."""
@@ -58,10 +62,23 @@ OTHER_TOKENIZER_FILES = ("tokenizer.model", "tekken.json", "vocab.json", "merges
 _POINTER = b"version https://git-lfs.github.com/spec/"
 """The first bytes of the file that git has in place of a large one."""
 
-HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md")
+HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md", *decision_packages.READ)
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """Files of an adapter of peft: it changes the weights of another model, its base."""
+
+DECLARING = (
+    "decision_config.json",
+    "decider_config.json",
+    "head.safetensors",
+    "joint_head_config.json",
+    "lev_release.json",
+    "readout.safetensors",
+    "rl_agent_config.json",
+    "schema_config.json",
+    "slot_head.pt",
+)
+"""Files of an adapter that say how its model answers questions, see ``tasks/profile_choice.py``."""
 
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 """Files of a whole model's weights."""
@@ -108,7 +125,41 @@ def resolve(model: str, revision: str | None = None, base: str | None = None, *,
         return _on_base(folder, model, base, say)
     if base is not None:
         raise ModelSourceError(f"{model} has no {ADAPTER}: it is not an adapter and takes no base; leave {base} out")
-    return _checked(folder)
+    try:
+        files = decision_packages.decision2(folder) or decision_packages.kev(folder)
+    except PackageError as error:
+        raise ModelSourceError(str(error)) from error
+    if files is None:
+        return _checked(folder)
+    if HEAD not in files.links:  # the rest of it has its form already
+        files = replace(files, links={path.name: path for path in folder.iterdir() if path.is_file()})
+    return _checked(_laid_out(model, folder, files, say))
+
+
+def _laid_out(named: str, folder: Path, files: Files, say: Say) -> Path:
+    """A folder of links to files, and of what is written beside them.
+
+    Args:
+        named: how the user names the model.
+        folder: what it is made of.
+    """
+    written = {name: json.dumps(content, indent=2) for name, content in files.written.items()}
+    stamps = [path.stat() for path in map(folder.joinpath, decision_packages.READ) if files.made and path.is_file()]
+    identity = [*written.values(), *(f"{name} {path}" for name, path in sorted(files.links.items()))]
+    identity += [f"{stamp.st_size} {stamp.st_mtime_ns}" for stamp in stamps]
+    key = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:12]
+    result = cache_folder() / f"{Path(named).name or folder.name}-{key}-v{FORMAT}"
+    with _made_once(result, 0, say) as work:
+        if work is not None:
+            made = work / "model"
+            made.mkdir()
+            for name, path in files.links.items():
+                (made / name).symlink_to(path)
+            for name, text in written.items():
+                (made / name).write_text(text, encoding="utf-8")
+            for name, write in files.made.items():
+                write(made / name)
+    return result
 
 
 def _found(model: str, revision: str | None, say: Say) -> Path:
@@ -143,19 +194,13 @@ def _on_base(adapter: Path, named: str, base: str | None, say: Say) -> Path:
         _checked(of_base)
     except ModelSourceError as error:
         raise ModelSourceError(f"the base of the adapter {named}: {error}. Name another with --base") from error
-    links = _links(adapter, of_base)
-    written = json.dumps({**config, "base_model_name_or_path": base, "_name_or_path": named}, indent=2)
-    identity = "\n".join([written, *(f"{name} {path}" for name, path in sorted(links.items()))])
-    key = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    folder = cache_folder() / f"{Path(named).name or adapter.name}-{key}-v{FORMAT}"
-    with _made_once(folder, 0, say) as work:
-        if work is not None:
-            made = work / "model"
-            made.mkdir()
-            for name, path in links.items():
-                (made / name).symlink_to(path)
-            (made / ADAPTER).write_text(written, encoding="utf-8")
-    return folder
+    try:
+        head = decision_packages.kev(adapter) or Files()
+    except PackageError as error:
+        raise ModelSourceError(str(error)) from error
+    named_base = {**config, "base_model_name_or_path": base, "_name_or_path": named}
+    files = replace(head, links=_links(adapter, of_base), written={**head.written, ADAPTER: named_base})
+    return _laid_out(named, adapter, files, say)
 
 
 def _adapter_config(adapter: Path) -> dict[str, Any]:
@@ -186,7 +231,7 @@ def _links(adapter: Path, base: Path) -> dict[str, Path]:
     """The files of both by their names: the base's, but the adapter's weights, card and, if it has one, tokenizer."""
     own = any((adapter / name).is_file() for name in OWN_TOKENIZER)
     links = {path.name: path for path in base.iterdir() if path.is_file() and not (own and path.name in _TOKENIZER)}
-    taken = ("README.md", ADAPTER_WEIGHTS, *(_TOKENIZER if own else ()))
+    taken = ("README.md", ADAPTER_WEIGHTS, *DECLARING, *(_TOKENIZER if own else ()))
     return links | {name: adapter / name for name in taken if (adapter / name).is_file()}
 
 
@@ -204,7 +249,7 @@ def _checked(folder: Path) -> Path:
         )
     others = () if (folder / "tokenizer.json").is_file() else OTHER_TOKENIZER_FILES
     weights = SAFETENSORS if safetensors else PYTORCH
-    _refuse_pointers(folder, ("config.json", *weights, "tokenizer.json", *READ_TOKENIZER_FILES, *others))
+    _refuse_pointers(folder, ("config.json", HEAD, *weights, "tokenizer.json", *READ_TOKENIZER_FILES, *others))
     return folder
 
 
@@ -369,6 +414,8 @@ def _hub(model: str, revision: str | None) -> Path:
         folder = _fetched(model, revision, HUB_FILES)
         if not any(folder.glob("*.safetensors")) and importlib.util.find_spec("torch") is not None:
             folder = _fetched(model, revision, PYTORCH)
+        if within := decision_packages.subfolders(folder):
+            _fetched(model, revision, [f"{name}/*" for name in within], within=True)
         return folder
     except HFValidationError as error:
         raise ModelSourceError(f"{model!r} is neither a file or folder here nor a hub id: {error}") from error
@@ -394,9 +441,10 @@ def _hub(model: str, revision: str | None) -> Path:
         ) from error
 
 
-def _fetched(model: str, revision: str | None, names: Iterable[str]) -> Path:
+def _fetched(model: str, revision: str | None, names: Iterable[str], *, within: bool = False) -> Path:
     # "*" also matches a slash: leave the subfolders (other formats of the same weights) out.
-    return Path(snapshot_download(model, revision=revision, allow_patterns=list(names), ignore_patterns=["*/*"]))
+    left_out = None if within else ["*/*"]
+    return Path(snapshot_download(model, revision=revision, allow_patterns=list(names), ignore_patterns=left_out))
 
 
 def _last_lines(text: str, count: int = 5) -> str:

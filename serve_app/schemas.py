@@ -430,9 +430,12 @@ class InfoResponse(ResponseBody):
 
     Attributes:
         dtype_reason: why the weights have this dtype: it is set, or the platform's default. None: an older service.
+        decision_head: the kind of a head that reads the options of questions, ``candidate`` or ``pointer``: the model
+            answers on the decision routes alone. None: it has none.
         decision_profile: how the decision routes ask, a file in ``serve_app/profiles``. None: the model cannot decide.
         calibration: how the decision routes' probabilities are calibrated. None: they are the model's own.
-        rerank_template: the template's name, or ``custom``. None: the model has too many classes to rerank.
+        rerank_template: the template's name, or ``custom``. None: the model has too many classes to
+            rerank, or a decision head.
         notes: how the model was loaded, where that is not as its files say at first sight: of a model for images the
             text part alone; an adapter merged onto its base; a context shorter than ``config.json`` says, and why; keys
             of it that ``trust_config`` skips.
@@ -466,6 +469,7 @@ class InfoResponse(ResponseBody):
     platform: str
     buckets: list[str]
     notes: list[str] | None = None
+    decision_head: str | None = None
     decision_profile: str | None = None
     calibration: str | None = None
     rerank_template: str | None = None

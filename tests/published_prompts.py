@@ -5,9 +5,11 @@ Written anew from the sources that the profiles name, without the profiles: the 
 
 from __future__ import annotations
 
+import json
+import re
 import string
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from serve_app.tasks.decisions.questions import Kind, Question
 
@@ -118,3 +120,64 @@ PUBLISHED: Mapping[str, Callable[[str, Question, str], Published]] = {
     "shieldgemma-v1": shieldgemma,
 }
 """How each profile of a published prompt is built: the state, the question and the token that begins a sequence."""
+
+
+def decision2(state: Any, kind: str, instructions: Any, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """semantic-router: ``segments``. The prefix, a part for each option, and the suffix are tokenised one by one.
+
+    Args:
+        options: the description of each by its key; of yes and no ``false`` and ``true``, of levels their numbers.
+    """
+
+    def canonical(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    def payload(value: Any) -> str:
+        return value if isinstance(value, str) else canonical(value)
+
+    prefix = f"Context:\n{payload(state)}\n\nTask type: {kind}\nQuestion:\n{payload(instructions)}\nOptions:"
+    parts = [
+        f"\n<option>\n{canonical({'key': key, 'description': description})}\n</option>"
+        for key, description in options.items()
+    ]
+    suffix = "\n\nSelect the single option best supported by the context and instructions.\nDecision:"
+    return (prefix, *parts, suffix)
+
+
+def kev(state: Any, kind: str, instructions: Any, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """kev: ``to_record``, and ``encode`` with control tokens between the parts. See ``decision2``."""
+
+    def render(value: Any, indent: int = 0) -> str:
+        pad = "  " * indent
+        if value is None:
+            return ""
+        if isinstance(value, list):
+            return "\n".join(f"{pad}- {render(each, indent + 1).lstrip()}" for each in value)
+        if isinstance(value, dict):
+            return "\n".join(
+                f"{pad}{name}:\n{render(each, indent + 1)}"
+                if isinstance(each, dict | list)
+                else f"{pad}{name}: {render(each)}"
+                for name, each in value.items()
+            )
+        return str(value)
+
+    def user(text: str) -> str:
+        return re.sub(r"<\|([A-Za-z0-9_]+)\|>", r"<¦\1¦>", text)
+
+    names = {"false": "no", "true": "yes"} if kind == "noul" else {}
+    spans: list[str] = []
+    for key, description in options.items():
+        name = names.get(key, key)
+        own = render(description) if kind == "score" else name
+        own += f": {render(description)}" if kind != "score" and description not in (None, "") else ""
+        spans.append(f"<|box_start|>{user(own)}<|box_end|>")
+    prefix = f"<|fim_prefix|>{user(render(state))}<|fim_middle|>{user(render(instructions))}"
+    return (prefix, *spans, "<|fim_suffix|>")
+
+
+IN_PARTS: Mapping[str, Callable[[Any, str, Any, Mapping[str, Any]], tuple[str, ...]]] = {
+    "decision2-v1": decision2,
+    "kev-v1": kev,
+}
+"""How the prompts for decision heads are built: the state, the type, the instructions and the options."""

@@ -7,7 +7,7 @@ from typing import Any
 from model.families.registry import BASES, CLASSIFIERS
 from model.families.wrappers import name_of
 from model.fields import ConfigError
-from model.tensors.folder import Opened
+from model.tensors.folder import HEAD_PREFIX, Opened
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,8 @@ def decided(config: Mapping[str, Any], stored: Opened) -> dict[str, Any]:
         ConfigError: a model without its head has no head stored, or two.
     """
     name = name_of(config)
+    if name in BASES and any(each.startswith(HEAD_PREFIX) for each in stored.tensors):
+        return {**config, "architectures": [BASES[name]]}
     if name in BASES:
         causal = BASES[name]
         known = (OUTPUT, CLASSES) if causal in _WITH_CLASSES else (OUTPUT,)

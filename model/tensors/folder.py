@@ -16,6 +16,11 @@ from model.tensors.safetensors_files import SafetensorsFiles
 from model.tensors.stored import READ, Tensors
 from model.tensors.torch_files import TorchFiles
 
+HEAD_FILE = "decision_head.safetensors"
+"""Tensors of a head that scores a question's options, see ``model.decision_heads``."""
+HEAD_PREFIX = "decision_head."
+"""Begins the names of these tensors among all of a folder's."""
+
 _COMPARED = 2**22
 """Numbers of each of two tensors that are compared at a time."""
 
@@ -41,7 +46,7 @@ def opened(folder: Path) -> Generator[Opened]:
 
     Quantised weights are read as what they stand for.
 
-    An adapter that lies beside these is merged onto them.
+    An adapter that lies beside these is merged onto them; a decision head is added to them.
 
     Raises:
         CheckpointError: a file is missing or broken.
@@ -49,7 +54,7 @@ def opened(folder: Path) -> Generator[Opened]:
     """
     adapter = adapters.read(folder)
     weights = TorchFiles() if TorchFiles.there(folder) and not SafetensorsFiles.there(folder) else SafetensorsFiles()
-    with weights as files, SafetensorsFiles() as of_adapter:
+    with weights as files, SafetensorsFiles() as of_adapter, SafetensorsFiles() as of_head:
         tensors, problems = files.tensors(folder)
         tensors, more = dequantised(tensors, read_config(folder) if (folder / "config.json").is_file() else {})
         problems += more
@@ -60,6 +65,10 @@ def opened(folder: Path) -> Generator[Opened]:
             problems += more
             tensors, more = adapters.merged(tensors, own, adapter)
             problems += more
+        if (folder / HEAD_FILE).is_file():
+            own, more = of_head.tensors(folder, [folder / HEAD_FILE])
+            problems += more
+            tensors |= {HEAD_PREFIX + name: tensor for name, tensor in own.items()}
         yield Opened(folder, tensors, problems, adapter)
 
 

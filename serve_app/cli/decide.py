@@ -113,7 +113,7 @@ def _state(argument: str | None, file: typer.FileText | None, *, as_json: bool) 
 def _warn_of_low_mass(answer: SystemOneResponse) -> None:
     """Warn on standard error of questions whose possible answers are together improbable."""
     masses = {name: each.x_label_mass for name, each in answer.answers.items() if not isinstance(each, ErrorAnswer)}
-    low = {name: mass for name, mass in masses.items() if mass < LOW_MASS}
+    low = {name: mass for name, mass in masses.items() if mass is not None and mass < LOW_MASS}
     if low:
         named = ", ".join(f"{name} ({100 * mass:.2g}%)" for name, mass in low.items())
         warn(

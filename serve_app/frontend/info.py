@@ -31,6 +31,7 @@ def info(service: ModelService, names: Sequence[str]) -> InfoResponse:
         platform=facts.platform,
         buckets=list(facts.buckets),
         notes=list(facts.notes) or None,
+        decision_head=facts.decision_head,
         decision_profile=model.profile.name if model.can_decide else None,
         calibration=None if model.calibration is None else model.calibration.name,
         rerank_template=model.rerank.name if model.can_rerank else None,

@@ -84,8 +84,10 @@ async def check(score: Score, model: ModelFacts) -> None:
     last = model.info.vocab_size - 1
     ids = [last // divisor for divisor in _DIVISORS]
     labels = [*range(model.info.classes)] or sorted({0, last // 3, last // 2, last})
+    if model.info.decision_head:
+        labels = [0]  # the last token is an option, and its own query
     alike, other = ([[ids[place] for place in prompt] for prompt in prompts] for prompts in (_LAST_ALIKE, _LAST_OTHER))
-    causal = not model.info.classes
+    causal = not model.info.classes and not model.info.decision_head
     alone = [(await score(_batch([prompt], labels, causal))).values.tolist() for prompt in (*alike, *other)]
     for row in alone:
         if any(math.isnan(value) for value in row) or math.inf in row or max(row) == -math.inf:

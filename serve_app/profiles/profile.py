@@ -6,11 +6,12 @@ wording gets a new name.
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib import resources
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self, cast
 
 from jinja2 import StrictUndefined, Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -28,19 +29,55 @@ class ShownOption(NamedTuple):
     """An option as a question shows it.
 
     Attributes:
+        code: its code; with ``Profile.option`` its number in the request, from 0.
         text: its name and description in one text.
-        description: None if it has none.
+        name: a text; with ``Profile.option`` any JSON value.
+        description: the same; None if it has none.
     """
 
     code: str
     text: str
-    name: str
-    description: str | None = None
+    name: Any
+    description: Any = None
+
+
+def canonical(value: Any) -> str:
+    """A JSON value as text without spaces, names in order."""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _text_or_json(value: Any) -> str:
+    return value if isinstance(value, str) else canonical(value)
+
+
+def _flat(value: Any, indent: int = 0) -> str:
+    """A JSON value as indented lines, as kev writes it (kev/api.py at 7b43875, render)."""
+    pad = "  " * indent
+    match value:
+        case None:
+            return ""
+        case list():
+            items = cast(list[Any], value)
+            return "\n".join(f"{pad}- {_flat(each, indent + 1).lstrip()}" for each in items)
+        case dict():
+            entries = cast(dict[str, Any], value).items()
+            nested = {name for name, each in entries if isinstance(each, dict | list)}
+            return "\n".join(
+                f"{pad}{name}:\n{_flat(each, indent + 1)}" if name in nested else f"{pad}{name}: {_flat(each)}"
+                for name, each in entries
+            )
+        case _:
+            return str(value)
 
 
 _JINJA = ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True
 )
+_JINJA.filters |= {
+    "canonical": canonical,
+    "text_or_json": _text_or_json,
+    "flat": _flat,
+}
 
 
 class Profile(BaseModel):
@@ -68,6 +105,12 @@ class Profile(BaseModel):
         alphabet: the codes of options. Empty: A to Z; for more options, two letters each.
         token_ids: the tokens that the codes of ``alphabet`` must be; empty: any.
         temperature: divides the log-probabilities of a type's answers before they are normalised.
+        option: Jinja template of one option's text, given ``type`` and ``option``; for models with a decision head,
+            which reads an option at the last token of this text, and the question at that of ``opening``. The texts up
+            to the options, each option's and ``opening`` are tokenised one by one. All templates are then given JSON
+            values, not texts. Empty: the answer is read from labels.
+        control: the control tokens of those texts.
+        level_offsets: number of levels -> what is added to each level's logit.
 
     The probabilities of an answer's labels are added. Its first label always counts. The others count where they are
     single tokens of the model and no other answer has them.
@@ -90,9 +133,16 @@ class Profile(BaseModel):
     alphabet: tuple[str, ...] = ()
     token_ids: tuple[int, ...] = ()
     temperature: Mapping[Type, Temperature] = {}
+    option: str = ""
+    control: tuple[str, ...] = ()
+    level_offsets: Mapping[int, tuple[Annotated[float, Field(allow_inf_nan=False)], ...]] = {}
 
     @model_validator(mode="after")
     def _has_labels(self) -> Self:
+        if wrong := [count for count, own in self.level_offsets.items() if len(own) != count]:
+            raise ValueError(f"level_offsets has {len(self.level_offsets[wrong[0]])} numbers for {wrong[0]} levels")
+        if self.option:
+            return self
         if "noul" in self.types and self.outcomes != "codes" and not (self.no and self.yes):
             raise ValueError("no and yes must have at least one label each")
         if (self.outcomes == "codes" or self.types != ("noul",)) and not self.codes:
@@ -101,14 +151,18 @@ class Profile(BaseModel):
             raise ValueError(f"token_ids has {len(self.token_ids)} tokens for {len(self.alphabet)} codes")
         return self
 
-    def front(self, state: str) -> str:
+    def front(self, state: Any) -> str:
         """The prompt's text up to the question."""
         return self._state.render(state=state)
 
-    def tail(self, type: str, instructions: str | None, options: Sequence[ShownOption], state: str) -> str:
+    def tail(self, type: str, instructions: Any, options: Sequence[ShownOption], state: Any) -> str:
         """The prompt's text of one question."""
         own = self._question.render(type=type, instructions=instructions, options=options, state=state)
         return own.strip("\n")
+
+    def option_text(self, type: str, option: ShownOption) -> str:
+        """The text at whose end a decision head reads an option."""
+        return self._option.render(type=type, option=option)
 
     def labels(self, codes: Sequence[str]) -> tuple[Labels, ...]:
         """The labels of each option, given the options' codes."""
@@ -121,6 +175,10 @@ class Profile(BaseModel):
     @cached_property
     def _question(self) -> Template:
         return _JINJA.from_string(self.question)
+
+    @cached_property
+    def _option(self) -> Template:
+        return _JINJA.from_string(self.option)
 
 
 def _read() -> dict[str, Profile]:
@@ -140,4 +198,6 @@ DECIDER = "decider-v1"
 SHIELDGEMMA = "shieldgemma-v1"
 LLAMA_GUARD_3 = "llama-guard-3-v1"
 QWEN3_RERANKER = "qwen3-reranker-v1"
+DECISION2 = "decision2-v1"
+KEV = "kev-v1"
 """Profiles of the checkpoints that declare themselves, see ``profile_choice.py``."""

@@ -32,6 +32,7 @@ class FakeEngine:
         classes: see ``ModelInfo``.
         pad_token_id: see ``ModelInfo``.
         token_types: see ``ModelInfo``.
+        decision_head: see ``ModelInfo``.
         seconds_per_token: time to sleep for each computed token, to keep a device busy.
         nan_token: an id that makes all values of its sequence NaN; None: no id does.
     """
@@ -44,6 +45,7 @@ class FakeEngine:
         classes: int = 0,
         pad_token_id: int | None = None,
         token_types: int = 0,
+        decision_head: str | None = None,
         seconds_per_token: float = 0.0,
         nan_token: int | None = None,
     ) -> None:
@@ -58,6 +60,7 @@ class FakeEngine:
             classes=classes,
             pad_token_id=pad_token_id,
             token_types=token_types,
+            decision_head=decision_head,
         )
         self._seconds_per_token = seconds_per_token
         self._nan_token = nan_token

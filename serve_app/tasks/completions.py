@@ -214,7 +214,7 @@ class Completer:
             InvalidRequestError: ids or lengths are wrong, or the model is not causal.
             TooLargeError: the request has more prompts or tokens than the limits allow.
         """
-        check_causal(self._model.info.classes)
+        check_causal(self._model.info)
         new_tokens, top, temperature = request.new_tokens, request.prompt_logprobs, request.divisor
         check_top(top or 0, self._model, "prompt_logprobs")
         texts, sequences = yield from read_sequences(self._model, request.prompt, "prompt")

@@ -197,7 +197,7 @@ def _builder(model: ModelFacts) -> Prepare[GenerateRequest, GenerateResponse | l
     def prepare(
         request: GenerateRequest, request_id: str
     ) -> Steps[PreparedRequest[GenerateResponse | list[GenerateResponse]]]:
-        check_causal(model.info.classes)
+        check_causal(model.info)
         if (request.text is None) == (request.input_ids is None):
             raise InvalidRequestError("send either text or input_ids", param="text")
         given, field = (request.input_ids, "input_ids") if request.text is None else (request.text, "text")

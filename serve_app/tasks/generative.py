@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from serve_app import compat
+from serve_app.contract import ModelInfo
 from serve_app.errors import InvalidRequestError
 from serve_app.schemas import IdLists, Ids, RequestBody, ResponseBody, ScoreRequest, ScoreResponse, Text, Texts, Usage
 from serve_app.tasks import score
@@ -73,13 +74,13 @@ class GenerativeScoringResponse(ResponseBody):
     usage: Usage
 
 
-def as_score_request(request: GenerativeScoringRequest, classes: int) -> ScoreRequest:
+def as_score_request(request: GenerativeScoringRequest, info: ModelInfo) -> ScoreRequest:
     """The same request for ``/v1/score``.
 
     Raises:
-        InvalidRequestError: the model is a classifier, or there are no items, which vLLM refuses too.
+        InvalidRequestError: the model is not causal, or there are no items, which vLLM refuses too.
     """
-    check_causal(classes)
+    check_causal(info)
     if not request.items:
         raise InvalidRequestError("items is empty; send at least one item", param="items")
     # The fields were validated before: once is enough for a million ids.
@@ -109,7 +110,7 @@ def _builder(model: ModelFacts) -> Prepare[GenerativeScoringRequest, GenerativeS
     def prepare(
         request: GenerativeScoringRequest, request_id: str
     ) -> Steps[PreparedRequest[GenerativeScoringResponse]]:
-        prepared = yield from score.prepare(model, as_score_request(request, model.info.classes))
+        prepared = yield from score.prepare(model, as_score_request(request, model.info))
         return prepared.converted(lambda answer: as_response(answer, request.request_id or request_id))
 
     return prepare

@@ -109,7 +109,7 @@ def positions_of(model: ModelFacts, request: LogprobsRequest) -> Steps[Positions
         InvalidRequestError: a field is wrong, or the model is not causal.
         TooLargeError: there are more sequences or tokens than the limits allow, or the answer would be too large.
     """
-    check_causal(model.info.classes)
+    check_causal(model.info)
     check_top(request.top, model, "top")
     _, sequences = yield from read_sequences(
         model, request.input, "input", add_special_tokens=request.add_special_tokens

@@ -85,7 +85,7 @@ class ModelFacts:
             template,
             asked.profile,
             chat,
-            asked.problem,
+            asked.problem or _head_problem(info, asked.profile),
             settings.reward_question,
             _calibration(settings, asked.profile),
             files.config | ({"sentence_transformers": {"activation_fn": named}} if named else {}),
@@ -99,7 +99,7 @@ class ModelFacts:
     @property
     def can_rerank(self) -> bool:
         """Whether the model can rerank."""
-        return self.info.classes <= MOST_CLASSES
+        return self.info.classes <= MOST_CLASSES and not self.info.decision_head
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -161,6 +161,21 @@ class ModelFacts:
             check_characters(len(text), self.max_text_characters, param, index)
         check_work(sum(map(len, texts)), self.max_request_characters, param)
         return Joined(self.tokenizer, "", add_special_tokens=add_special_tokens, many=False).each(texts)
+
+
+def _head_problem(info: ModelInfo, profile: Profile) -> str | None:
+    """Why a profile is not for a model with a decision head, or only for one; None if it fits."""
+    if info.decision_head and not profile.option:
+        return (
+            f"this model reads its answers with a {info.decision_head} head in place of an output head, and the "
+            f"profile {profile.name} asks for labels; leave decision_profile out"
+        )
+    if profile.option and not info.decision_head:
+        return (
+            f"the profile {profile.name} is for models with a decision head, and this one has an output head; leave "
+            "decision_profile out"
+        )
+    return None
 
 
 def _calibration(settings: ModelSettings, profile: Profile) -> Calibration | None:

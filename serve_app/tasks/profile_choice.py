@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from serve_app.decision_packages import KEV_FILE
 from serve_app.profiles.profile import (
     CHAT,
     DECIDER,
+    DECISION2,
+    KEV,
     LLAMA_GUARD_3,
     PLAIN,
     PROFILES,
@@ -44,14 +47,35 @@ class _Kind(NamedTuple):
         profile: the profile's name; None: the decision routes refuse such a model.
         lacks: what this service lacks for it.
         model_type: ``model_type`` in its ``config.json``; a model with another type is not of this kind.
-        settings: the file with its codes and its temperature.
+        own: reads the fields of the profile that the checkpoint has values of its own for.
     """
 
     declared: Mapping[str, str]
     profile: str | None = None
     lacks: str = ""
     model_type: str | None = None
-    settings: str | None = None
+    own: Callable[[CheckpointFiles], dict[str, Any]] = lambda _: {}
+
+
+def _of_decider(files: CheckpointFiles) -> dict[str, Any]:
+    said = files.object("decision_config.json")
+    own = {"alphabet": said.get("codes"), "token_ids": said.get("token_ids") or ()}
+    return own | _temperature(said.get("temperature"))
+
+
+def _of_decision2(files: CheckpointFiles) -> dict[str, Any]:
+    """Temperatures by type, and offsets by the number of levels, each in a file of its own if there are any."""
+    offsets = files.object("score_bias.json").get("offsets")
+    found = files.object("calibration.json").get("temperature_by_type")
+    return ({"level_offsets": offsets} if offsets else {}) | ({"temperature": found} if found else {})
+
+
+def _of_kev(files: CheckpointFiles) -> dict[str, Any]:
+    return _temperature(files.object(KEV_FILE).get("temperature"))
+
+
+def _temperature(every: Any) -> dict[str, Any]:
+    return {} if every is None else {"temperature": dict.fromkeys(("noul", "choice", "score"), every)}
 
 
 _KINDS = (
@@ -64,8 +88,10 @@ _KINDS = (
     _Kind(
         {"readout.safetensors": ""}, lacks="reads its answers from rows of its own, which this service does not load"
     ),
-    # Decision 2.0; kev, Drex and any2jev; Strands Decider 1; Clef.
-    _Kind({"config.json": r'"model_type":\s*"decision2"'}, lacks=_HEAD),
+    # Decision 2.0; kev.
+    _Kind({"decision_config.json": r'"prompt_version":\s*"decision2-[^"]*"'}, DECISION2, own=_of_decision2),
+    _Kind({KEV_FILE: ""}, KEV, own=_of_kev),
+    # Drex and any2jev; Strands Decider 1; Clef.
     _Kind({"head.pt": "", "head.safetensors": "", "slot_head.pt": "", "joint_head_config.json": ""}, lacks=_HEAD),
     # Laya.
     _Kind({"rl_agent_config.json": ""}, lacks=_HEAD),
@@ -84,7 +110,7 @@ _KINDS = (
         },
         lacks=_OWN_PROMPT,
     ),
-    _Kind({"decision_config.json": r'"codes"'}, DECIDER, settings="decision_config.json"),
+    _Kind({"decision_config.json": r'"codes"'}, DECIDER, own=_of_decider),
     _Kind(
         {_PROMPT: "Our safety principle is defined in the below", _NAME: r"shieldgemma"},
         SHIELDGEMMA,
@@ -171,18 +197,12 @@ def _of(kind: _Kind, because: str, files: CheckpointFiles) -> ProfileChoice:
         )
         return ProfileChoice(PROFILES[PLAIN], because, problem)
     profile = PROFILES[kind.profile]
-    if kind.settings is None:
-        return ProfileChoice(profile, because, None)
-    said = files.object(kind.settings)
-    own = {"alphabet": said.get("codes"), "token_ids": said.get("token_ids") or ()}
-    if (temperature := said.get("temperature")) is not None:
-        own["temperature"] = dict.fromkeys(profile.types, temperature)
     try:
-        return ProfileChoice(Profile.model_validate(profile.model_dump() | own), because, None)
+        return ProfileChoice(Profile.model_validate(profile.model_dump() | kind.own(files)), because, None)
     except ValidationError as error:
         (first, *_) = error.errors(include_url=False)
         place = ".".join(map(str, first["loc"]))
-        return ProfileChoice(profile, because, f"{kind.settings} does not fit: {place} {first['msg']}")
+        return ProfileChoice(profile, because, f"what its files say of answers does not fit: {place} {first['msg']}")
 
 
 def _evidence(files: CheckpointFiles, where: str, pattern: str) -> str | None:

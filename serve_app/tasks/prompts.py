@@ -24,6 +24,7 @@ from serve_app.tasks.validation import (
     Work,
     check_count,
     check_ids,
+    check_scores,
     check_work,
     of_field,
     too_many_tokens,
@@ -89,7 +90,7 @@ class PromptBuilder:
         model: the model; if it has classes, they are the labels, whatever the request says.
 
     Raises:
-        InvalidRequestError: labels, ids or the combination of fields is wrong.
+        InvalidRequestError: the model scores no items; or labels, ids or the combination of fields is wrong.
         TooLargeError: the request has more items than the limits allow.
     """
 
@@ -102,6 +103,7 @@ class PromptBuilder:
         self._step = 1
         self._wrong: dict[int, InvalidRequestError] = {}
         """The errors of items that are known to be wrong, by index."""
+        check_scores(model.info)
         self._check_counts()
         self._tokenizer, self._special = model.tokenizer, request.add_special_tokens
         # Text is joined as a string first, then tokenised once, so that the tokens at the join are as in training.

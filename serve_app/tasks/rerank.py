@@ -34,7 +34,15 @@ from serve_app.tasks.scores import class_logits, label_scores, usage
 from serve_app.tasks.steps import Steps
 from serve_app.tasks.task import Prepare, PreparedRequest, Task
 from serve_app.tasks.tokenizer import Joined
-from serve_app.tasks.validation import check_characters, check_count, check_ids, check_work, of_field, too_many_tokens
+from serve_app.tasks.validation import (
+    check_characters,
+    check_count,
+    check_ids,
+    check_scores,
+    check_work,
+    of_field,
+    too_many_tokens,
+)
 
 _SHOWN = 10
 """The most documents that a warning names."""
@@ -140,10 +148,11 @@ def prepare(model: ModelFacts, request: RerankRequest, request_id: str) -> Steps
 
     Raises:
         InvalidRequestError: the query leaves no room for a document, an answer is more than one token of this model,
-            or the model has more than two classes.
+            or the model has more than two classes or a decision head.
         TooLargeError: the request has more documents or tokens than the limits allow.
     """
     documents = [document if isinstance(document, str) else document.text for document in request.documents]
+    check_scores(model.info)
     check_count(documents, model.limits.max_items, "documents")
     if model.info.encoder:
         return (yield from _of_pairs(model, request, documents, request_id))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+from serve_app.contract import ModelInfo
 from serve_app.errors import InvalidRequestError, TooLargeError
 
 
@@ -166,14 +167,30 @@ class Work:
             )
 
 
-def check_causal(classes: int) -> None:
-    """Raise InvalidRequestError when the model is a classifier: it has no next-token probabilities."""
-    if classes:
+def check_decides(info: ModelInfo) -> None:
+    """Raise InvalidRequestError when the model is a classifier: it cannot be asked questions."""
+    if info.classes:
         raise InvalidRequestError(
-            f"this model is a classifier with {classes} classes; it has no next-token probabilities; "
+            f"this model is a classifier with {info.classes} classes; it has no next-token probabilities; "
             "use /v1/score or /v1/rerank",
             param="model",
         )
+
+
+def check_scores(info: ModelInfo) -> None:
+    """Raise InvalidRequestError when the model answers questions alone."""
+    if info.decision_head:
+        raise InvalidRequestError(
+            f"this model answers typed questions with a {info.decision_head} head, and has neither next-token "
+            "probabilities nor classes; use /v1/systemone or /v1/decisions",
+            param="model",
+        )
+
+
+def check_causal(info: ModelInfo) -> None:
+    """Raise InvalidRequestError when the model has no next-token probabilities."""
+    check_decides(info)
+    check_scores(info)
 
 
 def _short(number: int) -> str:

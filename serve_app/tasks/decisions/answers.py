@@ -16,16 +16,17 @@ class Read(ResponseBody):
     """How an answer was read.
 
     Attributes:
-        x_label_mass: how much of the model's next-token distribution the options' labels cover, 0 to 1.
+        x_label_mass: how much of the model's next-token distribution the options' labels cover, 0 to 1; left out by a
+            model that reads its options with a head.
         x_permutations: the number of cyclic orders of the options whose probabilities were averaged.
-        x_reads: for each option in turn, the labels that stand for it.
+        x_reads: for each option in turn, the labels that stand for it; left out as ``x_label_mass`` is.
         x_raw: for each option in turn, its probability before calibration, if there was one.
         x_calibration: the calibration's name.
     """
 
-    x_label_mass: float
+    x_label_mass: float | None = None
     x_permutations: int
-    x_reads: list[list[str]]
+    x_reads: list[list[str]] | None = None
     x_raw: list[float] | None = None
     x_calibration: str | None = None
 
@@ -35,7 +36,7 @@ def read_of(judged: Judgement) -> dict[str, Any]:
     return {
         "x_label_mass": judged.label_mass,
         "x_permutations": judged.permutations,
-        "x_reads": [list(labels) for labels in judged.reads],
+        "x_reads": None if judged.label_mass is None else [list(labels) for labels in judged.reads],
         "x_raw": None if judged.raw is None else list(judged.raw),
         "x_calibration": judged.calibration,
     }

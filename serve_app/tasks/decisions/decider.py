@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from pydantic import BaseModel
@@ -19,8 +20,8 @@ from serve_app.profiles.calibration import Calibration, normalised
 from serve_app.profiles.profile import Profile, ShownOption
 from serve_app.tasks.chat import ChatTemplate
 from serve_app.tasks.decisions.bodies import DecisionRequest
-from serve_app.tasks.decisions.labels import PAIRS, Answers, codes, lay_out
-from serve_app.tasks.decisions.questions import Decided, Judged, Judgement, Kind, Option, Question
+from serve_app.tasks.decisions.labels import PAIRS, Answers, at_ends, codes, lay_out
+from serve_app.tasks.decisions.questions import Decided, JsonText, Judged, Judgement, Kind, Option, Question
 from serve_app.tasks.labels import added_tokens
 from serve_app.tasks.model_facts import LABEL_CHARACTERS, ModelFacts
 from serve_app.tasks.prompts import PreparedItems, Prompt, next_step, packed
@@ -29,8 +30,8 @@ from serve_app.tasks.task import Prepare, PreparedRequest, Stream
 from serve_app.tasks.tokenizer import Ending, Joined
 from serve_app.tasks.validation import (
     Work,
-    check_causal,
     check_characters,
+    check_decides,
     check_ids,
     check_text,
     check_work,
@@ -137,13 +138,15 @@ class _Order:
         question: the question's number in the request.
         text: the prompt's text of the question.
         words: labels, the same ones for all orders of questions of one kind with as many options.
-        options: the number of the option that each of the words stands for.
+        options: the number of the option that each of the words stands for, or each of ``parts``.
+        parts: for a decision head, the texts at whose ends it reads, which follow: each option's, and the last one.
     """
 
     question: int
     text: str
     words: tuple[tuple[str, ...], ...]
     options: Sequence[int]
+    parts: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +277,7 @@ class Decider:
             TooLargeError: the questions have more prompts or characters than the limits allow.
         """
         model = self._model
-        check_causal(model.info.classes)
+        check_decides(model.info)
         if model.profile_problem:
             raise InvalidRequestError(model.profile_problem, param="model")
         check_text(state, field)
@@ -283,7 +286,8 @@ class Decider:
             check_text("".join((question.instructions or "", *options)), "questions", number)
         prompts = self._check_work(len(state), field, questions, permutations)
         front, behind = self._around(state, field)
-        special, work = not self._profile.chat, Work(LABEL_CHARACTERS, "questions")
+        special = not (self._profile.chat or self._profile.option)
+        work = Work(LABEL_CHARACTERS, "questions")
         joined = Joined(self._tokenizer, front, add_special_tokens=special, many=prompts > 1, work=work)
         return Asked(state, field, questions, permutations, joined, front, behind)
 
@@ -311,7 +315,7 @@ class Decider:
             for order in self._orders(number, questions[number], asked.permutations, asked.state):
                 yield
                 orders.append(order)
-        tails = [order.text + asked.behind for order in orders]
+        tails = [order.text if order.parts else order.text + asked.behind for order in orders]
         prompts: list[Prompt] = []
         reads: list[_Reading] = []
         for order, tail, ids in zip(orders, tails, self._tokenised(asked, tails), strict=True):
@@ -319,13 +323,20 @@ class Decider:
             if order.question in errors:
                 continue
             where = questions[order.question].where
+            read: tuple[list[int], Answers] | InvalidRequestError
             if isinstance(ids, InvalidRequestError):
+                read = ids
+            elif order.parts:
+                read = self._options_after(ids, order.parts)
+            else:
+                read = ids, (yield from self._answers_after(joined, asked.front, tail, ids, order.words))
+            if isinstance(read, InvalidRequestError):
                 errors[order.question] = InvalidRequestError(
-                    ids.message, param="questions", index=order.question, where=where
+                    read.message, param="questions", index=order.question, where=where
                 )
                 continue
+            ids, answers = read
             check_ids(ids, model.info.vocab_size, asked.field, of_text=True)
-            answers = yield from self._answers_after(joined, asked.front, tail, ids, order.words)
             if (long := len(ids) + answers.layout.depth) > model.max_prompt_tokens:
                 errors[order.question] = InvalidRequestError(
                     f"state and question make a prompt of {long} tokens; this model reads at most "
@@ -345,7 +356,8 @@ class Decider:
         prompts = [prompt for prompt, _ in kept]
         for prompt in prompts:
             asked.count(prompt.ids)
-        made = packed(prompts, (), joined.query_tokens, vocab_logprobs=True, classes=False, pad=None)
+        labelled = not self._profile.option
+        made = packed(prompts, (), joined.query_tokens, vocab_logprobs=labelled, classes=False, pad=None)
         own = {number: questions[number] for number in numbers}
         return Piece(self._profile, own, made, [read for _, read in kept], errors, self._calibration)
 
@@ -440,6 +452,9 @@ class Decider:
         for turn in range(used):
             start = turn * count // used
             order = [*range(start, count), *range(start)]
+            if self._profile.option:
+                yield self._in_parts(number, question, order, state)
+                continue
             if question.kind is Kind.NOUL and self._profile.outcomes != "codes":
                 shown = [question.options[option].name for option in order]
                 words, options = (self._profile.no, self._profile.yes), range(count)
@@ -453,9 +468,39 @@ class Decider:
                 words, options = self._profile.labels(shown), order
             yield _Order(number, self._tail(question, order, shown, state), words, options)
 
-    def _value(self, text: str) -> str:
+    def _in_parts(self, number: int, question: Question, order: Sequence[int], state: str) -> _Order:
+        """The question for a decision head, with its options in this order."""
+        profile, kind = self._profile, question.kind.value
+        shown: list[ShownOption] = []
+        for place in order:
+            option = question.options[place]
+            described = None if option.description is None else self._value(option.description)
+            shown.append(ShownOption(str(place), option.name, self._value(option.name), described))
+        instructions = None if question.instructions is None else self._value(question.instructions)
+        tail = profile.tail(kind, instructions, shown, self._value(state))
+        parts = [profile.option_text(kind, option) for option in shown]
+        return _Order(number, tail, (), order, (*parts, profile.opening))
+
+    def _options_after(self, ids: list[int], parts: Sequence[str]) -> tuple[list[int], Answers] | InvalidRequestError:
+        """The tokens of a whole prompt, and where a decision head reads them.
+
+        Args:
+            ids: the prompt's tokens up to the options.
+            parts: see ``_Order``.
+        """
+        try:
+            more = self._tokenizer.encode(parts, add_special_tokens=False)
+        except InvalidRequestError as error:
+            return error
+        return [*ids, *chain.from_iterable(more)], at_ends([len(own) for own in more])
+
+    def _value(self, text: str) -> Any:
         """A request's text for the profile's templates. In a chat, the chat template guards the whole message."""
-        return text if self._chat else self._tokenizer.plain.guard(text)
+        if self._chat:
+            return text
+        guard = self._tokenizer.plain.guard
+        value = json.loads(text) if self._profile.option and isinstance(text, JsonText) else text
+        return _guarded(value, guard)
 
     def _tail(self, question: Question, order: Sequence[int], shown: Sequence[str], state: str) -> str:
         """The prompt's text of a question.
@@ -552,20 +597,41 @@ class Piece:
         tokens = result.values[self.made.parts].astype(np.float64)
         lengths = np.concatenate([np.zeros(0, np.int64), *(own.answers.layout.lengths for own in self.reads)])
         sums = (np.add.reduceat(tokens, np.cumsum(lengths) - lengths) if len(lengths) else tokens).tolist()
-        found: dict[int, list[tuple[list[float], float]]] = {number: [] for number in self.questions}
+        found: dict[int, list[tuple[list[float], float | None]]] = {number: [] for number in self.questions}
         words: dict[int, tuple[tuple[str, ...], ...]] = {}
         at = 0
         for prompt, own in zip(self.made.prompts, self.reads, strict=True):
             values = sums[at : at + len(own.answers.layout.lengths)]
             at += len(values)
-            temperature = self.profile.temperature.get(self.questions[prompt.index].kind.value, 1.0)
-            logs, mass = _read(values, own.answers, temperature)
-            found[prompt.index].append((own.by_option(logs), mass))
+            kind = self.questions[prompt.index].kind
+            temperature = self.profile.temperature.get(kind.value, 1.0)
+            if self.profile.option:
+                offsets = self.profile.level_offsets.get(len(values)) if kind is Kind.SCORE else None
+                logs = own.by_option(values)
+                logs = [logit + offset for logit, offset in zip(logs, offsets or [0.0] * len(logs), strict=True)]
+                found[prompt.index].append((_normalised(logs, temperature), None))
+            else:
+                logs, mass = _read(values, own.answers, temperature)
+                found[prompt.index].append((own.by_option(logs), mass))
             words.setdefault(prompt.index, tuple(own.by_option(own.answers.words)))
         return [
             self.errors.get(number) or _judgement(number, own, found[number], words[number], self.calibration)
             for number, own in self.questions.items()
         ]
+
+
+def _guarded(value: Any, guard: Callable[[str], str]) -> Any:
+    """A JSON value with its texts guarded."""
+    match value:
+        case str():
+            return guard(value)
+        case list():
+            return [_guarded(each, guard) for each in cast(list[Any], value)]
+        case dict():
+            entries = cast(dict[str, Any], value).items()
+            return {guard(name): _guarded(each, guard) for name, each in entries}
+        case _:
+            return value
 
 
 def _read(values: Sequence[float], answers: Answers, temperature: float) -> tuple[list[float], float]:
@@ -575,21 +641,28 @@ def _read(values: Sequence[float], answers: Answers, temperature: float) -> tupl
     """
     if not math.isfinite(log_mass := _log_sum(values)):
         return [math.nan] * len(answers.groups), math.nan
-    logs = [_log_sum([values[label] for label in own]) / temperature for own in answers.groups]
-    total = _log_sum(logs)
-    return [value - total for value in logs], math.exp(min(0.0, log_mass))
+    logs = [_log_sum([values[label] for label in own]) for own in answers.groups]
+    return _normalised(logs, temperature), math.exp(min(0.0, log_mass))
+
+
+def _normalised(logs: Sequence[float], temperature: float) -> list[float]:
+    """Logarithms divided by the temperature, less that of their sum; NaN if they are not finite."""
+    scaled = [value / temperature for value in logs]
+    if not math.isfinite(total := _log_sum(scaled)):
+        return [math.nan] * len(logs)
+    return [value - total for value in scaled]
 
 
 def _judgement(
     number: int,
     question: Question,
-    reads: Sequence[tuple[list[float], float]],
+    reads: Sequence[tuple[list[float], float | None]],
     words: tuple[tuple[str, ...], ...],
     calibration: Calibration | None,
 ) -> Judgement | InternalError:
     """The mean of a question's log-probabilities over the orders of its options, normalised and calibrated."""
-    masses = [mass for _, mass in reads]
-    if any(map(math.isnan, masses)):
+    masses = [mass for _, mass in reads if mass is not None]
+    if any(math.isnan(logs[0]) for logs, _ in reads):
         return InternalError(
             f"questions[{number}]: the model's output is not finite, so there is no answer; leave this question out",
             param="questions",
@@ -598,7 +671,7 @@ def _judgement(
         )
     means = [math.fsum(values) / len(reads) for values in zip(*(logs for logs, _ in reads), strict=True)]
     raw = normalised(means)
-    judged = Judgement(raw, math.fsum(masses) / len(masses), len(reads), words)
+    judged = Judgement(raw, math.fsum(masses) / len(masses) if masses else None, len(reads), words)
     if calibration and (curve := calibration.curve(question.kind.value, len(raw))):
         return replace(judged, probabilities=curve.calibrated(raw), raw=raw, calibration=calibration.name)
     return judged

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 
+import numpy as np
+
 from serve_app.errors import InvalidRequestError
 from serve_app.tasks.labels import Layout, added_tokens, of_words, quoted
 from serve_app.tasks.steps import Steps
@@ -44,6 +46,27 @@ class Answers:
     layout: Layout
     groups: tuple[tuple[int, ...], ...]
     words: tuple[tuple[str, ...], ...]
+
+
+def at_ends(lengths: Sequence[int]) -> Answers:
+    """How a decision head reads a prompt: an option at the end of each part, and the question at that of the last one.
+
+    Args:
+        lengths: the parts' tokens; the prompt ends with these parts.
+    """
+    ends = np.cumsum(lengths)
+    count = len(lengths) - 1
+    layout = Layout(
+        continuations=((),),
+        read_sequences=np.zeros(count + 1, np.int32),
+        read_depths=(ends - ends[-1]).astype(np.int32),
+        targets=np.zeros(count, np.int32),
+        target_counts=np.array([1] * count + [0], np.int64),
+        parts=np.arange(count, dtype=np.int64),
+        lengths=np.ones(count, np.int64),
+        disjoint=range(count),
+    )
+    return Answers(layout, tuple((number,) for number in range(count)), ((),) * count)
 
 
 def lay_out(words: Sequence[Sequence[str]], ending: Ending, prompt: list[int], vocab_size: int) -> Steps[Answers]:

@@ -22,7 +22,14 @@ def unproved(profile: Profile, chat: ChatTemplate | None, tokenizer: TextTokeniz
     """Why a profile's answers cannot be told apart where they are read; None if they can.
 
     No label may begin another answer's, or change the tokens of the prompt. Codes with declared tokens must have these.
+    A prompt for a decision head has no labels, but perhaps control tokens, which the tokenizer must have.
     """
+    if missing := [token for token in profile.control if token not in tokenizer.plain.control]:
+        return (
+            f"this model's tokenizer has no control token {quoted(missing[0])}, and the profile {profile.name} has it"
+        )
+    if profile.option:
+        return None
     if profile.chat and profile.system and not (chat and chat.system):
         return f"this model's chat template shows no system text, and the profile {profile.name} has one"
     try:

@@ -23,6 +23,12 @@ class Kind(StrEnum):
     SCORE = "score"
 
 
+class JsonText(str):
+    """The text of a JSON value that is none itself, for profiles that show values in a way of their own."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Option:
     """One possible answer.
@@ -61,13 +67,14 @@ class Judgement:
         probabilities: one for each option, in the order of the request; they sum to 1.
         raw: the same before calibration; None: they are not calibrated.
         calibration: the calibration's name; None: as ``raw``.
-        label_mass: how much of the model's next-token distribution the options' labels cover, 0 to 1.
+        label_mass: how much of the model's next-token distribution the options' labels cover, 0 to 1; None: the model
+            reads its options with a head.
         permutations: the number of cyclic orders of the options that were averaged.
-        reads: for each option in turn, the labels that stand for it, as text.
+        reads: for each option in turn, the labels that stand for it, as text; none with a head.
     """
 
     probabilities: tuple[float, ...]
-    label_mass: float
+    label_mass: float | None
     permutations: int
     reads: tuple[tuple[str, ...], ...]
     raw: tuple[float, ...] | None = None
@@ -107,6 +114,8 @@ def as_text(value: Any) -> str:
             checked before, but Python's objects can be changed.
     """
     try:
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(", ", ": "))
+        if isinstance(value, str):
+            return value
+        return JsonText(json.dumps(value, ensure_ascii=False, separators=(", ", ": ")))
     except (RecursionError, TypeError, ValueError) as error:
         raise InvalidRequestError(f"a value cannot be shown as JSON: {error}; send it simpler") from None

@@ -101,6 +101,12 @@ DECLARED: dict[str, tuple[dict[str, Any], dict[str, object], str, str]] = {
         '"codes"',
     ),
     "nothing": (QWEN3, {}, "chat-v1", "the model has a chat template"),
+    "Decision 2.0": (
+        QWEN3,
+        {"decision_config.json": {"prompt_version": "decision2-segmented-options-global-query-v1"}},
+        "decision2-v1",
+        "decision_config.json says",
+    ),
     "ShieldGemma's name on another family": (LLAMA, {"README.md": "# like ShieldGemma"}, "chat-v1", "a chat template"),
 }
 
@@ -111,8 +117,12 @@ UNREADABLE: dict[str, tuple[dict[str, Any], dict[str, object], str]] = {
         {"decision_config.json": {"attention_mode": "noncausal_full_attention", "codes": ["A"]}},
         '"attention_mode": "noncausal_full_attention": this model attends to the tokens that follow',
     ),
-    "Decision 2.0": ({"model_type": "decision2"}, {}, "a head of its own"),
-    "kev": (QWEN3, {"head.pt": "x", "training_config.json": {}}, "it has head.pt: this model reads its answers with a"),
+    "any2jev": (QWEN3, {"head.safetensors": "x"}, "it has head.safetensors: this model reads its answers with a head"),
+    "Drex": (
+        QWEN3,
+        {"head.pt": "x", "training_config.json": {}},
+        "it has head.pt: this model reads its answers with a",
+    ),
     "Clef": (QWEN3, {"joint_head_config.json": {}}, "a head of its own"),
     "Laya": (QWEN3, {"rl_agent_config.json": {}}, "a head of its own"),
     "Liquid D1": ({**QWEN3, "auto_map": {"AutoModel": "modeling_d1.D1Model"}}, {}, "code of its own"),

@@ -30,8 +30,10 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-CONTROL = ("<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<|eot_id|>")
-CONTROL += ("<|start_header_id|>", "<|end_header_id|>", "<think>", "</think>")
+CONTROL = (
+    *("<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<|eot_id|>"),
+    *("<|start_header_id|>", "<|end_header_id|>", "<think>", "</think>"),
+)
 BOS = {"shieldgemma-v1": "<bos>", "llama-guard-3-v1": "<|begin_of_text|>"}
 """The token that begins every sequence of these models."""
 WORDS = "yes no Yes No safe unsafe A B C D E F G H I J 0 1 2 3 4 5 6 7 8 9"
@@ -172,6 +174,8 @@ DIGESTS = {
     "anyjev-v1": "8d80125c0de411cd",
     "chat-v1": "0d6716dfc1b7e73f",
     "decider-v1": "6cfdfe61b5e56b7a",
+    "decision2-v1": "d3c10806e9c0f890",
+    "kev-v1": "aa8fa9edf8b2c049",
     "llama-guard-3-v1": "8b039dd2531ced79",
     "plain-v1": "0706892557511671",
     "qwen3-reranker-v1": "f34911e0ac338fe4",
@@ -187,6 +191,9 @@ def _digest(profile: Profile) -> str:
     said: list[object] = [profile.chat, profile.system, profile.opening, profile.types, profile.outcomes]
     said += [profile.no, profile.yes, profile.labels(["A", "10"]), profile.levels, profile.alphabet]
     said.append(dict(profile.temperature))
+    if profile.option:
+        said += [profile.control, *(profile.option_text(type, each) for type in profile.types for each in options[:3])]
+        said += [profile.option_text("noul", each) for each in outcomes]
     for state in ("", " a <b>\n\n"):
         said.append(profile.front(state))
         for type in profile.types:
