@@ -27,6 +27,7 @@ from model.contract import PAGE_TOKENS
 from model.cpu.attention import attend_native
 from model.delta import Snapshots
 from model.logprobs import softcapped
+from model.lora import Rows
 
 
 class AttentionContext(NamedTuple):
@@ -41,6 +42,7 @@ class AttentionContext(NamedTuple):
         prefix_lengths: tokens in each prefix; 0 for none.
         snapshots: of a hybrid's recurrent layers, see ``model.delta``.
         slots: of each prefix, see ``delta.Packed``.
+        adapters: of the tokens, see ``model.lora``; None: there are none.
     """
 
     segments: Int[Array, "B T"]
@@ -51,6 +53,7 @@ class AttentionContext(NamedTuple):
     prefix_lengths: Int[Array, " P"]
     snapshots: Snapshots | None = None
     slots: Int[Array, "P 2"] | None = None
+    adapters: Rows | None = None
 
     @property
     def page_table(self) -> Int[Array, " slots"]:

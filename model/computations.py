@@ -32,6 +32,7 @@ from model.families.registry import Abstract, Ends
 from model.inputs import Inputs, width
 from model.layers import OfStack
 from model.logprobs import argmax, log_normalizer, target_logits, top
+from model.lora import Rows
 from model.plan import Shape
 from model.sharding import DATA, RULES
 from model.sizes import Layout
@@ -87,9 +88,9 @@ def spans_of(size: int) -> int:
     return max((size + PAGE_TOKENS - 2) // PAGE_TOKENS + 1, size // 16)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Weights:
-    """Parameters on the devices.
+    """Parameters on the devices. They change only where ``model.adapters`` puts one into its slot.
 
     Attributes:
         ends: parameters of ``registry.Ends``.
@@ -151,7 +152,7 @@ class Model:
 
     def inputs(self, array: jax.Array, size: int) -> Inputs:
         """What this device's call of ``size`` tokens is told."""
-        return Inputs.of(array[0], size, self.layout.tables)
+        return Inputs.of(array[0], size, self.layout.room)
 
 
 def context_of(inputs: Inputs, pool: jax.Array, snapshots: Kept, bins: int = 1) -> AttentionContext:
@@ -162,7 +163,8 @@ def context_of(inputs: Inputs, pool: jax.Array, snapshots: Kept, bins: int = 1) 
     """
     segments = inputs.segments.reshape(bins, -1)
     pages = pool, inputs.tables, inputs.lengths
-    return AttentionContext(segments, inputs.positions, inputs.prefixes, *pages, snapshots, inputs.slots)
+    adapters = Rows(inputs.adapters, inputs.adapted) if len(inputs.adapters) else None
+    return AttentionContext(segments, inputs.positions, inputs.prefixes, *pages, snapshots, inputs.slots, adapters)
 
 
 def embed(model: Model, size: int, ends: State, array: jax.Array) -> tuple[jax.Array, Angles, Inputs]:
@@ -441,7 +443,7 @@ def definition(model: Model, weights: Weights, kind: Kind, size: Size) -> Defini
     """The program of this kind, for arguments of this size."""
     c, ends, layers = model.config, _ends(model, weights), _layers(model, weights)
     tokens = size if isinstance(size, int) else size.tokens
-    array = Argument(_int32(1, width(tokens, model.layout.tables)), CALLS)
+    array = Argument(_int32(1, width(tokens, model.layout.room)), CALLS)
     number, pool = Argument(_int32(), WHOLE), Argument(model.layout.pool, POOL)
     x, angles, inputs = Argument(_float32(tokens, c.width), CALLS), _angles(model, tokens), _inputs(model, tokens)
     collected = Argument(_float32(model.collected, c.width), WHOLE)
@@ -522,9 +524,9 @@ def _angles(model: Model, tokens: int) -> Argument:
 
 def _inputs(model: Model, tokens: int) -> Argument:
     """What a call is told, taken apart."""
-    row = _int32(width(tokens, model.layout.tables))
-    part = jax.eval_shape(partial(Inputs.of, size=tokens, tables=model.layout.tables), row)
-    return Argument(part, Inputs(*[CALLS] * 5, tables=WHOLE, lengths=WHOLE, slots=WHOLE, place=WHOLE))
+    row = _int32(width(tokens, model.layout.room))
+    part = jax.eval_shape(partial(Inputs.of, size=tokens, room=model.layout.room), row)
+    return Argument(part, Inputs(*[CALLS] * 6, adapters=WHOLE, tables=WHOLE, lengths=WHOLE, slots=WHOLE, place=WHOLE))
 
 
 def _kept(model: Model, tokens: int) -> Argument:

@@ -121,6 +121,19 @@ class DecisionHead:
     width: int
 
 
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """Room for LoRA adapters beside the weights, see ``model.lora``.
+
+    Attributes:
+        slots: adapters that are on the device at once.
+        rank: the largest; adapters of a lower one are filled up with zeros.
+    """
+
+    slots: int
+    rank: int
+
+
 MOST_TOKENS = 2**TOKEN_BITS // 2
 """The most tokens of a vocabulary: with some ropes the prefix cache knows each by two ids (``Engine``)."""
 
@@ -169,6 +182,7 @@ class ModelConfig:
         int8: the kernels of attention and MLP are stored so, see ``layers.quantized``.
         native: sums over a token's channels, and over the vocabulary, are those of ``cpu.linear``.
         packed: matmuls are, too, with kernels stored packed.
+        lora: room for adapters that requests choose; None: there are none.
         notes: what a user should know about how the config was read.
     """
 
@@ -212,6 +226,7 @@ class ModelConfig:
     int8: bool = False
     native: bool = False
     packed: bool = False
+    lora: Lora | None = None
     notes: tuple[str, ...] = field(default=(), compare=False)
 
 

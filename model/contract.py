@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -73,6 +74,7 @@ class TokenBatch:
             cache, by the whole request and not by how it was cut into batches. None: not known.
         salts: for each sequence a number, ``0 <= salt < 2**SALT_BITS``. Sequences with different salts share no prefix,
             in this batch or another. None: all are 0.
+        adapters: for each sequence the slot of its LoRA adapter, from 1; 0: the model itself. None: all are 0.
         shared: for each sequence, how many leading tokens it shares with the one before it in this batch, its last
             token never counted; 0 for the first. Engines do not need it. None: not measured.
     """
@@ -91,6 +93,7 @@ class TokenBatch:
     common: Int32 | None = None
     shared: Int64 | None = None
     salts: Int64 | None = None
+    adapters: Int32 | None = None
 
     @property
     def kind(self) -> tuple[bool, bool, int, float]:
@@ -177,6 +180,7 @@ class ModelInfo:
         mesh: calls that run at once, and the devices that the model is split over for each; None: it is on one device.
         decision_head: the kind of a head that scores a question's options, see ``TokenBatch``; such a model has no
             next-token probabilities. None: it has none.
+        adapters: LoRA adapters that it has room for beside its weights.
         token_types: of an encoder, how many types of tokens it tells apart: those of a pair's texts. 0: it is none.
     """
 
@@ -196,6 +200,7 @@ class ModelInfo:
     mesh: tuple[int, int] | None = None
     token_types: int = 0
     decision_head: str | None = None
+    adapters: int = 0
 
     @property
     def encoder(self) -> bool:
@@ -248,6 +253,15 @@ class Engine(Protocol):
 
         Raises:
             ValueError: a sequence is empty or longer than ``info.max_prompt_tokens``.
+        """
+        ...
+
+    def load_adapter(self, number: int, folder: Path) -> str:
+        """Read a LoRA adapter into a slot, from 1, over what was there, and return what it is in words. No batch that
+        names the slot may run meanwhile.
+
+        Raises:
+            ValueError: the adapter cannot be used, or there is no such slot.
         """
         ...
 

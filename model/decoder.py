@@ -17,6 +17,7 @@ from model.config import ModelConfig
 from model.delta import Snapshots
 from model.layers import Angles, GatedMLP, Heads, Linear, RMSNorm, each, rope_angles, rotated
 from model.logprobs import Split
+from model.lora import Rows
 from model.sharding import MODEL
 
 KeysValues = Float[Array, "2 M K W"]
@@ -54,6 +55,7 @@ def gated_mlp(config: ModelConfig, dtype: jnp.dtype) -> GatedMLP:
         shards=config.shards,
         int8=config.int8,
         packed=config.packed,
+        lora=config.lora,
     )
 
 
@@ -88,6 +90,7 @@ class Attention(nnx.Module):
                 shards=config.shards,
                 int8=config.int8,
                 packed=config.packed,
+                lora=config.lora,
             )
 
         self.q = linear(config.width, heads, bias=config.attention_bias, axes=("embed", "heads"))
@@ -100,22 +103,22 @@ class Attention(nnx.Module):
         self.k_norm = norm(config, widths["k"], dtype, "kv_heads" if whole else "embed") if widths else None
 
     def __call__(
-        self, x: Float[Array, "M D"], angles: Angles
+        self, x: Float[Array, "M D"], angles: Angles, rows: Rows | None
     ) -> tuple[Float[Array, "M N W"], Float[Array, "M K W"], Float[Array, "M K H"]]:
         """Queries, keys and values of all tokens; see ``queries`` and ``keys_values``."""
-        q, k, v = each((self.q, self.k, self.v), x)
+        q, k, v = each((self.q, self.k, self.v), x, rows)
         q, k = self._rotated([self._queries(q), self._keys(k)], angles)
         return q, k, self._values(v)
 
-    def queries(self, x: Float[Array, "M D"], angles: Angles) -> Float[Array, "M N W"]:
+    def queries(self, x: Float[Array, "M D"], angles: Angles, rows: Rows | None) -> Float[Array, "M N W"]:
         """Queries of all tokens, rotated and scaled, in the weights' dtype; a TPU's kernel widens their heads."""
-        return self._rotated([self._queries(self.q(x))], angles)[0]
+        return self._rotated([self._queries(self.q(x, rows))], angles)[0]
 
     def keys_values(
-        self, x: Float[Array, "M D"], angles: Angles
+        self, x: Float[Array, "M D"], angles: Angles, rows: Rows | None
     ) -> tuple[Float[Array, "M K W"], Float[Array, "M K H"]]:
         """Keys, rotated, and values, in the weights' dtype; a TPU's kernel widens the keys' heads."""
-        k, v = each((self.k, self.v), x)
+        k, v = each((self.k, self.v), x, rows)
         return self._rotated([self._keys(k)], angles)[0], self._values(v)
 
     def _queries(self, q: Float[Array, "M NH"]) -> Heads:
@@ -133,8 +136,8 @@ class Attention(nnx.Module):
             return rotary_tpu.rotated(parts, angles, self.q.dtype, interpret=interpret)
         return [rotated(part, angles).astype(self.q.dtype) for part in parts]
 
-    def output(self, attended: Float[Array, "M N H"]) -> Float[Array, "M D"]:
-        return self.o(attended.reshape(attended.shape[0], -1))
+    def output(self, attended: Float[Array, "M N H"], rows: Rows | None) -> Float[Array, "M D"]:
+        return self.o(attended.reshape(attended.shape[0], -1), rows)
 
 
 def stacked(k: Float[Array, "M K W"], v: Float[Array, "M K H"]) -> KeysValues:
@@ -163,7 +166,9 @@ class Block(nnx.Module):
         """``pre_attention``, for a family to overwrite whose layers differ in it."""
         return self.pre_attention(x)
 
-    def post_attention(self, x: Float[Array, "Q D"], attended: Float[Array, "Q D"]) -> Float[Array, "Q D"]:
+    def post_attention(
+        self, x: Float[Array, "Q D"], attended: Float[Array, "Q D"], rows: Rows | None
+    ) -> Float[Array, "Q D"]:
         """The layer's output, from its input and attention's output."""
         raise NotImplementedError
 
@@ -171,9 +176,10 @@ class Block(nnx.Module):
         self, x: Float[Array, "M D"], angles: AllAngles, context: AttentionContext, layer: Layer
     ) -> tuple[Float[Array, "M D"], KeysValues]:
         """The layer's output, and its keys and values."""
-        q, k, v = self.attention(self.attention_input(x, layer), self._layer_angles(angles, layer))
+        rows = context.adapters
+        q, k, v = self.attention(self.attention_input(x, layer), self._layer_angles(angles, layer), rows)
         attended = attend(q, k, v, context, layer, self._mask_spec(layer), implementation=self.implementation)
-        return self.post_attention(x, self.attention.output(attended)), stacked(k, v)
+        return self.post_attention(x, self.attention.output(attended, rows), rows), stacked(k, v)
 
     def keep(
         self, x: Float[Array, "M D"], angles: AllAngles, context: AttentionContext, layer: Layer
@@ -185,12 +191,14 @@ class Block(nnx.Module):
         self, x: Float[Array, "M D"], angles: AllAngles, context: AttentionContext, layer: Layer
     ) -> tuple[KeysValues, Snapshots | None]:
         """The keys and values, and the snapshots with this layer's, for a last layer that is not read."""
-        return self.keys_values(x, angles, layer), context.snapshots
+        return self.keys_values(x, angles, layer, context.adapters), context.snapshots
 
-    def keys_values(self, x: Float[Array, "M D"], angles: AllAngles, layer: Layer) -> KeysValues:
+    def keys_values(
+        self, x: Float[Array, "M D"], angles: AllAngles, layer: Layer, rows: Rows | None = None
+    ) -> KeysValues:
         """The keys and values alone, for a last layer that is not read."""
         inputs = self.attention_input(x, layer)
-        return stacked(*self.attention.keys_values(inputs, self._layer_angles(angles, layer)))
+        return stacked(*self.attention.keys_values(inputs, self._layer_angles(angles, layer), rows))
 
     def forward_reads(
         self,
@@ -202,11 +210,13 @@ class Block(nnx.Module):
     ) -> Float[Array, "R D"]:
         """The layer's output at the flat indices ``reads`` alone; other tokens get only their keys and values."""
         (cos, sin), inputs = self._layer_angles(angles, layer), self.attention_input(x, layer)
-        k, v = self.attention.keys_values(inputs, (cos, sin))
-        q = self.attention.queries(inputs[reads], (cos[reads], sin[reads]))
+        rows = context.adapters
+        k, v = self.attention.keys_values(inputs, (cos, sin), rows)
+        rows = rows and rows.at(reads)
+        q = self.attention.queries(inputs[reads], (cos[reads], sin[reads]), rows)
         spec = self._mask_spec(layer)
         attended = attend(q, k, v, context, layer, spec, implementation=self.implementation, reads=reads)
-        return self.post_attention(x[reads], self.attention.output(attended))
+        return self.post_attention(x[reads], self.attention.output(attended, rows), rows)
 
     def _mask_spec(self, layer: Layer) -> MaskSpec:
         softcap, widths = self.config.attention_softcap, windows(self.config)
@@ -261,6 +271,8 @@ class EmbeddingAndHead(nnx.Module):
         head = None if config.tied_head else nnx.Param(jnp.zeros((rows, config.width), dtype), axes=(axis, "embed"))
         self.head = head
         self.decision_head = decision_heads.build(config)
+        of_adapters = (config.lora.slots, config.classes, config.width) if config.lora and config.classes else None
+        self.adapter_heads = of_adapters and nnx.Param(jnp.zeros(of_adapters, dtype), axes=(None, None, "embed"))
 
     def embed(self, tokens: Int[Array, " M"], positions: Int[Array, " M"]) -> tuple[Float[Array, "M D"], AllAngles]:
         """The first layer's input, float32, and the rope angles of all layers.
@@ -278,7 +290,10 @@ class EmbeddingAndHead(nnx.Module):
         return x if config.embedding_scale == 1.0 else x * config.embedding_scale, angles
 
     def head_weights(self) -> Float[Array, "V D"]:
-        """The output head's rows: tokens, or classes. Of a split vocabulary this device's."""
+        """The output head's rows: tokens, or classes, followed by those of adapters. Of a split vocabulary this
+        device's."""
+        if self.adapter_heads is not None and self.head is not None:
+            return jnp.concatenate([self.head[...], self.adapter_heads[...].reshape(-1, self.config.width)])
         return self.embedding[...] if self.head is None else self.head[...]
 
     def head_bias(self) -> None:

@@ -7,12 +7,14 @@ once, for the head's results. What is compiled is in ``model.computations``.
 """
 
 import itertools
+import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +22,19 @@ import numpy as np
 import numpy.typing as npt
 
 from model import decision_heads, device_check, plan, prefill
+from model.adapters import Adapters
 from model.config import DecisionHead
-from model.contract import PAGE_TOKENS, TOKEN_BITS, BatchResult, EngineStats, MemoryUse, ModelInfo, Progress, TokenBatch
+from model.contract import (
+    PAGE_TOKENS,
+    SALT_BITS,
+    TOKEN_BITS,
+    BatchResult,
+    EngineStats,
+    MemoryUse,
+    ModelInfo,
+    Progress,
+    TokenBatch,
+)
 from model.inputs import Inputs, padding
 from model.pages import CacheStats, Node, OutOfPagesError, PrefixCache, SeenPrefixes
 from model.prefill import PinnedPrefix
@@ -35,10 +48,13 @@ class Engine:
     Args:
         programs: the programs over the weights.
         memory: what it takes.
+        adapters: the slots of its weights; None: it has none.
     """
 
-    def __init__(self, programs: Programs, memory: MemoryUse | None = None) -> None:
-        self._programs, self._memory = programs, memory
+    def __init__(self, programs: Programs, memory: MemoryUse | None = None, adapters: Adapters | None = None) -> None:
+        self._programs, self._memory, self._adapters = programs, memory, adapters
+        self._adapter_salts: dict[int, int] = {}
+        """By the slot's number: in the prefix cache, what an adapter in it has computed. No other has the same."""
         self._config, self._layout = programs.model.config, programs.model.layout
         self._scalar = programs.decision_scalar()
         self._launching = threading.Lock()
@@ -64,6 +80,7 @@ class Engine:
             memory=self._memory,
             mesh=None if mesh is None or mesh.size == 1 else (mesh.shape[DATA], mesh.shape[MODEL]),
             decision_head=None if self._config.decision_head is None else self._config.decision_head.kind,
+            adapters=0 if self._config.lora is None else self._config.lora.slots,
             token_types=max(1, self._config.encoder.token_types) if self._config.encoder else 0,
         )
 
@@ -102,6 +119,26 @@ class Engine:
             device_check.prove(self._programs)
             self.score(device_check.first_batch(self._programs))
 
+    def load_adapter(self, number: int, folder: Path) -> str:
+        """Read a LoRA adapter that peft has saved, and put it into a slot, over what was there.
+
+        Args:
+            number: the slot's, as ``TokenBatch.adapters`` names it: from 1.
+
+        Returns:
+            What it is, in words.
+
+        Raises:
+            ConfigError, CheckpointError: see ``Adapters.read``.
+        """
+        if self._adapters is None:
+            raise ValueError("this model was loaded without room for adapters")
+        adapter = self._adapters.read(folder)
+        with self._launching:
+            self._adapters.put(number - 1, adapter)
+            self._adapter_salts[number] = secrets.randbits(SALT_BITS)
+        return adapter.kind
+
     def score(self, batch: TokenBatch) -> BatchResult:
         """Compute the values of all targets of all reads; see ``model.contract.TokenBatch``.
 
@@ -117,6 +154,22 @@ class Engine:
             ValueError: see ``score``.
         """
         work = self._work(batch)
+        parts = [(part, *self._planned(part, batch)) for part in work.parts(self._layout.adapters)]
+        head = self._config.decision_head
+        found = _Found.of(batch, 0 if head is None else decision_heads.features_of(head))
+        with self._launching:
+            try:
+                collected: list[_Collected] = []
+                for part, groups, kept in parts:
+                    self._launch([*self._with_recurring(groups, part), *kept], part, collected)
+                results = self._head(collected, batch, found)
+            except Exception:  # the next thread would find pages that were never written
+                self._forget_prefixes()
+                raise
+        return partial(self._result, batch, work, found, results)
+
+    def _planned(self, work: "_Work", batch: TokenBatch) -> tuple[list[plan.Group], list[plan.Group]]:
+        """The groups of what is read, and of what is only kept."""
         groups = self._layout.groups(
             [work.sequences[number] for number in work.read],
             [work.reads[number] for number in work.read],
@@ -127,16 +180,7 @@ class Engine:
             plan.Group(place, len(tokens) - len(tokens) % PAGE_TOKENS, plan.NO_SEGMENTS)
             for place, tokens in enumerate((work.sequences[number] for number in work.unread), len(work.read))
         ]
-        head = self._config.decision_head
-        found = _Found.of(batch, 0 if head is None else decision_heads.features_of(head))
-        with self._launching:
-            try:
-                collected = self._launch([*self._with_recurring(groups, work), *kept], work)
-                results = self._head(collected, batch, found)
-            except Exception:  # the next thread would find pages that were never written
-                self._forget_prefixes()
-                raise
-        return partial(self._result, batch, work, found, results)
+        return groups, kept
 
     def _result(self, batch: TokenBatch, work: "_Work", found: "_Found", results: Sequence["_Launched"]) -> BatchResult:
         """Wait for the head's results, and put them where they belong."""
@@ -188,19 +232,33 @@ class Engine:
         keep = batch.keep and not self._layout.whole
         unread = np.flatnonzero(np.diff(first) == 0).tolist() if keep else []
         positions = batch.read_positions.tolist()
+        adapters = np.zeros(count, np.int32) if batch.adapters is None else batch.adapters
         return _Work(
             tokens=tokens,
             offsets=batch.offsets,
             sequences=[tokens[start:stop] for start, stop in itertools.pairwise(batch.offsets.tolist())],
-            salts=[0] * count if batch.salts is None else batch.salts.tolist(),
+            salts=self._salts(batch, adapters),
+            adapters=adapters,
             reads=[positions[start:stop] for start, stop in itertools.pairwise(first.tolist())],
             positions=batch.read_positions,
             order=order,
             read=read,
             unread=unread,
-            numbering=np.array([*read, *unread], np.int64),
             computed=np.zeros(count, np.int64),
         )
+
+    def _salts(self, batch: TokenBatch, adapters: npt.NDArray[np.int32]) -> list[int]:
+        """What keeps the prefixes of sequences apart: their salts, and those of their adapters.
+
+        Raises:
+            ValueError: a slot is empty.
+        """
+        salts = [0] * batch.num_sequences if batch.salts is None else batch.salts.tolist()
+        if not adapters.any():
+            return salts
+        if missing := sorted(set(adapters.tolist()) - {0, *self._adapter_salts}):
+            raise ValueError(f"there is no adapter in slot {missing[0]}")
+        return [salt ^ self._adapter_salts.get(slot, 0) for salt, slot in zip(salts, adapters.tolist(), strict=True)]
 
     def _marked(self, tokens: npt.NDArray[np.int32], lengths: plan.Numbers) -> npt.NDArray[np.int32]:
         """Ids that differ where tokens have different keys, for the planner, the cache and the programs.
@@ -262,13 +320,12 @@ class Engine:
             ]
         return result
 
-    def _launch(self, groups: Sequence[plan.Group], work: "_Work") -> list["_Collected"]:
-        """Start all calls. Returns the hidden states that they collect, still being computed.
+    def _launch(self, groups: Sequence[plan.Group], work: "_Work", collected: list["_Collected"]) -> None:
+        """Start all calls. They add to the collected hidden states, which are still being computed.
 
         The missing prefixes of as many groups as a call can see and the pool can hold come first, then these groups'
         segments.
         """
-        collected: list[_Collected] = []
         waiting = deque(groups)
         while waiting:
             with ExitStack() as pins:
@@ -283,7 +340,6 @@ class Engine:
                     waiting.popleft()
                 self._prefill(held, work, collected)
                 self._segments(held, work, collected)
-        return collected
 
     def _hold(self, group: plan.Group, work: "_Work", pins: ExitStack) -> PinnedPrefix:
         """Pages for a group's prefix, see ``PrefixCache.hold``."""
@@ -298,8 +354,13 @@ class Engine:
     def _prefill(self, held: Sequence[PinnedPrefix], work: "_Work", collected: list["_Collected"]) -> None:
         """Fill the pages that are empty, and collect the hidden states of prefixes that are read."""
         for call in prefill.calls(held, self._layout.sizes.chunks, self._layout.prefixes):
-            array, inputs = padding(self._programs.model.at_once, call.size, self._layout.tables)
+            array, inputs = padding(self._programs.model.at_once, call.size, self._layout.room)
             call.fill(inputs)
+            if work.slots:
+                inputs.adapters[:, : len(work.slots)] = work.slots
+                for piece, at in zip(call.pieces, call.places, strict=True):
+                    place = slice(at, at + piece.stop - piece.start)
+                    inputs.adapted[:, place] = work.chosen[work.numbering[piece.held.group.prefix_of]]
             _fill_prefixes(inputs, [(piece.held.path, piece.start) for piece in call.pieces])
             inputs.slots[:, : len(call.pieces)] = [(piece.begin, piece.end) for piece in call.pieces]
             self._wait_for_last()
@@ -329,9 +390,11 @@ class Engine:
         model, seen = self._programs.model, [(each.path, len(each.prefix)) for each in held]
         for calls in plan.batch_calls(self._layout.calls([each.group for each in held]), model.at_once):
             shape = calls[0].shape
-            array, inputs = padding(model.at_once, shape.tokens, self._layout.tables)
+            array, inputs = padding(model.at_once, shape.tokens, self._layout.room)
             _fill_prefixes(inputs, seen)
             inputs.slots[:, : len(held), 0] = [each.end for each in held]
+            if work.slots:
+                inputs.adapters[:, : len(work.slots)] = work.slots
             room = self._room(collected, model.at_once * shape.reads)
             inputs.place[:] = first = room.filled
             for number, call in enumerate(calls):
@@ -360,7 +423,10 @@ class Engine:
         for one in collected:
             rows, reads = np.concatenate(one.rows), np.concatenate(one.reads)
             places = _ranges(first[reads], counts[reads])
-            pairs = np.stack([np.repeat(rows, counts[reads]), batch.targets[places].astype(np.int64)])
+            ids = batch.targets[places].astype(np.int64)
+            if self._config.classes and batch.adapters is not None:  # the heads follow each other
+                ids += self._config.classes * np.repeat(batch.adapters[batch.read_sequences[reads]], counts[reads])
+            pairs = np.stack([np.repeat(rows, counts[reads]), ids])
             for at, size, count in plan.blocks(len(places), sizes.target_sizes):
                 launch = partial(programs.targets, pairs=_padded(pairs[:, at : at + count], size))
                 result = self._after_last(launch, one.states)
@@ -520,7 +586,7 @@ def _top_count(batch: TokenBatch) -> int:
     return batch.top or int(batch.temperature != 1)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Work:
     """A batch on its way.
 
@@ -529,26 +595,58 @@ class _Work:
         offsets: where each begins.
         sequences: the tokens of each.
         salts: of each; sequences with different ones share no prefix.
+        adapters: the slot of each one's adapter, from 1; 0: none.
         reads: each sequence's read positions, ascending.
         positions: of all reads.
         order: of all reads, see ``_in_order``.
         read: sequences with reads.
         unread: sequences that are only kept.
-        numbering: the planner's sequence number -> the batch's; the planner sees ``read``, followed by ``unread``.
         computed: for each sequence, tokens computed so far.
+        slots: of the adapters of ``read`` and ``unread``, from 0; a call sees all of them.
     """
 
     tokens: npt.NDArray[np.int32]
     offsets: plan.Numbers
     sequences: Sequence[npt.NDArray[np.int32]]
     salts: Sequence[int]
+    adapters: npt.NDArray[np.int32]
     reads: Sequence[Sequence[int]]
     positions: npt.NDArray[np.int32]
     order: plan.Numbers
     read: Sequence[int]
     unread: Sequence[int]
-    numbering: plan.Numbers
     computed: plan.Numbers
+    slots: Sequence[int] = ()
+
+    @cached_property
+    def numbering(self) -> plan.Numbers:
+        """The planner's sequence number -> the batch's; the planner sees ``read``, followed by ``unread``."""
+        return np.array([*self.read, *self.unread], np.int64)
+
+    @cached_property
+    def chosen(self) -> npt.NDArray[np.int32]:
+        """Which of ``slots`` each sequence takes; -1: none."""
+        found = np.full(1 + max(self.slots, default=-1) + 1, -1, np.int32)
+        found[1 + np.array(self.slots, np.int64)] = np.arange(len(self.slots))
+        return found[np.minimum(self.adapters, len(found) - 1)]
+
+    def parts(self, most: int) -> list["_Work"]:
+        """Parts whose sequences take no more adapters than a call sees.
+
+        Args:
+            most: how many that are.
+        """
+        numbers = sorted({int(self.adapters[number]) for number in (*self.read, *self.unread)} - {0})
+        if not numbers:
+            return [self]
+        parts: list[_Work] = []
+        for first in range(0, len(numbers), most):
+            own = set(numbers[first : first + most]) | ({0} if first == 0 else set())
+            read, unread = (
+                [number for number in some if self.adapters[number] in own] for some in (self.read, self.unread)
+            )
+            parts.append(replace(self, read=read, unread=unread, slots=[slot - 1 for slot in sorted(own - {0})]))
+        return parts
 
     def key(self, sequence: int, length: int) -> plan.Numbers:
         """What the prefix cache knows tokens by: the ids, with the salt in the upper bits.
@@ -583,6 +681,8 @@ class _Work:
         inputs.positions[places] = _ranges(segments.starts, lengths)
         inputs.prefixes[places] = np.repeat(call.prefixes, lengths)
         inputs.segments[places] = np.repeat(np.arange(len(segments)), lengths)
+        if self.slots:
+            inputs.adapted[places] = np.repeat(self.chosen[sequences], lengths)
         reads = _ranges(self.first_reads(segments), segments.reads)
         inputs.reads[: len(reads)] = self.positions[reads] + np.repeat(at - segments.starts, segments.reads)
         return reads

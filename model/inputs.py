@@ -12,6 +12,20 @@ import numpy.typing as npt
 from model.plan import reads_of
 
 
+class Room(NamedTuple):
+    """What every call has room for.
+
+    Attributes:
+        prefixes: P.
+        pages: entries of a prefix's page table.
+        adapters: A that its tokens take, see ``model.lora``; 0: there are none.
+    """
+
+    prefixes: int
+    pages: int
+    adapters: int = 0
+
+
 class Inputs(NamedTuple):
     """The parts of an array of one or several rows, each for a call of M tokens; they share the array's memory.
 
@@ -20,8 +34,10 @@ class Inputs(NamedTuple):
         positions: [M], each token's place in its sequence.
         prefixes: [M], which of the call's P prefixes each token sees.
         segments: [M], see ``attention.AttentionContext``.
+        adapted: [M], see ``lora.Rows.numbers``; [0] without adapters.
         reads: [R] flat indices of the tokens whose hidden states are kept; not used by ``prefill``.
-        tables: [P, slots], the pages of each prefix; the same in all rows, as is what follows.
+        adapters: [A], see ``lora.Rows.slots``; the same in all rows, as is what follows.
+        tables: [P, pages], the pages of each prefix.
         lengths: [P], each prefix's tokens.
         slots: [P, 2], see ``delta.Packed``; zeros but in a hybrid.
         place: [1], where the first hidden state goes among those of earlier launches.
@@ -31,39 +47,43 @@ class Inputs(NamedTuple):
     positions: Any
     prefixes: Any
     segments: Any
+    adapted: Any
     reads: Any
+    adapters: Any
     tables: Any
     lengths: Any
     slots: Any
     place: Any
 
     @classmethod
-    def of(cls, array: Any, size: int, tables: tuple[int, int]) -> "Inputs":
+    def of(cls, array: Any, size: int, room: Room) -> "Inputs":
         """Take an array apart.
 
         Args:
             array: of numpy or jax, [width of ``size``] or [rows, width].
             size: tokens of a call.
-            tables: shape of the page tables.
+            room: of the call.
         """
-        bounds = [0, *itertools.accumulate(map(int, map(np.prod, _shapes(size, tables))))]
+        bounds = [0, *itertools.accumulate(map(int, map(np.prod, _shapes(size, room))))]
         parts = [array[..., start:stop] for start, stop in itertools.pairwise(bounds)]
-        shapes = zip(parts, _shapes(size, tables), strict=True)
+        shapes = zip(parts, _shapes(size, room), strict=True)
         return cls(*(part.reshape(*array.shape[:-1], *shape) for part, shape in shapes))
 
 
-def width(size: int, tables: tuple[int, int]) -> int:
+def width(size: int, room: Room) -> int:
     """Numbers in a row; see ``Inputs.of``."""
-    return sum(int(np.prod(shape)) for shape in _shapes(size, tables))
+    return sum(int(np.prod(shape)) for shape in _shapes(size, room))
 
 
-def padding(rows: int, size: int, tables: tuple[int, int]) -> tuple[npt.NDArray[np.int32], Inputs]:
+def padding(rows: int, size: int, room: Room) -> tuple[npt.NDArray[np.int32], Inputs]:
     """An array of calls that hold no token, and its parts, to be filled."""
-    array = np.zeros((rows, width(size, tables)), np.int32)
-    inputs = Inputs.of(array, size, tables)
-    inputs.tokens[:] = inputs.segments[:] = -1
+    array = np.zeros((rows, width(size, room)), np.int32)
+    inputs = Inputs.of(array, size, room)
+    inputs.tokens[:] = inputs.segments[:] = inputs.adapted[:] = -1
     return array, inputs
 
 
-def _shapes(size: int, tables: tuple[int, int]) -> tuple[tuple[int, ...], ...]:
-    return ((size,), (size,), (size,), (size,), (reads_of(size),), tables, (tables[0],), (tables[0], 2), (1,))
+def _shapes(size: int, room: Room) -> tuple[tuple[int, ...], ...]:
+    prefixes, pages, adapters = room
+    of_tokens = (size,), (size,), (size,), (size,), (size if adapters else 0,)
+    return (*of_tokens, (reads_of(size),), (adapters,), (prefixes, pages), (prefixes,), (prefixes, 2), (1,))

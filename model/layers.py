@@ -17,8 +17,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from model.config import Activation, Rope
+from model.config import Activation, Lora, Rope
 from model.cpu import linear
+from model.lora import LowRank, Rows
 from model.sharding import RULES
 
 
@@ -31,6 +32,7 @@ class Linear(nnx.Module):
         shards: devices that these are split over; where that is the first, the devices' products are summed.
         int8: the kernel is stored so, see ``quantized``.
         packed: the kernel is stored so, see ``cpu.linear``; not one that is int8.
+        lora: room for adapters of it.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Linear(nnx.Module):
         shards: int = 1,
         int8: bool = False,
         packed: bool = False,
+        lora: Lora | None = None,
     ) -> None:
         self.dtype = dtype
         self.features_out = features_out
@@ -53,16 +56,26 @@ class Linear(nnx.Module):
         self.scales = nnx.Param(jnp.zeros((1, features_out), jnp.float32), axes=axes) if int8 else None
         self.bias = nnx.Param(jnp.zeros((features_out,), dtype), axes=axes[1:]) if bias else None
         self.over = getattr(RULES, axes[0]) if shards > 1 else None
+        self.low_rank = (
+            LowRank(features_in, features_out, lora, dtype=dtype, axes=axes, packed=packed) if lora else None
+        )
 
-    def __call__(self, x: Float[Array, "M features_in"]) -> Float[Array, "M features_out"]:
+    def __call__(self, x: Float[Array, "M features_in"], rows: Rows | None = None) -> Float[Array, "M features_out"]:
         if self.packed:
-            return each([self], x)[0]
+            return each([self], x, rows)[0]
         y = lax.dot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), preferred_element_type=jnp.float32)
         if self.scales is not None:
             y = y * self.scales[...]
+        y = self.adapted(y, x, rows)
         if self.over:
             y = summed(y, self.over, self.dtype)
         return self.biased(y)
+
+    def adapted(
+        self, y: Float[Array, "M features_out"], x: Float[Array, "M features_in"], rows: Rows | None
+    ) -> Float[Array, "M features_out"]:
+        """The product y of x and the kernel, with what the rows' adapters add."""
+        return y if self.low_rank is None or rows is None else y + self.low_rank(x, rows)
 
     def biased(self, y: Float[Array, "M features_out"]) -> Float[Array, "M features_out"]:
         return y if self.bias is None else y + self.bias[...].astype(jnp.float32)[None, :]
@@ -80,13 +93,15 @@ class OfStack:
     number: Int[Array, ""] | int
 
 
-def each(linears: Sequence[Linear], x: Float[Array, "M features_in"]) -> Sequence[Float[Array, "M features_out"]]:
+def each(
+    linears: Sequence[Linear], x: Float[Array, "M features_in"], rows: Rows | None = None
+) -> Sequence[Float[Array, "M features_out"]]:
     """Apply every linear to x; those with packed kernels in one call."""
     if not all(linear.packed for linear in linears):
-        return [linear(x) for linear in linears]
+        return [linear(x, rows) for linear in linears]
     kernels, widths = [linear.kernel[...] for linear in linears], [linear.features_out for linear in linears]
     products = linear.products(x.astype(linears[0].dtype), kernels, widths)
-    return [linear.biased(y) for linear, y in zip(linears, products, strict=True)]
+    return [linear.biased(linear.adapted(y, x, rows)) for linear, y in zip(linears, products, strict=True)]
 
 
 def summed(y: Float[Array, "M D"], over: str, dtype: jnp.dtype) -> Float[Array, "M D"]:
@@ -174,22 +189,26 @@ class GatedMLP(nnx.Module):
         shards: int = 1,
         int8: bool = False,
         packed: bool = False,
+        lora: Lora | None = None,
     ) -> None:
         def linear(into: int, out: int, axes: tuple[str, str]) -> Linear:
-            return Linear(into, out, bias=bias, dtype=dtype, axes=axes, shards=shards, int8=int8, packed=packed)
+            return Linear(
+                into, out, bias=bias, dtype=dtype, axes=axes, shards=shards, int8=int8, packed=packed, lora=lora
+            )
 
         self.gate = linear(width, ff_width, ("embed", "mlp"))
         self.up = linear(width, ff_width, ("embed", "mlp"))
         self.down = linear(ff_width, width, ("mlp", "embed"))
         self.activation: Activation = activation
 
-    def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
+    def __call__(self, x: Float[Array, "M D"], rows: Rows | None = None) -> Float[Array, "M D"]:
         gate, up = self.gate, self.up
-        if gate.packed and gate.bias is None:
+        if gate.packed and gate.bias is None and gate.low_rank is None:
             kernels = gate.kernel[...], up.kernel[...]
             return self.down(linear.gated(x.astype(gate.dtype), *kernels, gate.features_out, self.activation))
-        product = (activate(gate(x), self.activation) * up(x)).astype(up.dtype)
-        return self.down(lax.optimization_barrier(product))  # in one operation with ``down``, TPUs take longer
+        gated, ungated = each((gate, up), x, rows)
+        product = (activate(gated, self.activation) * ungated).astype(up.dtype)
+        return self.down(lax.optimization_barrier(product), rows)  # in one operation with ``down``, TPUs take longer
 
 
 def rope_frequencies(rope: Rope, width: int, *, long: bool = False) -> npt.NDArray[np.float32]:

@@ -19,11 +19,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from model import checkpoint, decision_heads, decoder, sharding
+from model.adapters import Adapters
 from model.attention import FOLD_PREFIX, NATIVE, TRITON
 from model.attention_gpu import LEAST_CAPABILITY
 from model.checkpoint import Place, Tensor
 from model.computations import Model, State, Weights, stack_of
-from model.config import ModelConfig
+from model.config import Lora, ModelConfig
 from model.contract import MemoryUse, Progress
 from model.cpu import build as cpu_build
 from model.cpu import linear
@@ -33,6 +34,7 @@ from model.families import heads, registry, wrappers
 from model.families.registry import Family
 from model.fields import ConfigError, read_config
 from model.layers import quantized
+from model.lora import RANKS
 from model.memory import Room, Weighed, fit
 from model.programs import Programs
 from model.sharding import MODEL, by_device, divided, stacked
@@ -80,7 +82,10 @@ def load(
 
 def read(folder: Path, choice: Choice, progress: Progress | None = None, compiled_folder: Path | None = None) -> Engine:
     """Read the weights of a model that ``prepare`` has chosen; see ``load``."""
-    return Engine(_programs(folder, choice, progress, compiled_folder), choice.memory)
+    programs = _programs(folder, choice, progress, compiled_folder)
+    targets = choice.family.weights(choice.whole)
+    adapters = Adapters(programs.model, targets, programs.weights) if choice.whole.lora else None
+    return Engine(programs, choice.memory, adapters)
 
 
 def load_programs(folder: Path, *, compiled_folder: Path | None = None, **options: Any) -> Programs:
@@ -107,6 +112,7 @@ def prepare(
     mesh: Mesh | None = None,
     trust_config: Sequence[str] = (),
     room: Room | None = None,
+    lora: Lora | None = None,
     **sizes: int | tuple[int, ...],
 ) -> Choice:
     """Decide how a checkpoint's model runs here, from its config and the headers of its files.
@@ -123,6 +129,7 @@ def prepare(
         mesh: devices to spread the model over, see ``model.sharding``; None: the first device.
         trust_config: keys of ``config.json`` that change nothing, as the user says.
         room: the memory that it may take; None: any.
+        lora: room for adapters beside the weights, see ``model.adapters``.
         sizes: fields of ``Sizes`` that replace the platform's.
 
     Raises:
@@ -147,8 +154,11 @@ def prepare(
         packed = native and kernels.bfloat16 and config.ff_width % 2 == 0 and config.shared_ff_width % 2 == 0
     packed = packed and not quantization
     ragged = platform == "tpu" if ragged is None else ragged
+    if lora and config.encoder:
+        raise ConfigError(f"{config.architecture}: encoders take no adapters beside their weights; {REMEDY}")
+    lora = lora and replace(lora, rank=-(-lora.rank // RANKS) * RANKS)
     return choose(
-        replace(config, int8=quantization == "int8", native=native, packed=packed, ragged=ragged),
+        replace(config, int8=quantization == "int8", native=native, packed=packed, ragged=ragged, lora=lora),
         dtype=dtype,
         implementation=implementation,
         by_layer=platform == "cpu" if by_layer is None else by_layer,
@@ -276,8 +286,10 @@ class _Placed:
         """The parameters of ``like``, stored under ``prefix``."""
         leaves: Any = nnx.to_flat_state(like)
         for path, leaf in leaves:
-            if (*prefix, *path) not in self._arrays:  # a layer may lack one, see ``families.modernbert``
-                self._store((*prefix, *path), self._on_device(leaf, np.zeros(leaf.shape, np.float32)))
+            if (*prefix, *path) not in self._arrays:  # empty slots, and what a layer lacks in ``families.modernbert``
+                zeros = self._on_device(leaf, np.zeros(leaf.shape, np.float32))
+                in_stack = prefix == ("blocks",)
+                self._arrays[*prefix, *path] = stacked(zeros, self._choice.whole.layers) if in_stack else zeros
         return nnx.from_flat_state([(path, leaf.replace(self._arrays[*prefix, *path])) for path, leaf in leaves])
 
     def _on_device(self, leaf: Any, tensor: Tensor | npt.NDArray[np.float32]) -> jax.Array:

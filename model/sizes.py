@@ -15,6 +15,8 @@ from model.attention import NATIVE, PARTIAL_PAGES, TRITON, pool_head_width, segm
 from model.config import ModelConfig
 from model.contract import MOST_TOP, PAGE_TOKENS
 from model.delta import Snapshots
+from model.inputs import Room
+from model.lora import CALL_ADAPTERS
 from model.plan import Shape
 
 NATIVE_PREFIXES = 64
@@ -106,6 +108,7 @@ class Layout:
         segment_tokens: tokens of the longest segment.
         prefixes: how many prefixes the segments of a call see at most.
         slots: entries of a page table.
+        adapters: that the tokens of a call take at most; 0: there are none.
         whole: sequences share no prefix, and each is one segment: an encoder's.
         pool: shape and dtype of the page pool, [pages, L, 2, K, page, H].
         snapshots: of a hybrid: shapes of the pool of snapshots.
@@ -118,13 +121,14 @@ class Layout:
     prefixes: int
     slots: int
     pool: jax.ShapeDtypeStruct
+    adapters: int = 0
     whole: bool = False
     snapshots: Snapshots | None = None
 
     @property
-    def tables(self) -> tuple[int, int]:
-        """Shape of a call's page tables."""
-        return self.prefixes, self.slots
+    def room(self) -> Room:
+        """What every call has room for."""
+        return Room(self.prefixes, self.slots, self.adapters)
 
     @property
     def page_bytes(self) -> int:
@@ -225,7 +229,8 @@ def layout(
         # XLA's CPU backend multiplies a single row in float32, and widens the whole head for it.
         sizes = replace(sizes, head_sizes=(max(2, sizes.head_sizes[0]), *sizes.head_sizes[1:]))
     pool = jax.ShapeDtypeStruct((pages, *page), stored)
-    return Layout(sizes, longest, ladder, width, prefixes, slots, pool, snapshots=snapshots)
+    adapters = CALL_ADAPTERS if config.lora else 0
+    return Layout(sizes, longest, ladder, width, prefixes, slots, pool, adapters, snapshots=snapshots)
 
 
 def _of_whole_sequences(config: ModelConfig, sizes: Sizes, longest: int, dtype: Any, implementation: str) -> Layout:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 
 from serve_app.contract import Int32, Int64, TokenBatch, common_prefix
 
 Ids = Sequence[int] | Int32
+Numbers = TypeVar("Numbers", Int32, Int64)
 
 
 class Reads(NamedTuple):
@@ -153,6 +154,7 @@ def cut(batch: TokenBatch, start: int, stop: int) -> TokenBatch:
         common=None if batch.common is None else batch.common[start:stop],
         shared=None if batch.shared is None else _cut_shared(batch.shared[start:stop]),
         salts=None if batch.salts is None else batch.salts[start:stop],
+        adapters=None if batch.adapters is None else batch.adapters[start:stop],
     )
 
 
@@ -182,7 +184,8 @@ def join(batches: Sequence[TokenBatch]) -> TokenBatch:
         temperature=batches[0].temperature,
         common=_join_common(batches),
         shared=_join_shared(batches),
-        salts=_join_salts(batches),
+        salts=_joined_numbers([batch.salts for batch in batches], batches),
+        adapters=_joined_numbers([batch.adapters for batch in batches], batches),
     )
 
 
@@ -195,12 +198,14 @@ def _join_common(batches: Sequence[TokenBatch]) -> Int32 | None:
     )
 
 
-def _join_salts(batches: Sequence[TokenBatch]) -> Int64 | None:
-    if all(batch.salts is None for batch in batches):
+def _joined_numbers(parts: Sequence[Numbers | None], batches: Sequence[TokenBatch]) -> Numbers | None:
+    """A number for each sequence, 0 where a batch has none; None: none of them has."""
+    known = [part for part in parts if part is not None]
+    if not known:
         return None
-    return np.concatenate(
-        [np.zeros(batch.num_sequences, np.int64) if batch.salts is None else batch.salts for batch in batches]
-    )
+    zeros = (np.zeros(batch.num_sequences, known[0].dtype) for batch in batches)
+    joined = np.concatenate([no if part is None else part for part, no in zip(parts, zeros, strict=True)])
+    return cast(Numbers, joined)
 
 
 def _join_shared(batches: Sequence[TokenBatch]) -> Int64 | None:

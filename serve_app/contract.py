@@ -106,6 +106,7 @@ class ScoreJob:
         deadline: Unix time in seconds after which the answer is useless; None: never.
         affinity: helps to choose the replica; None: any replica will do.
         share: whose turns it takes.
+        adapter: the name of the LoRA adapter that computes it; empty: the model itself.
     """
 
     request_id: str
@@ -113,6 +114,7 @@ class ScoreJob:
     deadline: float | None = None
     affinity: Affinity | None = None
     share: Share = EVERYONE
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)

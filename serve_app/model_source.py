@@ -162,6 +162,19 @@ def _laid_out(named: str, folder: Path, files: Files, say: Say) -> Path:
     return result
 
 
+def adapter(source: str, *, say: Say = print) -> Path:
+    """Return the local folder of a LoRA adapter that is used beside its base: a folder or a hub id.
+
+    Raises:
+        ModelSourceError: there is none, or fetching it failed.
+    """
+    folder = _found(source, None, say)
+    for name in (ADAPTER, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise ModelSourceError(f"{source} has no {name}: it is not an adapter that peft has saved")
+    return folder
+
+
 def _found(model: str, revision: str | None, say: Say) -> Path:
     """The folder of a model, or of an adapter, unchecked."""
     path = Path(model).expanduser()

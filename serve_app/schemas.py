@@ -335,6 +335,7 @@ class ModelCard(ResponseBody):
         id: one of the model's names.
         owned_by: this project.
         max_model_len: tokens of the longest prompt.
+        parent: of a LoRA adapter: the model that it changes.
     """
 
     id: str
@@ -342,6 +343,7 @@ class ModelCard(ResponseBody):
     created: int
     owned_by: str
     max_model_len: int
+    parent: str | None = None
 
 
 class ModelMetadata(ResponseBody):
@@ -442,6 +444,7 @@ class InfoResponse(ResponseBody):
         memory: None: there is no model (the fake engine).
         model: the served name.
         names: all names by which requests may ask for the model.
+        adapters: names of its LoRA adapters, by which requests may ask for them. None: it has none.
         architecture: its class, from ``config.json``.
         context_length: tokens of the longest prompt.
         vocab_size: the number of token ids.
@@ -458,6 +461,7 @@ class InfoResponse(ResponseBody):
 
     model: str
     names: list[str]
+    adapters: list[str] | None = None
     architecture: str
     context_length: int
     vocab_size: int

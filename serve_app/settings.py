@@ -32,7 +32,7 @@ _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s*]+")
 DEFAULT_NAME = "default"
 """The name that the first model always has, besides its own."""
 
-RECONFIGURABLE = {"aliases", "limits", "max_batch_tokens", "stall_s", "timeout_s"}
+RECONFIGURABLE = {"adapters", "aliases", "limits", "max_batch_tokens", "stall_s", "timeout_s"}
 """Settings that a running replica can change, by ``user_config``."""
 _FIXED_LIMITS = {
     "max_prompt_tokens": "programs are compiled for it",
@@ -50,7 +50,10 @@ it would compute less at once, and answer later."""
 MOST_QUEUED_TOKENS = 4_000_000
 """The largest default of ``limits.max_queued_tokens``: 16 MB of token ids, and several times that with their arrays."""
 
-_OF_ONE = {"model", "revision", "base", "served_name", "aliases", "trust_config"}
+LEAST_ADAPTER_ROOM = 4
+"""Adapters that have room where there are any, so that others can be added while the service runs."""
+
+_OF_ONE = {"model", "revision", "base", "served_name", "adapters", "aliases", "trust_config"}
 """Settings that models cannot share."""
 
 
@@ -108,6 +111,14 @@ class ModelSettings(_Frozen):
     """Name of the model in requests and in ``/v1/models``. None: the last part of ``model``."""
     aliases: tuple[str, ...] = ()
     """More names of the model. The first model is also named ``default``."""
+    adapters: dict[str, str] = {}
+    """LoRA adapters that requests choose by their names as ``model``, beside the model's own weights: name -> a folder
+    that peft has saved, or a hub id. Requests for several of them share device batches."""
+    max_adapters: Annotated[int, Field(ge=0)] | None = None
+    """Room for adapters, which takes memory whether it is used or not. None: for those in ``adapters``, and for 4 if
+    there are any; without any, none."""
+    max_adapter_rank: Annotated[int, Field(ge=1, le=512)] = 16
+    """The highest rank of an adapter. Each has room for it, and takes as much time as if it had it."""
     trust_config: tuple[str, ...] = ()
     """Keys of ``config.json`` that are skipped although this program does not know what they mean. If one of them
     matters, all scores are wrong, and nothing else says so: name only what you know to change no score."""
@@ -195,6 +206,17 @@ class ModelSettings(_Frozen):
         return template
 
     @model_validator(mode="after")
+    def _adapters_have_room(self) -> Self:
+        if len(self.adapters) > self.adapter_room:
+            raise ValueError(f"there are {len(self.adapters)} adapters; max_adapters has room for {self.adapter_room}")
+        if self.adapter_room and self.tpu and self.tpu.hosts > 1:
+            raise ValueError(
+                "adapters: not implemented on slices of several hosts; serve each adapter as a model of its own "
+                "(model: the adapter, base: its base), or a model that fits one host"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_kind_of_device(self) -> Self:
         if self.tpu and self.scorer_gpus:
             raise ValueError("a scorer computes on TPU chips or on a graphics card; leave out tpu or scorer_gpus")
@@ -226,7 +248,16 @@ class ModelSettings(_Frozen):
             if name in limits:
                 raise ValueError(f"limits.{name}: {why}; set it in args, which starts new replicas")
         own = self.model_dump(exclude_unset=True)
+        if "adapters" in changes:  # a replica that runs makes no more room
+            own["max_adapters"] = self.adapter_room
         return self.model_validate({**own, **changes, "limits": {**own.get("limits", {}), **limits}})
+
+    @property
+    def adapter_room(self) -> int:
+        """Adapters that have room."""
+        if self.max_adapters is not None:
+            return self.max_adapters
+        return max(LEAST_ADAPTER_ROOM, len(self.adapters)) if self.adapters else 0
 
     def batch_tokens(self, platform: str) -> int:
         """The most tokens in one device batch, on a device of this kind as jax names it."""
@@ -277,7 +308,7 @@ def check_names(models: Iterable[ModelSettings]) -> None:
     """Raise ValueError if two models share a name, or a model other than the first is named ``default``."""
     taken: dict[str, str] = {}
     for index, each in enumerate(models):
-        for name in each.names:
+        for name in (*each.names, *each.adapters):
             if name in taken:
                 raise ValueError(
                     f"{taken[name]!r} and {each.model!r} are both named {name!r}; give one of them another "

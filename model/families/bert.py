@@ -17,6 +17,7 @@ from model.cpu import linear
 from model.encoder import LayerNorm, encoder_of
 from model.fields import IGNORED, NEUTRAL, ConfigError, Fields
 from model.layers import Linear, activate
+from model.lora import Rows
 
 ACTIVATIONS: Mapping[str, Activation] = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 """Name in ``config.json`` -> name here."""
@@ -130,7 +131,12 @@ class Block(encoder.Block):
     def pre_attention(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
         return x
 
-    def post_attention(self, x: Float[Array, "Q D"], attended: Float[Array, "Q D"]) -> Float[Array, "Q D"]:
+    def post_attention(
+        self,
+        x: Float[Array, "Q D"],
+        attended: Float[Array, "Q D"],
+        rows: Rows | None,  # noqa: ARG002
+    ) -> Float[Array, "Q D"]:
         x = self.attention_norm(x + attended)
         return self.mlp_norm(x + self.mlp(x))
 

@@ -13,6 +13,7 @@ from model import decoder
 from model.checkpoint import Targets
 from model.config import ModelConfig, common_config, with_window
 from model.fields import IGNORED, NEUTRAL, Fields
+from model.lora import Rows
 
 
 def parse(fields: Fields) -> ModelConfig:
@@ -63,9 +64,11 @@ class Block(decoder.Block):
     def pre_attention(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
         return self.before_attention(x)
 
-    def post_attention(self, x: Float[Array, "Q D"], attended: Float[Array, "Q D"]) -> Float[Array, "Q D"]:
+    def post_attention(
+        self, x: Float[Array, "Q D"], attended: Float[Array, "Q D"], rows: Rows | None
+    ) -> Float[Array, "Q D"]:
         x = x + self.after_attention(attended)
-        return x + self.after_mlp(self.mlp(self.before_mlp(x)))
+        return x + self.after_mlp(self.mlp(self.before_mlp(x), rows))
 
 
 NORMS = {

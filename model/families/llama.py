@@ -12,6 +12,7 @@ from model import decoder
 from model.checkpoint import Targets
 from model.config import ModelConfig, common_config, with_window
 from model.fields import IGNORED, NEUTRAL, Fields
+from model.lora import Rows
 
 
 def parse(fields: Fields) -> ModelConfig:
@@ -36,16 +37,18 @@ class Block(decoder.Block):
         self.mlp_norm = decoder.norm(config, config.width, dtype)
         self.mlp = self.feed_forward(config, dtype)
 
-    def feed_forward(self, config: ModelConfig, dtype: jnp.dtype) -> Callable[[Array], Array]:
+    def feed_forward(self, config: ModelConfig, dtype: jnp.dtype) -> Callable[[Array, Rows | None], Array]:
         """The layer's last part, for a family to overwrite that has another than a gated MLP."""
         return decoder.gated_mlp(config, dtype)
 
     def pre_attention(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
         return self.attention_norm(x)
 
-    def post_attention(self, x: Float[Array, "Q D"], attended: Float[Array, "Q D"]) -> Float[Array, "Q D"]:
+    def post_attention(
+        self, x: Float[Array, "Q D"], attended: Float[Array, "Q D"], rows: Rows | None
+    ) -> Float[Array, "Q D"]:
         x = x + attended
-        return x + self.mlp(self.mlp_norm(x))
+        return x + self.mlp(self.mlp_norm(x), rows)
 
 
 NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}

@@ -16,6 +16,7 @@ from model.encoder import LayerNorm, standardized
 from model.families.bert import activation, classifier, heads
 from model.fields import IGNORED, NEUTRAL, ConfigError, Fields
 from model.layers import activate
+from model.lora import Rows
 
 UNREAD = frozenset(
     {
@@ -97,7 +98,12 @@ class Block(encoder.Block):
     def attention_input(self, x: Float[Array, "M D"], layer: Layer) -> Float[Array, "M D"]:
         return jnp.where(jnp.asarray(layer) == 0, x, self.attention_norm(x))
 
-    def post_attention(self, x: Float[Array, "Q D"], attended: Float[Array, "Q D"]) -> Float[Array, "Q D"]:
+    def post_attention(
+        self,
+        x: Float[Array, "Q D"],
+        attended: Float[Array, "Q D"],
+        rows: Rows | None,  # noqa: ARG002
+    ) -> Float[Array, "Q D"]:
         x = x + attended
         return x + self.mlp(self.mlp_norm(x))
 

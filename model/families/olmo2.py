@@ -10,6 +10,7 @@ from model import decoder
 from model.checkpoint import Targets
 from model.config import ModelConfig, common_config, with_window
 from model.fields import IGNORED, NEUTRAL, Fields
+from model.lora import Rows
 
 
 def parse(fields: Fields) -> ModelConfig:
@@ -32,9 +33,11 @@ class Block(decoder.Block):
     def pre_attention(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
         return x
 
-    def post_attention(self, x: Float[Array, "Q D"], attended: Float[Array, "Q D"]) -> Float[Array, "Q D"]:
+    def post_attention(
+        self, x: Float[Array, "Q D"], attended: Float[Array, "Q D"], rows: Rows | None
+    ) -> Float[Array, "Q D"]:
         x = x + self.attention_norm(attended)
-        return x + self.mlp_norm(self.mlp(x))
+        return x + self.mlp_norm(self.mlp(x, rows))
 
 
 NORMS = {"post_attention_layernorm": "attention_norm", "post_feedforward_layernorm": "mlp_norm"}

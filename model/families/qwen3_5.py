@@ -22,6 +22,7 @@ from model.delta import Snapshots
 from model.families import llama
 from model.fields import IGNORED, NEUTRAL, ConfigError, Fields
 from model.layers import Angles, Linear, RMSNorm, each
+from model.lora import Rows
 
 LINEAR, FULL = "linear_attention", "full_attention"
 
@@ -140,30 +141,33 @@ class GatedAttention(decoder.Attention):
             shards=config.shards,
             int8=config.int8,
             packed=config.packed,
+            lora=config.lora,
         )
 
     def gated(
-        self, x: Float[Array, "M D"], angles: Angles
+        self, x: Float[Array, "M D"], angles: Angles, rows: Rows | None
     ) -> tuple[Float[Array, "M N W"], Float[Array, "M NH"], Float[Array, "M K W"], Float[Array, "M K H"]]:
         """Queries, gates, keys and values of all tokens."""
-        both, k, v = each((self.q, self.k, self.v), x)
+        both, k, v = each((self.q, self.k, self.v), x, rows)
         q, gate = self._split(both)
         q, k = self._rotated([self._queries(q), self._keys(k)], angles)
         return q, gate, k, self._values(v)
 
     def gated_queries(
-        self, x: Float[Array, "M D"], angles: Angles
+        self, x: Float[Array, "M D"], angles: Angles, rows: Rows | None
     ) -> tuple[Float[Array, "M N W"], Float[Array, "M NH"]]:
         """Queries and gates."""
-        q, gate = self._split(self.q(x))
+        q, gate = self._split(self.q(x, rows))
         return self._rotated([self._queries(q)], angles)[0], gate
 
     def _split(self, both: Float[Array, "M 2NH"]) -> tuple[Float[Array, "M NH"], Float[Array, "M NH"]]:
         heads = both.reshape(len(both), self.config.heads, 2, self.config.head_width)
         return heads[:, :, 0].reshape(len(both), -1), heads[:, :, 1].reshape(len(both), -1)
 
-    def gated_output(self, attended: Float[Array, "M N H"], gate: Float[Array, "M NH"]) -> Float[Array, "M D"]:
-        return self.o(attended.reshape(len(gate), -1).astype(jnp.float32) * jax.nn.sigmoid(gate))
+    def gated_output(
+        self, attended: Float[Array, "M N H"], gate: Float[Array, "M NH"], rows: Rows | None
+    ) -> Float[Array, "M D"]:
+        return self.o(attended.reshape(len(gate), -1).astype(jnp.float32) * jax.nn.sigmoid(gate), rows)
 
 
 class DeltaNet(nnx.Module):
@@ -187,7 +191,8 @@ class DeltaNet(nnx.Module):
         self, x: Float[Array, "M D"], context: AttentionContext, layer: Layer, part: int, *, keep: bool
     ) -> tuple[Float[Array, "M D"], Snapshots | None]:
         """The layer's output, and the snapshots with this layer's if these are kept."""
-        mixed, gate, rate, step = each((self.mixed, self.gate, self.rate, self.step), x)
+        rows = context.adapters
+        mixed, gate, rate, step = each((self.mixed, self.gate, self.rate, self.step), x, rows)
         decays = -jnp.exp(self.fading[...])[None] * jax.nn.softplus(step + self.step_bias[...][None])
         assert context.snapshots is not None, "a hybrid has them"
         assert context.slots is not None, "each prefix has its own"
@@ -212,14 +217,14 @@ class DeltaNet(nnx.Module):
             keep=keep,
         )
         normed = self.norm(read.reshape(-1, self.sizes.value_width)).reshape(gate.shape)
-        return self.out(normed * jax.nn.silu(gate)), kept
+        return self.out(normed * jax.nn.silu(gate), rows), kept
 
 
 class RecurrentLayer(nnx.Module):
     """One layer of gated DeltaNet, and its MLP."""
 
     def __init__(
-        self, config: ModelConfig, dtype: jnp.dtype, delta_net: DeltaNet, mlp: Callable[[Array], Array]
+        self, config: ModelConfig, dtype: jnp.dtype, delta_net: DeltaNet, mlp: Callable[[Array, Rows | None], Array]
     ) -> None:
         self.delta_norm = decoder.norm(config, config.width, dtype)
         self.delta = delta_net
@@ -232,7 +237,7 @@ class RecurrentLayer(nnx.Module):
         """The next layer's input, and the snapshots with this layer's if these are kept."""
         read, kept = self.delta(self.delta_norm(x), context, layer, part, keep=keep)
         x = x + read
-        return x + self.mlp(self.mlp_norm(x)), kept
+        return x + self.mlp(self.mlp_norm(x), context.adapters), kept
 
 
 class Block(llama.Block):
@@ -268,7 +273,7 @@ class Block(llama.Block):
         self, x: Float[Array, "M D"], angles: AllAngles, context: AttentionContext, layer: Layer
     ) -> tuple[KeysValues, Snapshots | None]:
         x, kept = self._recurrent(x, context, layer, keep=True)
-        return self.keys_values(x, angles, layer), kept
+        return self.keys_values(x, angles, layer, context.adapters), kept
 
     def forward_reads(
         self,
@@ -280,18 +285,21 @@ class Block(llama.Block):
     ) -> Float[Array, "R D"]:
         x, _ = self._recurrent(x, context, layer, keep=False)
         (cos, sin), inputs = self._layer_angles(angles, layer), self.pre_attention(x)
-        k, v = self.attention.keys_values(inputs, (cos, sin))
-        q, gate = self.attention.gated_queries(inputs[reads], (cos[reads], sin[reads]))
+        rows = context.adapters
+        k, v = self.attention.keys_values(inputs, (cos, sin), rows)
+        rows = rows and rows.at(reads)
+        q, gate = self.attention.gated_queries(inputs[reads], (cos[reads], sin[reads]), rows)
         spec = self._mask_spec(layer)
         attended = attend(q, k, v, context, layer, spec, implementation=self.implementation, reads=reads)
-        return self.post_attention(x[reads], self.attention.gated_output(attended, gate))
+        return self.post_attention(x[reads], self.attention.gated_output(attended, gate, rows), rows)
 
     def _attended(
         self, x: Float[Array, "M D"], angles: AllAngles, context: AttentionContext, layer: Layer
     ) -> tuple[Float[Array, "M D"], KeysValues]:
-        q, gate, k, v = self.attention.gated(self.pre_attention(x), self._layer_angles(angles, layer))
+        rows = context.adapters
+        q, gate, k, v = self.attention.gated(self.pre_attention(x), self._layer_angles(angles, layer), rows)
         attended = attend(q, k, v, context, layer, self._mask_spec(layer), implementation=self.implementation)
-        return self.post_attention(x, self.attention.gated_output(attended, gate)), decoder.stacked(k, v)
+        return self.post_attention(x, self.attention.gated_output(attended, gate, rows), rows), decoder.stacked(k, v)
 
     def _recurrent(
         self, x: Float[Array, "M D"], context: AttentionContext, layer: Layer, *, keep: bool
@@ -306,7 +314,15 @@ class Block(llama.Block):
 
 def _linear(config: ModelConfig, dtype: jnp.dtype, into: int, out: int) -> Linear:
     """A projection of a recurrent layer. On a mesh each device computes all of it."""
-    return Linear(into, out, dtype=dtype, axes=("embed", "embed"), int8=config.int8, packed=config.packed)
+    return Linear(
+        into,
+        out,
+        dtype=dtype,
+        axes=("embed", "embed"),
+        int8=config.int8,
+        packed=config.packed,
+        lora=config.lora,
+    )
 
 
 def weights(config: ModelConfig) -> Targets:

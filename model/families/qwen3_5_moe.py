@@ -17,6 +17,7 @@ from model.config import ModelConfig
 from model.families import qwen3_5, qwen3_moe
 from model.fields import Fields
 from model.layers import row_dots
+from model.lora import Rows
 
 
 def parse(fields: Fields) -> ModelConfig:
@@ -44,16 +45,16 @@ class Experts(nnx.Module):
         self.shared = decoder.gated_mlp(replace(config, ff_width=config.shared_ff_width), dtype)
         self.gate = nnx.Param(jnp.zeros((1, config.width), dtype), axes=(None, "embed"))
 
-    def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
+    def __call__(self, x: Float[Array, "M D"], rows: Rows | None) -> Float[Array, "M D"]:
         gate = jnp.broadcast_to(self.gate[...].astype(jnp.float32), x.shape)
         share = jax.nn.sigmoid(row_dots(x, gate, native=self.native))[:, None]
-        return self.mixture(x) + share * self.shared(x)
+        return self.mixture(x) + share * self.shared(x, rows)
 
 
 class Block(qwen3_5.Block):
     """Qwen 3.5's layers, with experts in place of their MLPs."""
 
-    def feed_forward(self, config: ModelConfig, dtype: jnp.dtype) -> Callable[[Array], Array]:
+    def feed_forward(self, config: ModelConfig, dtype: jnp.dtype) -> Callable[[Array, Rows | None], Array]:
         return Experts(config, dtype)
 
 

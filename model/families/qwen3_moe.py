@@ -19,6 +19,7 @@ from model.families.llama import NORMS
 from model.families.qwen2 import within_chunk
 from model.fields import IGNORED, NEUTRAL, ConfigError, Fields
 from model.layers import Linear, OfStack, activate, summed
+from model.lora import Rows
 from model.sharding import MODEL
 
 BLOCK_ROWS = 32
@@ -178,7 +179,12 @@ class Block(decoder.Block):
     def pre_attention(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
         return self.attention_norm(x)
 
-    def post_attention(self, x: Float[Array, "Q D"], attended: Float[Array, "Q D"]) -> Float[Array, "Q D"]:
+    def post_attention(
+        self,
+        x: Float[Array, "Q D"],
+        attended: Float[Array, "Q D"],
+        rows: Rows | None,  # noqa: ARG002
+    ) -> Float[Array, "Q D"]:
         x = x + attended
         return x + self.mlp(self.mlp_norm(x))
 

@@ -1,4 +1,4 @@
-"""A LoRA adapter of peft, merged onto the tensors of its base while these are read.
+"""A LoRA adapter of peft: merged onto the tensors of its base while these are read, or its factors alone.
 
 The merge is peft's own, W + scaling * (B A), summed in float32. What else an adapter may ask for is refused by name.
 """
@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -96,12 +96,25 @@ class Adapter:
         return any(module == name or module.endswith(f".{name}") for name in (*self.saved, *_EMBEDDINGS))
 
     @property
-    def note(self) -> str:
-        """What a user should know."""
-        kind = "rsLoRA" if self.rslora else "LoRA"
+    def highest_rank(self) -> int:
+        """The largest rank of any module."""
+        return int(max(self.rank, *self.ranks.values(), 0))
+
+    @property
+    def kind(self) -> str:
+        return "rsLoRA" if self.rslora else "LoRA"
+
+    @property
+    def numbers(self) -> str:
+        """Its rank and scaling, in words."""
         scaling = f"{self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank):.4g}"
         others = ", other modules by their patterns" if self.ranks or self.alphas else ""
-        return f"{kind} adapter {self.name} is merged onto {self.base} (rank {self.rank}, scaling {scaling}{others})"
+        return f"rank {self.rank}, scaling {scaling}{others}"
+
+    @property
+    def note(self) -> str:
+        """What a user should know."""
+        return f"{self.kind} adapter {self.name} is merged onto {self.base} ({self.numbers})"
 
 
 def read(folder: Path) -> Adapter | None:
@@ -181,6 +194,56 @@ def merged(base: Tensors, own: Tensors, adapter: Adapter) -> tuple[dict[str, Sto
     return result, problems
 
 
+class Factors(NamedTuple):
+    """A [rank, in] and B [out, rank] of one module, and what their product is multiplied by."""
+
+    a: Stored
+    b: Stored
+    scaling: float
+
+
+def factors(
+    own: Tensors, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, Factors], Stored | None, list[str]]:
+    """The factors of each weight that an adapter changes, its head of classes if it has one, and what is wrong.
+
+    Args:
+        own: the adapter's tensors, each of which must find its place.
+        shapes: of the base's weights in its layers, by their names.
+    """
+    found: dict[str, Factors] = {}
+    head: Stored | None = None
+    problems: list[str] = []
+    for name, tensor in sorted(own.items()):
+        module, _, kind = name.removeprefix(_BEGINNING).rpartition(".lora_")
+        target = known_name(f"{module}.weight")
+        if module and kind == "B.weight":
+            problems += _without_a(own, name)
+        elif module and kind == "A.weight" and target in shapes:
+            pair, more = _pair(own, adapter, module, shapes[target])
+            problems += more
+            if pair is not None:
+                found[target] = pair
+        elif name == f"{_BEGINNING}score.weight" and adapter.saves("score"):
+            head = tensor
+        else:
+            problems.append(f"no place: {name} of the adapter beside its base; {REMEDY}")
+    return found, head, problems
+
+
+def _pair(own: Tensors, adapter: Adapter, module: str, shape: tuple[int, ...]) -> tuple[Factors | None, list[str]]:
+    """A module's factors, for a weight of this shape, or what is wrong with them."""
+    a = own[f"{_BEGINNING}{module}.lora_A.weight"]
+    if (b := own.get(f"{_BEGINNING}{module}.lora_B.weight")) is None:
+        return None, [f"missing: {_BEGINNING}{module}.lora_B.weight of the adapter"]
+    rank, scaling = adapter.scaling(module)
+    if len(shape) != 2 or a.shape != (rank, shape[1]) or b.shape != (shape[0], rank):
+        return None, [f"mis-shaped: A and B of {module} are {a.shape} and {b.shape}, for {shape} in rank {rank}"]
+    if bad := {a.dtype, b.dtype}.difference(READ):
+        return None, [f"dtype: A and B of {module} are {', '.join(bad)}; read are {', '.join(READ)}"]
+    return Factors(a, b, scaling), []
+
+
 def _without_a(own: Tensors, name: str) -> list[str]:
     other = name.replace(".lora_B.", ".lora_A.")
     return [] if other in own else [f"missing: {other} of the adapter"]
@@ -188,18 +251,14 @@ def _without_a(own: Tensors, name: str) -> list[str]:
 
 def _merge(result: dict[str, Stored], own: Tensors, adapter: Adapter, module: str) -> list[str]:
     """Merge onto one module's weight."""
-    a, target = own[f"{_BEGINNING}{module}.lora_A.weight"], known_name(f"{module}.weight")
-    if (b := own.get(f"{_BEGINNING}{module}.lora_B.weight")) is None:
-        return [f"missing: {_BEGINNING}{module}.lora_B.weight of the adapter"]
-    if (weight := result.get(target)) is None:
+    target = known_name(f"{module}.weight")
+    weight = result.get(target)
+    if weight is None and f"{_BEGINNING}{module}.lora_B.weight" in own:
         return [f"no place: {_BEGINNING}{module} of the adapter, since its base has no {target}"]
-    rank, scaling = adapter.scaling(module)
-    if len(weight.shape) != 2 or a.shape != (rank, weight.shape[1]) or b.shape != (weight.shape[0], rank):
-        return [f"mis-shaped: A and B of {module} are {a.shape} and {b.shape}, for {weight.shape} in rank {rank}"]
-    if bad := {a.dtype, b.dtype}.difference(READ):
-        return [f"dtype: A and B of {module} are {', '.join(bad)}; read are {', '.join(READ)}"]
-    result[target] = Merged(weight, a, b, scaling)
-    return []
+    pair, problems = _pair(own, adapter, module, () if weight is None else weight.shape)
+    if pair is not None and weight is not None:
+        result[target] = Merged(weight, *pair)
+    return problems
 
 
 def _replace(result: dict[str, Stored], base: Tensors, name: str, tensor: Stored, adapter: Adapter) -> list[str]:

@@ -58,6 +58,14 @@ def serve(
     served_name: Annotated[
         str | None, typer.Option(help="Name of the model in requests.", show_default="from --model")
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=FOLDER or NAME=HUB_ID: a LoRA adapter beside the model's own weights, which requests choose by "
+            "its name as 'model'. Repeatable.",
+            show_default="none",
+        ),
+    ] = None,
     trust_config: Annotated[
         list[str] | None,
         typer.Option(
@@ -149,14 +157,15 @@ def serve(
     one: dict[str, Any] = {
         "revision": revision,
         "base": base and absolute(base),
+        "adapters": dict(map(_adapter, adapter or ())),
         "served_name": served_name,
         "trust_config": trusted,
         "calibration": None if calibration is None else str(calibration),
     }
     if len(models) > 1 and any(one.values()):
         raise typer.BadParameter(
-            "--revision, --base, --served-name, --trust-config and --calibration are for a single --model; name "
-            "several models with NAME=MODEL"
+            "--revision, --base, --served-name, --adapter, --trust-config and --calibration are for a single --model; "
+            "name several models with NAME=MODEL"
         )
     if served_name and "served_name" in models[0]:
         raise typer.BadParameter(f"--model {model[0]!r} has a name already; leave out --served-name")
@@ -202,6 +211,13 @@ app.command()(checks.tpu_check)
 app.command()(checks.gpu_check)
 app.command(context_settings=tools.PASSED_ON, add_help_option=False)(tools.bench)
 app.command(context_settings=tools.PASSED_ON, add_help_option=False)(tools.plan)
+
+
+def _adapter(words: str) -> tuple[str, str]:
+    name, equals, source = words.partition("=")
+    if not (name and equals and source):
+        raise typer.BadParameter(f"--adapter {words!r}: write NAME=FOLDER or NAME=HUB_ID")
+    return name, absolute(source)
 
 
 def _named(words: str) -> dict[str, Any]:

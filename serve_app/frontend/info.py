@@ -20,6 +20,7 @@ def info(service: ModelService, names: Sequence[str]) -> InfoResponse:
     return InfoResponse(
         model=settings.name,
         names=list(names),
+        adapters=sorted(settings.adapters) or None,
         architecture=facts.architecture,
         context_length=facts.context_length,
         vocab_size=facts.vocab_size,

@@ -80,13 +80,23 @@ class Models:
         Raises:
             NotFoundError: no model has this name; the message lists the names.
         """
-        service = self._by_name.get(name) or (self._by_name[DEFAULT_NAME] if name in aliases else None)
+        service = self._by_name.get(name) or self._of_pair(name)
+        if service is None and name in aliases:
+            service = self._by_name[DEFAULT_NAME]
         if service is None:
             self._unknown["invalid"] += 1
             shown = name if len(name) <= _SHOWN else name[:_SHOWN] + "..."
             raise NotFoundError(
                 f"model {shown!r} is not served here; the names are {', '.join(self._by_name)}", param="model"
             )
+        return service
+
+    def _of_pair(self, name: str) -> ModelService | None:
+        """The service of a name like MODEL:ADAPTER."""
+        model, _, adapter = name.rpartition(":")
+        service = self._by_name.get(model)
+        if service is None or service.adapter(model) or adapter not in service.settings.adapters:
+            return None
         return service
 
     def models(self) -> ModelsResponse:
@@ -102,8 +112,9 @@ class Models:
         Raises:
             NotFoundError: no model has this name.
         """
-        most = self.of(name).model.max_prompt_tokens
-        return ModelCard(id=name, created=self._started, owned_by="score-serve", max_model_len=most)
+        service = self.of(name)
+        most, parent = service.model.max_prompt_tokens, service.settings.name if service.adapter(name) else None
+        return ModelCard(id=name, created=self._started, owned_by="score-serve", max_model_len=most, parent=parent)
 
     def _metadata(self, name: str) -> ModelMetadata:
         service = self.of(name)
@@ -121,7 +132,8 @@ class Models:
             NotFoundError: no model has this name.
         """
         service = self.of(name)
-        return info(service, [each for each, own in self._by_name.items() if own is service])
+        adapters = service.settings.adapters
+        return info(service, [each for each, own in self._by_name.items() if own is service and each not in adapters])
 
     def tokenizer_info(self, name: str) -> TokenizerInfo:
         """Return the special tokens and chat template of a model's tokenizer.
@@ -151,5 +163,5 @@ class Models:
 
 
 def _by_name(services: Sequence[ModelService]) -> dict[str, ModelService]:
-    found = {name: service for service in services for name in service.settings.names}
+    found = {name: service for service in services for name in (*service.settings.names, *service.settings.adapters)}
     return {**found, DEFAULT_NAME: found.get(DEFAULT_NAME, services[0])}

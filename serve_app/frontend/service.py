@@ -21,7 +21,7 @@ from pydantic import BaseModel
 
 from serve_app import timing
 from serve_app.batches import shared_by_all, shared_tokens
-from serve_app.contract import SALT_BITS, BatchResult, JobResult, ModelInfo, ScoreJob, Share, TokenBatch
+from serve_app.contract import SALT_BITS, BatchResult, JobResult, ModelInfo, ScoreJob, TokenBatch
 from serve_app.errors import (
     DeadlineExceededError,
     InternalError,
@@ -176,7 +176,7 @@ class ModelService:
             ).value
         with self._counted(task, tenant):
             limit = self._time_limit(getattr(request, "timeout_s", None), timeout_s)
-            work = self._score(prepare, request_id, time.time() + limit, _salt(request, tenant), tenant, size)
+            work = self._score(prepare, request_id, time.time() + limit, self._asked(request, tenant), size)
             return await self.in_time(work, limit)
 
     async def compute(self, batch: TokenBatch, request_id: str) -> BatchResult:
@@ -186,7 +186,7 @@ class ModelService:
             ScoringError: see ``answer``.
         """
         deadline = time.time() + self._settings.timeout_s
-        return await self._run(self._work(batch, 0, request_id, deadline, NOBODY.share), NOBODY)
+        return await self._run(self._work(batch, 0, request_id, deadline, _Asked(NOBODY)), NOBODY)
 
     async def stream(
         self, task: Task[R, Any], request: R, *, request_id: str, timeout_s: float = math.inf, tenant: Tenant = NOBODY
@@ -206,14 +206,14 @@ class ModelService:
         begin = partial(self._streams[task.name], request)
         with self._counted(task, tenant):
             limit = self._time_limit(getattr(request, "timeout_s", None), timeout_s)
-            async with aclosing(self._stream(begin, request_id, limit, _salt(request, tenant), tenant)) as answered:
+            async with aclosing(self._stream(begin, request_id, limit, self._asked(request, tenant))) as answered:
                 async for some in answered:
                     yield some
 
     async def _stream(
-        self, begin: Callable[[], Stream], request_id: str, limit: float, salt: int, tenant: Tenant
+        self, begin: Callable[[], Stream], request_id: str, limit: float, asked: _Asked
     ) -> AsyncGenerator[Sequence[BaseModel]]:
-        deadline = time.time() + limit
+        deadline, tenant = time.time() + limit, asked.tenant
         with timing.tokenising():
             stream = await self.in_time(self._in_thread(begin, tenant), limit)
         turn = asyncio.Lock()
@@ -222,8 +222,8 @@ class ModelService:
 
         def prepare() -> Steps[tuple[PreparedRequest[Sequence[BaseModel]], _Work]]:
             prepared = yield from stream.some(self._settings.batch_tokens(self._info.platform) // 2)
-            batch = _salted(prepared.batch, salt)
-            return prepared, self._work(batch, prepared.query_tokens, request_id, deadline, tenant.share, next(numbers))
+            work = self._work(prepared.batch, prepared.query_tokens, request_id, deadline, asked, first=next(numbers))
+            return prepared, work
 
         async def piece() -> tuple[Sequence[BaseModel], int]:
             async with turn:
@@ -247,6 +247,16 @@ class ModelService:
                 yield answered
         yield [stream.end(computed_tokens)]
 
+    def adapter(self, name: str) -> str:
+        """The LoRA adapter that a request's ``model`` names, alone or as MODEL:ADAPTER; empty: the model itself."""
+        if name in self._settings.adapters:
+            return name
+        last = name.rpartition(":")[2]
+        return last if name not in self._settings.names and last in self._settings.adapters else ""
+
+    def _asked(self, request: RequestBody, tenant: Tenant) -> _Asked:
+        return _Asked(tenant, _salt(request, tenant), self.adapter(getattr(request, "model", "")))
+
     def close(self) -> None:
         """Stop the tokenizer's threads."""
         self._threads.close()
@@ -269,14 +279,14 @@ class ModelService:
         prepare: Callable[[], Steps[PreparedRequest[A]]],
         request_id: str,
         deadline: float,
-        salt: int,
-        tenant: Tenant,
+        asked: _Asked,
         size: float,
     ) -> A:
+        tenant = asked.tenant
+
         def work() -> Steps[tuple[PreparedRequest[A], _Work]]:
             prepared = yield from prepare()
-            batch = _salted(prepared.batch, salt)
-            return prepared, self._work(batch, prepared.query_tokens, request_id, deadline, tenant.share)
+            return prepared, self._work(prepared.batch, prepared.query_tokens, request_id, deadline, asked)
 
         # A request that will be refused need not be tokenised.
         self._admission.check(1, self._replicas.count, tenant.share)
@@ -288,13 +298,20 @@ class ModelService:
         return answer
 
     def _work(
-        self, batch: TokenBatch, prefix_tokens: int, request_id: str, deadline: float, share: Share, first: int = 0
+        self,
+        batch: TokenBatch,
+        prefix_tokens: int,
+        request_id: str,
+        deadline: float,
+        asked: _Asked,
+        *,
+        first: int = 0,
     ) -> _Work:
         """Split the batch into jobs, as far as that makes the answer faster.
 
         Args:
             prefix_tokens: leading tokens of every sequence that another request may have, too; 0: those that all share.
-            share: whose turns the jobs take.
+            asked: by whom, and of which adapter.
             first: number of parts that the request had before these.
         """
         replicas = self._replicas.count
@@ -303,12 +320,15 @@ class ModelService:
         # An encoder computes every sequence whole.
         shared = np.zeros(batch.num_sequences, np.int64) if self._info.encoder else shared_tokens(batch)
         batch, tokens = replace(batch, shared=shared), int((batch.lengths - shared).sum())
+        if asked.salt:
+            batch = replace(batch, salts=np.full(batch.num_sequences, asked.salt, np.int64))
+        job = partial(ScoreJob, request_id, deadline=deadline, share=asked.tenant.share, adapter=asked.adapter)
         if replicas <= 1:
-            return _Work([ScoreJob(request_id, batch, deadline, share=share)], tokens, first > 0)
+            return _Work([job(batch)], tokens, first > 0)
         # If each part fills a device batch, the split costs nothing but the prefix.
         parts = fanout.split(batch, replicas, self._settings.batch_tokens(self._info.platform), shared_by_all(shared))
         affinities = fanout.affinities(parts, prefix_tokens or shared_by_all(shared), first)
-        jobs = [ScoreJob(request_id, part, deadline, to, share) for part, to in zip(parts, affinities, strict=True)]
+        jobs = [job(part, affinity=to) for part, to in zip(parts, affinities, strict=True)]
         return _Work(jobs, tokens, first > 0)
 
     async def _run(self, work: _Work, tenant: Tenant) -> BatchResult:
@@ -414,6 +434,19 @@ class ModelService:
         return call() if size <= INLINE_VALUES else await self._in_thread(call, tenant)
 
 
+class _Asked(NamedTuple):
+    """Who asks, and what is theirs.
+
+    Attributes:
+        salt: of their prefixes in the cache, see ``TokenBatch.salts``; 0: none.
+        adapter: see ``ScoreJob``.
+    """
+
+    tenant: Tenant
+    salt: int = 0
+    adapter: str = ""
+
+
 class _Work(NamedTuple):
     """A batch for the replicas.
 
@@ -448,7 +481,3 @@ def _salt(request: RequestBody, tenant: Tenant) -> int:
         return 0
     digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 8 * len(digest) - SALT_BITS
-
-
-def _salted(batch: TokenBatch, salt: int) -> TokenBatch:
-    return replace(batch, salts=np.full(batch.num_sequences, salt, np.int64)) if salt else batch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from serve_app.contract import Engine, JobResult, ScoreJob
+from serve_app.scorer.adapters import AdapterSlots
 from serve_app.scorer.dispatcher import Dispatcher
 from serve_app.settings import ModelSettings
 
@@ -18,6 +19,7 @@ class LocalReplicas:
 
     def __init__(self, engine: Engine, settings: ModelSettings, count: int = 1) -> None:
         self.count = count
+        self.adapters = AdapterSlots(engine)
         self.queue = Dispatcher(
             engine,
             max_batch_tokens=settings.batch_tokens(engine.info.platform),
@@ -26,6 +28,7 @@ class LocalReplicas:
 
     async def score(self, job: ScoreJob) -> JobResult:
         """Score a job, as ``Replicas.score`` does."""
-        answer: asyncio.Future[JobResult] = asyncio.get_running_loop().create_future()
-        self.queue.submit(job, answer)
-        return await answer
+        with self.adapters.used(job) as slotted:
+            answer: asyncio.Future[JobResult] = asyncio.get_running_loop().create_future()
+            self.queue.submit(slotted, answer)
+            return await answer

@@ -18,6 +18,7 @@ from serve_app.errors import OverloadedError
 from serve_app.frames import ADDRESS
 from serve_app.metrics import REPORT_S, ScorerMetrics
 from serve_app.scorer import speed
+from serve_app.scorer.adapters import AdapterSlots
 from serve_app.scorer.autoscaling import PENDING_TOKENS
 from serve_app.scorer.direct import DirectCalls
 from serve_app.scorer.dispatcher import Dispatcher
@@ -71,6 +72,9 @@ class Scorer:
             tokens_per_s=self._tokens_per_s,
         )
         self._settings = self._live = settings
+        self._adapters = AdapterSlots(self._engine)
+        await self._adapters.change(settings.adapters)
+        self._adapters.check()
         self._intake_works = True
         self._direct = DirectCalls(self.score)
         self._direct_reported = 0
@@ -82,10 +86,15 @@ class Scorer:
         """Compute the values of all targets of ``job``. Cancelling the call drops what is still queued.
 
         Raises:
+            NotFoundError: there is no such adapter.
             OverloadedError: the queue is full; another replica may have room.
             DeadlineExceededError: ``job.deadline`` passed while the job was queued.
             InternalError: the engine failed on this job.
         """
+        with self._adapters.used(job) as slotted:
+            return await self._answered(slotted)
+
+    async def _answered(self, job: ScoreJob) -> JobResult:
         answer: asyncio.Future[JobResult] = asyncio.get_running_loop().create_future()
         arrived = time.time()
         try:
@@ -140,6 +149,7 @@ class Scorer:
             logger.error("user_config is refused, and nothing changes: %s", error)
             return
         self._live = settings
+        self._changing = asyncio.create_task(self._adapters.change(settings.adapters))
         self._engine.set_batch_timeout(settings.stall_s)
         self._resize()
 

@@ -49,7 +49,7 @@ def load_engine(settings: ModelSettings, scorers: int = 1) -> Engine:
     if settings.tpu and settings.tpu.hosts > 1:
         engine: Engine = SliceGroup(settings, load_part)
     elif settings.engine == "fake":
-        engine = FakeEngine()
+        engine = FakeEngine(adapters=settings.adapter_room)
     else:
         engine = _load_model(settings, scorers)
     logger.info("weights are %s: %s", engine.info.dtype, settings.dtype_reason(engine.info.platform))
@@ -109,6 +109,7 @@ def _load_model(settings: ModelSettings, scorers: int = 1) -> LaunchingEngine:
     elif not any(map(glob.glob, ACCELERATORS)):
         # With libtpu installed, as for the tests, jax would look for a TPU and fill the log with errors.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from model.config import Lora
     from model.loading import Choice, prepare, read
     from model.memory import Room, device_kind, device_room, on_host, roomiest
     from model.sharding import tpu_meshes
@@ -131,6 +132,7 @@ def _load_model(settings: ModelSettings, scorers: int = 1) -> LaunchingEngine:
             max_prompt_tokens=settings.limits.max_prompt_tokens,
             compiled_folder=compiled_folder(),
             room=room,
+            lora=Lora(settings.adapter_room, settings.max_adapter_rank) if settings.adapter_room else None,
             **cache,
         )
         return roomiest(meshes, lambda mesh: on_mesh(mesh=mesh), lambda choice: choice.model.layout.longest)
@@ -172,7 +174,7 @@ def raise_locked_memory() -> None:
 
 def memory_key(settings: ModelSettings) -> str:
     """What decides what an engine takes: scorers for which it is the same should have the same context."""
-    asked = (settings.limits.max_prompt_tokens, settings.prefix_cache_gb)
+    asked = (settings.limits.max_prompt_tokens, settings.prefix_cache_gb, settings.adapter_room)
     return str((settings.model, settings.revision, settings.base, settings.dtype, settings.quantization, *asked))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +37,7 @@ class FakeEngine:
         decision_head: see ``ModelInfo``.
         seconds_per_token: time to sleep for each computed token, to keep a device busy.
         nan_token: an id that makes all values of its sequence NaN; None: no id does.
+        adapters: see ``ModelInfo``. The distribution depends on the name of an adapter's folder, too.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class FakeEngine:
         decision_head: str | None = None,
         seconds_per_token: float = 0.0,
         nan_token: int | None = None,
+        adapters: int = 0,
     ) -> None:
         self._info = ModelInfo(
             vocab_size=vocab_size,
@@ -61,7 +65,10 @@ class FakeEngine:
             pad_token_id=pad_token_id,
             token_types=token_types,
             decision_head=decision_head,
+            adapters=adapters,
         )
+        self._adapters = np.zeros(adapters + 1, np.uint64)
+        """What an adapter adds to the hashes; nothing for the model itself."""
         self._seconds_per_token = seconds_per_token
         self._nan_token = nan_token
         self._device = threading.Lock()
@@ -101,6 +108,12 @@ class FakeEngine:
         result = self.score(batch)
         return lambda: result
 
+    def load_adapter(self, number: int, folder: Path) -> str:
+        """Take a hash of the folder's name for the adapter."""
+        digest = hashlib.blake2b(folder.name.encode(), digest_size=8).digest()
+        self._adapters[number] = int.from_bytes(digest)
+        return "fake"
+
     def set_batch_timeout(self, stall_s: float) -> None:
         """Change nothing: no batch is given up."""
 
@@ -112,6 +125,9 @@ class FakeEngine:
         vocab_size = self._info.vocab_size
         starts = batch.offsets[:-1]
         seeds = self._hashes(batch)[starts[batch.read_sequences] + batch.read_positions]
+        if batch.adapters is not None:
+            own = batch.adapters[batch.read_sequences]
+            seeds = np.where(own, _mixed(seeds + self._adapters[own]), seeds)
         shift = (seeds % np.uint64(vocab_size)).astype(np.int64)
         falling = _NATS * (1 + (seeds >> np.uint64(11)) / 2**53) / vocab_size  # nats from one rank to the next
         falling = falling / batch.temperature

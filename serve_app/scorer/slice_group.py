@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import ray
@@ -160,6 +161,10 @@ class SliceGroup:
                 group.kill()
                 lost.append(group)
         raise RuntimeError(f"the slice was lost {TRIES} times with this batch")
+
+    def load_adapter(self, number: int, folder: Path) -> str:
+        """Raise ValueError: the settings refuse adapters on slices."""
+        raise ValueError(f"adapters are not implemented on slices of several hosts ({folder} in slot {number})")
 
     def set_batch_timeout(self, stall_s: float) -> None:
         """See ``Engine.set_batch_timeout``. Processes that take longer for a batch are ended and restarted."""

@@ -74,7 +74,7 @@ def hidden_states(scorer: Engine, tokens: np.ndarray) -> list[np.ndarray]:
     programs: Any = scorer._programs  # pyright: ignore[reportPrivateUsage]
     shape, places = Shape(width=32, bins=2), np.arange(64, dtype=np.int32)
     segments = np.repeat(np.array([0, -1], np.int32), 32)
-    array, inputs = padding(1, shape.tokens, programs.model.layout.tables)
+    array, inputs = padding(1, shape.tokens, programs.model.layout.room)
     inputs.tokens[0], inputs.positions[0], inputs.segments[0] = np.pad(tokens, (0, 32)), places, segments
     inputs.reads[0] = places
     pool, snapshots, collected = programs.empty_pool(), programs.empty_snapshots(), programs.none_collected()

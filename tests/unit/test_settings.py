@@ -276,7 +276,9 @@ def test_reconfiguring_a_replica_keeps_all_other_settings():
 
 @pytest.mark.parametrize("fixed", ["model", "dtype", "scorer_replicas", "ingress_replicas", "modle"])
 def test_settings_that_need_a_restart_are_named_with_those_that_do_not(fixed: str):
-    with pytest.raises(ValueError, match=rf"^{fixed}: cannot change in a running replica, only aliases, limits,"):
+    with pytest.raises(
+        ValueError, match=rf"^{fixed}: cannot change in a running replica, only adapters, aliases, limits,"
+    ):
         ModelSettings().live({fixed: 1, "timeout_s": 3})
     with pytest.raises(ValueError, match=r"limits\.max_body_bytes: a body is read"):
         ModelSettings().live({"limits": {"max_body_bytes": 5_000}})
