@@ -23,6 +23,7 @@ from tests.invariance.rows import LABELS, TOLERANCE, VOCAB, prompts, values
 from tests.reads import bytes_read
 from tests.sharding.one_of_two import SIZES
 from tests.tiny import make_llama
+from tests.tiny_heads import candidate_head
 
 MESHES = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 4), (1, 8), (2, 4)]
 """data x model. The Llama below has two key/value heads: split, whole and copied. Nothing divides its 307 ids."""
@@ -187,6 +188,20 @@ def test_two_sums_a_layer_and_no_weight_is_gathered(folder: Path) -> None:
         text = programs.compiler.get(kind, size).as_text()
         assert len(re.findall(r"= \S+ all-reduce(?:-start)?\(", text)) == count, kind
         assert "all-gather" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("data", "model", "by_layer"), [(2, 2, True), (1, 2, False)])
+def test_a_decision_head_gives_the_same_logits(tmp_path: Path, data: int, model: int, by_layer: bool) -> None:
+    folder = make_llama(tmp_path / "decides", heads=8, head_width=6, ff=64, layers=2)
+    save_file(candidate_head(48), folder / "decision_head.safetensors")
+    texts, ends = prompts(3, seed=4, query=200, longest=40), (3, 60, 150)
+    reads = [[*((end, [0]) for end in ends), (len(tokens) - 1, [])] for tokens in texts]
+    batch = reads_batch(texts, reads, vocab_logprobs=False)
+    alone = loading.load(folder, **SIZES).score(batch).values
+    spread = loading.load(folder, mesh=mesh(data, model), by_layer=by_layer, **SIZES)
+    np.testing.assert_allclose(spread.score(batch).values, alone, rtol=0, atol=TOLERANCE)
+    assert np.ptp(alone) > 1
 
 
 def test_no_more_is_read_than_the_devices_hold(folder: Path) -> None:
