@@ -35,6 +35,8 @@ PROCESSES = {
     "MALLOC_ARENA_MAX": "2",
     # By default Ray's daemons have a higher priority than its workers, and interrupt the scorers at every wake-up.
     "RAY_worker_niceness": "0",
+    # A proxy that is not ready within Serve's 5 s is killed, and ends the start: a busy machine takes longer.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     # Without this, requests to upgrade lose their body.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.frontend.http_server.install",
 }

@@ -290,6 +290,7 @@ def _service(
     # Ray takes a second to import: --help and user errors come first.
     import ray
     from ray import serve
+    from ray.exceptions import RayActorError
 
     from serve_app.app import build
 
@@ -304,7 +305,13 @@ def _service(
         quiet = {"log_level": "WARNING", "enable_access_log": False}
         interrupt_on_signals()  # ray.init has put its own handler in place, which ends the process at once
         http = {"host": host, "port": port}
-        serve.start(http_options=http, logging_config=quiet)  # pyright: ignore[reportUnknownMemberType]
+        try:
+            serve.start(http_options=http, logging_config=quiet)  # pyright: ignore[reportUnknownMemberType]
+        except (RayActorError, TimeoutError) as error:
+            raise LaunchError(
+                "Ray Serve's proxy did not start, and the machine may be too busy for it: start again when it is less, "
+                f"or with --no-fast-front. Ray says: {reason(str(error))}"
+            ) from error
         say("starting the service")
         serve.run_many(  # pyright: ignore[reportUnknownMemberType]
             [
