@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import shlex
+import socket
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +23,8 @@ exec setpriv --pdeathsig KILL setsid {binary} "$@"
 
 _LONGEST_SOCKET = 107
 """Bytes of the longest path that a Unix socket may have."""
+_PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_USUAL_LOWEST_PORT = 32_768
 _NODE_ID = 56
 """Letters of a Ray node's id, by which Serve names a folder."""
 
@@ -49,11 +54,37 @@ def environment(folder: Path) -> Mapping[str, str] | None:
         return None
     if longest > _LONGEST_SOCKET:
         return None
+    stats, metrics = quiet_ports(2)
     return {
         **FAST_FRONT,
         **{name: str(folder / file) for name, file in files.items()},
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(script),
         # By default Ray uses two fixed ports, which a second service on this machine would share.
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
     }
+
+
+def quiet_ports(count: int) -> list[int]:
+    """Free ports below those that the system gives to connections.
+
+    Until HAProxy listens there, Ray's processes connect to each other by the hundred, and one of those connections may
+    get any port above.
+    """
+    try:
+        lowest = int(_PORT_RANGE.read_text().split()[0])
+    except (OSError, ValueError):
+        lowest = _USUAL_LOWEST_PORT
+    candidates = range(max(1024, lowest - 10_000), lowest)
+    found = itertools.islice(filter(_is_free, random.sample(candidates, len(candidates))), count)
+    ports = list(found)
+    return ports if len(ports) == count else [free_port() for _ in range(count)]
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

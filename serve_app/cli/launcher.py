@@ -290,7 +290,7 @@ def _service(
     # Ray takes a second to import: --help and user errors come first.
     import ray
     from ray import serve
-    from ray.exceptions import RayActorError
+    from ray.exceptions import RayError
 
     from serve_app.app import build
 
@@ -307,7 +307,7 @@ def _service(
         http = {"host": host, "port": port}
         try:
             serve.start(http_options=http, logging_config=quiet)  # pyright: ignore[reportUnknownMemberType]
-        except (RayActorError, TimeoutError) as error:
+        except (RayError, TimeoutError) as error:
             raise LaunchError(
                 "Ray Serve's proxy did not start, and the machine may be too busy for it: start again when it is less, "
                 f"or with --no-fast-front. Ray says: {reason(str(error))}"

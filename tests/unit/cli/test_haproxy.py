@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -75,3 +76,15 @@ def test_where_it_does_not_run_serves_own_proxy_is_used(folder: Path, monkeypatc
     assert haproxy.environment(deep) is None  # paths of sockets are short
     monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", "/bin/false")
     assert haproxy.environment(folder) is None
+
+
+def test_its_own_ports_are_none_that_a_connection_can_take() -> None:
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for _ in range(20):
+        one, other = haproxy.quiet_ports(2)
+        assert one != other
+        assert 1024 <= min(one, other) <= max(one, other) < lowest
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", one))
+        assert not haproxy._is_free(one)
+        assert haproxy._is_free(other)
