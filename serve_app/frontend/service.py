@@ -255,7 +255,7 @@ class ModelService:
         return last if name not in self._settings.names and last in self._settings.adapters else ""
 
     def _asked(self, request: RequestBody, tenant: Tenant) -> _Asked:
-        return _Asked(tenant, _salt(request, tenant), self.adapter(getattr(request, "model", "")))
+        return _Asked(tenant, _salt(request, tenant), self.adapter(getattr(request, "model", None) or ""))
 
     def close(self) -> None:
         """Stop the tokenizer's threads."""
