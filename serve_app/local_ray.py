@@ -10,7 +10,7 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ values."""
 
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Ray's switch for a machine that is a cluster of its own, as on macOS and Windows by default: its node then has the
-address 127.0.0.1, and Ray's ports listen there alone. Ray reads it when it is imported."""
+address 127.0.0.1, and Ray's ports listen there alone. With a value that is already set Ray does as it says."""
 
 FOLDERS = ("SCORE_SERVE_CACHE", "HF_HOME")
 """Variables that name folders, perhaps relative to the current one."""
@@ -76,13 +76,14 @@ def set_environment(more: Mapping[str, str] | None = None) -> None:
         os.environ.setdefault(name, value)
 
 
-def start_ray(cpus: int, **options: Any) -> None:
+def start_ray(cpus: int, *, alone: bool = True, **options: Any) -> None:
     """Start a private Ray instance on this machine, even if another one runs.
 
     Ray's workers import first what lies in the folder where Ray was started. There a ``model.py`` of the user's would
     be taken for this project's package, so Ray starts in an empty folder. Paths given to workers must be absolute.
 
     Args:
+        alone: no other node joins, so that Ray's ports listen on 127.0.0.1 alone.
         options: more options of ``ray.init``.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -94,7 +95,7 @@ def start_ray(cpus: int, **options: Any) -> None:
 
     empty = tempfile.mkdtemp(prefix="score-serve-ray-")
     atexit.register(shutil.rmtree, empty, ignore_errors=True)
-    with contextlib.chdir(empty):
+    with contextlib.chdir(empty), _loopback() if alone else contextlib.nullcontext():
         ray.init(  # pyright: ignore[reportUnknownMemberType]
             "local",
             num_cpus=cpus,
@@ -103,6 +104,40 @@ def start_ray(cpus: int, **options: Any) -> None:
             logging_level=logging.ERROR,
             _node_ip_address="127.0.0.1",
             **options,
+        )
+
+
+@contextlib.contextmanager
+def _loopback() -> Generator[None]:
+    """Have a Ray that starts in the ``with`` block listen on 127.0.0.1 alone; a later one may be a cluster."""
+    from ray._private import ray_constants
+
+    ((name, value),) = LOOPBACK.items()
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value  # for Ray's processes, which keep it
+    # This process has imported Ray, perhaps long ago.
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        del os.environ[name]
+
+
+def keep_calls_on_loopback() -> None:
+    """Have the port of this replica for Serve's calls listen where Ray's own ports do, if that is 127.0.0.1.
+
+    Serve opens it on all interfaces, after the deployment's constructor, which therefore calls this.
+    """
+    from ray.serve._private import replica
+    from ray.util import get_node_ip_address
+
+    if get_node_ip_address() == "127.0.0.1":
+        open_port = replica.add_port_to_grpc_server  # pyright: ignore[reportPrivateImportUsage]
+        replica.add_port_to_grpc_server = lambda server, address: open_port(  # pyright: ignore[reportPrivateImportUsage]
+            server, address.replace("[::]", "127.0.0.1")
         )
 
 

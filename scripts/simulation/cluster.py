@@ -109,14 +109,14 @@ def start_cluster(cpus: int, **options: Any) -> Cluster:
     Args:
         options: additional options of ``ray.init``.
     """
-    import ray
+    from ray._private import worker
     from ray.cluster_utils import Cluster
 
-    start_ray(cpus, **options)
+    start_ray(cpus, alone=False, **options)
     cluster = Cluster()
     # Started as the launcher does it, not by Cluster, which binds other addresses and knows no token.
-    cluster.head_node = ray._private.worker._global_node
-    cluster.redis_address = cluster.head_node.redis_address
+    node: Any = worker._global_node  # pyright: ignore[reportPrivateUsage]
+    cluster.head_node, cluster.redis_address = node, node.redis_address
     return cluster
 
 

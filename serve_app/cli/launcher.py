@@ -92,7 +92,8 @@ def run(settings: ServiceSettings, *, host: str, port: int, fast_front: bool = T
             if kept or not console.is_terminal:
                 console.print(line, soft_wrap=True)
 
-        set_environment(_fast_front(Path(files), say) if fast_front else None)
+        proxy = _fast_front(Path(files), host, port, say) if fast_front else None
+        set_environment(proxy)
         keys = auth.read_keys(settings.api_keys_file)
         check_port(host, port)
         if not keys and not is_loopback(host):
@@ -124,7 +125,8 @@ def run(settings: ServiceSettings, *, host: str, port: int, fast_front: bool = T
                     markup=False,
                 )
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        with ending.watched() as end, _service(settings, host, port, say, end, access_log=access_log) as logs:
+        own = haproxy.HOST if proxy and proxy.items() <= os.environ.items() else host
+        with ending.watched() as end, _service(settings, own, port, say, end, access_log=access_log) as logs:
             end.at_end += [status.stop, partial(shutil.rmtree, files, ignore_errors=True)]
             wait_until_ready(url, logs, say)
             status.stop()
@@ -140,9 +142,9 @@ def run(settings: ServiceSettings, *, host: str, port: int, fast_front: bool = T
                 drain(max(each.timeout_s for each in settings.models))
 
 
-def _fast_front(folder: Path, say: Say) -> Mapping[str, str] | None:
+def _fast_front(folder: Path, host: str, port: int, say: Say) -> Mapping[str, str] | None:
     """The environment for HAProxy, if it runs here."""
-    found = haproxy.environment(folder)
+    found = haproxy.environment(folder, host, port)
     if found is None:
         say("HAProxy does not run here: requests go through Serve's own proxy, and take some milliseconds more")
     return found

@@ -27,6 +27,7 @@ from serve_app.frontend.replicas import ScorerReplicas
 from serve_app.frontend.routes import create_app
 from serve_app.frontend.service import ModelService
 from serve_app.frontend.tenants import Tenants
+from serve_app.local_ray import keep_calls_on_loopback
 from serve_app.metrics import REPORT_S, FrontMetrics
 from serve_app.schemas import InfoResponse, ScoreRequest, ScoreResponse
 from serve_app.settings import DEFAULT_NAME, ModelSettings, ServiceSettings, check_names
@@ -56,6 +57,7 @@ class Ingress:
     """
 
     async def __init__(self, settings: ServiceSettings, *scorers: DeploymentHandle[Any]) -> None:
+        keep_calls_on_loopback()
         self._settings = settings.models
         self._service = settings
         self._keys = auth.ApiKeys(settings.api_keys_file)

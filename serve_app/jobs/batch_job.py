@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
@@ -39,6 +40,7 @@ from serve_app.local_ray import join_ray, reason, start_ray
 Tell = Callable[[int, int], object]
 """Called with a block's number and how many of its rows are done."""
 
+_LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 _CAUSED = "\n\nThe above exception"
 """Ray Data writes this after the error, and its own comments after this."""
 
@@ -285,24 +287,41 @@ def _manifest(job: AnyJob, source: Source, target: Target) -> dict[str, Any]:
 def _ray(target: Target, workers: int) -> Generator[None]:
     """Have Ray running inside the ``with`` block."""
     # Ray Data's own way of making workers is an "error" in Ray's log on standard error.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault(_LOG_LEVEL, "fatal")
     import ray
 
     if ray.is_initialized():
         yield
         return
-    if isinstance(target, App):
-        try:
-            join_ray(log_to_driver=False, logging_level=logging.ERROR)
-        except ConnectionError as error:
-            raise JobError(
-                f"cannot connect to a Ray cluster: {error}; set RAY_ADDRESS, start 'score-serve serve' on this "
-                "machine, or use --url"
-            ) from error
-    else:
-        needed = workers * target.resources.get("num_cpus", 1)
-        start_ray(max(os.cpu_count() or 1, math.ceil(needed)))
+    with _without_notice():
+        if isinstance(target, App):
+            logging.getLogger("ray.serve").setLevel(logging.WARNING)
+            try:
+                join_ray(log_to_driver=False, logging_level=logging.ERROR)
+            except ConnectionError as error:
+                raise JobError(
+                    f"cannot connect to a Ray cluster: {error}; set RAY_ADDRESS, start 'score-serve serve' on this "
+                    "machine, or use --url"
+                ) from error
+        else:
+            needed = workers * target.resources.get("num_cpus", 1)
+            start_ray(max(os.cpu_count() or 1, math.ceil(needed)))
     try:
         yield
     finally:
         ray.shutdown()  # pyright: ignore[reportUnknownMemberType]
+
+
+@contextmanager
+def _without_notice() -> Generator[None]:
+    """Leave out of standard error the line with which Ray says that it has read its log level."""
+    with tempfile.TemporaryFile() as said:
+        own = os.dup(2)
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(own, 2)
+            os.close(own)
+            said.seek(0)
+            os.write(2, b"".join(line for line in said if _LOG_LEVEL.encode() not in line))

@@ -110,11 +110,15 @@ class App:
 
     def _handle(self) -> Any:
         try:
-            return serve.get_app_handle(self.name)
+            handle = serve.get_app_handle(self.name)
         except RayServeException as error:
             raise OverloadedError(
                 f"this Ray cluster has no application {self.name!r}: {error}; 'serve status' lists them"
             ) from error
+        if not handle.is_initialized:
+            # In a cluster with RAY_SERVE_THROUGHPUT_OPTIMIZED handles work in coroutines alone by default.
+            handle._init(_run_router_in_separate_loop=True)  # pyright: ignore[reportPrivateUsage]
+        return handle
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,10 @@ class Engines:
         return scorer_resources(self.settings)
 
     def identity(self, model: str, *more: str) -> dict[str, Any]:  # noqa: ARG002 - there is one model
-        return self.settings.model_dump(include={"model", "revision", "base", "dtype", "quantization", "engine", *more})
+        facts = {"model", "revision", "base", "dtype", "quantization", "engine", *more}
+        if self.settings.trust_config:
+            facts.add("trust_config")
+        return self.settings.model_dump(include=facts)
 
     def connect(self, task: Task[R, A]) -> Ask[R, A]:
         loop = asyncio.new_event_loop()

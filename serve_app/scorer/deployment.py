@@ -16,6 +16,7 @@ from serve_app import timing
 from serve_app.contract import Engine, JobResult, ModelInfo, QueueStats, ScoreJob
 from serve_app.errors import OverloadedError
 from serve_app.frames import ADDRESS
+from serve_app.local_ray import keep_calls_on_loopback
 from serve_app.metrics import REPORT_S, ScorerMetrics
 from serve_app.scorer import speed
 from serve_app.scorer.adapters import AdapterSlots
@@ -60,6 +61,7 @@ class Scorer:
         load: Callable[[ModelSettings], Engine] = load_engine,
         measure: Callable[[Engine], float] = speed.measure,
     ) -> None:
+        keep_calls_on_loopback()
         self._engine = await asyncio.to_thread(load, settings)
         self._tokens_per_s = await asyncio.to_thread(measure, self._engine)
         logger.info("this replica computes about %d tokens per second", self._tokens_per_s)

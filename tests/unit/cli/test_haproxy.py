@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
 from serve_app.cli import haproxy
 from serve_app.local_ray import free_port
@@ -30,7 +31,7 @@ frontend prometheus
     bind :{metrics}
     http-request return status 200
 frontend http_frontend
-    bind 0.0.0.0:{service}
+    bind 127.0.0.1:{service}
     default_backend front_ends
 backend front_ends
 listen stats
@@ -48,10 +49,18 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield Path(found)
 
 
-def test_statistics_are_local_a_missing_front_end_is_a_503_and_it_ends_with_its_parent_and_not_by_ctrl_c(folder: Path):
-    found = haproxy.environment(folder)
-    assert found is not None
+def test_serve_writes_the_line_that_is_given_the_address():
+    (line,) = [line for line in HAPROXY_CONFIG_TEMPLATE.splitlines() if "{{ config.frontend_port }}" in line]
+    assert line == "    bind {{ config.frontend_host }}:{{ config.frontend_port }}"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::", "::1"])
+def test_only_the_service_is_open_a_missing_front_end_is_a_503_and_it_ends_with_its_parent_and_not_by_ctrl_c(
+    host: str, folder: Path
+):
     config, ports = folder / "haproxy.cfg", {name: free_port() for name in ("metrics", "service", "stats")}
+    found = haproxy.environment(folder, host, ports["service"])
+    assert found is not None
     config.write_text(CONFIG.format(**ports))
     command = [sys.executable, "-c", STARTS, found["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(config)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
@@ -61,9 +70,10 @@ def test_statistics_are_local_a_missing_front_end_is_a_503_and_it_ends_with_its_
             assert proxy.status() != psutil.STATUS_ZOMBIE
             time.sleep(0.02)
         hosts = {address.port: address.ip for address in listening}
-        assert hosts == {ports["metrics"]: "127.0.0.1", ports["stats"]: "127.0.0.1", ports["service"]: "0.0.0.0"}
+        assert hosts == {ports["metrics"]: "127.0.0.1", ports["stats"]: "127.0.0.1", ports["service"]: host}
         assert proxy.name() == "haproxy"
-        assert httpx.get(f"http://127.0.0.1:{ports['service']}").status_code == 503  # Serve's 500 would end retries
+        near = "[::1]" if host == "::1" else "127.0.0.1"  # "::" takes both
+        assert httpx.get(f"http://{near}:{ports['service']}").status_code == 503  # Serve's 500 would end retries
         assert os.getpgid(proxy.pid) != os.getpgid(parent.pid)
         parent.send_signal(signal.SIGKILL)
         psutil.wait_procs([proxy], timeout=10)
@@ -71,11 +81,11 @@ def test_statistics_are_local_a_missing_front_end_is_a_503_and_it_ends_with_its_
 
 
 def test_where_it_does_not_run_serves_own_proxy_is_used(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    assert haproxy.environment(folder / ("x" * 80)) is None  # no such folder
+    assert haproxy.environment(folder / ("x" * 80), "127.0.0.1", 8000) is None  # no such folder
     (deep := folder / ("x" * 60)).mkdir()
-    assert haproxy.environment(deep) is None  # paths of sockets are short
+    assert haproxy.environment(deep, "127.0.0.1", 8000) is None  # paths of sockets are short
     monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", "/bin/false")
-    assert haproxy.environment(folder) is None
+    assert haproxy.environment(folder, "127.0.0.1", 8000) is None
 
 
 def test_its_own_ports_are_none_that_a_connection_can_take() -> None:
