@@ -126,6 +126,12 @@ def complain(message: str) -> None:
     Console(stderr=True, highlight=False).print(f"error: {message}", markup=False, soft_wrap=True)
 
 
+def faults(error: ValidationError) -> str:
+    """What is wrong with settings, on one line, each with its place."""
+    found = [(".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")) for each in error.errors()]
+    return "; ".join(f"{where}: {what}" if where else what for where, what in found)
+
+
 def warn(message: str) -> None:
     """Print a warning as one line on standard error."""
     Console(stderr=True, highlight=False).print(f"warning: {message}", markup=False, soft_wrap=True)

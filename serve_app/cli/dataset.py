@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from serve_app.cli import questions
-from serve_app.cli.client import REFUSED, TRY_AGAIN, api_key, checked_url, complain
+from serve_app.cli.client import REFUSED, TRY_AGAIN, api_key, checked_url, complain, faults
 from serve_app.errors import DeadlineExceededError, OverloadedError, ScoringError
 from serve_app.schemas import ScoreRequest, invalid
 from serve_app.settings import ModelSettings
@@ -37,6 +37,7 @@ _SCORES: dict[str, Any] = {"rich_help_panel": "Scores of labels for each row"}
 _DECISIONS: dict[str, Any] = {"rich_help_panel": "Or answers to questions for each row"}
 _LOGPROBS: dict[str, Any] = {"rich_help_panel": "Or a teacher's logprobs for each row"}
 _SCORER: dict[str, Any] = {"rich_help_panel": "What scores (one of --url, --app and --model)"}
+_MODEL: dict[str, Any] = {"rich_help_panel": "With --model"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,13 +145,28 @@ class Options:
     served_model: Annotated[str, typer.Option(help="With --url or --app: the served name of the model.", **_SCORER)] = (
         "default"
     )
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="With --model: type of the weights.", show_default=BY_DEVICE, **_SCORER)
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.", **_MODEL)] = None
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="The model that a LoRA adapter is merged onto.", show_default="the one that it names", **_MODEL
+        ),
     ] = None
-    int8: Annotated[bool, typer.Option("--int8", help="With --model: keep the layers' weights as int8.", **_SCORER)] = (
-        False
-    )
-    engine: Annotated[Engine, typer.Option(help="With --model: 'fake' is for tests.", hidden=True, **_SCORER)] = "jax"
+    trust_config: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Key of config.json to skip although it is unknown; if it matters, all scores are wrong. Repeatable.",
+            show_default="none",
+            **_MODEL,
+        ),
+    ] = None
+    dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights.", show_default=BY_DEVICE, **_MODEL)] = None
+    int8: Annotated[bool, typer.Option("--int8", help="Keep the layers' weights as int8.", **_MODEL)] = False
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="File that 'score-serve calibrate' wrote, for the answers to --questions.", **_MODEL),
+    ] = None
+    engine: Annotated[Engine, typer.Option(help="'fake' is for tests.", hidden=True, **_MODEL)] = "jax"
 
     def request(self) -> ScoreRequest | SystemOneRequest | LogprobsRequest:
         """The request for each row.
@@ -160,6 +176,12 @@ class Options:
         """
         if sum(scorer is not None for scorer in (self.url, self.app, self.model)) > 1:
             raise typer.BadParameter("name one of --url, --app and --model")
+        of_model = ("revision", "base", "trust_config", "dtype", "int8", "calibration")
+        if self.model is None and (given := [name for name in of_model if getattr(self, name)]):
+            option = given[0].replace("_", "-")
+            raise typer.BadParameter(f"--{option} goes with --model; a running service has its own settings")
+        if self.model is not None and self.served_model != "default":
+            raise typer.BadParameter("--served-model goes with --url or --app; leave it out with --model")
         if self.logprobs is not None:
             return self._teaching(self.logprobs)
         scores, decisions = self._scores(), self._decisions()
@@ -262,11 +284,19 @@ class Options:
             return targets.App(self.app)
         if self.model is None:
             return targets.Service(checked_url(self.url or _URL), api_key())
-        resolve(self.model, say=lambda line: Console(stderr=True).print(line))
-        quantization = "int8" if self.int8 else None
-        return targets.Engines(
-            ModelSettings(model=absolute(self.model), dtype=self.dtype, quantization=quantization, engine=self.engine)
-        )
+        base = self.base and absolute(self.base)
+        resolve(self.model, self.revision, base, say=lambda line: Console(stderr=True).print(line))
+        settings = {
+            "model": absolute(self.model),
+            "revision": self.revision,
+            "base": base,
+            "trust_config": self.trust_config or (),
+            "dtype": self.dtype,
+            "quantization": "int8" if self.int8 else None,
+            "calibration": None if self.calibration is None else str(self.calibration),
+            "engine": self.engine,
+        }
+        return targets.Engines(ModelSettings.model_validate(settings))
 
 
 @wraps(Options, assigned=(), updated=())  # Typer reads the dataclass's fields as the command's parameters
@@ -317,6 +347,9 @@ def _errors_as_exit_codes(output: Path) -> Generator[None]:
     except (OverloadedError, DeadlineExceededError) as error:
         complain(error.message)
         raise typer.Exit(TRY_AGAIN) from None
+    except ValidationError as error:  # of the model's settings
+        complain(faults(error))
+        raise typer.Exit(REFUSED) from None
     except (JobError, ModelSourceError, ScoringError) as error:
         complain(str(error))
         raise typer.Exit(REFUSED) from None

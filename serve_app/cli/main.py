@@ -188,10 +188,7 @@ def serve(
         )
         launcher.run(settings, host=host, port=port, fast_front=fast_front, access_log=access_log)
     except ValidationError as error:
-        faults = [
-            (".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")) for each in error.errors()
-        ]
-        client.complain("; ".join(f"{where}: {what}" if where else what for where, what in faults))
+        client.complain(client.faults(error))
         raise typer.Exit(1) from None
     except (launcher.LaunchError, auth.ApiKeyError, LimitError, ModelSourceError) as error:
         client.complain(str(error))

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from serve_app import model_source
 from serve_app.cli import launcher, main
 from serve_app.jobs import batch_job
 from serve_app.jobs.folder import Done
 from serve_app.jobs.job import AnyJob, DecisionJob, Job, LogprobsJob
-from serve_app.jobs.targets import App, Service, Target
+from serve_app.jobs.targets import App, Engines, Service, Target
+from serve_app.profiles.calibration import Calibration
 from serve_app.schemas import ScoreRequest
+from serve_app.settings import ModelSettings
 from serve_app.tasks.logprobs import LogprobsRequest
 from serve_app.tasks.systemone import SystemOneRequest
 
@@ -75,6 +78,44 @@ def test_the_options_make_the_job_and_its_target(jobs: list[tuple[Job, Target, i
     assert (target, workers) == (Service("http://127.0.0.1:8000"), 2)
     assert (app, three) == (App("score"), 3)
     assert service == Service("http://judge:1", "one")
+
+
+def test_a_model_has_the_settings_that_serve_gives_it(
+    jobs: list[tuple[Job, Target, int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(model_source, "resolve", lambda *which, **_: asked.append(which))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "calm.toml").write_text(Calibration(name="calm", model="m", profile="p").as_toml())
+    options = ["--revision", "v1", "--base", "org/base", "--trust-config", "a", "--trust-config", "b"]
+    result = dataset("--model", "./lora", *options, "--calibration", "calm.toml", "--dtype", "bfloat16", "--int8")
+    assert result.exit_code == 0, result.output
+    ((_, target, _),) = jobs
+    assert isinstance(target, Engines)
+    settings = target.settings
+    assert asked == [(str(tmp_path / "lora"), "v1", "org/base")]
+    assert (settings.model, settings.revision, settings.base) == asked[0]
+    assert (settings.trust_config, settings.dtype, settings.quantization) == (("a", "b"), "bfloat16", "int8")
+    assert settings.calibration is not None
+    assert settings.calibration.name == "calm"
+    # A job whose scores a skipped key may change is another one.
+    assert target.identity("default")["trust_config"] == ("a", "b")
+    assert "trust_config" not in Engines(ModelSettings()).identity("default")
+
+    missing = dataset("--model", "./lora", "--calibration", "none.toml")
+    assert (missing.exit_code, "none.toml" in missing.stderr) == (1, True), missing.output
+
+
+@pytest.mark.parametrize(
+    "option", ["--revision=v1", "--base=b", "--trust-config=a", "--dtype=float32", "--int8", "--calibration=c.toml"]
+)
+def test_a_running_service_has_its_own_settings(jobs: list[tuple[Job, Target, int]], option: str):
+    result = dataset(option, COLUMNS="300")
+    assert (result.exit_code, f"{option.split('=')[0]} goes with --model" in result.stderr) == (2, True), result.output
+    named = dataset("--model", "demo", "--served-model", "judge", COLUMNS="300")
+    assert (named.exit_code, "leave it out with --model" in named.stderr) == (2, True), named.output
+    assert not jobs
 
 
 QUESTIONS = {"urgent": {"type": "noul", "instructions": "Is it urgent?"}}
