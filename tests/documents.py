@@ -1,8 +1,8 @@
 """The examples of the documentation: they are run, and the answers that follow them are compared.
 
-A ``python`` block is run, and a ``sh`` block that begins with ``curl`` or ``score-serve``: as a user runs them, in a
-process of their own and in a folder that is not the checkout and has a copy of ``examples/``. A ``json`` or ``text``
-block that follows is the output.
+A ``python`` block is run, and a ``sh`` block with one of ``COMMANDS``: as a user runs them, in a process of their own
+and in a folder that is not the checkout and has a copy of ``examples/``. A ``json`` or ``text`` block that follows is
+the output.
 """
 
 from __future__ import annotations
@@ -23,10 +23,27 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 FILES = [
     "README.md",
-    *(f"docs/{name}.md" for name in ("quickstart", "api", "recipes", "decisions", "migration", "clients", "jobs")),
+    *(
+        f"docs/{name}.md"
+        for name in (
+            "quickstart",
+            "api",
+            "recipes",
+            "decisions",
+            "logprobs",
+            "migration",
+            "clients",
+            "jobs",
+            "security",
+        )
+    ),
+    "clients/python/README.md",
 ]
 ADDRESS = "http://127.0.0.1:8000"
-COMMANDS = ("curl", "score-serve")
+COMMANDS = ("curl", "score-serve", "scripts/score_dataset", "cut", "key=")
+"""What a block begins with, after lines that install."""
+INSTALLED = {"scripts/score_dataset": "score-serve dataset", ".venv/bin/": ""}
+"""What the tests have installed, and run by its name."""
 CHANGING = {
     "free_bytes",
     "workspace_bytes",
@@ -57,6 +74,11 @@ class Example:
     code: str
     shown: str | None
 
+    @property
+    def starts_ray(self) -> bool:
+        """Whether it is a data set job as a command."""
+        return self.language == "sh" and "dataset" in self.code
+
 
 def examples() -> Iterator[Example]:
     """All examples that can be run, in the documents' order."""
@@ -65,6 +87,7 @@ def examples() -> Iterator[Example]:
         blocks = list(_FENCED.finditer(text))
         for block, following in zip(blocks, [*blocks[1:], None], strict=True):
             language, code = block.groups()
+            code = re.sub(r"^pip install .*\n", "", code)
             if not (language == "python" or (language == "sh" and code.startswith(COMMANDS))):
                 continue
             line = text.count("\n", 0, block.start()) + 1
@@ -80,8 +103,14 @@ def run(example: Example, url: str, folder: Path, **environment: str) -> str:
     if example.language == "python":
         command = [sys.executable, "-c", code]
     else:
+        for own, installed in INSTALLED.items():
+            code = code.replace(own, installed)
+        if "score-serve" in code and url not in code:
+            code = f"{code.rstrip()} --url {url}"  # in place of the default
         command = ["bash", "-euo", "pipefail", "-c", code.replace("curl ", "curl -sS ", 1)]
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    found = [os.environ.get("PYTHONPATH"), str(ROOT / "clients" / "python")]
+    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, found))}
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=os.environ | environment, cwd=folder
     )

@@ -142,7 +142,14 @@ def test_the_right_document_is_usually_first(client: httpx.Client) -> None:
     assert sum(index == query["right"] for index, query in zip(found, asked, strict=True)) >= 15
 
 
-@pytest.mark.parametrize("example", list(documents.examples()), ids=lambda example: example.name)
+EXAMPLES = [
+    # A job with a Ray of its own takes a quarter of a minute.
+    pytest.param(each, id=each.name, marks=[pytest.mark.slow] if each.starts_ray else [])
+    for each in documents.examples()
+]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_the_documentations_examples(client: httpx.Client, example: documents.Example, tmp_path: Path) -> None:
     address = ray.get_runtime_context().gcs_address
     printed = documents.run(example, str(client.base_url), tmp_path, RAY_ADDRESS=address)
