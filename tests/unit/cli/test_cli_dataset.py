@@ -94,8 +94,8 @@ def test_a_model_has_the_settings_that_serve_gives_it(
     ((_, target, _),) = jobs
     assert isinstance(target, Engines)
     settings = target.settings
-    assert asked == [(str(tmp_path / "lora"), "v1", "org/base")]
-    assert (settings.model, settings.revision, settings.base) == asked[0]
+    assert asked == [("./lora", "v1", "org/base")]
+    assert (settings.model, settings.revision, settings.base) == (str(tmp_path / "lora"), "v1", "org/base")
     assert (settings.trust_config, settings.dtype, settings.quantization) == (("a", "b"), "bfloat16", "int8")
     assert settings.calibration is not None
     assert settings.calibration.name == "calm"
