@@ -89,12 +89,18 @@ def open_to_others(process: subprocess.Popen[str]) -> set[int]:
     return found
 
 
-def a_job_finds_the_service(folder: Path) -> None:
-    """Run a job that joins the service's Ray, as a user does: it names no address, and says nothing of Ray."""
+def a_job_joins_the_service(process: subprocess.Popen[str], folder: Path) -> None:
+    """Run a job that joins the service's Ray, in a user's environment. It says nothing of Ray."""
+    (raylet,) = [each for each in psutil.Process(process.pid).children(recursive=True) if each.name() == "raylet"]
+    (address,) = set(re.findall(r"--gcs-address=([\w.:]+)", " ".join(raylet.cmdline())))
     (folder / "in.jsonl").write_text('{"text": "the fox"}\n')
     command = [Path(sys.executable).with_name("score-serve"), "dataset", "in.jsonl", "-o", "out", "--app", "score"]
     done = subprocess.run(
-        [*command, "--item", "{text}", "-l", " yes"], capture_output=True, text=True, cwd=folder, env=of_a_user()
+        [*command, "--item", "{text}", "-l", " yes"],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=of_a_user() | {"RAY_ADDRESS": address},  # other tests may have a Ray of their own on this machine
     )
     assert (done.returncode, done.stdout.split("\n")[0]) == (0, "rows      1 scored, 0 set aside"), done.stderr
     assert [line for line in done.stderr.splitlines() if not line.endswith("of 1 rows")] == []
@@ -129,7 +135,7 @@ def test_ctrl_c_waits_for_the_last_request_and_leaves_no_process(
         assert answer.status_code == 200
         assert [round(sum(row), 6) for row in answer.json()["scores"]] == [1, 1]
         assert open_to_others(process) == set()
-        a_job_finds_the_service(tmp_path)
+        a_job_joins_the_service(process, tmp_path)
         started = psutil.Process(process.pid).children(recursive=True)
         (raylet,) = [child for child in started if child.name() == "raylet"]
         assert raylet.environ()["MALLOC_ARENA_MAX"] == "2"

@@ -1,4 +1,4 @@
-"""``scripts/_setup.sh``, which makes ``.venv``: with programs in place of Python that write down what they are asked."""
+"""``scripts/_setup.sh``, which makes ``.venv``, with programs in place of Python that note what they are asked."""
 
 from __future__ import annotations
 
