@@ -158,6 +158,7 @@ def join_ray(**options: Any) -> None:
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith("127.0.0.1:") or (not address and _listens_on_loopback()):
         ray_constants.ENABLE_RAY_CLUSTER = False  # what LOOPBACK sets, for this process, which has imported Ray
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # as start_ray has it; by an address alone Ray would send none
     ray.init("auto", **options)  # pyright: ignore[reportUnknownMemberType]
 
 
