@@ -40,8 +40,8 @@ VARIABLES = {
     "`~/.cache`.",
     "HF_HOME": "Folder of the Hugging Face hub's files; the hub's other variables, such as `HF_TOKEN` and "
     "`HF_HUB_OFFLINE`, hold, too.",
-    "RAY_ADDRESS": "The Ray cluster that `--app` and `join_ray` connect to. Without it: one of this machine.",
-    "RAY_AUTH_MODE": "`token`: Ray's commands and clients send its token. `join_ray` sets it for this machine's Ray.",
+    "RAY_ADDRESS": "The Ray cluster that `--app` and `join_ray` connect to. Without it: one of this machine. With the "
+    "address of a Ray that `scripts/serve` started, `RAY_AUTH_MODE=token` is needed, too.",
     "TMPDIR": "Where the logs go, and what a conversion needs for a moment.",
     "JAX_PLATFORMS": "The kind of device: `cpu`, `tpu` or `cuda`. Without it: what the machine has.",
     "CXX": "The C++20 compiler of the CPU's kernels; by default `c++`.",

@@ -93,9 +93,7 @@ def start_ray(cpus: int, *, alone: bool = True, **options: Any) -> None:
     set_environment()
     import ray
 
-    empty = tempfile.mkdtemp(prefix="score-serve-ray-")
-    atexit.register(shutil.rmtree, empty, ignore_errors=True)
-    with contextlib.chdir(empty), _loopback() if alone else contextlib.nullcontext():
+    with _empty_folder(), _loopback() if alone else contextlib.nullcontext():
         ray.init(  # pyright: ignore[reportUnknownMemberType]
             "local",
             num_cpus=cpus,
@@ -105,6 +103,15 @@ def start_ray(cpus: int, *, alone: bool = True, **options: Any) -> None:
             _node_ip_address="127.0.0.1",
             **options,
         )
+
+
+@contextlib.contextmanager
+def _empty_folder() -> Generator[None]:
+    """Be in an empty folder, which lasts as long as this process: Ray's workers import from where Ray was begun."""
+    empty = tempfile.mkdtemp(prefix="score-serve-ray-")
+    atexit.register(shutil.rmtree, empty, ignore_errors=True)
+    with contextlib.chdir(empty):
+        yield
 
 
 @contextlib.contextmanager
@@ -158,8 +165,8 @@ def join_ray(**options: Any) -> None:
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith("127.0.0.1:") or (not address and _listens_on_loopback()):
         ray_constants.ENABLE_RAY_CLUSTER = False  # what LOOPBACK sets, for this process, which has imported Ray
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # as start_ray has it; by an address alone Ray would send none
-    ray.init("auto", **options)  # pyright: ignore[reportUnknownMemberType]
+    with _empty_folder():
+        ray.init("auto", **options)  # pyright: ignore[reportUnknownMemberType]
 
 
 def _listens_on_loopback() -> bool:

@@ -40,7 +40,6 @@ from serve_app.local_ray import join_ray, reason, start_ray
 Tell = Callable[[int, int], object]
 """Called with a block's number and how many of its rows are done."""
 
-_LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 _CAUSED = "\n\nThe above exception"
 """Ray Data writes this after the error, and its own comments after this."""
 
@@ -287,7 +286,7 @@ def _manifest(job: AnyJob, source: Source, target: Target) -> dict[str, Any]:
 def _ray(target: Target, workers: int) -> Generator[None]:
     """Have Ray running inside the ``with`` block."""
     # Ray Data's own way of making workers is an "error" in Ray's log on standard error.
-    os.environ.setdefault(_LOG_LEVEL, "fatal")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
     if ray.is_initialized():
@@ -324,4 +323,4 @@ def _without_notice() -> Generator[None]:
             os.dup2(own, 2)
             os.close(own)
             said.seek(0)
-            os.write(2, b"".join(line for line in said if _LOG_LEVEL.encode() not in line))
+            os.write(2, b"".join(line for line in said if b"RAY_BACKEND_LOG_LEVEL" not in line))

@@ -100,7 +100,8 @@ def a_job_joins_the_service(process: subprocess.Popen[str], folder: Path) -> Non
         capture_output=True,
         text=True,
         cwd=folder,
-        env=of_a_user() | {"RAY_ADDRESS": address},  # other tests may have a Ray of their own on this machine
+        # Other tests may have a Ray of their own on this machine; to an address Ray sends no token by itself.
+        env=of_a_user() | {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token"},
     )
     assert (done.returncode, done.stdout.split("\n")[0]) == (0, "rows      1 scored, 0 set aside"), done.stderr
     assert [line for line in done.stderr.splitlines() if not line.endswith("of 1 rows")] == []
