@@ -30,6 +30,8 @@ _LONGEST_SOCKET = 107
 """Bytes of the longest path that a Unix socket may have."""
 _PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _USUAL_LOWEST_PORT = 32_768
+_FRONT_END_PORTS = 30_000
+"""Serve gives its front ends ports from here on."""
 _NODE_ID = 56
 """Letters of a Ray node's id, by which Serve names a folder."""
 
@@ -89,7 +91,8 @@ def quiet_ports(count: int) -> list[int]:
         lowest = int(_PORT_RANGE.read_text().split()[0])
     except (OSError, ValueError):
         lowest = _USUAL_LOWEST_PORT
-    candidates = range(max(1024, lowest - 10_000), lowest)
+    highest = min(lowest, _FRONT_END_PORTS)
+    candidates = range(max(1024, highest - 10_000), highest)
     found = itertools.islice(filter(_is_free, random.sample(candidates, len(candidates))), count)
     ports = list(found)
     return ports if len(ports) == count else [free_port() for _ in range(count)]
