@@ -8,7 +8,6 @@ different calls.
 
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +19,7 @@ from model.checkpoint import Target
 from model.config import DecisionHead, ModelConfig
 from model.cpu import linear
 from model.fields import ConfigError
-from model.layers import Linear, each
+from model.layers import Linear, each, standardized
 from model.tensors.folder import HEAD_FILE, HEAD_PREFIX
 from model.tensors.stored import Tensors
 
@@ -59,9 +58,7 @@ class Norm(nnx.Module):
     def __call__(self, x: Float[Array, "R D"]) -> Float[Array, "R D"]:
         if self.native:
             return linear.layer_norms(x, self.scale[...], self.bias[...], _NORM_EPS)
-        centred = x - jnp.mean(x, axis=-1, keepdims=True)
-        variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
-        return centred * jax.lax.rsqrt(variance + _NORM_EPS) * self.scale[...][None, :] + self.bias[...][None, :]
+        return standardized(x, _NORM_EPS, native=False) * self.scale[...][None, :] + self.bias[...][None, :]
 
 
 def _linear(config: ModelConfig, width: int, *, bias: bool) -> Linear:

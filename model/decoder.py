@@ -4,6 +4,7 @@ A family's own file says how its layer puts these together, and which tensor of 
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import jax.numpy as jnp
 from flax import nnx
@@ -59,6 +60,23 @@ def gated_mlp(config: ModelConfig, dtype: jnp.dtype) -> GatedMLP:
     )
 
 
+def projection(
+    config: ModelConfig, dtype: jnp.dtype, into: int, out: int, *, bias: bool = False, axes: tuple[str, str]
+) -> Linear:
+    """A linear of a layer, stored as the config says."""
+    return Linear(
+        into,
+        out,
+        bias=bias,
+        dtype=dtype,
+        axes=axes,
+        shards=config.shards,
+        int8=config.int8,
+        packed=config.packed,
+        lora=config.lora,
+    )
+
+
 def qk_norm_widths(config: ModelConfig) -> dict[str, int]:
     """Channels of the norms of queries and keys; empty where there are none."""
     if config.qk_norm is None:
@@ -79,20 +97,7 @@ class Attention(nnx.Module):
         self.implementation = implementation
         self.scale = config.attention_scale or config.head_width**-0.5
         heads, kv_heads = config.heads * config.head_width, config.kv_heads * config.head_width
-
-        def linear(into: int, out: int, *, bias: bool, axes: tuple[str, str]) -> Linear:
-            return Linear(
-                into,
-                out,
-                bias=bias,
-                dtype=dtype,
-                axes=axes,
-                shards=config.shards,
-                int8=config.int8,
-                packed=config.packed,
-                lora=config.lora,
-            )
-
+        linear = partial(projection, config, dtype)
         self.q = linear(config.width, heads, bias=config.attention_bias, axes=("embed", "heads"))
         self.k = linear(config.width, kv_heads, bias=config.attention_bias, axes=("embed", "kv_heads"))
         self.v = linear(config.width, kv_heads, bias=config.attention_bias, axes=("embed", "kv_heads"))
@@ -193,9 +198,7 @@ class Block(nnx.Module):
         """The keys and values, and the snapshots with this layer's, for a last layer that is not read."""
         return self.keys_values(x, angles, layer, context.adapters), context.snapshots
 
-    def keys_values(
-        self, x: Float[Array, "M D"], angles: AllAngles, layer: Layer, rows: Rows | None = None
-    ) -> KeysValues:
+    def keys_values(self, x: Float[Array, "M D"], angles: AllAngles, layer: Layer, rows: Rows | None) -> KeysValues:
         """The keys and values alone, for a last layer that is not read."""
         inputs = self.attention_input(x, layer)
         return stacked(*self.attention.keys_values(inputs, self._layer_angles(angles, layer), rows))

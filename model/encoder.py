@@ -15,20 +15,12 @@ from model.attention import AttentionContext, Layer, MaskSpec
 from model.config import Encoder, ModelConfig
 from model.cpu import linear
 from model.decoder import AllAngles
-from model.layers import Linear, row_dots
+from model.layers import Linear, standardized
 
 
 def encoder_of(config: ModelConfig) -> Encoder:
     """What an encoder's config has beyond a decoder's."""
     return cast(Encoder, config.encoder)
-
-
-def standardized(x: Float[Array, "M D"], config: ModelConfig) -> Float[Array, "M D"]:
-    """Each row less its mean, over its standard deviation."""
-    mean = row_dots(x, jnp.ones_like(x), native=config.native)[:, None] / x.shape[1]
-    centred = x - mean
-    variance = row_dots(centred, centred, native=config.native)[:, None] / x.shape[1]
-    return centred / jnp.sqrt(variance + config.norm_eps)
 
 
 class LayerNorm(nnx.Module):
@@ -42,7 +34,7 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
         if not self.config.native:
-            return self.scaled(standardized(x, self.config))
+            return self.scaled(standardized(x, self.config.norm_eps, native=False))
         scale = self.scale[...].astype(jnp.float32)
         bias = jnp.zeros_like(scale) if self.bias is None else self.bias[...].astype(jnp.float32)
         return linear.layer_norms(x, scale, bias, self.config.norm_eps)

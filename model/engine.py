@@ -355,13 +355,9 @@ class Engine:
         """Fill the pages that are empty, and collect the hidden states of prefixes that are read."""
         for call in prefill.calls(held, self._layout.sizes.chunks, self._layout.prefixes):
             array, inputs = padding(self._programs.model.at_once, call.size, self._layout.room)
-            call.fill(inputs)
-            if work.slots:
-                inputs.adapters[:, : len(work.slots)] = work.slots
-                for piece, at in zip(call.pieces, call.places, strict=True):
-                    place = slice(at, at + piece.stop - piece.start)
-                    inputs.adapted[:, place] = work.chosen[work.numbering[piece.held.group.prefix_of]]
-            _fill_prefixes(inputs, [(piece.held.path, piece.start) for piece in call.pieces])
+            owners = work.numbering[[piece.held.group.prefix_of for piece in call.pieces]]
+            call.fill(inputs, work.chosen[owners].tolist())
+            _fill_shared(inputs, [(piece.held.path, piece.start) for piece in call.pieces], work.slots)
             inputs.slots[:, : len(call.pieces)] = [(piece.begin, piece.end) for piece in call.pieces]
             self._wait_for_last()
             layers = self._programs.layers
@@ -391,10 +387,8 @@ class Engine:
         for calls in plan.batch_calls(self._layout.calls([each.group for each in held]), model.at_once):
             shape = calls[0].shape
             array, inputs = padding(model.at_once, shape.tokens, self._layout.room)
-            _fill_prefixes(inputs, seen)
+            _fill_shared(inputs, seen, work.slots)
             inputs.slots[:, : len(held), 0] = [each.end for each in held]
-            if work.slots:
-                inputs.adapters[:, : len(work.slots)] = work.slots
             room = self._room(collected, model.at_once * shape.reads)
             inputs.place[:] = first = room.filled
             for number, call in enumerate(calls):
@@ -501,8 +495,9 @@ def _padded(numbers: plan.Tokens, size: int) -> npt.NDArray[np.int32]:
     return array
 
 
-def _fill_prefixes(inputs: Inputs, prefixes: Sequence[tuple[Sequence[Node], int]]) -> None:
-    """Write the pages and the length of each prefix into all rows."""
+def _fill_shared(inputs: Inputs, prefixes: Sequence[tuple[Sequence[Node], int]], slots: Sequence[int]) -> None:
+    """Write the pages and the length of each prefix, and the adapters' slots, into all rows."""
+    inputs.adapters[:, : len(slots)] = slots
     for number, (path, length) in enumerate(prefixes):
         inputs.tables[:, number, : len(path)] = [node.page for node in path]
         inputs.lengths[:, number] = length
@@ -625,10 +620,8 @@ class _Work:
 
     @cached_property
     def chosen(self) -> npt.NDArray[np.int32]:
-        """Which of ``slots`` each sequence takes; -1: none."""
-        found = np.full(1 + max(self.slots, default=-1) + 1, -1, np.int32)
-        found[1 + np.array(self.slots, np.int64)] = np.arange(len(self.slots))
-        return found[np.minimum(self.adapters, len(found) - 1)]
+        """Which of ``slots`` each sequence of ``read`` and ``unread`` takes; -1: none."""
+        return np.where(self.adapters > 0, np.searchsorted(self.slots, self.adapters - 1), -1).astype(np.int32)
 
     def parts(self, most: int) -> list["_Work"]:
         """Parts whose sequences take no more adapters than a call sees.
@@ -636,9 +629,10 @@ class _Work:
         Args:
             most: how many that are.
         """
-        numbers = sorted({int(self.adapters[number]) for number in (*self.read, *self.unread)} - {0})
-        if not numbers:
+        used = self.adapters[self.numbering]
+        if not used.any():
             return [self]
+        numbers = np.unique(used[used > 0]).tolist()
         parts: list[_Work] = []
         for first in range(0, len(numbers), most):
             own = set(numbers[first : first + most]) | ({0} if first == 0 else set())

@@ -129,6 +129,18 @@ def row_dots(a: Float[Array, "M D"], b: Float[Array, "M D"], *, native: bool) ->
     return linear.dots(a, b) if native else jnp.sum(a * b, axis=-1)
 
 
+def standardized(x: Float[Array, "M D"], eps: float, *, native: bool) -> Float[Array, "M D"]:
+    """Each row less its mean, over its standard deviation.
+
+    Args:
+        native: see ``row_dots``.
+    """
+    mean = row_dots(x, jnp.ones_like(x), native=native)[:, None] / x.shape[1]
+    centred = x - mean
+    variance = row_dots(centred, centred, native=native)[:, None] / x.shape[1]
+    return centred / jnp.sqrt(variance + eps)
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square norm in float32.
 

@@ -107,14 +107,19 @@ class PrefillCall:
         self.tokens, self.spans = tokens, spans
         return True
 
-    def fill(self, inputs: Inputs) -> None:
-        """Write the call's tokens into all rows; a piece is a segment over the prefix of its own number."""
-        for number, (piece, at) in enumerate(zip(self.pieces, self.places, strict=True)):
+    def fill(self, inputs: Inputs, adapters: Sequence[int]) -> None:
+        """Write the call's tokens into all rows; a piece is a segment over the prefix of its own number.
+
+        Args:
+            adapters: each piece's, see ``lora.Rows.numbers``.
+        """
+        for number, (piece, at, adapter) in enumerate(zip(self.pieces, self.places, adapters, strict=True)):
             start, stop = piece.start, piece.stop
             place = slice(at, at + stop - start)
             inputs.tokens[:, place] = piece.held.prefix[start:stop]
             inputs.positions[:, place] = np.arange(start, stop)
             inputs.segments[:, place] = inputs.prefixes[:, place] = number
+            inputs.adapted[:, place] = adapter  # nowhere without adapters
 
 
 def calls(held: Sequence[PinnedPrefix], sizes: Sequence[int], prefixes: int) -> Iterator[PrefillCall]:

@@ -12,10 +12,10 @@ from model import decoder, encoder
 from model.attention import Layer
 from model.checkpoint import Entry, Fused, Target, Targets
 from model.config import Encoder, ModelConfig, Rope, rope_group
-from model.encoder import LayerNorm, standardized
+from model.encoder import LayerNorm
 from model.families.bert import activation, classifier, heads
 from model.fields import IGNORED, NEUTRAL, ConfigError, Fields
-from model.layers import activate
+from model.layers import activate, standardized
 from model.lora import Rows
 
 UNREAD = frozenset(
@@ -109,7 +109,7 @@ class Block(encoder.Block):
 
     def finished(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
         """The last norm without its scales: they are the same for all tokens, and may follow the mean."""
-        return standardized(x, self.config)
+        return standardized(x, self.config.norm_eps, native=self.config.native)
 
 
 class Ends(encoder.EmbeddingAndClassifier):

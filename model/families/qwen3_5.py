@@ -132,16 +132,9 @@ class GatedAttention(decoder.Attention):
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, implementation: str) -> None:
         super().__init__(config, dtype, implementation)
-        self.q = Linear(
-            config.width,
-            2 * config.heads * config.head_width,
-            bias=config.attention_bias,
-            dtype=dtype,
-            axes=("embed", "heads"),
-            shards=config.shards,
-            int8=config.int8,
-            packed=config.packed,
-            lora=config.lora,
+        out = 2 * config.heads * config.head_width
+        self.q = decoder.projection(
+            config, dtype, config.width, out, bias=config.attention_bias, axes=("embed", "heads")
         )
 
     def gated(
@@ -314,15 +307,7 @@ class Block(llama.Block):
 
 def _linear(config: ModelConfig, dtype: jnp.dtype, into: int, out: int) -> Linear:
     """A projection of a recurrent layer. On a mesh each device computes all of it."""
-    return Linear(
-        into,
-        out,
-        dtype=dtype,
-        axes=("embed", "embed"),
-        int8=config.int8,
-        packed=config.packed,
-        lora=config.lora,
-    )
+    return decoder.projection(config, dtype, into, out, axes=("embed", "embed"))
 
 
 def weights(config: ModelConfig) -> Targets:

@@ -45,7 +45,7 @@ class Experts(nnx.Module):
         self.shared = decoder.gated_mlp(replace(config, ff_width=config.shared_ff_width), dtype)
         self.gate = nnx.Param(jnp.zeros((1, config.width), dtype), axes=(None, "embed"))
 
-    def __call__(self, x: Float[Array, "M D"], rows: Rows | None) -> Float[Array, "M D"]:
+    def __call__(self, x: Float[Array, "M D"], rows: Rows | None = None) -> Float[Array, "M D"]:
         gate = jnp.broadcast_to(self.gate[...].astype(jnp.float32), x.shape)
         share = jax.nn.sigmoid(row_dots(x, gate, native=self.native))[:, None]
         return self.mixture(x) + share * self.shared(x, rows)

@@ -3,6 +3,7 @@
 Source: transformers' ``modeling_qwen3_moe``.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from model import decoder
 from model.checkpoint import Target, Targets
 from model.config import ModelConfig, common_config, with_window
-from model.families.llama import NORMS
+from model.families import llama
 from model.families.qwen2 import within_chunk
 from model.fields import IGNORED, NEUTRAL, ConfigError, Fields
 from model.layers import Linear, OfStack, activate, summed
@@ -79,7 +80,8 @@ class Experts(nnx.Module):
         self.up = nnx.Param(jnp.zeros((experts, width, ff_width), dtype), axes=("experts", "embed", "mlp"))
         self.down = nnx.Param(jnp.zeros((experts, ff_width, width), dtype), axes=("experts", "mlp", "embed"))
 
-    def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
+    def __call__(self, x: Float[Array, "M D"], _rows: Rows | None = None) -> Float[Array, "M D"]:
+        """The mixture. Adapters change no experts."""
         tokens, per_token = x.shape[0], self.config.experts_per_token
         shares, chosen = self._in_blocks(x) if self.config.native else self._chosen(x)
         through = self._sorted if self.config.ragged else self._block_by_block
@@ -167,30 +169,15 @@ def _blocks(
     return places, jnp.searchsorted(ends, jnp.arange(enough), side="right").astype(jnp.int32), ends[-1]
 
 
-class Block(decoder.Block):
+class Block(llama.Block):
     """One layer: Llama's, with experts in place of the MLP."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, implementation: str) -> None:
-        super().__init__(config, dtype=dtype, implementation=implementation)
-        self.attention_norm = decoder.norm(config, config.width, dtype)
-        self.mlp_norm = decoder.norm(config, config.width, dtype)
-        self.mlp = Experts(config, dtype=dtype)
-
-    def pre_attention(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
-        return self.attention_norm(x)
-
-    def post_attention(
-        self,
-        x: Float[Array, "Q D"],
-        attended: Float[Array, "Q D"],
-        rows: Rows | None,  # noqa: ARG002
-    ) -> Float[Array, "Q D"]:
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x))
+    def feed_forward(self, config: ModelConfig, dtype: jnp.dtype) -> Callable[[Array, Rows | None], Array]:
+        return Experts(config, dtype=dtype)
 
 
 def weights(config: ModelConfig) -> Targets:
-    table = decoder.table(config, decoder.attention_linears(config), NORMS)
+    table = decoder.table(config, decoder.attention_linears(config), llama.NORMS)
     experts = expert_targets(config)
     for layer in range(config.layers):
         for name, target in experts.items():

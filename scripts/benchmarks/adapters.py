@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,8 +27,7 @@ from model.engine import Engine
 from model.fields import read_config
 from model.tensors.adapters import CONFIG, WEIGHTS
 from scripts.benchmarks import work
-from scripts.benchmarks.encoders import seconds
-from scripts.benchmarks.machine import machine, versions
+from scripts.benchmarks.machine import in_turns, machine, versions
 from serve_app import model_source
 from serve_app.batches import pack_labels
 
@@ -60,20 +58,6 @@ def write_adapter(base: Path, folder: Path, seed: int) -> Path:
     return folder
 
 
-def timed(ways: Mapping[str, Callable[[], np.ndarray]]) -> dict[str, tuple[float, float]]:
-    """Median time and processor time of each way; the first run, which compiles, is not counted."""
-    for run in ways.values():
-        run()
-    times = {way: list[tuple[float, float]]() for way in ways}
-    for _ in range(REPEATS):
-        for way, run in ways.items():
-            times[way].append(seconds(run))
-    return {
-        way: (statistics.median(wall for wall, _ in each), statistics.median(processor for _, processor in each))
-        for way, each in times.items()
-    }
-
-
 def main() -> None:
     sys.stdout.write(f"{machine()}; {versions()}\n")
     base = model_source.resolve("demo")
@@ -94,14 +78,15 @@ def main() -> None:
         plain, engine = loading.load(base), loading.load(base, lora=Lora(ADAPTERS, RANK))
         for number in range(1, ADAPTERS + 1):
             engine.load_adapter(number, write_adapter(base, Path(scratch) / str(number), number))
-        found = timed(
-            {
-                "without room for adapters": run(plain, None),
-                "the model itself, beside adapters": run(engine, None),
-                "one adapter": run(engine, np.ones_like(numbers)),
-                "four adapters mixed": run(engine, 1 + numbers % ADAPTERS),
-            }
-        )
+        ways = {
+            "without room for adapters": run(plain, None),
+            "the model itself, beside adapters": run(engine, None),
+            "one adapter": run(engine, np.ones_like(numbers)),
+            "four adapters mixed": run(engine, 1 + numbers % ADAPTERS),
+        }
+        for way in ways.values():
+            way()  # compiles, and warms up
+        found = in_turns(ways, REPEATS)
     one = found["one adapter"]
     for way, (wall, processor) in found.items():
         ratios = f"{wall / one[0]:.2f} and {processor / one[1]:.2f} x one adapter"

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import numpy as np
 
 from scripts.benchmarks import work
-from scripts.benchmarks.machine import machine, versions
+from scripts.benchmarks.machine import in_turns, machine, versions
 from serve_app.batches import pack_labels
 
 SHAPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -86,13 +84,6 @@ def of_transformers(model: Any, sequences: Sequence[list[int]], batch: int) -> n
     return found
 
 
-def seconds(function: Callable[[], np.ndarray]) -> tuple[float, float]:
-    """The time, and the processor time of all threads."""
-    started, processor = time.perf_counter(), time.process_time()
-    function()
-    return time.perf_counter() - started, time.process_time() - processor
-
-
 def compare(name: str, workloads: Sequence[str]) -> None:
     """Print a line for each workload."""
     from model import loading
@@ -111,14 +102,8 @@ def compare(name: str, workloads: Sequence[str]) -> None:
                 )
             answers = {way: run() for way, run in ways.items()}  # compiles, and warms up
             difference = max(float(np.abs(answer - answers["ours"]).max()) for answer in answers.values())
-            times = {way: list[tuple[float, float]]() for way in ways}
-            for _ in range(REPEATS):
-                for way, run in ways.items():
-                    times[way].append(seconds(run))
-            wall, processor = (
-                {way: statistics.median(each[which] for each in found) for way, found in times.items()}
-                for which in (0, 1)
-            )
+            times = in_turns(ways, REPEATS)
+            wall, processor = ({way: each[which] for way, each in times.items()} for which in (0, 1))
             best = min((way for way in ways if way != "ours"), key=wall.__getitem__)
             row = {
                 "shape": name,

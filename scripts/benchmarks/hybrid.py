@@ -22,8 +22,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import numpy as np
 import typer
 
-from scripts.benchmarks.encoders import seconds
-from scripts.benchmarks.machine import gemm_gflops, machine, versions
+from scripts.benchmarks.machine import gemm_gflops, machine, medians, seconds, versions
 from scripts.benchmarks.work import Request, Variant, floor_flops
 from scripts.planning.estimate import floor_sizes
 from serve_app.batches import pack_labels
@@ -117,9 +116,7 @@ def main(
             for way, run in ways.items():
                 times[way].append(seconds(lambda run=run, asked=asked: run(asked)))
         floor = floor_flops(Variant([first], None), sizes)
-    wall, processor = (
-        {way: statistics.median(each[which] for each in found) for way, found in times.items()} for which in (0, 1)
-    )
+    wall, processor = ({way: medians(each)[which] for way, each in times.items()} for which in (0, 1))
     others = [way for way in ways if way != "ours"]
     row = {
         "query, items, tokens of an item": [query, items, item],

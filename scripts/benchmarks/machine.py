@@ -7,7 +7,7 @@ import platform
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -30,6 +30,27 @@ def machine() -> str:
     native = "" if {"avx512_bf16", "amx_bf16", "bf16"} & set(flags) else "no "
     cores = len(os.sched_getaffinity(0))
     return f"{name}, {cores} cores, {platform.system()} {platform.machine()}, {native}bfloat16 instructions"
+
+
+def seconds(function: Callable[[], object]) -> tuple[float, float]:
+    """The time, and the processor time of all threads."""
+    started, processor = time.perf_counter(), time.process_time()
+    function()
+    return time.perf_counter() - started, time.process_time() - processor
+
+
+def in_turns(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, tuple[float, float]]:
+    """Median time and processor time of each way; in each repeat they take turns."""
+    times = {way: list[tuple[float, float]]() for way in ways}
+    for _ in range(repeats):
+        for way, run in ways.items():
+            times[way].append(seconds(run))
+    return {way: medians(each) for way, each in times.items()}
+
+
+def medians(times: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Of times, and of processor times."""
+    return statistics.median(wall for wall, _ in times), statistics.median(processor for _, processor in times)
 
 
 def versions() -> dict[str, str]:

@@ -93,11 +93,9 @@ class Models:
 
     def _of_pair(self, name: str) -> ModelService | None:
         """The service of a name like MODEL:ADAPTER."""
-        model, _, adapter = name.rpartition(":")
+        model = name.rpartition(":")[0]
         service = self._by_name.get(model)
-        if service is None or service.adapter(model) or adapter not in service.settings.adapters:
-            return None
-        return service
+        return service if service and service.adapter(name) and not service.adapter(model) else None
 
     def models(self) -> ModelsResponse:
         """List the names that requests may use, except ``default``."""

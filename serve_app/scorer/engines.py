@@ -174,7 +174,8 @@ def raise_locked_memory() -> None:
 
 def memory_key(settings: ModelSettings) -> str:
     """What decides what an engine takes: scorers for which it is the same should have the same context."""
-    asked = (settings.limits.max_prompt_tokens, settings.prefix_cache_gb, settings.adapter_room)
+    adapters = settings.adapter_room, settings.max_adapter_rank
+    asked = (settings.limits.max_prompt_tokens, settings.prefix_cache_gb, *adapters)
     return str((settings.model, settings.revision, settings.base, settings.dtype, settings.quantization, *asked))
 
 
