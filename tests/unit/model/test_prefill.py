@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from model import plan, prefill
 from model.computations import spans_of
 from model.contract import PAGE_TOKENS
-from model.inputs import Inputs, padding
+from model.inputs import Inputs, Room, padding
 from model.pages import OutOfPagesError, PrefixCache
 from model.prefill import PinnedPrefix
 from model.sizes import CHUNKS_WITH_CHEAP_PADDING
@@ -51,8 +51,8 @@ def test_every_page_is_filled_before_it_is_read(prompts: list[list[int]], sizes:
     for call in prefill.calls(wanted, sizes, most):
         assert 0 < len(call.pieces) <= most
         assert len(call.spans) <= spans_of(call.size)
-        _, rows = padding(2, call.size, (most, 1))
-        call.fill(rows)
+        _, rows = padding(2, call.size, Room(most, 1, 4))
+        call.fill(rows, range(len(call.pieces)))
         inputs, at = Inputs(*(part[1] for part in rows)), 0
         assert call.tokens == (inputs.tokens >= 0).sum() <= call.size == len(inputs.tokens)
         for number, piece in enumerate(call.pieces):
@@ -61,7 +61,8 @@ def test_every_page_is_filled_before_it_is_read(prompts: list[list[int]], sizes:
             place = slice(at, at + piece.stop - piece.start)
             np.testing.assert_array_equal(inputs.tokens[place], prefix[piece.start : piece.stop])
             np.testing.assert_array_equal(inputs.positions[place], np.arange(piece.start, piece.stop))
-            assert set(inputs.segments[place]) == set(inputs.prefixes[place]) == {number}
+            owners = inputs.segments, inputs.prefixes, inputs.adapted
+            assert all(set(each[place]) == {number} for each in owners)
             at = place.stop
         for page, offset, start, length in call.spans:
             written = pool.setdefault(page, np.full(PAGE_TOKENS, -1))
