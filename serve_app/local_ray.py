@@ -17,6 +17,8 @@ from typing import Any
 import psutil
 
 APP_NAME = "score"
+CONNECT_S = 10
+"""Seconds in which what listens at RAY_ADDRESS must take a connection."""
 """Name of the Serve application: ``serve.get_app_handle("score")``."""
 
 FAST_FRONT = {
@@ -159,14 +161,26 @@ def join_ray(**options: Any) -> None:
     Raises:
         ConnectionError: there is none.
     """
+    address = os.environ.get("RAY_ADDRESS", "")
+    _check_answers(address)
     import ray
     from ray._private import ray_constants
 
-    address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith("127.0.0.1:") or (not address and _listens_on_loopback()):
         ray_constants.ENABLE_RAY_CLUSTER = False  # what LOOPBACK sets, for this process, which has imported Ray
     with _empty_folder():
         ray.init("auto", **options)  # pyright: ignore[reportUnknownMemberType]
+
+
+def _check_answers(address: str) -> None:
+    """Raise ConnectionError if nothing listens at an address HOST:PORT: Ray would try for minutes, and say nothing."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdecimal()):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(f"nothing answers at RAY_ADDRESS={address} ({error})") from error
 
 
 def _listens_on_loopback() -> bool:

@@ -35,6 +35,9 @@ from tests.tiny import make_llama
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
+TESTS = Path(__file__).parent
+WITH_RAY = "e2e", "faults", "slices"
+
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
 
@@ -43,6 +46,12 @@ if TYPE_CHECKING:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--service-url", help="run tests/boundary against this running service instead of the fake")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("ray") and item.path.relative_to(TESTS).parts[0] not in WITH_RAY:
+            raise pytest.UsageError(f"{item.nodeid} needs Ray: scripts/test looks for such tests in {WITH_RAY} alone")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -177,6 +177,11 @@ TESTED = tuple(
     pytest.param(name, marks=pytest.mark.slow) if name == "qwen3_5_moe" else pytest.param(name) for name in FAMILIES
 )
 """The same for tests. The slow one's layers are those of two others, and every run compares its mixture alone."""
+DIFFERENT = tuple(
+    each if each.values[0] in ("gemma2", "qwen3_5", "qwen3_moe") else pytest.param(*each.values, marks=pytest.mark.slow)
+    for each in TESTED
+)
+"""For tests of what layers do together, which compile for long: every run has one family of each kind of layers."""
 CLASSIFIERS: Mapping[str, str] = {
     "llama": "LlamaForSequenceClassification",
     "qwen2": "Qwen2ForSequenceClassification",

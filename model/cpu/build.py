@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +35,7 @@ SYMBOLS = {
     "delta_kept": "ScoreDeltaKept",
 }
 """A kernel's name here -> its name in the sources."""
-OPTIONS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared")
+OPTIONS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fPIC")
 """Products and sums are fused where the sources say so: where a compiler chooses, bits depend on its choice."""
 
 PREFIX = "score_serve"
@@ -101,9 +102,13 @@ def _library(folder: Path | None) -> ctypes.CDLL:
     file = folder and folder / name
     if file and (found := compiled.load_cached(file, lambda _: ctypes.CDLL(str(file)))):
         return found
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(len(SOURCES)) as pool:
         made = Path(scratch) / name
-        _run([compiler, *options, "-isystem", jax.ffi.include_dir(), *map(str, SOURCES), "-o", str(made)])
+        parts = {str(source): str(made.with_name(f"{source.stem}.o")) for source in SOURCES}
+        compiling = [compiler, *options, "-isystem", jax.ffi.include_dir(), "-c"]
+        # At once: a first start waits for the longest of them.
+        list(pool.map(_run, ([*compiling, source, "-o", part] for source, part in parts.items())))
+        _run([compiler, *options, "-shared", *parts.values(), "-o", str(made)])
         if file:
             compiled.store(file, made.read_bytes)
         return ctypes.CDLL(str(made))

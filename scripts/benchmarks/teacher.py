@@ -1,21 +1,31 @@
-"""A teacher's logprobs in process: seconds and memory of every position's, beside the least arithmetic.
+"""A teacher's logprobs: seconds and memory of every position's, beside the least arithmetic, and beside vLLM's.
 
-``python -m scripts.benchmarks.teacher`` prints a line for each shape. The floor is the matmuls of all tokens through
-all layers and of all positions through the head, at the matmul rate that is measured before and after each run.
+python -m scripts.benchmarks.teacher            the engine in this process, beside the floor
+python -m scripts.benchmarks.teacher --http     the service and vLLM over HTTP, in turn, in bfloat16
+
+The floor is the matmuls of all tokens through all layers and of all positions through the head, at the matmul rate that
+is measured before and after each run. All prompts are random and new.
 """
 
 from __future__ import annotations
 
+import io
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
+import httpx
 import numpy as np
+import typer
 
 from model import loading
 from model.engine import Engine
-from scripts.benchmarks.machine import gemm_gflops
+from scripts.benchmarks.machine import gemm_gflops, machine, versions
+from scripts.benchmarks.server import VLLM, only_awake, service, vllm
 from scripts.benchmarks.work import Sizes
 from serve_app import model_source
 from serve_app.tasks.positions import Positions
@@ -29,6 +39,18 @@ class Shape:
 
     sequences: int
     tokens: int
+    top: int
+
+
+def named(shape: Shape) -> str:
+    return f"{shape.sequences} x {shape.tokens:,} tokens, top {shape.top}"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Prompts in token ids, and how many most probable tokens are asked for at each position."""
+
+    prompts: list[list[int]]
     top: int
 
 
@@ -59,7 +81,48 @@ def seconds(engine: Engine, shape: Shape, vocab: int, seed: int) -> float:
     return time.perf_counter() - started
 
 
-def main() -> None:
+def over_http() -> None:
+    """Ask the service by its two routes and vLLM for the same, and print the seconds and the ratios."""
+    folder, sizes, rng = model_source.resolve("demo"), Sizes.of_demo(), np.random.default_rng(0)
+    print(f"{machine()}; {versions()}; vLLM {VLLM}", flush=True)
+
+    def completions(client: httpx.Client, asked: Asked) -> None:
+        body = {"prompt": asked.prompts, "max_tokens": 1, "temperature": 1, "prompt_logprobs": asked.top}
+        choices = client.post("/v1/completions", json=body).raise_for_status().json()["choices"]
+        assert [len(each["prompt_logprobs"]) for each in choices] == [len(each) for each in asked.prompts]
+
+    def arrays(client: httpx.Client, asked: Asked) -> None:
+        body = {"input": asked.prompts, "start": 1, "top": asked.top, "format": "npz"}
+        found = np.load(io.BytesIO(client.post("/v1/logprobs", json=body).raise_for_status().content))
+        assert found["top_logprobs"].shape == (sum(len(each) - 1 for each in asked.prompts), asked.top)
+
+    with service("bfloat16") as ours, vllm(folder, "bfloat16", "--max-logprobs", "256") as theirs:
+        clients = [httpx.Client(base_url=each.url, timeout=3600) for each in (ours, theirs)]
+        with only_awake(partial(completions, clients[1]), theirs.processes) as theirs_awake:
+            ways: dict[str, Callable[[Asked], None]] = {
+                "service, /v1/logprobs as arrays": partial(arrays, clients[0]),
+                "service, /v1/completions": partial(completions, clients[0]),
+                "vLLM, /v1/completions": theirs_awake,
+            }
+            for shape in (each for each in SHAPES if each.top):
+                took = {way: list[float]() for way in ways}
+                for _ in range(REPEATS + 1):  # the first compiles, and is left out
+                    for way, run in ways.items():
+                        ids = rng.integers(0, sizes.vocab, (shape.sequences, shape.tokens)).tolist()
+                        started = time.perf_counter()
+                        run(Asked(ids, shape.top))
+                        took[way].append(time.perf_counter() - started)
+                least = statistics.median(took["service, /v1/logprobs as arrays"][1:])
+                for way, own in took.items():
+                    median = statistics.median(own[1:])
+                    print(f"{named(shape)}: {way}: {median:.2f} s, {median / least:.2f} x", flush=True)
+
+
+def main(http: Annotated[bool, typer.Option(help="Ask the service and vLLM over HTTP.")] = False) -> None:
+    if http:
+        over_http()
+        return
+    print(f"{machine()}; {versions()}", flush=True)
     sizes = Sizes.of_demo()
     engine = loading.load(model_source.resolve("demo"))
     for shape in SHAPES:
@@ -70,10 +133,9 @@ def main() -> None:
             rates.append(gemm_gflops("float32", sizes))
         median = statistics.median(took)
         floor = floor_flops(shape, sizes) / statistics.median(rates) / 1e9
-        name = f"{shape.sequences} x {shape.tokens:,} tokens, top {shape.top}"
         memory = f"peak {peak_mib():,} MiB, {peak_mib() - before} more than before"
-        print(f"{name}: {median:.2f} s, {median / floor:.2f} x floor, {memory}", flush=True)
+        print(f"{named(shape)}: {median:.2f} s, {median / floor:.2f} x floor, {memory}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -38,7 +38,12 @@ from serve_app.local_ray import APP_NAME, reason, set_environment, start_ray
 from serve_app.schemas import ErrorResponse
 from serve_app.settings import ServiceSettings
 from serve_app.tasks.chat import ChatTemplate
-from serve_app.tasks.profile_choice import choose_profile
+from serve_app.tasks.checkpoint_files import CheckpointFiles
+from serve_app.tasks.classify import CLASSIFY
+from serve_app.tasks.profile_choice import ProfileChoice, choose_profile
+from serve_app.tasks.score import SCORE
+from serve_app.tasks.systemone import SYSTEMONE
+from serve_app.tasks.task import AnyTask
 from serve_app.tasks.template_choice import choose
 from serve_app.tasks.tokenizer import TextTokenizer
 
@@ -104,6 +109,7 @@ def run(settings: ServiceSettings, *, host: str, port: int, fast_front: bool = T
             )
         check_disk(Path(tempfile.gettempdir()))
         scorers = sum(each.most_replicas for each in settings.models)
+        examples: list[AnyTask] = []
         process_limits.check(settings.ingress_replicas + scorers, _cpus(settings))
         for each in settings.models:
             folder = model_source.resolve(each.model, each.revision, each.base, say=say)
@@ -113,6 +119,7 @@ def run(settings: ServiceSettings, *, host: str, port: int, fast_front: bool = T
                 profile = choose_profile(each, tokenizer, ChatTemplate.load(tokenizer), folder)
             except ValueError as error:
                 raise LaunchError(str(error)) from error
+            examples.append(example_task(CheckpointFiles(each.model, folder), profile))
             for choice, doubt in ((template, template.doubt), (profile, profile.problem)):
                 say(f"{each.name}: {choice}")
                 if doubt:
@@ -132,7 +139,7 @@ def run(settings: ServiceSettings, *, host: str, port: int, fast_front: bool = T
             status.stop()
             names = ", ".join(each.name for each in settings.models)
             console.print(f"ready: {names} at {url} (Ctrl-C stops it); try:\n")
-            console.out(example(url, needs_key=bool(keys)))
+            console.out(example(examples[0], url, needs_key=bool(keys)))
             end.patient, end.code = True, 0
             try:
                 signal.pause()
@@ -252,17 +259,17 @@ def log_lines(folder: Path) -> Iterator[str | None]:
         yield None
 
 
-def example(url: str, *, needs_key: bool = False) -> str:
-    """A request that works, as a shell command: is a film review positive or negative?"""
-    request: dict[str, Any] = {
-        "query": "\nSentiment:",
-        "items": ["Review: I loved every minute of it.", "Review: A waste of two hours."],
-        "item_first": True,
-        "labels": [" positive", " negative"],
-        "apply_softmax": True,
-    }
+def example_task(files: CheckpointFiles, profile: ProfileChoice) -> AnyTask:
+    """The task that a model is tried with: one that it can do."""
+    if profile.profile.option:  # its head reads options, and there are no next-token probabilities
+        return SYSTEMONE
+    return CLASSIFY if files.has_classes else SCORE
+
+
+def example(task: AnyTask, url: str, *, needs_key: bool = False) -> str:
+    """A request that works, as a shell command."""
     key = f' -H "Authorization: Bearer ${auth.VARIABLE}"' if needs_key else ""
-    return f"curl {url}/v1/score -H 'Content-Type: application/json'{key} -d '{json.dumps(request)}'\n"
+    return f"curl {url}{task.paths[0]} -H 'Content-Type: application/json'{key} -d '{json.dumps(task.example)}'\n"
 
 
 def _cpus(settings: ServiceSettings) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
+from functools import cache
 from typing import Any
 
 from fastapi import FastAPI
@@ -34,6 +36,12 @@ def errors_of(*codes: int, error: type[BaseModel] = ErrorResponse) -> dict[int |
     return {code: {"model": error, "description": described[code].__doc__} for code in codes}
 
 
+@cache
+def _schema(asked: type[BaseModel]) -> dict[str, Any]:
+    """The schema of a request; two requests may have objects of the same name."""
+    return asked.model_json_schema(ref_template=f"#/components/schemas/{asked.__name__}.{{model}}")
+
+
 def documented(
     answer: type[BaseModel],
     asked: type[BaseModel] | None = None,
@@ -57,8 +65,6 @@ def documented(
         content = {kind: {"schema": {"type": "string", "description": text}} for kind, text in others.items()}
         options["responses"][200] = {"content": content}
     if asked:
-        # Two requests may have objects of the same name.
-        parts = f"#/components/schemas/{asked.__name__}.{{model}}"
-        content = {"application/json": {"schema": asked.model_json_schema(ref_template=parts), "example": example}}
+        content = {"application/json": {"schema": deepcopy(_schema(asked)), "example": example}}
         options["openapi_extra"] = {"requestBody": {"required": True, "content": content}}
     return options

@@ -38,6 +38,12 @@ class CheckpointFiles:
     def model_type(self) -> str | None:
         return self.config.get("model_type")
 
+    @property
+    def has_classes(self) -> bool:
+        """Whether the model has a classification head."""
+        architectures: list[Any] = self.config.get("architectures") or []
+        return any(str(each).endswith("ForSequenceClassification") for each in architectures)
+
     def has(self, name: str) -> bool:
         """Whether there is a file of that name."""
         return self._path(name) is not None

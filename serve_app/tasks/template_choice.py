@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from serve_app.settings import ModelSettings
 from serve_app.tasks.checkpoint_files import CheckpointFiles
@@ -143,10 +143,9 @@ def _doubt(files: CheckpointFiles) -> str | None:
             f"{rerankers[0]} says that this is a reranker, but its prompt is unknown: /v1/rerank uses {PLAIN}, "
             f"which the model was not trained on; {_REMEDY}"
         )
-    architectures: list[Any] = files.config.get("architectures") or []
     # Without a number of classes in its config, a classifier has two.
     classes = len(files.config.get("id2label") or "01")
-    if any(str(each).endswith("ForSequenceClassification") for each in architectures) and classes <= 2:
+    if files.has_classes and classes <= 2:
         return (
             "this model has a classification head, and its files do not say which prompt it was trained on: "
             f"/v1/rerank uses {PLAIN}; to rerank with this model, {_REMEDY}"

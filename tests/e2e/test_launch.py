@@ -273,8 +273,14 @@ def test_it_can_be_terminated_while_it_starts(model_folder: Path):
     assert alive == []
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("when", ["starting Ray", "starting the service"])
+@pytest.mark.parametrize(
+    ("when", "number"),
+    [
+        *(("starting Ray", each) for each in SIGNALS),
+        ("starting the service", signal.SIGTERM),
+        *(pytest.param("starting the service", each, marks=pytest.mark.slow) for each in SIGNALS[1:]),
+    ],
+)
 def test_a_signal_to_the_whole_group_ends_the_start(when: str, number: int, model_folder: Path):
     with launched("--model", str(model_folder), "--port", str(free_port())) as process:
         read_until(process, when)
@@ -283,7 +289,7 @@ def test_a_signal_to_the_whole_group_ends_the_start(when: str, number: int, mode
 
 
 @pytest.mark.parametrize(
-    "number", [pytest.param(each, marks=pytest.mark.slow) if each == signal.SIGHUP else each for each in SIGNALS]
+    "number", [each if each == signal.SIGTERM else pytest.param(each, marks=pytest.mark.slow) for each in SIGNALS]
 )
 def test_a_signal_to_the_whole_group_ends_a_service_with_requests_in_flight(number: int, model_folder: Path):
     port = free_port()

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from model.tensors.adapters import CONFIG, WEIGHTS
 from serve_app.app import build
 from serve_app.local_ray import APP_NAME
 from serve_app.settings import ModelSettings
@@ -81,12 +82,13 @@ def test_a_version_that_cannot_start_leaves_the_old_one_at_work(
 
 
 def test_settings_that_need_no_restart_change_under_load_and_wrong_ones_do_no_harm(
-    cluster: str, settings: ModelSettings
+    cluster: str, settings: ModelSettings, tmp_path: Path
 ):
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
     name = settings.name
+    settings = settings.model_copy(update={"max_adapters": 1})
 
     def apply(*overrides: dict[str, Any]) -> None:
         """Deploy as ``serve deploy`` does from a file."""
@@ -124,6 +126,19 @@ def test_settings_that_need_no_restart_change_under_load_and_wrong_ones_do_no_ha
             apply()
             wait_for(lambda: client.get("/v1/info").json()["limits"]["max_items"] == settings.limits.max_items)
             assert client.get("/v1/info?model=judge").status_code == 404
+            plain = client.post("/v1/score", json=BODY).json()["scores"]
+            for adapter in ("formal", "kind"):  # in the only slot, one after the other
+                (tmp_path / adapter).mkdir()
+                for file in (CONFIG, WEIGHTS):  # the fake engine does not read them
+                    (tmp_path / adapter / file).touch()
+                change(adapters={adapter: str(tmp_path / adapter)})
+                body = {**BODY, "model": adapter}
+                wait_for(lambda: client.post("/v1/score", json=body).status_code == 200)  # noqa: B023 - called at once
+                assert client.post("/v1/score", json=body).json()["scores"] != plain
+                load.wait_for_more(20)
+            assert client.post("/v1/score", json={**BODY, "model": "formal"}).status_code == 404
+            apply()
+            wait_for(lambda: client.post("/v1/score", json={**BODY, "model": "kind"}).status_code == 404)
         assert load.failures == []
         assert pids("Scorer") | pids("Ingress") == running
         assert len(actors("Scorer")) == 1

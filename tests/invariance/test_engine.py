@@ -80,7 +80,7 @@ def test_batch_sizes_agree(scorer: Engine, count: int) -> None:
         ("native", 16, 16),
         ("native", 32, 96),
         ("native", 128, 128),
-        ("paged", 128, 128),
+        pytest.param("paged", 128, 128, marks=pytest.mark.slow),
         pytest.param("paged", 16, 16, marks=pytest.mark.slow),
         pytest.param("paged", 32, 96, marks=pytest.mark.slow),
     ],
@@ -382,7 +382,7 @@ def test_a_shorter_longest_prompt_needs_fewer_pages(folder: Path) -> None:
         values(small, [[1] * 201])
 
 
-@pytest.mark.parametrize("implementation", ["native", "paged"])
+@pytest.mark.parametrize("implementation", ["native", pytest.param("paged", marks=pytest.mark.slow)])
 def test_nothing_compiles_after_warmup(implementation: str, folder: Path) -> None:
     scorer = loading.load(folder, implementation=implementation, max_segment_tokens=32, call_tokens=64)
     told: list[tuple[int, int, str]] = []

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from model import loading, sharding
 from model.engine import Engine
 from tests.invariance.rows import BITS, TOLERANCE, prompts, values
-from tests.tiny_families import TESTED, make_family
+from tests.tiny_families import DIFFERENT, TESTED, make_family
 
 Families = Callable[[str], tuple[Path, Engine]]
 
@@ -31,7 +31,7 @@ def test_alone_cold_and_warm_equal_among_many(family: str, families: Families) -
     np.testing.assert_allclose(alone, cold[::4], rtol=0, atol=BITS)
 
 
-@pytest.mark.parametrize("family", TESTED)
+@pytest.mark.parametrize("family", DIFFERENT)
 def test_whole_segments_in_one_loop_equal_chunks_by_layer(family: str, families: Families) -> None:
     folder, scorer = families(family)
     looped = loading.load(
@@ -42,7 +42,7 @@ def test_whole_segments_in_one_loop_equal_chunks_by_layer(family: str, families:
     np.testing.assert_allclose(values(looped, sequences), values(scorer, sequences), rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("family", TESTED)
+@pytest.mark.parametrize("family", DIFFERENT)
 def test_spread_over_four_devices_equals_one(family: str, families: Families) -> None:
     """Two calls run at once, each over two devices; a mesh of one device multiplies as they do."""
     folder, _ = families(family)

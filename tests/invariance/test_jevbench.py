@@ -18,7 +18,7 @@ from tests.invariance.rows import BITS
 from tests.local import no_metrics
 from tests.served import serving
 
-pytestmark = [pytest.mark.demo, pytest.mark.heavy]
+pytestmark = [pytest.mark.demo, pytest.mark.heavy, pytest.mark.slow]
 
 
 def test_other_questions_change_no_bit_of_an_answer(demo_engine: Engine):

@@ -37,7 +37,13 @@ TEXTS = 64
 async def test_a_text_has_the_rewards_that_it_has_alone(classes: int, dtype: Any, tmp_path: Path) -> None:
     folder = make_reward_model(tmp_path, classes=classes)
     engine = loading.load(
-        folder, dtype=dtype, implementation="native", max_segment_tokens=96, call_tokens=160, chunks=(64, 96, 160)
+        folder,
+        dtype=dtype,
+        implementation="native",
+        max_segment_tokens=96,
+        call_tokens=160,
+        chunks=(64, 96, 160),
+        prefix_cache_bytes=2**24,
     )
     settings = ModelSettings(
         model=str(folder), dtype=dtype, max_batch_tokens=600, timeout_s=600, limits=Limits(max_queued_tokens=100_000)

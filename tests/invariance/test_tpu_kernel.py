@@ -69,7 +69,7 @@ def check(scorer: Engine, sequences: list[list[int]]) -> None:
 
 
 def test_alone_equals_among_others(load: Load) -> None:
-    check(load("llama", False), prompts(10, query=2 * PAGE_TOKENS + 3))
+    check(load("llama", False), prompts(6, query=2 * PAGE_TOKENS + 3))
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from tests.batches import label_batch, reads_batch
 from tests.parity.cases import CASES, GOLDENS, HAVE_TORCH, LABELS, expected, sequences
 from tests.tiny import make_llama
 
-OFTEN = {"one-layer", "no-groups", "attention-bias", "untied"}
+OFTEN = {"no-groups", "untied"}
 """Cases that every run compares with ``paged``, too; the others are of the parts that all implementations share."""
 
 
@@ -22,7 +22,7 @@ OFTEN = {"one-layer", "no-groups", "attention-bias", "untied"}
         *((case, "native") for case in CASES),
         *(pytest.param(case, "paged", marks=() if case in OFTEN else pytest.mark.slow) for case in CASES),
         ("untied", "reference"),
-        ("tied", "reference"),
+        pytest.param("tied", "reference", marks=pytest.mark.slow),
     ],
 )
 def test_float32_logprobs_equal_transformers(case: str, implementation: str, tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,10 +26,16 @@ from serve_app.cli import launcher, main
 from serve_app.cli.launcher import LaunchError
 from serve_app.errors import SelfTestError
 from serve_app.frontend import auth
-from serve_app.schemas import ScoreRequest, parse
+from serve_app.schemas import parse
 from serve_app.scorer import engines
 from serve_app.settings import ModelSettings, ServiceSettings
+from serve_app.tasks.checkpoint_files import CheckpointFiles
+from serve_app.tasks.profile_choice import choose_profile
+from serve_app.tasks.score import SCORE
+from serve_app.tasks.tokenizer import TextTokenizer
 from tests.tiny import make_llama
+from tests.tiny_encoders import make_encoder
+from tests.tiny_heads import make_decision2
 
 SERVE_MESSAGE = """The deployment failed to start 1 times in a row. Error:
 \x1b[36mray::ServeReplica:score:Scorer.initialize()\x1b[39m (pid=1)
@@ -49,6 +57,14 @@ def test_the_reason_is_the_last_error_whole_and_without_a_traceback():
         "CheckpointError: 2 tensors do not fit the model:\n  missing: lm_head.weight\n  unexpected: extra.weight"
     )
     assert local_ray.reason("no error is named here ") == "no error is named here"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "no-such-host.invalid:6379"])
+def test_a_ray_address_where_nothing_answers_is_an_error_that_names_it(address: str, monkeypatch: pytest.MonkeyPatch):
+    address = address.format(port=local_ray.free_port())
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ConnectionError, match=f"nothing answers at RAY_ADDRESS={address}"):
+        local_ray.join_ray()
 
 
 def test_the_command_line_asks_for_longer_prompts_and_more_pages(monkeypatch: pytest.MonkeyPatch):
@@ -178,17 +194,31 @@ def test_waiting_ends_with_the_reason_when_a_model_fails_its_self_test(tmp_path:
         launcher.wait_until_ready("http://service", tmp_path, print)
 
 
-def test_the_example_is_a_request():
-    command = launcher.example("http://127.0.0.1:8000")
-    assert command.startswith("curl http://127.0.0.1:8000/v1/score ")
+@pytest.mark.parametrize(
+    ("make", "path"),
+    [
+        (make_llama, "/v1/score"),
+        (partial(make_encoder, kind="bert"), "/classify"),
+        (make_decision2, "/v1/systemone"),
+    ],
+)
+def test_the_example_is_a_request_that_the_model_answers(
+    make: Callable[[Path], Any], path: str, tmp_path: Path, tokenizer: TextTokenizer
+):
+    make(tmp_path)
+    settings = ModelSettings(model=str(tmp_path))
+    profile = choose_profile(settings, tokenizer, None, tmp_path)
+    task = launcher.example_task(CheckpointFiles(settings.model, tmp_path), profile)
+    command = launcher.example(task, "http://127.0.0.1:8000")
+    assert command.startswith(f"curl http://127.0.0.1:8000{path} ")
     body = command.split("-d '")[1].rstrip().rstrip("'")
-    assert parse(ScoreRequest, body.encode()).labels == [" positive", " negative"]
+    assert parse(task.request, body.encode())
 
 
 def test_the_example_takes_the_key_from_the_shell_where_one_is_needed():
     header = '-H "Authorization: Bearer $SCORE_SERVE_API_KEY"'
-    assert header in launcher.example("http://127.0.0.1:8000", needs_key=True)
-    assert header not in launcher.example("http://127.0.0.1:8000")
+    assert header in launcher.example(SCORE, "http://127.0.0.1:8000", needs_key=True)
+    assert header not in launcher.example(SCORE, "http://127.0.0.1:8000")
 
 
 @pytest.mark.parametrize(

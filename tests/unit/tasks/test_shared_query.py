@@ -97,7 +97,7 @@ def test_nasty_joins_equal_the_joined_strings(request: pytest.FixtureRequest, ki
 
 
 @pytest.mark.demo
-@settings(max_examples=400)
+@settings(max_examples=120)
 @given(query=texts(200, 700), items=st.lists(texts(0, 40), min_size=2, max_size=4))
 def test_any_text_equals_the_joined_strings(demo: TextTokenizer, query: str, items: list[str]) -> None:
     assert demo.encode_joined(query, items) == demo.encode([query + item for item in items])
@@ -144,7 +144,7 @@ def test_words_after_a_long_text_are_tokenised_by_its_end(
 
 
 @pytest.mark.demo
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(text=texts(300, 700), words=st.lists(texts(0, 40), min_size=2, max_size=4))
 def test_words_after_any_text(qwen: TextTokenizer, demo: TextTokenizer, text: str, words: list[str]) -> None:
     for tokenizer in (qwen, demo):
