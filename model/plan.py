@@ -360,6 +360,7 @@ def groups(
     partial_sizes: Sequence[int] = (),
     common: Sequence[Sequence[int]] = (),
     salts: Sequence[int] = (),
+    prefixes: int = 1,
     costs: Costs = CPU_COSTS,
 ) -> list[Group]:
     """Shared prefixes and segments for sequences with reads at the given ascending positions.
@@ -374,18 +375,20 @@ def groups(
         common: for each sequence how many tokens at the front its request's sequences share, and how many these are;
             empty: not known.
         salts: see ``share``.
+        prefixes: a call computes parts of so many at once.
     """
     result: list[Group] = []
     ends = np.array([positions[-1] for positions in reads], np.int64) + 1
     counts = np.array([len(positions) for positions in reads], np.int64)
     shared = share(sequences, [positions[0] for positions in reads], min_saving=min_saving, salts=salts)
+    beside = min(prefixes, max(1, sum(depth > 0 for _, depth, _ in shared)))
     for prefix_of, depth, members in shared:
         own_tokens = float((ends[members] - depth).mean())
         uses = [(depth, len(members))]
         if common:
             of_request, count = common[prefix_of]
             uses.append((min(of_request, depth), max(count, len(members))))
-        prefix_length = _worthwhile(depth, uses, own_tokens, page, partial_sizes or (page,), costs)
+        prefix_length = _worthwhile(depth, uses, own_tokens, page, partial_sizes or (page,), beside, costs)
         many = counts[members] > max_reads
         result += [
             Group(sequence, int(ends[sequence]), NO_SEGMENTS, first_read=reads[sequence][0])
@@ -421,6 +424,7 @@ def _worthwhile(
     own_tokens: float,
     page: int,
     partial_sizes: Sequence[int],
+    beside: int,
     costs: Costs,
 ) -> int:
     """The prefix, with as many tokens of its partial page as save most beyond what that page costs, or none.
@@ -430,12 +434,13 @@ def _worthwhile(
     Args:
         uses: (prefix length, number of sequences that have it) to choose from.
         own_tokens: of a sequence after the prefix, on average.
+        beside: prefixes whose partial pages are computed in one call.
     """
     whole = prefix_length - prefix_length % page
     best, most = whole, 0.0
     for length, count in uses:
         seen = bucket(length - whole, partial_sizes)
-        cost = max(seen, SMALLEST_CALL) + costs.call + count * own_tokens * seen * costs.attention
+        cost = max(seen, SMALLEST_CALL / beside) + costs.call / beside + count * own_tokens * seen * costs.attention
         saving = (count - 1) * (length - whole) - cost
         if length > whole and saving >= most:
             best, most = length, saving

@@ -176,6 +176,7 @@ class Layout:
             partial_sizes=partial_sizes,
             common=common,
             salts=salts,
+            prefixes=self.prefixes,
             costs=self.sizes.costs,
         )
 

@@ -260,3 +260,21 @@ def test_sequences_with_different_salts_share_nothing() -> None:
     )
     found = {frozenset(segment.sequence for segment in group.segments): group.prefix_length for group in groups}
     assert found == {frozenset({0, 2, 4}): 256, frozenset({1, 3, 5}): 256}
+
+
+def test_partial_pages_of_several_prefixes_are_shared_where_one_alone_would_not_pay() -> None:
+    """25 sequences share three tokens of a partial page: too few for a call of their own, not for a fourth of one."""
+    page, queries = 128, [[query] * 259 for query in range(4)]
+    for count, length in ((1, 256), (4, 259)):
+        sequences = [np.array([*query, item, 5]) for query in queries[:count] for item in range(10, 35)]
+        found = plan.groups(
+            sequences,
+            [[260]] * len(sequences),
+            max_width=512,
+            max_reads=8,
+            min_saving=page,
+            page=page,
+            partial_sizes=range(1, page + 1),
+            prefixes=64,
+        )
+        assert [group.prefix_length for group in found] == [length] * count
