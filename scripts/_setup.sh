@@ -49,8 +49,7 @@ set_up() {
             die "$python cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv"
     fi
     printf 'installing the project%s into %s; the first time takes a few minutes\n' "${extra:+ with [$extra]}" "$venv" >&2
-    # Python compiles what it imports; all modules of all packages at once take a minute.
-    "$venv/bin/python" -m pip install --disable-pip-version-check --quiet --progress-bar on --no-compile --editable "$root${extra:+[$extra]}" >&2 ||
+    "$venv/bin/python" -m pip install --disable-pip-version-check --quiet --progress-bar on --editable "$root${extra:+[$extra]}" >&2 ||
         die "pip failed, see above. If it could not connect, check the network and pip's index and run this again; if the disk is full ($free_gb GB were free), free some space; to start over, remove $venv"
     # The installation now matches only the stamps of this pyproject.toml.
     grep -F "${wanted% *} " "$stamp" >"$stamp.new" 2>/dev/null || true

@@ -261,6 +261,7 @@ def test_haproxy_in_front_gives_the_same_answers(model_folder: Path):
     assert alive == []
 
 
+@pytest.mark.slow  # every run has the same signal for the whole group
 def test_it_can_be_terminated_while_it_starts(model_folder: Path):
     with launched("--model", str(model_folder), "--port", str(free_port())) as process:
         read_until(process, "starting the service")

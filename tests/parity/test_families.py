@@ -29,7 +29,10 @@ def test_float32_logprobs_equal_transformers(family: str, families: Families) ->
     np.testing.assert_allclose(logprobs(scorer), wanted, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("implementation", ["paged", "reference", "fused-interpreted", "triton-interpreted"])
+@pytest.mark.parametrize(
+    "implementation",
+    ["paged", pytest.param("reference", marks=pytest.mark.slow), "fused-interpreted", "triton-interpreted"],
+)
 def test_all_attentions_know_windows_and_caps(implementation: str, families: Families) -> None:
     folder, scorer = families("gemma2")
     other = loading.load(

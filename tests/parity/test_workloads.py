@@ -23,6 +23,7 @@ def test_w2_classify(demo_engine: Engine) -> None:
     check(demo_engine, "W2", 1, most=24)
 
 
+@pytest.mark.slow
 def test_w3_large(demo_engine: Engine) -> None:
     check(demo_engine, "W3", 1)
 

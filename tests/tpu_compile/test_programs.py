@@ -260,7 +260,7 @@ def test_norm_and_positions_take_no_more_bundles_for_a_head(chip: str, most: flo
     [
         (QWEN3_06B, "2x2"),
         pytest.param(LLAMA_31_8B, "4x4", marks=pytest.mark.slow),
-        (QWEN3_06B, "4x4"),
+        pytest.param(QWEN3_06B, "4x4", marks=pytest.mark.slow),
         pytest.param(LLAMA_31_8B, "2x2", marks=pytest.mark.slow),
     ],
 )

@@ -34,6 +34,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> ModelSettings:
 
 
 @pytest.mark.heavy
+@pytest.mark.slow
 def test_the_report_compares_attention_and_times_every_program(
     settings: ModelSettings, monkeypatch: pytest.MonkeyPatch
 ):
