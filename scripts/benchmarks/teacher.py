@@ -10,6 +10,7 @@ is measured before and after each run. All prompts are random and new.
 from __future__ import annotations
 
 import io
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import httpx
 import numpy as np
