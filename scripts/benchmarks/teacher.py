@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -28,7 +27,7 @@ import typer
 from model import loading
 from model.engine import Engine
 from scripts.benchmarks.machine import gemm_gflops, machine, versions
-from scripts.benchmarks.server import VLLM, only_awake, service, vllm
+from scripts.benchmarks.server import VLLM, only_awake, peak_mib, service, vllm
 from scripts.benchmarks.work import Sizes
 from serve_app import model_source
 from serve_app.tasks.positions import Positions
@@ -44,9 +43,8 @@ class Shape:
     tokens: int
     top: int
 
-
-def named(shape: Shape) -> str:
-    return f"{shape.sequences} x {shape.tokens:,} tokens, top {shape.top}"
+    def __str__(self) -> str:
+        return f"{self.sequences} x {self.tokens:,} tokens, top {self.top}"
 
 
 @dataclass(frozen=True)
@@ -67,12 +65,6 @@ def floor_flops(shape: Shape, sizes: Sizes) -> float:
     pairs = shape.tokens * (shape.tokens + 1) / 2
     sequence = shape.tokens * (token + 2 * sizes.width * sizes.vocab) + 4 * attention * pairs * sizes.layers
     return shape.sequences * sequence
-
-
-def peak_mib() -> int:
-    """The most memory that this process has had."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) // 1024
 
 
 def seconds(engine: Engine, shape: Shape, vocab: int, seed: int) -> float:
@@ -118,7 +110,7 @@ def over_http() -> None:
                 least = statistics.median(took["service, /v1/logprobs as arrays"][1:])
                 for way, own in took.items():
                     median = statistics.median(own[1:])
-                    print(f"{named(shape)}: {way}: {median:.2f} s, {median / least:.2f} x", flush=True)
+                    print(f"{shape}: {way}: {median:.2f} s, {median / least:.2f} x", flush=True)
 
 
 def main(http: Annotated[bool, typer.Option(help="Ask the service and vLLM over HTTP.")] = False) -> None:
@@ -130,14 +122,14 @@ def main(http: Annotated[bool, typer.Option(help="Ask the service and vLLM over 
     engine = loading.load(model_source.resolve("demo"))
     for shape in SHAPES:
         seconds(engine, shape, sizes.vocab, 0)  # compiles what it calls
-        before, rates, took = peak_mib(), [gemm_gflops("float32", sizes)], list[float]()
+        before, rates, took = peak_mib(os.getpid()), [gemm_gflops("float32", sizes)], list[float]()
         for repeat in range(REPEATS):
             took.append(seconds(engine, shape, sizes.vocab, 1 + repeat))
             rates.append(gemm_gflops("float32", sizes))
         median = statistics.median(took)
         floor = floor_flops(shape, sizes) / statistics.median(rates) / 1e9
-        memory = f"peak {peak_mib():,} MiB, {peak_mib() - before} more than before"
-        print(f"{named(shape)}: {median:.2f} s, {median / floor:.2f} x floor, {memory}", flush=True)
+        memory = f"peak {peak_mib(os.getpid()):,} MiB, {peak_mib(os.getpid()) - before} more than before"
+        print(f"{shape}: {median:.2f} s, {median / floor:.2f} x floor, {memory}", flush=True)
 
 
 if __name__ == "__main__":
