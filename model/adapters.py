@@ -17,7 +17,6 @@ from model.checkpoint import Entry, Fused, Place, Targets
 from model.computations import Model, State, Weights
 from model.cpu import linear
 from model.fields import ConfigError
-from model.lora import packed_a
 from model.sharding import RULES, place, whole_shape
 from model.tensors import adapters
 from model.tensors.adapters import Factors
@@ -136,7 +135,7 @@ class Adapters:
         filled = np.pad(matrix, ((0, 0), (0, more)) if which == "a" else ((0, more), (0, 0))).astype(self._model.dtype)
         if not self._model.config.packed:
             return filled
-        return packed_a(filled) if which == "a" else linear.pack(filled)
+        return linear.pack_a(filled) if which == "a" else linear.pack(filled)
 
     def _head(self, adapter: Adapter, path: Place, part: Any) -> npt.NDArray[Any] | None:  # noqa: ARG002
         """An adapter's head of classes, or its base's."""

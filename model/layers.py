@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from model.config import Activation, Lora, Rope
 from model.cpu import linear
-from model.lora import LowRank, Rows
+from model.lora import LowRank, Rows, added
 from model.sharding import RULES
 
 
@@ -66,16 +66,11 @@ class Linear(nnx.Module):
         y = lax.dot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), preferred_element_type=jnp.float32)
         if self.scales is not None:
             y = y * self.scales[...]
-        y = self.adapted(y, x, rows)
+        if self.low_rank is not None and rows is not None:
+            y = y + self.low_rank(x, rows)
         if self.over:
             y = summed(y, self.over, self.dtype)
         return self.biased(y)
-
-    def adapted(
-        self, y: Float[Array, "M features_out"], x: Float[Array, "M features_in"], rows: Rows | None
-    ) -> Float[Array, "M features_out"]:
-        """The product y of x and the kernel, with what the rows' adapters add."""
-        return y if self.low_rank is None or rows is None else y + self.low_rank(x, rows)
 
     def biased(self, y: Float[Array, "M features_out"]) -> Float[Array, "M features_out"]:
         return y if self.bias is None else y + self.bias[...].astype(jnp.float32)[None, :]
@@ -100,8 +95,9 @@ def each(
     if not all(linear.packed for linear in linears):
         return [linear(x, rows) for linear in linears]
     kernels, widths = [linear.kernel[...] for linear in linears], [linear.features_out for linear in linears]
-    products = linear.products(x.astype(linears[0].dtype), kernels, widths)
-    return [linear.biased(linear.adapted(y, x, rows)) for linear, y in zip(linears, products, strict=True)]
+    x = x.astype(linears[0].dtype)
+    products = linear.products(x, kernels, widths, added([linear.low_rank for linear in linears], x, rows))
+    return [linear.biased(y) for linear, y in zip(linears, products, strict=True)]
 
 
 def summed(y: Float[Array, "M D"], over: str, dtype: jnp.dtype) -> Float[Array, "M D"]:
@@ -215,9 +211,10 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "M D"], rows: Rows | None = None) -> Float[Array, "M D"]:
         gate, up = self.gate, self.up
-        if gate.packed and gate.bias is None and gate.low_rank is None:
-            kernels = gate.kernel[...], up.kernel[...]
-            return self.down(linear.gated(x.astype(gate.dtype), *kernels, gate.features_out, self.activation))
+        if gate.packed and gate.bias is None:
+            kernels, x = (gate.kernel[...], up.kernel[...]), x.astype(gate.dtype)
+            of_rows = added([gate.low_rank, up.low_rank], x, rows)
+            return self.down(linear.gated(x, *kernels, gate.features_out, self.activation, of_rows), rows)
         gated, ungated = each((gate, up), x, rows)
         product = (activate(gated, self.activation) * ungated).astype(up.dtype)
         return self.down(lax.optimization_barrier(product), rows)  # in one operation with ``down``, TPUs take longer

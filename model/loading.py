@@ -34,7 +34,6 @@ from model.families import heads, registry, wrappers
 from model.families.registry import Family
 from model.fields import ConfigError, read_config
 from model.layers import quantized
-from model.lora import RANKS
 from model.memory import Room, Weighed, fit
 from model.programs import Programs
 from model.sharding import MODEL, by_device, divided, stacked
@@ -156,7 +155,7 @@ def prepare(
     ragged = platform == "tpu" if ragged is None else ragged
     if lora and config.encoder:
         raise ConfigError(f"{config.architecture}: encoders take no adapters beside their weights; {REMEDY}")
-    lora = lora and replace(lora, rank=-(-lora.rank // RANKS) * RANKS)
+    lora = lora and replace(lora, rank=-(-lora.rank // linear.RANKS) * linear.RANKS)
     return choose(
         replace(config, int8=quantization == "int8", native=native, packed=packed, ragged=ragged, lora=lora),
         dtype=dtype,

@@ -230,7 +230,7 @@ def layout(
         # XLA's CPU backend multiplies a single row in float32, and widens the whole head for it.
         sizes = replace(sizes, head_sizes=(max(2, sizes.head_sizes[0]), *sizes.head_sizes[1:]))
     pool = jax.ShapeDtypeStruct((pages, *page), stored)
-    adapters = CALL_ADAPTERS if config.lora else 0
+    adapters = (config.lora.slots if config.packed else CALL_ADAPTERS) if config.lora else 0
     return Layout(sizes, longest, ladder, width, prefixes, slots, pool, adapters, snapshots=snapshots)
 
 

@@ -25,6 +25,7 @@ HEADER = HERE / "kernels.h"
 SYMBOLS = {
     "attention": "ScoreAttention",
     "products": "ScoreProducts",
+    "reduced": "ScoreReduced",
     "gated": "ScoreGated",
     "activated": "ScoreActivated",
     "layer_norms": "ScoreLayerNorms",

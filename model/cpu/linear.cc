@@ -21,6 +21,7 @@
 namespace {
 
 constexpr int kPanel = 64;           // columns of a kernel that lie beside each other
+constexpr int kRanks = 16;           // the same of an adapter's A
 constexpr int64_t kBlock = 96;       // rows that a thread takes at once
 constexpr int64_t kHeadBlock = 384;  // the same of the head's
 constexpr int64_t kAhead = 4;        // such blocks for each thread before their logits are looked through
@@ -29,13 +30,22 @@ constexpr int64_t kDots = 65536;     // numbers that a thread sums up at once
 constexpr int64_t kLine = 64;        // bytes that the memory hands out together
 constexpr int64_t kSteps = 192;      // of one sum: sums of such sums are more exact, and cost 1%
 
-static_assert(kPanel % (kVectors * kLanes) == 0);
+static_assert(kPanel % (kVectors * kLanes) == 0 && kRanks % kLanes == 0);
+
+// What adapters add to the sums of their rows: (x A) B, of which x A is made already.
+struct Added {
+  const void* inner = nullptr;  // [rows, steps]; null: there are no adapters
+  const void* factors;          // B of each slot, [slots, panels, steps, kPanel]
+  int64_t steps;
+  const int32_t* slots;  // of each row; below 0: none
+};
 
 // One kernel [panels, steps, kPanel] and what comes of it.
 struct Linear {
   const void* kernel;
   void* out;        // [rows, columns]
   int64_t columns;  // the last panel may have more: zeros
+  Added added = {};
 
   int64_t panels() const { return (columns + kPanel - 1) / kPanel; }
 };
@@ -52,13 +62,13 @@ struct Ahead {
   int64_t each;
 };
 
-// sums = a * b, of `rows` rows and `vectors` vectors of a panel's columns.
-template <typename D, int rows, int vectors>
+// sums = a * b, of `rows` rows and `vectors` vectors of a panel's columns. A panel of b has `width`.
+template <typename D, int rows, int vectors, int width>
 void Multiply(const typename D::Unit* a, int64_t steps, const typename D::Unit* b, float* sums,
               Ahead<typename D::Unit> ahead) {
   for (int64_t first = 0; first < steps; first += kSteps) {
     Floats tile[rows][vectors] = {};
-    for (int64_t step = first; step < std::min(first + kSteps, steps); ++step, b += kPanel) {
+    for (int64_t step = first; step < std::min(first + kSteps, steps); ++step, b += width) {
       __builtin_prefetch(ahead.from + step * ahead.each, 0, 2);
       for (int i = 0; i < rows; ++i) {
         for (int j = 0; j < vectors; ++j) tile[i][j] = D::Add(tile[i][j], a + i * steps + step, b + j * kLanes);
@@ -74,27 +84,27 @@ void Multiply(const typename D::Unit* a, int64_t steps, const typename D::Unit* 
 }
 
 // The same of the panel's first `columns`, and possibly some more.
-template <typename D, int rows>
+template <typename D, int rows, int width>
 void Multiply(const typename D::Unit* a, int64_t steps, const typename D::Unit* b, float* sums, int64_t columns,
               Ahead<typename D::Unit> ahead) {
   int64_t column = 0;
   for (; column + kLanes < columns; column += kVectors * kLanes) {
-    Multiply<D, rows, kVectors>(a, steps, b + column, sums + column, ahead);
+    Multiply<D, rows, kVectors, width>(a, steps, b + column, sums + column, ahead);
   }
-  if (column < columns) Multiply<D, rows, 1>(a, steps, b + column, sums + column, ahead);
+  if (column < columns) Multiply<D, rows, 1, width>(a, steps, b + column, sums + column, ahead);
 }
 
-template <typename D>
+template <typename D, int width = kPanel>
 void Multiply(int64_t rows, const typename D::Unit* a, int64_t steps, const typename D::Unit* b, float* sums,
               int64_t columns, Ahead<typename D::Unit> ahead) {
   static_assert(kRows == 6);
   switch (rows) {
-    case 1: return Multiply<D, 1>(a, steps, b, sums, columns, ahead);
-    case 2: return Multiply<D, 2>(a, steps, b, sums, columns, ahead);
-    case 3: return Multiply<D, 3>(a, steps, b, sums, columns, ahead);
-    case 4: return Multiply<D, 4>(a, steps, b, sums, columns, ahead);
-    case 5: return Multiply<D, 5>(a, steps, b, sums, columns, ahead);
-    default: return Multiply<D, 6>(a, steps, b, sums, columns, ahead);
+    case 1: return Multiply<D, 1, width>(a, steps, b, sums, columns, ahead);
+    case 2: return Multiply<D, 2, width>(a, steps, b, sums, columns, ahead);
+    case 3: return Multiply<D, 3, width>(a, steps, b, sums, columns, ahead);
+    case 4: return Multiply<D, 4, width>(a, steps, b, sums, columns, ahead);
+    case 5: return Multiply<D, 5, width>(a, steps, b, sums, columns, ahead);
+    default: return Multiply<D, 6, width>(a, steps, b, sums, columns, ahead);
   }
 }
 
@@ -149,6 +159,72 @@ void EachTile(ffi::ThreadPool& pool, int64_t panels, int64_t rows, Work work) {
   });
 }
 
+// Calls with each run of neighbouring rows that have one adapter: its first row, its length and the slot.
+template <typename Work>
+void EachRun(const int32_t* slots, int64_t rows, Work work) {
+  for (int64_t first = 0, last = 1; first < rows; first = last++) {
+    while (last < rows && slots[last] == slots[first]) ++last;
+    if (slots[first] >= 0) work(first, last - first, slots[first]);
+  }
+}
+
+// Adds to the sums of rows row:row+rows and one panel what the rows' adapters have for them.
+template <typename D>
+void Add(const Linear& linear, int64_t row, int64_t rows, int64_t panel, int64_t columns, float (*sums)[kPanel]) {
+  using Unit = typename D::Unit;
+  const Added& added = linear.added;
+  if (!added.inner) return;
+  EachRun(added.slots + row, rows, [&](int64_t first, int64_t count, int64_t slot) {
+    alignas(64) float own[kRows][kPanel] = {};
+    const Unit* inner = static_cast<const Unit*>(added.inner) + (row + first) * added.steps;
+    const Unit* factors =
+        static_cast<const Unit*>(added.factors) + (slot * linear.panels() + panel) * added.steps * kPanel;
+    Multiply<D>(count, inner, added.steps, factors, own[0], columns, {factors, 0});
+    for (int64_t i = 0; i < count; ++i) {
+      for (int column = 0; column < kPanel; column += kLanes) {
+        float* sum = &sums[first + i][column];
+        Store(sum, Load(sum) + Load(&own[i][column]));
+      }
+    }
+  });
+}
+
+// The factors A of one linear, [slots, parts, steps, kRanks], and x A of each row's slot.
+struct Reduced {
+  const void* factors;
+  void* out;  // [rows, parts * kRanks]
+  int64_t parts;
+};
+
+template <typename D>
+void Reduce(ffi::ThreadPool& pool, const Input& x, const int32_t* slots, const std::vector<Reduced>& all) {
+  using Unit = typename D::Unit;
+  int64_t parts = 0;
+  for (const Reduced& each : all) parts += each.parts;
+  EachTile(pool, parts, x.count, [=](const Tile& tile) {
+    int64_t part = tile.panel;
+    size_t number = 0;
+    for (; part >= all[number].parts; ++number) part -= all[number].parts;
+    const Reduced& one = all[number];
+    const int64_t width = one.parts * kRanks;
+    auto* out = static_cast<typename D::Stored*>(one.out) + tile.row * width + part * kRanks;
+    for (int64_t i = 0; i < tile.rows; ++i) std::memset(out + i * width, 0, kRanks * sizeof(*out));
+    EachRun(slots + tile.row, tile.rows, [&](int64_t first, int64_t count, int64_t slot) {
+      alignas(64) float sums[kRows][kPanel] = {};
+      alignas(64) Unit narrowed[kRanks / D::kPacked];
+      const Unit* from = static_cast<const Unit*>(x.rows) + (tile.row + first) * x.steps;
+      const Unit* factors = static_cast<const Unit*>(one.factors) + (slot * one.parts + part) * x.steps * kRanks;
+      Multiply<D, kRanks>(count, from, x.steps, factors, sums[0], kRanks, {factors, kRanks});
+      for (int64_t i = 0; i < count; ++i) {
+        for (int column = 0; column < kRanks; column += kLanes) {
+          D::Round(&narrowed[column / D::kPacked], Load(&sums[i][column]));
+        }
+        std::memcpy(out + (first + i) * width, narrowed, kRanks * sizeof(*out));
+      }
+    });
+  });
+}
+
 template <typename D>
 void Products(ffi::ThreadPool& pool, const Input& x, const std::vector<Linear>& linears) {
   int64_t panels = 0;
@@ -167,6 +243,7 @@ void Products(ffi::ThreadPool& pool, const Input& x, const std::vector<Linear>& 
     PrefetchToWrite(out, rows, count, linear.columns);
     if (!Zeros<D>(from, rows * x.steps)) {
       Multiply<D>(rows, from, x.steps, kernel, sums[0], count, tile.Next(kernel, x.steps));
+      Add<D>(linear, row, rows, panel, count, sums);
     }
     for (int64_t i = 0; i < rows; ++i) std::memcpy(out + i * linear.columns, sums[i], count * sizeof(float));
   });
@@ -224,7 +301,7 @@ void Activated(ffi::ThreadPool& pool, const Input& x, const Linear& linear, cons
 
 // activation(x * gate) * (x * up), narrowed.
 template <typename D, Floats (*activation)(Floats)>
-void Gated(ffi::ThreadPool& pool, const Input& x, const void* gate, const Linear& up) {
+void Gated(ffi::ThreadPool& pool, const Input& x, const Linear& gate, const Linear& up) {
   using Unit = typename D::Unit;
   EachTile(pool, up.panels(), x.count, [x, gate, up](const Tile& tile) {
     const int64_t panel = tile.panel, row = tile.row, rows = tile.rows;
@@ -235,12 +312,13 @@ void Gated(ffi::ThreadPool& pool, const Input& x, const void* gate, const Linear
     auto* out = static_cast<typename D::Stored*>(up.out) + row * up.columns + panel * kPanel;
     PrefetchToWrite(out, rows, count, up.columns);
     if (!Zeros<D>(from, rows * x.steps)) {
-      const auto multiply = [&](const void* kernel, float* sums) {
-        const Unit* here = static_cast<const Unit*>(kernel) + at;
-        Multiply<D>(rows, from, x.steps, here, sums, count, tile.Next(here, x.steps));
+      const auto multiply = [&](const Linear& linear, float (*sums)[kPanel]) {
+        const Unit* here = static_cast<const Unit*>(linear.kernel) + at;
+        Multiply<D>(rows, from, x.steps, here, sums[0], count, tile.Next(here, x.steps));
+        Add<D>(linear, row, rows, panel, count, sums);
       };
-      multiply(gate, gates[0]);
-      multiply(up.kernel, ups[0]);
+      multiply(gate, gates);
+      multiply(up, ups);
     }
     for (int64_t i = 0; i < rows; ++i) {
       for (int column = 0; column < kPanel; column += kLanes) {
@@ -533,30 +611,60 @@ ffi::Error ByDtype(ffi::AnyBuffer x, Work work) {
   return ffi::Error::InvalidArgument("packed kernels of this dtype are not multiplied on this processor");
 }
 
-ffi::Error HandleProducts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs kernels, ffi::RemainingRets outs) {
+// Kernels with as many results' columns, followed, where there are adapters, by x A of each and by B of each.
+ffi::ErrorOr<std::vector<Linear>> Linears(ffi::RemainingArgs args, ffi::Buffer<ffi::S32> slots,
+                                          const std::vector<ffi::AnyBuffer>& outs) {
+  const size_t count = outs.size();
+  const bool adapted = args.size() == 3 * count;
+  if (!adapted && args.size() != count) return ffi::Unexpected(ffi::Error::InvalidArgument("as many kernels as results are needed"));
   std::vector<Linear> linears;
-  for (size_t i = 0; i < kernels.size(); ++i) {
-    const auto kernel = kernels.get<ffi::AnyBuffer>(i);
-    auto out = outs.get<ffi::AnyBuffer>(i);
-    if (!kernel || !out) return ffi::Error::InvalidArgument("as many kernels as results are needed");
-    linears.push_back({kernel->untyped_data(), (*out)->untyped_data(), (*out)->dimensions()[1]});
+  for (size_t i = 0; i < count; ++i) {
+    linears.push_back({args.get<ffi::AnyBuffer>(i)->untyped_data(), outs[i].untyped_data(), outs[i].dimensions()[1]});
+    if (!adapted) continue;
+    const auto inner = *args.get<ffi::AnyBuffer>(count + i), factors = *args.get<ffi::AnyBuffer>(2 * count + i);
+    linears[i].added = {inner.untyped_data(), factors.untyped_data(), factors.dimensions()[2], slots.typed_data()};
   }
+  return linears;
+}
+
+ffi::Error HandleProducts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> slots, ffi::RemainingArgs args,
+                          ffi::RemainingRets outs) {
+  std::vector<ffi::AnyBuffer> results;
+  for (size_t i = 0; i < outs.size(); ++i) results.push_back(**outs.get<ffi::AnyBuffer>(i));
+  const auto linears = Linears(args, slots, results);
+  if (!linears) return linears.error();
   return ByDtype(x, [&]<typename D>(D) {
-    Products<D>(pool, Of<D>(x), linears);
+    Products<D>(pool, Of<D>(x), *linears);
     return ffi::Error::Success();
   });
 }
 
-ffi::Error HandleGated(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer gate, ffi::AnyBuffer up,
+ffi::Error HandleReduced(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> slots, ffi::RemainingArgs factors,
+                         ffi::RemainingRets outs) {
+  if (factors.size() != outs.size()) return ffi::Error::InvalidArgument("as many factors as results are needed");
+  std::vector<Reduced> all;
+  for (size_t i = 0; i < outs.size(); ++i) {
+    const auto one = *factors.get<ffi::AnyBuffer>(i);
+    all.push_back({one.untyped_data(), (*outs.get<ffi::AnyBuffer>(i))->untyped_data(), one.dimensions()[1]});
+  }
+  return ByDtype(x, [&]<typename D>(D) {
+    Reduce<D>(pool, Of<D>(x), slots.typed_data(), all);
+    return ffi::Error::Success();
+  });
+}
+
+ffi::Error HandleGated(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> slots, ffi::RemainingArgs args,
                        std::string_view activation, ffi::Result<ffi::AnyBuffer> out) {
-  const Linear linear{up.untyped_data(), out->untyped_data(), out->dimensions()[1]};
+  const auto both = Linears(args, slots, {*out, *out});
+  if (!both) return both.error();
+  const Linear &gate = (*both)[0], &up = (*both)[1];
   return ByDtype(x, [&]<typename D>(D) {
     if (activation == "silu") {
-      Gated<D, Silu>(pool, Of<D>(x), gate.untyped_data(), linear);
+      Gated<D, Silu>(pool, Of<D>(x), gate, up);
     } else if (activation == "gelu") {
-      Gated<D, GeluByErf>(pool, Of<D>(x), gate.untyped_data(), linear);
+      Gated<D, GeluByErf>(pool, Of<D>(x), gate, up);
     } else if (activation == "gelu_tanh") {
-      Gated<D, Gelu>(pool, Of<D>(x), gate.untyped_data(), linear);
+      Gated<D, Gelu>(pool, Of<D>(x), gate, up);
     } else {
       return ffi::Error::InvalidArgument("no such activation");
     }
@@ -628,17 +736,24 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ScoreProducts, HandleProducts,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ScoreReduced, HandleReduced,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .RemainingArgs()
                                   .RemainingRets());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ScoreGated, HandleGated,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
                                   .Attr<std::string_view>("activation")
                                   .Ret<ffi::AnyBuffer>());
-
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ScoreActivated, HandleActivated,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

@@ -5,7 +5,7 @@ whatever is beside it, and rows of zeros take no time.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,9 @@ from model.cpu import build
 
 PANEL = 64
 """Columns of a kernel that lie beside each other."""
+
+RANKS = 16
+"""The same of an adapter's A; an adapter's rank is a multiple."""
 
 
 def packed_shape(features_in: int, features_out: int, dtype: jnp.dtype) -> tuple[int, int, int]:
@@ -45,17 +48,63 @@ def pack(kernel: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.ascontiguousarray(units.transpose(0, 2, 1)).view(kernel.dtype).reshape(shape)
 
 
+def packed_a_shape(features_in: int, rank: int, dtype: jnp.dtype) -> tuple[int, int, int]:
+    """Shape of an adapter's A that ``pack_a`` stored: as a kernel's, in panels of ``RANKS`` columns."""
+    together = _together(dtype)
+    return rank // RANKS, features_in // together, RANKS * together
+
+
+def pack_a(a: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Pack an adapter's A [in, rank], in the dtype that it is multiplied in, for ``reduced``."""
+    features_in, rank = a.shape
+    parts, steps, _ = shape = packed_a_shape(features_in, rank, a.dtype)
+    units = np.ascontiguousarray(a.T).view(np.uint32).reshape(parts, RANKS, steps)
+    return np.ascontiguousarray(units.transpose(0, 2, 1)).view(a.dtype).reshape(shape)
+
+
+class Added(NamedTuple):
+    """What adapters add to products of M rows: (x A) B, of each row's own slot.
+
+    Attributes:
+        slots: of the rows; below 0: a row has none.
+        inner: x A for each product, from ``reduced``.
+        factors: B of all slots for each product, each as ``pack`` stores it.
+    """
+
+    slots: Int[Array, " M"]
+    inner: Sequence[Float[Array, "M rank"]]
+    factors: Sequence[Float[Array, "slots panels steps packed"]]
+
+
+def reduced(
+    x: Float[Array, "M features_in"],
+    slots: Int[Array, " M"],
+    factors: Sequence[Float[Array, "slots parts steps packed"]],
+    rank: int,
+) -> Sequence[Float[Array, "M rank"]]:
+    """x times A of each row's slot, in x's dtype, for several products in one call; zeros where a row has none.
+
+    Args:
+        factors: A of all slots, each as ``pack_a`` stores it.
+    """
+    results = [jax.ShapeDtypeStruct((x.shape[0], rank), x.dtype)] * len(factors)
+    return jax.ffi.ffi_call(build.target("reduced"), results)(x, slots, *factors)
+
+
 def products(
-    x: Float[Array, "M features_in"], kernels: Sequence[Float[Array, "_ steps packed"]], widths: Sequence[int]
+    x: Float[Array, "M features_in"],
+    kernels: Sequence[Float[Array, "_ steps packed"]],
+    widths: Sequence[int],
+    added: Added | None = None,
 ) -> Sequence[Float[Array, "M _"]]:
-    """x times each kernel, float32, in one call.
+    """x times each kernel, float32, in one call, with what adapters add.
 
     Args:
         kernels: as ``pack`` stores them, in x's dtype; call ``build.load`` first.
         widths: features out of each.
     """
     results = [jax.ShapeDtypeStruct((x.shape[0], width), jnp.float32) for width in widths]
-    return jax.ffi.ffi_call(build.target("products"), results)(x, *kernels)
+    return jax.ffi.ffi_call(build.target("products"), results)(x, *_operands(kernels, added))
 
 
 def gated(
@@ -64,10 +113,17 @@ def gated(
     up: Float[Array, "panels steps packed"],
     width: int,
     activation: Activation,
+    added: Added | None = None,
 ) -> Float[Array, "M features_out"]:
     """``activation(x @ gate) * (x @ up)``, in x's dtype; see ``products``."""
     kernel = jax.ffi.ffi_call(build.target("gated"), jax.ShapeDtypeStruct((x.shape[0], width), x.dtype))
-    return kernel(x, gate, up, activation=activation)
+    return kernel(x, *_operands((gate, up), added), activation=activation)
+
+
+def _operands(kernels: Sequence[jax.Array], added: Added | None) -> Sequence[jax.Array]:
+    if added is None:
+        return jnp.zeros(0, jnp.int32), *kernels
+    return added.slots, *kernels, *added.inner, *added.factors
 
 
 def activated(

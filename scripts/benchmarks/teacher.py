@@ -32,7 +32,7 @@ from scripts.benchmarks.work import Sizes
 from serve_app import model_source
 from serve_app.tasks.positions import Positions
 
-REPEATS = 3
+REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -122,14 +122,15 @@ def main(http: Annotated[bool, typer.Option(help="Ask the service and vLLM over 
     engine = loading.load(model_source.resolve("demo"))
     for shape in SHAPES:
         seconds(engine, shape, sizes.vocab, 0)  # compiles what it calls
-        before, rates, took = peak_mib(os.getpid()), [gemm_gflops("float32", sizes)], list[float]()
+        before, took, ratios = peak_mib(os.getpid()), list[float](), list[float]()
+        rate = gemm_gflops("float32", sizes)
         for repeat in range(REPEATS):
             took.append(seconds(engine, shape, sizes.vocab, 1 + repeat))
-            rates.append(gemm_gflops("float32", sizes))
-        median = statistics.median(took)
-        floor = floor_flops(shape, sizes) / statistics.median(rates) / 1e9
+            rate, earlier = gemm_gflops("float32", sizes), rate
+            ratios.append(took[-1] * (rate + earlier) / 2 * 1e9 / floor_flops(shape, sizes))
         memory = f"peak {peak_mib(os.getpid()):,} MiB, {peak_mib(os.getpid()) - before} more than before"
-        print(f"{shape}: {median:.2f} s, {median / floor:.2f} x floor, {memory}", flush=True)
+        shown = f"{statistics.median(took):.2f} s, {statistics.median(ratios):.2f} x floor"
+        print(f"{shape}: {shown} ({min(ratios):.2f} to {max(ratios):.2f}), {memory}", flush=True)
 
 
 if __name__ == "__main__":

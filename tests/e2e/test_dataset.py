@@ -9,7 +9,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -27,6 +27,22 @@ ROWS = 240
 OPTIONS = ["--query", "{film}: ", "--item", "{text}", "-l", " yes", "-l", " no", "--softmax", "--block-rows", "4"]
 
 
+def killed_midway(command: list[str], out: Path) -> None:
+    """Run the command in a process of its own, and kill that once five blocks are written."""
+    start = [sys.executable, "-c", "from serve_app.cli.main import main; main()"]
+    with subprocess.Popen([*start, *command], stderr=subprocess.PIPE) as process:
+        while process.poll() is None and len([*out.glob("done/*.json")]) < 5:
+            time.sleep(0.005)
+        process.kill()
+        assert process.wait() == -9, process.stderr and process.stderr.read()
+    assert 5 <= len([*out.glob("done/*.json")]) < ROWS // 4
+    assert not (out / "summary.json").exists()
+
+
+def written(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for part in sorted(out.glob("part-*")) for line in part.read_text().splitlines()]
+
+
 def test_after_a_kill_the_same_command_finishes_and_no_row_is_lost_or_doubled(
     served: Served,
     nodes: Cluster,  # noqa: ARG001 - the second run uses it
@@ -39,14 +55,7 @@ def test_after_a_kill_the_same_command_finishes_and_no_row_is_lost_or_doubled(
     out = tmp_path / "out"
     monkeypatch.chdir(tmp_path)  # Ray's workers run elsewhere
     command = ["dataset", "in.jsonl", "-o", "out", *OPTIONS, "--url", served.url]
-    start = [sys.executable, "-c", "from serve_app.cli.main import main; main()"]
-    with subprocess.Popen([*start, *command], stderr=subprocess.PIPE) as process:
-        while process.poll() is None and len([*out.glob("done/*.json")]) < 5:
-            time.sleep(0.005)
-        process.kill()
-        assert process.wait() == -9, process.stderr and process.stderr.read()
-    assert 5 <= len([*out.glob("done/*.json")]) < ROWS // 4
-    assert not (out / "summary.json").exists()
+    killed_midway(command, out)
 
     monkeypatch.setattr(launcher, "interrupt_on_signals", lambda: None)
     runner = CliRunner(env={"COLUMNS": "200"})
@@ -58,7 +67,7 @@ def test_after_a_kill_the_same_command_finishes_and_no_row_is_lost_or_doubled(
     assert again.exit_code == 0, again.stderr
     assert "resuming: " in again.stderr
     assert f"{ROWS - 1} scored, 1 set aside" in again.stdout
-    found = [json.loads(line) for part in sorted(out.glob("part-*")) for line in part.read_text().splitlines()]
+    found = written(out)
     assert [row["id"] for row in found] == [row["id"] for row in source if row["id"] != 7]
     prompts = [f"{row['film']}: {row['text']}" for row in found]
     body = {"items": prompts, "labels": [" yes", " no"], "apply_softmax": True}
@@ -70,6 +79,34 @@ def test_after_a_kill_the_same_command_finishes_and_no_row_is_lost_or_doubled(
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["rows"], summary["bad"], summary["blocks"]) == (ROWS - 1, 1, ROWS // 4)
     assert summary["prompt_tokens"] == answer["usage"]["prompt_tokens"]
+
+
+def test_a_killed_job_of_a_teacher_finishes_with_the_logprobs_that_the_service_answers(
+    served: Served,
+    nodes: Cluster,  # noqa: ARG001 - the second run uses it
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    source = [{"id": i, "text": f"the fox saw {i}" + " again" * (i % 7)} for i in range(ROWS)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in source))
+    out = tmp_path / "out"
+    monkeypatch.chdir(tmp_path)  # Ray's workers run elsewhere
+    command = ["dataset", "in.jsonl", "-o", "out", "--item", "{text}", "--logprobs", "top-4", "--url", served.url]
+    command += ["--block-rows", "4"]
+    killed_midway(command, out)
+
+    monkeypatch.setattr(launcher, "interrupt_on_signals", lambda: None)
+    again = CliRunner(env={"COLUMNS": "200"}).invoke(main.app, command)
+    assert again.exit_code == 0, again.stderr
+    assert "resuming: " in again.stderr
+    found = written(out)
+    assert [row["id"] for row in found] == [row["id"] for row in source]
+    body = {"input": [row["text"] for row in source], "top": 4}
+    answers = httpx.post(f"{served.url}/v1/logprobs", json=body).json()["data"]
+    for row, answer in zip(found, answers, strict=True):
+        assert len(row["logprobs"]) == len(row["token_ids"]) > 1
+        for column in ("token_ids", "logprobs", "top_ids", "top_logprobs"):
+            assert row[column] == answer[column]
 
 
 @pytest.mark.slow

@@ -54,6 +54,59 @@ def test_products_equal_float64(rows: int, dtype: str) -> None:
         assert (np.abs(got - wanted) / magnitudes).max() < 4e-7  # a float32's last digit is 1.2e-7
 
 
+def adapted(
+    x: np.ndarray, slots: np.ndarray, kernels: list[np.ndarray], factors: list[tuple[np.ndarray, np.ndarray]]
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """The products with what adapters add, and those of the first two kernels gated.
+
+    Args:
+        factors: for each kernel A [slots, in, rank] and B [slots, rank, out].
+    """
+    rank, widths = factors[0][0].shape[2], [kernel.shape[1] for kernel in kernels]
+    a = [jnp.asarray(np.stack([linear.pack_a(one) for one in each])) for each, _ in factors]
+    b = [jnp.asarray(np.stack([linear.pack(one) for one in each])) for _, each in factors]
+    packed = [jnp.asarray(linear.pack(kernel)) for kernel in kernels]
+
+    def both(x: jax.Array, slots: jax.Array, packed: list[jax.Array], a: list[jax.Array], b: list[jax.Array]):
+        inner = linear.reduced(x, slots, a, rank)
+        whole = linear.products(x, packed, widths, linear.Added(slots, inner, b))
+        two = linear.Added(slots, inner[:2], b[:2])
+        return whole, linear.gated(x, packed[0], packed[1], widths[0], "silu", two)
+
+    whole, gates = jax.jit(both)(x, jnp.asarray(slots, jnp.int32), packed, a, b)
+    return [np.asarray(y) for y in whole], np.asarray(gates)
+
+
+@pytest.mark.parametrize("rank", [16, 48])
+@pytest.mark.parametrize("rows", [1, 13, 300])
+def test_products_with_each_rows_own_adapter_equal_float64(rows: int, rank: int, dtype: str) -> None:
+    x, kernels = normal(dtype, rows, 96), [normal(dtype, 96, width) for width in (100, 100, 1)]
+    kernels[1] = normal(dtype, 96, 100, seed=1)
+    factors = [(normal(dtype, 5, 96, rank), normal(dtype, 5, rank, kernel.shape[1])) for kernel in kernels]
+    slots = np.random.default_rng(0).integers(-1, 5, rows)
+    slots[rows // 2 :] = np.sort(slots[rows // 2 :])  # runs of one adapter, and none
+    whole, gates = adapted(x, slots, kernels, factors)
+    for number, (got, kernel, (a, b)) in enumerate(zip(whole, kernels, factors, strict=True)):
+        wide = x.astype(np.float64)
+        inner = np.einsum("ri,rik->rk", wide, a.astype(np.float64)[slots])
+        wanted = (
+            wide @ kernel.astype(np.float64)
+            + np.einsum("rk,rko->ro", inner, b.astype(np.float64)[slots]) * (slots >= 0)[:, None]
+        )
+        rounding = 0.5 if dtype == "bfloat16" else 1e-3  # of x A, which is up to 40, times the sum of B
+        assert np.abs(got - wanted).max() < rounding
+        (plain,) = products(x, kernel)
+        np.testing.assert_array_equal(got[slots < 0], plain[slots < 0])
+        if (slots >= 0).any():
+            assert np.abs(got - plain)[slots >= 0].max() > 1, number
+    wanted = ACTIVATIONS["silu"](whole[0].astype(np.float64)) * whole[1]
+    np.testing.assert_allclose(gates.astype(np.float64), wanted, rtol=2**-8 if dtype == "bfloat16" else 3e-6, atol=1e-6)
+    for row in {0, rows // 2, rows - 1}:
+        alone, gate = adapted(x[row : row + 1], slots[row : row + 1], kernels, factors)
+        for got, among in zip([*alone, gate], [*whole, gates], strict=True):
+            np.testing.assert_array_equal(got[0], among[row])
+
+
 SCALE = math.sqrt(2 / math.pi)
 ACTIVATIONS = {
     "silu": lambda x: x / (1 + np.exp(-x)),
