@@ -28,6 +28,8 @@ from model.config import ModelConfig
 from model.contract import PAGE_TOKENS
 from model.cpu import linear
 from model.delta import Snapshots
+from model.encoder import EmbeddingAndClassifier
+from model.families import laya
 from model.families.registry import Abstract, Ends
 from model.inputs import Inputs, width
 from model.layers import OfStack
@@ -139,6 +141,10 @@ class Model:
         """The embedding and the head, with these parameters."""
         return nnx.merge(self.abstract.ends[0], ends)
 
+    def head(self, ends: State) -> decoder.EmbeddingAndHead | EmbeddingAndClassifier:
+        """The output head, of a model that has one, with these parameters."""
+        return cast(decoder.EmbeddingAndHead | EmbeddingAndClassifier, self.ends(ends))
+
     def block(self, weights: State) -> decoder.Block:
         """One layer, with these parameters."""
         return nnx.merge(self.abstract.block[0], weights)
@@ -242,7 +248,7 @@ def read(
     What is read sees no bins, only segments: one program serves all shapes of as many tokens.
     """
     context = context_of(inputs, pool, snapshots)
-    hidden = model.block(weights).forward_reads(x, angles, context, number, inputs.reads)
+    hidden = model.ends(ends).last_layer(model.block(weights), x, angles, context, number, inputs)
     return model.collect(ends, hidden, inputs.place, collected)
 
 
@@ -270,7 +276,8 @@ def segments(
         return model.block(_cut(model, layers, number))(x, angles, context, number)[0]
 
     x = lax.fori_loop(0, final, step, x)
-    hidden = model.block(_cut(model, layers, final)).forward_reads(x, angles, context, final, inputs.reads)
+    block = model.block(_cut(model, layers, final))
+    hidden = model.ends(ends).last_layer(block, x, angles, context, final, inputs)
     return model.collect(ends, hidden, inputs.place, collected)
 
 
@@ -348,7 +355,7 @@ def write(model: Model, pool: jax.Array, keys_values: KeysValues, spans: jax.Arr
 
 def targets(model: Model, ends: State, collected: jax.Array, pairs: jax.Array) -> jax.Array:
     """Logits of pairs of a hidden state's number and an id."""
-    head = model.ends(ends)
+    head = model.head(ends)
     softcap, native = model.config.logit_softcap, model.config.native
     hidden, ids = collected[pairs[0]], pairs[1]
     logits = target_logits(hidden, ids, head.head_weights(), softcap, head.head_split(), native=native)
@@ -357,7 +364,7 @@ def targets(model: Model, ends: State, collected: jax.Array, pairs: jax.Array) -
 
 def normalizer(model: Model, ends: State, collected: jax.Array, numbers: jax.Array) -> jax.Array:
     """Log of the summed exponentials of all logits, of the hidden states of these numbers."""
-    head, hidden = model.ends(ends), collected[numbers]
+    head, hidden = model.head(ends), collected[numbers]
     weights = head.head_weights()
     if model.config.native:
         return linear.argmax(hidden.astype(weights.dtype), weights, model.config.logit_softcap)[0]
@@ -368,7 +375,7 @@ def highest(
     model: Model, ends: State, collected: jax.Array, numbers: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``normalizer``'s values, and for each of these hidden states the id of the highest logit, and that logit."""
-    head, hidden = model.ends(ends), collected[numbers]
+    head, hidden = model.head(ends), collected[numbers]
     weights = head.head_weights()
     if model.config.native:
         return linear.argmax(hidden.astype(weights.dtype), weights, model.config.logit_softcap)
@@ -386,7 +393,7 @@ def tops(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of the scaled logits of the hidden states of these numbers: ``normalizer``'s values, and ids and values of the
     ``count`` highest. No more than ``wanted`` of so many states need be right: [ids, states]."""
-    head, hidden = model.ends(ends), collected[numbers]
+    head, hidden = model.head(ends), collected[numbers]
     weights = head.head_weights()
     if model.config.native:
         return linear.top(hidden.astype(weights.dtype), weights, wanted, scale, count, model.config.logit_softcap)
@@ -395,7 +402,7 @@ def tops(
 
 def features(model: Model, ends: State, collected: jax.Array, numbers: jax.Array) -> jax.Array:
     """What a decision head makes of the hidden states of these numbers: [states, features]."""
-    head = cast(decoder.EmbeddingAndHead, model.ends(ends)).decision_head
+    head = cast(decoder.EmbeddingAndHead | laya.Ends, model.ends(ends)).decision_head
     assert head is not None
     with jax.default_matmul_precision("highest"):
         return head(collected[numbers])

@@ -58,7 +58,8 @@ class Encoder:
     """What an encoder has that a decoder has not: every token sees the whole sequence, which is classified as one.
 
     Attributes:
-        token_types: rows of the token types' embedding, for the texts of a pair; 0: there is none.
+        token_types: rows of the token types' embedding, for the texts of a pair or the types of a question; 0: there is
+            none.
         positions: rows of the learned positions' embedding; 0: positions are rotary.
         first_position: the row of a sequence's first token.
         pad_token_id: a token that takes the row before the first, and is not counted in the positions of those after
@@ -66,6 +67,7 @@ class Encoder:
         mean: the mean of all tokens is classified; otherwise the first token alone.
         norm_bias: the layer norms have biases.
         dense_bias: the layer before the classes has.
+        more_layers: layers of another kind that follow, see ``families.laya``.
     """
 
     token_types: int = 0
@@ -75,6 +77,7 @@ class Encoder:
     mean: bool = False
     norm_bias: bool = True
     dense_bias: bool = True
+    more_layers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +116,11 @@ class DecisionHead:
     """A head that scores a question's options, ``model.decision_heads``.
 
     Attributes:
-        kind: ``candidate``: Decision 2.0's; ``pointer``: kev's.
-        width: channels in which an option and its query are compared.
+        kind: ``candidate``: Decision 2.0's; ``pointer``: kev's; ``marker``: Laya's.
+        width: channels in which an option and its query are compared; the model's with a marker.
     """
 
-    kind: Literal["candidate", "pointer"]
+    kind: Literal["candidate", "pointer", "marker"]
     width: int
 
 

@@ -29,6 +29,9 @@ TOKEN_BITS = 63 - SALT_BITS
 MOST_TOP = 1024
 """The most tokens that are found of one read."""
 
+MOST_READS = 128
+"""The most positions that are read of an encoder's sequence: what every call has room for."""
+
 Progress = Callable[[int, int, str], None]
 """Called as ``progress(done, total, what)`` while an engine warms up."""
 
@@ -181,7 +184,8 @@ class ModelInfo:
         decision_head: the kind of a head that scores a question's options, see ``TokenBatch``; such a model has no
             next-token probabilities. None: it has none.
         adapters: LoRA adapters that it has room for beside its weights.
-        token_types: of an encoder, how many types of tokens it tells apart: those of a pair's texts. 0: it is none.
+        token_types: of an encoder, how many types of tokens it tells apart: those of a pair's texts, or of questions.
+            0: it is none.
     """
 
     vocab_size: int

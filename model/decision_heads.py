@@ -3,7 +3,7 @@
 Each option is read at one token and the question at the sequence's last: its *query*. A head is float32 whatever the
 weights' dtype. What it makes of one hidden state is computed on the device; its *features* are the projections of the
 state as an option and as a query. The host puts an option's and its query's together, since the two may come from
-different calls.
+different calls. An encoder's options have seen the question: a state's one feature is the option's logit.
 """
 
 from typing import Literal
@@ -19,7 +19,7 @@ from model.checkpoint import Target
 from model.config import DecisionHead, ModelConfig
 from model.cpu import linear
 from model.fields import ConfigError
-from model.layers import Linear, each, standardized
+from model.layers import Linear, activate, each, row_dots, standardized
 from model.tensors.folder import HEAD_FILE, HEAD_PREFIX
 from model.tensors.stored import Tensors
 
@@ -100,19 +100,39 @@ class PointerHead(nnx.Module):
         return jnp.concatenate(each((self.k, self.q), hidden), axis=1)
 
 
-Heads = CandidateHead | PointerHead
+class MarkerHead(nnx.Module):
+    """Laya's: w gelu(M m + b) + c, with m the layer norm of the state at an option's marker.
+
+    Source: DecisionModel.scorer in NandhaKishorM/laya, laya/common.py at 8ef5b2d.
+    """
+
+    def __init__(self, config: ModelConfig, width: int) -> None:
+        self.native = config.native
+        self.marker_norm, self.dense = Norm(config), _linear(config, width, bias=True)
+        self.scalar = nnx.Param(jnp.zeros((1, width), jnp.float32), axes=(None, "embed"))
+        self.bias = nnx.Param(jnp.zeros((1,), jnp.float32), axes=(None,))
+
+    def __call__(self, hidden: Float[Array, "R D"]) -> Float[Array, "R features"]:
+        mixed = activate(self.dense(self.marker_norm(hidden)), "gelu")
+        return (row_dots(mixed, jnp.broadcast_to(self.scalar[...], mixed.shape), native=self.native) + self.bias)[
+            :, None
+        ]
+
+
+Heads = CandidateHead | PointerHead | MarkerHead
+_CLASSES = {"candidate": CandidateHead, "pointer": PointerHead, "marker": MarkerHead}
 
 
 def build(config: ModelConfig) -> Heads | None:
     """A model's head with zero weights; None: it has none."""
     if (head := config.decision_head) is None:
         return None
-    return (CandidateHead if head.kind == "candidate" else PointerHead)(config, head.width)
+    return _CLASSES[head.kind](config, head.width)
 
 
 def table(config: ModelConfig) -> dict[str, Target]:
-    """Each of the head's tensors -> where it goes."""
-    if (head := config.decision_head) is None:
+    """Each of the tensors of a head's own file -> where it goes."""
+    if (head := config.decision_head) is None or head.kind == "marker":  # its family has the table
         return {}
     if head.kind == "pointer":
         linears, biased = ("k", "q"), ("k", "q")
@@ -130,7 +150,7 @@ def table(config: ModelConfig) -> dict[str, Target]:
 
 def features_of(head: DecisionHead) -> int:
     """How many features a hidden state has."""
-    return head.width * (4 if head.kind == "candidate" else 2)
+    return {"candidate": 4 * head.width, "pointer": 2 * head.width, "marker": 1}[head.kind]
 
 
 def logits(
@@ -146,6 +166,8 @@ def logits(
         options: [n, features].
         queries: the same.
     """
+    if head.kind == "marker":
+        return options[:, 0]
     half = options.shape[1] // 2
     own, asked = options[:, :half].astype(np.float64), queries[:, half:].astype(np.float64)
     width = head.width

@@ -16,6 +16,7 @@ from model.attention import FUSED, FUSED_INTERPRETED, AttentionContext, Layer, M
 from model.checkpoint import Entry, Target
 from model.config import ModelConfig
 from model.delta import Snapshots
+from model.inputs import Inputs
 from model.layers import Angles, GatedMLP, Heads, Linear, RMSNorm, each, rope_angles, rotated
 from model.logprobs import Split
 from model.lora import Rows
@@ -291,6 +292,18 @@ class EmbeddingAndHead(nnx.Module):
         angles = all_angles(config, positions, long)
         x = embedded(self.embedding[...], tokens, config.shards)
         return x if config.embedding_scale == 1.0 else x * config.embedding_scale, angles
+
+    def last_layer(
+        self,
+        block: Block,
+        x: Float[Array, "M D"],
+        angles: AllAngles,
+        context: AttentionContext,
+        layer: Layer,
+        inputs: Inputs,
+    ) -> Float[Array, "R D"]:
+        """The last layer's output at the reads."""
+        return block.forward_reads(x, angles, context, layer, inputs.reads)
 
     def head_weights(self) -> Float[Array, "V D"]:
         """The output head's rows: tokens, or classes, followed by those of adapters. Of a split vocabulary this

@@ -15,6 +15,7 @@ from model.attention import AttentionContext, Layer, MaskSpec
 from model.config import Encoder, ModelConfig
 from model.cpu import linear
 from model.decoder import AllAngles
+from model.inputs import Inputs
 from model.layers import Linear, standardized
 
 
@@ -80,8 +81,8 @@ def _means(x: Float[Array, "M D"], context: AttentionContext, reads: Int[Array, 
     return sums[own] / jnp.maximum(counts[own], 1.0)[:, None]
 
 
-class EmbeddingAndClassifier(nnx.Module):
-    """The embedding before the first layer; the classifier after the last."""
+class Embedding(nnx.Module):
+    """The embedding before the first layer."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype) -> None:
         self.config = config
@@ -94,17 +95,6 @@ class EmbeddingAndClassifier(nnx.Module):
         self.types = table(encoder.token_types) if encoder.token_types else None
         self.positions = table(encoder.positions) if encoder.positions else None
         self.embedding_norm = LayerNorm(config, dtype)
-        self.dense = Linear(
-            config.width,
-            config.width,
-            bias=encoder.dense_bias,
-            dtype=dtype,
-            axes=("embed", "embed"),
-            shards=config.shards,
-            packed=config.packed,
-        )
-        self.head = table(config.classes)
-        self.bias = nnx.Param(jnp.zeros((config.classes,), dtype), axes=(None,))
 
     def embed(self, tokens: Int[Array, " M"], positions: Int[Array, " M"]) -> tuple[Float[Array, "M D"], AllAngles]:
         """The first layer's input, float32, and the rope angles of all layers.
@@ -115,12 +105,29 @@ class EmbeddingAndClassifier(nnx.Module):
         vocab = self.config.vocab_size
         ids = jnp.where(tokens < 0, -1, tokens % vocab)
         x = decoder.embedded(self.embedding[...], ids, self.config.shards)
-        if self.types is not None:
-            x += self.types[...][jnp.where(tokens < 0, 0, tokens // vocab)].astype(jnp.float32)
+        x = self.typed(x, tokens)
         if self.positions is not None:
             x += self.positions[...][self._rows(ids, positions)].astype(jnp.float32)
         x = jnp.where(tokens[:, None] < 0, 0.0, self.embedding_norm(x))
         return x, decoder.all_angles(self.config, positions)
+
+    def typed(self, x: Float[Array, "M D"], tokens: Int[Array, " M"]) -> Float[Array, "M D"]:
+        """The tokens' embeddings with those of their types."""
+        if self.types is None:
+            return x
+        return x + self.types[...][jnp.where(tokens < 0, 0, tokens // self.config.vocab_size)].astype(jnp.float32)
+
+    def last_layer(
+        self,
+        block: decoder.Block,
+        x: Float[Array, "M D"],
+        angles: AllAngles,
+        context: AttentionContext,
+        layer: Layer,
+        inputs: Inputs,
+    ) -> Float[Array, "R D"]:
+        """What represents the sequences of the reads after the last layer."""
+        return block.forward_reads(x, angles, context, layer, inputs.reads)
 
     def _rows(self, ids: Int[Array, " M"], positions: Int[Array, " M"]) -> Int[Array, " M"]:
         """The tokens' rows in the embedding of positions."""
@@ -132,6 +139,24 @@ class EmbeddingAndClassifier(nnx.Module):
         first = jnp.arange(len(ids)) - positions
         skipped = until - (until - pads)[first]
         return encoder.first_position + jnp.where(pads == 1, -1, positions - skipped)
+
+
+class EmbeddingAndClassifier(Embedding):
+    """The embedding before the first layer; the classifier after the last."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype) -> None:
+        super().__init__(config, dtype=dtype)
+        self.dense = Linear(
+            config.width,
+            config.width,
+            bias=encoder_of(config).dense_bias,
+            dtype=dtype,
+            axes=("embed", "embed"),
+            shards=config.shards,
+            packed=config.packed,
+        )
+        self.head = nnx.Param(jnp.zeros((config.classes, config.width), dtype), axes=(None, "embed"))
+        self.bias = nnx.Param(jnp.zeros((config.classes,), dtype), axes=(None,))
 
     def norm(self, hidden: Float[Array, "R D"]) -> Float[Array, "R D"]:
         """What the classes are read from, of what represents a sequence."""

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from model.contract import common_prefix
+from model.contract import MOST_READS, common_prefix
 
 Tokens = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.int64]
@@ -70,7 +70,7 @@ class Shape:
 
 def reads_of(tokens: int) -> int:
     """Read positions that a call of ``tokens`` has room for: all in a small call, an eighth of a large one."""
-    return tokens if tokens <= 2 * SMALLEST_CALL else max(2 * SMALLEST_CALL, tokens // 8)
+    return tokens if tokens <= MOST_READS else max(MOST_READS, tokens // 8)
 
 
 class Segment(NamedTuple):
@@ -413,7 +413,13 @@ def groups(
 
 
 def whole(sequences: Sequence[Tokens], reads: Sequence[Sequence[int]]) -> Group:
-    """Every sequence as one segment, wherever it is read: each of its tokens depends on all of them."""
+    """Every sequence as one segment, wherever it is read: each of its tokens depends on all of them.
+
+    Raises:
+        ValueError: a sequence has more reads than a call has room for.
+    """
+    if (most := max(map(len, reads), default=0)) > MOST_READS:
+        raise ValueError(f"a sequence has {most} reads; an encoder's may have {MOST_READS}")
     segments = [Segment(at, 0, len(tokens), len(reads[at])) for at, tokens in enumerate(sequences)]
     return Group(0, 0, Segments.of(segments))
 

@@ -163,7 +163,7 @@ class Layout:
     ) -> list[plan.Group]:
         """See ``plan.groups``."""
         if self.whole:
-            return [plan.whole(sequences, reads)]
+            return [plan.whole(sequences, reads)] if sequences else []
         # Attention with a prefix for every token reads no more of a page than there is.
         partial_sizes = PARTIAL_PAGES if self.prefixes == 1 else range(1, PAGE_TOKENS + 1)
         return plan.groups(

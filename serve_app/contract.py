@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from model.contract import MOST_READS as MOST_READS
 from model.contract import MOST_TOP as MOST_TOP
 from model.contract import PAGE_TOKENS as PAGE_TOKENS
 from model.contract import SALT_BITS as SALT_BITS

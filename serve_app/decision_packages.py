@@ -1,7 +1,7 @@
 """Decision models whose folders have a form of their own: what becomes of their files in Hugging Face layout.
 
-The head's tensors are then in ``decision_head.safetensors`` beside the model's weights. Code that comes with a model is
-never executed, and its manifest is not read.
+The head's tensors are then in ``decision_head.safetensors`` beside the model's weights, but for Laya's. Code that comes
+with a model is never executed, and its manifest is not read.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ HEAD = "decision_head.safetensors"
 KEV_FILE = "kev.json"
 """Written beside a head that was made from kev's ``head.pt``: its temperature."""
 
+LAYA_FILE = "rl_agent_config.json"
+"""Says of a Laya checkpoint how its prompts are made and its answers calibrated."""
+
 READ = ("head.pt",)
 """Files that are read once and written in another form."""
 
 _BACKBONE = "backbone"
+_ENCODER, _TOKENIZER = "encoder", "tokenizer"
 _PROMPT = "decision2-segmented-options-global-query-v1"
 _ANSWERS = ("decision_config.json", "score_bias.json", "README.md")
 """Files of a Decision 2.0 package that say how its answers are read."""
@@ -49,6 +53,8 @@ class Files:
 
 def subfolders(folder: Path) -> list[str]:
     """Folders within a model's on the hub that hold files of it."""
+    if (folder / LAYA_FILE).is_file():
+        return [_ENCODER, _TOKENIZER]
     return [_BACKBONE] if _is_decision2(_object(folder / "config.json")) else []
 
 
@@ -96,6 +102,38 @@ def decision2(folder: Path) -> Files | None:
     if calibration := package.get("calibration"):
         links["calibration.json"] = _within(folder, calibration["temperature_file"])
     return Files({name: path for name, path in links.items() if name != "config.json"}, {"config.json": config})
+
+
+def laya(folder: Path) -> Files | None:
+    """The files of a Laya checkpoint; None: the folder is none.
+
+    Source: NandhaKishorM/laya, laya/agent.py at 8ef5b2d.
+
+    Raises:
+        PackageError: files are missing, or its encoder is of a kind that is not implemented.
+    """
+    said, config = _object(folder / LAYA_FILE), _object(folder / _ENCODER / "config.json")
+    if not said or ((folder / "config.json").is_file() and not config):
+        return None
+    weights = folder / "model.safetensors"
+    tokenizer = folder / _TOKENIZER if (folder / _TOKENIZER).is_dir() else folder
+    for path in (folder / _ENCODER / "config.json", weights, tokenizer / "tokenizer.json"):
+        if not path.is_file():
+            raise PackageError(f"{path} is not there, and a Laya checkpoint has it; fetch the checkpoint again")
+    if config.get("model_type") != "modernbert":
+        raise PackageError(
+            f"{folder}: the encoder is of the type {config.get('model_type')!r}, and only 'modernbert' is implemented; "
+            "take another checkpoint of the model"
+        )
+    most, longest = said.get("max_len", 512), config.get("max_position_embeddings", 8192)
+    if not isinstance(most, int) or not isinstance(longest, int):
+        raise PackageError(f"{folder / LAYA_FILE} has max_len {most!r}; it must be a number of tokens")
+    most = min(most, longest)
+    config |= {"architectures": ["LayaDecisionModel"], "max_position_embeddings": most}
+    config["head_layers"] = said.get("head_layers", 2)
+    links = {path.name: path for path in tokenizer.iterdir() if path.is_file() and _of_tokenizer(path.name)}
+    links |= {path.name: path for path in (weights, folder / LAYA_FILE, folder / "README.md") if path.is_file()}
+    return Files(links, {"config.json": config})
 
 
 def kev(folder: Path) -> Files | None:

@@ -126,12 +126,12 @@ def resolve(model: str, revision: str | None = None, base: str | None = None, *,
     if base is not None:
         raise ModelSourceError(f"{model} has no {ADAPTER}: it is not an adapter and takes no base; leave {base} out")
     try:
-        files = decision_packages.decision2(folder) or decision_packages.kev(folder)
+        files = decision_packages.decision2(folder) or decision_packages.laya(folder) or decision_packages.kev(folder)
     except PackageError as error:
         raise ModelSourceError(str(error)) from error
     if files is None:
         return _checked(folder)
-    if HEAD not in files.links:  # the rest of it has its form already
+    if not files.links:  # the rest of it has its form already
         files = replace(files, links={path.name: path for path in folder.iterdir() if path.is_file()})
     return _checked(_laid_out(model, folder, files, say))
 

@@ -432,8 +432,8 @@ class InfoResponse(ResponseBody):
 
     Attributes:
         dtype_reason: why the weights have this dtype: it is set, or the platform's default. None: an older service.
-        decision_head: the kind of a head that reads the options of questions, ``candidate`` or ``pointer``: the model
-            answers on the decision routes alone. None: it has none.
+        decision_head: the kind of a head that reads the options of questions, ``candidate``, ``pointer`` or ``marker``:
+            the model answers on the decision routes alone. None: it has none.
         decision_profile: how the decision routes ask, a file in ``serve_app/profiles``. None: the model cannot decide.
         calibration: how the decision routes' probabilities are calibrated. None: they are the model's own.
         rerank_template: the template's name, or ``custom``. None: the model has too many classes to

@@ -32,6 +32,13 @@ THETAS = {"full_attention": ("global_rope_theta", 160_000.0), "sliding_attention
 
 
 def parse(fields: Fields) -> ModelConfig:
+    config = layers_of(fields)
+    fields.refuse_rest(ignored=IGNORED | UNREAD, neutral=NEUTRAL)
+    return classifier(config, fields)
+
+
+def layers_of(fields: Fields) -> ModelConfig:
+    """The model without what is made of its last layer's output."""
     width, number, head_width = heads(fields)
     layers, context = fields.integer("num_hidden_layers"), fields.integer("max_position_embeddings", 8192)
     every = fields.integer("global_attn_every_n_layers", 3)
@@ -45,7 +52,7 @@ def parse(fields: Fields) -> ModelConfig:
         raise ConfigError(f"classifier_activation is {head!r}; implemented: gelu")
     rope, local = (_rope(fields, kind, context) for kind in KINDS)
     bias = fields.flag("attention_bias", False)
-    config = ModelConfig(
+    return ModelConfig(
         architecture="",  # the registry's to say
         vocab_size=fields.integer("vocab_size"),
         width=width,
@@ -71,8 +78,6 @@ def parse(fields: Fields) -> ModelConfig:
             dense_bias=fields.flag("classifier_bias", False),
         ),
     )
-    fields.refuse_rest(ignored=IGNORED | UNREAD, neutral=NEUTRAL)
-    return classifier(config, fields)
 
 
 def _rope(fields: Fields, kind: str, context: int) -> Rope:
@@ -123,6 +128,21 @@ class Ends(encoder.EmbeddingAndClassifier):
 
 
 def weights(config: ModelConfig) -> Targets:
+    width = config.width
+    targets = weights_of_layers(config, "model")
+    targets["head.dense.weight"] = Target(("dense", "kernel"), (width, width), "transpose")
+    if encoder.encoder_of(config).dense_bias:
+        targets["head.dense.bias"] = Target(("dense", "bias"), (width,), "same")
+    targets["head.norm.weight"] = Target(("dense_norm", "scale"), (width,), "same")
+    if encoder.encoder_of(config).norm_bias:
+        targets["head.norm.bias"] = Target(("dense_norm", "bias"), (width,), "same")
+    targets["classifier.weight"] = Target(("head",), (config.classes, width), "same")
+    targets["classifier.bias"] = Target(("bias",), (config.classes,), "same")
+    return targets
+
+
+def weights_of_layers(config: ModelConfig, prefix: str) -> dict[str, Entry]:
+    """The table of the embedding, the layers and the last norm, whose names begin with ``prefix``."""
     width, ff = config.width, config.ff_width
     targets: dict[str, Entry] = {}
 
@@ -137,10 +157,10 @@ def weights(config: ModelConfig) -> Targets:
         if bias:
             targets[f"{name}.bias"] = Fused(tuple(Target((*path, "bias"), (out,), "same") for path in paths))
 
-    targets["model.embeddings.tok_embeddings.weight"] = Target(("embedding",), (config.vocab_size, width), "same")
-    norm("model.embeddings.norm", "embedding_norm")
+    targets[f"{prefix}.embeddings.tok_embeddings.weight"] = Target(("embedding",), (config.vocab_size, width), "same")
+    norm(f"{prefix}.embeddings.norm", "embedding_norm")
     for layer in range(config.layers):
-        source, block = f"model.layers.{layer}", ("blocks", layer)
+        source, block = f"{prefix}.layers.{layer}", ("blocks", layer)
         attention, mlp = (*block, "attention"), (*block, "mlp")
         if layer:
             norm(f"{source}.attn_norm", *block, "attention_norm")
@@ -150,11 +170,7 @@ def weights(config: ModelConfig) -> Targets:
         norm(f"{source}.mlp_norm", *block, "mlp_norm")
         linear(f"{source}.mlp.Wi", ff, width, (*mlp, "gate"), (*mlp, "up"), bias=config.mlp_bias)
         linear(f"{source}.mlp.Wo", width, ff, (*mlp, "down"), bias=config.mlp_bias)
-    norm("model.final_norm", "last_norm")
-    linear("head.dense", width, width, ("dense",), bias=encoder.encoder_of(config).dense_bias)
-    norm("head.norm", "dense_norm")
-    targets["classifier.weight"] = Target(("head",), (config.classes, width), "same")
-    targets["classifier.bias"] = Target(("bias",), (config.classes,), "same")
+    norm(f"{prefix}.final_norm", "last_norm")
     return targets
 
 

@@ -15,6 +15,7 @@ from model.families import (
     gemma,
     gemma2,
     gemma3,
+    laya,
     llama,
     mistral,
     modernbert,
@@ -30,7 +31,7 @@ from model.families.wrappers import ALIASES, WRAPPERS, unwrapped
 from model.fields import ConfigError, Fields
 from model.tensors.quantised import methods
 
-Ends = decoder.EmbeddingAndHead | encoder.EmbeddingAndClassifier
+Ends = decoder.EmbeddingAndHead | encoder.EmbeddingAndClassifier | laya.Ends
 """What is before the first layer and after the last."""
 
 
@@ -119,8 +120,11 @@ ENCODERS: dict[str, Family] = {
         ends=modernbert.Ends,
         ignored=modernbert.IGNORED_TENSORS,
     ),
+    "LayaDecisionModel": Family(
+        "modernbert", laya.parse, modernbert.Block, laya.weights, ends=laya.Ends, ignored=laya.IGNORED_TENSORS
+    ),
 }
-"""Classifiers whose layers are no causal model's."""
+"""Classifiers and decision models whose layers are no causal model's."""
 FAMILIES = {
     **GENERATIVE,
     **{name: replace(GENERATIVE[causal], classifies=True) for name, causal in CLASSIFIERS.items()},

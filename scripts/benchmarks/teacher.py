@@ -1,7 +1,7 @@
 """A teacher's logprobs: seconds and memory of every position's, beside the least arithmetic, and beside vLLM's.
 
 python -m scripts.benchmarks.teacher            the engine in this process, beside the floor
-python -m scripts.benchmarks.teacher --http     the service and vLLM over HTTP, in turn, in bfloat16
+python -m scripts.benchmarks.teacher --http     the service and vLLM over HTTP, in turn
 
 The floor is the matmuls of all tokens through all layers and of all positions through the head, at the matmul rate that
 is measured before and after each run. All prompts are random and new.
@@ -27,12 +27,12 @@ import typer
 from model import loading
 from model.engine import Engine
 from scripts.benchmarks.machine import gemm_gflops, machine, versions
-from scripts.benchmarks.server import VLLM, only_awake, peak_mib, service, vllm
+from scripts.benchmarks.server import VLLM, Server, only_awake, peak_mib, reset_peak, service, vllm
 from scripts.benchmarks.work import Sizes
 from serve_app import model_source
 from serve_app.tasks.positions import Positions
 
-REPEATS = 5
+REPEATS = 3
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,11 @@ def seconds(engine: Engine, shape: Shape, vocab: int, seed: int) -> float:
     return time.perf_counter() - started
 
 
+def held(server: Server) -> int:
+    """The most memory that a server's processes had resident, added up, in MiB."""
+    return sum(map(peak_mib, server.processes))
+
+
 def over_http() -> None:
     """Ask the service by its two routes and vLLM for the same, and print the seconds and the ratios."""
     folder, sizes, rng = model_source.resolve("demo"), Sizes.of_demo(), np.random.default_rng(0)
@@ -91,7 +96,7 @@ def over_http() -> None:
         found = np.load(io.BytesIO(client.post("/v1/logprobs", json=body).raise_for_status().content))
         assert found["top_logprobs"].shape == (sum(len(each) - 1 for each in asked.prompts), asked.top)
 
-    with service("bfloat16") as ours, vllm(folder, "bfloat16", "--max-logprobs", "256") as theirs:
+    with service("float32") as ours, vllm(folder, "float32", "--max-logprobs", "256") as theirs:
         clients = [httpx.Client(base_url=each.url, timeout=3600) for each in (ours, theirs)]
         with only_awake(partial(completions, clients[1]), theirs.processes) as theirs_awake:
             ways: dict[str, Callable[[Asked], None]] = {
@@ -101,6 +106,9 @@ def over_http() -> None:
             }
             for shape in (each for each in SHAPES if each.top):
                 took = {way: list[float]() for way in ways}
+                for process in (*ours.processes, *theirs.processes):
+                    reset_peak(process)
+                before = [held(each) for each in (ours, theirs)]
                 for _ in range(REPEATS + 1):  # the first compiles, and is left out
                     for way, run in ways.items():
                         ids = rng.integers(0, sizes.vocab, (shape.sequences, shape.tokens)).tolist()
@@ -111,6 +119,8 @@ def over_http() -> None:
                 for way, own in took.items():
                     median = statistics.median(own[1:])
                     print(f"{shape}: {way}: {median:.2f} s, {median / least:.2f} x", flush=True)
+                for name, server, first in zip(("service", "vLLM"), (ours, theirs), before, strict=True):
+                    print(f"{shape}: {name}: at most {held(server) - first:,} MiB more than the {first:,} before it")
 
 
 def main(http: Annotated[bool, typer.Option(help="Ask the service and vLLM over HTTP.")] = False) -> None:

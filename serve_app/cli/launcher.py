@@ -40,7 +40,7 @@ from serve_app.settings import ServiceSettings
 from serve_app.tasks.chat import ChatTemplate
 from serve_app.tasks.checkpoint_files import CheckpointFiles
 from serve_app.tasks.classify import CLASSIFY
-from serve_app.tasks.profile_choice import ProfileChoice, choose_profile
+from serve_app.tasks.profile_choice import ProfileChoice, applying, choose_profile
 from serve_app.tasks.score import SCORE
 from serve_app.tasks.systemone import SYSTEMONE
 from serve_app.tasks.task import AnyTask
@@ -120,7 +120,7 @@ def run(settings: ServiceSettings, *, host: str, port: int, fast_front: bool = T
             except ValueError as error:
                 raise LaunchError(str(error)) from error
             examples.append(example_task(CheckpointFiles(each.model, folder), profile))
-            for choice, doubt in ((template, template.doubt), (profile, profile.problem)):
+            for choice, doubt in applying(template, profile):
                 say(f"{each.name}: {choice}")
                 if doubt:
                     console.print(f"warning: {each.name}: {doubt}", soft_wrap=True, markup=False)

@@ -33,7 +33,7 @@ from serve_app.schemas import InfoResponse, ScoreRequest, ScoreResponse
 from serve_app.settings import DEFAULT_NAME, ModelSettings, ServiceSettings, check_names
 from serve_app.tasks.chat import ChatTemplate
 from serve_app.tasks.logprobs import LOGPROBS, LogprobsRequest, LogprobsResponse
-from serve_app.tasks.profile_choice import choose_profile
+from serve_app.tasks.profile_choice import applying, choose_profile
 from serve_app.tasks.score import SCORE
 from serve_app.tasks.systemone import SYSTEMONE, SystemOneRequest, SystemOneResponse
 from serve_app.tasks.task import Binary
@@ -177,7 +177,7 @@ def load_tokenizers(models: Iterable[ModelSettings]) -> list[tuple[Path, TextTok
         tokenizer = TextTokenizer.load(folder)
         loaded.append((folder, tokenizer))
         template, profile = choose(each, folder), choose_profile(each, tokenizer, ChatTemplate.load(tokenizer), folder)
-        for choice, doubt in ((template, template.doubt), (profile, profile.problem)):
+        for choice, doubt in applying(template, profile):
             logger.info("%s: %s", each.name, choice)
             if doubt:
                 logger.warning("%s: %s", each.name, doubt)

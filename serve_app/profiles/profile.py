@@ -7,6 +7,7 @@ wording gets a new name.
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -23,6 +24,10 @@ CODE = "{code}"
 Labels = tuple[str, ...]
 Type = Literal["noul", "choice", "score"]
 Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+_SIZES = (("2", 2), ("3-5", 5), ("6-10", 10), ("11+", math.inf))
+"""Names of numbers of options, with the most options of each."""
 
 
 class ShownOption(NamedTuple):
@@ -48,6 +53,10 @@ def canonical(value: Any) -> str:
 
 def _text_or_json(value: Any) -> str:
     return value if isinstance(value, str) else canonical(value)
+
+
+def _text_or_spaced(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _flat(value: Any, indent: int = 0) -> str:
@@ -76,6 +85,7 @@ _JINJA = ImmutableSandboxedEnvironment(
 _JINJA.filters |= {
     "canonical": canonical,
     "text_or_json": _text_or_json,
+    "text_or_spaced": _text_or_spaced,
     "flat": _flat,
 }
 
@@ -105,10 +115,15 @@ class Profile(BaseModel):
         alphabet: the codes of options. Empty: A to Z; for more options, two letters each.
         token_ids: the tokens that the codes of ``alphabet`` must be; empty: any.
         temperature: divides the log-probabilities of a type's answers before they are normalised.
+        temperature_by_options: the same by type and number of options, such as ``choice:3-5``, where there is one.
         option: Jinja template of one option's text, given ``type`` and ``option``; for models with a decision head,
-            which reads an option at the last token of this text, and the question at that of ``opening``. The texts up
-            to the options, each option's and ``opening`` are tokenised one by one. All templates are then given JSON
-            values, not texts. Empty: the answer is read from labels.
+            which reads an option at the last token of this text, and the question at that of ``opening`` (but see
+            ``closing``). The texts up to the options, each option's and what follows are tokenised one by one. All
+            templates are then given JSON values, not texts. Empty: the answer is read from labels.
+        closing: Jinja template of the text after the options, given ``state``; for encoders with a decision head, which
+            read each option at the first token of its text and tell the types of questions apart by those of tokens.
+            Empty: ``opening`` follows.
+        window: with ``closing``, the most tokens of the instructions and all options together; options are cut to fit.
         control: the control tokens of those texts.
         level_offsets: number of levels -> what is added to each level's logit.
 
@@ -133,7 +148,10 @@ class Profile(BaseModel):
     alphabet: tuple[str, ...] = ()
     token_ids: tuple[int, ...] = ()
     temperature: Mapping[Type, Temperature] = {}
+    temperature_by_options: Mapping[str, Temperature] = {}
     option: str = ""
+    closing: str = ""
+    window: int = 0
     control: tuple[str, ...] = ()
     level_offsets: Mapping[int, tuple[Annotated[float, Field(allow_inf_nan=False)], ...]] = {}
 
@@ -161,8 +179,17 @@ class Profile(BaseModel):
         return own.strip("\n")
 
     def option_text(self, type: str, option: ShownOption) -> str:
-        """The text at whose end a decision head reads an option."""
+        """The text at whose end, or beginning, a decision head reads an option."""
         return self._option.render(type=type, option=option)
+
+    def closing_text(self, state: Any) -> str:
+        """The text after the options."""
+        return self._closing.render(state=state)
+
+    def divisor(self, type: Type, options: int) -> float:
+        """What the log-probabilities of an answer with so many options are divided by."""
+        size = next(size for size, most in _SIZES if options <= most)
+        return self.temperature_by_options.get(f"{type}:{size}", self.temperature.get(type, 1.0))
 
     def labels(self, codes: Sequence[str]) -> tuple[Labels, ...]:
         """The labels of each option, given the options' codes."""
@@ -179,6 +206,10 @@ class Profile(BaseModel):
     @cached_property
     def _option(self) -> Template:
         return _JINJA.from_string(self.option)
+
+    @cached_property
+    def _closing(self) -> Template:
+        return _JINJA.from_string(self.closing)
 
 
 def _read() -> dict[str, Profile]:
@@ -200,4 +231,8 @@ LLAMA_GUARD_3 = "llama-guard-3-v1"
 QWEN3_RERANKER = "qwen3-reranker-v1"
 DECISION2 = "decision2-v1"
 KEV = "kev-v1"
+LAYA = "laya-v1"
 """Profiles of the checkpoints that declare themselves, see ``profile_choice.py``."""
+
+NUMBERED: tuple[Type, ...] = ("choice", "score", "noul")
+"""The types of questions in the order in which encoders with a decision head number them."""

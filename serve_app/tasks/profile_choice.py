@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, cast
 
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
-from serve_app.decision_packages import KEV_FILE
+from serve_app.decision_packages import KEV_FILE, LAYA_FILE
 from serve_app.profiles.profile import (
     CHAT,
     DECIDER,
     DECISION2,
     KEV,
+    LAYA,
     LLAMA_GUARD_3,
+    NUMBERED,
     PLAIN,
     PROFILES,
     QWEN3_RERANKER,
@@ -74,6 +77,43 @@ def _of_kev(files: CheckpointFiles) -> dict[str, Any]:
     return _temperature(files.object(KEV_FILE).get("temperature"))
 
 
+class _LayaFile(BaseModel):
+    """What is read of Laya's file."""
+
+    head_max_len: Annotated[int, Field(ge=1)] = PROFILES[LAYA].window
+    temperature: list[Any] = []
+    temperature_by_options: dict[str, Any] = {}
+
+
+def _of_laya(files: CheckpointFiles) -> dict[str, Any]:
+    """The profile with the checkpoint's control tokens, window and temperatures."""
+    said, profile = _LayaFile.model_validate(files.object(LAYA_FILE)), PROFILES[LAYA]
+    declared = files.object("special_tokens_map.json") | files.object("tokenizer_config.json")
+    names = {token: _content(declared.get(f"{token[1:-1].lower()}_token")) or token for token in profile.control}
+    found: dict[str, Any] = {"window": said.head_max_len, "control": tuple(names.values())}
+    for field in ("state", "question", "option", "closing"):
+        text: str = getattr(profile, field)
+        for token, own in names.items():
+            text = text.replace(token, own)
+        found[field] = text
+    found["temperature"] = dict(zip(NUMBERED, map(_usable, said.temperature), strict=False))
+    by_options = {name: _usable(each) for name, each in said.temperature_by_options.items()}
+    return found | {"temperature_by_options": by_options}
+
+
+def _content(token: Any) -> str | None:
+    """The text of a token as a tokenizer's files declare it."""
+    content = cast("dict[str, Any]", token).get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def _usable(temperature: Any) -> float:
+    """A temperature as Laya takes it: within 0.5 and 5, since its files have some that would make a guess a certainty;
+    1 if it is no number."""
+    number = isinstance(temperature, int | float) and math.isfinite(temperature)
+    return min(5.0, max(0.5, temperature)) if number else 1.0
+
+
 def _temperature(every: Any) -> dict[str, Any]:
     return {} if every is None else {"temperature": dict.fromkeys(("noul", "choice", "score"), every)}
 
@@ -93,8 +133,9 @@ _KINDS = (
     _Kind({KEV_FILE: ""}, KEV, own=_of_kev),
     # Drex and any2jev; Strands Decider 1; Clef.
     _Kind({"head.pt": "", "head.safetensors": "", "slot_head.pt": "", "joint_head_config.json": ""}, lacks=_HEAD),
-    # Laya.
-    _Kind({"rl_agent_config.json": ""}, lacks=_HEAD),
+    _Kind({"config.json": r'"LayaDecisionModel"'}, LAYA, own=_of_laya),
+    # What has only the file that a Laya checkpoint has.
+    _Kind({LAYA_FILE: ""}, lacks=_HEAD),
     # Liquid D1, Bosun.
     _Kind(
         {"config.json": r'"AutoModel\w*":\s*"[^"]*\.(D1Model|BosunForDecision)"'},
@@ -151,6 +192,15 @@ class ProfileChoice(NamedTuple):
         if self.problem:
             return f"decisions are refused ({self.because})"
         return f"decisions use the profile {self.profile.name} ({self.because})"
+
+
+def applying(template: template_choice.Choice, profile: ProfileChoice) -> list[tuple[object, str | None]]:
+    """The choices for a model that its user should read, each with a doubt about it: a model with a decision head
+    reranks nothing."""
+    chosen: list[tuple[object, str | None]] = [(profile, profile.problem)]
+    if not profile.profile.option or profile.problem:
+        chosen.insert(0, (template, template.doubt))
+    return chosen
 
 
 def choose_profile(

@@ -106,7 +106,7 @@ def decide(facts: ModelFacts, scorer: Any, state: Any = STATES[0], *names: str, 
 
 
 def probabilities(decided: Decided) -> list[tuple[float, ...]]:
-    assert all(isinstance(each, Judgement) for each in decided.judgements)
+    assert all(isinstance(each, Judgement) for each in decided.judgements), decided.judgements
     return [each.probabilities for each in decided.judgements if isinstance(each, Judgement)]
 
 

@@ -11,10 +11,16 @@ import pytest
 from safetensors.numpy import load_file
 
 from serve_app import model_source
+from serve_app.decision_packages import subfolders
 from serve_app.model_source import ModelSourceError, resolve
+from serve_app.profiles.profile import ShownOption
+from serve_app.settings import ModelSettings
+from serve_app.tasks.profile_choice import choose_profile
+from serve_app.tasks.tokenizer import TextTokenizer
 from tests import tiny_heads
 from tests.tiny import write_json
 from tests.tiny_families import make_family
+from tests.tiny_laya import make_laya
 
 NEEDS_TORCH = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 
@@ -167,3 +173,45 @@ def test_files_by_which_an_adapter_says_how_it_is_asked_lie_beside_its_base(tmp_
     (adapter / "adapter_model.safetensors").write_bytes(b"x")
     (adapter / "lev_release.json").write_text("{}")
     assert (resolve(str(adapter)) / "lev_release.json").is_file()
+
+
+class TestLaya:
+    def test_its_files_are_laid_out_as_a_models(self, tmp_path: Path):
+        source = make_laya(tmp_path / "Laya")
+        folder = resolve(str(source))
+        config = json.loads((folder / "config.json").read_text())
+        assert (config["architectures"], config["head_layers"]) == (["LayaDecisionModel"], 2)
+        assert config["max_position_embeddings"] == 900
+        assert (folder / "tokenizer.json").readlink() == source / "tokenizer" / "tokenizer.json"
+        assert (folder / "model.safetensors").readlink() == source / "model.safetensors"
+
+    def test_what_is_missing_is_named(self, tmp_path: Path):
+        source = make_laya(tmp_path / "Laya")
+        (source / "encoder" / "config.json").rename(tmp_path / "config.json")
+        with pytest.raises(ModelSourceError, match=r"encoder/config\.json is not there"):
+            resolve(str(source))
+
+    def test_another_encoder_is_refused(self, tmp_path: Path):
+        source = make_laya(tmp_path / "Laya")
+        write_json(source / "encoder" / "config.json", {"model_type": "deberta-v2"})
+        with pytest.raises(ModelSourceError, match="'deberta-v2', and only 'modernbert' is implemented"):
+            resolve(str(source))
+
+    def test_the_hub_is_asked_for_its_folders(self, tmp_path: Path):
+        assert subfolders(make_laya(tmp_path / "Laya")) == ["encoder", "tokenizer"]
+
+    def test_its_profile_has_the_checkpoints_tokens_and_usable_temperatures(self, tmp_path: Path):
+        source = make_laya(tmp_path / "Laya")
+        declared = json.loads((source / "tokenizer" / "tokenizer_config.json").read_text())
+        own = {"cls_token": "<bos>", "sep_token": {"content": "<eos>"}, "mask_token": "<mask>"}
+        write_json(source / "tokenizer" / "tokenizer_config.json", declared | own)
+        said = json.loads((source / "rl_agent_config.json").read_text())
+        write_json(source / "rl_agent_config.json", said | {"temperature": [1.3, 0.2, "none"], "head_max_len": 256})
+        folder = resolve(str(source))
+        profile = choose_profile(ModelSettings(model=str(source)), TextTokenizer.load(folder), None, folder).profile
+        assert (profile.name, profile.window, profile.control) == ("laya-v1", 256, ("<bos>", "<eos>", "<mask>"))
+        assert profile.front("x") == "<bos>"
+        assert profile.option_text("choice", ShownOption("0", "a", "a", "b")) == "<mask> a: b"
+        assert profile.closing_text({"a": 1}) == '<eos>{"a": 1}<eos>'
+        assert [profile.divisor(kind, 40) for kind in ("choice", "score", "noul")] == [2.5, 0.5, 1.0]
+        assert [profile.divisor("choice", 3), profile.divisor("score", 2)] == [0.8, 5.0]

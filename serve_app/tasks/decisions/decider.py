@@ -14,13 +14,14 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from pydantic import BaseModel
 
-from serve_app.contract import BatchResult, Int32, common_prefix
+from serve_app.contract import MOST_READS, BatchResult, Int32, common_prefix
 from serve_app.errors import InternalError, InvalidRequestError, ScoringError, TooLargeError
 from serve_app.profiles.calibration import Calibration, normalised
-from serve_app.profiles.profile import Profile, ShownOption
+from serve_app.profiles.profile import NUMBERED, Profile, ShownOption
 from serve_app.tasks.chat import ChatTemplate
 from serve_app.tasks.decisions.bodies import DecisionRequest
-from serve_app.tasks.decisions.labels import PAIRS, Answers, at_ends, codes, lay_out
+from serve_app.tasks.decisions.labels import PAIRS, Answers, at_ends, at_starts, codes, lay_out
+from serve_app.tasks.decisions.markers import within_window
 from serve_app.tasks.decisions.questions import Decided, JsonText, Judged, Judgement, Kind, Option, Question
 from serve_app.tasks.labels import added_tokens
 from serve_app.tasks.model_facts import LABEL_CHARACTERS, ModelFacts
@@ -139,7 +140,8 @@ class _Order:
         text: the prompt's text of the question.
         words: labels, the same ones for all orders of questions of one kind with as many options.
         options: the number of the option that each of the words stands for, or each of ``parts``.
-        parts: for a decision head, the texts at whose ends it reads, which follow: each option's, and the last one.
+        parts: for a decision head, the texts that follow: each option's, at whose end or beginning it reads, and the
+            last one.
     """
 
     question: int
@@ -349,7 +351,8 @@ class Decider:
             asked.read += len(ids) * len(answers.layout.continuations)
             if asked.read > model.limits.max_request_tokens:
                 raise too_many_tokens(asked.read, model.limits.max_request_tokens, "questions", order.question)
-            prompts.append(Prompt(order.question, np.asarray(ids, np.int32), answers.layout))
+            typed = np.asarray(ids, np.int32) + self._of_type(questions[order.question].kind)
+            prompts.append(Prompt(order.question, typed, answers.layout))
             reads.append(_Reading(answers, order.options))
         asked.done = numbers.stop
         kept = [(prompt, read) for prompt, read in zip(prompts, reads, strict=True) if prompt.index not in errors]
@@ -426,6 +429,8 @@ class Decider:
             )
         elif question.kind is Kind.NOUL and profile.outcomes == "unseen" and described:
             said = "describes its outcomes, which this model's prompt does not show; say it in the instructions"
+        elif profile.closing and count > MOST_READS:
+            said = f"has {count} options; this model reads at most {MOST_READS}; send fewer"
         elif profile.alphabet and count > len(profile.alphabet) and (kind == "choice" or count > len(profile.levels)):
             said = f"has {count} options; this model has codes for at most {len(profile.alphabet)}; send fewer"
         else:
@@ -479,7 +484,12 @@ class Decider:
         instructions = None if question.instructions is None else self._value(question.instructions)
         tail = profile.tail(kind, instructions, shown, self._value(state))
         parts = [profile.option_text(kind, option) for option in shown]
-        return _Order(number, tail, (), order, (*parts, profile.opening))
+        last = profile.closing_text(self._value(state)) if profile.closing else profile.opening
+        return _Order(number, tail, (), order, (*parts, last))
+
+    def _of_type(self, kind: Kind) -> np.int32:
+        """What is added to the ids of a question's tokens, for an encoder that tells types of questions apart."""
+        return np.int32(NUMBERED.index(kind.value) * self._model.info.vocab_size if self._profile.closing else 0)
 
     def _options_after(self, ids: list[int], parts: Sequence[str]) -> tuple[list[int], Answers] | InvalidRequestError:
         """The tokens of a whole prompt, and where a decision head reads them.
@@ -490,9 +500,13 @@ class Decider:
         """
         try:
             more = self._tokenizer.encode(parts, add_special_tokens=False)
+            if not self._profile.closing:
+                return [*ids, *chain.from_iterable(more)], at_ends([len(own) for own in more])
+            *options, last = more
+            more = [*within_window(ids, options, self._profile.window), last]
         except InvalidRequestError as error:
             return error
-        return [*ids, *chain.from_iterable(more)], at_ends([len(own) for own in more])
+        return [*ids, *chain.from_iterable(more)], at_starts([len(own) for own in more])
 
     def _value(self, text: str) -> Any:
         """A request's text for the profile's templates. In a chat, the chat template guards the whole message."""
@@ -604,7 +618,7 @@ class Piece:
             values = sums[at : at + len(own.answers.layout.lengths)]
             at += len(values)
             kind = self.questions[prompt.index].kind
-            temperature = self.profile.temperature.get(kind.value, 1.0)
+            temperature = self.profile.divisor(kind.value, len(own.options))
             if self.profile.option:
                 offsets = self.profile.level_offsets.get(len(values)) if kind is Kind.SCORE else None
                 logs = own.by_option(values)

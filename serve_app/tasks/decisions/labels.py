@@ -9,6 +9,7 @@ from itertools import pairwise, product
 
 import numpy as np
 
+from serve_app.contract import Int64
 from serve_app.errors import InvalidRequestError
 from serve_app.tasks.labels import Layout, added_tokens, of_words, quoted
 from serve_app.tasks.steps import Steps
@@ -55,13 +56,33 @@ def at_ends(lengths: Sequence[int]) -> Answers:
         lengths: the parts' tokens; the prompt ends with these parts.
     """
     ends = np.cumsum(lengths)
-    count = len(lengths) - 1
+    return _read_by_head(ends - ends[-1], [1] * (len(lengths) - 1) + [0])
+
+
+def at_starts(lengths: Sequence[int]) -> Answers:
+    """How an encoder's decision head reads a prompt: an option at the beginning of each part but the last.
+
+    Args:
+        lengths: see ``at_ends``.
+    """
+    starts = np.cumsum([0, *lengths])
+    return _read_by_head(starts[:-2] - starts[-1] + 1, [1] * (len(lengths) - 1))
+
+
+def _read_by_head(depths: Int64, targets: Sequence[int]) -> Answers:
+    """How options are read, a target for each.
+
+    Args:
+        depths: the places that are read, from the prompt's last token on.
+        targets: how many each of them has.
+    """
+    count = sum(targets)
     layout = Layout(
         continuations=((),),
-        read_sequences=np.zeros(count + 1, np.int32),
-        read_depths=(ends - ends[-1]).astype(np.int32),
+        read_sequences=np.zeros(len(depths), np.int32),
+        read_depths=depths.astype(np.int32),
         targets=np.zeros(count, np.int32),
-        target_counts=np.array([1] * count + [0], np.int64),
+        target_counts=np.array(targets, np.int64),
         parts=np.arange(count, dtype=np.int64),
         lengths=np.ones(count, np.int64),
         disjoint=range(count),

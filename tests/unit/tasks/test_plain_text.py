@@ -111,8 +111,16 @@ def test_a_mark_changes_no_other_token(kind: str, text: str, at: int) -> None:
     at = min(at, len(text))
     assume(
         all(found not in range(1, len(token)) for token in (*CONTROL, *TEXTUAL) for found in _places(token, text, at))
+        and not _among_taken_spaces(tokenizer, text, at)
     )
     assert tokenizer.guarded.encode([text[:at] + MARK + text[at:]]) == tokenizer.encode([text])
+
+
+def _among_taken_spaces(tokenizer: TextTokenizer, text: str, at: int) -> bool:
+    """Whether ``at`` is between a token and spaces that the token takes with it."""
+    before = text[:at].rstrip()
+    takes = (token.content for token in tokenizer.backend.get_added_tokens_decoder().values() if token.rstrip)
+    return text[at : at + 1].isspace() and any(before.endswith(token) for token in takes)
 
 
 def _places(token: str, text: str, at: int) -> list[int]:

@@ -124,7 +124,7 @@ UNREADABLE: dict[str, tuple[dict[str, Any], dict[str, object], str]] = {
         "it has head.pt: this model reads its answers with a",
     ),
     "Clef": (QWEN3, {"joint_head_config.json": {}}, "a head of its own"),
-    "Laya": (QWEN3, {"rl_agent_config.json": {}}, "a head of its own"),
+    "a causal model with Laya's file": (QWEN3, {"rl_agent_config.json": {}}, "a head of its own"),
     "Liquid D1": ({**QWEN3, "auto_map": {"AutoModel": "modeling_d1.D1Model"}}, {}, "code of its own"),
     "Bosun": (
         {**QWEN3, "auto_map": {"AutoModelForCausalLM": "Hanno-Labs/bosun--modeling_bosun.BosunForDecision"}},

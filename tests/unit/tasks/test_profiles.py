@@ -176,6 +176,7 @@ DIGESTS = {
     "decider-v1": "6cfdfe61b5e56b7a",
     "decision2-v1": "d3c10806e9c0f890",
     "kev-v1": "aa8fa9edf8b2c049",
+    "laya-v1": "e3abc24faed2bc4b",
     "llama-guard-3-v1": "8b039dd2531ced79",
     "plain-v1": "0706892557511671",
     "qwen3-reranker-v1": "f34911e0ac338fe4",
