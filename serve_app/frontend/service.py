@@ -176,8 +176,9 @@ class ModelService:
             ).value
         with self._counted(task, tenant):
             limit = self._time_limit(getattr(request, "timeout_s", None), timeout_s)
-            work = self._score(prepare, request_id, time.time() + limit, self._asked(request, tenant), size)
-            return await self.in_time(work, limit)
+            asked = self._asked(request, tenant)
+            work = self._score(prepare, request_id, time.time() + limit, asked, size)
+            return asked.named(await self.in_time(work, limit))
 
     async def compute(self, batch: TokenBatch, request_id: str) -> BatchResult:
         """Compute a batch that is not a request, such as a self-test's. Call it under ``in_time``.
@@ -206,9 +207,10 @@ class ModelService:
         begin = partial(self._streams[task.name], request)
         with self._counted(task, tenant):
             limit = self._time_limit(getattr(request, "timeout_s", None), timeout_s)
-            async with aclosing(self._stream(begin, request_id, limit, self._asked(request, tenant))) as answered:
+            asked = self._asked(request, tenant)
+            async with aclosing(self._stream(begin, request_id, limit, asked)) as answered:
                 async for some in answered:
-                    yield some
+                    yield [asked.named(line) for line in some]
 
     async def _stream(
         self, begin: Callable[[], Stream], request_id: str, limit: float, asked: _Asked
@@ -255,7 +257,8 @@ class ModelService:
         return last if name not in self._settings.names and last in self._settings.adapters else ""
 
     def _asked(self, request: RequestBody, tenant: Tenant) -> _Asked:
-        return _Asked(tenant, _salt(request, tenant), self.adapter(getattr(request, "model", None) or ""))
+        model = getattr(request, "model", None) or ""
+        return _Asked(tenant, _salt(request, tenant), self.adapter(model), model)
 
     def close(self) -> None:
         """Stop the tokenizer's threads."""
@@ -440,11 +443,19 @@ class _Asked(NamedTuple):
     Attributes:
         salt: of their prefixes in the cache, see ``TokenBatch.salts``; 0: none.
         adapter: see ``ScoreJob``.
+        model: the name by which the request names the model.
     """
 
     tenant: Tenant
     salt: int = 0
     adapter: str = ""
+    model: str = ""
+
+    def named(self, answer: A) -> A:
+        """An answer, or a line of one, with the name of the adapter that was asked in the place of its base's."""
+        if not self.adapter or not isinstance(answer, BaseModel) or "model" not in type(answer).model_fields:
+            return answer
+        return answer.model_copy(update={"model": self.model})
 
 
 class _Work(NamedTuple):

@@ -63,8 +63,18 @@ async def test_other_routes_choose_it_too(client: httpx.AsyncClient) -> None:
         body = {"model": model, "prompt": "The sky", "max_tokens": 1, "logprobs": 1}
         answers.append(await client.post("/v1/completions", json=body))
         assert [each.status_code for each in answers] == [200] * 3, [each.text for each in answers]
+        assert {each.json()["model"] for each in answers} == {"fake-judge" if model == "default" else model}
         found.append([{**each.json(), "model": "", "id": "", "created": 0} for each in answers])
     assert all(one != other for one, other in zip(*found, strict=True))
+
+
+async def test_the_answer_has_the_name_that_was_asked(client: httpx.AsyncClient) -> None:
+    body = {"query": "a", "items": ["b", "c"], "label_token_ids": [5, 6]}
+    for model, named in (("default", "fake-judge"), ("kind", "kind"), ("judge:2:kind", "judge:2:kind")):
+        answer = await client.post("/v1/score", json={**body, "model": model})
+        assert answer.json()["model"] == named
+        streamed = await client.post("/v1/score", json={**body, "model": model, "stream": True})
+        assert f'"model":"{named}"' in streamed.text.splitlines()[-1]
 
 
 async def test_an_unknown_one_is_a_404_that_names_what_is_there(client: httpx.AsyncClient) -> None:
