@@ -1,5 +1,6 @@
 """Tiny checkpoints of every model family against transformers' float32 forward: layer by layer, then logprobs."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from model.inputs import padding
 from model.plan import Shape
 from model.tensors.folder import opened
 from tests.batches import label_batch, reads_batch
-from tests.parity.cases import HAVE_TORCH, LABELS, expected, sequences, torch_on_one_thread
-from tests.tiny_families import TESTED, make_family
+from tests.parity.cases import CASES, GOLDENS, HAVE_TORCH, LABELS, expected, sequences, torch_on_one_thread
+from tests.tiny_families import FAMILIES, TESTED, make_family
 
 Families = Callable[[str], tuple[Path, Engine]]
 
@@ -27,6 +28,10 @@ def test_float32_logprobs_equal_transformers(family: str, families: Families) ->
     wanted = np.array(expected(family, folder))
     assert wanted.std() > 1, "the reference must vary, or the case shows nothing"
     np.testing.assert_allclose(logprobs(scorer), wanted, rtol=0, atol=1e-4)
+
+
+def test_stored_answers_are_there_for_machines_without_torch() -> None:
+    assert json.loads(GOLDENS.read_text()).keys() == {*CASES, *FAMILIES}
 
 
 @pytest.mark.parametrize(
