@@ -110,7 +110,8 @@ def test_an_architecture_of_another_model_type_is_refused(architecture: str) -> 
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSES
 
     own = FAMILIES[architecture].model_type
-    assert architecture in (CAUSAL.get(own), CLASSES.get(own))
+    if architecture != "LayaDecisionModel":  # a name of this project's, see serve_app.decision_packages
+        assert architecture in (CAUSAL.get(own), CLASSES.get(own))
     other = "mistral" if own == "llama" else "llama"
     with pytest.raises(ConfigError, match=f"{architecture}.*model_type '{other}'"):
         from_hf({**config_of("llama"), "architectures": [architecture], "model_type": other})
