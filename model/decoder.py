@@ -262,7 +262,23 @@ def embedded(embedding: Float[Array, "rows D"], tokens: Int[Array, " M"], shards
     return lax.psum(jnp.where(local[:, None], x, jnp.zeros_like(x)), MODEL).astype(jnp.float32)
 
 
-class EmbeddingAndHead(nnx.Module):
+class AroundLayers(nnx.Module):
+    """What is before the first layer and after the last."""
+
+    def last_layer(
+        self,
+        block: Block,
+        x: Float[Array, "M D"],
+        angles: AllAngles,
+        context: AttentionContext,
+        layer: Layer,
+        inputs: Inputs,
+    ) -> Float[Array, "R D"]:
+        """The last layer's output for the reads, see ``Block.forward_reads``."""
+        return block.forward_reads(x, angles, context, layer, inputs.reads)
+
+
+class EmbeddingAndHead(AroundLayers):
     """The embedding before the first layer; the norm and the output head after the last."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype) -> None:
@@ -292,18 +308,6 @@ class EmbeddingAndHead(nnx.Module):
         angles = all_angles(config, positions, long)
         x = embedded(self.embedding[...], tokens, config.shards)
         return x if config.embedding_scale == 1.0 else x * config.embedding_scale, angles
-
-    def last_layer(
-        self,
-        block: Block,
-        x: Float[Array, "M D"],
-        angles: AllAngles,
-        context: AttentionContext,
-        layer: Layer,
-        inputs: Inputs,
-    ) -> Float[Array, "R D"]:
-        """The last layer's output at the reads."""
-        return block.forward_reads(x, angles, context, layer, inputs.reads)
 
     def head_weights(self) -> Float[Array, "V D"]:
         """The output head's rows: tokens, or classes, followed by those of adapters. Of a split vocabulary this

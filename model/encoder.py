@@ -4,6 +4,7 @@ A family's own file says how its layer puts these together, and which tensor of 
 one segment of a call. It has no prefix, since each of its tokens depends on those after it.
 """
 
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import jax.numpy as jnp
@@ -12,10 +13,10 @@ from jaxtyping import Array, Float, Int
 
 from model import decoder
 from model.attention import AttentionContext, Layer, MaskSpec
+from model.checkpoint import Entry, Fused, Target
 from model.config import Encoder, ModelConfig
 from model.cpu import linear
 from model.decoder import AllAngles
-from model.inputs import Inputs
 from model.layers import Linear, standardized
 
 
@@ -81,7 +82,7 @@ def _means(x: Float[Array, "M D"], context: AttentionContext, reads: Int[Array, 
     return sums[own] / jnp.maximum(counts[own], 1.0)[:, None]
 
 
-class Embedding(nnx.Module):
+class Embedding(decoder.AroundLayers):
     """The embedding before the first layer."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype) -> None:
@@ -116,18 +117,6 @@ class Embedding(nnx.Module):
         if self.types is None:
             return x
         return x + self.types[...][jnp.where(tokens < 0, 0, tokens // self.config.vocab_size)].astype(jnp.float32)
-
-    def last_layer(
-        self,
-        block: decoder.Block,
-        x: Float[Array, "M D"],
-        angles: AllAngles,
-        context: AttentionContext,
-        layer: Layer,
-        inputs: Inputs,
-    ) -> Float[Array, "R D"]:
-        """What represents the sequences of the reads after the last layer."""
-        return block.forward_reads(x, angles, context, layer, inputs.reads)
 
     def _rows(self, ids: Int[Array, " M"], positions: Int[Array, " M"]) -> Int[Array, " M"]:
         """The tokens' rows in the embedding of positions."""
@@ -173,3 +162,30 @@ class EmbeddingAndClassifier(Embedding):
     def head_split(self) -> None:
         """Every device has all classes."""
         return
+
+
+def norm_table(name: str, width: int, *path: str | int, bias: bool = True) -> dict[str, Entry]:
+    """Where a layer norm's tensors go."""
+    table: dict[str, Entry] = {f"{name}.weight": Target((*path, "scale"), (width,), "same")}
+    if bias:
+        table[f"{name}.bias"] = Target((*path, "bias"), (width,), "same")
+    return table
+
+
+def linear_table(
+    name: str, out: int, into: int, *paths: Sequence[str | int], bias: bool = True, separator: str = "."
+) -> dict[str, Entry]:
+    """Where a linear's tensors go: one matrix, or one of several parameters, ``out`` rows each.
+
+    Args:
+        separator: between ``name`` and ``weight`` or ``bias``.
+    """
+
+    def entry(of_path: Callable[[Sequence[str | int]], Target]) -> Entry:
+        parts = tuple(map(of_path, paths))
+        return parts[0] if len(parts) == 1 else Fused(parts)
+
+    table = {f"{name}{separator}weight": entry(lambda path: Target((*path, "kernel"), (out, into), "transpose"))}
+    if bias:
+        table[f"{name}{separator}bias"] = entry(lambda path: Target((*path, "bias"), (out,), "same"))
+    return table

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests.tiny import write_json
 from tests.tiny_families import make_family
@@ -27,16 +27,22 @@ TEMPERATURE = 1.7
 
 def tokenizer() -> Tokenizer:
     """A byte-level BPE of 290 tokens, with the control tokens of kev's prompt."""
+    text = '\n<option>\n{"description": "key":} option>\n\nSelect Decision: Options:'
+    return byte_pairs(290, ["<|im_start|>", "<|im_end|>", *CONTROL], text)
+
+
+def byte_pairs(tokens: int, specials: Sequence[str | AddedToken], text: str) -> Tokenizer:
+    """A byte-level BPE of so many tokens, the special ones first, that has the words of a text as tokens."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=290,
-        special_tokens=["<|im_start|>", "<|im_end|>", *CONTROL],
+        vocab_size=tokens,
+        special_tokens=list(specials),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator(['\n<option>\n{"description": "key":} option>\n\nSelect Decision: Options:'] * 50, trainer)
+    made.train_from_iterator([text] * 50, trainer)
     return made
 
 

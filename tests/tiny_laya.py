@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer
 
 from tests.tiny import write_json
 from tests.tiny_encoders import make_encoder
+from tests.tiny_heads import byte_pairs
 
 WIDTH, HEADS, MORE = 128, 2, 2
 TYPES = ("choice", "score", "noul")
@@ -61,17 +62,9 @@ def make_laya(folder: Path) -> Path:
 
 def _tokenizer() -> Tokenizer:
     """A byte-level BPE of 307 tokens, to which a question's beginning is a few."""
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
     # As of ModernBERT's tokenizer, the marker takes the spaces before it.
     specials = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", AddedToken("[MASK]", lstrip=True, special=True)]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=307, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
-    )
-    made.train_from_iterator(["choice question: score question: noul question: level option: Which?"] * 50, trainer)
-    return made
+    return byte_pairs(307, specials, "choice question: score question: noul question: level option: Which?")
 
 
 def _head(rng: np.random.Generator) -> dict[str, np.ndarray]:

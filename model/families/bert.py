@@ -14,7 +14,7 @@ from model import encoder
 from model.checkpoint import Entry, Target, Targets
 from model.config import Activation, Encoder, ModelConfig, Rope, with_classes
 from model.cpu import linear
-from model.encoder import LayerNorm, encoder_of
+from model.encoder import LayerNorm, encoder_of, linear_table, norm_table
 from model.fields import IGNORED, NEUTRAL, ConfigError, Fields
 from model.layers import Linear, activate
 from model.lora import Rows
@@ -152,32 +152,23 @@ def weights_of_xlm_roberta(config: ModelConfig) -> Targets:
 def _weights(config: ModelConfig, *, dense: str, classes: str) -> Targets:
     width, ff = config.width, config.ff_width
     found, targets = encoder_of(config), dict[str, Entry]()
-
-    def norm(name: str, *path: str | int) -> None:
-        targets[f"{name}.weight"] = Target((*path, "scale"), (width,), "same")
-        targets[f"{name}.bias"] = Target((*path, "bias"), (width,), "same")
-
-    def linear(name: str, out: int, into: int, *path: str | int) -> None:
-        targets[f"{name}.weight"] = Target((*path, "kernel"), (out, into), "transpose")
-        targets[f"{name}.bias"] = Target((*path, "bias"), (out,), "same")
-
     for name, path, rows in (
         ("word", "embedding", config.vocab_size),
         ("position", "positions", found.positions),
         ("token_type", "types", found.token_types),
     ):
         targets[f"embeddings.{name}_embeddings.weight"] = Target((path,), (rows, width), "same")
-    norm("embeddings.LayerNorm", "embedding_norm")
+    targets |= norm_table("embeddings.LayerNorm", width, "embedding_norm")
     for layer in range(config.layers):
         block, attention = f"encoder.layer.{layer}", ("blocks", layer, "attention")
         for name in ("query", "key", "value"):
-            linear(f"{block}.attention.self.{name}", width, width, *attention, name[0])
-        linear(f"{block}.attention.output.dense", width, width, *attention, "o")
-        norm(f"{block}.attention.output.LayerNorm", "blocks", layer, "attention_norm")
-        linear(f"{block}.intermediate.dense", ff, width, "blocks", layer, "mlp", "up")
-        linear(f"{block}.output.dense", width, ff, "blocks", layer, "mlp", "down")
-        norm(f"{block}.output.LayerNorm", "blocks", layer, "mlp_norm")
-    linear(dense, width, width, "dense")
+            targets |= linear_table(f"{block}.attention.self.{name}", width, width, (*attention, name[0]))
+        targets |= linear_table(f"{block}.attention.output.dense", width, width, (*attention, "o"))
+        targets |= norm_table(f"{block}.attention.output.LayerNorm", width, "blocks", layer, "attention_norm")
+        targets |= linear_table(f"{block}.intermediate.dense", ff, width, ("blocks", layer, "mlp", "up"))
+        targets |= linear_table(f"{block}.output.dense", width, ff, ("blocks", layer, "mlp", "down"))
+        targets |= norm_table(f"{block}.output.LayerNorm", width, "blocks", layer, "mlp_norm")
+    targets |= linear_table(dense, width, width, ("dense",))
     targets[f"{classes}.weight"] = Target(("head",), (config.classes, width), "same")
     targets[f"{classes}.bias"] = Target(("bias",), (config.classes,), "same")
     return targets

@@ -15,10 +15,11 @@ from jaxtyping import Array, Float
 
 from model import decision_heads, decoder, encoder
 from model.attention import AttentionContext, Layer, MaskSpec, attend
-from model.checkpoint import Entry, Fused, Target, Targets
+from model.checkpoint import Target, Targets
 from model.config import DecisionHead, Encoder, ModelConfig
 from model.decision_heads import Norm
 from model.decoder import AllAngles, projection
+from model.encoder import linear_table, norm_table
 from model.families import modernbert
 from model.fields import IGNORED, NEUTRAL, ConfigError, Fields
 from model.inputs import Inputs
@@ -55,7 +56,6 @@ class _Layer(nnx.Module):
             return projection(config, dtype, into, out, bias=True, axes=axes)
 
         width, heads, ff_width = config.width, config.heads * _HEAD_WIDTH, 4 * config.width // config.shards
-        self.config = config
         self.attention_norm, self.mlp_norm = Norm(config), Norm(config)
         self.q = linear(width, heads, ("embed", "heads"))
         self.k, self.v = (linear(width, heads, ("embed", "kv_heads")) for _ in "kv")
@@ -113,32 +113,20 @@ class Ends(encoder.Embedding):
 
 def weights(config: ModelConfig) -> Targets:
     width = config.width
-    targets: dict[str, Entry] = modernbert.weights_of_layers(config, "encoder")
-
-    def norm(name: str, *path: str) -> None:
-        targets[f"{name}.weight"] = Target((*path, "scale"), (width,), "same")
-        targets[f"{name}.bias"] = Target((*path, "bias"), (width,), "same")
-
-    def linear(name: str, out: int, into: int, *path: str) -> None:
-        targets[f"{name}.weight"] = Target((*path, "kernel"), (out, into), "transpose")
-        targets[f"{name}.bias"] = Target((*path, "bias"), (out,), "same")
-
+    targets = modernbert.weights_of_layers(config, "encoder")
     for number in range(encoder.encoder_of(config).more_layers):
         source, own = f"head.layers.{number}", f"layer_{number}"
-        qkv = [(own, name) for name in "qkv"]
-        kernels = tuple(Target((*path, "kernel"), (width, width), "transpose") for path in qkv)
-        targets[f"{source}.self_attn.in_proj_weight"] = Fused(kernels)
-        targets[f"{source}.self_attn.in_proj_bias"] = Fused(
-            tuple(Target((*path, "bias"), (width,), "same") for path in qkv)
+        targets |= linear_table(
+            f"{source}.self_attn.in_proj", width, width, *((own, name) for name in "qkv"), separator="_"
         )
-        linear(f"{source}.self_attn.out_proj", width, width, own, "o")
-        linear(f"{source}.linear1", 4 * width, width, own, "up")
-        linear(f"{source}.linear2", width, 4 * width, own, "down")
-        norm(f"{source}.norm1", own, "attention_norm")
-        norm(f"{source}.norm2", own, "mlp_norm")
+        targets |= linear_table(f"{source}.self_attn.out_proj", width, width, (own, "o"))
+        targets |= linear_table(f"{source}.linear1", 4 * width, width, (own, "up"))
+        targets |= linear_table(f"{source}.linear2", width, 4 * width, (own, "down"))
+        targets |= norm_table(f"{source}.norm1", width, own, "attention_norm")
+        targets |= norm_table(f"{source}.norm2", width, own, "mlp_norm")
     targets["type_emb.weight"] = Target(("types",), (TYPES, width), "same")
-    norm("scorer.0", "decision_head", "marker_norm")
-    linear("scorer.1", width, width, "decision_head", "dense")
+    targets |= norm_table("scorer.0", width, "decision_head", "marker_norm")
+    targets |= linear_table("scorer.1", width, width, ("decision_head", "dense"))
     targets["scorer.3.weight"] = Target(("decision_head", "scalar"), (1, width), "same")
     targets["scorer.3.bias"] = Target(("decision_head", "bias"), (1,), "same")
     return targets

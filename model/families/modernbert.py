@@ -10,9 +10,9 @@ from jaxtyping import Array, Float
 
 from model import decoder, encoder
 from model.attention import Layer
-from model.checkpoint import Entry, Fused, Target, Targets
+from model.checkpoint import Entry, Target, Targets
 from model.config import Encoder, ModelConfig, Rope, rope_group
-from model.encoder import LayerNorm
+from model.encoder import LayerNorm, linear_table, norm_table
 from model.families.bert import activation, classifier, heads
 from model.fields import IGNORED, NEUTRAL, ConfigError, Fields
 from model.layers import activate, standardized
@@ -128,14 +128,10 @@ class Ends(encoder.EmbeddingAndClassifier):
 
 
 def weights(config: ModelConfig) -> Targets:
-    width = config.width
+    width, found = config.width, encoder.encoder_of(config)
     targets = weights_of_layers(config, "model")
-    targets["head.dense.weight"] = Target(("dense", "kernel"), (width, width), "transpose")
-    if encoder.encoder_of(config).dense_bias:
-        targets["head.dense.bias"] = Target(("dense", "bias"), (width,), "same")
-    targets["head.norm.weight"] = Target(("dense_norm", "scale"), (width,), "same")
-    if encoder.encoder_of(config).norm_bias:
-        targets["head.norm.bias"] = Target(("dense_norm", "bias"), (width,), "same")
+    targets |= linear_table("head.dense", width, width, ("dense",), bias=found.dense_bias)
+    targets |= norm_table("head.norm", width, "dense_norm", bias=found.norm_bias)
     targets["classifier.weight"] = Target(("head",), (config.classes, width), "same")
     targets["classifier.bias"] = Target(("bias",), (config.classes,), "same")
     return targets
@@ -143,34 +139,24 @@ def weights(config: ModelConfig) -> Targets:
 
 def weights_of_layers(config: ModelConfig, prefix: str) -> dict[str, Entry]:
     """The table of the embedding, the layers and the last norm, whose names begin with ``prefix``."""
-    width, ff = config.width, config.ff_width
-    targets: dict[str, Entry] = {}
-
-    def norm(name: str, *path: str | int) -> None:
-        targets[f"{name}.weight"] = Target((*path, "scale"), (width,), "same")
-        if encoder.encoder_of(config).norm_bias:
-            targets[f"{name}.bias"] = Target((*path, "bias"), (width,), "same")
-
-    def linear(name: str, out: int, into: int, *paths: tuple[str | int, ...], bias: bool) -> None:
-        """One matrix of several parameters, ``out`` rows each."""
-        targets[f"{name}.weight"] = Fused(tuple(Target((*path, "kernel"), (out, into), "transpose") for path in paths))
-        if bias:
-            targets[f"{name}.bias"] = Fused(tuple(Target((*path, "bias"), (out,), "same") for path in paths))
-
-    targets[f"{prefix}.embeddings.tok_embeddings.weight"] = Target(("embedding",), (config.vocab_size, width), "same")
-    norm(f"{prefix}.embeddings.norm", "embedding_norm")
+    width, ff, of_norms = config.width, config.ff_width, encoder.encoder_of(config).norm_bias
+    embeddings = f"{prefix}.embeddings"
+    targets: dict[str, Entry] = {
+        f"{embeddings}.tok_embeddings.weight": Target(("embedding",), (config.vocab_size, width), "same"),
+        **norm_table(f"{embeddings}.norm", width, "embedding_norm", bias=of_norms),
+        **norm_table(f"{prefix}.final_norm", width, "last_norm", bias=of_norms),
+    }
     for layer in range(config.layers):
         source, block = f"{prefix}.layers.{layer}", ("blocks", layer)
         attention, mlp = (*block, "attention"), (*block, "mlp")
         if layer:
-            norm(f"{source}.attn_norm", *block, "attention_norm")
-        qkv = ((*attention, name) for name in "qkv")
-        linear(f"{source}.attn.Wqkv", width, width, *qkv, bias=config.attention_bias)
-        linear(f"{source}.attn.Wo", width, width, (*attention, "o"), bias=config.output_bias)
-        norm(f"{source}.mlp_norm", *block, "mlp_norm")
-        linear(f"{source}.mlp.Wi", ff, width, (*mlp, "gate"), (*mlp, "up"), bias=config.mlp_bias)
-        linear(f"{source}.mlp.Wo", width, ff, (*mlp, "down"), bias=config.mlp_bias)
-    norm(f"{prefix}.final_norm", "last_norm")
+            targets |= norm_table(f"{source}.attn_norm", width, *block, "attention_norm", bias=of_norms)
+        qkv = [(*attention, name) for name in "qkv"]
+        targets |= linear_table(f"{source}.attn.Wqkv", width, width, *qkv, bias=config.attention_bias)
+        targets |= linear_table(f"{source}.attn.Wo", width, width, (*attention, "o"), bias=config.output_bias)
+        targets |= norm_table(f"{source}.mlp_norm", width, *block, "mlp_norm", bias=of_norms)
+        targets |= linear_table(f"{source}.mlp.Wi", ff, width, (*mlp, "gate"), (*mlp, "up"), bias=config.mlp_bias)
+        targets |= linear_table(f"{source}.mlp.Wo", width, ff, (*mlp, "down"), bias=config.mlp_bias)
     return targets
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,16 +90,26 @@ def facts(folder: Path, scorer: Any) -> ModelFacts:
     return found
 
 
-def asked(state: Any = STATES[0], *names: str, permutations: int = 1) -> tuple[SystemOneRequest, list[Question]]:
-    own = {name: QUESTIONS[name] for name in names or QUESTIONS}
+def asked(
+    state: Any, names: Sequence[str], permutations: int, among: Mapping[str, Mapping[str, Any]]
+) -> tuple[SystemOneRequest, list[Question]]:
+    own = {name: among[name] for name in names or among}
     request = SystemOneRequest.model_validate({"state": state, "questions": own, "permutations": permutations})
     return request, questions(request)
 
 
-def decide(facts: ModelFacts, scorer: Any, state: Any = STATES[0], *names: str, permutations: int = 1) -> Decided:
+def decide(
+    facts: ModelFacts,
+    scorer: Any,
+    state: Any = STATES[0],
+    *names: str,
+    permutations: int = 1,
+    among: Mapping[str, Mapping[str, Any]] = QUESTIONS,
+) -> Decided:
+    """The answers to the questions of these names, or to all."""
     from serve_app.tasks.systemone import _state  # pyright: ignore[reportPrivateUsage]
 
-    request, own = asked(state, *names, permutations=permutations)
+    request, own = asked(state, names, permutations, among)
     prepared = finish(Decider.of(facts).prepare(_state(request), own, permutations, lambda decided: decided))
     result: BatchResult = scorer.score(prepared.batch)
     return prepared.answer(result)

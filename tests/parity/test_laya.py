@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from serve_app import model_source
 from serve_app.errors import InvalidRequestError
 from serve_app.settings import ModelSettings
 from serve_app.tasks.decisions.decider import Decider
-from serve_app.tasks.decisions.questions import Decided, Judged, Judgement, Kind, Option, Question
+from serve_app.tasks.decisions.questions import Judged, Judgement, Kind, Option, Question
 from serve_app.tasks.model_facts import ModelFacts
 from serve_app.tasks.steps import finish
 from serve_app.tasks.systemone import SystemOneRequest, questions
 from serve_app.tasks.tokenizer import TextTokenizer
 from tests.parity.cases import HAVE_TORCH
 from tests.parity.test_decision_heads import QUESTIONS, STATES, options_of, probabilities
+from tests.parity.test_decision_heads import decide as decide_among
 from tests.tiny_laya import Reference, make_laya
 
 pytestmark = [pytest.mark.heavy, pytest.mark.skipif(not HAVE_TORCH, reason="torch is not installed")]
@@ -91,14 +93,7 @@ def facts(folder: Path, scorer: Any) -> ModelFacts:
     return found
 
 
-def decide(facts: ModelFacts, scorer: Any, state: Any, *names: str, permutations: int = 1) -> Decided:
-    from serve_app.tasks.systemone import _state  # pyright: ignore[reportPrivateUsage]
-
-    own = {name: ALL[name] for name in names or ALL}
-    request = SystemOneRequest.model_validate({"state": state, "questions": own, "permutations": permutations})
-    steps = Decider.of(facts).prepare(_state(request), questions(request), permutations, lambda decided: decided)
-    prepared = finish(steps)
-    return prepared.answer(scorer.score(prepared.batch))
+decide = partial(decide_among, among=ALL)
 
 
 def expected(reference: Reference, state: Any, name: str, turn: int = 0) -> np.ndarray:

@@ -482,9 +482,10 @@ class Decider:
             described = None if option.description is None else self._value(option.description)
             shown.append(ShownOption(str(place), option.name, self._value(option.name), described))
         instructions = None if question.instructions is None else self._value(question.instructions)
-        tail = profile.tail(kind, instructions, shown, self._value(state))
+        value = self._value(state)
+        tail = profile.tail(kind, instructions, shown, value)
         parts = [profile.option_text(kind, option) for option in shown]
-        last = profile.closing_text(self._value(state)) if profile.closing else profile.opening
+        last = profile.closing_text(value) if profile.closing else profile.opening
         return _Order(number, tail, (), order, (*parts, last))
 
     def _of_type(self, kind: Kind) -> np.int32:
