@@ -26,7 +26,7 @@ from model import decoder
 from model.attention import AttentionContext, to_pool
 from model.config import ModelConfig
 from model.contract import PAGE_TOKENS
-from model.cpu import linear
+from model.cpu import linear, pages
 from model.delta import Snapshots
 from model.encoder import EmbeddingAndClassifier
 from model.families import laya
@@ -333,6 +333,8 @@ def _kept_layers(
 
 def write(model: Model, pool: jax.Array, keys_values: KeysValues, spans: jax.Array, count: jax.Array) -> jax.Array:
     """The pool with keys and values of a prefill in the first ``count`` of ``spans``."""
+    if model.config.native and isinstance(keys_values, tuple):
+        return pages.write(pool, [to_pool(part) for part in keys_values], spans, count)
     rows = to_pool(jnp.stack(keys_values) if isinstance(keys_values, tuple) else keys_values)  # L 2 M K W
     layers, _, _, *head = rows.shape
     # A call with whole pages of one prefix needs no rows around it. On a TPU they would cost as much as all the rest.

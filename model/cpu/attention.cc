@@ -20,8 +20,8 @@
 namespace {
 
 constexpr int kKeys = 64;       // of one block
-constexpr int64_t kSteps = 32;  // of one sum
-constexpr int kTileRows = 384;  // queries that share a packed block: their running sums stay in the second cache
+constexpr int64_t kSteps = 64;  // of one sum
+constexpr int kTileRows = 768;  // queries that share a packed block: their running sums stay in the second cache
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 Floats Larger(Floats a, Floats b) { return a > b ? a : b; }

@@ -20,7 +20,7 @@ from model import compiled
 logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-SOURCES = (HERE / "attention.cc", HERE / "linear.cc", HERE / "delta.cc")
+SOURCES = (HERE / "attention.cc", HERE / "linear.cc", HERE / "delta.cc", HERE / "pages.cc")
 HEADER = HERE / "kernels.h"
 SYMBOLS = {
     "attention": "ScoreAttention",
@@ -34,6 +34,7 @@ SYMBOLS = {
     "dots": "ScoreDots",
     "delta": "ScoreDelta",
     "delta_kept": "ScoreDeltaKept",
+    "pages": "ScorePages",
 }
 """A kernel's name here -> its name in the sources."""
 OPTIONS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fPIC")

@@ -32,7 +32,7 @@ from scripts.benchmarks.work import Sizes
 from serve_app import model_source
 from serve_app.tasks.positions import Positions
 
-REPEATS = 3
+REPEATS = 7
 
 
 @dataclass(frozen=True)
