@@ -10,6 +10,7 @@ from typing import Any
 
 from jax.experimental import topologies
 
+from model.compiled import deepen_libtpu_stacks
 from model.cost import CLOCKS
 from model.memory import HBM_BYTES
 
@@ -69,6 +70,7 @@ def devices(chip: str, topology: str) -> tuple[Any, ...]:
     if libtpu_version() is None:
         raise ValueError("libtpu is not installed; install this project with its extra tpu-compile")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is opened
+    deepen_libtpu_stacks()
     single = topology in ("1x1", "1x1x1")
     name = f"{chip}:{CHIPS[chip].smallest if single else topology}"
     try:

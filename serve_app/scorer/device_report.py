@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from serve_app import model_source
-from serve_app.scorer.engines import compiled_folder, progress_log, raise_locked_memory
+from serve_app.scorer.engines import compiled_folder, prepare_tpu, progress_log
 from serve_app.settings import ModelSettings
 
 Platform = Literal["tpu", "gpu", "cpu"]
@@ -40,7 +40,7 @@ def report(kind: Platform, settings: ModelSettings, say: Callable[[str], None]) 
     """
     os.environ["JAX_PLATFORMS"] = ASKED[kind]
     if kind == "tpu":
-        raise_locked_memory()
+        prepare_tpu()
     import jax
 
     from model import device_check, loading

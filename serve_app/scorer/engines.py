@@ -105,7 +105,7 @@ def _load_model(settings: ModelSettings, scorers: int = 1) -> LaunchingEngine:
     if settings.tpu:
         # Without it jax would go on with the CPU when libtpu fails, and keep libtpu's reason to itself.
         os.environ["JAX_PLATFORMS"] = "tpu,cpu"
-        raise_locked_memory()
+        prepare_tpu()
     elif not any(map(glob.glob, ACCELERATORS)):
         # With libtpu installed, as for the tests, jax would look for a TPU and fill the log with errors.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -156,6 +156,14 @@ def _load_model(settings: ModelSettings, scorers: int = 1) -> LaunchingEngine:
     for note in engine.info.notes:
         logger.warning("%s: %s", settings.name, note)
     return engine
+
+
+def prepare_tpu() -> None:
+    """Set what libtpu needs of this process before jax loads it."""
+    from model.compiled import deepen_libtpu_stacks
+
+    raise_locked_memory()
+    deepen_libtpu_stacks()
 
 
 def raise_locked_memory() -> None:
