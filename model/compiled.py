@@ -28,18 +28,6 @@ T = TypeVar("T")
 
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 """Variables of the environment with the compilers' flags. Each compiler reads its own once, when it is loaded."""
-LIBTPU_STACK = "--fibers_default_thread_stack_size"
-LIBTPU_STACK_BYTES = 2**21
-
-
-def deepen_libtpu_stacks() -> None:
-    """Give libtpu's threads deeper stacks than its own; call it before jax loads libtpu.
-
-    Without, its compiler overflows them, and the process dies, in nested fusions of small encoders (libtpu 0.0.42.1).
-    """
-    flags = os.environ.get("LIBTPU_INIT_ARGS", "")
-    if LIBTPU_STACK not in flags:
-        os.environ["LIBTPU_INIT_ARGS"] = f"{flags} {LIBTPU_STACK}={LIBTPU_STACK_BYTES}".strip()
 
 
 def program(

@@ -10,9 +10,9 @@ from typing import Any
 
 from jax.experimental import topologies
 
-from model.compiled import deepen_libtpu_stacks
 from model.cost import CLOCKS
 from model.memory import HBM_BYTES
+from serve_app.scorer.engines import deepen_libtpu_stacks
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,8 @@ logging.getLogger("model").parent = logger  # what the model package says belong
 ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")
 """Device files of TPUs and GPUs."""
 
+LIBTPU_STACK = "--fibers_default_thread_stack_size"
+LIBTPU_STACK_BYTES = 2**21
 
 GB = 1e9
 TYPICAL_TOKENS = 2048
@@ -160,10 +162,18 @@ def _load_model(settings: ModelSettings, scorers: int = 1) -> LaunchingEngine:
 
 def prepare_tpu() -> None:
     """Set what libtpu needs of this process before jax loads it."""
-    from model.compiled import deepen_libtpu_stacks
-
     raise_locked_memory()
     deepen_libtpu_stacks()
+
+
+def deepen_libtpu_stacks() -> None:
+    """Give libtpu's threads deeper stacks than its own.
+
+    Without, its compiler overflows them, and the process dies, in nested fusions of small encoders (libtpu 0.0.42.1).
+    """
+    flags = os.environ.get("LIBTPU_INIT_ARGS", "")
+    if LIBTPU_STACK not in flags:
+        os.environ["LIBTPU_INIT_ARGS"] = f"{flags} {LIBTPU_STACK}={LIBTPU_STACK_BYTES}".strip()
 
 
 def raise_locked_memory() -> None:

@@ -189,22 +189,3 @@ def test_another_flag_or_library_is_another_key(where: str, changed: str, monkey
     assert key() == before
     assert versions()["jax"] == jax.__version__
     assert versions()["llm-score-serve"] == __version__
-
-
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        (None, "--fibers_default_thread_stack_size=2097152"),
-        ("--xla_a=1", "--xla_a=1 --fibers_default_thread_stack_size=2097152"),
-        ("--fibers_default_thread_stack_size=1", "--fibers_default_thread_stack_size=1"),
-    ],
-)
-def test_libtpu_has_deep_stacks_unless_somebody_chose(
-    before: str | None, after: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """That it needs them is shown by compiling an encoder in ``tests/tpu_compile``."""
-    monkeypatch.setenv("LIBTPU_INIT_ARGS", before or "")
-    if before is None:
-        monkeypatch.delenv("LIBTPU_INIT_ARGS")
-    compiled.deepen_libtpu_stacks()
-    assert os.environ["LIBTPU_INIT_ARGS"] == after

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -104,3 +105,22 @@ def test_a_scorer_with_chips_may_lock_as_much_memory_as_it_is_allowed():
     soft, hard = map(int, found.stdout.split())
     assert soft == hard
     assert hard in (65_536, resource.RLIM_INFINITY)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (None, "--fibers_default_thread_stack_size=2097152"),
+        ("--xla_a=1", "--xla_a=1 --fibers_default_thread_stack_size=2097152"),
+        ("--fibers_default_thread_stack_size=1", "--fibers_default_thread_stack_size=1"),
+    ],
+)
+def test_libtpu_has_deep_stacks_unless_somebody_chose(
+    before: str | None, after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That it needs them is shown by compiling an encoder in ``tests/tpu_compile``."""
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", before or "")
+    if before is None:
+        monkeypatch.delenv("LIBTPU_INIT_ARGS")
+    engines.deepen_libtpu_stacks()
+    assert os.environ["LIBTPU_INIT_ARGS"] == after
