@@ -21,8 +21,12 @@ BFLOAT16_TOLERANCE = 0.05
 
 
 def make_model(folder: Path) -> Path:
-    """A model with a halved head: logprobs of -4 to -8, as real labels have; at -13 float32 itself rounds by 1e-6."""
-    make_llama(folder, context=1024)
+    """A model whose context is long, with a halved head."""
+    return with_halved_head(make_llama(folder, context=1024))
+
+
+def with_halved_head(folder: Path) -> Path:
+    """A model, in place: logprobs of -4 to -8, as real labels have; at -13 float32 itself rounds by 1e-6."""
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] *= 0.5
     save_file(tensors, folder / "model.safetensors")

@@ -11,14 +11,14 @@ from safetensors.numpy import load_file, save_file
 
 from model import loading
 from serve_app.local_ray import free_port
-from tests.invariance.rows import TOLERANCE, values
+from tests.invariance.rows import TOLERANCE, values, with_halved_head
 from tests.sharding.one_of_two import SIZES, sequences
 from tests.tiny import make_llama
 
 
 @pytest.mark.timeout(180)
 def test_two_processes_score_as_one(tmp_path: Path) -> None:
-    folder = make_llama(tmp_path / "llama", heads=4, ff=32, layers=2)
+    folder = with_halved_head(make_llama(tmp_path / "llama", heads=4, ff=32, layers=2))
     # Logprobs of -2 to -8, as a real model's labels have: at -16 float32 itself rounds by 2e-6.
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] *= 0.5

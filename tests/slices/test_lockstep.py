@@ -12,7 +12,7 @@ from serve_app.batches import join
 from serve_app.settings import ModelSettings
 from serve_app.tpu import Tpu
 from tests.batches import batch_of
-from tests.invariance.rows import LABELS, TOLERANCE, prompts
+from tests.invariance.rows import LABELS, TOLERANCE, prompts, with_halved_head
 from tests.sharding.one_of_two import SIZES, sequences
 from tests.slices.leading import FOUR_HOSTS, TWO_HOSTS, alone, leader_of, on_cpu, slice_of
 from tests.tiny import make_llama
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.ray
 def test_hosts_score_as_one_process(nodes: Cluster, tmp_path: Path, tpu: Tpu, devices: int):
     import ray
 
-    folder = make_llama(tmp_path / "llama", heads=4, ff=32, layers=2)
+    folder = with_halved_head(make_llama(tmp_path / "llama", heads=4, ff=32, layers=2))
     batches = [
         batch_of(sequences(), LABELS),
         batch_of(prompts(3, longest=300, seed=5), LABELS),  # longer than a call, so computed in chunks

@@ -21,7 +21,7 @@ from serve_app.scorer.slice_worker import LoadPart, Place
 from serve_app.settings import ModelSettings
 from tests.e2e.test_autoscaling_up_and_down import BOUNDS, states
 from tests.faults.conftest import loading_with, under_load, wait_for
-from tests.invariance.rows import TOLERANCE
+from tests.invariance.rows import TOLERANCE, with_halved_head
 from tests.local import service_of
 from tests.processes import replica_process, replica_processes
 from tests.sharding.one_of_two import SIZES
@@ -137,7 +137,7 @@ def test_the_processes_of_a_model_are_killed_under_load(
     hosts: list[Any], deploy: Callable[[Any], httpx.Client], settings: ModelSettings, tmp_path: Path
 ):
     """First a follower's process dies, then host 0's, then the leader: 200 requests after each, without retries."""
-    folder = make_llama(tmp_path / "llama", heads=4, ff=32, layers=2, tokenizer=True)
+    folder = with_halved_head(make_llama(tmp_path / "llama", heads=4, ff=32, layers=2, tokenizer=True))
     of_jax = settings.model_copy(update={"model": str(folder), "engine": "jax"})
     client = deploy(application(of_jax, on_cpu(**SIZES)))
     for victim in (lambda: worker_of(hosts[1]), lambda: worker_of(hosts[0]), lambda: replica_process("Scorer")):
