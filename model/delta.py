@@ -88,8 +88,9 @@ def mix(
     begin, end = packed.slots[0, 0], packed.slots[0, 1]
     inputs, memory = (_at(array, begin, layer, part) for array in packed.snapshots)
     real = packed.segments.reshape(-1) >= 0
-    convolved = jax.nn.silu(_convolved(mixed, taps, inputs, packed.positions - packed.lengths[0]))
-    finite = jnp.isfinite(convolved).all(axis=1) & jnp.isfinite(decays).all(axis=1) & jnp.isfinite(rates).all(axis=1)
+    offsets = packed.positions - packed.lengths[0]
+    convolved = jax.nn.silu(_convolved(mixed, taps, inputs, offsets))
+    finite = ~_reached(mixed, inputs, offsets) & jnp.isfinite(decays).all(axis=1) & jnp.isfinite(rates).all(axis=1)
     used = (real & finite)[:, None]
     # What is masked is multiplied by 0, and 0 * NaN is NaN: a token that broke is left out, and reads NaN.
     out, left = _in_chunks(
@@ -131,10 +132,20 @@ def _convolved(
     total = x * taps[before][None]
     for back in range(1, before + 1):
         source = jnp.roll(x, back, axis=0)
-        for row in range(before):  # token 0 looks back at the last row
+        for row in range(before - back, before):  # token 0 looks back at the last row
             source = jnp.where((offsets - back == row - before)[:, None], inputs[row][None], source)
         total += source * taps[before - back][None]
     return total
+
+
+def _reached(x: Float[Array, "M C"], inputs: Float[Array, "before C"], offsets: Int[Array, " M"]) -> Bool[Array, " M"]:
+    """Whether the convolution at each token takes in a number that is not finite.
+
+    What it makes is not looked at: a TPU would compute it anew for that.
+    """
+    broken, broken_before = (~jnp.isfinite(part).all(axis=1, keepdims=True) for part in (x, inputs))
+    ones = jnp.ones((len(inputs) + 1, 1))
+    return _convolved(broken.astype(x.dtype), ones, broken_before.astype(x.dtype), offsets)[:, 0] > 0
 
 
 def _heads(

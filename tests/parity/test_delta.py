@@ -155,6 +155,19 @@ def test_a_token_that_is_not_finite_spoils_no_other_segment(native: bool) -> Non
     np.testing.assert_array_equal(np.delete(broken, np.s_[first:last], 0), np.delete(clean, np.s_[first:last], 0))
 
 
+def test_what_a_broken_prefix_leaves_to_the_convolution_spoils_the_first_tokens(native: bool) -> None:
+    given = Given(1)
+    given.prefix[0][-2] = np.nan
+    snapshots = after_prefix(given, [PREFIX], native=native)
+    read, _ = run(given, given.segments, snapshots, PREFIX, (2, 0), native=native, keep=False)
+    offsets = np.concatenate([np.arange(length) for length in LENGTHS])
+    spoilt = np.isnan(np.array(read[: sum(LENGTHS)])).all(axis=(1, 2))
+    if native:  # there it stays in the memory, too
+        assert spoilt.all()
+    else:
+        np.testing.assert_array_equal(spoilt, offsets < SIZES.taps - 2)
+
+
 def test_the_kernel_s_bits_do_not_depend_on_where_a_prefix_is_cut() -> None:
     if not built():
         pytest.skip("no C++ compiler is installed")
