@@ -3,6 +3,7 @@
 //
 // Sizes by the letters of model/__init__.py.
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>

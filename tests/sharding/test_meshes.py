@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from model import loading, sharding
 from model.computations import Kind
@@ -19,7 +19,7 @@ from model.engine import Engine
 from model.families.registry import from_hf
 from model.fields import ConfigError, read_config
 from tests.batches import label_batch, reads_batch
-from tests.invariance.rows import LABELS, TOLERANCE, VOCAB, prompts, values
+from tests.invariance.rows import LABELS, TOLERANCE, VOCAB, prompts, values, with_halved_head
 from tests.reads import bytes_read
 from tests.sharding.one_of_two import SIZES
 from tests.tiny import make_llama
@@ -37,7 +37,6 @@ def mesh(data: int, model: int) -> jax.sharding.Mesh:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with a halved head, see ``tests.invariance``."""
     folder = make_llama(
         tmp_path_factory.mktemp("llama"),
         heads=8,
@@ -48,12 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         mlp_bias=True,
         shards=2,
     )
-    for file in folder.glob("*.safetensors"):
-        tensors = load_file(file)
-        if "lm_head.weight" in tensors:
-            tensors["lm_head.weight"] *= 0.5
-            save_file(tensors, file)
-    return folder
+    return with_halved_head(folder)
 
 
 def everything(scorer: Engine) -> list[np.ndarray]:

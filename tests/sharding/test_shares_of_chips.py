@@ -1,6 +1,5 @@
 """A replica's chips run as many calls at once as its memory allows, through its settings, on simulated devices."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from safetensors.numpy import load_file, save_file
 
 from model import memory, sharding
 from model.fields import ConfigError
@@ -17,22 +15,15 @@ from model.sharding import mesh, splits
 from serve_app.scorer import engines
 from serve_app.settings import Limits, ModelSettings
 from serve_app.tpu import Tpu
-from tests.invariance.rows import TOLERANCE, prompts, values
+from tests.invariance.rows import TOLERANCE, prompts, values, with_halved_head
 from tests.tiny import make_llama
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    folder = make_llama(tmp_path / "judge", layers=2, heads=8, head_width=6, ff=64, vocab=307, tokenizer=True)
-    (folder / "config.json").write_text(
-        json.dumps(json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 384})
-    )
-    for file in folder.glob("*.safetensors"):  # a halved head, see ``tests.invariance``
-        tensors = load_file(file)
-        if "lm_head.weight" in tensors:
-            tensors["lm_head.weight"] *= 0.5
-            save_file(tensors, file)
-    return folder
+    folder = tmp_path / "judge"
+    make_llama(folder, layers=2, heads=8, head_width=6, ff=64, vocab=307, context=384, tokenizer=True)
+    return with_halved_head(folder)
 
 
 def settings(folder: Path, chips: int, data: int | None = None) -> ModelSettings:
