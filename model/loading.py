@@ -155,7 +155,7 @@ def prepare(
     ragged = platform == "tpu" if ragged is None else ragged
     if lora and config.encoder:
         raise ConfigError(f"{config.architecture}: encoders take no adapters beside their weights; {REMEDY}")
-    lora = lora and replace(lora, rank=-(-lora.rank // linear.RANKS) * linear.RANKS)
+    lora = lora and replace(lora, rank=-(-lora.rank // linear.STRIP) * linear.STRIP)
     return choose(
         replace(config, int8=quantization == "int8", native=native, packed=packed, ragged=ragged, lora=lora),
         dtype=dtype,

@@ -20,27 +20,27 @@
 
 namespace {
 
-constexpr int kPanel = 64;           // columns of a kernel that lie beside each other
-constexpr int kRanks = 16;           // the same of an adapter's A
-constexpr int64_t kBlock = 96;       // rows that a thread takes at once
-constexpr int64_t kHeadBlock = 384;  // the same of the head's
-constexpr int64_t kAhead = 4;        // such blocks for each thread before their logits are looked through
-constexpr int64_t kLook = 8;         // logits of one state that are looked at together
-constexpr int64_t kDots = 65536;     // numbers that a thread sums up at once
-constexpr int64_t kLine = 64;        // bytes that the memory hands out together
-constexpr int64_t kSteps = 192;      // of one sum: sums of such sums are more exact, and cost 1%
+constexpr int kStrip = 16;                // columns of a kernel that lie beside each other
+constexpr int kTile = kVectors * kLanes;  // columns that are summed up at once
+constexpr int kPanel = 64;                // columns that a thread takes at once
+constexpr int64_t kBlock = 96;            // rows that it takes with them
+constexpr int64_t kHeadBlock = 384;       // the same of the head's rows
+constexpr int64_t kAhead = 4;             // such blocks for each thread before their logits are looked through
+constexpr int64_t kLook = 8;              // logits of one state that are looked at together
+constexpr int64_t kDots = 65536;          // numbers that a thread sums up at once
+constexpr int64_t kSteps = 192;           // of one sum: sums of such sums are more exact, and cost 1%
 
-static_assert(kPanel % (kVectors * kLanes) == 0 && kRanks % kLanes == 0);
+static_assert(kPanel % kTile == 0 && kStrip % kLanes == 0 && kBlock % kRows == 0);
 
 // What adapters add to the sums of their rows: (x A) B, of which x A is made already.
 struct Added {
   const void* inner = nullptr;  // [rows, steps]; null: there are no adapters
-  const void* factors;          // B of each slot, [slots, panels, steps, kPanel]
+  const void* factors;          // B of each slot, as kernels are
   int64_t steps;
   const int32_t* slots;  // of each row; below 0: none
 };
 
-// One kernel [panels, steps, kPanel] and what comes of it.
+// One kernel [strips, steps, kStrip] and what comes of it.
 struct Linear {
   const void* kernel;
   void* out;        // [rows, columns]
@@ -55,64 +55,59 @@ struct Input {
   int64_t count, steps;
 };
 
-// What a walk over the steps asks for on its way: `each` units a step, from `from` on.
-template <typename Unit>
-struct Ahead {
-  const Unit* from;
-  int64_t each;
-};
-
-// sums = a * b, of `rows` rows and `vectors` vectors of a panel's columns. A panel of b has `width`.
-template <typename D, int rows, int vectors, int width>
-void Multiply(const typename D::Unit* a, int64_t steps, const typename D::Unit* b, float* sums,
-              Ahead<typename D::Unit> ahead) {
-  for (int64_t first = 0; first < steps; first += kSteps) {
-    Floats tile[rows][vectors] = {};
-    for (int64_t step = first; step < std::min(first + kSteps, steps); ++step, b += width) {
-      __builtin_prefetch(ahead.from + step * ahead.each, 0, 2);
-      for (int i = 0; i < rows; ++i) {
-        for (int j = 0; j < vectors; ++j) tile[i][j] = D::Add(tile[i][j], a + i * steps + step, b + j * kLanes);
-      }
-    }
+// Adds a * b to sums, or puts it there if these are the `first`: `rows` rows by `vectors` vectors of columns, over
+// `count` of the strips' `steps`. With `asks` it prefetches kRows units from `ahead` on at every step.
+template <typename D, int rows, int vectors, bool asks>
+void Multiply(const typename D::Unit* a, int64_t steps, const typename D::Unit* b, int64_t count, bool first,
+              float* sums, const typename D::Unit* ahead) {
+  Floats tile[rows][vectors] = {};
+  for (int64_t step = 0; step < count; ++step, b += kStrip) {
+    if constexpr (asks) __builtin_prefetch(ahead + step * kRows, 0, 2);
     for (int i = 0; i < rows; ++i) {
       for (int j = 0; j < vectors; ++j) {
-        float* sum = sums + i * kPanel + j * kLanes;
-        Store(sum, first == 0 ? tile[i][j] : Load(sum) + tile[i][j]);
+        const int column = j * kLanes;
+        tile[i][j] = D::Add(tile[i][j], a + i * steps + step, b + column / kStrip * steps * kStrip + column % kStrip);
       }
+    }
+  }
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < vectors; ++j) {
+      float* sum = sums + i * kPanel + j * kLanes;
+      Store(sum, first ? tile[i][j] : Load(sum) + tile[i][j]);
     }
   }
 }
 
-// The same of the panel's first `columns`, and possibly some more.
-template <typename D, int rows, int width>
-void Multiply(const typename D::Unit* a, int64_t steps, const typename D::Unit* b, float* sums, int64_t columns,
-              Ahead<typename D::Unit> ahead) {
-  int64_t column = 0;
-  for (; column + kLanes < columns; column += kVectors * kLanes) {
-    Multiply<D, rows, kVectors, width>(a, steps, b + column, sums + column, ahead);
-  }
-  if (column < columns) Multiply<D, rows, 1, width>(a, steps, b + column, sums + column, ahead);
-}
-
-template <typename D, int width = kPanel>
-void Multiply(int64_t rows, const typename D::Unit* a, int64_t steps, const typename D::Unit* b, float* sums,
-              int64_t columns, Ahead<typename D::Unit> ahead) {
+template <typename D, int vectors, bool asks>
+void Multiply(int64_t rows, const typename D::Unit* a, int64_t steps, const typename D::Unit* b, int64_t count,
+              bool first, float* sums, const typename D::Unit* ahead) {
   static_assert(kRows == 6);
   switch (rows) {
-    case 1: return Multiply<D, 1, width>(a, steps, b, sums, columns, ahead);
-    case 2: return Multiply<D, 2, width>(a, steps, b, sums, columns, ahead);
-    case 3: return Multiply<D, 3, width>(a, steps, b, sums, columns, ahead);
-    case 4: return Multiply<D, 4, width>(a, steps, b, sums, columns, ahead);
-    case 5: return Multiply<D, 5, width>(a, steps, b, sums, columns, ahead);
-    default: return Multiply<D, 6, width>(a, steps, b, sums, columns, ahead);
+    case 1: return Multiply<D, 1, vectors, asks>(a, steps, b, count, first, sums, ahead);
+    case 2: return Multiply<D, 2, vectors, asks>(a, steps, b, count, first, sums, ahead);
+    case 3: return Multiply<D, 3, vectors, asks>(a, steps, b, count, first, sums, ahead);
+    case 4: return Multiply<D, 4, vectors, asks>(a, steps, b, count, first, sums, ahead);
+    case 5: return Multiply<D, 5, vectors, asks>(a, steps, b, count, first, sums, ahead);
+    default: return Multiply<D, 6, vectors, asks>(a, steps, b, count, first, sums, ahead);
   }
 }
 
-// Asks for the memory that rows of `count` numbers will go to, or writing them waits for it.
-template <typename T>
-void PrefetchToWrite(const T* out, int64_t rows, int64_t count, int64_t stride) {
-  for (int64_t row = 0; row < rows; ++row, out += stride) {
-    for (int64_t at = 0; at < count; at += kLine / sizeof(T)) __builtin_prefetch(out + at, 1);
+// sums [rows, kPanel] = a * b, of one panel's first `columns` and possibly some more. What kSteps of a tile's columns
+// take of b stays in the first cache for all rows (Goto and van de Geijn, "Anatomy of high-performance matrix
+// multiplication", 2008).
+template <typename D, bool asks = false>
+void Multiply(int64_t rows, const typename D::Unit* a, int64_t steps, const typename D::Unit* b, float* sums,
+              int64_t columns, const typename D::Unit* ahead = nullptr) {
+  for (int64_t first = 0; first < steps; first += kSteps) {
+    const int64_t count = std::min(kSteps, steps - first);
+    for (int64_t column = 0; column < columns; column += kTile) {
+      const auto* from = b + column / kStrip * steps * kStrip + column % kStrip + first * kStrip;
+      const auto multiply = column + kLanes < columns ? Multiply<D, kVectors, asks> : Multiply<D, 1, asks>;
+      for (int64_t row = 0; row < rows; row += kRows) {
+        multiply(std::min<int64_t>(kRows, rows - row), a + row * steps + first, steps, from, count, first == 0,
+                 sums + row * kPanel + column, asks ? ahead + row * steps + first * kRows : nullptr);
+      }
+    }
   }
 }
 
@@ -128,33 +123,21 @@ bool Zeros(const typename D::Unit* units, int64_t count) {
   return true;
 }
 
-// A piece of a product: rows row:row+rows and one panel, the tile-th of `tiles` of a block of rows. The panel that this
-// thread takes next is probably `stride` further.
-struct Tile {
-  int64_t panel, row, rows, tile, tiles, stride;
-
-  // The tile's share of that panel, so that it is in the second cache when its turn comes.
-  template <typename Unit>
-  Ahead<Unit> Next(const Unit* kernel, int64_t steps) const {
-    const int64_t each = (kPanel + tiles - 1) / tiles;
-    return {kernel + (stride * kPanel + tile * each) * steps, each};
-  }
+// A piece of a product: rows row:row+rows and one panel.
+struct Block {
+  int64_t panel, row, rows;
 };
 
-// Calls with every tile, on all threads. A block of rows goes through all panels while it stays in the second cache.
+// Calls with every block, on all threads. Rows go through all panels while they stay in the second cache.
 template <typename Work>
-void EachTile(ffi::ThreadPool& pool, int64_t panels, int64_t rows, Work work) {
+void EachBlock(ffi::ThreadPool& pool, int64_t panels, int64_t rows, Work work) {
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
   const int64_t fair = rows * panels / (8 * threads) / kRows * kRows;
   const int64_t most = std::clamp<int64_t>(fair, 2 * kRows, kBlock), blocks = (rows + most - 1) / most;
   Share(pool, blocks * panels, [=] {
     return [=](int64_t unit) {
-      const int64_t panel = unit % panels, first = unit / panels * most, last = std::min(rows, first + most);
-      const int64_t tiles = (last - first + kRows - 1) / kRows;
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t row = first + tile * kRows;
-        work(Tile{panel, row, std::min<int64_t>(kRows, last - row), tile, tiles, threads});
-      }
+      const int64_t first = unit / panels * most;
+      work(Block{unit % panels, first, std::min(most, rows - first)});
     };
   });
 }
@@ -168,20 +151,20 @@ void EachRun(const int32_t* slots, int64_t rows, Work work) {
   }
 }
 
-// Adds to the sums of rows row:row+rows and one panel what the rows' adapters have for them.
+// Adds to a block's sums what the rows' adapters have for them.
 template <typename D>
-void Add(const Linear& linear, int64_t row, int64_t rows, int64_t panel, int64_t columns, float (*sums)[kPanel]) {
+void Add(const Linear& linear, const Block& block, int64_t columns, float (*sums)[kPanel]) {
   using Unit = typename D::Unit;
   const Added& added = linear.added;
   if (!added.inner) return;
-  EachRun(added.slots + row, rows, [&](int64_t first, int64_t count, int64_t slot) {
-    alignas(64) float own[kRows][kPanel] = {};
-    const Unit* inner = static_cast<const Unit*>(added.inner) + (row + first) * added.steps;
+  EachRun(added.slots + block.row, block.rows, [&](int64_t first, int64_t count, int64_t slot) {
+    alignas(64) float own[kBlock][kPanel];
+    const Unit* inner = static_cast<const Unit*>(added.inner) + (block.row + first) * added.steps;
     const Unit* factors =
-        static_cast<const Unit*>(added.factors) + (slot * linear.panels() + panel) * added.steps * kPanel;
-    Multiply<D>(count, inner, added.steps, factors, own[0], columns, {factors, 0});
+        static_cast<const Unit*>(added.factors) + (slot * linear.panels() + block.panel) * added.steps * kPanel;
+    Multiply<D>(count, inner, added.steps, factors, own[0], columns);
     for (int64_t i = 0; i < count; ++i) {
-      for (int column = 0; column < kPanel; column += kLanes) {
+      for (int64_t column = 0; column < columns; column += kLanes) {
         float* sum = &sums[first + i][column];
         Store(sum, Load(sum) + Load(&own[i][column]));
       }
@@ -189,10 +172,33 @@ void Add(const Linear& linear, int64_t row, int64_t rows, int64_t panel, int64_t
   });
 }
 
-// The factors A of one linear, [slots, parts, steps, kRanks], and x A of each row's slot.
+// sums = x * the linear's panel, for a block's rows, with what adapters add.
+template <typename D>
+void Multiply(const Input& x, const Linear& linear, const Block& block, int64_t columns, float (*sums)[kPanel]) {
+  using Unit = typename D::Unit;
+  const Unit* rows = static_cast<const Unit*>(x.rows) + block.row * x.steps;
+  const Unit* kernel = static_cast<const Unit*>(linear.kernel) + block.panel * x.steps * kPanel;
+  const auto zeros = [&](int64_t row) {
+    return Zeros<D>(rows + row * x.steps, std::min<int64_t>(kRows, block.rows - row) * x.steps);
+  };
+  for (int64_t first = 0, last; first < block.rows; first = last) {
+    const bool none = zeros(first);
+    for (last = first + kRows; last < block.rows && zeros(last) == none; last += kRows) {
+    }
+    last = std::min(last, block.rows);
+    if (none) {
+      std::fill_n(sums[first], (last - first) * kPanel, 0.0f);
+    } else {
+      Multiply<D>(last - first, rows + first * x.steps, x.steps, kernel, sums[first], columns);
+    }
+  }
+  Add<D>(linear, block, columns, sums);
+}
+
+// The factors A of one linear, [slots, strips, steps, kStrip], and x A of each row's slot.
 struct Reduced {
   const void* factors;
-  void* out;  // [rows, parts * kRanks]
+  void* out;  // [rows, parts * kStrip]
   int64_t parts;
 };
 
@@ -201,25 +207,25 @@ void Reduce(ffi::ThreadPool& pool, const Input& x, const int32_t* slots, const s
   using Unit = typename D::Unit;
   int64_t parts = 0;
   for (const Reduced& each : all) parts += each.parts;
-  EachTile(pool, parts, x.count, [=](const Tile& tile) {
-    int64_t part = tile.panel;
+  EachBlock(pool, parts, x.count, [=](const Block& block) {
+    int64_t part = block.panel;
     size_t number = 0;
     for (; part >= all[number].parts; ++number) part -= all[number].parts;
     const Reduced& one = all[number];
-    const int64_t width = one.parts * kRanks;
-    auto* out = static_cast<typename D::Stored*>(one.out) + tile.row * width + part * kRanks;
-    for (int64_t i = 0; i < tile.rows; ++i) std::memset(out + i * width, 0, kRanks * sizeof(*out));
-    EachRun(slots + tile.row, tile.rows, [&](int64_t first, int64_t count, int64_t slot) {
-      alignas(64) float sums[kRows][kPanel] = {};
-      alignas(64) Unit narrowed[kRanks / D::kPacked];
-      const Unit* from = static_cast<const Unit*>(x.rows) + (tile.row + first) * x.steps;
-      const Unit* factors = static_cast<const Unit*>(one.factors) + (slot * one.parts + part) * x.steps * kRanks;
-      Multiply<D, kRanks>(count, from, x.steps, factors, sums[0], kRanks, {factors, kRanks});
+    const int64_t width = one.parts * kStrip;
+    auto* out = static_cast<typename D::Stored*>(one.out) + block.row * width + part * kStrip;
+    for (int64_t i = 0; i < block.rows; ++i) std::memset(out + i * width, 0, kStrip * sizeof(*out));
+    EachRun(slots + block.row, block.rows, [&](int64_t first, int64_t count, int64_t slot) {
+      alignas(64) float sums[kBlock][kPanel];
+      alignas(64) Unit narrowed[kStrip / D::kPacked];
+      const Unit* from = static_cast<const Unit*>(x.rows) + (block.row + first) * x.steps;
+      const Unit* factors = static_cast<const Unit*>(one.factors) + (slot * one.parts + part) * x.steps * kStrip;
+      Multiply<D>(count, from, x.steps, factors, sums[0], kStrip);
       for (int64_t i = 0; i < count; ++i) {
-        for (int column = 0; column < kRanks; column += kLanes) {
+        for (int column = 0; column < kStrip; column += kLanes) {
           D::Round(&narrowed[column / D::kPacked], Load(&sums[i][column]));
         }
-        std::memcpy(out + (first + i) * width, narrowed, kRanks * sizeof(*out));
+        std::memcpy(out + (first + i) * width, narrowed, kStrip * sizeof(*out));
       }
     });
   });
@@ -229,23 +235,15 @@ template <typename D>
 void Products(ffi::ThreadPool& pool, const Input& x, const std::vector<Linear>& linears) {
   int64_t panels = 0;
   for (const Linear& linear : linears) panels += linear.panels();
-  EachTile(pool, panels, x.count, [x, linears](const Tile& tile) {
-    const int64_t row = tile.row, rows = tile.rows;
-    int64_t panel = tile.panel;
+  EachBlock(pool, panels, x.count, [x, linears](Block block) {
     size_t number = 0;
-    for (; panel >= linears[number].panels(); ++number) panel -= linears[number].panels();
+    for (; block.panel >= linears[number].panels(); ++number) block.panel -= linears[number].panels();
     const Linear& linear = linears[number];
-    alignas(64) float sums[kRows][kPanel] = {};
-    const auto* from = static_cast<const typename D::Unit*>(x.rows) + row * x.steps;
-    const auto* kernel = static_cast<const typename D::Unit*>(linear.kernel) + panel * x.steps * kPanel;
-    const int64_t count = std::min<int64_t>(kPanel, linear.columns - panel * kPanel);
-    float* out = static_cast<float*>(linear.out) + row * linear.columns + panel * kPanel;
-    PrefetchToWrite(out, rows, count, linear.columns);
-    if (!Zeros<D>(from, rows * x.steps)) {
-      Multiply<D>(rows, from, x.steps, kernel, sums[0], count, tile.Next(kernel, x.steps));
-      Add<D>(linear, row, rows, panel, count, sums);
-    }
-    for (int64_t i = 0; i < rows; ++i) std::memcpy(out + i * linear.columns, sums[i], count * sizeof(float));
+    alignas(64) float sums[kBlock][kPanel];
+    const int64_t count = std::min<int64_t>(kPanel, linear.columns - block.panel * kPanel);
+    float* out = static_cast<float*>(linear.out) + block.row * linear.columns + block.panel * kPanel;
+    Multiply<D>(x, linear, block, count, sums);
+    for (int64_t i = 0; i < block.rows; ++i) std::memcpy(out + i * linear.columns, sums[i], count * sizeof(float));
   });
 }
 
@@ -277,21 +275,15 @@ Floats GeluByErf(Floats x) {
 template <typename D, Floats (*activation)(Floats)>
 void Activated(ffi::ThreadPool& pool, const Input& x, const Linear& linear, const float* bias) {
   using Unit = typename D::Unit;
-  EachTile(pool, linear.panels(), x.count, [x, linear, bias](const Tile& tile) {
-    const int64_t panel = tile.panel, row = tile.row, rows = tile.rows;
-    alignas(64) float sums[kRows][kPanel] = {}, added[kPanel] = {};
+  EachBlock(pool, linear.panels(), x.count, [x, linear, bias](const Block& block) {
+    alignas(64) float sums[kBlock][kPanel], added[kPanel] = {};
     alignas(64) Unit narrowed[kPanel / D::kPacked];
-    const Unit* from = static_cast<const Unit*>(x.rows) + row * x.steps;
-    const Unit* kernel = static_cast<const Unit*>(linear.kernel) + panel * x.steps * kPanel;
-    const int64_t count = std::min<int64_t>(kPanel, linear.columns - panel * kPanel);
-    auto* out = static_cast<typename D::Stored*>(linear.out) + row * linear.columns + panel * kPanel;
-    PrefetchToWrite(out, rows, count, linear.columns);
-    std::memcpy(added, bias + panel * kPanel, count * sizeof(float));
-    if (!Zeros<D>(from, rows * x.steps)) {
-      Multiply<D>(rows, from, x.steps, kernel, sums[0], count, tile.Next(kernel, x.steps));
-    }
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int column = 0; column < kPanel; column += kLanes) {
+    const int64_t count = std::min<int64_t>(kPanel, linear.columns - block.panel * kPanel);
+    auto* out = static_cast<typename D::Stored*>(linear.out) + block.row * linear.columns + block.panel * kPanel;
+    std::memcpy(added, bias + block.panel * kPanel, count * sizeof(float));
+    Multiply<D>(x, linear, block, count, sums);
+    for (int64_t i = 0; i < block.rows; ++i) {
+      for (int64_t column = 0; column < count; column += kLanes) {
         D::Round(&narrowed[column / D::kPacked], activation(Load(&sums[i][column]) + Load(&added[column])));
       }
       std::memcpy(out + i * linear.columns, narrowed, count * sizeof(*out));
@@ -303,25 +295,15 @@ void Activated(ffi::ThreadPool& pool, const Input& x, const Linear& linear, cons
 template <typename D, Floats (*activation)(Floats)>
 void Gated(ffi::ThreadPool& pool, const Input& x, const Linear& gate, const Linear& up) {
   using Unit = typename D::Unit;
-  EachTile(pool, up.panels(), x.count, [x, gate, up](const Tile& tile) {
-    const int64_t panel = tile.panel, row = tile.row, rows = tile.rows;
-    alignas(64) float gates[kRows][kPanel] = {}, ups[kRows][kPanel] = {};
+  EachBlock(pool, up.panels(), x.count, [x, gate, up](const Block& block) {
+    alignas(64) float gates[kBlock][kPanel], ups[kBlock][kPanel];
     alignas(64) Unit narrowed[kPanel / D::kPacked];
-    const Unit* from = static_cast<const Unit*>(x.rows) + row * x.steps;
-    const int64_t at = panel * x.steps * kPanel, count = std::min<int64_t>(kPanel, up.columns - panel * kPanel);
-    auto* out = static_cast<typename D::Stored*>(up.out) + row * up.columns + panel * kPanel;
-    PrefetchToWrite(out, rows, count, up.columns);
-    if (!Zeros<D>(from, rows * x.steps)) {
-      const auto multiply = [&](const Linear& linear, float (*sums)[kPanel]) {
-        const Unit* here = static_cast<const Unit*>(linear.kernel) + at;
-        Multiply<D>(rows, from, x.steps, here, sums[0], count, tile.Next(here, x.steps));
-        Add<D>(linear, row, rows, panel, count, sums);
-      };
-      multiply(gate, gates);
-      multiply(up, ups);
-    }
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int column = 0; column < kPanel; column += kLanes) {
+    const int64_t count = std::min<int64_t>(kPanel, up.columns - block.panel * kPanel);
+    auto* out = static_cast<typename D::Stored*>(up.out) + block.row * up.columns + block.panel * kPanel;
+    Multiply<D>(x, gate, block, count, gates);
+    Multiply<D>(x, up, block, count, ups);
+    for (int64_t i = 0; i < block.rows; ++i) {
+      for (int64_t column = 0; column < count; column += kLanes) {
         D::Round(&narrowed[column / D::kPacked], activation(Load(&gates[i][column])) * Load(&ups[i][column]));
       }
       std::memcpy(out + i * up.columns, narrowed, count * sizeof(*out));
@@ -341,15 +323,15 @@ const typename D::Unit* Units(const typename D::Stored* rows, int64_t count, std
   }
 }
 
-// Rows packed as a panel's columns.
+// Rows packed as a kernel's columns.
 template <typename D>
 std::vector<typename D::Unit> Packed(const Input& x) {
   const int64_t panels = (x.count + kPanel - 1) / kPanel;
   std::vector<typename D::Unit> packed(panels * x.steps * kPanel);
   for (int64_t row = 0; row < x.count; ++row) {
     const auto* from = static_cast<const typename D::Stored*>(x.rows) + row * x.steps * D::kPacked;
-    auto* to = packed.data() + row / kPanel * x.steps * kPanel + row % kPanel;
-    for (int64_t step = 0; step < x.steps; ++step) to[step * kPanel] = D::Pack(from + step * D::kPacked);
+    auto* to = packed.data() + row / kStrip * x.steps * kStrip + row % kStrip;
+    for (int64_t step = 0; step < x.steps; ++step) to[step * kStrip] = D::Pack(from + step * D::kPacked);
   }
   return packed;
 }
@@ -497,8 +479,9 @@ void Normalizers(ffi::ThreadPool& pool, const Input& x, const Input& head, float
             alignas(64) float logits[kRows][kPanel];
             const int64_t rows = std::min<int64_t>(kRows, last - row);
             const Stored* stored = static_cast<const Stored*>(head.rows) + row * width;
-            const Ahead<Unit> ahead{reinterpret_cast<const Unit*>(stored + 2 * kRows * width), kRows};
-            Multiply<D>(rows, Units<D>(stored, rows * x.steps, room), x.steps, states, logits[0], columns, ahead);
+            // The head comes from memory, and each core waits for it: what comes after the next rows is prefetched.
+            const auto* ahead = reinterpret_cast<const Unit*>(stored + 2 * kRows * width);
+            Multiply<D, true>(rows, Units<D>(stored, rows * x.steps, room), x.steps, states, logits[0], columns, ahead);
             (*parts)[block * panels + panel].Fold(logits, row, rows, columns, softcap, scale);
             for (int64_t i = 0; top.count && i < rows; ++i) {
               std::memcpy(kept->data() + (row - first + i) * stride + panel * kPanel, logits[i], sizeof(logits[i]));

@@ -16,17 +16,17 @@ from jaxtyping import Array, Float, Int
 from model.config import Activation
 from model.cpu import build
 
-PANEL = 64
-"""Columns of a kernel that lie beside each other."""
+STRIP = 16
+"""Columns of a kernel that lie beside each other; an adapter's rank is a multiple."""
 
-RANKS = 16
-"""The same of an adapter's A; an adapter's rank is a multiple."""
+PANEL = 64
+"""Columns that a thread takes at once: a kernel's are filled up to a multiple."""
 
 
 def packed_shape(features_in: int, features_out: int, dtype: jnp.dtype) -> tuple[int, int, int]:
-    """Shape of a kernel that ``pack`` stored: panels, steps of the inner axis, and a step's numbers of all columns."""
+    """Shape of a kernel that ``pack`` stored: strips, steps of the inner axis, and a step's numbers of a strip."""
     together = _together(dtype)
-    return -(-features_out // PANEL), features_in // together, PANEL * together
+    return -(-features_out // PANEL) * PANEL // STRIP, features_in // together, STRIP * together
 
 
 def _together(dtype: jnp.dtype) -> int:
@@ -40,26 +40,27 @@ def pack(kernel: npt.NDArray[Any]) -> npt.NDArray[Any]:
     The last panel is filled up with zeros. In bfloat16 an even number of features in is needed.
     """
     features_in, features_out = kernel.shape
-    panels, steps, _ = shape = packed_shape(features_in, features_out, kernel.dtype)
-    filled = np.zeros((panels * PANEL, features_in), kernel.dtype)
+    shape = packed_shape(features_in, features_out, kernel.dtype)
+    filled = np.zeros((shape[0] * STRIP, features_in), kernel.dtype)
     filled[:features_out] = kernel.T
-    # What one instruction multiplies moves as one number.
-    units = filled.view(np.uint32).reshape(panels, PANEL, steps)
-    return np.ascontiguousarray(units.transpose(0, 2, 1)).view(kernel.dtype).reshape(shape)
+    return _strips(filled, shape)
 
 
 def packed_a_shape(features_in: int, rank: int, dtype: jnp.dtype) -> tuple[int, int, int]:
-    """Shape of an adapter's A that ``pack_a`` stored: as a kernel's, in panels of ``RANKS`` columns."""
+    """Shape of an adapter's A that ``pack_a`` stored: as a kernel's, without filling."""
     together = _together(dtype)
-    return rank // RANKS, features_in // together, RANKS * together
+    return rank // STRIP, features_in // together, STRIP * together
 
 
 def pack_a(a: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Pack an adapter's A [in, rank], in the dtype that it is multiplied in, for ``reduced``."""
-    features_in, rank = a.shape
-    parts, steps, _ = shape = packed_a_shape(features_in, rank, a.dtype)
-    units = np.ascontiguousarray(a.T).view(np.uint32).reshape(parts, RANKS, steps)
-    return np.ascontiguousarray(units.transpose(0, 2, 1)).view(a.dtype).reshape(shape)
+    return _strips(np.ascontiguousarray(a.T), packed_a_shape(*a.shape, a.dtype))
+
+
+def _strips(columns: npt.NDArray[Any], shape: tuple[int, int, int]) -> npt.NDArray[Any]:
+    # What one instruction multiplies moves as one number.
+    units = columns.view(np.uint32).reshape(shape[0], STRIP, shape[1])
+    return np.ascontiguousarray(units.transpose(0, 2, 1)).view(columns.dtype).reshape(shape)
 
 
 class Added(NamedTuple):
@@ -73,13 +74,13 @@ class Added(NamedTuple):
 
     slots: Int[Array, " M"]
     inner: Sequence[Float[Array, "M rank"]]
-    factors: Sequence[Float[Array, "slots panels steps packed"]]
+    factors: Sequence[Float[Array, "slots strips steps packed"]]
 
 
 def reduced(
     x: Float[Array, "M features_in"],
     slots: Int[Array, " M"],
-    factors: Sequence[Float[Array, "slots parts steps packed"]],
+    factors: Sequence[Float[Array, "slots strips steps packed"]],
     rank: int,
 ) -> Sequence[Float[Array, "M rank"]]:
     """x times A of each row's slot, in x's dtype, for several products in one call; zeros where a row has none.
@@ -109,8 +110,8 @@ def products(
 
 def gated(
     x: Float[Array, "M features_in"],
-    gate: Float[Array, "panels steps packed"],
-    up: Float[Array, "panels steps packed"],
+    gate: Float[Array, "strips steps packed"],
+    up: Float[Array, "strips steps packed"],
     width: int,
     activation: Activation,
     added: Added | None = None,
@@ -128,7 +129,7 @@ def _operands(kernels: Sequence[jax.Array], added: Added | None) -> Sequence[jax
 
 def activated(
     x: Float[Array, "M features_in"],
-    kernel: Float[Array, "panels steps packed"],
+    kernel: Float[Array, "strips steps packed"],
     bias: Float[Array, " features_out"],
     activation: Activation,
 ) -> Float[Array, "M features_out"]:
