@@ -94,17 +94,22 @@ void Multiply(int64_t rows, const typename D::Unit* a, int64_t steps, const type
 
 // sums [rows, kPanel] = a * b, of one panel's first `columns` and possibly some more. What kSteps of a tile's columns
 // take of b stays in the first cache for all rows (Goto and van de Geijn, "Anatomy of high-performance matrix
-// multiplication", 2008).
+// multiplication", 2008), and each tile of rows prefetches its share of what is taken next.
 template <typename D, bool asks = false>
 void Multiply(int64_t rows, const typename D::Unit* a, int64_t steps, const typename D::Unit* b, float* sums,
               int64_t columns, const typename D::Unit* ahead = nullptr) {
   for (int64_t first = 0; first < steps; first += kSteps) {
     const int64_t count = std::min(kSteps, steps - first);
     for (int64_t column = 0; column < columns; column += kTile) {
-      const auto* from = b + column / kStrip * steps * kStrip + column % kStrip + first * kStrip;
+      const auto* here = b + column / kStrip * steps * kStrip + column % kStrip + first * kStrip;
+      const auto* next = column + kTile < columns ? here + kTile * steps : b + (first + count) * kStrip;
+      const int64_t share = (count * kRows + rows - 1) / rows;
       const auto multiply = column + kLanes < columns ? Multiply<D, kVectors, asks> : Multiply<D, 1, asks>;
       for (int64_t row = 0; row < rows; row += kRows) {
-        multiply(std::min<int64_t>(kRows, rows - row), a + row * steps + first, steps, from, count, first == 0,
+        for (int64_t i = 0; rows > kRows && i < share; ++i) {
+          __builtin_prefetch(next + (row / kRows * share + i) * kStrip, 0, 2);
+        }
+        multiply(std::min<int64_t>(kRows, rows - row), a + row * steps + first, steps, here, count, first == 0,
                  sums + row * kPanel + column, asks ? ahead + row * steps + first * kRows : nullptr);
       }
     }
