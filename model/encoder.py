@@ -34,12 +34,13 @@ class LayerNorm(nnx.Module):
         has_bias = encoder_of(config).norm_bias
         self.bias = nnx.Param(jnp.zeros((config.width,), dtype), axes=("embed",)) if has_bias else None
 
-    def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
+    def __call__(self, x: Float[Array, "M D"], more: Float[Array, "M D"] | None = None) -> Float[Array, "M D"]:
+        """The norm of x, or of x with what is added to it."""
         if not self.config.native:
-            return self.scaled(standardized(x, self.config.norm_eps, native=False))
+            return self.scaled(standardized(x if more is None else x + more, self.config.norm_eps, native=False))
         scale = self.scale[...].astype(jnp.float32)
         bias = jnp.zeros_like(scale) if self.bias is None else self.bias[...].astype(jnp.float32)
-        return linear.layer_norms(x, scale, bias, self.config.norm_eps)
+        return linear.layer_norms(x, scale, bias, self.config.norm_eps, more)
 
     def scaled(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
         """The norm of what is standardised already."""

@@ -73,7 +73,12 @@ class Linear(nnx.Module):
         return self.biased(y)
 
     def biased(self, y: Float[Array, "M features_out"]) -> Float[Array, "M features_out"]:
-        return y if self.bias is None else y + self.bias[...].astype(jnp.float32)[None, :]
+        bias = self.float_bias()
+        return y if bias is None else y + bias[None, :]
+
+    def float_bias(self) -> Float[Array, " features_out"] | None:
+        """The bias in float32, in which it is added."""
+        return None if self.bias is None else self.bias[...].astype(jnp.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +101,8 @@ def each(
         return [linear(x, rows) for linear in linears]
     kernels, widths = [linear.kernel[...] for linear in linears], [linear.features_out for linear in linears]
     x = x.astype(linears[0].dtype)
-    products = linear.products(x, kernels, widths, added([linear.low_rank for linear in linears], x, rows))
-    return [linear.biased(y) for linear, y in zip(linears, products, strict=True)]
+    of_rows = added([linear.low_rank for linear in linears], x, rows)
+    return linear.products(x, kernels, widths, of_rows, [linear.float_bias() for linear in linears])
 
 
 def summed(y: Float[Array, "M D"], over: str, dtype: jnp.dtype) -> Float[Array, "M D"]:
@@ -211,10 +216,10 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "M D"], rows: Rows | None = None) -> Float[Array, "M D"]:
         gate, up = self.gate, self.up
-        if gate.packed and gate.bias is None:
+        if gate.packed:
             kernels, x = (gate.kernel[...], up.kernel[...]), x.astype(gate.dtype)
-            of_rows = added([gate.low_rank, up.low_rank], x, rows)
-            return self.down(linear.gated(x, *kernels, gate.features_out, self.activation, of_rows), rows)
+            of_rows, biases = added([gate.low_rank, up.low_rank], x, rows), (gate.float_bias(), up.float_bias())
+            return self.down(linear.gated(x, *kernels, gate.features_out, self.activation, of_rows, biases), rows)
         gated, ungated = each((gate, up), x, rows)
         product = (activate(gated, self.activation) * ungated).astype(up.dtype)
         return self.down(lax.optimization_barrier(product), rows)  # in one operation with ``down``, TPUs take longer

@@ -45,6 +45,7 @@ struct Linear {
   const void* kernel;
   void* out;        // [rows, columns]
   int64_t columns;  // the last panel may have more: zeros
+  const float* bias = nullptr;
   Added added = {};
 
   int64_t panels() const { return (columns + kPanel - 1) / kPanel; }
@@ -177,7 +178,19 @@ void Add(const Linear& linear, const Block& block, int64_t columns, float (*sums
   });
 }
 
-// sums = x * the linear's panel, for a block's rows, with what adapters add.
+// Adds a panel's biases to a block's sums.
+void AddBias(const Linear& linear, const Block& block, int64_t columns, float (*sums)[kPanel]) {
+  if (!linear.bias) return;
+  alignas(64) float bias[kPanel] = {};
+  std::memcpy(bias, linear.bias + block.panel * kPanel, columns * sizeof(float));
+  for (int64_t i = 0; i < block.rows; ++i) {
+    for (int64_t column = 0; column < columns; column += kLanes) {
+      Store(&sums[i][column], Load(&sums[i][column]) + Load(&bias[column]));
+    }
+  }
+}
+
+// sums = x * the linear's panel, for a block's rows, with what adapters add and the bias.
 template <typename D>
 void Multiply(const Input& x, const Linear& linear, const Block& block, int64_t columns, float (*sums)[kPanel]) {
   using Unit = typename D::Unit;
@@ -198,6 +211,7 @@ void Multiply(const Input& x, const Linear& linear, const Block& block, int64_t 
     }
   }
   Add<D>(linear, block, columns, sums);
+  AddBias(linear, block, columns, sums);
 }
 
 // The factors A of one linear, [slots, strips, steps, kStrip], and x A of each row's slot.
@@ -278,18 +292,17 @@ Floats GeluByErf(Floats x) {
 
 // activation(x * kernel + bias), narrowed.
 template <typename D, Floats (*activation)(Floats)>
-void Activated(ffi::ThreadPool& pool, const Input& x, const Linear& linear, const float* bias) {
+void Activated(ffi::ThreadPool& pool, const Input& x, const Linear& linear) {
   using Unit = typename D::Unit;
-  EachBlock(pool, linear.panels(), x.count, [x, linear, bias](const Block& block) {
-    alignas(64) float sums[kBlock][kPanel], added[kPanel] = {};
+  EachBlock(pool, linear.panels(), x.count, [x, linear](const Block& block) {
+    alignas(64) float sums[kBlock][kPanel];
     alignas(64) Unit narrowed[kPanel / D::kPacked];
     const int64_t count = std::min<int64_t>(kPanel, linear.columns - block.panel * kPanel);
     auto* out = static_cast<typename D::Stored*>(linear.out) + block.row * linear.columns + block.panel * kPanel;
-    std::memcpy(added, bias + block.panel * kPanel, count * sizeof(float));
     Multiply<D>(x, linear, block, count, sums);
     for (int64_t i = 0; i < block.rows; ++i) {
       for (int64_t column = 0; column < count; column += kLanes) {
-        D::Round(&narrowed[column / D::kPacked], activation(Load(&sums[i][column]) + Load(&added[column])));
+        D::Round(&narrowed[column / D::kPacked], activation(Load(&sums[i][column])));
       }
       std::memcpy(out + i * linear.columns, narrowed, count * sizeof(*out));
     }
@@ -566,8 +579,8 @@ float Sum(const float* a, int64_t count) {
   return total;
 }
 
-// Each row of x less its mean, over its standard deviation, times scale, plus bias.
-void LayerNorms(ffi::ThreadPool& pool, const float* x, const float* scale, const float* bias, int64_t rows,
+// Each row of x, or of x + more, less its mean, over its standard deviation, times scale, plus bias.
+void LayerNorms(ffi::ThreadPool& pool, const float* x, const float* more, const float* scale, const float* bias, int64_t rows,
                 int64_t width, float eps, float* out) {
   const int64_t most = std::max<int64_t>(1, kDots / 4 / width);
   Share(pool, (rows + most - 1) / most, [=] {
@@ -575,6 +588,10 @@ void LayerNorms(ffi::ThreadPool& pool, const float* x, const float* scale, const
       for (int64_t row = unit * most; row < std::min(rows, (unit + 1) * most); ++row) {
         const float* from = x + row * width;
         float* to = out + row * width;
+        if (more) {
+          for (int64_t at = 0; at < width; ++at) to[at] = from[at] + more[row * width + at];
+          from = to;
+        }
         const float mean = Sum(from, width) / width;
         for (int64_t at = 0; at < width; ++at) to[at] = from[at] - mean;
         const float factor = 1.0f / std::sqrt(Dot(to, to, width) / width + eps);
@@ -599,17 +616,22 @@ ffi::Error ByDtype(ffi::AnyBuffer x, Work work) {
   return ffi::Error::InvalidArgument("packed kernels of this dtype are not multiplied on this processor");
 }
 
-// Kernels with as many results' columns, followed, where there are adapters, by x A of each and by B of each.
+// Kernels with as many results' columns, followed by the bias of each, which may be empty, and, where there are adapters,
+// by x A of each and by B of each.
 ffi::ErrorOr<std::vector<Linear>> Linears(ffi::RemainingArgs args, ffi::Buffer<ffi::S32> slots,
                                           const std::vector<ffi::AnyBuffer>& outs) {
   const size_t count = outs.size();
-  const bool adapted = args.size() == 3 * count;
-  if (!adapted && args.size() != count) return ffi::Unexpected(ffi::Error::InvalidArgument("as many kernels as results are needed"));
+  const bool adapted = args.size() == 4 * count;
+  if (!adapted && args.size() != 2 * count) {
+    return ffi::Unexpected(ffi::Error::InvalidArgument("as many kernels and biases as results are needed"));
+  }
   std::vector<Linear> linears;
   for (size_t i = 0; i < count; ++i) {
-    linears.push_back({args.get<ffi::AnyBuffer>(i)->untyped_data(), outs[i].untyped_data(), outs[i].dimensions()[1]});
+    const auto bias = *args.get<ffi::Buffer<ffi::F32>>(count + i);
+    linears.push_back({args.get<ffi::AnyBuffer>(i)->untyped_data(), outs[i].untyped_data(), outs[i].dimensions()[1],
+                       bias.element_count() ? bias.typed_data() : nullptr});
     if (!adapted) continue;
-    const auto inner = *args.get<ffi::AnyBuffer>(count + i), factors = *args.get<ffi::AnyBuffer>(2 * count + i);
+    const auto inner = *args.get<ffi::AnyBuffer>(2 * count + i), factors = *args.get<ffi::AnyBuffer>(3 * count + i);
     linears[i].added = {inner.untyped_data(), factors.untyped_data(), factors.dimensions()[2], slots.typed_data()};
   }
   return linears;
@@ -676,12 +698,12 @@ ffi::Error OfHead(ffi::ThreadPool& pool, ffi::AnyBuffer x, ffi::AnyBuffer head, 
 
 ffi::Error HandleActivated(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::Buffer<ffi::F32> bias,
                            std::string_view activation, ffi::Result<ffi::AnyBuffer> out) {
-  const Linear linear{kernel.untyped_data(), out->untyped_data(), out->dimensions()[1]};
+  const Linear linear{kernel.untyped_data(), out->untyped_data(), out->dimensions()[1], bias.typed_data()};
   return ByDtype(x, [&]<typename D>(D) {
     if (activation == "gelu") {
-      Activated<D, GeluByErf>(pool, Of<D>(x), linear, bias.typed_data());
+      Activated<D, GeluByErf>(pool, Of<D>(x), linear);
     } else if (activation == "gelu_tanh") {
-      Activated<D, Gelu>(pool, Of<D>(x), linear, bias.typed_data());
+      Activated<D, Gelu>(pool, Of<D>(x), linear);
     } else {
       return ffi::Error::InvalidArgument("no such activation");
     }
@@ -689,9 +711,10 @@ ffi::Error HandleActivated(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffe
   });
 }
 
-ffi::Error HandleLayerNorms(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> scale,
-                            ffi::Buffer<ffi::F32> bias, float eps, ffi::ResultBuffer<ffi::F32> out) {
-  LayerNorms(pool, x.typed_data(), scale.typed_data(), bias.typed_data(), x.dimensions()[0], x.dimensions()[1], eps,
+ffi::Error HandleLayerNorms(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> more,
+                            ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::F32> bias, float eps,
+                            ffi::ResultBuffer<ffi::F32> out) {
+  LayerNorms(pool, x.typed_data(), more.element_count() ? more.typed_data() : nullptr, scale.typed_data(), bias.typed_data(), x.dimensions()[0], x.dimensions()[1], eps,
              out->typed_data());
   return ffi::Error::Success();
 }
@@ -754,6 +777,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ScoreActivated, HandleActivated,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ScoreLayerNorms, HandleLayerNorms,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()

@@ -54,7 +54,8 @@ def packed_a_shape(features_in: int, rank: int, dtype: jnp.dtype) -> tuple[int, 
 
 def pack_a(a: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Pack an adapter's A [in, rank], in the dtype that it is multiplied in, for ``reduced``."""
-    return _strips(np.ascontiguousarray(a.T), packed_a_shape(*a.shape, a.dtype))
+    features_in, rank = a.shape
+    return _strips(np.ascontiguousarray(a.T), packed_a_shape(features_in, rank, a.dtype))
 
 
 def _strips(columns: npt.NDArray[Any], shape: tuple[int, int, int]) -> npt.NDArray[Any]:
@@ -97,15 +98,17 @@ def products(
     kernels: Sequence[Float[Array, "_ steps packed"]],
     widths: Sequence[int],
     added: Added | None = None,
+    biases: Sequence[Float[Array, " _"] | None] | None = None,
 ) -> Sequence[Float[Array, "M _"]]:
-    """x times each kernel, float32, in one call, with what adapters add.
+    """x times each kernel, float32, in one call, with what adapters add and with biases.
 
     Args:
         kernels: as ``pack`` stores them, in x's dtype; call ``build.load`` first.
         widths: features out of each.
+        biases: float32, of each that has one.
     """
     results = [jax.ShapeDtypeStruct((x.shape[0], width), jnp.float32) for width in widths]
-    return jax.ffi.ffi_call(build.target("products"), results)(x, *_operands(kernels, added))
+    return jax.ffi.ffi_call(build.target("products"), results)(x, *_operands(kernels, added, biases))
 
 
 def gated(
@@ -115,16 +118,20 @@ def gated(
     width: int,
     activation: Activation,
     added: Added | None = None,
+    biases: Sequence[Float[Array, " _"] | None] | None = None,
 ) -> Float[Array, "M features_out"]:
     """``activation(x @ gate) * (x @ up)``, in x's dtype; see ``products``."""
     kernel = jax.ffi.ffi_call(build.target("gated"), jax.ShapeDtypeStruct((x.shape[0], width), x.dtype))
-    return kernel(x, *_operands((gate, up), added), activation=activation)
+    return kernel(x, *_operands((gate, up), added, biases), activation=activation)
 
 
-def _operands(kernels: Sequence[jax.Array], added: Added | None) -> Sequence[jax.Array]:
+def _operands(
+    kernels: Sequence[jax.Array], added: Added | None, biases: Sequence[jax.Array | None] | None
+) -> Sequence[jax.Array]:
+    given = [jnp.zeros(0, jnp.float32) if bias is None else bias for bias in biases or [None] * len(kernels)]
     if added is None:
-        return jnp.zeros(0, jnp.int32), *kernels
-    return added.slots, *kernels, *added.inner, *added.factors
+        return jnp.zeros(0, jnp.int32), *kernels, *given
+    return added.slots, *kernels, *given, *added.inner, *added.factors
 
 
 def activated(
@@ -139,11 +146,19 @@ def activated(
 
 
 def layer_norms(
-    x: Float[Array, "M D"], scale: Float[Array, " D"], bias: Float[Array, " D"], eps: float
+    x: Float[Array, "M D"],
+    scale: Float[Array, " D"],
+    bias: Float[Array, " D"],
+    eps: float,
+    more: Float[Array, "M D"] | None = None,
 ) -> Float[Array, "M D"]:
-    """Each row less its mean, over its standard deviation, times ``scale``, plus ``bias``: all float32."""
+    """Each row less its mean, over its standard deviation, times ``scale``, plus ``bias``: all float32.
+
+    Args:
+        more: is added to x before.
+    """
     call = jax.ffi.ffi_call(build.target("layer_norms"), jax.ShapeDtypeStruct(x.shape, jnp.float32))
-    return call(x, scale, bias, eps=np.float32(eps))
+    return call(x, jnp.zeros((0, 0), jnp.float32) if more is None else more, scale, bias, eps=np.float32(eps))
 
 
 def dots(a: Float[Array, "M D"], b: Float[Array, "M D"]) -> Float[Array, " M"]:

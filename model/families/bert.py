@@ -114,10 +114,9 @@ class MLP(nnx.Module):
         self.activation: Activation = config.activation
 
     def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
-        up = self.up
-        if not up.packed or up.bias is None:
+        up, bias = self.up, self.up.float_bias()
+        if not up.packed or bias is None:
             return self.down(activate(up(x), self.activation))
-        bias = up.bias[...].astype(jnp.float32)
         return self.down(linear.activated(x.astype(up.dtype), up.kernel[...], bias, self.activation))
 
 
@@ -137,8 +136,8 @@ class Block(encoder.Block):
         attended: Float[Array, "Q D"],
         rows: Rows | None,  # noqa: ARG002
     ) -> Float[Array, "Q D"]:
-        x = self.attention_norm(x + attended)
-        return self.mlp_norm(x + self.mlp(x))
+        x = self.attention_norm(x, attended)
+        return self.mlp_norm(x, self.mlp(x))
 
 
 def weights(config: ModelConfig) -> Targets:

@@ -37,6 +37,25 @@ def products(x: np.ndarray, *kernels: np.ndarray) -> list[np.ndarray]:
     return [np.asarray(y) for y in jax.jit(lambda x, kernels: linear.products(x, kernels, widths))(x, packed)]
 
 
+@pytest.mark.parametrize("rows", [1, 13, 300])
+def test_biases_are_added_to_products_and_before_the_gate(rows: int, dtype: str) -> None:
+    """A product without one keeps its bits."""
+    x, kernels = normal(dtype, rows, 96), [normal(dtype, 96, 100), normal(dtype, 96, 100, seed=1)]
+    packed = [jnp.asarray(linear.pack(kernel)) for kernel in kernels]
+    bias = normal("float32", 100)
+    first, second = (
+        np.asarray(y)
+        for y in jax.jit(lambda *a: linear.products(a[0], a[1:3], (100, 100), biases=(None, a[3])))(x, *packed, bias)
+    )
+    wanted = products(x, *kernels)
+    np.testing.assert_array_equal(first, wanted[0])
+    np.testing.assert_array_equal(second, wanted[1] + bias)
+    gates = jax.jit(lambda *a: linear.gated(*a[:3], 100, "silu", biases=(a[3], None)))(x, *packed, bias)
+    through = ACTIVATIONS["silu"](wanted[0].astype(np.float64) + bias) * wanted[1]
+    rounding = 2**-8 if dtype == "bfloat16" else 3e-6
+    np.testing.assert_allclose(np.asarray(gates).astype(np.float64), through, rtol=rounding, atol=1e-6)
+
+
 def gated(x: np.ndarray, gate: np.ndarray, up: np.ndarray, activation: Activation = "silu") -> np.ndarray:
     width, packed = gate.shape[1], [jnp.asarray(linear.pack(kernel)) for kernel in (gate, up)]
     return np.asarray(jax.jit(lambda x, kernels: linear.gated(x, *kernels, width, activation))(x, packed))
@@ -159,6 +178,9 @@ def test_layer_norms_equal_float64(rows: int, width: int) -> None:
     got = np.asarray(through(x, scale, bias))
     np.testing.assert_allclose(got, wanted, rtol=3e-6, atol=3e-6)
     np.testing.assert_array_equal(np.asarray(through(x[-1:], scale, bias)), got[-1:])
+    more = normal("float32", rows, width, seed=2)
+    of_sum = jax.jit(lambda x, more, *a: linear.layer_norms(x, *a, 0.01, more))(x - more, more, scale, bias)
+    np.testing.assert_array_equal(np.asarray(of_sum), np.asarray(through(x - more + more, scale, bias)))
 
 
 def test_a_row_has_the_same_bits_among_any_others(dtype: str) -> None:
