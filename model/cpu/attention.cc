@@ -22,6 +22,8 @@ namespace {
 constexpr int kKeys = 64;       // of one block
 constexpr int64_t kSteps = 64;  // of one sum
 constexpr int kTileRows = 768;  // queries that share a packed block: their running sums stay in the second cache
+constexpr int64_t kAhead = 16;   // queries that are prefetched before they are packed
+constexpr int64_t kLine = 64;    // bytes that memory hands out together
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 Floats Larger(Floats a, Floats b) { return a > b ? a : b; }
@@ -72,6 +74,7 @@ class Worker {
     const auto* q = static_cast<const Stored*>(p_.q);
     for (int64_t row = 0; row < rows; ++row) {
       const Stored* from = q + ((first + row / groups) * p_.heads + head * groups + row % groups) * p_.width;
+      AskRow(from + kAhead * p_.heads * p_.width);
       for (int64_t step = 0; step < steps_; ++step) queries_[row * steps_ + step] = D::Pack(from + step * D::kPacked);
     }
     std::fill_n(queries_.begin() + rows * steps_, 2 * kRows * steps_, Unit{});
@@ -90,26 +93,39 @@ class Worker {
     int64_t start, count;  // the segment's first token, and how many of its tokens they see
   };
 
+  // Keys and values that are packed together, `count` from place `first` of the packed block on, and then folded into
+  // rows begin:end with what is before them. The packed block begins at `position`.
+  struct Block {
+    const Stored *k, *v;
+    int64_t stride, first, count, begin, end, position;
+  };
+
   // Folds all keys into query `from` and into those after it that see the same prefix; returns the first that does not.
   int64_t Behind(int64_t head, int64_t first, int64_t from, int64_t last) {
     const int64_t groups = p_.groups(), number = p_.prefixes[p_.reads[from]], length = p_.lengths[number];
     segments_.clear();
+    blocks_.clear();
     int64_t until = from;
     while (until < last && p_.prefixes[p_.reads[until]] == number) until = Collect(first, until, last, length);
     const int64_t shared = length / kKeys * kKeys;  // whole blocks, which all of these queries see
     int64_t key = std::max<int64_t>(length + 1 - p_.window, 0) / kKeys * kKeys;  // no query sees further back
     for (; key < shared; key += kKeys) {
-      PackPrefix(head, number, key, kKeys);
-      Fold((from - first) * groups, (until - first) * groups, key, kKeys);
+      AddOfPrefix(head, number, key, kKeys, (from - first) * groups, (until - first) * groups);
     }
     // The block that the prefix ends in goes on with the segment's own keys: of that, only these are packed anew.
     const int64_t rest = length - shared, room = kKeys - rest;
-    if (rest > 0) PackPrefix(head, number, shared, rest);
-    for (const Segment& own : segments_) FoldOwn(head, own, 0, std::min(room, own.count), shared, rest);
+    if (rest > 0) AddOfPrefix(head, number, shared, rest, 0, 0);
+    for (const Segment& own : segments_) AddOwn(head, own, 0, std::min(room, own.count), shared, rest);
     for (const Segment& own : segments_) {
       for (int64_t done = room; done < own.count; done += kKeys) {
-        FoldOwn(head, own, done, std::min<int64_t>(kKeys, own.count - done), length + done, 0);
+        AddOwn(head, own, done, std::min<int64_t>(kKeys, own.count - done), length + done, 0);
       }
+    }
+    for (size_t i = 0; i < blocks_.size(); ++i) {
+      const Block& block = blocks_[i];
+      Pack(block.k, block.v, block.stride, block.first, block.count);
+      Fold(block.begin, block.end, block.position, static_cast<int>(block.first + block.count),
+           i + 1 < blocks_.size() ? blocks_[i + 1] : Block{});
     }
     return until;
   }
@@ -131,22 +147,27 @@ class Worker {
     return until;
   }
 
-  // Packs `count` of a prefix's keys from `key` on, which a page holds one after the other.
-  void PackPrefix(int64_t head, int64_t number, int64_t key, int64_t count) {
+  // Adds `count` of a prefix's keys from `key` on, which a page holds one after the other.
+  void AddOfPrefix(int64_t head, int64_t number, int64_t key, int64_t count, int64_t begin, int64_t end) {
     const int64_t page = p_.tables[number * p_.slots + key / p_.page];
     const int64_t half = p_.kv_heads * p_.page * p_.width;  // from keys to values
     const Stored* k = static_cast<const Stored*>(p_.pool) +
                       ((page * p_.layers + p_.layer) * 2 * p_.kv_heads + head) * p_.page * p_.width +
                       key % p_.page * p_.width;
-    Pack(k, k + half, p_.width, 0, count);
+    blocks_.push_back({k, k + half, p_.width, 0, count, begin, end, key});
   }
 
-  // Folds in `count` of the segment's own keys, from its `done`-th on, which stand in the block at position `block` after
-  // `rest` others.
-  void FoldOwn(int64_t head, const Segment& own, int64_t done, int64_t count, int64_t block, int64_t rest) {
+  // Adds `count` of the segment's own keys, from its `done`-th on, which stand in the block at `position` after `rest`
+  // others.
+  void AddOwn(int64_t head, const Segment& own, int64_t done, int64_t count, int64_t position, int64_t rest) {
     const int64_t stride = p_.kv_heads * p_.width, at = (own.start + done) * stride + head * p_.width;
-    Pack(static_cast<const Stored*>(p_.k) + at, static_cast<const Stored*>(p_.v) + at, stride, rest, count);
-    Fold(own.begin, own.end, block, static_cast<int>(rest + count));
+    blocks_.push_back({static_cast<const Stored*>(p_.k) + at, static_cast<const Stored*>(p_.v) + at, stride, rest, count,
+                       own.begin, own.end, position});
+  }
+
+  // Prefetches what a head has of one token.
+  void AskRow(const Stored* row) {
+    for (int64_t at = 0; at < p_.width; at += kLine / sizeof(Stored)) __builtin_prefetch(row + at, 0, 2);
   }
 
   // `count` keys [step][key] and values [key / kPacked][channel], as the micro-kernel reads them, into the block from
@@ -169,11 +190,19 @@ class Worker {
   }
 
   // Folds the first `count` keys of the packed block into the running softmax of rows begin:end. The block begins at
-  // position `block`; a query sees what is in its window, up to its own position or as far beyond it.
-  void Fold(int64_t begin, int64_t end, int64_t block, int count) {
+  // position `block`; a query sees what is in its window, up to its own position or as far beyond it. What is packed
+  // `next` is prefetched on the way: these loads come one by one from far apart, and packing would wait for each. Within
+  // its caller GCC has too few registers for the sums, and takes 1.7 times as long.
+  [[gnu::noinline]] void Fold(int64_t begin, int64_t end, int64_t block, int count, const Block& next) {
+    const int64_t share = (next.count * kRows + end - begin - 1) / std::max<int64_t>(end - begin, 1);
+    int64_t asked = 0;
     alignas(64) float scores[kRows][kKeys];
     alignas(64) Unit weights[kRows][kKeys / D::kPacked];
     for (int64_t row = begin; row < end; row += kRows) {
+      for (const int64_t more = std::min(asked + share, next.count); asked < more; ++asked) {
+        AskRow(next.k + asked * next.stride);
+        AskRow(next.v + asked * next.stride);
+      }
       int from[kRows], until[kRows], most = 0, least = kKeys, latest_from = 0;
       for (int i = 0; i < kRows; ++i) {
         const int64_t after = positions_[row + i] + 1 - block, behind = p_.causal ? after : after + p_.window - 1;
@@ -298,6 +327,7 @@ class Worker {
   std::vector<float> sums_, totals_, highest_;  // running: weighted values, sums by lane, and maxima
   std::vector<int32_t> positions_;              // of each query in its sequence
   std::vector<Segment> segments_;               // of the queries at hand
+  std::vector<Block> blocks_;                   // that they see
 };
 
 template <typename D>

@@ -354,8 +354,8 @@ std::vector<typename D::Unit> Packed(const Input& x) {
   return packed;
 }
 
-// Of a panel's columns the highest logit so far, the first row that has it, and the sum of exponentials of the distances
-// from it.
+// Of a panel's columns the highest logit so far, the first row that has it, and the sum of exponentials of the
+// distances from it.
 struct Sums {
   float highest[kPanel], total[kPanel];
   int32_t best[kPanel];
@@ -580,8 +580,8 @@ float Sum(const float* a, int64_t count) {
 }
 
 // Each row of x, or of x + more, less its mean, over its standard deviation, times scale, plus bias.
-void LayerNorms(ffi::ThreadPool& pool, const float* x, const float* more, const float* scale, const float* bias, int64_t rows,
-                int64_t width, float eps, float* out) {
+void LayerNorms(ffi::ThreadPool& pool, const float* x, const float* more, const float* scale, const float* bias,
+                int64_t rows, int64_t width, float eps, float* out) {
   const int64_t most = std::max<int64_t>(1, kDots / 4 / width);
   Share(pool, (rows + most - 1) / most, [=] {
     return [=](int64_t unit) {
@@ -616,8 +616,8 @@ ffi::Error ByDtype(ffi::AnyBuffer x, Work work) {
   return ffi::Error::InvalidArgument("packed kernels of this dtype are not multiplied on this processor");
 }
 
-// Kernels with as many results' columns, followed by the bias of each, which may be empty, and, where there are adapters,
-// by x A of each and by B of each.
+// Kernels with as many results' columns, followed by the bias of each, which may be empty, and, where there are
+// adapters, by x A of each and by B of each.
 ffi::ErrorOr<std::vector<Linear>> Linears(ffi::RemainingArgs args, ffi::Buffer<ffi::S32> slots,
                                           const std::vector<ffi::AnyBuffer>& outs) {
   const size_t count = outs.size();
@@ -649,8 +649,8 @@ ffi::Error HandleProducts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ff
   });
 }
 
-ffi::Error HandleReduced(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> slots, ffi::RemainingArgs factors,
-                         ffi::RemainingRets outs) {
+ffi::Error HandleReduced(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> slots,
+                         ffi::RemainingArgs factors, ffi::RemainingRets outs) {
   if (factors.size() != outs.size()) return ffi::Error::InvalidArgument("as many factors as results are needed");
   std::vector<Reduced> all;
   for (size_t i = 0; i < outs.size(); ++i) {
@@ -714,8 +714,8 @@ ffi::Error HandleActivated(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffe
 ffi::Error HandleLayerNorms(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> more,
                             ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::F32> bias, float eps,
                             ffi::ResultBuffer<ffi::F32> out) {
-  LayerNorms(pool, x.typed_data(), more.element_count() ? more.typed_data() : nullptr, scale.typed_data(), bias.typed_data(), x.dimensions()[0], x.dimensions()[1], eps,
-             out->typed_data());
+  LayerNorms(pool, x.typed_data(), more.element_count() ? more.typed_data() : nullptr, scale.typed_data(),
+             bias.typed_data(), x.dimensions()[0], x.dimensions()[1], eps, out->typed_data());
   return ffi::Error::Success();
 }
 

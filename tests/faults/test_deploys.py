@@ -31,33 +31,38 @@ def pids(deployment: str) -> set[int]:
     return {process.pid for process in replica_processes(deployment)}
 
 
-def test_three_redeploys_under_load_fail_no_request_and_no_engine_is_asked_before_it_is_warm(
-    deploy: Callable[[Any], httpx.Client], settings: ModelSettings, tmp_path: Path
-):
-    two = settings.model_copy(update={"scorer_replicas": 2})
-    versions = [
-        # Three scorers for a while: both old ones answer until a new one is warm.
-        (two.model_copy(update={"max_surge_percent": 1, "aliases": ("first",)}), 3),
-        # Two at most: one old one answers while the other's successor starts.
-        (two.model_copy(update={"aliases": ("second",)}), 2),
+@pytest.mark.parametrize(
+    ("update", "most"),
+    [
+        # Two scorers at most: one old one answers while the other's successor starts.
+        pytest.param({"scorer_replicas": 2}, 2, id="in turn"),
+        # Three for a while: both old ones answer until a new one is warm.
+        pytest.param({"scorer_replicas": 2, "max_surge_percent": 1}, 3, id="beside", marks=pytest.mark.slow),
         # From two to one, in one step.
-        (settings.model_copy(update={"max_surge_percent": 1, "aliases": ("third",)}), 2),
-    ]
-    client = deploy(application(two))
+        pytest.param({"max_surge_percent": 1}, 2, id="fewer", marks=pytest.mark.slow),
+    ],
+)
+def test_a_redeploy_under_load_fails_no_request_and_no_engine_is_asked_before_it_is_warm(
+    update: dict[str, int],
+    most: int,
+    deploy: Callable[[Any], httpx.Client],
+    settings: ModelSettings,
+    tmp_path: Path,
+):
+    client = deploy(application(settings.model_copy(update={"scorer_replicas": 2})))
+    version, gate = settings.model_copy(update={**update, "aliases": ("new",)}), tmp_path / "gate"
     with under_load(asking(client)) as load, ThreadPoolExecutor(1) as background:
         load.wait_for_more(20)
-        for number, (version, most) in enumerate(versions):
-            gate = tmp_path / str(number)
-            old = pids("Scorer") | pids("Ingress")
-            deploying = background.submit(deploy, application(version, gate=gate))
-            wait_for(lambda: len(pids("Scorer") - old) > 0)  # noqa: B023 - called at once
-            load.wait_for_more(40)  # none of them from the one that is starting
-            assert len(pids("Scorer")) <= most
-            assert pids("Scorer") & old
-            gate.touch()
-            deploying.result()
-            wait_for(lambda: old.isdisjoint(pids("Scorer") | pids("Ingress")))  # noqa: B023
-            assert version.aliases[0] in client.get("/v1/info").json()["names"]
+        old = pids("Scorer") | pids("Ingress")
+        deploying = background.submit(deploy, application(version, gate=gate))
+        wait_for(lambda: len(pids("Scorer") - old) > 0)
+        load.wait_for_more(40)  # none of them from the one that is starting
+        assert len(pids("Scorer")) <= most
+        assert pids("Scorer") & old
+        gate.touch()
+        deploying.result()
+        wait_for(lambda: old.isdisjoint(pids("Scorer") | pids("Ingress")))
+        assert "new" in client.get("/v1/info").json()["names"]
     assert load.failures == []
 
 
