@@ -22,8 +22,8 @@ namespace {
 constexpr int kKeys = 64;       // of one block
 constexpr int64_t kSteps = 64;  // of one sum
 constexpr int kTileRows = 768;  // queries that share a packed block: their running sums stay in the second cache
-constexpr int64_t kAhead = 16;   // queries that are prefetched before they are packed
-constexpr int64_t kLine = 64;    // bytes that memory hands out together
+constexpr int64_t kAhead = 16;  // queries that are prefetched before they are packed
+constexpr int64_t kLine = 64;   // bytes that memory hands out together
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 Floats Larger(Floats a, Floats b) { return a > b ? a : b; }
@@ -327,7 +327,7 @@ class Worker {
   std::vector<float> sums_, totals_, highest_;  // running: weighted values, sums by lane, and maxima
   std::vector<int32_t> positions_;              // of each query in its sequence
   std::vector<Segment> segments_;               // of the queries at hand
-  std::vector<Block> blocks_;                   // that they see
+  std::vector<Block> blocks_;                   // what these see
 };
 
 template <typename D>

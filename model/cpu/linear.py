@@ -25,8 +25,7 @@ PANEL = 64
 
 def packed_shape(features_in: int, features_out: int, dtype: jnp.dtype) -> tuple[int, int, int]:
     """Shape of a kernel that ``pack`` stored: strips, steps of the inner axis, and a step's numbers of a strip."""
-    together = _together(dtype)
-    return -(-features_out // PANEL) * PANEL // STRIP, features_in // together, STRIP * together
+    return packed_a_shape(features_in, -(-features_out // PANEL) * PANEL, dtype)
 
 
 def _together(dtype: jnp.dtype) -> int:
