@@ -2,7 +2,7 @@
 
 A program call holds M = B * T tokens: B bins of T positions, each bin packed with whole segments one after the other.
 A token attends to (1) its segment's prefix, kept as pages of a pool, and (2) the tokens of its own segment up to
-itself. All segments of a call share one prefix, except with ``native`` and ``triton``, where each may have its own.
+itself. Each segment may have a prefix of its own; with ``reference`` and ``paged`` all segments of a call share one.
 
 Five implementations with one signature: ``reference`` gathers the prefix and takes one softmax over everything;
 ``paged`` walks the prefix page by page, all tokens in one matmul per key/value head, and merges by the running
@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from model import attention_gpu
-from model.attention_tpu import LANES, fused, stored_width
+from model.attention_tpu import LANES, Steps, fused, steps, stored_width
 from model.contract import PAGE_TOKENS
 from model.cpu.attention import attend_native
 from model.delta import Snapshots
@@ -43,6 +43,7 @@ class AttentionContext(NamedTuple):
         snapshots: of a hybrid's recurrent layers, see ``model.delta``.
         slots: of each prefix, see ``delta.Packed``.
         adapters: of the tokens, see ``model.lora``; None: there are none.
+        steps: of the TPU's kernel in layers without a window, see ``prepared``; None: each layer finds its own.
     """
 
     segments: Int[Array, "B T"]
@@ -54,6 +55,7 @@ class AttentionContext(NamedTuple):
     snapshots: Snapshots | None = None
     slots: Int[Array, "P 2"] | None = None
     adapters: Rows | None = None
+    steps: Steps | None = None
 
     @property
     def page_table(self) -> Int[Array, " slots"]:
@@ -331,6 +333,15 @@ def pool_head_width(implementation: str, head_width: int) -> int:
     return stored_width(head_width) if implementation in FUSED else head_width
 
 
+def prepared(context: AttentionContext, implementation: str) -> AttentionContext:
+    """The context with what all layers without a window would find for themselves."""
+    return context._replace(steps=_steps(context, None)) if implementation in FUSED else context
+
+
+def _steps(context: AttentionContext, window: Int[Array, ""] | None) -> Steps:
+    return steps(context.segments, context.prefixes, context.page_tables, context.prefix_lengths, PAGE_TOKENS, window)
+
+
 def attend(
     q: Float[Array, "Q N W"],
     k: Float[Array, "M K W"],
@@ -363,10 +374,9 @@ def attend(
         # The kernel takes whole bins: in the one layer that asks for reads alone, queries that are not read are zeros.
         queries = q if reads is None else jnp.zeros((k.shape[0], *q.shape[1:]), q.dtype).at[reads].set(q)
         interpret = implementation == FUSED_INTERPRETED
-        shared = context.pool, context.page_table, context.prefix_length
-        attended = fused(
-            queries, k, _finite(v), context.segments, context.positions, *shared, layer, *spec[:2], interpret=interpret
-        )
+        of_tokens = context.segments, context.positions, context.prefixes
+        found = context.steps if spec.window is None and context.steps else _steps(context, spec.window)
+        attended = fused(queries, k, _finite(v), *of_tokens, context.pool, found, layer, *spec[:2], interpret=interpret)
         return attended if reads is None else attended[reads]
     if implementation in TRITON:
         flat, places = context.segments.reshape(-1), jnp.arange(k.shape[0]) if reads is None else reads

@@ -1,9 +1,11 @@
 """The attention of ``model.attention`` as one Pallas kernel for TPU: no score matrix in memory, no copy of the prefix.
 
 A grid step holds a tile of queries of the heads that share one key/value head. The softmax is folded first over the
-tile's own bins, then over the prefix, whose pages are fetched straight from the pool through the page table. The number
-of steps over the prefix is part of the call, not of the program: one program serves every prefix length and computes
-no more than it holds, and with a sliding window no more than the window lets see.
+tile's own bins, then over the prefixes that its queries see, whose pages are fetched straight from the pool through the
+page tables. The number of steps over prefixes is part of the call, not of the program: one program serves every prefix
+length and computes no more than it holds, and with a sliding window no more than the window lets see. Where all queries
+of a tile see one prefix, only the end of the prefix is masked; else a step folds the queries from the first to the last
+that see its prefix, and masks the others.
 
 Source: the folding is FlashAttention's (arXiv 2205.14135); ``tests/parity`` compares with ``reference``.
 """
@@ -34,6 +36,8 @@ WIDE_FOLD_TOKENS = 512
 """The same over the prefix; with twice as many, each takes 15% fewer instructions."""
 STEP_PAGES = 4
 """Pages of the prefix that one step folds in: enough work to hide the next step's copies."""
+LEAST_MEMORY = 16 * 2**20
+"""Of the core's own, in bytes: as much as the smallest chips have."""
 MASKED = -1e30
 """A score that weighs nothing; finite, so that the difference of two is a number."""
 
@@ -81,15 +85,17 @@ class Folds(NamedTuple):
         own: ``Tiling.fold`` queries over keys of their own bins, ``Tiling.span`` of them.
         whole: ``Tiling.wide_fold`` queries over ``STEP_PAGES`` pages of the prefix.
         partial: the same over the pages that the prefix ends in.
+        mixed: ``Tiling.fold`` queries over ``STEP_PAGES`` pages of one of the prefixes that their tile sees.
     """
 
     own: int
     whole: int
     partial: int
+    mixed: int = 0
 
 
 def folds(tokens: int, bin_width: int, page: int, prefix_length: int, window: int | None) -> Folds:
-    """The folds of a call."""
+    """The folds of a call with one prefix."""
     _, fold, wide_fold, tile, tiles, own_steps = _tiling(tokens, bin_width)
     filled = [min(tile, tokens - number * tile) for number in range(tiles)]
     own = sum(queries // fold * (number % own_steps + 1) for number, queries in enumerate(filled))
@@ -109,7 +115,8 @@ def _prefix_steps(page: int, prefix_length: int, window: int | None) -> tuple[in
 def work(
     tokens: int, bin_width: int, heads: int, pool: jax.ShapeDtypeStruct, prefix_length: int, window: int | None
 ) -> tuple[float, float]:
-    """FLOPs of the kernel's matrix products, masked ones too, and the bytes that its copies move, in one layer."""
+    """FLOPs of the kernel's matrix products, masked ones too, and the bytes that its copies move: in one layer of a
+    call with one prefix."""
     *_, kv_heads, page, width = pool.shape
     span, fold, wide_fold, tile, tiles, own_steps = _tiling(tokens, bin_width)
     count = folds(tokens, bin_width, page, prefix_length, window)
@@ -123,15 +130,90 @@ def work(
     return 4.0 * heads * width * scores, float((queries + keys) * pool.dtype.itemsize + positions)
 
 
+class Walk(NamedTuple):
+    """The steps over prefixes, prefix after prefix: every tile takes those from its first prefix to its last.
+
+    Attributes:
+        owners: [all steps] the prefix of each.
+        begins: [P] each prefix's first among all steps.
+        skipped: [P] its steps before that, which no window reaches.
+        lengths: [P] its tokens.
+        tables: [P * slots] its pages.
+        first, last: [P] the first query that sees it, and the one after the last.
+        starts, counts: [tiles] each tile's first step, and how many it takes.
+        mixed: [tiles] 1 where a tile's queries see several prefixes.
+    """
+
+    owners: Any
+    begins: Any
+    skipped: Any
+    lengths: Any
+    tables: Any
+    first: Any
+    last: Any
+    starts: Any
+    counts: Any
+    mixed: Any
+
+    def at(self, tile: Any, step: Any) -> tuple[Any, Any]:
+        """The prefix of a tile's step, and the step's number in it; after the tile's last step that one again."""
+        step = self.starts[tile] + jnp.clip(step, 0, jnp.maximum(self.counts[tile] - 1, 0))
+        prefix = self.owners[step]
+        return prefix, step - self.begins[prefix] + self.skipped[prefix]
+
+
+class Steps(NamedTuple):
+    """The steps of a call, and how many a tile takes at most."""
+
+    walk: Walk
+    most: Int[Array, ""]
+
+
+def steps(
+    segments: Int[Array, "B T"],
+    prefixes: Int[Array, " M"],
+    page_tables: Int[Array, "P slots"],
+    prefix_lengths: Int[Array, " P"],
+    page: int,
+    window: Int[Array, ""] | None,
+) -> Steps:
+    """The steps of a call; args are those of ``fused``."""
+    (number, slots), step = page_tables.shape, STEP_PAGES * page
+    tiling = _tiling(segments.size, segments.shape[1])
+    # No query is before its prefix's end, and none sees further back than its window.
+    skipped = jnp.zeros_like(prefix_lengths)
+    if window is not None:
+        skipped = lax.div(jnp.maximum(prefix_lengths + 1 - window, 0), step)
+    ends = jnp.cumsum(pl.cdiv(prefix_lengths, step) - skipped)
+    begins = jnp.pad(ends, (1, 0))
+    every = jnp.arange(number * -(-slots // STEP_PAGES))
+    owners = jnp.minimum((every[:, None] >= ends[None, :]).sum(axis=1), number - 1)
+    # Padding sees no prefix.
+    seen = jnp.where(segments.reshape(-1) < 0, number, prefixes)
+    sees, places = seen[None, :] == jnp.arange(number)[:, None], jnp.arange(seen.size)[None, :]
+    first, last = jnp.where(sees, places, seen.size).min(axis=1), jnp.where(sees, places + 1, 0).max(axis=1)
+    of_tiles = _tiled(seen, tiling, number)
+    lowest, highest = of_tiles.min(axis=1), jnp.where(of_tiles < number, of_tiles, -1).max(axis=1)
+    starts = begins[jnp.minimum(lowest, number)]
+    counts = jnp.maximum(begins[highest + 1] - starts, 0)
+    starts, mixed = jnp.where(counts > 0, starts, 0), lowest < highest
+    walk = owners, begins[:-1], skipped, prefix_lengths, page_tables.reshape(-1), first, last, starts, counts, mixed
+    return Steps(Walk(*(part.astype(jnp.int32) for part in walk)), counts.max())
+
+
+def _tiled(x: Int[Array, " M"], tiling: Tiling, padding: int = 0) -> Int[Array, "tiles tile"]:
+    return jnp.pad(x, (0, tiling.tiles * tiling.tile - len(x)), constant_values=padding).reshape(tiling.tiles, -1)
+
+
 def fused(
     q: Float[Array, "M N W"],
     k: Float[Array, "M K W"],
     v: Float[Array, "M K H"],
     segments: Int[Array, "B T"],
     positions: Int[Array, " M"],
+    prefixes: Int[Array, " M"],
     pool: Shaped[Array, "pages L 2 K page stored"],
-    page_table: Int[Array, " slots"],
-    prefix_length: Int[Array, ""],
+    steps: Steps,
     layer: int | Int[Array, ""],
     window: Int[Array, ""] | None,
     softcap: float | None,
@@ -141,6 +223,8 @@ def fused(
     """Softmax attention of every token, in q's dtype.
 
     Args are those of ``attention.attend``, the fields of its ``AttentionContext`` and of its ``MaskSpec``, and:
+        prefixes: those that see one prefix should be next to each other, and prefixes ascend, for speed.
+        steps: of these prefixes and this window.
         interpret: run step by step on any platform, for tests.
 
     Raises:
@@ -151,47 +235,48 @@ def fused(
     groups = heads // kv_heads
     tiling = _tiling(tokens, segments.shape[1])
     span, fold, wide_fold, tile, tiles, own_steps = tiling
-    step = STEP_PAGES * page
 
     def flat(x: Float[Array, "M heads _"]) -> Float[Array, "M features"]:
         return jnp.pad(x, ((0, 0), (0, 0), (0, width - x.shape[2]))).reshape(tokens, -1)
 
-    padded = jnp.pad(segments.reshape(-1), (0, tiles * tile - tokens), constant_values=-1)
-    query_segments, key_segments = padded.reshape(tiles, -1, fold), padded.reshape(tiles, -1, span)
-    # No query is before the prefix's end, and none sees further back than its window.
-    skipped = 0 if window is None else lax.div(jnp.maximum(prefix_length + 1 - window, 0), step)
-    numbers = (prefix_length, layer, skipped, 0 if window is None else window)
-    scalars = jnp.stack([jnp.asarray(number, jnp.int32) for number in numbers])
+    tiled = partial(_tiled, tiling=tiling)
+    of_tiles = tiled(segments.reshape(-1), padding=-1)
+    query_segments, key_segments = of_tiles.reshape(tiles, -1, fold), of_tiles.reshape(tiles, -1, span)
+    numbers = jnp.stack([jnp.asarray(number, jnp.int32) for number in (layer, 0 if window is None else window)])
+    slots = steps.walk.tables.size // steps.walk.lengths.size
 
     def own_tile(i: Any, s: Any) -> Any:
         """The key tile of a step: from the beginning of the bin up to the queries' own tile."""
         return jnp.minimum(lax.div(i, own_steps) * own_steps + s, i)
 
-    def page_at(r: int, h: Any, i: Any, s: Any, table: Any, scalars: Any) -> Any:
-        del i
-        slot = (jnp.maximum(s - own_steps, 0) + scalars[2]) * STEP_PAGES + r
-        return table[jnp.minimum(slot, table.shape[0] - 1)], scalars[1], 0, h, 0, 0
+    def page_at(r: int, h: Any, i: Any, s: Any, numbers: Any, *refs: Any) -> Any:
+        walk = Walk(*refs)
+        prefix, number = walk.at(i, s - own_steps)
+        slot = jnp.minimum(number * STEP_PAGES + r, slots - 1)
+        return walk.tables[prefix * slots + slot], numbers[0], 0, h, 0, 0
+
+    def by(columns: int) -> pl.BlockSpec:
+        """A tile's queries, so many in a row."""
+        return pl.BlockSpec((None, tile // columns, columns), lambda _head, i, *_: (i, 0, 0))
 
     queries = pl.BlockSpec((tile, groups * width), lambda h, i, *_: (i, h))
     own = pl.BlockSpec((tile, width), lambda h, i, s, *_: (own_tile(i, s), h))
     pages = [pl.BlockSpec((None, None, 2, None, page, width), partial(page_at, number)) for number in range(STEP_PAGES)]
-    places, place_specs = [], []
-    if window is not None:
-        places = [jnp.pad(positions, (0, tiles * tile - tokens)).reshape(tiles, -1, wide_fold)]
-        place_specs = [pl.BlockSpec((None, tile // wide_fold, wide_fold), lambda _head, i, *_: (i, 0, 0))]
+    places = [] if window is None else [tiled(positions).reshape(tiles, -1, each) for each in (wide_fold, fold)]
     result = pl.pallas_call(
         partial(_kernel, tokens, tiling, groups, window is not None, softcap),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(kv_heads, tiles, own_steps + pl.cdiv(scalars[0], step) - scalars[2]),
+            num_scalar_prefetch=1 + len(steps.walk),
+            grid=(kv_heads, tiles, own_steps + steps.most),
             in_specs=[
                 queries,
                 own,
                 own,
-                pl.BlockSpec((None, tile // fold, fold), lambda _head, i, *_: (i, 0, 0)),
+                by(fold),
                 pl.BlockSpec((None, tile // span, span), lambda _head, i, s, *_: (own_tile(i, s), 0, 0)),
+                by(fold),
                 *pages,
-                *place_specs,
+                *([] if window is None else [by(wide_fold), by(fold)]),
             ],
             out_specs=queries,
             scratch_shapes=[
@@ -202,35 +287,39 @@ def fused(
         ),
         out_shape=jax.ShapeDtypeStruct((tokens, heads * width), q.dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=64 * 2**20
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=_memory(tiling, groups, page, width, q.dtype),
         ),
         interpret=interpret,
         name="fused_attention",
-    )(page_table, scalars, flat(q), flat(k), flat(v), query_segments, key_segments, *[pool] * STEP_PAGES, *places)
+    )(
+        *(numbers, *steps.walk),
+        *(flat(q), flat(k), flat(v)),
+        *(query_segments, key_segments, tiled(prefixes).reshape(tiles, -1, fold)),
+        *[pool] * STEP_PAGES,
+        *places,
+    )
     return result.reshape(tokens, heads, width)[:, :, :head_width]
 
 
-def _kernel(
-    tokens: int,
-    tiling: Tiling,
-    groups: int,
-    windowed: bool,
-    softcap: float | None,
-    _table_ref: Any,
-    scalars_ref: Any,
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    query_segment_ref: Any,
-    key_segment_ref: Any,
-    *refs: Any,
-) -> None:
+def _memory(tiling: Tiling, groups: int, page: int, width: int, dtype: Any) -> int:
+    """Bytes of the core's memory that the kernel may take: of what it leaves, XLA keeps more between its products."""
+    size, keys = jnp.dtype(dtype).itemsize, STEP_PAGES * page
+    twice = tiling.tile * width * size * (2 * groups + 2) + 2 * keys * width * size  # the next step's are on their way
+    sums = 4 * tiling.tile * groups * (width + 2 * SUBLANES)
+    scores = groups * tiling.wide_fold * keys * (4 + size)
+    return max(2 * twice + sums + 2 * scores, LEAST_MEMORY)
+
+
+def _kernel(tokens: int, tiling: Tiling, groups: int, windowed: bool, softcap: float | None, *refs: Any) -> None:
     """One tile of queries, one step of keys."""
-    page_refs, place_refs = refs[:STEP_PAGES], refs[STEP_PAGES:-4]
+    numbers_ref, walk, of_call = refs[0], Walk(*refs[1 : 1 + len(Walk._fields)]), refs[1 + len(Walk._fields) : -4]
+    q_ref, k_ref, v_ref, query_segment_ref, key_segment_ref, prefix_ref = of_call[:6]
+    page_refs, place_refs = of_call[6 : 6 + STEP_PAGES], of_call[6 + STEP_PAGES :]
     out_ref, maximum_ref, total_ref, values_ref = refs[-4:]
     tile_number, step = pl.program_id(1), pl.program_id(2)
     (_, page, width), (span, fold, wide_fold, tile, _, own_steps) = page_refs[0].shape, tiling
-    prefix_length, window = scalars_ref[0], scalars_ref[3]
+    window = numbers_ref[1]
     filled = jnp.minimum(tile, tokens - tile_number * tile)
 
     @pl.when(step == 0)
@@ -282,31 +371,55 @@ def _kernel(
 
         lax.fori_loop(0, lax.div(filled, fold), one, None)
 
-    size = STEP_PAGES * page
-    begin = (step - own_steps + scalars_ref[2]) * size
+    prefix, number = walk.at(tile_number, step - own_steps)
+    size, length = STEP_PAGES * page, walk.lengths[prefix]
+    begin = number * size
+    places = begin + lax.broadcasted_iota(jnp.int32, (size, 1), 0)
 
-    def prefix(masked: bool) -> None:
-        keys, values = (jnp.concatenate([_as(ref[part], q_ref.dtype) for ref in page_refs], axis=0) for part in (0, 1))
-        if masked:
-            # What lies past the prefix may be another's, and 0 * NaN is NaN.
-            rest = begin + lax.broadcasted_iota(jnp.int32, (size, 1), 0) < prefix_length
-            values = jnp.where(rest, values, jnp.zeros_like(values))
+    def keys_and_values() -> Any:
+        return (jnp.concatenate([_as(ref[part], q_ref.dtype) for ref in page_refs], axis=0) for part in (0, 1))
+
+    def over(place_ref: Any, queries: Any) -> Any:
+        """Where the queries of one row are in reach of the step's keys."""
+        return places > place_ref[queries, :] - window
+
+    def only(masked: bool) -> None:
+        """All queries over the prefix that they see."""
+        keys, values = keys_and_values()
+        if masked:  # what lies past the prefix may be another's, and 0 * NaN is NaN
+            values = jnp.where(places < length, values, jnp.zeros_like(values))
 
         def one(number: Any, _: Any) -> None:
-            queries = pl.ds(pl.multiple_of(number * wide_fold, LANES), wide_fold)
-            mask = None
-            if masked or windowed:
-                places = begin + lax.broadcasted_iota(jnp.int32, (size, wide_fold if windowed else 1), 0)
-                mask = places < prefix_length
-                if windowed:
-                    mask &= places > place_refs[0][pl.ds(number, 1), :] - window
-            add(queries, keys, values, mask)
+            mask = places < length if masked else None
+            if windowed:
+                reached = over(place_refs[0], pl.ds(number, 1))
+                mask = reached if mask is None else mask & reached
+            add(pl.ds(pl.multiple_of(number * wide_fold, LANES), wide_fold), keys, values, mask)
 
         lax.fori_loop(0, pl.cdiv(filled, wide_fold), one, None)
 
-    whole = begin + size <= prefix_length
-    pl.when((step >= own_steps) & whole)(partial(prefix, False))
-    pl.when((step >= own_steps) & ~whole)(partial(prefix, True))
+    def mixed() -> None:
+        """The queries around those that see this prefix."""
+        keys, values = keys_and_values()
+        # A broken prefix is not to spoil the others, see ``attention._finite``.
+        fine = (places < length) & (jnp.abs(values.astype(jnp.float32)) < jnp.inf)
+        values = jnp.where(fine, values, jnp.zeros_like(values))
+
+        def one(number: Any, _: Any) -> None:
+            row = pl.ds(number, 1)
+            mask = (places < length) & (prefix_ref[row, :] == prefix)
+            if windowed:
+                mask &= over(place_refs[1], row)
+            add(pl.ds(pl.multiple_of(number * fold, LANES), fold), keys, values, mask)
+
+        first, last = (jnp.clip(at[prefix] - tile_number * tile, 0, filled) for at in (walk.first, walk.last))
+        lax.fori_loop(lax.div(first, fold), pl.cdiv(last, fold), one, None)
+
+    due = (step >= own_steps) & (step - own_steps < walk.counts[tile_number])
+    whole, several = begin + size <= length, walk.mixed[tile_number] > 0
+    pl.when(due & ~several & whole)(partial(only, False))
+    pl.when(due & ~several & ~whole)(partial(only, True))
+    pl.when(due & several)(mixed)
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _finish() -> None:

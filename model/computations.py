@@ -10,7 +10,7 @@ head's programs take their numbers and the target ids.
 On a mesh of devices (``model.sharding``) the same functions run on every device's part of the arrays.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -20,10 +20,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.experimental.layout import Layout as Order
+from jax.experimental.layout import with_layout_constraint
 from jax.sharding import Mesh
 
 from model import decoder
-from model.attention import AttentionContext, to_pool
+from model.attention import AttentionContext, prepared, to_pool
 from model.config import ModelConfig
 from model.contract import PAGE_TOKENS
 from model.cpu import linear, pages
@@ -84,6 +86,15 @@ class Span(NamedTuple):
     length: int
 
 
+def begins_with_pages(sizes: Sequence[int]) -> bool:
+    """Whether each prefix of a prefill call begins where a page would, if the call were cut into pages.
+
+    Args:
+        sizes: of the calls, in tokens.
+    """
+    return not any(size % PAGE_TOKENS for size in sizes)
+
+
 def spans_of(size: int) -> int:
     """Spans that a prefill call of ``size`` tokens has room for: of one prefix, wherever it begins in a page, or of
     several shorter ones."""
@@ -137,6 +148,11 @@ class Model:
         """The dtype of weights, matmul operands, keys and values."""
         return dict(nnx.to_flat_state(self.abstract.ends[1]))["embedding",].dtype
 
+    @property
+    def implementation(self) -> str:
+        """Of attention, see ``model.attention``."""
+        return self.block(self.abstract.block[1]).implementation
+
     def ends(self, ends: State) -> Ends:
         """The embedding and the head, with these parameters."""
         return nnx.merge(self.abstract.ends[0], ends)
@@ -161,7 +177,7 @@ class Model:
         return Inputs.of(array[0], size, self.layout.room)
 
 
-def context_of(inputs: Inputs, pool: jax.Array, snapshots: Kept, bins: int = 1) -> AttentionContext:
+def context_of(model: Model, inputs: Inputs, pool: jax.Array, snapshots: Kept, bins: int = 1) -> AttentionContext:
     """What attention takes.
 
     Args:
@@ -170,7 +186,8 @@ def context_of(inputs: Inputs, pool: jax.Array, snapshots: Kept, bins: int = 1) 
     segments = inputs.segments.reshape(bins, -1)
     pages = pool, inputs.tables, inputs.lengths
     adapters = Rows(inputs.adapters, inputs.adapted) if len(inputs.adapters) else None
-    return AttentionContext(segments, inputs.positions, inputs.prefixes, *pages, snapshots, inputs.slots, adapters)
+    context = AttentionContext(segments, inputs.positions, inputs.prefixes, *pages, snapshots, inputs.slots, adapters)
+    return context if decoder.windows(model.config) else prepared(context, model.implementation)
 
 
 def embed(model: Model, size: int, ends: State, array: jax.Array) -> tuple[jax.Array, Angles, Inputs]:
@@ -197,7 +214,7 @@ def layer(
     number: jax.Array,
 ) -> jax.Array:
     """The next layer's input."""
-    return model.block(weights)(x, angles, context_of(inputs, pool, snapshots, shape.bins), number)[0]
+    return model.block(weights)(x, angles, context_of(model, inputs, pool, snapshots, shape.bins), number)[0]
 
 
 def keep(
@@ -211,7 +228,13 @@ def keep(
     number: jax.Array,
 ) -> tuple[jax.Array, jax.Array, Kept]:
     """The next layer's input, this layer's keys and values, and the snapshots with this layer's."""
-    x, keys_values, snapshots = model.block(weights).keep(x, angles, context_of(inputs, pool, snapshots), number)
+    return _keep(model, weights, x, angles, context_of(model, inputs, pool, snapshots), number)
+
+
+def _keep(
+    model: Model, weights: State, x: jax.Array, angles: Angles, context: AttentionContext, number: jax.Array
+) -> tuple[jax.Array, jax.Array, Kept]:
+    x, keys_values, snapshots = model.block(weights).keep(x, angles, context, number)
     return x, _as_wide_as_pages(model, keys_values), snapshots
 
 
@@ -221,7 +244,9 @@ def last(
     """The last layer's keys and values, and the snapshots with its own: a prefill needs no more of it."""
     final = model.config.layers - 1
     unread = jnp.zeros((), model.dtype)  # it attends to nothing
-    keys_values, snapshots = model.block(weights).keep_last(x, angles, context_of(inputs, unread, snapshots), final)
+    keys_values, snapshots = model.block(weights).keep_last(
+        x, angles, context_of(model, inputs, unread, snapshots), final
+    )
     return _as_wide_as_pages(model, keys_values), snapshots
 
 
@@ -247,7 +272,7 @@ def read(
 
     What is read sees no bins, only segments: one program serves all shapes of as many tokens.
     """
-    context = context_of(inputs, pool, snapshots)
+    context = context_of(model, inputs, pool, snapshots)
     hidden = model.ends(ends).last_layer(model.block(weights), x, angles, context, number, inputs)
     return model.collect(ends, hidden, inputs.place, collected)
 
@@ -270,7 +295,7 @@ def segments(
     """``read`` after all layers but the last."""
     final = model.config.layers - 1
     x, angles, inputs = _embedded(model, shape.tokens, ends, array)
-    context = context_of(inputs, pool, snapshots, shape.bins)
+    context = context_of(model, inputs, pool, snapshots, shape.bins)
 
     def step(number: jax.Array, x: jax.Array) -> jax.Array:
         return model.block(_cut(model, layers, number))(x, angles, context, number)[0]
@@ -289,7 +314,7 @@ def prefill(
     embedded = _, angles, inputs = _embedded(model, size, ends, array)
     x, kept, snapshots = _kept_layers(model, layers, embedded, pool, snapshots, final)
     keys_values, snapshots = last(model, _cut(model, layers, final), x, angles, inputs, snapshots)
-    return lax.dynamic_update_index_in_dim(kept, keys_values, final, 0), snapshots
+    return _put_kept(kept, keys_values, final), snapshots
 
 
 def prefill_read(
@@ -319,35 +344,43 @@ def _kept_layers(
     """The output of the first ``count`` layers, their keys and values, with room for those of the others, and the
     snapshots with theirs."""
     x, angles, inputs = embedded
-    c = model.config
-    empty = jnp.zeros((c.layers, 2, len(x), c.kv_heads, model.layout.pool.shape[-1]), model.dtype)
+    context, stack = context_of(model, inputs, pool, snapshots), _stack_of_kept(model, len(x))
 
     def step(number: jax.Array, carry: tuple[jax.Array, jax.Array, Kept]) -> tuple[jax.Array, jax.Array, Kept]:
         x, kept, snapshots = carry
         weights = _cut(model, layers, number)
-        x, keys_values, snapshots = keep(model, weights, x, angles, inputs, pool, snapshots, number)
-        return x, lax.dynamic_update_index_in_dim(kept, keys_values, number, 0), snapshots
+        with_snapshots = context._replace(snapshots=snapshots)
+        x, keys_values, snapshots = _keep(model, weights, x, angles, with_snapshots, number)
+        return x, _put_kept(kept, keys_values, number), snapshots
 
-    return lax.fori_loop(0, count, step, (x, empty, snapshots))
+    return lax.fori_loop(0, count, step, (x, lax.empty(stack.shape, stack.dtype), snapshots))
+
+
+def _put_kept(kept: jax.Array, keys_values: jax.Array, number: jax.Array | int) -> jax.Array:
+    """All layers' keys and values with those of one.
+
+    They lie as in pages. Else XLA turns all of them at the end, which on a TPU is a quarter of the prefill's time.
+    """
+    put = lax.dynamic_update_index_in_dim(kept, to_pool(keys_values).transpose(0, 2, 1, 3), number, 0)
+    return with_layout_constraint(put, Order(tuple(range(put.ndim))))
 
 
 def write(model: Model, pool: jax.Array, keys_values: KeysValues, spans: jax.Array, count: jax.Array) -> jax.Array:
     """The pool with keys and values of a prefill in the first ``count`` of ``spans``."""
     if model.config.native and isinstance(keys_values, tuple):
         return pages.write(pool, [to_pool(part) for part in keys_values], spans, count)
-    rows = to_pool(jnp.stack(keys_values) if isinstance(keys_values, tuple) else keys_values)  # L 2 M K W
-    layers, _, _, *head = rows.shape
-    # A call with whole pages of one prefix needs no rows around it. On a TPU they would cost as much as all the rest.
-    whole = model.layout.prefixes == 1 and not any(size % PAGE_TOKENS for size in model.layout.sizes.chunks)
-    around = 0 if whole else PAGE_TOKENS
-    if around:
-        rows = jnp.pad(rows, [(0, 0)] * 2 + [(around, around)] + [(0, 0)] * 2)
+    if isinstance(keys_values, tuple):
+        keys_values = to_pool(jnp.stack(keys_values)).transpose(0, 1, 3, 2, 4)
+    layers, _, heads, _, head_width = keys_values.shape
+    # Where prefixes begin with pages, no rows are needed around them. On a TPU they would cost as much as all the rest.
+    around = 0 if begins_with_pages(model.layout.sizes.chunks) else PAGE_TOKENS
+    rows = jnp.pad(keys_values, [(0, 0)] * 3 + [(around, around), (0, 0)]) if around else keys_values
     places = jnp.arange(PAGE_TOKENS)
 
     def step(number: jax.Array, pool: jax.Array) -> jax.Array:
         page, offset, start, length = spans[number]
-        begin = (0, 0, around + start - offset, 0, 0)
-        new = lax.dynamic_slice(rows, begin, (layers, 2, PAGE_TOKENS, *head)).transpose(0, 1, 3, 2, 4)
+        begin = (0, 0, 0, around + start - offset, 0)
+        new = lax.dynamic_slice(rows, begin, (layers, 2, heads, PAGE_TOKENS, head_width))
         old = lax.dynamic_slice(pool, (page, 0, 0, 0, 0, 0), (1, *pool.shape[1:]))
         written = (places >= offset) & (places < offset + length)
         return lax.dynamic_update_slice(pool, jnp.where(written[:, None], new[None], old), (page, 0, 0, 0, 0, 0))
@@ -541,11 +574,17 @@ def _inputs(model: Model, tokens: int) -> Argument:
 def _kept(model: Model, tokens: int) -> Argument:
     """The keys and values that a prefill returns. By layer, the spec is that of each part."""
     c = model.config
+    if not model.by_layer:
+        return Argument(_stack_of_kept(model, tokens), RULES.spec(None, None, "kv_heads", None, None))
     one = jax.ShapeDtypeStruct((2, tokens, c.kv_heads, model.layout.pool.shape[-1]), model.dtype)
-    if model.by_layer:
-        return Argument((one,) * c.layers, RULES.spec(None, None, "kv_heads", None))
-    stack = jax.ShapeDtypeStruct((c.layers, *one.shape), one.dtype)
-    return Argument(stack, RULES.spec(None, None, None, "kv_heads", None))
+    return Argument((one,) * c.layers, RULES.spec(None, None, "kv_heads", None))
+
+
+def _stack_of_kept(model: Model, tokens: int) -> jax.ShapeDtypeStruct:
+    """All layers' keys and values of so many tokens, by head: [L, 2, K, tokens, W]."""
+    c = model.config
+    shape = (c.layers, 2, c.kv_heads, tokens, model.layout.pool.shape[-1])
+    return jax.ShapeDtypeStruct(shape, model.layout.pool.dtype)
 
 
 def stack_of(layer: State, count: int) -> State:

@@ -30,8 +30,9 @@ ALLOWED = {"float32": 1e-4, "bfloat16": 0.03}
 thousand keys, in another order: 3e-6 in float32, 0.02 with bfloat16 operands and results. A wrong mask or page: 0.1 and
 more."""
 PREFIX_PAGES = 5
-PREFIXES = (0, PREFIX_PAGES * PAGE_TOKENS - 3)
-"""Tokens of the prefixes that are compared: none, and several pages of which the last is not full."""
+PREFIXES = ((0,), (PREFIX_PAGES * PAGE_TOKENS - 3,), (PREFIX_PAGES * PAGE_TOKENS - 3, PAGE_TOKENS + 2))
+"""Tokens of the prefixes that are compared: none, several pages of which the last is not full, and these and others in
+one call."""
 SHORT = 3
 """Runs of a program; the quickest is its time."""
 
@@ -47,7 +48,7 @@ class Comparison:
     Attributes:
         implementation: of attention, see ``model.attention``.
         shape: of the call, bins x positions.
-        prefix_tokens: tokens of the prefix.
+        prefix_tokens: tokens of the prefixes that the call's segments see in turn.
         window: None: none.
         difference: the largest; infinite where one of both is not a number.
         allowed: the largest that rounding explains.
@@ -55,7 +56,7 @@ class Comparison:
 
     implementation: str
     shape: str
-    prefix_tokens: int
+    prefix_tokens: tuple[int, ...]
     window: int | None
     difference: float
     allowed: float
@@ -65,14 +66,9 @@ class Comparison:
         return self.difference <= self.allowed
 
 
-def implementation_of(model: Model) -> str:
-    """The model's attention."""
-    return model.block(model.abstract.block[1]).implementation
-
-
 def has_own_kernel(model: Model) -> bool:
     """True if its attention is a kernel for an accelerator. The CPU's is built from C++ and tried when it is."""
-    return implementation_of(model) not in (NATIVE, *FOLD_PREFIX)
+    return model.implementation not in (NATIVE, *FOLD_PREFIX)
 
 
 def prove(programs: Programs) -> None:
@@ -85,18 +81,19 @@ def prove(programs: Programs) -> None:
         if not found.right:
             device = jax.devices()[0].device_kind
             installed = ", ".join(f"{name} {number}" for name, number in versions().items())
+            prefixes = " and ".join(map(str, found.prefix_tokens))
             window = "" if found.window is None else f" and a window of {found.window}"
             raise DeviceError(
                 f"attention {found.implementation!r} computes wrong values on this device ({device}; {installed}): it "
                 f"differs from a plain softmax by {found.difference:.2g}, and rounding explains {found.allowed:g} "
-                f"(calls of {found.shape}, a prefix of {found.prefix_tokens} tokens{window}); score-serve tpu-check or "
+                f"(calls of {found.shape}, prefixes of {prefixes} tokens{window}); score-serve tpu-check or "
                 "gpu-check tells more; use other versions of jax and of the device's libraries"
             )
 
 
 def compare(programs: Programs, shapes: Sequence[Shape]) -> Iterator[Comparison]:
     """Run attention with the model's heads on random numbers, as calls of these shapes, on all devices."""
-    model, implementation = programs.model, implementation_of(programs.model)
+    model, implementation = programs.model, programs.model.implementation
     windows = sorted(set(decoder.windows(model.config) or ()))
 
     def built(shape: Shape) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -109,13 +106,13 @@ def compare(programs: Programs, shapes: Sequence[Shape]) -> Iterator[Comparison]
         runs = list(pool.map(built, shapes))
     for shape, (run, arrays) in zip(shapes, runs, strict=True):
         for window in windows or [decoder.EVERYTHING]:
-            for length in PREFIXES:
-                given = (*arrays[:-2], np.array(window, np.int32), np.array(length, np.int32))
+            for lengths in PREFIXES if model.layout.prefixes > 1 else PREFIXES[:-1]:
+                given = (*arrays[:-2], np.array(window, np.int32), np.array([*lengths, 0][:2], np.int32))
                 placed = jax.device_put(given) if model.mesh is None else put(given, (WHOLE,) * len(given), model.mesh)
                 yield Comparison(
                     implementation,
                     str(shape),
-                    length,
+                    lengths,
                     None if window == decoder.EVERYTHING else window,
                     float(run(*placed)),
                     ALLOWED[model.dtype.name],
@@ -123,7 +120,7 @@ def compare(programs: Programs, shapes: Sequence[Shape]) -> Iterator[Comparison]
 
 
 def _inputs(model: Model, shape: Shape) -> tuple[Any, ...]:
-    """Queries, keys, values, pages, segments, positions, window and prefix length of one call."""
+    """Queries, keys, values, pages, segments, positions, window and lengths of two prefixes of one call."""
     c, rng = model.config, np.random.default_rng(0)
     place = np.arange(shape.width)
     long = max(1, shape.width * 2 // 5)
@@ -144,7 +141,7 @@ def _inputs(model: Model, shape: Shape) -> tuple[Any, ...]:
         segments.astype(np.int32),
         positions.reshape(-1).astype(np.int32),
         np.array(0, np.int32),
-        np.array(0, np.int32),
+        np.zeros(2, np.int32),
     )
 
 
@@ -159,19 +156,26 @@ def _difference(
     segments: jax.Array,
     positions: jax.Array,
     window: jax.Array,
-    length: jax.Array,
+    lengths: jax.Array,
 ) -> jax.Array:
-    """The largest difference of both, on all devices."""
+    """The largest difference of both, on all devices. The second prefix is empty where all see the first."""
     spec = MaskSpec(window if windowed else None, model.config.attention_softcap)
-    seen = model.layout.prefixes
-    tables = jnp.zeros((seen, PREFIX_PAGES), jnp.int32).at[0].set(jnp.arange(PREFIX_PAGES, 0, -1))
-    lengths = jnp.zeros(seen, jnp.int32).at[0].set(length)
-    kept = AttentionContext(segments, positions + length, jnp.zeros_like(positions), to_pool(pages), tables, lengths)
+    seen = min(model.layout.prefixes, 2)
+    tables = jnp.zeros((model.layout.prefixes, PREFIX_PAGES), jnp.int32)
+    tables = tables.at[:seen].set(jnp.stack([jnp.arange(PREFIX_PAGES, 0, -1), jnp.arange(1, PREFIX_PAGES + 1)])[:seen])
+    which = jnp.where(segments.reshape(-1) % 2 == 1, jnp.minimum(lengths[1], 1), 0)
+    of_all = jnp.zeros(model.layout.prefixes, jnp.int32).at[:seen].set(lengths[:seen])
+    kept = AttentionContext(segments, positions + lengths[which], which, to_pool(pages), tables, of_all)
     found = attend(q, k, v, kept, 0, spec, implementation=implementation)
-    exact = pages[..., : model.config.head_width].astype(jnp.float32)
+    exact = kept._replace(pool=pages[..., : model.config.head_width].astype(jnp.float32))
+    wanted = jnp.zeros(found.shape, jnp.float32)
     with jax.default_matmul_precision("highest"):
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-        wanted = attend(q, k, v, kept._replace(pool=exact), 0, spec, implementation="reference")
+        for number in range(seen):
+            own = tables[number : number + 1], lengths[number : number + 1]
+            alone = exact._replace(positions=positions + lengths[number], page_tables=own[0], prefix_lengths=own[1])
+            mine = (which == number)[:, None, None]
+            wanted = jnp.where(mine, attend(q, k, v, alone, 0, spec, implementation="reference"), wanted)
     differences = jnp.abs(found.astype(jnp.float32) - wanted)
     differences = jnp.where(jnp.isnan(differences), jnp.inf, differences)  # XLA's maximum may pass over NaN
     differences = jnp.where(segments.reshape(-1, 1, 1) >= 0, differences, 0)

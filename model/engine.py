@@ -377,7 +377,7 @@ class Engine:
                 written, self._snapshots = layers.prefill(call.size, array, self._pool, self._snapshots)
             if call.spans:
                 self._pool = self._programs.write(self._pool, written, call.size, call.spans)
-            self._count(call.tokens, call.size)
+            self._count(call.computed, call.size)
 
     def _segments(self, held: Sequence[PinnedPrefix], work: "_Work", collected: list["_Collected"]) -> None:
         """Start the calls of groups after their prefixes are in their pages; see ``_launch``."""

@@ -468,19 +468,24 @@ def _pieces(sequence: int, start: int, reads: Sequence[int], max_width: int) -> 
     return segments
 
 
-def pack_bins(segments: Segments, ladder: Sequence[Shape], costs: Costs = CPU_COSTS) -> list[Call]:
-    """Pack segments of one group into calls, choosing among the ladder's widths what costs least.
+def pack_bins(groups: Sequence[Group], ladder: Sequence[Shape], costs: Costs = CPU_COSTS) -> list[Call]:
+    """Pack segments of several groups into calls, choosing among the ladder's widths what costs least.
 
-    Tried: all segments in bins of one width, and long and short segments apart. Only lengths and reads matter, and
-    what was chosen for them is remembered.
+    A segment's prefix is its group's number.
+
+    Tried: each group by itself, all its segments in bins of one width, or long and short ones apart; and groups one
+    after the other in bins of one width. Only lengths and reads matter, and what was chosen for them is remembered.
 
     Raises:
         ValueError: a segment is longer than the widest bin.
     """
-    order = np.lexsort((segments.reads, -segments.lengths))
-    ordered = segments[order]
-    found = _chosen(ordered.lengths.tobytes(), ordered.reads.tobytes(), tuple(ladder), costs)
-    return [Call(one.shape, ordered[one.places], one.bins, one.offsets, np.zeros_like(one.bins)) for one in found]
+    segments = sum((group.segments for group in groups), NO_SEGMENTS)
+    prefixes = np.repeat(np.arange(len(groups)), [len(group.segments) for group in groups])
+    order = np.lexsort((segments.reads, -segments.lengths, prefixes))
+    ordered, of_each = segments[order], prefixes[order]
+    columns = of_each, ordered.lengths, ordered.reads
+    found = _chosen(*(column.tobytes() for column in columns), tuple(ladder), costs)
+    return [Call(one.shape, ordered[one.places], one.bins, one.offsets, of_each[one.places]) for one in found]
 
 
 class _Run(NamedTuple):
@@ -509,22 +514,52 @@ class _Places(NamedTuple):
 
 
 @lru_cache(256)
-def _chosen(lengths: bytes, reads: bytes, ladder: tuple[Shape, ...], costs: Costs) -> list[_Places]:
+def _chosen(groups: bytes, lengths: bytes, reads: bytes, ladder: tuple[Shape, ...], costs: Costs) -> Sequence[_Places]:
     """The calls that cost least.
 
     Args:
-        lengths: of the segments, descending, as the bytes of an array.
+        groups: numbers of the segments' groups, ascending, as the bytes of an array.
+        lengths: of the segments; descending within a group.
         reads: of the segments; ascending where lengths are equal.
     """
-    columns = np.frombuffer(lengths, np.int64), np.frombuffer(reads, np.int64)
+    columns = [np.frombuffer(column, np.int64) for column in (groups, lengths, reads)]
     starts = np.flatnonzero(np.r_[True, np.any(np.diff(columns) != 0, axis=0)])
     counts = np.diff(np.r_[starts, len(columns[0])])
-    of_runs = (starts, counts, *(column[starts] for column in columns))
+    numbers = columns[0][starts].tolist()
+    of_runs = (starts, counts, *(column[starts] for column in columns[1:]))
     runs = list(itertools.starmap(_Run, zip(*(column.tolist() for column in of_runs), strict=True)))
+    if (longest := max(run.length for run in runs)) > (widest := max(shape.width for shape in ladder)):
+        raise ValueError(f"a segment of {longest} tokens does not fit the widest bin of {widest}")
+    of_groups = [
+        [run for _, run in members]
+        for _, members in itertools.groupby(zip(numbers, runs, strict=True), key=lambda pair: pair[0])
+    ]
+    apart = [call for members in of_groups for call in _of_one(members, ladder, costs)]
+    options = [apart, *(_in_turn(of_groups, ladder, costs) if len(of_groups) > 1 else ())]
+    return list(map(_placed, min(options, key=lambda option: _cost(option, costs))))
+
+
+def _in_turn(groups: Sequence[Sequence[_Run]], ladder: Sequence[Shape], costs: Costs) -> Iterator[list[_Planned]]:
+    """Groups one after the other, for each width that holds all segments.
+
+    A group begins in what the last one has left free, and not in earlier bins: those that see one prefix stay close.
+    """
+    longest = max(run.length for runs in groups for run in runs)
+    for width in sorted({shape.width for shape in ladder if shape.width >= longest}):
+        sizes = sorted((shape for shape in ladder if shape.width == width), reverse=True)
+        bins: list[list[_Run]] = []
+        room: list[_Free] = []
+        for runs in groups:
+            begun = len(bins)
+            room = _bins(runs, sizes[0], bins, room)
+            room = [free for free in room if free.bin >= begun] if len(bins) > begun else room
+        yield _downwards(bins, sizes, costs)
+
+
+def _of_one(runs: Sequence[_Run], ladder: Sequence[Shape], costs: Costs) -> list[_Planned]:
+    """One group's runs, descending: all in bins of one width, or long and short ones apart."""
     full = {shape.width: shape for shape in ladder}  # the largest of a width comes last
     longest, shortest = runs[0].length, runs[-1].length
-    if longest > max(full):
-        raise ValueError(f"a segment of {longest} tokens does not fit the widest bin of {max(full)}")
     narrowest = min(width for width in full if width >= longest)
     tokens = [0, *itertools.accumulate(run.length * run.number for run in runs)]
     per_token = {width: costs.of(shape) / shape.tokens for width, shape in full.items()}
@@ -543,10 +578,10 @@ def _chosen(lengths: bytes, reads: bytes, ladder: tuple[Shape, ...], costs: Cost
         if least(cut, wide, narrow) + costs.call >= 0.98 * best_cost:
             break  # the rest of the search could save no more than a fiftieth
         parts = [(part, full[width]) for part, width in ((runs[:cut], wide), (runs[cut:], narrow)) if part]
-        calls = [call for part, shape in parts for call in _calls(_bins(part, shape), shape, ladder, costs)]
+        calls = [call for part, shape in parts for call in _calls(_packed(part, shape), shape, ladder, costs)]
         if (cost := _cost(calls, costs)) < best_cost:
             best, best_cost = calls, cost
-    return list(map(_placed, best))
+    return best
 
 
 def _placed(call: _Planned) -> _Places:
@@ -571,16 +606,38 @@ def _cost(calls: Sequence[_Planned], costs: Costs) -> float:
     return sum(costs.of(call.shape) for call in calls)
 
 
-def _bins(runs: Sequence[_Run], shape: Shape) -> list[list[_Run]]:
-    """Best-fit of segments, longest first, into bins of the shape's width; none has more reads than one call may."""
-    width, most = shape.width, shape.reads
+class _Free(NamedTuple):
+    """What a bin has room for."""
+
+    tokens: int
+    bin: int
+    reads: int
+
+
+def _packed(runs: Sequence[_Run], shape: Shape) -> list[list[_Run]]:
+    """Bins of the shape's width that hold the runs, longest first."""
     bins: list[list[_Run]] = []
-    room: list[tuple[int, int, int]] = []  # (free tokens, bin, free reads), ascending
+    _bins(runs, shape, bins, [])
+    return bins
+
+
+def _bins(runs: Sequence[_Run], shape: Shape, bins: list[list[_Run]], room: Sequence[_Free]) -> list[_Free]:
+    """Best-fit of segments, longest first, into bins of the shape's width; none has more reads than one call may.
+
+    Args:
+        bins: get the runs; new ones are added.
+        room: in bins, ascending.
+
+    Returns:
+        The room that is left in these and in new bins, ascending.
+    """
+    width, most = shape.width, shape.reads
+    room = list(room)
     for first, count, length, reads in runs:
         left = count
         while left:
             at = bisect.bisect_left(room, (length, -1, -1))
-            if at < len(room) and room[at][2] >= reads:
+            if at < len(room) and room[at].reads >= reads:
                 free, number, free_reads = room.pop(at)
             else:
                 free, number, free_reads = width, len(bins), most
@@ -590,8 +647,8 @@ def _bins(runs: Sequence[_Run], shape: Shape) -> list[list[_Run]]:
             left -= taken
             free, free_reads = free - taken * length, free_reads - taken * reads
             if free and free_reads:
-                bisect.insort(room, (free, number, free_reads))
-    return bins
+                bisect.insort(room, _Free(free, number, free_reads))
+    return room
 
 
 def _calls(bins: Sequence[list[_Run]], full: Shape, ladder: Sequence[Shape], costs: Costs) -> list[_Planned]:
@@ -603,7 +660,7 @@ def _calls(bins: Sequence[list[_Run]], full: Shape, ladder: Sequence[Shape], cos
         small = shape.bins == -(-SMALLEST_CALL // shape.width) or 2 * shape.tokens <= full.tokens + shape.width
         if shape.width >= rest[0].length and small:
             smaller = [other for other in ladder if other.width == shape.width and other.bins < shape.bins]
-            options.append(_downwards(_bins(rest, shape), [shape, *reversed(smaller)], costs))
+            options.append(_downwards(_packed(rest, shape), [shape, *reversed(smaller)], costs))
     return calls + min(options, key=lambda option: _cost(option, costs))
 
 

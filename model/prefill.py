@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from model import plan
-from model.computations import Span, spans_of
+from model.computations import Span, begins_with_pages, spans_of
 from model.contract import PAGE_TOKENS
 from model.inputs import Inputs
 from model.pages import Node
@@ -76,16 +76,23 @@ class PrefillCall:
 
     def __init__(self, sizes: Sequence[int], prefixes: int) -> None:
         self._sizes, self._prefixes = sizes, prefixes
+        self._step = PAGE_TOKENS if begins_with_pages(sizes) else 1
         self.pieces: list[PrefillChunk] = []
         self.places: list[int] = []
         """Of each piece's first token."""
         self.spans: list[Span] = []
         self.tokens = 0
+        """Up to the last piece's end."""
 
     @property
     def is_read(self) -> bool:
         """Some of its tokens are."""
         return any(piece.held.group.first_read is not None for piece in self.pieces)
+
+    @property
+    def computed(self) -> int:
+        """Tokens that it computes."""
+        return sum(piece.stop - piece.start for piece in self.pieces)
 
     @property
     def size(self) -> int:
@@ -94,7 +101,8 @@ class PrefillCall:
 
     def add(self, piece: PrefillChunk) -> bool:
         """Take one more piece, if there is room and the call writes nothing that the piece sees."""
-        tokens, spans = self.tokens + piece.stop - piece.start, [*self.spans, *piece.spans(self.tokens)]
+        at = -(-self.tokens // self._step) * self._step
+        tokens, spans = at + piece.stop - piece.start, [*self.spans, *piece.spans(at)]
         largest = self._sizes[-1]
         if len(self.pieces) == self._prefixes or tokens > largest or len(spans) > spans_of(largest):
             return False
@@ -103,7 +111,7 @@ class PrefillCall:
         if piece.begin and piece.begin in (other.end for other in self.pieces):
             return False
         self.pieces.append(piece)
-        self.places.append(self.tokens)
+        self.places.append(at)
         self.tokens, self.spans = tokens, spans
         return True
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model import plan
-from model.attention import NATIVE, PARTIAL_PAGES, TRITON, pool_head_width, segment_step
+from model.attention import FUSED, NATIVE, PARTIAL_PAGES, TRITON, pool_head_width, segment_step
 from model.config import ModelConfig
 from model.contract import MOST_TOP, PAGE_TOKENS
 from model.delta import Snapshots
@@ -19,8 +19,8 @@ from model.inputs import Room
 from model.lora import CALL_ADAPTERS
 from model.plan import Shape
 
-NATIVE_PREFIXES = 64
-"""Prefixes that one call sees at most: a full call of a CPU has 16 tokens for each."""
+CALL_PREFIXES = 64
+"""Prefixes that one call sees at most: a full call of a CPU has 16 tokens for each, and of a TPU 64."""
 
 LEAST_SNAPSHOTS = 8
 """Snapshots that a hybrid keeps at least, see ``model.delta``. A prefix needs up to three at once: what it begins with,
@@ -109,6 +109,7 @@ class Layout:
         prefixes: how many prefixes the segments of a call see at most.
         slots: entries of a page table.
         adapters: that the tokens of a call take at most; 0: there are none.
+        flat: segments follow each other in one bin, since attention looks at each by itself.
         whole: sequences share no prefix, and each is one segment: an encoder's.
         pool: shape and dtype of the page pool, [pages, L, 2, K, page, H].
         snapshots: of a hybrid: shapes of the pool of snapshots.
@@ -122,6 +123,7 @@ class Layout:
     slots: int
     pool: jax.ShapeDtypeStruct
     adapters: int = 0
+    flat: bool = False
     whole: bool = False
     snapshots: Snapshots | None = None
 
@@ -164,8 +166,8 @@ class Layout:
         """See ``plan.groups``."""
         if self.whole:
             return [plan.whole(sequences, reads)] if sequences else []
-        # Attention with a prefix for every token reads no more of a page than there is.
-        partial_sizes = PARTIAL_PAGES if self.prefixes == 1 else range(1, PAGE_TOKENS + 1)
+        # Attention that looks at each segment by itself reads no more of a page than there is.
+        partial_sizes = range(1, PAGE_TOKENS + 1) if self.flat else PARTIAL_PAGES
         return plan.groups(
             sequences,
             reads,
@@ -182,12 +184,11 @@ class Layout:
 
     def calls(self, groups: Sequence[plan.Group]) -> list[plan.Call]:
         """Calls for the segments of at most ``prefixes`` groups."""
-        if self.whole and self.prefixes > 1:
+        if not self.flat:
+            return plan.pack_bins(groups, self.ladder, self.sizes.costs)
+        if self.whole:
             return plan.pack_whole(groups, self.ladder, self.sizes.call_tokens)
-        if self.prefixes > 1:
-            return plan.pack_flat(groups, self.ladder)
-        (group,) = groups
-        return plan.pack_bins(group.segments, self.ladder, self.sizes.costs)
+        return plan.pack_flat(groups, self.ladder)
 
 
 def layout(
@@ -214,13 +215,15 @@ def layout(
     pages = 1 + max(slots, for_pages // (int(np.prod(page)) * stored.itemsize))
     call_tokens = max(sizes.call_tokens, width)
     cheap = config.packed and not config.experts  # ``cpu.linear`` passes over padding, XLA multiplies it
+    flat = implementation in (NATIVE, *TRITON)
     if implementation == NATIVE:
-        prefixes, ladder = NATIVE_PREFIXES, plan.flat_shapes(call_tokens, padding_is_cheap=cheap)
+        prefixes, ladder = CALL_PREFIXES, plan.flat_shapes(call_tokens, padding_is_cheap=cheap)
     elif implementation in TRITON:
         shapes = plan.flat_shapes(call_tokens, padding_is_cheap=True)
-        prefixes, ladder = 4 * NATIVE_PREFIXES, tuple(s for s in shapes if s.tokens >= call_tokens // 32)
+        prefixes, ladder = 4 * CALL_PREFIXES, tuple(s for s in shapes if s.tokens >= call_tokens // 32)
     else:
-        prefixes = 1
+        # Recurrent layers by XLA know one prefix a call.
+        prefixes = CALL_PREFIXES if implementation in FUSED and not config.recurrence else 1
         ladder = (plan.large_shapes if sizes.large_calls else plan.shapes)(width, call_tokens)
     chunks = sizes.chunks or (CHUNKS_WITH_CHEAP_PADDING if cheap else CHUNKS)
     vocabulary = 0 if config.classes else config.vocab_size
@@ -231,22 +234,23 @@ def layout(
         sizes = replace(sizes, head_sizes=(max(2, sizes.head_sizes[0]), *sizes.head_sizes[1:]))
     pool = jax.ShapeDtypeStruct((pages, *page), stored)
     adapters = (config.lora.slots if config.packed else CALL_ADAPTERS) if config.lora else 0
-    return Layout(sizes, longest, ladder, width, prefixes, slots, pool, adapters, snapshots=snapshots)
+    return Layout(sizes, longest, ladder, width, prefixes, slots, pool, adapters, flat, snapshots=snapshots)
 
 
 def _of_whole_sequences(config: ModelConfig, sizes: Sizes, longest: int, dtype: Any, implementation: str) -> Layout:
     """An encoder's layout: calls that hold its longest sequence, no chunks, and one page, which nothing reads."""
     step = segment_step(implementation)
     width = -(-longest // step) * step
-    if implementation == NATIVE:
+    flat = implementation == NATIVE
+    if flat:
         usual = plan.flat_shapes(sizes.call_tokens, padding_is_cheap=False)
         longer = [shape for shape in plan.flat_shapes(width, padding_is_cheap=True) if shape.tokens > usual[-1].tokens]
-        prefixes, ladder = NATIVE_PREFIXES, (*usual, *longer)
+        prefixes, ladder = CALL_PREFIXES, (*usual, *longer)
     else:
         prefixes, ladder = 1, plan.large_shapes(width, max(sizes.call_tokens, width))
     page = (config.layers, 2, config.kv_heads, PAGE_TOKENS, config.head_width)
     pool = jax.ShapeDtypeStruct((1, *page), jnp.dtype(jnp.uint16 if dtype == jnp.bfloat16 else dtype))
-    return Layout(replace(sizes, chunks=()), longest, ladder, width, prefixes, 1, pool, whole=True)
+    return Layout(replace(sizes, chunks=()), longest, ladder, width, prefixes, 1, pool, flat=flat, whole=True)
 
 
 def _snapshots(config: ModelConfig, room: int) -> Snapshots | None:

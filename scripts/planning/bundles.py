@@ -69,11 +69,11 @@ def fold_bundles(kernel: Kernel) -> attention_tpu.Folds:
     """Bundles of one run of each of the kernel's loops, in bfloat16.
 
     Raises:
-        RuntimeError: the kernel does not compile, or its program has not three such loops.
+        RuntimeError: the kernel does not compile, or its program has not four such loops.
     """
     found = list(loops(_program("fused_attention", kernel)))
     if len(found) != len(attention_tpu.Folds._fields):
-        raise RuntimeError(f"the kernel's program for {kernel} has folds of {found} bundles; expected are three")
+        raise RuntimeError(f"the kernel's program for {kernel} has folds of {found} bundles; expected are four")
     return attention_tpu.Folds(*found)  # in the order of the kernel's text
 
 
@@ -165,13 +165,18 @@ def _compile_attention(kernel: Kernel) -> None:
     stored = attention_tpu.stored_width(kernel.head_width)
     window = array(()) if kernel.windowed else None
 
-    def attention(*arguments: jax.Array, window: jax.Array | None = None) -> jax.Array:
-        return attention_tpu.fused(*arguments, window, kernel.softcap, interpret=False)
+    def attention(
+        *heads_places_pool: jax.Array, tables: jax.Array, lengths: jax.Array, layer: jax.Array, window: Any = None
+    ) -> jax.Array:
+        *_, segments, _, prefixes, _ = heads_places_pool
+        steps = attention_tpu.steps(segments, prefixes, tables, lengths, PAGE_TOKENS, window)
+        return attention_tpu.fused(*heads_places_pool, steps, layer, window, kernel.softcap, interpret=False)
 
     heads = [array((tokens, count, kernel.head_width), jnp.bfloat16) for count in (kernel.groups * kv_heads, 2, 2)]
-    places = array((tokens // kernel.width, kernel.width)), array((tokens,))
+    places = array((tokens // kernel.width, kernel.width)), array((tokens,)), array((tokens,))
     pool = array((8, 1, 2, kv_heads, PAGE_TOKENS, stored), jnp.uint16)
-    jax.jit(attention).lower(*heads, *places, pool, array((9,)), array(()), array(()), window=window).compile()
+    prefixes = {"tables": array((2, 9)), "lengths": array((2,)), "layer": array(()), "window": window}
+    jax.jit(attention).lower(*heads, *places, pool, **prefixes).compile()
 
 
 def _compile_product(product: Product) -> None:

@@ -18,8 +18,8 @@ from tests.invariance.rows import TOLERANCE, make_model, prompts, values
 from tests.tiny_families import make_family
 
 AS_ON_A_TPU: dict[str, Any] = {"implementation": "fused-interpreted", "by_layer": False, "large_calls": True}
-SMALL: dict[str, Any] = {"max_segment_tokens": 128, "call_tokens": 256, "chunks": (128,), "prefix_cache_bytes": 0}
-OTHER: dict[str, Any] = {"max_segment_tokens": 256, "call_tokens": 256, "chunks": (128, 256), "prefix_cache_bytes": 0}
+SMALL: dict[str, Any] = {"max_segment_tokens": 128, "call_tokens": 256, "chunks": (128, 256), "prefix_cache_bytes": 0}
+OTHER: dict[str, Any] = {"max_segment_tokens": 256, "call_tokens": 256, "chunks": (256,), "prefix_cache_bytes": 0}
 
 Load = Callable[..., Engine]
 
@@ -70,6 +70,25 @@ def check(scorer: Engine, sequences: list[list[int]]) -> None:
 
 def test_alone_equals_among_others(load: Load) -> None:
     check(load("llama", False), prompts(6, query=2 * PAGE_TOKENS + 3))
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
+def test_callers_that_share_calls_get_what_they_get_alone(load: Load, family: str) -> None:
+    """Four queries with two short items each: their prefixes share calls, and their items do."""
+    scorer = load(family, False)
+    sequences = [each for n in range(4) for each in prompts(2, seed=20 + n, query=PAGE_TOKENS + n, longest=20)]
+
+    def positions(batches: Sequence[list[list[int]]]) -> int:
+        before = scorer.stats
+        for batch in batches:
+            values(scorer, batch)
+        after = scorer.stats
+        scorer._forget_prefixes()  # pyright: ignore[reportPrivateUsage]
+        return after.computed_tokens + after.padded_tokens - before.computed_tokens - before.padded_tokens
+
+    assert positions([sequences[at : at + 2] for at in range(0, 8, 2)]) == 4 * 128 + 4 * 128
+    assert positions([sequences]) == 2 * 256 + 128
+    check(scorer, sequences)
 
 
 @pytest.mark.slow

@@ -57,6 +57,53 @@ def over_prefix(context: AttentionContext, length: int) -> AttentionContext:
     return context._replace(prefix_lengths=jnp.array([length], jnp.int32), positions=context.positions + length)
 
 
+def over_prefixes(context: AttentionContext, which: np.ndarray, lengths: tuple[int, ...]) -> AttentionContext:
+    """The same segments, each over one of several prefixes that lie in pages of their own.
+
+    Args:
+        which: of each token.
+    """
+    tables, free = np.zeros((len(lengths), SLOTS), np.int32), iter(np.asarray(context.page_table).tolist())
+    for row, length in zip(tables, lengths, strict=True):
+        pages = -(-length // PAGE_TOKENS)
+        row[:pages] = [next(free) for _ in range(pages)]
+    return context._replace(
+        prefixes=jnp.asarray(which, jnp.int32),
+        positions=context.positions + np.array(lengths, np.int32)[which],
+        page_tables=jnp.asarray(tables),
+        prefix_lengths=jnp.asarray(lengths, jnp.int32),
+    )
+
+
+def assert_as_alone(
+    kernel: Attend,
+    reference: Attend,
+    vectors: tuple[jax.Array, jax.Array, jax.Array],
+    context: AttentionContext,
+    which: np.ndarray,
+    lengths: tuple[int, ...],
+    broken: int,
+) -> None:
+    """Compare the kernel, over several prefixes, with each prefix's segments by themselves.
+
+    Args:
+        vectors: queries, keys and values.
+        which: the prefix of each token.
+        broken: a prefix with NaN in its first page's values; what its segments get is not compared.
+    """
+    several = over_prefixes(context, which, lengths)
+    pool = several.pool.at[several.page_tables[broken, 0], :, 1].set(jnp.nan)
+    got = np.asarray(kernel(*vectors, several._replace(pool=pool)))
+    real = np.asarray(context.segments).reshape(-1) >= 0
+    for prefix, length in enumerate(lengths):
+        mine = (which == prefix) & real
+        assert mine.any()
+        if prefix != broken:
+            alone = over_prefix(context._replace(page_tables=several.page_tables[prefix][None]), length)
+            wanted = np.asarray(reference(*vectors, alone))
+            np.testing.assert_allclose(got[mine], wanted[mine], rtol=2e-6, atol=6e-6, err_msg=f"prefix {prefix}")
+
+
 def kernel_and_reference(
     implementation: str, head_width: int, window: int | None = None, softcap: float | None = None
 ) -> tuple[Attend, Attend]:

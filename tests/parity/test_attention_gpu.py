@@ -9,7 +9,7 @@ import pytest
 from model.attention import to_pool
 from model.attention_gpu import stored_width
 from model.contract import PAGE_TOKENS
-from tests.parity.attention_inputs import inputs, kernel_and_reference, over_prefix
+from tests.parity.attention_inputs import assert_as_alone, inputs, kernel_and_reference, over_prefix
 
 both = partial(kernel_and_reference, "triton-interpreted")
 
@@ -66,27 +66,11 @@ def test_kernel_equals_reference(
 @pytest.mark.parametrize("window", [None, pytest.param(100, marks=pytest.mark.slow)])
 def test_segments_over_several_prefixes(window: int | None) -> None:
     """As each prefix's segments come out alone: several prefixes within a block, one of them with NaN in its values."""
-    q, k, v, context = inputs(bins=1, width=160, head_width=64, longest=12)
+    *vectors, context = inputs(bins=1, width=160, head_width=64, longest=12)
     segments = np.asarray(context.segments).reshape(-1)
     which = np.where(segments >= 0, np.minimum(segments // 3, 3), 0)
     assert np.unique(which[:32]).size > 1, "the kernel's block of float32 queries sees one prefix alone"
-    lengths, tables = np.array([0, 130, 131, 500], np.int32), np.zeros((4, 8), np.int32)
-    tables[1, :2], tables[2, :2], tables[3, :4] = [3, 4], [5, 6], [1, 7, 2, 8]
-    several = context._replace(
-        prefixes=jnp.asarray(which.astype(np.int32)),
-        positions=context.positions + lengths[which],
-        pool=context.pool.at[5, :, 1].set(jnp.nan),
-        page_tables=jnp.asarray(tables),
-        prefix_lengths=jnp.asarray(lengths),
-    )
-    kernel, reference = both(64, window)
-    got = np.asarray(kernel(q, k, v, several))
-    for prefix, length in enumerate(lengths):
-        alone = over_prefix(context._replace(page_tables=jnp.asarray(tables[prefix][None])), int(length))
-        mine = (which == prefix) & (segments >= 0)
-        if prefix != 2:
-            wanted = np.asarray(reference(q, k, v, alone))
-            np.testing.assert_allclose(got[mine], wanted[mine], rtol=2e-6, atol=6e-6)
+    assert_as_alone(*both(64, window), vectors, context, which, (0, 130, 131, 500), broken=2)
 
 
 def test_bfloat16_reads_and_a_broken_neighbour() -> None:

@@ -9,7 +9,7 @@ import pytest
 from model.attention import MaskSpec, attend, to_pool
 from model.attention_tpu import stored_width
 from model.contract import PAGE_TOKENS
-from tests.parity.attention_inputs import inputs, kernel_and_reference, over_prefix
+from tests.parity.attention_inputs import assert_as_alone, inputs, kernel_and_reference, over_prefix
 
 both = partial(kernel_and_reference, "fused-interpreted")
 
@@ -36,6 +36,26 @@ def test_kernel_equals_reference(
         got, wanted = (np.asarray(run(q, k, v, here))[real] for run in (kernel, reference))
         # Sums over a thousand keys in another order differ by the square root of that many roundings.
         np.testing.assert_allclose(got, wanted, rtol=2e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize(
+    ("bins", "width", "window", "softcap", "ends"),
+    [
+        # In a tile of 1,024 queries: one prefix; this one and two others, of which one ends within a fold; padding.
+        pytest.param(17, 128, None, None, (1400, 1500, 2080), id="a tile of one prefix, and tiles of several"),
+        pytest.param(9, 128, 40, 1.5, (300, 500, 700), id="a window, and a soft cap"),
+        pytest.param(1, 2048, 300, None, (100, 1500, 1700), id="a bin of two tiles, a window", marks=pytest.mark.slow),
+    ],
+)
+def test_segments_over_several_prefixes(
+    bins: int, width: int, window: int | None, softcap: float | None, ends: tuple[int, ...]
+) -> None:
+    """As each prefix's segments come out alone. One prefix is empty, and one has NaN in its values."""
+    *vectors, context = inputs(bins=bins, width=width, head_width=128, longest=60)
+    segments = np.asarray(context.segments).reshape(-1)
+    first = np.maximum.accumulate(np.where(np.diff(segments, prepend=-2) != 0, np.arange(len(segments)), 0))
+    which = np.searchsorted(ends, first, "right")
+    assert_as_alone(*both(128, window, softcap), vectors, context, which, (530, 131, 60, 0), broken=2)
 
 
 def test_bfloat16_reads_and_a_broken_neighbour() -> None:

@@ -20,7 +20,7 @@ from model.families.registry import from_hf
 from model.loading import choose
 from model.programs import Programs
 from model.sharding import mesh
-from model.sizes import Sizes
+from model.sizes import CALL_PREFIXES, Sizes
 from scripts.planning.chips import devices
 from tests.described_devices import without_cache  # noqa: F401 - a fixture
 from tests.tiny_families import config_of
@@ -33,6 +33,8 @@ pytestmark = pytest.mark.skipif(
 SMALLEST = {"v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2", "tpu7x": "2x2x1"}
 """Each chip's smallest slice of several, whose first device stands for a single one. All but the v6e have, or are, one
 of two cores, or another shape of the matrix unit."""
+SLOTS = 131_072 // PAGE_TOKENS + 1
+"""Of the page tables of a model that reads 131,072 tokens: all of a call lie in a core's scalar memory."""
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -77,7 +79,8 @@ def compile_kernel(kernel: Kernel) -> None:
     stored = jnp.uint16 if dtype == jnp.bfloat16 else dtype
     pool = array(16, 3, 2, kv_heads, PAGE_TOKENS, stored_width(kernel.head_width), dtype=stored)
     segments = array(kernel.bins, kernel.width)
-    context = AttentionContext(segments, array(tokens), array(tokens), pool, array(1, 9), array(1))
+    tables = array(CALL_PREFIXES, SLOTS), array(CALL_PREFIXES)
+    context = AttentionContext(segments, array(tokens), array(tokens), pool, *tables)
 
     def attention(q: Any, k: Any, v: Any, context: AttentionContext, layer: Any, window: Any) -> jax.Array:
         rule = MaskSpec(window if kernel.windowed else None, kernel.softcap)

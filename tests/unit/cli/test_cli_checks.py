@@ -42,7 +42,7 @@ def test_the_report_compares_attention_and_times_every_program(
     found = report("cpu", settings, said.append)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["right"] is True
-    assert {each["prefix_tokens"] for each in found["attention"]} == set(device_check.PREFIXES)
+    assert {tuple(each["prefix_tokens"]) for each in found["attention"]} == set(device_check.PREFIXES)
     assert all(each["difference"] < each["allowed"] for each in found["attention"])
     names = [each["program"] for each in found["programs"]]
     assert len(names) == len(set(names)) > 10

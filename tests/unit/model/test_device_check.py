@@ -50,14 +50,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def last_page_missing(*arguments: Any, **options: Any) -> jax.Array:
-    return KERNEL(*arguments[:7], arguments[7] // PAGE_TOKENS * PAGE_TOKENS, *arguments[8:], **options)
+    before, steps, after = arguments[:7], arguments[7], arguments[8:]
+    walk = steps.walk._replace(lengths=steps.walk.lengths // PAGE_TOKENS * PAGE_TOKENS)
+    return KERNEL(*before, steps._replace(walk=walk), *after, **options)
+
+
+def one_prefix_for_all(*arguments: Any, **options: Any) -> jax.Array:
+    before, steps, after = arguments[:7], arguments[7], arguments[8:]
+    walk = steps.walk._replace(mixed=jnp.zeros_like(steps.walk.mixed))
+    return KERNEL(*before, steps._replace(walk=walk), *after, **options)
 
 
 def one_value_not_a_number(*arguments: Any, **options: Any) -> jax.Array:
     return KERNEL(*arguments, **options).at[5, 0, 0].set(jnp.nan)
 
 
-@pytest.mark.parametrize(("fault", "dtype"), [(last_page_missing, "bfloat16"), (one_value_not_a_number, "float32")])
+@pytest.mark.parametrize(
+    ("fault", "dtype"),
+    [(last_page_missing, "bfloat16"), (one_prefix_for_all, "bfloat16"), (one_value_not_a_number, "float32")],
+)
 def test_a_wrong_kernel_is_found(folder: Path, fault: Fault, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = loaded(folder, dtype=dtype)
     monkeypatch.setattr(attention, "fused", fault)
@@ -70,7 +81,7 @@ def test_a_start_with_a_wrong_kernel_fails_and_says_why(folder: Path, monkeypatc
     monkeypatch.setattr(attention, "fused", last_page_missing)
     with pytest.raises(DeviceError) as caught:
         loaded(folder).warmup()
-    for part in (f"jax {jax.__version__}", "calls of 1x128, a prefix of 637 tokens", "score-serve tpu-check"):
+    for part in (f"jax {jax.__version__}", "calls of 1x128, prefixes of 637 tokens", "score-serve tpu-check"):
         assert part in str(caught.value)
 
 

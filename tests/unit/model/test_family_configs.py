@@ -343,7 +343,7 @@ def test_a_published_mixture_of_a_hybrid_is_read() -> None:
     assert from_hf(of_class | {"architectures": named["architectures"]}) == config
 
 
-@pytest.mark.parametrize("implementation", ["triton", "paged"])
+@pytest.mark.parametrize("implementation", ["triton", "fused", "paged"])
 def test_a_hybrid_s_call_has_one_prefix_where_xla_runs_its_recurrent_layers(implementation: str) -> None:
     config = from_hf(published_qwen3_5())
     choice = choose(

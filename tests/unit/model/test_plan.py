@@ -54,13 +54,33 @@ def test_every_read_is_in_exactly_one_segment_over_its_own_prefix_or_in_a_prefix
     assert found == Counter((i, p) for i, positions in enumerate(reads) for p in positions)
 
 
+segment_sizes = st.lists(st.tuples(st.integers(1, 128), st.sampled_from([1, 4, 64])), min_size=1, max_size=40)
+
+
+def groups_of(sizes: list[list[tuple[int, int]]]) -> list[plan.Group]:
+    """Groups of segments of these lengths and reads."""
+    number, made = 0, list[plan.Group]()
+    for of_group in sizes:
+        segments = [plan.Segment(number + i, 7, 7 + n, min(n, reads)) for i, (n, reads) in enumerate(of_group)]
+        made.append(plan.Group(number, 7, plan.Segments.of(segments)))
+        number += len(segments)
+    return made
+
+
+def assert_all_placed(calls: list[plan.Call], groups: list[plan.Group]) -> None:
+    """Check that each segment is in one call, and sees its group's prefix."""
+    placed = Counter((placement.prefix, placement.segment) for call in calls for placement in call.placements)
+    assert placed == Counter((number, segment) for number, group in enumerate(groups) for segment in group.segments)
+
+
 @settings(max_examples=300)
-@given(st.lists(st.tuples(st.integers(1, 128), st.integers(1, 4)), min_size=1, max_size=150), st.sampled_from(LADDERS))
-def test_packed_segments_do_not_overlap_and_fit(sizes: list[tuple[int, int]], ladder: tuple[plan.Shape, ...]) -> None:
-    segments = [plan.Segment(i, 0, length, min(length, reads)) for i, (length, reads) in enumerate(sizes)]
-    calls = plan.pack_bins(plan.Segments.of(segments), ladder)
-    placed = [placement.segment for call in calls for placement in call.placements]
-    assert sorted(placed, key=lambda segment: segment.sequence) == segments
+@given(st.lists(segment_sizes, min_size=1, max_size=5), st.sampled_from(LADDERS))
+def test_packed_segments_do_not_overlap_and_fit(
+    sizes: list[list[tuple[int, int]]], ladder: tuple[plan.Shape, ...]
+) -> None:
+    groups = groups_of(sizes)
+    calls = plan.pack_bins(groups, ladder)
+    assert_all_placed(calls, groups)
     for call in calls:
         assert call.shape in ladder
         assert sum(placement.segment.reads for placement in call.placements) <= call.shape.reads
@@ -71,22 +91,13 @@ def test_packed_segments_do_not_overlap_and_fit(sizes: list[tuple[int, int]], la
         assert used.max() == 1
 
 
-segment_sizes = st.lists(st.tuples(st.integers(1, 128), st.sampled_from([1, 4, 64])), min_size=1, max_size=40)
-
-
 @settings(max_examples=300)
 @given(st.lists(segment_sizes, min_size=1, max_size=5), st.sampled_from([128, 200, 1024, 2048]), st.booleans())
 def test_segments_of_several_groups_fill_calls(sizes: list[list[tuple[int, int]]], largest: int, cheap: bool) -> None:
     """Groups come in order, the longest segment first; a call is closed when no later segment fits into it."""
-    ladder, number = plan.flat_shapes(largest, padding_is_cheap=cheap), 0
-    groups: list[plan.Group] = []
-    for of_group in sizes:
-        segments = [plan.Segment(number + i, 7, 7 + n, min(n, reads)) for i, (n, reads) in enumerate(of_group)]
-        groups.append(plan.Group(number, 7, plan.Segments.of(segments)))
-        number += len(segments)
+    ladder, groups = plan.flat_shapes(largest, padding_is_cheap=cheap), groups_of(sizes)
     calls = plan.pack_flat(groups, ladder)
-    placed = Counter((placement.prefix, placement.segment) for call in calls for placement in call.placements)
-    assert placed == Counter((number, segment) for number, group in enumerate(groups) for segment in group.segments)
+    assert_all_placed(calls, groups)
     for number, call in enumerate(calls):
         ends = [placement.offset + placement.segment.length for placement in call.placements]
         assert [placement.offset for placement in call.placements] == [0, *ends[:-1]]
@@ -181,17 +192,20 @@ def test_tokens_after_the_last_read_are_not_computed() -> None:
     assert [(segment.start, segment.stop) for segment in group.segments] == [(0, 10)]
 
 
+def alone(segments: list[plan.Segment]) -> plan.Group:
+    """The only group."""
+    return plan.Group(0, 0, plan.Segments.of(segments))
+
+
 def flat(segments: list[plan.Segment], *, padding_is_cheap: bool) -> list[plan.Call]:
-    return plan.pack_flat(
-        [plan.Group(0, 0, plan.Segments.of(segments))], plan.flat_shapes(1024, padding_is_cheap=padding_is_cheap)
-    )
+    return plan.pack_flat([alone(segments)], plan.flat_shapes(1024, padding_is_cheap=padding_is_cheap))
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(
     ("packed", "most"),
     [
-        (lambda segments: plan.pack_bins(plan.Segments.of(segments), plan.shapes(512, 1024)), 0.10),
+        (lambda segments: plan.pack_bins([alone(segments)], plan.shapes(512, 1024)), 0.10),
         (lambda segments: flat(segments, padding_is_cheap=False), 0.03),
         (lambda segments: flat(segments, padding_is_cheap=True), 0.03),
     ],
@@ -208,7 +222,7 @@ def test_realistic_lengths_waste_little(
 
 def test_a_segment_wider_than_every_bin_is_refused() -> None:
     with pytest.raises(ValueError, match="129 tokens does not fit the widest bin of 128"):
-        plan.pack_bins(plan.Segments.of([plan.Segment(0, 0, 129, 1)]), LADDERS[0])
+        plan.pack_bins([alone([plan.Segment(0, 0, 129, 1)])], LADDERS[0])
     with pytest.raises(
         ValueError, match="1025 tokens, 1 of them read, does not fit the largest call of 1024, 128 read"
     ):
@@ -246,10 +260,33 @@ def test_calls_that_run_at_once_have_the_shape_of_the_largest() -> None:
 def test_what_fills_no_call_goes_into_smaller_ones_where_a_call_is_dear() -> None:
     """500 items of 20 tokens, six to a bin of 128: the last 20 bins as a call of 16 and one of 4. One of 32 would cost
     1,100 tokens more, and five of 4 as much as 1,700 more."""
-    segments = plan.Segments.of(plan.Segment(number, 2000, 2020, 1) for number in range(500))
-    calls = plan.pack_bins(segments, plan.large_shapes(1024, 4096), plan.Costs(call=560))
+    segments = alone([plan.Segment(number, 2000, 2020, 1) for number in range(500)])
+    calls = plan.pack_bins([segments], plan.large_shapes(1024, 4096), plan.Costs(call=560))
     assert [str(call.shape) for call in calls] == ["32x128", "32x128", "16x128", "4x128"]
     assert sum(len(call.segments) for call in calls) == 500
+
+
+def test_small_groups_share_a_call_where_a_call_is_dear() -> None:
+    """64 callers with an item of 20 tokens each: six to a bin, in order, and all in one call. With long items of some,
+    each group is in bins next to each other."""
+    ladder, costs = plan.large_shapes(1024, 4096), plan.Costs(call=560)
+    (call,) = plan.pack_bins(groups_of([[(20, 1)]] * 64), ladder, costs)
+    assert (str(call.shape), len(call.segments)) == ("16x128", 64)
+    assert call.prefixes.tolist() == list(range(64))
+    assert call.bins.tolist() == [number // 6 for number in range(64)]
+    mixed = plan.pack_bins(groups_of([[(20, 1)] * 30, [(100, 1), (60, 1)] * 4, [(25, 1)] * 3]), ladder, costs)
+    assert [str(call.shape) for call in mixed] == ["16x128"]
+    for prefix in range(3):
+        bins = mixed[0].bins[mixed[0].prefixes == prefix]
+        assert set(bins.tolist()) == set(range(bins.min(), bins.max() + 1))
+
+
+def test_large_groups_do_not_wait_for_each_other_s_rest() -> None:
+    """Two requests of 500 items: five full calls of both, where each alone takes two, a half one and a smaller one."""
+    found = plan.pack_bins(groups_of([[(20, 1)] * 500] * 2), plan.large_shapes(1024, 4096), plan.Costs(call=560))
+    assert [str(call.shape) for call in found] == ["32x128"] * 5 + ["8x128"]
+    seen = [sorted(set(call.prefixes.tolist())) for call in found]
+    assert seen == [[0], [0], [0, 1], [1], [1], [1]]
 
 
 def test_sequences_with_different_salts_share_nothing() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import plan, prefill
-from model.computations import spans_of
+from model.computations import begins_with_pages, spans_of
 from model.contract import PAGE_TOKENS
 from model.inputs import Inputs, Room, padding
 from model.pages import OutOfPagesError, PrefixCache
@@ -36,7 +36,7 @@ def prefixes(draw: st.DrawFn) -> list[list[int]]:
 @settings(max_examples=200)
 @given(
     prefixes(),
-    st.sampled_from([(17,), (64, 128), (64, 256, 1024)]),
+    st.sampled_from([(17,), (64, 128), (64, 256, 1024), (128, 512)]),
     st.sampled_from([1, 3, 64]),
 )
 def test_every_page_is_filled_before_it_is_read(prompts: list[list[int]], sizes: tuple[int, ...], most: int) -> None:
@@ -53,9 +53,9 @@ def test_every_page_is_filled_before_it_is_read(prompts: list[list[int]], sizes:
         assert len(call.spans) <= spans_of(call.size)
         _, rows = padding(2, call.size, Room(most, 1, 4))
         call.fill(rows, range(len(call.pieces)))
-        inputs, at = Inputs(*(part[1] for part in rows)), 0
-        assert call.tokens == (inputs.tokens >= 0).sum() <= call.size == len(inputs.tokens)
-        for number, piece in enumerate(call.pieces):
+        inputs = Inputs(*(part[1] for part in rows))
+        assert call.computed == (inputs.tokens >= 0).sum() <= call.tokens <= call.size == len(inputs.tokens)
+        for number, (piece, at) in enumerate(zip(call.pieces, call.places, strict=True)):
             prefix, pages = piece.held.prefix, [node.page for node in piece.held.path]
             np.testing.assert_array_equal(stored(pages, piece.start), prefix[: piece.start])
             place = slice(at, at + piece.stop - piece.start)
@@ -63,8 +63,9 @@ def test_every_page_is_filled_before_it_is_read(prompts: list[list[int]], sizes:
             np.testing.assert_array_equal(inputs.positions[place], np.arange(piece.start, piece.stop))
             owners = inputs.segments, inputs.prefixes, inputs.adapted
             assert all(set(each[place]) == {number} for each in owners)
-            at = place.stop
         for page, offset, start, length in call.spans:
+            if begins_with_pages(sizes):  # then a page's rows are cut from those of the call
+                assert 0 <= start - offset <= call.size - PAGE_TOKENS
             written = pool.setdefault(page, np.full(PAGE_TOKENS, -1))
             written[offset : offset + length] = inputs.tokens[start : start + length]
     for each in wanted:
@@ -76,6 +77,12 @@ def test_as_many_prefixes_share_a_call_as_its_tokens_allow(length: int, wanted: 
     cache = PrefixCache(200)
     prefixes = [held(cache, [number] * length) for number in range(64)]
     assert [len(call.pieces) for call in prefill.calls(prefixes, CHUNKS_WITH_CHEAP_PADDING, 64)] == wanted
+
+
+def test_prefixes_begin_with_pages_where_all_calls_are_of_whole_pages() -> None:
+    cache = PrefixCache(200)
+    (call,) = prefill.calls([held(cache, [number] * 130) for number in range(3)], (256, 1024), 64)
+    assert (call.places, call.computed, call.tokens, call.size) == ([0, 256, 512], 390, 642, 1024)
 
 
 def test_short_prefixes_share_calls_and_are_cut_as_alone() -> None:
