@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from model import attention_gpu
-from model.attention_tpu import LANES, Steps, fused, steps, stored_width
+from model.attention_tpu import LANES, LOG2_E, Steps, fused, steps, stored_width
 from model.contract import PAGE_TOKENS
 from model.cpu.attention import attend_native
 from model.delta import Snapshots
@@ -326,6 +326,11 @@ def segment_step(implementation: str) -> int:
     return LANES if implementation in FUSED else 16
 
 
+def query_factor(implementation: str) -> float:
+    """What an implementation takes queries multiplied by, beside their scale."""
+    return LOG2_E if implementation in FUSED else 1.0
+
+
 def pool_head_width(implementation: str, head_width: int) -> int:
     """Width of a head in the pool that an implementation reads."""
     if implementation in TRITON:
@@ -356,8 +361,8 @@ def attend(
     """Softmax attention of every token, or of the tokens at ``reads`` alone; float32, or from a kernel in q's dtype.
 
     Args:
-        q: queries, already rotated and scaled; of all M tokens, or of the R tokens at ``reads``. For one of ``FUSED``
-            the heads of queries and keys may be as wide as in the pool.
+        q: queries, already rotated, scaled and multiplied by ``query_factor``; of all M tokens, or of the R tokens at
+            ``reads``. For one of ``FUSED`` the heads of queries and keys may be as wide as in the pool.
         k: keys of all M tokens, rotated.
         v: values of all M tokens.
         layer: which layer of the pool holds this layer's prefix.

@@ -32,12 +32,15 @@ TILE_TOKENS = 1024
 FOLD_TOKENS = 256
 """Queries folded at once over their own bins, at most, in a loop: the compiler writes a fold out vector by vector. They
 are a matrix's columns, so a fold is a multiple of ``LANES``, as each bin is therefore."""
-WIDE_FOLD_TOKENS = 512
-"""The same over the prefix; with twice as many, each takes 15% fewer instructions."""
+WIDE_FOLD_TOKENS = (1024, 512)
+"""The same over the prefix: of one or two heads that share a key/value head, and of more. With half as many queries, a
+score takes 6 to 25% more instructions."""
 STEP_PAGES = 4
 """Pages of the prefix that one step folds in: enough work to hide the next step's copies."""
 LEAST_MEMORY = 16 * 2**20
 """Of the core's own, in bytes: as much as the smallest chips have."""
+LOG2_E = math.log2(math.e)
+"""What queries are multiplied by beside their scale: the chip's exponential is of 2."""
 MASKED = -1e30
 """A score that weighs nothing; finite, so that the difference of two is a number."""
 
@@ -53,7 +56,6 @@ class Tiling(NamedTuple):
     Attributes:
         span: tokens that look at each other: a bin, or a tile of a wider one.
         fold: queries that are folded at once over their own bins, a divisor of ``span``.
-        wide_fold: queries that are folded at once over the prefix, a divisor of ``tile``.
         tile: queries of a step.
         tiles: how many there are; the last may be filled in part.
         own_steps: tiles in a bin.
@@ -61,10 +63,18 @@ class Tiling(NamedTuple):
 
     span: int
     fold: int
-    wide_fold: int
     tile: int
     tiles: int
     own_steps: int
+
+    def wide_fold(self, groups: int) -> int:
+        """Queries that are folded at once over the prefix, a divisor of ``tile``.
+
+        Args:
+            groups: query heads of a key/value head.
+        """
+        few, many = WIDE_FOLD_TOKENS
+        return math.gcd(self.tile, few if groups <= 2 else many)
 
 
 def _tiling(tokens: int, bin_width: int) -> Tiling:
@@ -74,8 +84,7 @@ def _tiling(tokens: int, bin_width: int) -> Tiling:
         )
     span = min(bin_width, TILE_TOKENS)
     tile = span * min(TILE_TOKENS // span, -(-tokens // span))
-    fold, wide_fold = math.gcd(span, FOLD_TOKENS), math.gcd(tile, WIDE_FOLD_TOKENS)
-    return Tiling(span, fold, wide_fold, tile, -(-tokens // tile), bin_width // span)
+    return Tiling(span, math.gcd(span, FOLD_TOKENS), tile, -(-tokens // tile), bin_width // span)
 
 
 class Folds(NamedTuple):
@@ -83,7 +92,7 @@ class Folds(NamedTuple):
 
     Attributes:
         own: ``Tiling.fold`` queries over keys of their own bins, ``Tiling.span`` of them.
-        whole: ``Tiling.wide_fold`` queries over ``STEP_PAGES`` pages of the prefix.
+        whole: ``Tiling.wide_fold()`` queries over ``STEP_PAGES`` pages of the prefix.
         partial: the same over the pages that the prefix ends in.
         mixed: ``Tiling.fold`` queries over ``STEP_PAGES`` pages of one of the prefixes that their tile sees.
     """
@@ -94,9 +103,10 @@ class Folds(NamedTuple):
     mixed: int = 0
 
 
-def folds(tokens: int, bin_width: int, page: int, prefix_length: int, window: int | None) -> Folds:
+def folds(tokens: int, bin_width: int, groups: int, page: int, prefix_length: int, window: int | None) -> Folds:
     """The folds of a call with one prefix."""
-    _, fold, wide_fold, tile, tiles, own_steps = _tiling(tokens, bin_width)
+    tiling = _tiling(tokens, bin_width)
+    (_, fold, tile, tiles, own_steps), wide_fold = tiling, tiling.wide_fold(groups)
     filled = [min(tile, tokens - number * tile) for number in range(tiles)]
     own = sum(queries // fold * (number % own_steps + 1) for number, queries in enumerate(filled))
     wide = sum(-(-queries // wide_fold) for queries in filled)
@@ -118,8 +128,9 @@ def work(
     """FLOPs of the kernel's matrix products, masked ones too, and the bytes that its copies move: in one layer of a
     call with one prefix."""
     *_, kv_heads, page, width = pool.shape
-    span, fold, wide_fold, tile, tiles, own_steps = _tiling(tokens, bin_width)
-    count = folds(tokens, bin_width, page, prefix_length, window)
+    tiling, groups = _tiling(tokens, bin_width), heads // kv_heads
+    (span, fold, tile, tiles, own_steps), wide_fold = tiling, tiling.wide_fold(groups)
+    count = folds(tokens, bin_width, groups, page, prefix_length, window)
     step = STEP_PAGES * page
     scores = fold * count.own * span + wide_fold * (count.whole + count.partial) * step
     own_tiles = sum(number % own_steps + 1 for number in range(tiles))
@@ -223,6 +234,7 @@ def fused(
     """Softmax attention of every token, in q's dtype.
 
     Args are those of ``attention.attend``, the fields of its ``AttentionContext`` and of its ``MaskSpec``, and:
+        q: with ``LOG2_E`` in their scale.
         prefixes: those that see one prefix should be next to each other, and prefixes ascend, for speed.
         steps: of these prefixes and this window.
         interpret: run step by step on any platform, for tests.
@@ -234,7 +246,7 @@ def fused(
     page, width = pool.shape[4:]
     groups = heads // kv_heads
     tiling = _tiling(tokens, segments.shape[1])
-    span, fold, wide_fold, tile, tiles, own_steps = tiling
+    (span, fold, tile, tiles, own_steps), wide_fold = tiling, tiling.wide_fold(groups)
 
     def flat(x: Float[Array, "M heads _"]) -> Float[Array, "M features"]:
         return jnp.pad(x, ((0, 0), (0, 0), (0, width - x.shape[2]))).reshape(tokens, -1)
@@ -264,7 +276,7 @@ def fused(
     pages = [pl.BlockSpec((None, None, 2, None, page, width), partial(page_at, number)) for number in range(STEP_PAGES)]
     places = [] if window is None else [tiled(positions).reshape(tiles, -1, each) for each in (wide_fold, fold)]
     result = pl.pallas_call(
-        partial(_kernel, tokens, tiling, groups, window is not None, softcap),
+        partial(_kernel, tokens, tiling, groups, window is not None, softcap and softcap * LOG2_E),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1 + len(steps.walk),
             grid=(kv_heads, tiles, own_steps + steps.most),
@@ -307,7 +319,7 @@ def _memory(tiling: Tiling, groups: int, page: int, width: int, dtype: Any) -> i
     size, keys = jnp.dtype(dtype).itemsize, STEP_PAGES * page
     twice = tiling.tile * width * size * (2 * groups + 2) + 2 * keys * width * size  # the next step's are on their way
     sums = 4 * tiling.tile * groups * (width + 2 * SUBLANES)
-    scores = groups * tiling.wide_fold * keys * (4 + size)
+    scores = groups * tiling.wide_fold(groups) * keys * (4 + size)
     return max(2 * twice + sums + 2 * scores, LEAST_MEMORY)
 
 
@@ -318,7 +330,8 @@ def _kernel(tokens: int, tiling: Tiling, groups: int, windowed: bool, softcap: f
     page_refs, place_refs = of_call[6 : 6 + STEP_PAGES], of_call[6 + STEP_PAGES :]
     out_ref, maximum_ref, total_ref, values_ref = refs[-4:]
     tile_number, step = pl.program_id(1), pl.program_id(2)
-    (_, page, width), (span, fold, wide_fold, tile, _, own_steps) = page_refs[0].shape, tiling
+    (_, page, width), (span, fold, tile, _, own_steps) = page_refs[0].shape, tiling
+    wide_fold = tiling.wide_fold(groups)
     window = numbers_ref[1]
     filled = jnp.minimum(tile, tokens - tile_number * tile)
 
@@ -331,10 +344,12 @@ def _kernel(tokens: int, tiling: Tiling, groups: int, windowed: bool, softcap: f
     def add(place: Any, keys: Any, values: Any, mask: Any) -> None:
         """Fold keys and values, visible where ``mask`` (None: everywhere), into the queries at ``place``.
 
-        Scores are [keys, queries]: a query's maximum and sum are then taken from register to register, not within one.
-        All heads' products come before the first softmax, and all stores last, so that none waits for another.
+        Scores are [keys, queries]: a query's maximum is then taken from register to register, not within one; the sum
+        is left to the matrix unit. All heads' products come before the first softmax, and all stores last, so that
+        none waits for another.
         """
-        before = [(maximum_ref[g, :1, place], total_ref[g, :1, place], values_ref[g, :, place]) for g in range(groups)]
+        before = [(maximum_ref[g, :1, place], total_ref[g, :, place], values_ref[g, :, place]) for g in range(groups)]
+        ones = jnp.ones((len(keys), SUBLANES), keys.dtype)
         scores = [_product(keys, q_ref[place, g * width : (g + 1) * width], 1, 1) for g in range(groups)]
         after: list[tuple[Any, Any, Any]] = []
         for of_head, (highest, total, summed) in zip(scores, before, strict=True):
@@ -342,12 +357,12 @@ def _kernel(tokens: int, tiling: Tiling, groups: int, windowed: bool, softcap: f
             if mask is not None:
                 capped = jnp.where(mask, capped, MASKED)
             maximum = jnp.maximum(highest, capped.max(axis=0, keepdims=True))
-            weights, scale = jnp.exp(capped - maximum), jnp.exp(highest - maximum)
-            total = total * scale + weights.sum(axis=0, keepdims=True)
-            after.append((maximum, total, summed * scale + _product(values, weights.astype(values.dtype), 0, 0)))
+            weights, scale = jnp.exp2(capped - maximum).astype(values.dtype), jnp.exp2(highest - maximum)
+            total = total * scale + _product(ones, weights, 0, 0)
+            after.append((maximum, total, summed * scale + _product(values, weights, 0, 0)))
         for g, (maximum, total, summed) in enumerate(after):
             maximum_ref[g, :, place] = jnp.broadcast_to(maximum, (SUBLANES, maximum.shape[1]))
-            total_ref[g, :, place] = jnp.broadcast_to(total, (SUBLANES, total.shape[1]))
+            total_ref[g, :, place] = total
             values_ref[g, :, place] = summed
 
     first = lax.div(tile_number, own_steps) * own_steps  # the bin's first tile

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from model import decision_heads, rotary_tpu
-from model.attention import FUSED, FUSED_INTERPRETED, AttentionContext, Layer, MaskSpec, attend
+from model.attention import FUSED, FUSED_INTERPRETED, AttentionContext, Layer, MaskSpec, attend, query_factor
 from model.checkpoint import Entry, Target
 from model.config import ModelConfig
 from model.delta import Snapshots
@@ -96,7 +96,7 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, implementation: str) -> None:
         self.config = config
         self.implementation = implementation
-        self.scale = config.attention_scale or config.head_width**-0.5
+        self.scale = (config.attention_scale or config.head_width**-0.5) * query_factor(implementation)
         heads, kv_heads = config.heads * config.head_width, config.kv_heads * config.head_width
         linear = partial(projection, config, dtype)
         self.q = linear(config.width, heads, bias=config.attention_bias, axes=("embed", "heads"))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model import decoder
-from model.attention import FOLD_PREFIX, NATIVE, AttentionContext, MaskSpec, attend, to_pool
+from model.attention import FOLD_PREFIX, NATIVE, AttentionContext, MaskSpec, attend, query_factor, to_pool
 from model.computations import WHOLE, Argument, Definition, Kind, Model, Size, definition
 from model.contract import PAGE_TOKENS, Progress, TokenBatch
 from model.cost import CLOCKS, hlo_cost
@@ -171,6 +171,7 @@ def _difference(
     wanted = jnp.zeros(found.shape, jnp.float32)
     with jax.default_matmul_precision("highest"):
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+        q = q / query_factor(implementation)
         for number in range(seen):
             own = tables[number : number + 1], lengths[number : number + 1]
             alone = exact._replace(positions=positions + lengths[number], page_tables=own[0], prefix_lengths=own[1])

@@ -188,6 +188,11 @@ def activate(x: Float[Array, "M F"], activation: Activation) -> Float[Array, "M 
     return jax.nn.silu(x) if activation == "silu" else jax.nn.gelu(x, approximate=activation == "gelu_tanh")
 
 
+LARGE = 2**22
+"""Numbers between an MLP's matmuls that are rounded as its operands are: in float32 so many leave a v6e no room on the
+chip for their product with the others. Fewer take no longer in float32."""
+
+
 class GatedMLP(nnx.Module):
     """``down(activation(gate(x)) * up(x))``."""
 
@@ -221,6 +226,8 @@ class GatedMLP(nnx.Module):
             of_rows, biases = added([gate.low_rank, up.low_rank], x, rows), (gate.float_bias(), up.float_bias())
             return self.down(linear.gated(x, *kernels, gate.features_out, self.activation, of_rows, biases), rows)
         gated, ungated = each((gate, up), x, rows)
+        if ungated.size >= LARGE:
+            ungated = lax.optimization_barrier(ungated.astype(up.dtype)).astype(jnp.float32)
         product = (activate(gated, self.activation) * ungated).astype(up.dtype)
         return self.down(lax.optimization_barrier(product), rows)  # in one operation with ``down``, TPUs take longer
 

@@ -220,7 +220,7 @@ def launch_cost(programs: Programs, config: ModelConfig, laid: Layout, launch: L
         of_one = fold_bundles(kernel)
         *_, kv_heads, page, _ = laid.pool.shape
         for window in windows:
-            folds = attention_tpu.folds(tokens, width, page, launch.prefix_length, window)
+            folds = attention_tpu.folds(tokens, width, groups, page, launch.prefix_length, window)
             bundles += kv_heads * sum(count * each for count, each in zip(folds, of_one, strict=True))
         rotary_width = config.rotary_width or config.head_width
         rotary = Rotary(chip, heads, kv_heads, config.head_width, rotary_width, config.qk_norm == "head")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.attention import AttentionContext, MaskSpec, attend
+from model.attention import AttentionContext, MaskSpec, attend, query_factor
 from model.contract import PAGE_TOKENS
 
 Attend = Callable[..., jax.Array]
@@ -113,7 +113,7 @@ def kernel_and_reference(
     def kernel(
         q: jax.Array, k: jax.Array, v: jax.Array, context: AttentionContext, reads: jax.Array | None = None
     ) -> jax.Array:
-        query = q if reads is None else q[reads]
+        query = (q if reads is None else q[reads]) * query_factor(implementation)
         return attend(query, k, v, context, 1, spec, implementation=implementation, reads=reads)
 
     def reference(

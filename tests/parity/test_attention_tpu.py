@@ -34,8 +34,9 @@ def test_kernel_equals_reference(
     for length in (0, 1, 4 * PAGE_TOKENS, 5 * PAGE_TOKENS + 3, 8 * PAGE_TOKENS - 5):
         here = over_prefix(context, length)
         got, wanted = (np.asarray(run(q, k, v, here))[real] for run in (kernel, reference))
-        # Sums over a thousand keys in another order differ by the square root of that many roundings.
-        np.testing.assert_allclose(got, wanted, rtol=2e-6, atol=3e-6)
+        # Sums over a thousand keys in another order differ by the square root of that many roundings; and of a score of
+        # 10, whose query is rounded once more by its factor, the weight differs by 1e-6 and more.
+        np.testing.assert_allclose(got, wanted, rtol=2e-6, atol=6e-6)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from model.attention import AttentionContext, MaskSpec, attend, from_pool, to_pool
-from model.attention_tpu import stored_width
+from model.attention_tpu import LOG2_E, stored_width
 from model.contract import PAGE_TOKENS
 from tests.parity.attention_inputs import SLOTS, inputs, over_prefix, over_prefixes
 from tests.simulated_tpu import simulated
@@ -58,6 +58,7 @@ def expected(q: Any, k: Any, v: Any, context: AttentionContext, rule: MaskSpec) 
     """Each real token's softmax over its prefix and over its segment up to itself, in float64; NaN for padding."""
     length, head_width = int(context.prefix_length), q.shape[2]
     q, k, v, pool = (np.asarray(x.astype(jnp.float32), np.float64) for x in (q, k, v, from_pool(context.pool)))
+    q /= LOG2_E
     prefix = pool[np.asarray(context.page_table), LAYER, ..., :head_width]  # slots 2 K page H
     prefix = np.moveaxis(prefix, 0, 2).reshape(2, k.shape[1], -1, head_width)[:, :, :length]
     segments, positions = np.asarray(context.segments).reshape(-1), np.asarray(context.positions)
@@ -94,7 +95,7 @@ def with_neighbours(context: AttentionContext) -> AttentionContext:
 
 def vectors_of(case: Case) -> tuple[jax.Array, jax.Array, jax.Array, AttentionContext]:
     """Queries, keys and values, in the case's dtype, and their segments."""
-    *vectors, context = inputs(
+    q, k, v, context = inputs(
         bins=case.bins,
         width=case.width,
         head_width=case.head_width,
@@ -103,7 +104,7 @@ def vectors_of(case: Case) -> tuple[jax.Array, jax.Array, jax.Array, AttentionCo
         kv_heads=case.kv_heads,
         stored=stored_width(case.head_width),
     )
-    q, k, v = (x.astype(jnp.dtype(case.dtype)) for x in vectors)
+    q, k, v = (x.astype(jnp.dtype(case.dtype)) for x in (q * LOG2_E, k, v))
     return q, k, v, context
 
 

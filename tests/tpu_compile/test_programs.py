@@ -233,16 +233,18 @@ def test_programs_fit_one_chip_and_attention_is_fused(config: ModelConfig, chip:
 
 @pytest.mark.parametrize(
     ("chip", "own", "prefix"),
-    [pytest.param("v5e", 6.6, 4.95, id="v5e", marks=pytest.mark.slow), pytest.param("v6e", 4.75, 3.2, id="v6e")],
+    [pytest.param("v5e", 6.6, 4.4, id="v5e", marks=pytest.mark.slow), pytest.param("v6e", 4.75, 2.6, id="v6e")],
 )
 def test_the_kernel_takes_no_more_bundles_for_a_thousand_scores(chip: str, own: float, prefix: float) -> None:
     """Over keys of the queries' own bin, and over a step of the prefix. Bars are lowered with the kernel."""
     width, groups = 256, 2
     found = fold_bundles(Kernel(chip, width, groups, 128, windowed=False, softcap=None))
-    thousands = groups / 1000
-    assert 0.95 * own < found.own / (thousands * FOLD_TOKENS * width) < own
-    assert 0.95 * prefix < found.whole / (thousands * WIDE_FOLD_TOKENS * STEP_PAGES * PAGE_TOKENS) < prefix
-    assert found.whole < found.partial < 1.1 * found.whole
+    of_step = groups / 1000 * STEP_PAGES * PAGE_TOKENS
+    assert 0.95 * own < found.own / (groups / 1000 * FOLD_TOKENS * width) < own
+    assert 0.95 * prefix < found.whole / (of_step * WIDE_FOLD_TOKENS[0]) < prefix
+    assert found.whole < found.partial < 1.2 * found.whole
+    # Narrow folds, whose queries see several prefixes.
+    assert found.mixed / (of_step * FOLD_TOKENS) < 1.5 * prefix
 
 
 @pytest.mark.parametrize(
