@@ -119,6 +119,7 @@ class Expected:
         experts_worst: the same where they are chosen so that it takes longest.
         transfers: between host and chips, at ``HOST_BANDWIDTH``.
         host: of this machine's processor, see ``host.HostCost``.
+        hidden: of the host's, while the chips compute.
         dearest: operations that take longest, and their seconds.
     """
 
@@ -128,12 +129,13 @@ class Expected:
     experts_worst: float
     transfers: float
     host: float
+    hidden: float
     dearest: Sequence[tuple[str, float]]
 
     @property
     def total(self) -> float:
-        """All of it, one after the other."""
-        return self.operations + self.attention + self.experts + self.transfers + self.host
+        """All of it, one after the other but for what is hidden."""
+        return self.operations + self.attention + self.experts + self.transfers + self.host - self.hidden
 
 
 def launches(config: ModelConfig, laid: Layout, request: Request, at_once: int = 1) -> Counter[Launch]:
@@ -341,13 +343,15 @@ def estimate(
     memory["temporaries"] = extra
     missing = max(0, int(sum(memory.values()) - peaks.hbm_bytes))
     host = host_cost(config, BY_PLATFORM["tpu"], longest, workload.request)
+    operations, attention = cycles.total() / peaks.clock + collective, bundles / peaks.clock
     expected = Expected(
-        operations=cycles.total() / peaks.clock + collective,
-        attention=bundles / peaks.clock,
+        operations=operations,
+        attention=attention,
         experts=experts,
         experts_worst=experts_worst,
         transfers=host.bytes / HOST_BANDWIDTH,
         host=host.seconds,
+        hidden=min(host.hidden, operations + attention + experts),
         dearest=[(name, each / peaks.clock) for name, each in cycles.most_common(DEAREST)],
     )
     return Estimate(len(here), at_once, memory, missing, floor, dict(counts), total, seconds, collective, expected)

@@ -57,8 +57,9 @@ def plan_tpu(
     The engine's own programs are compiled for the slice, which needs no TPU and takes some minutes. The launches are
     those that the engine's planner makes for the workload. The time is that of one request by itself: the cycles that
     libtpu expects of its operations, the instructions of the attention kernel, the transfers, and this machine's time
-    for the host's part. Nothing ran on a TPU. The roofline is arithmetic and memory traffic at the chip's peaks, which
-    no program reaches. Every request has a query that no cache holds, and asks for full-vocabulary log-probabilities.
+    for the host's part, but for what it does while the chips compute. Nothing ran on a TPU. The roofline is arithmetic
+    and memory traffic at the chip's peaks, which no program reaches. Every request has a query that no cache holds, and
+    asks for full-vocabulary log-probabilities.
     """
     if chip not in CHIPS:
         raise typer.BadParameter(f"{chip!r} is not one of {', '.join(CHIPS)}", param_hint="--chip")
@@ -141,6 +142,7 @@ def figures(found: Estimate, requests_per_s: float, items: int, price: float | N
         "experts_worst_seconds": expected and expected.experts_worst,
         "transfer_seconds": expected and expected.transfers,
         "host_seconds": expected and expected.host,
+        "hidden_seconds": expected and expected.hidden,
         "expected_seconds": expected and expected.total,
         "times_floor": expected and expected.total / found.floor_seconds,
         "dearest": list(expected.dearest) if expected else [],
@@ -185,6 +187,7 @@ def table(chip: str, rows: dict[str, dict[str, Any]], workload: Workload, reques
         line("experts at worst, ms", number("experts_worst_seconds", 1e-3, 1))
     line("transfers, ms", number("transfer_seconds", 1e-3, 1))
     line("host, ms", number("host_seconds", 1e-3, 1))
+    line("of it while chips compute, ms", number("hidden_seconds", 1e-3, 1))
     line("a request, ms", number("expected_seconds", 1e-3, 1))
     line("times the floor", number("times_floor", 1, 2))
     line("items/s a chip", number("items_per_s_per_chip", 1, 0))

@@ -139,9 +139,9 @@ def test_the_plan_of_ranking_on_one_v6e(tmp_path: Path) -> None:
     assert found["roofline_seconds"] <= 1.25 * found["floor_seconds"]
     # libtpu's own estimate of the same programs is more than twice the roofline.
     parts = [found[f"{part}_seconds"] for part in ("operations", "attention", "transfer", "host")]
-    assert found["expected_seconds"] == pytest.approx(sum(parts))
-    assert found["operations_seconds"] <= 30e-3
-    assert found["attention_seconds"] <= 25e-3
+    assert found["expected_seconds"] == pytest.approx(sum(parts) - found["hidden_seconds"])
+    assert found["operations_seconds"] <= 26e-3
+    assert found["attention_seconds"] <= 22.5e-3
     assert found["items_per_s_per_chip"] == pytest.approx(500 / found["expected_seconds"])
     assert len(found["dearest"]) == 10
     assert found["chips_needed"] == 1

@@ -2,8 +2,9 @@
 
 import pytest
 
+from model.contract import PAGE_TOKENS
 from model.families.registry import from_hf
-from model.sizes import BY_PLATFORM
+from model.sizes import BY_PLATFORM, CALL_PREFIXES
 from scripts.planning.estimate import Workload
 from scripts.planning.host import HostCost, host_cost
 
@@ -38,10 +39,15 @@ def test_a_launch_is_sent_one_array(cost: HostCost) -> None:
 
 
 def test_no_hidden_state_moves_between_host_and_device(cost: HostCost) -> None:
-    """Up: four numbers for each of the calls' 12,800 positions, and little more. Down: 500 reads of two labels."""
-    positions = 2048 + (32 + 32 + 16 + 4) * 128
-    assert 4 * 4 * (2000 + 500 * 20) < cost.sent_bytes < 1.2 * 4 * 4 * positions
+    """Up: four numbers for each of the calls' 12,800 positions, the pages of all prefixes that they have room for, and
+    little more. Down: 500 reads of two labels."""
+    positions, tables = 2048 + (32 + 32 + 16 + 4) * 128, 5 * CALL_PREFIXES * (2020 // PAGE_TOKENS + 2)
+    assert 4 * 4 * (2000 + 500 * 20) < cost.sent_bytes < 1.2 * 4 * (4 * positions + tables)
     assert 4 * (1000 + 500) <= cost.fetched_bytes <= 4 * (1024 + 512)
+
+
+def test_what_is_launched_later_is_planned_while_the_device_computes(cost: HostCost) -> None:
+    assert 0 < cost.hidden < cost.seconds
 
 
 def test_a_request_waits_once(cost: HostCost) -> None:
