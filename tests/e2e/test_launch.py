@@ -340,6 +340,7 @@ def test_a_scorer_that_cannot_load_its_weights_ends_the_start_with_the_reason(tm
     assert "Traceback" not in output
 
 
+@pytest.mark.slow  # the launcher takes the same way as with broken weights
 def test_a_scorer_that_dies_while_it_starts_ends_the_start(model_folder: Path):
     """The system kills a process in the same way when memory is short."""
     with launched("--model", str(model_folder), "--port", str(free_port())) as process:
