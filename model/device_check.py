@@ -56,10 +56,15 @@ class Comparison:
 
     implementation: str
     shape: str
-    prefix_tokens: tuple[int, ...]
+    prefix_tokens: list[int]
     window: int | None
     difference: float
     allowed: float
+
+    @property
+    def prefixes(self) -> str:
+        """Their tokens, to be read."""
+        return " and ".join(map(str, self.prefix_tokens))
 
     @property
     def right(self) -> bool:
@@ -81,12 +86,11 @@ def prove(programs: Programs) -> None:
         if not found.right:
             device = jax.devices()[0].device_kind
             installed = ", ".join(f"{name} {number}" for name, number in versions().items())
-            prefixes = " and ".join(map(str, found.prefix_tokens))
             window = "" if found.window is None else f" and a window of {found.window}"
             raise DeviceError(
                 f"attention {found.implementation!r} computes wrong values on this device ({device}; {installed}): it "
                 f"differs from a plain softmax by {found.difference:.2g}, and rounding explains {found.allowed:g} "
-                f"(calls of {found.shape}, prefixes of {prefixes} tokens{window}); score-serve tpu-check or "
+                f"(calls of {found.shape}, prefixes of {found.prefixes} tokens{window}); score-serve tpu-check or "
                 "gpu-check tells more; use other versions of jax and of the device's libraries"
             )
 
@@ -112,7 +116,7 @@ def compare(programs: Programs, shapes: Sequence[Shape]) -> Iterator[Comparison]
                 yield Comparison(
                     implementation,
                     str(shape),
-                    lengths,
+                    list(lengths),
                     None if window == decoder.EVERYTHING else window,
                     float(run(*placed)),
                     ALLOWED[model.dtype.name],

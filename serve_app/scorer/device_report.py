@@ -70,11 +70,8 @@ def report(kind: Platform, settings: ModelSettings, say: Callable[[str], None]) 
     compared: list[dict[str, Any]] = []
     for found in device_check.compare(programs, programs.model.layout.ladder):
         difference = found.difference if math.isfinite(found.difference) else None
-        tokens = list(found.prefix_tokens)
-        told = {**dataclasses.asdict(found), "prefix_tokens": tokens, "difference": difference, "right": found.right}
-        compared.append(told)
-        prefixes = " and ".join(map(str, tokens))
-        say(f"attention {found.shape}, prefixes of {prefixes} tokens: {'right' if found.right else 'WRONG'}")
+        compared.append({**dataclasses.asdict(found), "difference": difference, "right": found.right})
+        say(f"attention {found.shape}, prefixes of {found.prefixes} tokens: {'right' if found.right else 'WRONG'}")
     ran: list[dict[str, Any]] = []
     total = len(programs.wanted())
     for timing in device_check.timings(programs, progress_log(say)):

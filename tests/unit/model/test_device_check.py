@@ -114,5 +114,5 @@ def test_every_window_and_prefix_is_compared(tmp_path: Path) -> None:
     found = list(device_check.compare(programs(engine), programs(engine).model.layout.ladder))
     assert all(each.right for each in found)
     assert len({each.window for each in found}) == 2
-    assert {each.prefix_tokens for each in found} == set(PREFIXES)
+    assert {tuple(each.prefix_tokens) for each in found} == set(PREFIXES)
     assert np.isfinite([each.difference for each in found]).all()
