@@ -1,16 +1,21 @@
 """The attention of ``model.attention`` as one Pallas kernel for TPU: no score matrix in memory, no copy of the prefix.
 
 A grid step holds a tile of queries of the heads that share one key/value head. The softmax is folded first over the
-tile's own bins, then over the prefixes that its queries see, whose pages are fetched straight from the pool through the
-page tables. The number of steps over prefixes is part of the call, not of the program: one program serves every prefix
-length and computes no more than it holds, and with a sliding window no more than the window lets see. Where all queries
-of a tile see one prefix, only the end of the prefix is masked; else a step folds the queries from the first to the last
-that see its prefix, and masks the others.
+tile's own bins, then, in a wide bin, over the tiles before it, then over the prefixes that its queries see, whose pages
+are fetched straight from the pool through the page tables. The number of steps over prefixes is part of the call, not
+of the program: one program serves every prefix length and computes no more than it holds, and with a sliding window no
+more than the window lets see. Where all queries of a tile see one prefix, what lies past its end is zeros; else a step
+folds the queries from the first to the last that see its prefix, and masks the others.
+
+Only the first fold finds its queries' maxima before it takes exponentials. Later ones keep these maxima, so that scores
+need not be stored until the last is known. Where one turns out to be too far above, the fold is done again, with new
+maxima.
 
 Source: the folding is FlashAttention's (arXiv 2205.14135); ``tests/parity`` compares with ``reference``.
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,11 +37,19 @@ TILE_TOKENS = 1024
 FOLD_TOKENS = 256
 """Queries folded at once over their own bins, at most, in a loop: the compiler writes a fold out vector by vector. They
 are a matrix's columns, so a fold is a multiple of ``LANES``, as each bin is therefore."""
+OWN_HEADS = 8
+"""Query heads, of one bin or several, that are folded at once over narrow bins. With two, a score takes 1.6 times as
+many instructions, since each product waits for the one before."""
 WIDE_FOLD_TOKENS = (1024, 512)
-"""The same over the prefix: of one or two heads that share a key/value head, and of more. With half as many queries, a
-score takes 6 to 25% more instructions."""
+"""The same over the prefix and over earlier tiles: of one or two heads that share a key/value head, and of more. With
+half as many queries, a score takes 6 to 25% more instructions."""
 STEP_PAGES = 4
 """Pages of the prefix that one step folds in: enough work to hide the next step's copies."""
+EARLIER_KEYS = 512
+"""Keys of an earlier tile that are folded in at once."""
+MOST_ABOVE = 80.0
+"""How far above the known maximum a score may be, as a power of 2: the sum of as many weights as a prefix has tokens,
+times values, is still a float32."""
 LEAST_MEMORY = 16 * 2**20
 """Of the core's own, in bytes: as much as the smallest chips have."""
 LOG2_E = math.log2(math.e)
@@ -76,6 +89,10 @@ class Tiling(NamedTuple):
         few, many = WIDE_FOLD_TOKENS
         return math.gcd(self.tile, few if groups <= 2 else many)
 
+    def together(self, groups: int) -> int:
+        """Bins that are folded at once over their own keys."""
+        return math.gcd(self.tile // self.span, max(OWN_HEADS // groups, 1)) if self.span == self.fold else 1
+
 
 def _tiling(tokens: int, bin_width: int) -> Tiling:
     if bin_width % LANES or (bin_width > TILE_TOKENS and bin_width % TILE_TOKENS):
@@ -91,35 +108,43 @@ class Folds(NamedTuple):
     """How often one key/value head's kernel runs the bodies of its loops in a layer.
 
     Attributes:
-        own: ``Tiling.fold`` queries over keys of their own bins, ``Tiling.span`` of them.
-        whole: ``Tiling.wide_fold()`` queries over ``STEP_PAGES`` pages of the prefix.
-        partial: the same over the pages that the prefix ends in.
+        own: ``Tiling.span`` queries, of ``Tiling.together`` bins, over their own bins. Each fold of a span has a body,
+            with the keys up to its end.
+        earlier: ``Tiling.wide_fold()`` queries over ``EARLIER_KEYS`` keys of an earlier tile of their bin.
+        prefix: the same over ``STEP_PAGES`` pages of the prefix.
         mixed: ``Tiling.fold`` queries over ``STEP_PAGES`` pages of one of the prefixes that their tile sees.
     """
 
     own: int
-    whole: int
-    partial: int
+    earlier: int
+    prefix: int
     mixed: int = 0
+
+
+def loops(bin_width: int) -> Sequence[int]:
+    """How many loops of the kernel's text each field of ``Folds`` is of."""
+    tiling = _tiling(bin_width, bin_width)
+    return tiling.span // tiling.fold, int(tiling.own_steps > 1), 1, 1
 
 
 def folds(tokens: int, bin_width: int, groups: int, page: int, prefix_length: int, window: int | None) -> Folds:
     """The folds of a call with one prefix."""
     tiling = _tiling(tokens, bin_width)
-    (_, fold, tile, tiles, own_steps), wide_fold = tiling, tiling.wide_fold(groups)
-    filled = [min(tile, tokens - number * tile) for number in range(tiles)]
-    own = sum(queries // fold * (number % own_steps + 1) for number, queries in enumerate(filled))
-    wide = sum(-(-queries // wide_fold) for queries in filled)
-    whole, partial = _prefix_steps(page, prefix_length, window)
-    return Folds(own, whole * wide, partial * wide)
+    wide_fold, together = tiling.wide_fold(groups), tiling.together(groups)
+    filled = [min(tiling.tile, tokens - number * tiling.tile) for number in range(tiling.tiles)]
+    wide = [-(-queries // wide_fold) for queries in filled]
+    earlier = sum(number % tiling.own_steps * folds for number, folds in enumerate(wide))
+    return Folds(
+        sum(-(-queries // (tiling.span * together)) for queries in filled),
+        earlier * (tiling.tile // EARLIER_KEYS),
+        _prefix_steps(page, prefix_length, window) * sum(wide),
+    )
 
 
-def _prefix_steps(page: int, prefix_length: int, window: int | None) -> tuple[int, int]:
-    """Steps over a prefix: those of pages that it fills, and the one of pages that it ends in, if it does."""
+def _prefix_steps(page: int, prefix_length: int, window: int | None) -> int:
+    """Steps over a prefix."""
     step = STEP_PAGES * page
-    filled, rest = divmod(prefix_length, step)
-    skipped = 0 if window is None else max(prefix_length + 1 - window, 0) // step
-    return filled - skipped, min(rest, 1)
+    return -(-prefix_length // step) - (0 if window is None else max(prefix_length + 1 - window, 0) // step)
 
 
 def work(
@@ -132,12 +157,14 @@ def work(
     (span, fold, tile, tiles, own_steps), wide_fold = tiling, tiling.wide_fold(groups)
     count = folds(tokens, bin_width, groups, page, prefix_length, window)
     step = STEP_PAGES * page
-    scores = fold * count.own * span + wide_fold * (count.whole + count.partial) * step
+    of_own = sum(fold * (place + 1) * fold for place in range(span // fold))
+    scores = count.own * tiling.together(groups) * of_own
+    scores += wide_fold * (count.earlier * EARLIER_KEYS + count.prefix * step)
     own_tiles = sum(number % own_steps + 1 for number in range(tiles))
-    fetched = max(sum(_prefix_steps(page, prefix_length, window)), 1)
+    fetched = max(_prefix_steps(page, prefix_length, window), 1)
     queries = 2 * tokens * heads * width
     keys = 2 * kv_heads * width * (own_tiles * tile + tiles * fetched * step)
-    positions = 0 if window is None else 4 * tokens * kv_heads * LANES
+    positions = 0 if window is None else 2 * tokens * kv_heads * LANES
     return 4.0 * heads * width * scores, float((queries + keys) * pool.dtype.itemsize + positions)
 
 
@@ -258,8 +285,8 @@ def fused(
     slots = steps.walk.tables.size // steps.walk.lengths.size
 
     def own_tile(i: Any, s: Any) -> Any:
-        """The key tile of a step: from the beginning of the bin up to the queries' own tile."""
-        return jnp.minimum(lax.div(i, own_steps) * own_steps + s, i)
+        """The key tile of a step: from the queries' own back to the beginning of the bin."""
+        return jnp.maximum(i - s, lax.div(i, own_steps) * own_steps)
 
     def page_at(r: int, h: Any, i: Any, s: Any, numbers: Any, *refs: Any) -> Any:
         walk = Walk(*refs)
@@ -267,14 +294,11 @@ def fused(
         slot = jnp.minimum(number * STEP_PAGES + r, slots - 1)
         return walk.tables[prefix * slots + slot], numbers[0], 0, h, 0, 0
 
-    def by(columns: int) -> pl.BlockSpec:
-        """A tile's queries, so many in a row."""
-        return pl.BlockSpec((None, tile // columns, columns), lambda _head, i, *_: (i, 0, 0))
-
+    by_fold = pl.BlockSpec((None, tile // fold, fold), lambda _head, i, *_: (i, 0, 0))
     queries = pl.BlockSpec((tile, groups * width), lambda h, i, *_: (i, h))
     own = pl.BlockSpec((tile, width), lambda h, i, s, *_: (own_tile(i, s), h))
     pages = [pl.BlockSpec((None, None, 2, None, page, width), partial(page_at, number)) for number in range(STEP_PAGES)]
-    places = [] if window is None else [tiled(positions).reshape(tiles, -1, each) for each in (wide_fold, fold)]
+    places = [] if window is None else [tiled(positions).reshape(tiles, -1, fold)]
     result = pl.pallas_call(
         partial(_kernel, tokens, tiling, groups, window is not None, softcap and softcap * LOG2_E),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -284,17 +308,19 @@ def fused(
                 queries,
                 own,
                 own,
-                by(fold),
+                by_fold,
                 pl.BlockSpec((None, tile // span, span), lambda _head, i, s, *_: (own_tile(i, s), 0, 0)),
-                by(fold),
+                by_fold,
                 *pages,
-                *([] if window is None else [by(wide_fold), by(fold)]),
+                *[by_fold] * len(places),
             ],
             out_specs=queries,
             scratch_shapes=[
                 pltpu.VMEM((groups, SUBLANES, tile), jnp.float32),
-                pltpu.VMEM((groups, SUBLANES, tile), jnp.float32),
-                pltpu.VMEM((groups, width, tile), jnp.float32),
+                pltpu.VMEM((2, groups, SUBLANES, tile), jnp.float32),
+                pltpu.VMEM((2, groups, width, tile), jnp.float32),
+                pltpu.SMEM((tile // wide_fold,), jnp.int32),
+                pltpu.SMEM((max(tile // EARLIER_KEYS, 1) * (tile // wide_fold),), jnp.int32),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((tokens, heads * width), q.dtype),
@@ -318,100 +344,191 @@ def _memory(tiling: Tiling, groups: int, page: int, width: int, dtype: Any) -> i
     """Bytes of the core's memory that the kernel may take: of what it leaves, XLA keeps more between its products."""
     size, keys = jnp.dtype(dtype).itemsize, STEP_PAGES * page
     twice = tiling.tile * width * size * (2 * groups + 2) + 2 * keys * width * size  # the next step's are on their way
-    sums = 4 * tiling.tile * groups * (width + 2 * SUBLANES)
+    sums = 4 * tiling.tile * groups * (2 * width + 3 * SUBLANES)
     scores = groups * tiling.wide_fold(groups) * keys * (4 + size)
     return max(2 * twice + sums + 2 * scores, LEAST_MEMORY)
 
 
 def _kernel(tokens: int, tiling: Tiling, groups: int, windowed: bool, softcap: float | None, *refs: Any) -> None:
-    """One tile of queries, one step of keys."""
-    numbers_ref, walk, of_call = refs[0], Walk(*refs[1 : 1 + len(Walk._fields)]), refs[1 + len(Walk._fields) : -4]
+    """One tile of queries, one step of keys.
+
+    Sums lie in one of two halves of their memory, of which ``half_ref`` has the number for each wide fold. New sums go
+    to the other half, and stand if no score was too far above its query's maximum.
+    """
+    numbers_ref, walk, of_call = refs[0], Walk(*refs[1 : 1 + len(Walk._fields)]), refs[1 + len(Walk._fields) : -6]
     q_ref, k_ref, v_ref, query_segment_ref, key_segment_ref, prefix_ref = of_call[:6]
     page_refs, place_refs = of_call[6 : 6 + STEP_PAGES], of_call[6 + STEP_PAGES :]
-    out_ref, maximum_ref, total_ref, values_ref = refs[-4:]
+    out_ref, maximum_ref, total_ref, values_ref, half_ref, stands_ref = refs[-6:]
     tile_number, step = pl.program_id(1), pl.program_id(2)
     (_, page, width), (span, fold, tile, _, own_steps) = page_refs[0].shape, tiling
-    wide_fold = tiling.wide_fold(groups)
+    wide_fold, together = tiling.wide_fold(groups), tiling.together(groups)
+    wide_folds, chunks, size = tile // wide_fold, tile // EARLIER_KEYS, STEP_PAGES * page
     window = numbers_ref[1]
     filled = jnp.minimum(tile, tokens - tile_number * tile)
 
-    @pl.when(step == 0)
-    def _start() -> None:
-        maximum_ref[...] = jnp.full(maximum_ref.shape, MASKED, jnp.float32)
-        total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
-        values_ref[...] = jnp.zeros(values_ref.shape, jnp.float32)
+    def queries(begin: Any, count: int) -> Any:
+        return pl.ds(pl.multiple_of(begin, LANES), count)
 
-    def add(place: Any, keys: Any, values: Any, mask: Any) -> None:
-        """Fold keys and values, visible where ``mask`` (None: everywhere), into the queries at ``place``.
+    def scores(keys: Any, place: Any, group: int) -> Any:
+        """[keys, queries]: a query's maximum is then taken from register to register, not within one."""
+        return softcapped(_product(keys, q_ref[place, group * width : (group + 1) * width], 1, 1), softcap)
 
-        Scores are [keys, queries]: a query's maximum is then taken from register to register, not within one; the sum
-        is left to the matrix unit. All heads' products come before the first softmax, and all stores last, so that
-        none waits for another.
+    def begin(parts: Sequence[tuple[Any, Any, Any, Any]]) -> None:
+        """The first fold: for each part the queries' place, keys, values, and where they are visible.
+
+        All products come before the first softmax, and all stores last, so that none waits for another. The sum of
+        weights is left to the matrix unit.
         """
-        before = [(maximum_ref[g, :1, place], total_ref[g, :, place], values_ref[g, :, place]) for g in range(groups)]
-        ones = jnp.ones((len(keys), SUBLANES), keys.dtype)
-        scores = [_product(keys, q_ref[place, g * width : (g + 1) * width], 1, 1) for g in range(groups)]
+        every = [(part, g, scores(part[1], part[0], g)) for part in parts for g in range(groups)]
+        done: list[tuple[Any, ...]] = []
+        for (place, _, values, mask), g, of_head in every:
+            seen = jnp.where(mask, of_head, MASKED)
+            maximum = seen.max(axis=0, keepdims=True)
+            weights = jnp.exp2(seen - maximum).astype(values.dtype)
+            done.append((g, place, maximum, _product(_ones(values), weights, 0, 0), _product(values, weights, 0, 0)))
+        for g, place, maximum, total, summed in done:
+            maximum_ref[g, :, place] = jnp.broadcast_to(maximum, (SUBLANES, maximum.shape[1]))
+            total_ref[0, g, :, place], values_ref[0, g, :, place] = total, summed
+
+    def add(place: Any, keys: Any, values: Any, mask: Any, half: Any) -> None:
+        """Fold keys and values into the queries at ``place``, with new maxima; in the order of ``begin``."""
+        before = [
+            (maximum_ref[g, :1, place], total_ref[half, g, :, place], values_ref[half, g, :, place])
+            for g in range(groups)
+        ]
+        of_heads = [scores(keys, place, g) for g in range(groups)]
         after: list[tuple[Any, Any, Any]] = []
-        for of_head, (highest, total, summed) in zip(scores, before, strict=True):
-            capped = softcapped(of_head, softcap)
-            if mask is not None:
-                capped = jnp.where(mask, capped, MASKED)
-            maximum = jnp.maximum(highest, capped.max(axis=0, keepdims=True))
-            weights, scale = jnp.exp2(capped - maximum).astype(values.dtype), jnp.exp2(highest - maximum)
-            total = total * scale + _product(ones, weights, 0, 0)
+        for of_head, (highest, total, summed) in zip(of_heads, before, strict=True):
+            seen = jnp.where(mask, of_head, MASKED)
+            maximum = jnp.maximum(highest, seen.max(axis=0, keepdims=True))
+            weights, scale = jnp.exp2(seen - maximum).astype(values.dtype), jnp.exp2(highest - maximum)
+            total = total * scale + _product(_ones(values), weights, 0, 0)
             after.append((maximum, total, summed * scale + _product(values, weights, 0, 0)))
         for g, (maximum, total, summed) in enumerate(after):
             maximum_ref[g, :, place] = jnp.broadcast_to(maximum, (SUBLANES, maximum.shape[1]))
-            total_ref[g, :, place] = total
-            values_ref[g, :, place] = summed
+            total_ref[half, g, :, place], values_ref[half, g, :, place] = total, summed
 
-    first = lax.div(tile_number, own_steps) * own_steps  # the bin's first tile
+    def add_quickly(number: Any, turn: Any, keys: Any, values: Any, ones: Any, visible: Any) -> None:
+        """Fold keys and values into the queries of a wide fold, with the maxima that are known as long as that goes.
 
-    @pl.when((step < own_steps) & (first + step <= tile_number))
+        Args:
+            number: of the fold.
+            turn: where ``stands_ref`` keeps whether it went.
+            ones: zeros where there is no key.
+            visible: from rows of queries to where they see keys; None: everywhere.
+        """
+        place, half, rows = queries(number * wide_fold, wide_fold), half_ref[number], wide_fold // fold
+        above = jnp.full((1, wide_fold), -jnp.inf)
+        for g, of_head in enumerate([scores(keys, place, g) for g in range(groups)]):
+            if visible:
+                of_head = jnp.where(visible(number * rows, rows), of_head, MASKED)
+            of_head -= maximum_ref[g, :1, place]
+            above = jnp.maximum(above, of_head.max(axis=0, keepdims=True))
+            weights = jnp.exp2(of_head).astype(values.dtype)
+            total_ref[1 - half, g, :, place] = total_ref[half, g, :, place] + _product(ones, weights, 0, 0)
+            values_ref[1 - half, g, :, place] = values_ref[half, g, :, place] + _product(values, weights, 0, 0)
+        there = lax.broadcasted_iota(jnp.int32, above.shape, 1) < filled - number * wide_fold
+        stands = jnp.where(there, above, 0.0).max() <= MOST_ABOVE
+        half_ref[number] = lax.select(stands, 1 - half, half)
+        stands_ref[turn] = stands.astype(jnp.int32)
+
+    def again(row: Any, first_turn: Any, read: Any, mask: Any) -> None:
+        """Fold the same into a row of queries, unless what ``add_quickly`` did stands."""
+        number = lax.div(row, wide_fold // fold)
+
+        @pl.when(stands_ref[first_turn + number] == 0)
+        def _again() -> None:
+            keys, values = read()
+            add(queries(row * fold, fold), keys, values, mask(row, 1), half_ref[number])
+
+    def row_of(ref: Any, first: Any, rows: int) -> Any:
+        """What a reference has of so many folds of queries."""
+        return jnp.concatenate([ref[pl.ds(first + number, 1), :] for number in range(rows)], axis=1)
+
+    def column(row: Any) -> Any:
+        return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]
+
+    def of_a_bin(number: Any, place: int) -> tuple[Any, Any, Any, Any]:
+        """One of the folds of one of a tile's bins, and the bin's keys up to its end."""
+        begins, count = place * fold, (place + 1) * fold
+        keys = queries(number * span, count)
+        back = lax.broadcasted_iota(jnp.int32, (count, fold), 1) + begins
+        back -= lax.broadcasted_iota(jnp.int32, (count, fold), 0)
+        row = number * (span // fold) + place
+        segments = column(key_segment_ref[pl.ds(number, 1), :][:, :count])
+        mask = (segments == row_of(query_segment_ref, row, 1)) & (back >= 0)
+        if windowed:
+            mask &= back < window
+        return queries(row * fold, fold), k_ref[keys, :], v_ref[keys, :], mask
+
+    @pl.when(step == 0)
     def _own() -> None:
-        later = (tile_number - first - step) * tile  # from a key's place in its tile to a query's
+        for number in range(wide_folds):
+            half_ref[number] = 0
+        for place in range(span // fold):
 
-        def one(number: Any, _: Any) -> None:
-            bin_number = lax.div(number, span // fold)
-            begins = (number - bin_number * (span // fold)) * fold  # in its bin, or tile of a bin
-            queries = pl.ds(pl.multiple_of(number * fold, LANES), fold)
-            own_keys = pl.ds(pl.multiple_of(bin_number * span, LANES), span)
-            segments = jnp.broadcast_to(key_segment_ref[pl.ds(bin_number, 1), :], (LANES, span)).T[:, :1]
-            back = lax.broadcasted_iota(jnp.int32, (span, fold), 1) + (begins + later)
-            back -= lax.broadcasted_iota(jnp.int32, (span, fold), 0)
-            mask = (segments == query_segment_ref[pl.ds(number, 1), :]) & (back >= 0)
-            if windowed:
-                mask &= back < window
-            add(queries, k_ref[own_keys, :], v_ref[own_keys, :], mask)
+            def one(number: Any, _: Any, place: int = place) -> None:
+                begin([of_a_bin(number * together + each, place) for each in range(together)])
 
-        lax.fori_loop(0, lax.div(filled, fold), one, None)
+            lax.fori_loop(0, pl.cdiv(filled, span * together), one, None)
+
+    if own_steps > 1:
+
+        @pl.when((step > 0) & (step <= lax.rem(tile_number, own_steps)))
+        def _earlier() -> None:
+            def of_chunk(chunk: Any) -> tuple[Any, Any]:
+                """Reads a chunk's keys and values; and where rows of queries see them."""
+                first = chunk * EARLIER_KEYS
+                place = queries(first, EARLIER_KEYS)
+
+                def visible(row: Any, rows: int) -> Any:
+                    mask = column(key_segment_ref[:, place]) == row_of(query_segment_ref, row, rows)
+                    if windowed:
+                        back = lax.broadcasted_iota(jnp.int32, mask.shape, 1) + (step * tile + row * fold - first)
+                        mask &= back - lax.broadcasted_iota(jnp.int32, mask.shape, 0) < window
+                    return mask
+
+                return lambda: (k_ref[place, :], v_ref[place, :]), visible
+
+            def one(turn: Any, _: Any) -> None:
+                read, visible = of_chunk(lax.div(turn, wide_folds))
+                keys, values = read()
+                add_quickly(lax.rem(turn, wide_folds), turn, keys, values, _ones(values), visible)
+
+            def repeated(turn: Any, _: Any) -> None:
+                chunk = lax.div(turn, tile // fold)
+                read, visible = of_chunk(chunk)
+                again(lax.rem(turn, tile // fold), chunk * wide_folds, read, visible)
+
+            lax.fori_loop(0, chunks * wide_folds, one, None)
+            lax.fori_loop(0, chunks * (tile // fold), repeated, None)
 
     prefix, number = walk.at(tile_number, step - own_steps)
-    size, length = STEP_PAGES * page, walk.lengths[prefix]
-    begin = number * size
-    places = begin + lax.broadcasted_iota(jnp.int32, (size, 1), 0)
+    length = walk.lengths[prefix]
+    places = number * size + lax.broadcasted_iota(jnp.int32, (size, 1), 0)
 
     def keys_and_values() -> Any:
         return (jnp.concatenate([_as(ref[part], q_ref.dtype) for ref in page_refs], axis=0) for part in (0, 1))
 
-    def over(place_ref: Any, queries: Any) -> Any:
-        """Where the queries of one row are in reach of the step's keys."""
-        return places > place_ref[queries, :] - window
+    def in_reach(row: Any, rows: int) -> Any:
+        return places > row_of(place_refs[0], row, rows) - window
 
-    def only(masked: bool) -> None:
+    def only() -> None:
         """All queries over the prefix that they see."""
-        keys, values = keys_and_values()
-        if masked:  # what lies past the prefix may be another's, and 0 * NaN is NaN
-            values = jnp.where(places < length, values, jnp.zeros_like(values))
+        exists, (keys, values) = places < length, keys_and_values()
+        # What lies past the prefix may be another's, and 0 * NaN is NaN.
+        keys, values = (jnp.where(exists, each, jnp.zeros_like(each)) for each in (keys, values))
+        ones = jnp.broadcast_to(jnp.where(exists, 1.0, 0.0), (size, SUBLANES)).astype(values.dtype)
+
+        def visible(row: Any, rows: int) -> Any:
+            mask = jnp.broadcast_to(exists, (size, rows * fold))
+            return mask & in_reach(row, rows) if windowed else mask
 
         def one(number: Any, _: Any) -> None:
-            mask = places < length if masked else None
-            if windowed:
-                reached = over(place_refs[0], pl.ds(number, 1))
-                mask = reached if mask is None else mask & reached
-            add(pl.ds(pl.multiple_of(number * wide_fold, LANES), wide_fold), keys, values, mask)
+            add_quickly(number, number, keys, values, ones, in_reach if windowed else None)
 
         lax.fori_loop(0, pl.cdiv(filled, wide_fold), one, None)
+        lax.fori_loop(0, pl.cdiv(filled, fold), lambda row, _: again(row, 0, lambda: (keys, values), visible), None)
 
     def mixed() -> None:
         """The queries around those that see this prefix."""
@@ -420,32 +537,36 @@ def _kernel(tokens: int, tiling: Tiling, groups: int, windowed: bool, softcap: f
         fine = (places < length) & (jnp.abs(values.astype(jnp.float32)) < jnp.inf)
         values = jnp.where(fine, values, jnp.zeros_like(values))
 
-        def one(number: Any, _: Any) -> None:
-            row = pl.ds(number, 1)
-            mask = (places < length) & (prefix_ref[row, :] == prefix)
+        def one(row: Any, _: Any) -> None:
+            mask = (places < length) & (row_of(prefix_ref, row, 1) == prefix)
             if windowed:
-                mask &= over(place_refs[1], row)
-            add(pl.ds(pl.multiple_of(number * fold, LANES), fold), keys, values, mask)
+                mask &= in_reach(row, 1)
+            add(queries(row * fold, fold), keys, values, mask, half_ref[lax.div(row, wide_fold // fold)])
 
         first, last = (jnp.clip(at[prefix] - tile_number * tile, 0, filled) for at in (walk.first, walk.last))
         lax.fori_loop(lax.div(first, fold), pl.cdiv(last, fold), one, None)
 
     due = (step >= own_steps) & (step - own_steps < walk.counts[tile_number])
-    whole, several = begin + size <= length, walk.mixed[tile_number] > 0
-    pl.when(due & ~several & whole)(partial(only, False))
-    pl.when(due & ~several & ~whole)(partial(only, True))
+    several = walk.mixed[tile_number] > 0
+    pl.when(due & ~several)(only)
     pl.when(due & several)(mixed)
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _finish() -> None:
-        for group in range(groups):
-            values = (values_ref[group] / total_ref[group, :1, :]).T
-            out_ref[:, group * width : (group + 1) * width] = values.astype(out_ref.dtype)
+        for number in range(wide_folds):
+            place, half = slice(number * wide_fold, (number + 1) * wide_fold), half_ref[number]
+            for g in range(groups):
+                values = (values_ref[half, g, :, place] / total_ref[half, g, :1, place]).T
+                out_ref[place, g * width : (g + 1) * width] = values.astype(out_ref.dtype)
 
 
 def _product(a: Array, b: Array, of_a: int, of_b: int) -> Array:
     """The matrix product over these axes, with float32 sums."""
     return lax.dot_general(a, b, (((of_a,), (of_b,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _ones(values: Array) -> Array:
+    return jnp.ones((len(values), SUBLANES), values.dtype)
 
 
 def _as(x: Array, dtype: Any) -> Array:

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +67,16 @@ class Product:
 
 @cache
 def fold_bundles(kernel: Kernel) -> attention_tpu.Folds:
-    """Bundles of one run of each of the kernel's loops, in bfloat16.
+    """Bundles of one run of each of the kernel's loops, in bfloat16; of those that are one field together, the sum.
 
     Raises:
-        RuntimeError: the kernel does not compile, or its program has not four such loops.
+        RuntimeError: the kernel does not compile, or its program has not the loops that it should have.
     """
-    found = list(loops(_program("fused_attention", kernel)))
-    if len(found) != len(attention_tpu.Folds._fields):
-        raise RuntimeError(f"the kernel's program for {kernel} has folds of {found} bundles; expected are four")
-    return attention_tpu.Folds(*found)  # in the order of the kernel's text
+    found, expected = list(loops(_program("fused_attention", kernel))), attention_tpu.loops(kernel.width)
+    if len(found) != sum(expected):
+        raise RuntimeError(f"the kernel's program for {kernel} has folds of {found} bundles; expected are {expected}")
+    rest = iter(found)  # in the order of the kernel's text
+    return attention_tpu.Folds(*(sum(islice(rest, count)) for count in expected))
 
 
 @cache
@@ -141,7 +143,7 @@ def _program(name: str, kernel: Kernel | Product | Rotary) -> str:
 
 
 def loops(program: str) -> Iterator[int]:
-    """Bundles of each loop in the kernel's loop over its grid that does more than copy."""
+    """Bundles of each loop in the kernel's loop over its grid that does more than copy, without loops within it."""
     count = 0
     for line in program.splitlines():
         if not (found := _LINE.match(line)):
@@ -150,7 +152,7 @@ def loops(program: str) -> Iterator[int]:
         if label in ("LB", "PF") or depth < 2:
             if count >= _SMALLEST:
                 yield count
-            count = int(label == "LB" and depth >= 2)
+            count = int(label == "LB" and depth == 2)
         elif count:
             count += 1
 
@@ -161,7 +163,8 @@ def _compile_attention(kernel: Kernel) -> None:
     def array(shape: tuple[int, ...], dtype: jnp.dtype | type = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
 
-    tokens, kv_heads = max(kernel.width, attention_tpu.TILE_TOKENS // kernel.width * kernel.width), 2
+    # More than a tile, or a loop of one trip is none.
+    tokens, kv_heads = 2 * max(kernel.width, attention_tpu.TILE_TOKENS // kernel.width * kernel.width), 2
     stored = attention_tpu.stored_width(kernel.head_width)
     window = array(()) if kernel.windowed else None
 

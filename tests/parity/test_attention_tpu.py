@@ -9,7 +9,7 @@ import pytest
 from model.attention import MaskSpec, attend, to_pool
 from model.attention_tpu import stored_width
 from model.contract import PAGE_TOKENS
-from tests.parity.attention_inputs import assert_as_alone, inputs, kernel_and_reference, over_prefix
+from tests.parity.attention_inputs import assert_as_alone, inputs, kernel_and_reference, over_prefix, with_far_keys
 
 both = partial(kernel_and_reference, "fused-interpreted")
 
@@ -37,6 +37,26 @@ def test_kernel_equals_reference(
         # Sums over a thousand keys in another order differ by the square root of that many roundings; and of a score of
         # 10, whose query is rounded once more by its factor, the weight differs by 1e-6 and more.
         np.testing.assert_allclose(got, wanted, rtol=2e-6, atol=6e-6)
+
+
+@pytest.mark.parametrize(
+    ("bins", "width", "longest", "window"),
+    [
+        pytest.param(5, 256, 30, None, id="own scores below all of the prefix's, and above"),
+        pytest.param(1, 2048, 1500, None, id="far keys in an earlier tile"),
+        pytest.param(1, 2048, 1500, 700, id="a window", marks=pytest.mark.slow),
+    ],
+)
+def test_scores_far_above_those_before(bins: int, width: int, longest: int, window: int | None) -> None:
+    """Their folds are done again: 2 to the power of their distance is no float32."""
+    q, k, v, context = inputs(bins=bins, width=width, head_width=128, longest=longest)
+    k, context = with_far_keys(k, context)
+    real = np.asarray(context.segments).reshape(-1) >= 0
+    kernel, reference = both(128, window)
+    for length in (0, 5 * PAGE_TOKENS + 3):
+        got, wanted = (np.asarray(run(q, k, v, over_prefix(context, length)))[real] for run in (kernel, reference))
+        # A score of 200 is rounded by 1e-5 and more.
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from model.attention import AttentionContext, MaskSpec, attend, from_pool, to_pool
 from model.attention_tpu import LOG2_E, stored_width
 from model.contract import PAGE_TOKENS
-from tests.parity.attention_inputs import SLOTS, inputs, over_prefix, over_prefixes
+from tests.parity.attention_inputs import SLOTS, inputs, over_prefix, over_prefixes, with_far_keys
 from tests.simulated_tpu import simulated
 
 LAYER = 1
@@ -36,6 +36,7 @@ class Case(NamedTuple):
     softcap: float | None
     kv_heads: int = 2
     cores: int = 1
+    far: bool = False
 
     def __str__(self) -> str:
         rule = f"window {self.window}, cap {self.softcap}, {self.cores} cores"
@@ -104,6 +105,8 @@ def vectors_of(case: Case) -> tuple[jax.Array, jax.Array, jax.Array, AttentionCo
         kv_heads=case.kv_heads,
         stored=stored_width(case.head_width),
     )
+    if case.far:
+        k, context = with_far_keys(k, context)
     q, k, v = (x.astype(jnp.dtype(case.dtype)) for x in (q * LOG2_E, k, v))
     return q, k, v, context
 
@@ -122,6 +125,8 @@ def check(case: Case, prefixes: Sequence[tuple[int, ...]]) -> None:
     # A float32 score of 10 is rounded by 1e-6 and more, and its weight in proportion; weights and results of
     # bfloat16 to eight bits.
     bounds = {"rtol": 2e-6, "atol": 1e-5} if case.dtype == "float32" else {"rtol": 2**-7, "atol": 2**-7}
+    if case.far:  # of scores of 200
+        bounds["atol"] = 2e-4
     for lengths in prefixes:
         half, count = order.max() // 2, len(lengths)
         which = np.zeros_like(order)
@@ -163,6 +168,11 @@ def check(case: Case, prefixes: Sequence[tuple[int, ...]]) -> None:
             Case(128, 1, "bfloat16", *SHAPES[1], window=40, softcap=None, kv_heads=1, cores=2),
             [(PAGE_TOKENS, 300)],
             id="bfloat16, two prefixes, a window",
+        ),
+        pytest.param(
+            Case(128, 2, "float32", *SHAPES[3], window=None, softcap=None, kv_heads=1, far=True),
+            [(4 * PAGE_TOKENS + 1,)],
+            id="scores far above those before, in an earlier tile and in the prefix",
         ),
     ],
 )

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from typer.testing import CliRunner
 
 from model import rotary_tpu
-from model.attention_tpu import FOLD_TOKENS, STEP_PAGES, WIDE_FOLD_TOKENS, work
+from model.attention_tpu import FOLD_TOKENS, OWN_HEADS, STEP_PAGES, WIDE_FOLD_TOKENS, work
 from model.computations import Kind
 from model.config import ModelConfig
 from model.contract import PAGE_TOKENS
@@ -141,7 +141,7 @@ def test_the_plan_of_ranking_on_one_v6e(tmp_path: Path) -> None:
     parts = [found[f"{part}_seconds"] for part in ("operations", "attention", "transfer", "host")]
     assert found["expected_seconds"] == pytest.approx(sum(parts) - found["hidden_seconds"])
     assert found["operations_seconds"] <= 26e-3
-    assert found["attention_seconds"] <= 22.5e-3
+    assert found["attention_seconds"] <= 17.8e-3
     assert found["items_per_s_per_chip"] == pytest.approx(500 / found["expected_seconds"])
     assert len(found["dearest"]) == 10
     assert found["chips_needed"] == 1
@@ -233,18 +233,17 @@ def test_programs_fit_one_chip_and_attention_is_fused(config: ModelConfig, chip:
 
 @pytest.mark.parametrize(
     ("chip", "own", "prefix"),
-    [pytest.param("v5e", 6.6, 4.4, id="v5e", marks=pytest.mark.slow), pytest.param("v6e", 4.75, 2.6, id="v6e")],
+    [pytest.param("v5e", 4.4, 4.45, id="v5e", marks=pytest.mark.slow), pytest.param("v6e", 3.0, 2.25, id="v6e")],
 )
 def test_the_kernel_takes_no_more_bundles_for_a_thousand_scores(chip: str, own: float, prefix: float) -> None:
-    """Over keys of the queries' own bin, and over a step of the prefix. Bars are lowered with the kernel."""
+    """Over keys of the queries' own bins, and over a step of the prefix. Bars are lowered with the kernel."""
     width, groups = 256, 2
     found = fold_bundles(Kernel(chip, width, groups, 128, windowed=False, softcap=None))
     of_step = groups / 1000 * STEP_PAGES * PAGE_TOKENS
-    assert 0.95 * own < found.own / (groups / 1000 * FOLD_TOKENS * width) < own
-    assert 0.95 * prefix < found.whole / (of_step * WIDE_FOLD_TOKENS[0]) < prefix
-    assert found.whole < found.partial < 1.16 * found.whole
-    # Narrow folds, whose queries see several prefixes.
-    assert found.mixed / (of_step * FOLD_TOKENS) < 1.5 * prefix
+    assert 0.95 * own < found.own / (OWN_HEADS / 1000 * FOLD_TOKENS * width) < own
+    assert 0.95 * prefix < found.prefix / (of_step * WIDE_FOLD_TOKENS[0]) < prefix
+    # Narrow folds, whose queries see several prefixes, and look for maxima first.
+    assert found.mixed / (of_step * FOLD_TOKENS) < 1.9 * prefix
 
 
 @pytest.mark.parametrize(
