@@ -377,12 +377,15 @@ def attend(
         raise ValueError(f"attention {implementation!r} is causal; take {NATIVE!r} or one of {', '.join(FOLD_PREFIX)}")
     if implementation in FUSED:
         # The kernel takes whole bins: in the one layer that asks for reads alone, queries that are not read are zeros.
-        queries = q if reads is None else jnp.zeros((k.shape[0], *q.shape[1:]), q.dtype).at[reads].set(q)
+        queries = q
+        if reads is not None:  # by rows: XLA would turn around what it scatters and gathers by heads
+            rows = q.reshape(len(q), -1)
+            queries = jnp.zeros((len(k), rows.shape[1]), q.dtype).at[reads].set(rows).reshape(-1, *q.shape[1:])
         interpret = implementation == FUSED_INTERPRETED
         of_tokens = context.segments, context.positions, context.prefixes
         found = context.steps if spec.window is None and context.steps else _steps(context, spec.window)
         attended = fused(queries, k, _finite(v), *of_tokens, context.pool, found, layer, *spec[:2], interpret=interpret)
-        return attended if reads is None else attended[reads]
+        return attended if reads is None else attended.reshape(len(k), -1)[reads].reshape(-1, *attended.shape[1:])
     if implementation in TRITON:
         flat, places = context.segments.reshape(-1), jnp.arange(k.shape[0]) if reads is None else reads
         return attention_gpu.paged_attention(

@@ -37,12 +37,15 @@ TILE_TOKENS = 1024
 FOLD_TOKENS = 256
 """Queries folded at once over their own bins, at most, in a loop: the compiler writes a fold out vector by vector. They
 are a matrix's columns, so a fold is a multiple of ``LANES``, as each bin is therefore."""
-OWN_HEADS = 8
-"""Query heads, of one bin or several, that are folded at once over narrow bins. With two, a score takes 1.6 times as
-many instructions, since each product waits for the one before."""
+OWN_ROW = 2048
+"""Bytes of queries at one place of a bin, or of several bins, that are folded at once over narrow bins: 8 heads of 128
+channels in bfloat16. With two heads a score takes 1.6 times as many instructions, since each product waits for the one
+before."""
 WIDE_FOLD_TOKENS = (1024, 512)
-"""The same over the prefix and over earlier tiles: of one or two heads that share a key/value head, and of more. With
-half as many queries, a score takes 6 to 25% more instructions."""
+"""Queries folded at once over the prefix and over earlier tiles: where a token's queries that share a key/value head
+have no more bytes than ``WIDE_ROW``, and where they have more. With half as many queries, a score takes 6 to 25% more
+instructions."""
+WIDE_ROW = 512
 STEP_PAGES = 4
 """Pages of the prefix that one step folds in: enough work to hide the next step's copies."""
 EARLIER_KEYS = 512
@@ -80,18 +83,18 @@ class Tiling(NamedTuple):
     tiles: int
     own_steps: int
 
-    def wide_fold(self, groups: int) -> int:
+    def wide_fold(self, row: int) -> int:
         """Queries that are folded at once over the prefix, a divisor of ``tile``.
 
         Args:
-            groups: query heads of a key/value head.
+            row: bytes of a token's queries that share a key/value head.
         """
-        few, many = WIDE_FOLD_TOKENS
-        return math.gcd(self.tile, few if groups <= 2 else many)
+        most, fewer = WIDE_FOLD_TOKENS
+        return math.gcd(self.tile, most if row <= WIDE_ROW else fewer)
 
-    def together(self, groups: int) -> int:
+    def together(self, row: int) -> int:
         """Bins that are folded at once over their own keys."""
-        return math.gcd(self.tile // self.span, max(OWN_HEADS // groups, 1)) if self.span == self.fold else 1
+        return math.gcd(self.tile // self.span, max(OWN_ROW // row, 1)) if self.span == self.fold else 1
 
 
 def _tiling(tokens: int, bin_width: int) -> Tiling:
@@ -127,10 +130,15 @@ def loops(bin_width: int) -> Sequence[int]:
     return tiling.span // tiling.fold, int(tiling.own_steps > 1), 1, 1
 
 
-def folds(tokens: int, bin_width: int, groups: int, page: int, prefix_length: int, window: int | None) -> Folds:
-    """The folds of a call with one prefix."""
+def folds(tokens: int, bin_width: int, row: int, page: int, prefix_length: int, window: int | None) -> Folds:
+    """The folds of a call with one prefix.
+
+    Args:
+        row: bytes of a token's queries that share a key/value head.
+        page: tokens of a page.
+    """
     tiling = _tiling(tokens, bin_width)
-    wide_fold, together = tiling.wide_fold(groups), tiling.together(groups)
+    wide_fold, together = tiling.wide_fold(row), tiling.together(row)
     filled = [min(tiling.tile, tokens - number * tiling.tile) for number in range(tiling.tiles)]
     wide = [-(-queries // wide_fold) for queries in filled]
     earlier = sum(number % tiling.own_steps * folds for number, folds in enumerate(wide))
@@ -153,12 +161,12 @@ def work(
     """FLOPs of the kernel's matrix products, masked ones too, and the bytes that its copies move: in one layer of a
     call with one prefix."""
     *_, kv_heads, page, width = pool.shape
-    tiling, groups = _tiling(tokens, bin_width), heads // kv_heads
-    (span, fold, tile, tiles, own_steps), wide_fold = tiling, tiling.wide_fold(groups)
-    count = folds(tokens, bin_width, groups, page, prefix_length, window)
+    tiling, row = _tiling(tokens, bin_width), heads // kv_heads * width * pool.dtype.itemsize
+    (span, fold, tile, tiles, own_steps), wide_fold = tiling, tiling.wide_fold(row)
+    count = folds(tokens, bin_width, row, page, prefix_length, window)
     step = STEP_PAGES * page
     of_own = sum(fold * (place + 1) * fold for place in range(span // fold))
-    scores = count.own * tiling.together(groups) * of_own
+    scores = count.own * tiling.together(row) * of_own
     scores += wide_fold * (count.earlier * EARLIER_KEYS + count.prefix * step)
     own_tiles = sum(number % own_steps + 1 for number in range(tiles))
     fetched = max(_prefix_steps(page, prefix_length, window), 1)
@@ -273,7 +281,7 @@ def fused(
     page, width = pool.shape[4:]
     groups = heads // kv_heads
     tiling = _tiling(tokens, segments.shape[1])
-    (span, fold, tile, tiles, own_steps), wide_fold = tiling, tiling.wide_fold(groups)
+    (span, fold, tile, tiles, own_steps), wide_fold = tiling, tiling.wide_fold(groups * width * q.dtype.itemsize)
 
     def flat(x: Float[Array, "M heads _"]) -> Float[Array, "M features"]:
         return jnp.pad(x, ((0, 0), (0, 0), (0, width - x.shape[2]))).reshape(tokens, -1)
@@ -345,7 +353,7 @@ def _memory(tiling: Tiling, groups: int, page: int, width: int, dtype: Any) -> i
     size, keys = jnp.dtype(dtype).itemsize, STEP_PAGES * page
     twice = tiling.tile * width * size * (2 * groups + 2) + 2 * keys * width * size  # the next step's are on their way
     sums = 4 * tiling.tile * groups * (2 * width + 3 * SUBLANES)
-    scores = groups * tiling.wide_fold(groups) * keys * (4 + size)
+    scores = groups * tiling.wide_fold(groups * width * size) * keys * (4 + size)
     return max(2 * twice + sums + 2 * scores, LEAST_MEMORY)
 
 
@@ -361,7 +369,8 @@ def _kernel(tokens: int, tiling: Tiling, groups: int, windowed: bool, softcap: f
     out_ref, maximum_ref, total_ref, values_ref, half_ref, stands_ref = refs[-6:]
     tile_number, step = pl.program_id(1), pl.program_id(2)
     (_, page, width), (span, fold, tile, _, own_steps) = page_refs[0].shape, tiling
-    wide_fold, together = tiling.wide_fold(groups), tiling.together(groups)
+    row = groups * width * q_ref.dtype.itemsize
+    wide_fold, together = tiling.wide_fold(row), tiling.together(row)
     wide_folds, chunks, size = tile // wide_fold, tile // EARLIER_KEYS, STEP_PAGES * page
     window = numbers_ref[1]
     filled = jnp.minimum(tile, tokens - tile_number * tile)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from typer.testing import CliRunner
 
 from model import rotary_tpu
-from model.attention_tpu import FOLD_TOKENS, OWN_HEADS, STEP_PAGES, WIDE_FOLD_TOKENS, work
+from model.attention_tpu import FOLD_TOKENS, OWN_ROW, STEP_PAGES, WIDE_FOLD_TOKENS, work
 from model.computations import Kind
 from model.config import ModelConfig
 from model.contract import PAGE_TOKENS
@@ -240,7 +240,7 @@ def test_the_kernel_takes_no_more_bundles_for_a_thousand_scores(chip: str, own: 
     width, groups = 256, 2
     found = fold_bundles(Kernel(chip, width, groups, 128, windowed=False, softcap=None))
     of_step = groups / 1000 * STEP_PAGES * PAGE_TOKENS
-    assert 0.95 * own < found.own / (OWN_HEADS / 1000 * FOLD_TOKENS * width) < own
+    assert 0.95 * own < found.own / (OWN_ROW / 256 / 1000 * FOLD_TOKENS * width) < own
     assert 0.95 * prefix < found.prefix / (of_step * WIDE_FOLD_TOKENS[0]) < prefix
     # Narrow folds, whose queries see several prefixes, and look for maxima first.
     assert found.mixed / (of_step * FOLD_TOKENS) < 1.9 * prefix
