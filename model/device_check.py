@@ -33,6 +33,8 @@ PREFIX_PAGES = 5
 PREFIXES = ((0,), (PREFIX_PAGES * PAGE_TOKENS - 3,), (PREFIX_PAGES * PAGE_TOKENS - 3, PAGE_TOKENS + 2))
 """Tokens of the prefixes that are compared: none, several pages of which the last is not full, and these and others in
 one call."""
+FAR = 20
+"""How much longer some keys are than the others. Their scores are 100 and more above, where TPUs fold again."""
 SHORT = 3
 """Runs of a program; the quickest is its time."""
 
@@ -137,6 +139,7 @@ def _inputs(model: Model, shape: Shape) -> tuple[Any, ...]:
 
     pages = normal(PREFIX_PAGES + 1, 1, 2, c.kv_heads, PAGE_TOKENS, model.layout.pool.shape[-1])
     pages[..., c.head_width :] = 0  # as heads are widened in the pool
+    pages[1, :, 0, :, ::64] *= FAR  # the last of one prefix, in a step of its own, and the first of another
     return (
         (rng.normal(0, 2, (shape.tokens, c.heads, c.head_width)) * c.head_width**-0.5).astype(model.dtype),
         normal(shape.tokens, c.kv_heads, c.head_width),

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from model import attention, device_check, loading, sharding
+from model import attention, attention_tpu, device_check, loading, sharding
 from model.contract import PAGE_TOKENS
 from model.device_check import PREFIXES, DeviceError
 from model.engine import Engine
@@ -61,13 +62,23 @@ def one_prefix_for_all(*arguments: Any, **options: Any) -> jax.Array:
     return KERNEL(*before, steps._replace(walk=walk), *after, **options)
 
 
+def scores_far_above_kept(*arguments: Any, **options: Any) -> jax.Array:
+    with patch.object(attention_tpu, "MOST_ABOVE", np.inf):
+        return KERNEL(*arguments, **options)
+
+
 def one_value_not_a_number(*arguments: Any, **options: Any) -> jax.Array:
     return KERNEL(*arguments, **options).at[5, 0, 0].set(jnp.nan)
 
 
 @pytest.mark.parametrize(
     ("fault", "dtype"),
-    [(last_page_missing, "bfloat16"), (one_prefix_for_all, "bfloat16"), (one_value_not_a_number, "float32")],
+    [
+        (last_page_missing, "bfloat16"),
+        (one_prefix_for_all, "bfloat16"),
+        (scores_far_above_kept, "bfloat16"),
+        (one_value_not_a_number, "float32"),
+    ],
 )
 def test_a_wrong_kernel_is_found(folder: Path, fault: Fault, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = loaded(folder, dtype=dtype)
