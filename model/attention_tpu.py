@@ -130,14 +130,17 @@ def loops(bin_width: int) -> Sequence[int]:
     return tiling.span // tiling.fold, int(tiling.own_steps > 1), 1, 1
 
 
-def folds(tokens: int, bin_width: int, row: int, page: int, prefix_length: int, window: int | None) -> Folds:
-    """The folds of a call with one prefix.
+def _row(heads: int, pool: Any) -> int:
+    """Bytes of a token's queries that share a key/value head."""
+    *_, kv_heads, _, width = pool.shape
+    return heads // kv_heads * width * pool.dtype.itemsize
 
-    Args:
-        row: bytes of a token's queries that share a key/value head.
-        page: tokens of a page.
-    """
-    tiling = _tiling(tokens, bin_width)
+
+def folds(
+    tokens: int, bin_width: int, heads: int, pool: jax.ShapeDtypeStruct, prefix_length: int, window: int | None
+) -> Folds:
+    """The folds of a call with one prefix."""
+    tiling, row = _tiling(tokens, bin_width), _row(heads, pool)
     wide_fold, together = tiling.wide_fold(row), tiling.together(row)
     filled = [min(tiling.tile, tokens - number * tiling.tile) for number in range(tiling.tiles)]
     wide = [-(-queries // wide_fold) for queries in filled]
@@ -145,7 +148,7 @@ def folds(tokens: int, bin_width: int, row: int, page: int, prefix_length: int, 
     return Folds(
         sum(-(-queries // (tiling.span * together)) for queries in filled),
         earlier * (tiling.tile // EARLIER_KEYS),
-        _prefix_steps(page, prefix_length, window) * sum(wide),
+        _prefix_steps(pool.shape[4], prefix_length, window) * sum(wide),
     )
 
 
@@ -161,9 +164,9 @@ def work(
     """FLOPs of the kernel's matrix products, masked ones too, and the bytes that its copies move: in one layer of a
     call with one prefix."""
     *_, kv_heads, page, width = pool.shape
-    tiling, row = _tiling(tokens, bin_width), heads // kv_heads * width * pool.dtype.itemsize
+    tiling, row = _tiling(tokens, bin_width), _row(heads, pool)
     (span, fold, tile, tiles, own_steps), wide_fold = tiling, tiling.wide_fold(row)
-    count = folds(tokens, bin_width, row, page, prefix_length, window)
+    count = folds(tokens, bin_width, heads, pool, prefix_length, window)
     step = STEP_PAGES * page
     of_own = sum(fold * (place + 1) * fold for place in range(span // fold))
     scores = count.own * tiling.together(row) * of_own
@@ -280,8 +283,8 @@ def fused(
     (tokens, heads, _), (_, kv_heads, head_width) = q.shape, v.shape
     page, width = pool.shape[4:]
     groups = heads // kv_heads
-    tiling = _tiling(tokens, segments.shape[1])
-    (span, fold, tile, tiles, own_steps), wide_fold = tiling, tiling.wide_fold(groups * width * q.dtype.itemsize)
+    tiling, row = _tiling(tokens, segments.shape[1]), _row(heads, pool)
+    (span, fold, tile, tiles, own_steps), wide_fold = tiling, tiling.wide_fold(row)
 
     def flat(x: Float[Array, "M heads _"]) -> Float[Array, "M features"]:
         return jnp.pad(x, ((0, 0), (0, 0), (0, width - x.shape[2]))).reshape(tokens, -1)
@@ -308,7 +311,7 @@ def fused(
     pages = [pl.BlockSpec((None, None, 2, None, page, width), partial(page_at, number)) for number in range(STEP_PAGES)]
     places = [] if window is None else [tiled(positions).reshape(tiles, -1, fold)]
     result = pl.pallas_call(
-        partial(_kernel, tokens, tiling, groups, window is not None, softcap and softcap * LOG2_E),
+        partial(_kernel, tokens, tiling, row, window is not None, softcap and softcap * LOG2_E),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1 + len(steps.walk),
             grid=(kv_heads, tiles, own_steps + steps.most),
@@ -357,7 +360,7 @@ def _memory(tiling: Tiling, groups: int, page: int, width: int, dtype: Any) -> i
     return max(2 * twice + sums + 2 * scores, LEAST_MEMORY)
 
 
-def _kernel(tokens: int, tiling: Tiling, groups: int, windowed: bool, softcap: float | None, *refs: Any) -> None:
+def _kernel(tokens: int, tiling: Tiling, row: int, windowed: bool, softcap: float | None, *refs: Any) -> None:
     """One tile of queries, one step of keys.
 
     Sums lie in one of two halves of their memory, of which ``half_ref`` has the number for each wide fold. New sums go
@@ -369,8 +372,7 @@ def _kernel(tokens: int, tiling: Tiling, groups: int, windowed: bool, softcap: f
     out_ref, maximum_ref, total_ref, values_ref, half_ref, stands_ref = refs[-6:]
     tile_number, step = pl.program_id(1), pl.program_id(2)
     (_, page, width), (span, fold, tile, _, own_steps) = page_refs[0].shape, tiling
-    row = groups * width * q_ref.dtype.itemsize
-    wide_fold, together = tiling.wide_fold(row), tiling.together(row)
+    groups, wide_fold, together = q_ref.shape[1] // width, tiling.wide_fold(row), tiling.together(row)
     wide_folds, chunks, size = tile // wide_fold, tile // EARLIER_KEYS, STEP_PAGES * page
     window = numbers_ref[1]
     filled = jnp.minimum(tile, tokens - tile_number * tile)
@@ -382,42 +384,42 @@ def _kernel(tokens: int, tiling: Tiling, groups: int, windowed: bool, softcap: f
         """[keys, queries]: a query's maximum is then taken from register to register, not within one."""
         return softcapped(_product(keys, q_ref[place, group * width : (group + 1) * width], 1, 1), softcap)
 
-    def begin(parts: Sequence[tuple[Any, Any, Any, Any]]) -> None:
-        """The first fold: for each part the queries' place, keys, values, and where they are visible.
+    def fold_in(parts: Sequence[tuple[Any, Any, Any, Any]], half: Any = None) -> None:
+        """Fold keys and values into queries, with new maxima.
 
         All products come before the first softmax, and all stores last, so that none waits for another. The sum of
         weights is left to the matrix unit.
+
+        Args:
+            parts: for each the queries' place, keys, values, and where they are visible.
+            half: has the sums before; None: there are none.
         """
-        every = [(part, g, scores(part[1], part[0], g)) for part in parts for g in range(groups)]
-        done: list[tuple[Any, ...]] = []
-        for (place, _, values, mask), g, of_head in every:
+        every = [(part, g) for part in parts for g in range(groups)]
+        before = [
+            None
+            if half is None
+            else (maximum_ref[g, :1, place], total_ref[half, g, :, place], values_ref[half, g, :, place])
+            for (place, *_), g in every
+        ]
+        of_heads = [scores(keys, place, g) for (place, keys, *_), g in every]
+        after: list[tuple[Any, Any, Any]] = []
+        for ((_, _, values, mask), _), of_head, sums in zip(every, of_heads, before, strict=True):
             seen = jnp.where(mask, of_head, MASKED)
             maximum = seen.max(axis=0, keepdims=True)
+            if sums:
+                maximum = jnp.maximum(sums[0], maximum)
             weights = jnp.exp2(seen - maximum).astype(values.dtype)
-            done.append((g, place, maximum, _product(_ones(values), weights, 0, 0), _product(values, weights, 0, 0)))
-        for g, place, maximum, total, summed in done:
+            total, summed = _product(_ones(values), weights, 0, 0), _product(values, weights, 0, 0)
+            if sums:
+                scale = jnp.exp2(sums[0] - maximum)
+                total, summed = sums[1] * scale + total, sums[2] * scale + summed
+            after.append((maximum, total, summed))
+        into = 0 if half is None else half
+        for ((place, *_), g), (maximum, total, summed) in zip(every, after, strict=True):
             maximum_ref[g, :, place] = jnp.broadcast_to(maximum, (SUBLANES, maximum.shape[1]))
-            total_ref[0, g, :, place], values_ref[0, g, :, place] = total, summed
+            total_ref[into, g, :, place], values_ref[into, g, :, place] = total, summed
 
-    def add(place: Any, keys: Any, values: Any, mask: Any, half: Any) -> None:
-        """Fold keys and values into the queries at ``place``, with new maxima; in the order of ``begin``."""
-        before = [
-            (maximum_ref[g, :1, place], total_ref[half, g, :, place], values_ref[half, g, :, place])
-            for g in range(groups)
-        ]
-        of_heads = [scores(keys, place, g) for g in range(groups)]
-        after: list[tuple[Any, Any, Any]] = []
-        for of_head, (highest, total, summed) in zip(of_heads, before, strict=True):
-            seen = jnp.where(mask, of_head, MASKED)
-            maximum = jnp.maximum(highest, seen.max(axis=0, keepdims=True))
-            weights, scale = jnp.exp2(seen - maximum).astype(values.dtype), jnp.exp2(highest - maximum)
-            total = total * scale + _product(_ones(values), weights, 0, 0)
-            after.append((maximum, total, summed * scale + _product(values, weights, 0, 0)))
-        for g, (maximum, total, summed) in enumerate(after):
-            maximum_ref[g, :, place] = jnp.broadcast_to(maximum, (SUBLANES, maximum.shape[1]))
-            total_ref[half, g, :, place], values_ref[half, g, :, place] = total, summed
-
-    def add_quickly(number: Any, turn: Any, keys: Any, values: Any, ones: Any, visible: Any) -> None:
+    def fold_quickly(number: Any, turn: Any, keys: Any, values: Any, ones: Any, visible: Any) -> None:
         """Fold keys and values into the queries of a wide fold, with the maxima that are known as long as that goes.
 
         Args:
@@ -442,13 +444,13 @@ def _kernel(tokens: int, tiling: Tiling, groups: int, windowed: bool, softcap: f
         stands_ref[turn] = stands.astype(jnp.int32)
 
     def again(row: Any, first_turn: Any, read: Any, mask: Any) -> None:
-        """Fold the same into a row of queries, unless what ``add_quickly`` did stands."""
+        """Fold the same into a row of queries, unless what ``fold_quickly`` did stands."""
         number = lax.div(row, wide_fold // fold)
 
         @pl.when(stands_ref[first_turn + number] == 0)
         def _again() -> None:
             keys, values = read()
-            add(queries(row * fold, fold), keys, values, mask(row, 1), half_ref[number])
+            fold_in([(queries(row * fold, fold), keys, values, mask(row, 1))], half_ref[number])
 
     def row_of(ref: Any, first: Any, rows: int) -> Any:
         """What a reference has of so many folds of queries."""
@@ -477,7 +479,7 @@ def _kernel(tokens: int, tiling: Tiling, groups: int, windowed: bool, softcap: f
         for place in range(span // fold):
 
             def one(number: Any, _: Any, place: int = place) -> None:
-                begin([of_a_bin(number * together + each, place) for each in range(together)])
+                fold_in([of_a_bin(number * together + each, place) for each in range(together)])
 
             lax.fori_loop(0, pl.cdiv(filled, span * together), one, None)
 
@@ -502,7 +504,7 @@ def _kernel(tokens: int, tiling: Tiling, groups: int, windowed: bool, softcap: f
             def one(turn: Any, _: Any) -> None:
                 read, visible = of_chunk(lax.div(turn, wide_folds))
                 keys, values = read()
-                add_quickly(lax.rem(turn, wide_folds), turn, keys, values, _ones(values), visible)
+                fold_quickly(lax.rem(turn, wide_folds), turn, keys, values, _ones(values), visible)
 
             def repeated(turn: Any, _: Any) -> None:
                 chunk = lax.div(turn, tile // fold)
@@ -534,7 +536,7 @@ def _kernel(tokens: int, tiling: Tiling, groups: int, windowed: bool, softcap: f
             return mask & in_reach(row, rows) if windowed else mask
 
         def one(number: Any, _: Any) -> None:
-            add_quickly(number, number, keys, values, ones, in_reach if windowed else None)
+            fold_quickly(number, number, keys, values, ones, in_reach if windowed else None)
 
         lax.fori_loop(0, pl.cdiv(filled, wide_fold), one, None)
         lax.fori_loop(0, pl.cdiv(filled, fold), lambda row, _: again(row, 0, lambda: (keys, values), visible), None)
@@ -550,7 +552,9 @@ def _kernel(tokens: int, tiling: Tiling, groups: int, windowed: bool, softcap: f
             mask = (places < length) & (row_of(prefix_ref, row, 1) == prefix)
             if windowed:
                 mask &= in_reach(row, 1)
-            add(queries(row * fold, fold), keys, values, mask, half_ref[lax.div(row, wide_fold // fold)])
+            # Only folds over earlier tiles have been quick ones.
+            half = half_ref[lax.div(row, wide_fold // fold)] if own_steps > 1 else 0
+            fold_in([(queries(row * fold, fold), keys, values, mask)], half)
 
         first, last = (jnp.clip(at[prefix] - tile_number * tile, 0, filled) for at in (walk.first, walk.last))
         lax.fori_loop(lax.div(first, fold), pl.cdiv(last, fold), one, None)

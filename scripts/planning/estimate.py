@@ -220,10 +220,9 @@ def launch_cost(programs: Programs, config: ModelConfig, laid: Layout, launch: L
         groups = config.heads // config.kv_heads
         kernel = Kernel(chip, width, groups, config.head_width, any(windows), config.attention_softcap)
         of_one = fold_bundles(kernel)
-        *_, kv_heads, page, stored = laid.pool.shape
-        row = groups * stored * laid.pool.dtype.itemsize
+        *_, kv_heads, _, _ = laid.pool.shape
         for window in windows:
-            folds = attention_tpu.folds(tokens, width, row, page, launch.prefix_length, window)
+            folds = attention_tpu.folds(tokens, width, heads, laid.pool, launch.prefix_length, window)
             bundles += kv_heads * sum(count * each for count, each in zip(folds, of_one, strict=True))
         rotary_width = config.rotary_width or config.head_width
         rotary = Rotary(chip, heads, kv_heads, config.head_width, rotary_width, config.qk_norm == "head")

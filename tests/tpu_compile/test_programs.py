@@ -140,7 +140,7 @@ def test_the_plan_of_ranking_on_one_v6e(tmp_path: Path) -> None:
     # libtpu's own estimate of the same programs is more than twice the roofline.
     parts = [found[f"{part}_seconds"] for part in ("operations", "attention", "transfer", "host")]
     assert found["expected_seconds"] == pytest.approx(sum(parts) - found["hidden_seconds"])
-    assert found["operations_seconds"] <= 26e-3
+    assert found["operations_seconds"] <= 25e-3
     assert found["attention_seconds"] <= 17.8e-3
     assert found["items_per_s_per_chip"] == pytest.approx(500 / found["expected_seconds"])
     assert len(found["dearest"]) == 10
@@ -232,18 +232,25 @@ def test_programs_fit_one_chip_and_attention_is_fused(config: ModelConfig, chip:
 
 
 @pytest.mark.parametrize(
-    ("chip", "own", "prefix"),
-    [pytest.param("v5e", 4.4, 4.45, id="v5e", marks=pytest.mark.slow), pytest.param("v6e", 3.0, 2.25, id="v6e")],
+    ("chip", "own", "prefix", "mixed"),
+    [
+        pytest.param("v5e", 4.4, 4.4, 6.6, id="v5e", marks=pytest.mark.slow),
+        pytest.param("v6e", 3.0, 2.25, 3.9, id="v6e"),
+    ],
 )
-def test_the_kernel_takes_no_more_bundles_for_a_thousand_scores(chip: str, own: float, prefix: float) -> None:
-    """Over keys of the queries' own bins, and over a step of the prefix. Bars are lowered with the kernel."""
+def test_the_kernel_takes_no_more_bundles_for_a_thousand_scores(
+    chip: str, own: float, prefix: float, mixed: float
+) -> None:
+    """Over keys of the queries' own bins, over a step of the prefix, and of one of several. Bars are lowered with the
+    kernel.
+    """
     width, groups = 256, 2
     found = fold_bundles(Kernel(chip, width, groups, 128, windowed=False, softcap=None))
     of_step = groups / 1000 * STEP_PAGES * PAGE_TOKENS
-    assert 0.95 * own < found.own / (OWN_ROW / 256 / 1000 * FOLD_TOKENS * width) < own
+    at_once = OWN_ROW / (2 * 128)
+    assert 0.95 * own < found.own / (at_once / 1000 * FOLD_TOKENS * width) < own
     assert 0.95 * prefix < found.prefix / (of_step * WIDE_FOLD_TOKENS[0]) < prefix
-    # Narrow folds, whose queries see several prefixes, and look for maxima first.
-    assert found.mixed / (of_step * FOLD_TOKENS) < 1.9 * prefix
+    assert found.mixed / (of_step * FOLD_TOKENS) < mixed
 
 
 @pytest.mark.parametrize(
