@@ -91,6 +91,7 @@ def assert_as_alone(
     which: np.ndarray,
     lengths: tuple[int, ...],
     broken: int,
+    atol: float = 6e-6,
 ) -> None:
     """Compare the kernel, over several prefixes, with each prefix's segments by themselves.
 
@@ -109,7 +110,7 @@ def assert_as_alone(
         if prefix != broken:
             alone = over_prefix(context._replace(page_tables=several.page_tables[prefix][None]), length)
             wanted = np.asarray(reference(*vectors, alone))
-            np.testing.assert_allclose(got[mine], wanted[mine], rtol=2e-6, atol=6e-6, err_msg=f"prefix {prefix}")
+            np.testing.assert_allclose(got[mine], wanted[mine], rtol=2e-6, atol=atol, err_msg=f"prefix {prefix}")
 
 
 def kernel_and_reference(

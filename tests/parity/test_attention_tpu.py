@@ -79,6 +79,20 @@ def test_segments_over_several_prefixes(
     assert_as_alone(*both(128, window, softcap), vectors, context, which, (530, 131, 60, 0), broken=2)
 
 
+def test_several_prefixes_after_a_far_score() -> None:
+    """In one of the two parts in which the earlier tile is folded, so that these sums and the others' lie apart."""
+    q, k, v, context = inputs(bins=1, width=2048, head_width=128, longest=60)
+    place, ends = np.arange(2048), np.array([1200, 1600, 2000])
+    which = np.searchsorted(ends, place, "right")
+    segments, positions = np.where(place < 2000, which, -1), place - np.append(0, ends)[which]
+    context = context._replace(
+        segments=jnp.asarray(segments, jnp.int32)[None], positions=jnp.asarray(positions, jnp.int32)
+    )
+    vectors = q, k.at[700].mul(25), v
+    seen = np.minimum(which, 2)
+    assert_as_alone(*both(128), vectors, context, seen, (530, 60, 131), broken=2, atol=2e-4)
+
+
 def test_bfloat16_reads_and_a_broken_neighbour() -> None:
     """Only reads are compared, in bfloat16; one segment's values are NaN, and no other result is."""
     q, k, v, context = inputs(bins=3, width=128, head_width=64, longest=40, stored=stored_width(64))
