@@ -175,6 +175,7 @@ class Engine:
             [work.reads[number] for number in work.read],
             () if batch.common is None else batch.common[work.read].tolist(),
             [work.salts[number] for number in work.read],
+            work.shared,
         )
         kept = [
             plan.Group(place, len(tokens) - len(tokens) % PAGE_TOKENS, plan.NO_SEGMENTS)
@@ -239,6 +240,7 @@ class Engine:
             sequences=[tokens[start:stop] for start, stop in itertools.pairwise(batch.offsets.tolist())],
             salts=self._salts(batch, adapters),
             adapters=adapters,
+            shared=_shared_by_all(batch) if tokens is batch.tokens else 0,
             reads=[positions[start:stop] for start, stop in itertools.pairwise(first.tolist())],
             positions=batch.read_positions,
             order=order,
@@ -403,7 +405,7 @@ class Engine:
 
     def _room(self, collected: list["_Collected"], rows: int) -> "_Collected":
         """Where there is room for the hidden states of one more launch."""
-        if not collected or collected[-1].filled + rows > self._programs.model.collected:
+        if not collected or collected[-1].filled + rows > len(self._none_collected):
             collected.append(_Collected(self._none_collected))
         return collected[-1]
 
@@ -475,6 +477,11 @@ class Engine:
 
 
 _POSITION = 2**32 - 1
+
+
+def _shared_by_all(batch: TokenBatch) -> int:
+    """Leading tokens that all sequences of a batch are known to share."""
+    return 0 if batch.shared is None or len(batch.shared) < 2 else int(batch.shared[1:].min())
 
 
 def _in_order(sequences: npt.NDArray[Any], positions: npt.NDArray[Any]) -> plan.Numbers:
@@ -591,6 +598,7 @@ class _Work:
         sequences: the tokens of each.
         salts: of each; sequences with different ones share no prefix.
         adapters: the slot of each one's adapter, from 1; 0: none.
+        shared: leading tokens that all sequences are known to share.
         reads: each sequence's read positions, ascending.
         positions: of all reads.
         order: of all reads, see ``_in_order``.
@@ -605,6 +613,7 @@ class _Work:
     sequences: Sequence[npt.NDArray[np.int32]]
     salts: Sequence[int]
     adapters: npt.NDArray[np.int32]
+    shared: int
     reads: Sequence[Sequence[int]]
     positions: npt.NDArray[np.int32]
     order: plan.Numbers

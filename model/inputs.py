@@ -4,6 +4,9 @@ A mesh's array has a row for each call of the launch. Without one it has a singl
 """
 
 import itertools
+import math
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,15 +67,15 @@ class Inputs(NamedTuple):
             size: tokens of a call.
             room: of the call.
         """
-        bounds = [0, *itertools.accumulate(map(int, map(np.prod, _shapes(size, room))))]
-        parts = [array[..., start:stop] for start, stop in itertools.pairwise(bounds)]
-        shapes = zip(parts, _shapes(size, room), strict=True)
-        return cls(*(part.reshape(*array.shape[:-1], *shape) for part, shape in shapes))
+        rows = array.shape[:-1]
+        shapes, bounds = _parts(size, room)
+        parts = zip(shapes, itertools.pairwise(bounds), strict=True)
+        return cls(*(array[..., start:stop].reshape(*rows, *shape) for shape, (start, stop) in parts))
 
 
 def width(size: int, room: Room) -> int:
     """Numbers in a row; see ``Inputs.of``."""
-    return sum(int(np.prod(shape)) for shape in _shapes(size, room))
+    return _parts(size, room)[1][-1]
 
 
 def padding(rows: int, size: int, room: Room) -> tuple[npt.NDArray[np.int32], Inputs]:
@@ -83,7 +86,10 @@ def padding(rows: int, size: int, room: Room) -> tuple[npt.NDArray[np.int32], In
     return array, inputs
 
 
-def _shapes(size: int, room: Room) -> tuple[tuple[int, ...], ...]:
+@lru_cache(1024)
+def _parts(size: int, room: Room) -> tuple[Sequence[tuple[int, ...]], Sequence[int]]:
+    """The shapes of a row's parts, and where each begins, and the last one's end."""
     prefixes, pages, adapters = room
     of_tokens = (size,), (size,), (size,), (size,), (size if adapters else 0,)
-    return (*of_tokens, (reads_of(size),), (adapters,), (prefixes, pages), (prefixes,), (prefixes, 2), (1,))
+    shapes = (*of_tokens, (reads_of(size),), (adapters,), (prefixes, pages), (prefixes,), (prefixes, 2), (1,))
+    return shapes, [0, *itertools.accumulate(map(math.prod, shapes))]

@@ -288,7 +288,7 @@ def batch_calls(calls: Sequence[Call], at_once: int) -> Iterator[list[Call]]:
 
 
 def share(
-    sequences: Sequence[Tokens], limits: Sequence[int], *, min_saving: int, salts: Sequence[int] = ()
+    sequences: Sequence[Tokens], limits: Sequence[int], *, min_saving: int, salts: Sequence[int] = (), known: int = 0
 ) -> list[tuple[int, int, Numbers]]:
     """Group sequences by common token prefixes, where sharing saves at least ``min_saving`` tokens.
 
@@ -298,6 +298,7 @@ def share(
             a read token must be in a segment.
         min_saving: tokens; what one more prefix costs in launches and padding.
         salts: for each sequence a number: those with different ones share nothing; empty: all may share.
+        known: leading tokens that are known to be equal in all sequences: not compared.
 
     Returns:
         (a sequence that has the prefix, prefix length, member sequences) per group, parents before the groups whose
@@ -306,18 +307,18 @@ def share(
     if not sequences:
         return []
     heads = [tokens[:limit] for tokens, limit in zip(sequences, limits, strict=True)]
-    # As bytes, sequences with a common beginning sort together, and comparing them is a memcmp.
-    keys = [head.tobytes() for head in heads]
     salted = len(set(salts)) > 1
-    shared = 0 if salted else _shared_by_all(heads, keys)  # often a long query: not compared again
-    size = sequences[0].itemsize
-    keys = [key[shared * size :] for key in keys]
-    of_salt = [salt.to_bytes(8) for salt in salts] if salted else [b""] * len(keys)
-    order = sorted(range(len(keys)), key=lambda i: (of_salt[i], keys[i]))
+    shared = 0 if salted else _shared_by_all(heads, known)  # often a long query: not copied
+    # As bytes, sequences with a common beginning sort together, and comparing them is a memcmp.
+    keys = [head[shared:].tobytes() for head in heads]
+    if salted:
+        keys = [salt.to_bytes(_SALT_SIZE) + key for salt, key in zip(salts, keys, strict=True)]
+    first = sequences[0].itemsize + (_SALT_SIZE if salted else 0)
+    order = sorted(range(len(keys)), key=keys.__getitem__)
     common = np.array(
         [
             shared + common_prefix(heads[a][shared:], heads[b][shared:])
-            if keys[a][:size] == keys[b][:size] and of_salt[a] == of_salt[b]
+            if keys[a][:first] == keys[b][:first]
             else shared
             for a, b in itertools.pairwise(order)
         ],
@@ -332,19 +333,26 @@ def share(
         if (high - low - 1) * (depth - groups[group][1]) >= min_saving:
             groups.append((order[low], depth, []))
             group = len(groups) - 1
-        if (high - low - 1) * (longest - groups[group][1]) < min_saving:  # nothing deeper can pay
-            groups[group][2].extend(order[low:high])
-            continue
         bounds = [low, *(low + 1 + np.flatnonzero(common[low : high - 1] == depth)).tolist(), high]
-        pending.extend((start, stop, group) for start, stop in itertools.pairwise(bounds))
-    return [(first, depth, np.array(members)) for first, depth, members in groups if members]
+        for start, stop in itertools.pairwise(bounds):
+            if stop - start < high - low and (stop - start - 1) * (longest - groups[group][1]) >= min_saving:
+                pending.append((start, stop, group))
+            else:  # nothing deeper can pay
+                groups[group][2].extend(order[start:stop])
+    return [(prefix_of, depth, np.array(members)) for prefix_of, depth, members in groups if members]
 
 
-def _shared_by_all(heads: Sequence[Tokens], keys: Sequence[bytes]) -> int:
-    """The number of leading tokens that are equal in all ``heads``; ``keys`` are their bytes."""
-    shared, size = min(map(len, heads)), heads[0].itemsize
-    for head, key in zip(heads, keys, strict=True):
-        if not key.startswith(keys[0][: shared * size]):
+_SALT_SIZE = 8
+"""Bytes of a salt."""
+
+
+def _shared_by_all(heads: Sequence[Tokens], known: int) -> int:
+    """The number of leading tokens that are equal in all ``heads``; ``known`` of them are not compared."""
+    shared = min(map(len, heads))
+    known = min(known, shared)
+    first = heads[0][known:].tobytes()
+    for head in heads:
+        if not first.startswith(head[known:shared].data):  # a memcmp
             shared = common_prefix(head[:shared], heads[0])
     return shared
 
@@ -360,6 +368,7 @@ def groups(
     partial_sizes: Sequence[int] = (),
     common: Sequence[Sequence[int]] = (),
     salts: Sequence[int] = (),
+    known: int = 0,
     prefixes: int = 1,
     costs: Costs = CPU_COSTS,
 ) -> list[Group]:
@@ -374,13 +383,13 @@ def groups(
             whole page.
         common: for each sequence how many tokens at the front its request's sequences share, and how many these are;
             empty: not known.
-        salts: see ``share``.
+        salts, known: see ``share``.
         prefixes: a call computes parts of so many at once.
     """
     result: list[Group] = []
     ends = np.array([positions[-1] for positions in reads], np.int64) + 1
     counts = np.array([len(positions) for positions in reads], np.int64)
-    shared = share(sequences, [positions[0] for positions in reads], min_saving=min_saving, salts=salts)
+    shared = share(sequences, [positions[0] for positions in reads], min_saving=min_saving, salts=salts, known=known)
     beside = min(prefixes, max(1, sum(depth > 0 for _, depth, _ in shared)))
     for prefix_of, depth, members in shared:
         own_tokens = float((ends[members] - depth).mean())

@@ -162,6 +162,7 @@ class Layout:
         reads: Sequence[Sequence[int]],
         common: Sequence[Sequence[int]] = (),
         salts: Sequence[int] = (),
+        known: int = 0,
     ) -> list[plan.Group]:
         """See ``plan.groups``."""
         if self.whole:
@@ -178,6 +179,7 @@ class Layout:
             partial_sizes=partial_sizes,
             common=common,
             salts=salts,
+            known=known,
             prefixes=self.prefixes,
             costs=self.sizes.costs,
         )

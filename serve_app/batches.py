@@ -133,7 +133,7 @@ class DeltaBatch:
             tokens[start : start + shared] = tokens[before : before + shared]
             tokens[start + shared : end] = self.batch.tokens[taken : taken + own]
             taken, before = taken + own, start
-        return replace(self.batch, tokens=tokens)
+        return replace(self.batch, tokens=tokens, shared=self.shared)
 
 
 def cut(batch: TokenBatch, start: int, stop: int) -> TokenBatch:

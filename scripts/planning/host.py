@@ -21,7 +21,7 @@ from model.programs import Programs
 from model.sharding import mesh
 from model.sizes import Sizes
 from scripts.benchmarks.work import Request
-from serve_app.batches import pack_labels
+from serve_app.batches import pack_labels, shared_tokens
 
 _REPEATS = 7
 _LABELS = (1, 2)
@@ -136,6 +136,7 @@ def host_cost(config: ModelConfig, sizes: Sizes, longest: int, requests: Callabl
     for _ in range(_REPEATS):
         request = requests()
         batch = pack_labels(request.prompts, [_LABELS] * len(request.items_ids))
+        batch = replace(batch, shared=shared_tokens(batch))  # the front end's part
         compiler.start()
         started = time.process_time()
         engine.score(batch)

@@ -132,6 +132,23 @@ def test_a_tree_of_prefixes_is_shared_at_both_levels() -> None:
     assert {length for _, length, _ in shared} == {300}
 
 
+@settings(max_examples=300)
+@given(batches(), st.data())
+def test_tokens_that_are_known_to_be_shared_change_no_group(
+    batch: tuple[list[np.ndarray], list[list[int]]], data: st.DataObject
+) -> None:
+    sequences, reads = batch
+    limits, least = [positions[0] for positions in reads], min(map(len, sequences))
+    all_share = int(np.logical_and.accumulate(np.ptp([tokens[:least] for tokens in sequences], axis=0) == 0).sum())
+    known, min_saving = data.draw(st.integers(0, all_share)), data.draw(st.integers(1, 64))
+
+    def groups(known: int) -> list[tuple[int, int, list[int]]]:
+        found = plan.share(sequences, limits, min_saving=min_saving, known=known)
+        return [(first, length, members.tolist()) for first, length, members in found]
+
+    assert groups(known) == groups(0)
+
+
 def test_a_prefix_that_saves_too_little_is_not_shared() -> None:
     sequences = [np.array([1, 2, 3, i, 9], np.int32) for i in range(4)]
     groups = plan.groups(sequences, [[4]] * 4, max_width=64, max_reads=4, min_saving=10, page=1)
