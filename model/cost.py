@@ -15,6 +15,9 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+PEAKS = {"TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12}
+"""FLOPs a second of a chip in bfloat16, by jax's name of its kind. Source: https://docs.cloud.google.com/tpu/docs/v5e,
+.../v5p and .../v6e, read in November 2026."""
 CLOCKS = {"TPU v5 lite": 1.5e9, "TPU v5": 1.75e9, "TPU v6 lite": 1.75e9}
 """Cycles a second, by jax's name of a chip's kind: the documented peak over the operations that its matrix units do in
 a cycle."""
@@ -62,8 +65,8 @@ class Cost:
         flops: floating-point operations.
         bytes: to and from HBM.
         collective_bytes: sent to other chips.
-        cycles: that libtpu expects its operations to take, by the operation's name; the Pallas kernel's and those of
-            collectives and of experts' products are left out.
+        cycles: that libtpu expects its operations to take, by the operation's name, and for products no fewer than the
+            matrix units need; the Pallas kernel's and those of collectives and of experts' products are left out.
         ragged: experts' products and how often each runs; their bytes are not counted, since they depend on how many
             experts have rows.
     """
@@ -87,17 +90,18 @@ class Cost:
         return Cost(self.flops * count, self.bytes * count, self.collective_bytes * count, cycles, ragged)
 
 
-def program_cost(traced: Any, compiled: Any, *, trips: int) -> tuple[Cost, int]:
+def program_cost(traced: Any, compiled: Any, *, trips: int, flops_per_cycle: float) -> tuple[Cost, int]:
     """Cost of a program without its Pallas kernels, and how many times it runs one.
 
     Args:
         traced: ``jax.jit(...).trace(...)``.
         compiled: the same, compiled for one or more TPU chips; the cost is one chip's.
         trips: of each of its loops whose compiled text does not say it.
+        flops_per_cycle: of the chip's matrix units.
     """
     counted = float(compiled.cost_analysis()["flops"])
     once, whole = dot_flops(traced.jaxpr, trips=False), dot_flops(traced.jaxpr)
-    cost, kernels = hlo_cost(compiled.as_text(), trips=trips)
+    cost, kernels = hlo_cost(compiled.as_text(), trips=trips, flops_per_cycle=flops_per_cycle)
     return cost + Cost(counted * whole / once if once else counted), kernels
 
 
@@ -138,9 +142,11 @@ _FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "whil
 
 @dataclass(frozen=True, slots=True)
 class _Array:
-    """One array of an operation's result: its size with the layout's padding, and whether it lies in HBM."""
+    """One array of an operation's result: its size with the layout's padding, how many numbers it has, and whether it
+    lies in HBM."""
 
     bytes: int
+    numbers: int
     in_hbm: bool
 
 
@@ -159,12 +165,14 @@ class _Op:
         return found and found[1]
 
 
-def hlo_cost(hlo: str, *, trips: int) -> tuple[Cost, int]:
+def hlo_cost(hlo: str, *, trips: int, flops_per_cycle: float) -> tuple[Cost, int]:
     """Bytes and cycles of one launch, without its FLOPs, and how many times it runs the Pallas kernel.
 
     Args:
         hlo: text of a compiled program.
         trips: of each loop whose text does not say it.
+        flops_per_cycle: of the chip's matrix units. Of some products libtpu expects fewer cycles than they need: a
+            quarter fewer where a v6e's result has its rows in the minor axis.
     """
     computations = dict(_computations(hlo))
     entry = re.search(r"^ENTRY %?([\w.\-]+)", hlo, re.MULTILINE)
@@ -192,8 +200,20 @@ def hlo_cost(hlo: str, *, trips: int) -> tuple[Cost, int]:
                 moved += times * _op_bytes(op, ops, computations)
             expected = re.search(r'"estimated_cycles":"(\d+)"', op.text)
             if expected and op.kind.removesuffix("-start").removesuffix("-done") not in _COLLECTIVES:
-                cycles[_title(op)] += times * int(expected[1])
+                least = _product_flops(op, ops, computations) / flops_per_cycle
+                cycles[_title(op)] += times * max(int(expected[1]), least)
     return Cost(0, moved, collective, cycles, ragged), kernels
+
+
+def _product_flops(op: _Op, ops: Mapping[str, _Op], computations: Mapping[str, list[_Op]]) -> float:
+    """FLOPs of an operation's products of two matrices; others, which have more axes, are left out."""
+    if op.calls and op.kind != "while":
+        inside = {each.name: each for each in computations[op.calls]}
+        return sum(_product_flops(each, inside, computations) for each in inside.values())
+    if op.kind != "convolution" or not re.search(r"dim_labels=\w{2}_\w{2}->\w{2}(?!\w)", op.text):
+        return 0.0
+    left, right = (ops[name].results[0].numbers for name in op.operands)
+    return 2.0 * math.sqrt(op.results[0].numbers * left * right)  # of M N, M K and K N numbers
 
 
 def _trips(loop: _Op, computations: Mapping[str, list[_Op]]) -> int | None:
@@ -235,7 +255,7 @@ def _sent(op: _Op) -> float:
 
 def _op_bytes(op: _Op, ops: dict[str, _Op], computations: dict[str, list[_Op]]) -> float:
     """The bytes that one operation moves to and from HBM."""
-    operands = [ops[name].results[0] if name in ops else _Array(0, False) for name in op.operands]
+    operands = [ops[name].results[0] if name in ops else _Array(0, 0, False) for name in op.operands]
     results = list(op.results)
     if op.kind == "copy-start" or op.kind.endswith("slice-start"):
         made = results[0] if op.kind == "copy-start" else results[1]
@@ -307,10 +327,11 @@ def _computations(hlo: str) -> Iterator[tuple[str, list[_Op]]]:
 def _arrays(shapes: str) -> Iterator[_Array]:
     for dtype, dims, order, layout in _SHAPE.findall(shapes):
         sizes = [int(size) for size in dims.split(",") if size]
+        numbers = math.prod(sizes)
         minor = [int(axis) for axis in order.split(",") if axis]
         tile = re.search(r"T\((\d+)(?:,(\d+))?\)", layout)
         if tile and minor:
             edges = [int(edge) for edge in tile.groups() if edge][::-1]  # minor first
             for axis, edge in zip(minor, edges, strict=False):
                 sizes[axis] = -(-sizes[axis] // edge) * edge
-        yield _Array(math.prod(sizes) * _WIDTHS.get(dtype, 4), "S(" not in layout)
+        yield _Array(math.prod(sizes) * _WIDTHS.get(dtype, 4), numbers, "S(" not in layout)

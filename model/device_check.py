@@ -19,7 +19,7 @@ from model import decoder
 from model.attention import FOLD_PREFIX, NATIVE, AttentionContext, MaskSpec, attend, query_factor, to_pool
 from model.computations import WHOLE, Argument, Definition, Kind, Model, Size, definition
 from model.contract import PAGE_TOKENS, Progress, TokenBatch
-from model.cost import CLOCKS, hlo_cost
+from model.cost import CLOCKS, PEAKS, hlo_cost
 from model.plan import Shape
 from model.programs import Programs
 from model.sharding import DATA, MODEL, put
@@ -231,12 +231,14 @@ def timings(programs: Programs, progress: Progress | None = None) -> Iterator[Ti
     """Compile every program, and run each over the weights and zeros, without a prefix."""
     model = programs.model
     programs.compiler.compile_all(programs.wanted(), progress)
-    clock = CLOCKS.get(jax.devices()[0].device_kind)
+    device = jax.devices()[0].device_kind
+    clock = CLOCKS.get(device)
     for kind, size in programs.wanted():
         run: Any = programs.compiler.get(kind, size)
         expected, kernels = None, 0
         if clock and (text := run.as_text()):
-            cost, kernels = hlo_cost(text, trips=model.config.layers - 1)
+            trips = model.config.layers - 1
+            cost, kernels = hlo_cost(text, trips=trips, flops_per_cycle=PEAKS[device] / clock)
             expected = sum(cost.cycles.values()) / clock if cost.cycles else None
         yield Timing(f"{kind} {size}", _quickest(programs, kind, size, run), expected, kernels)
 

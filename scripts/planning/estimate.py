@@ -207,7 +207,7 @@ def trips(config: ModelConfig, kind: Kind, size: Any) -> int:
 
 def launch_cost(programs: Programs, config: ModelConfig, laid: Layout, launch: Launch, chip: str) -> LaunchCost:
     """The cost of one launch."""
-    cost, runs, memory = _compiled(programs, launch.kind, launch.size, trips(config, launch.kind, launch.size))
+    cost, runs, memory = _compiled(programs, launch.kind, launch.size, trips(config, launch.kind, launch.size), chip)
     bundles = 0.0
     if runs:
         heads = config.heads // programs.model.config.shards
@@ -256,14 +256,14 @@ def experts_seconds(product: Ragged, chip: str, experts: float) -> float:
 
 
 @cache
-def _compiled(programs: Programs, kind: Kind, size: Any, trips: int) -> tuple[Cost, int, int]:
+def _compiled(programs: Programs, kind: Kind, size: Any, trips: int, chip: str) -> tuple[Cost, int, int]:
     """(cost without the attention kernel, runs of it, memory beyond arguments)."""
     traced = programs.compiler.trace(kind, size)
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:  # such as one that needs more memory than there is, with figures
         raise ValueError(f"{kind} {size} does not compile for this chip: {error}") from error
-    cost, runs = program_cost(traced, compiled, trips=trips)
+    cost, runs = program_cost(traced, compiled, trips=trips, flops_per_cycle=CHIPS[chip].flops_per_cycle)
     memory: Any = compiled.memory_analysis()
     return cost, runs, memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 

@@ -44,10 +44,26 @@ ENTRY %main (x: f32[60,100], w: bf16[5,64,128]) -> f32[60,100] {
 X = 64 * 128 * 4
 """Bytes of f32[60,100] with its padding to tiles of 8 x 128."""
 LAYER = 64 * 128 * 2
+PEAK = 1e6
+PRODUCT = """
+%product (param_0: bf16[512,1024], param_1: bf16[1024,256]) -> f32[512,256] {
+  %a = bf16[512,1024]{1,0:T(8,128)(2,1)} parameter(0)
+  %b = bf16[1024,256]{1,0:T(8,128)(2,1)} parameter(1)
+  %c = f32[512,256]{0,1:T(8,128)} convolution(%a, %b), dim_labels=bf_io->bf
+  ROOT %d = f32[512,256]{0,1:T(8,128)} negate(%c)
+}
+
+ENTRY %main (x: bf16[512,1024], w: bf16[1024,256]) -> f32[512,256] {
+  %x = bf16[512,1024]{1,0:T(8,128)(2,1)} parameter(0)
+  %w = bf16[1024,256]{1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %y = f32[512,256]{0,1:T(8,128)} fusion(%x, %w), kind=kOutput, calls=%product, \
+backend_config={"window_config":{"estimated_cycles":"EXPECTED"}}
+}
+"""
 
 
 def test_bytes_follow_loops_cuts_and_memory_spaces() -> None:
-    cost, kernels = hlo_cost(HLO, trips=5)
+    cost, kernels = hlo_cost(HLO, trips=5, flops_per_cycle=PEAK)
     # Each trip copies one layer of the stack into on-chip memory; then the sum is read, written and read once more.
     assert cost.bytes == 5 * LAYER + 2 * X + X
     assert cost.collective_bytes == X
@@ -58,7 +74,7 @@ def test_a_loop_runs_as_often_as_its_text_says() -> None:
     """As XLA notes it, or as its counter is compared with."""
     loop = "while(%init), condition=%less, body=%body"
     noted = HLO.replace(loop, loop + ', backend_config={"known_trip_count":{"n":"7"},"window_config":{}}')
-    assert hlo_cost(noted, trips=5) == hlo_cost(HLO, trips=7)
+    assert hlo_cost(noted, trips=5, flops_per_cycle=PEAK) == hlo_cost(HLO, trips=7, flops_per_cycle=PEAK)
     condition = """
 %less (arg.1: (s32[], f32[60,100])) -> pred[] {
   %arg.1 = (s32[]{:T(128)}, f32[60,100]{1,0:T(8,128)}) parameter(0)
@@ -67,14 +83,23 @@ def test_a_loop_runs_as_often_as_its_text_says() -> None:
   ROOT %before = pred[]{:T(512)} compare(%m, %bound), direction=LT
 }
 """
-    assert hlo_cost(condition + HLO, trips=5) == hlo_cost(HLO, trips=3)
+    assert hlo_cost(condition + HLO, trips=5, flops_per_cycle=PEAK) == hlo_cost(HLO, trips=3, flops_per_cycle=PEAK)
 
 
 def test_expected_cycles_follow_loops_and_are_named() -> None:
     """A fusion's own operations are not counted again."""
-    cost, _ = hlo_cost(HLO, trips=5)
+    cost, _ = hlo_cost(HLO, trips=5, flops_per_cycle=PEAK)
     assert cost.cycles == {"slice (layer)": 5 * 700, "copy": 90}
     assert (cost * 2 + cost).cycles == {"slice (layer)": 15 * 700, "copy": 270}
+
+
+@pytest.mark.parametrize(("expected", "taken"), [(300, 300), (200, 2 * 512 * 1024 * 256 / PEAK)])
+def test_a_product_takes_no_fewer_cycles_than_the_matrix_units_need(expected: int, taken: float) -> None:
+    cost, _ = hlo_cost(PRODUCT.replace("EXPECTED", str(expected)), trips=1, flops_per_cycle=PEAK)
+    assert cost.cycles == {"y": pytest.approx(taken)}
+    batched = PRODUCT.replace("dim_labels=bf_io->bf", "dim_labels=0bf_0io->0bf")
+    cost, _ = hlo_cost(batched.replace("EXPECTED", str(expected)), trips=1, flops_per_cycle=PEAK)
+    assert cost.cycles == {"y": expected}
 
 
 @pytest.mark.parametrize(
@@ -91,7 +116,7 @@ def test_expected_cycles_follow_loops_and_are_named() -> None:
 def test_a_collective_goes_around_a_ring(collective: str, sent: float) -> None:
     """In a sum every chip passes on all parts but one, twice: first to be added up, then as sums."""
     text = HLO.replace("all-reduce(%y), replica_groups={{0,1}}", collective)
-    assert hlo_cost(text, trips=5)[0].collective_bytes == sent * X
+    assert hlo_cost(text, trips=5, flops_per_cycle=PEAK)[0].collective_bytes == sent * X
 
 
 def test_matrix_products_of_a_loop_count_as_often_as_it_runs() -> None:
@@ -119,10 +144,10 @@ def test_experts_products_are_told_by_their_shapes_and_tiles() -> None:
         'frontend_attributes={mosaic_fusion_entry_point="true",ragged_dot_tiling="256,256,128"}'
     )
     text = HLO.replace("  %fused_attention.1 =", f"  {product}\n  %fused_attention.1 =")
-    cost, kernels = hlo_cost(text, trips=5)
+    cost, kernels = hlo_cost(text, trips=5, flops_per_cycle=PEAK)
     ragged = Ragged(1000, 640, 256, 300, (256, 256, 128))
     assert (cost.ragged, kernels) == ({ragged: 5}, 5)
-    assert cost.bytes == hlo_cost(HLO, trips=5)[0].bytes
+    assert cost.bytes == hlo_cost(HLO, trips=5, flops_per_cycle=PEAK)[0].bytes
     assert (cost * 2 + cost).ragged == {ragged: 15}
     # Four tiles of rows, and one more for each expert that begins within one; three parts of the kernel's width.
     assert ragged.visits(128) == (4 + 127) * 3
