@@ -3,20 +3,23 @@
 XLA's ``cost_analysis`` counts the body of a loop once, leaves out the work of Pallas kernels, and counts on-chip memory
 like HBM. So FLOPs are XLA's, plus the other trips of each loop from the traced program, plus the kernels' own; bytes
 are read off the compiled program, where the layout of each array names its memory. There libtpu also writes how many
-cycles it expects each operation to take; it does not for a Pallas kernel.
+cycles it expects each operation to take; it does not for a Pallas kernel. That is from a model made before there are
+instructions: where the finished program of an operation is given, its instructions count.
 """
 
 import math
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+BANDWIDTHS = {"TPU v5 lite": 819e9, "TPU v5": 2765e9, "TPU v6 lite": 1638e9}
+"""Bytes a second between a chip and its memory, by jax's name of its kind. Source: as of ``PEAKS``."""
 PEAKS = {"TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12}
-"""FLOPs a second of a chip in bfloat16, by jax's name of its kind. Source: https://docs.cloud.google.com/tpu/docs/v5e,
+"""FLOPs a second of a chip in bfloat16, by the same names. Source: https://docs.cloud.google.com/tpu/docs/v5e,
 .../v5p and .../v6e, read in November 2026."""
 CLOCKS = {"TPU v5 lite": 1.5e9, "TPU v5": 1.75e9, "TPU v6 lite": 1.75e9}
 """Cycles a second, by jax's name of a chip's kind: the documented peak over the operations that its matrix units do in
@@ -65,10 +68,11 @@ class Cost:
         flops: floating-point operations.
         bytes: to and from HBM.
         collective_bytes: sent to other chips.
-        cycles: that libtpu expects its operations to take, by the operation's name, and for products no fewer than the
-            matrix units need; the Pallas kernel's and those of collectives and of experts' products are left out.
+        cycles: of its operations, by the operation's name, see ``hlo_cost``; the Pallas kernel's and those of
+            collectives and of experts' products are left out.
         ragged: experts' products and how often each runs; their bytes are not counted, since they depend on how many
             experts have rows.
+        modelled: cycles that libtpu expects of all that ``cycles`` has from its operations.
     """
 
     flops: float = 0
@@ -76,32 +80,56 @@ class Cost:
     collective_bytes: float = 0
     cycles: Mapping[str, float] = field(default_factory=dict[str, float])
     ragged: Mapping[Ragged, float] = field(default_factory=dict[Ragged, float])
+    modelled: float = 0
 
     def __add__(self, other: "Cost") -> "Cost":
         cycles, ragged = Counter(self.cycles), Counter(self.ragged)
         cycles.update(other.cycles)
         ragged.update(other.ragged)
         collective = self.collective_bytes + other.collective_bytes
-        return Cost(self.flops + other.flops, self.bytes + other.bytes, collective, cycles, ragged)
+        flops, moved, modelled = self.flops + other.flops, self.bytes + other.bytes, self.modelled + other.modelled
+        return Cost(flops, moved, collective, cycles, ragged, modelled)
 
     def __mul__(self, count: float) -> "Cost":
         cycles = {name: cycles * count for name, cycles in self.cycles.items()}
         ragged = {product: times * count for product, times in self.ragged.items()}
-        return Cost(self.flops * count, self.bytes * count, self.collective_bytes * count, cycles, ragged)
+        flops, moved, collective = (each * count for each in (self.flops, self.bytes, self.collective_bytes))
+        return Cost(flops, moved, collective, cycles, ragged, self.modelled * count)
 
 
-def program_cost(traced: Any, compiled: Any, *, trips: int, flops_per_cycle: float) -> tuple[Cost, int]:
+class Rates(NamedTuple):
+    """What a chip does in a cycle at most: floating-point operations in bfloat16, and bytes to or from its memory."""
+
+    flops: float
+    bytes: float
+
+
+class Schedule(NamedTuple):
+    """Bundles of an operation's finished program: those that run once, and those of its loop."""
+
+    once: int
+    each: int
+
+
+Finished = Callable[[str, Sequence[str], Sequence[str]], Schedule | None]
+"""From an operation's name, its operands' names and their shapes to its finished program, where there is one."""
+
+
+def program_cost(
+    traced: Any, compiled: Any, *, trips: int, rates: Rates, finished: Finished | None = None
+) -> tuple[Cost, int]:
     """Cost of a program without its Pallas kernels, and how many times it runs one.
 
     Args:
         traced: ``jax.jit(...).trace(...)``.
         compiled: the same, compiled for one or more TPU chips; the cost is one chip's.
         trips: of each of its loops whose compiled text does not say it.
-        flops_per_cycle: of the chip's matrix units.
+        rates: the chip's.
+        finished: see ``hlo_cost``.
     """
     counted = float(compiled.cost_analysis()["flops"])
     once, whole = dot_flops(traced.jaxpr, trips=False), dot_flops(traced.jaxpr)
-    cost, kernels = hlo_cost(compiled.as_text(), trips=trips, flops_per_cycle=flops_per_cycle)
+    cost, kernels = hlo_cost(compiled.as_text(), trips=trips, rates=rates, finished=finished)
     return cost + Cost(counted * whole / once if once else counted), kernels
 
 
@@ -154,6 +182,7 @@ class _Array:
 class _Op:
     name: str
     kind: str
+    shape: str
     results: tuple[_Array, ...]
     operands: tuple[str, ...]
     text: str
@@ -165,20 +194,21 @@ class _Op:
         return found and found[1]
 
 
-def hlo_cost(hlo: str, *, trips: int, flops_per_cycle: float) -> tuple[Cost, int]:
+def hlo_cost(hlo: str, *, trips: int, rates: Rates, finished: Finished | None = None) -> tuple[Cost, int]:
     """Bytes and cycles of one launch, without its FLOPs, and how many times it runs the Pallas kernel.
 
     Args:
         hlo: text of a compiled program.
         trips: of each loop whose text does not say it.
-        flops_per_cycle: of the chip's matrix units. Of some products libtpu expects fewer cycles than they need: a
-            quarter fewer where a v6e's result has its rows in the minor axis.
+        rates: the chip's. An operation takes at least what its products and its bytes need. Of some products libtpu
+            expects fewer cycles: a quarter fewer where a v6e's result has its rows in the minor axis.
+        finished: gives finished programs, whose bundles are taken in the place of the cycles that libtpu expects.
     """
     computations = dict(_computations(hlo))
     entry = re.search(r"^ENTRY %?([\w.\-]+)", hlo, re.MULTILINE)
     assert entry, "the text of a compiled program has an entry"
-    moved = collective = 0.0
-    cycles, ragged = Counter[str](), Counter[Ragged]()
+    moved = collective = modelled = 0.0
+    cycles, ragged = defaultdict[str, float](float), Counter[Ragged]()
     kernels = 0
     pending = [(entry[1], 1)]
     while pending:
@@ -196,13 +226,27 @@ def hlo_cost(hlo: str, *, trips: int, flops_per_cycle: float) -> tuple[Cost, int
             elif op.kind.removesuffix("-start") in _COLLECTIVES:
                 taken = sum(ops[operand].results[0].bytes for operand in op.operands if operand in ops)
                 collective += times * taken * _sent(op)
+            own_bytes = 0.0
             if op.kind not in _FREE and not op.kind.endswith("-done") and KERNEL not in op.name:
-                moved += times * _op_bytes(op, ops, computations)
+                own_bytes = _op_bytes(op, ops, computations)
+                moved += times * own_bytes
             expected = re.search(r'"estimated_cycles":"(\d+)"', op.text)
             if expected and op.kind.removesuffix("-start").removesuffix("-done") not in _COLLECTIVES:
-                least = _product_flops(op, ops, computations) / flops_per_cycle
-                cycles[_title(op)] += times * max(int(expected[1]), least)
-    return Cost(0, moved, collective, cycles, ragged), kernels
+                least = max(_product_flops(op, ops, computations) / rates.flops, own_bytes / rates.bytes)
+                bundles = _bundles(op, ops, finished) if finished else None
+                cycles[_title(op)] += times * max(int(expected[1]) if bundles is None else bundles, least)
+                modelled += times * int(expected[1])
+    return Cost(0, moved, collective, cycles, ragged, modelled), kernels
+
+
+def _bundles(op: _Op, ops: Mapping[str, _Op], finished: Finished) -> int | None:
+    """Bundles of an operation's finished program, times how often its loop runs."""
+    shapes = [re.match(r"\w+\[[\d,]*\]", ops[name].shape) if name in ops else None for name in op.operands]
+    schedule = finished(op.name, op.operands, [shape[0] if shape else "" for shape in shapes])
+    bounds = re.search(r'"iteration_bounds":\[([^\]]*)\]', op.text)
+    if schedule is None or bounds is None:
+        return None
+    return schedule.once + schedule.each * math.prod(map(int, re.findall(r"\d+", bounds[1])))
 
 
 def _product_flops(op: _Op, ops: Mapping[str, _Op], computations: Mapping[str, list[_Op]]) -> float:
@@ -321,7 +365,7 @@ def _computations(hlo: str) -> Iterator[tuple[str, list[_Op]]]:
             root, op, shapes, kind, rest = found.groups()
             arguments = re.sub(r"/\*.*?\*/", "", rest.split("), ", 1)[0])
             operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
-            ops.append(_Op(op, kind, tuple(_arrays(shapes)), operands, rest, bool(root)))
+            ops.append(_Op(op, kind, shapes, tuple(_arrays(shapes)), operands, rest, bool(root)))
 
 
 def _arrays(shapes: str) -> Iterator[_Array]:

@@ -78,11 +78,11 @@ def encoder_errors(folder: Path) -> tuple[float, float, float]:
 def compiles(config: ModelConfig) -> str:
     """The numbers of v6e chips for which the segments program compiles, with the attention kernel in every layer, or in
     none of an encoder."""
-    chips, found, peak = devices("v6e", "2x2"), list[str](), CHIPS["v6e"].flops_per_cycle
+    chips, found, rates = devices("v6e", "2x2"), list[str](), CHIPS["v6e"].rates
     for over in (sharding.mesh(1, 1, chips[:1]), sharding.mesh(2, 2, chips)):
         programs, laid = loading.without_weights(config, over, BY_PLATFORM["tpu"])
         traced = programs.compiler.trace(Kind.SEGMENTS, laid.ladder[0])
-        _, kernels = program_cost(traced, traced.lower().compile(), trips=config.layers - 1, flops_per_cycle=peak)
+        _, kernels = program_cost(traced, traced.lower().compile(), trips=config.layers - 1, rates=rates)
         assert kernels == (0 if config.encoder else config.layers), config.architecture
         found.append(str(over.size))
     return ", ".join(found)

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -31,6 +32,8 @@ from model.layers import Heads, RMSNorm
 from scripts.planning.chips import devices
 
 _LINE = re.compile(r"\s*(?:0x[0-9a-f]+|\d+)\s+([A-Z]{2})?\s*:\s*(>*)")
+DUMP_FLAGS = ("--xla_jf_dump_llo_text=true", "--xla_jf_dump_llo_pass_label_regex=final_bundles")
+"""libtpu's, by which it writes finished programs."""
 _SMALLEST = 200
 """Bundles of the smallest loop that is a fold; others copy a few rows."""
 
@@ -123,6 +126,11 @@ def rotary_bundles(kernel: Rotary) -> int:
     return found
 
 
+def depths(program: str) -> Counter[int]:
+    """How many bundles of a finished program are in no loop, in a loop, in a loop in that, and so on."""
+    return Counter(len(found[2]) for line in program.splitlines() if (found := _LINE.match(line)))
+
+
 def _depth(line: str) -> int:
     """How many loops a line of a kernel's program is in."""
     found = _LINE.match(line)
@@ -132,8 +140,7 @@ def _depth(line: str) -> int:
 def _program(name: str, kernel: Kernel | Product | Rotary) -> str:
     """The final program of the kernel with this name."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = ("--xla_jf_dump_llo_text=true", "--xla_jf_dump_llo_pass_label_regex=final_bundles")
-        environment = os.environ | {"LIBTPU_INIT_ARGS": " ".join((f"--xla_jf_dump_to={folder}", *flags))}
+        environment = os.environ | {"LIBTPU_INIT_ARGS": " ".join((f"--xla_jf_dump_to={folder}", *DUMP_FLAGS))}
         command = [sys.executable, "-m", "scripts.planning.bundles", type(kernel).__name__, json.dumps(asdict(kernel))]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:

@@ -10,7 +10,7 @@ from typing import Any
 
 from jax.experimental import topologies
 
-from model.cost import CLOCKS, PEAKS
+from model.cost import BANDWIDTHS, CLOCKS, PEAKS, Rates
 from model.memory import HBM_BYTES
 from serve_app.scorer.engines import deepen_libtpu_stacks
 
@@ -38,15 +38,25 @@ class Chip:
     smallest: str
 
     @property
-    def flops_per_cycle(self) -> float:
-        """Of all matrix units."""
-        return self.flops / self.clock
+    def rates(self) -> Rates:
+        """What it does in a cycle."""
+        return Rates(self.flops / self.clock, self.bandwidth / self.clock)
 
 
 CHIPS = {
-    "v5e": Chip(PEAKS["TPU v5 lite"], HBM_BYTES["TPU v5 lite"], 819e9, 50e9, CLOCKS["TPU v5 lite"], 1, "2x2"),
-    "v5p": Chip(PEAKS["TPU v5"], HBM_BYTES["TPU v5"], 2765e9, 100e9, CLOCKS["TPU v5"], 2, "2x2x1"),
-    "v6e": Chip(PEAKS["TPU v6 lite"], HBM_BYTES["TPU v6 lite"], 1638e9, 100e9, CLOCKS["TPU v6 lite"], 1, "2x2"),
+    "v5e": Chip(
+        PEAKS["TPU v5 lite"], HBM_BYTES["TPU v5 lite"], BANDWIDTHS["TPU v5 lite"], 50e9, CLOCKS["TPU v5 lite"], 1, "2x2"
+    ),
+    "v5p": Chip(PEAKS["TPU v5"], HBM_BYTES["TPU v5"], BANDWIDTHS["TPU v5"], 100e9, CLOCKS["TPU v5"], 2, "2x2x1"),
+    "v6e": Chip(
+        PEAKS["TPU v6 lite"],
+        HBM_BYTES["TPU v6 lite"],
+        BANDWIDTHS["TPU v6 lite"],
+        100e9,
+        CLOCKS["TPU v6 lite"],
+        1,
+        "2x2",
+    ),
 }
 """Source: https://docs.cloud.google.com/tpu/docs/v5e, .../v5p and .../v6e, read in November 2026. They give the links'
 rate of a whole chip in both directions, 400, 1,200 and 800 GB/s: of four links, of six, of four."""

@@ -35,6 +35,7 @@ from scripts.benchmarks.work import Request, Sizes, Variant, floor_flops
 from scripts.planning.bundles import Kernel, Product, Rotary, fold_bundles, rotary_bundles, visit_bundles
 from scripts.planning.chips import CHIPS, HOST_BANDWIDTH, RINGS, devices
 from scripts.planning.host import host_cost
+from scripts.planning.schedules import Schedules
 
 DEAREST = 10
 """Operations that are named."""
@@ -112,8 +113,9 @@ class Expected:
     """The time of one request that comes alone, in seconds.
 
     Attributes:
-        operations: of XLA's operations, by libtpu's model of their cycles, of the kernel of queries and keys, as of
-            attention's, and of the collectives.
+        operations: of XLA's operations, see ``cost.hlo_cost``, of the collectives, and of the kernel of queries and
+            keys, counted as attention's.
+        modelled: what libtpu's model expects of XLA's operations, which is a part of that.
         attention: of the kernel's loops, a cycle for each bundle of its program: it waits for nothing.
         experts: of libtpu's kernel for the products of experts, where tokens choose them at random.
         experts_worst: the same where they are chosen so that it takes longest.
@@ -124,6 +126,7 @@ class Expected:
     """
 
     operations: float
+    modelled: float
     attention: float
     experts: float
     experts_worst: float
@@ -205,9 +208,13 @@ def trips(config: ModelConfig, kind: Kind, size: Any) -> int:
     return -(-size // PAGE_TOKENS) if kind is Kind.WRITE else config.layers - 1
 
 
-def launch_cost(programs: Programs, config: ModelConfig, laid: Layout, launch: Launch, chip: str) -> LaunchCost:
+def launch_cost(
+    programs: Programs, config: ModelConfig, laid: Layout, launch: Launch, chip: str, schedules: Schedules | None
+) -> LaunchCost:
     """The cost of one launch."""
-    cost, runs, memory = _compiled(programs, launch.kind, launch.size, trips(config, launch.kind, launch.size), chip)
+    cost, runs, memory = _compiled(
+        programs, launch.kind, launch.size, trips(config, launch.kind, launch.size), chip, schedules
+    )
     bundles = 0.0
     if runs:
         heads = config.heads // programs.model.config.shards
@@ -256,14 +263,18 @@ def experts_seconds(product: Ragged, chip: str, experts: float) -> float:
 
 
 @cache
-def _compiled(programs: Programs, kind: Kind, size: Any, trips: int, chip: str) -> tuple[Cost, int, int]:
+def _compiled(
+    programs: Programs, kind: Kind, size: Any, trips: int, chip: str, schedules: Schedules | None
+) -> tuple[Cost, int, int]:
     """(cost without the attention kernel, runs of it, memory beyond arguments)."""
     traced = programs.compiler.trace(kind, size)
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:  # such as one that needs more memory than there is, with figures
         raise ValueError(f"{kind} {size} does not compile for this chip: {error}") from error
-    cost, runs = program_cost(traced, compiled, trips=trips, flops_per_cycle=CHIPS[chip].flops_per_cycle)
+    cost, runs = program_cost(
+        traced, compiled, trips=trips, rates=CHIPS[chip].rates, finished=schedules and schedules.of
+    )
     memory: Any = compiled.memory_analysis()
     return cost, runs, memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
@@ -277,6 +288,7 @@ def estimate(
     data: int | None = None,
     prefix_cache_bytes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    schedules: Schedules | None = None,
 ) -> Estimate:
     """Compile what the workload needs for a topology, several programs at a time, and sum it up.
 
@@ -284,6 +296,7 @@ def estimate(
         data: calls at once, each on an equal share of the chips; None: the engine's choice, by memory.
         progress: called with the number of programs compiled so far, and of all.
         prefix_cache_bytes: None: the engine's default, see ``model.memory``.
+        schedules: of the finished programs; None: libtpu's model of their cycles stands for them.
 
     Raises:
         ValueError: see ``devices``; prompts longer than the model's context; chips that ``data`` does not divide, or
@@ -323,14 +336,17 @@ def estimate(
     total, seconds, collective, extra = Cost(), 0.0, 0.0, 0
     kinds = {(launch.kind, launch.size) for launch in needed}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        compiling = [pool.submit(_compiled, programs, kind, size, trips(config, kind, size)) for kind, size in kinds]
+        compiling = [
+            pool.submit(_compiled, programs, kind, size, trips(config, kind, size), chip, schedules)
+            for kind, size in kinds
+        ]
         for done, future in enumerate(as_completed(compiling), 1):
             future.result()
             if progress is not None:
                 progress(done, len(compiling))
     bundles, experts, experts_worst, cycles = 0.0, 0.0, 0.0, Counter[str]()
     for launch, count in needed.items():
-        one = launch_cost(programs, config, laid, launch, chip)
+        one = launch_cost(programs, config, laid, launch, chip, schedules)
         extra = max(extra, one.memory)
         total += one.cost * count
         bundles += count * one.bundles
@@ -346,6 +362,7 @@ def estimate(
     operations, attention = cycles.total() / peaks.clock + collective, bundles / peaks.clock
     expected = Expected(
         operations=operations,
+        modelled=total.modelled / peaks.clock,
         attention=attention,
         experts=experts,
         experts_worst=experts_worst,

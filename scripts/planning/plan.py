@@ -7,6 +7,7 @@ import math
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +23,7 @@ from model.families.registry import from_hf
 from model.fields import read_config
 from scripts.planning.chips import CHIPS, libtpu_version
 from scripts.planning.estimate import Estimate, Workload, estimate
+from scripts.planning.schedules import Schedules
 from serve_app import model_source
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -55,9 +57,9 @@ def plan_tpu(
     """Estimate whether a model and a workload fit a TPU slice, how fast it could be, and how many chips are needed.
 
     The engine's own programs are compiled for the slice, which needs no TPU and takes some minutes. The launches are
-    those that the engine's planner makes for the workload. The time is that of one request by itself: the cycles that
-    libtpu expects of its operations, the instructions of the attention kernel, the transfers, and this machine's time
-    for the host's part, but for what it does while the chips compute. Nothing ran on a TPU. The roofline is arithmetic
+    those that the engine's planner makes for the workload. The time is that of one request by itself: the instructions
+    of its operations and of the attention kernel, the transfers, and this machine's time for the host's part, but for
+    what it does while the chips compute. Nothing ran on a TPU. The roofline is arithmetic
     and memory traffic at the chip's peaks, which no program reaches. Every request has a query that no cache holds, and
     asks for full-vocabulary log-probabilities.
     """
@@ -67,18 +69,21 @@ def plan_tpu(
     cache = None if prefix_cache_gb is None else int(prefix_cache_gb * GB)
     try:
         config, found = read(model), dict[str, Estimate]()
-        for name in topology:
-            with Progress(console=Console(stderr=True), transient=True) as bar:
-                task = bar.add_task(f"compiling for {chip} {name}", total=None)
-                found[name] = estimate(
-                    config,
-                    chip,
-                    name,
-                    workload,
-                    data=data,
-                    prefix_cache_bytes=cache,
-                    progress=lambda done, of, bar=bar, task=task: bar.update(task, completed=done, total=of),
-                )
+        with TemporaryDirectory(prefix="plan-tpu-") as folder:
+            schedules = Schedules(Path(folder))
+            for name in topology:
+                with Progress(console=Console(stderr=True), transient=True) as bar:
+                    task = bar.add_task(f"compiling for {chip} {name}", total=None)
+                    found[name] = estimate(
+                        config,
+                        chip,
+                        name,
+                        workload,
+                        data=data,
+                        prefix_cache_bytes=cache,
+                        schedules=schedules,
+                        progress=lambda done, of, bar=bar, task=task: bar.update(task, completed=done, total=of),
+                    )
     except (ValueError, OSError) as error:
         Console(stderr=True).print(f"[red]{escape(str(error))}")
         raise typer.Exit(1) from error
@@ -137,6 +142,7 @@ def figures(found: Estimate, requests_per_s: float, items: int, price: float | N
         "floor_seconds": found.floor_seconds,
         "roofline_seconds": found.roofline_seconds,
         "operations_seconds": expected and expected.operations,
+        "modelled_seconds": expected and expected.modelled,
         "attention_seconds": expected and expected.attention,
         "experts_seconds": expected and expected.experts,
         "experts_worst_seconds": expected and expected.experts_worst,
@@ -181,6 +187,7 @@ def table(chip: str, rows: dict[str, dict[str, Any]], workload: Workload, reques
     line("roofline, ms", number("roofline_seconds", 1e-3, 1))
     line("collectives, ms", number("collective_seconds", 1e-3, 2))
     line("operations and collectives, ms", number("operations_seconds", 1e-3, 1))
+    line("operations by libtpu's model, ms", number("modelled_seconds", 1e-3, 1))
     line("attention kernel, ms", number("attention_seconds", 1e-3, 1))
     if any(row["experts_seconds"] for row in rows.values()):
         line("experts, ms", number("experts_seconds", 1e-3, 1))

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.skipif(
 
 
 QWEN3_06B = from_hf(QWEN3_06B_JSON)
-V6E = CHIPS["v6e"].flops_per_cycle
+V6E = CHIPS["v6e"].rates
 LLAMA_31_8B = from_hf(
     {
         "architectures": ["LlamaForCausalLM"],
@@ -113,7 +113,7 @@ def test_loops_and_on_chip_arrays_are_counted_rightly() -> None:
     costs = []
     for function in (looped, written_out):
         traced = jax.jit(function).trace(weights, x)
-        costs.append(program_cost(traced, traced.lower().compile(), trips=5, flops_per_cycle=V6E)[0])
+        costs.append(program_cost(traced, traced.lower().compile(), trips=5, rates=V6E)[0])
     loop, plain = costs
     assert loop.flops == pytest.approx(5 * 2 * 2 * 2048 * 1024 * 4096, rel=0.02)
     assert loop.flops == pytest.approx(plain.flops, rel=0.02)
@@ -177,7 +177,7 @@ def test_windows_caps_ropes_and_experts_compile(family: str) -> None:
     config = from_hf(config_of(family))
     programs, laid = without_weights(config, one("v6e"), BY_PLATFORM["tpu"])
     traced = programs.compiler.trace(Kind.SEGMENTS, laid.ladder[0])
-    cost, kernels = program_cost(traced, traced.lower().compile(), trips=config.layers - 1, flops_per_cycle=V6E)
+    cost, kernels = program_cost(traced, traced.lower().compile(), trips=config.layers - 1, rates=V6E)
     assert kernels == config.layers
     products = [product for product in cost.ragged if product.groups == config.layers * config.experts]
     assert len(products) == len(cost.ragged) == (4 if config.experts else 0)
@@ -226,7 +226,7 @@ def test_programs_fit_one_chip_and_attention_is_fused(config: ModelConfig, chip:
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
     assert used <= CHIPS[chip].hbm_bytes
     assert "[<=" not in compiled.as_text(), "a dynamic shape"
-    cost, kernels = program_cost(traced, compiled, trips=config.layers - 1, flops_per_cycle=CHIPS[chip].flops_per_cycle)
+    cost, kernels = program_cost(traced, compiled, trips=config.layers - 1, rates=CHIPS[chip].rates)
     assert kernels == config.layers
     assert_no_scores_move(cost, config, programs, laid, call)
     assert most / 1.05 < sum(cost.cycles.values()) / call.tokens / config.layers < most
@@ -283,7 +283,7 @@ def test_programs_compile_for_slices_and_their_attention_is_fused(config: ModelC
     memory = compiled.memory_analysis()
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
     assert used <= CHIPS["v6e"].hbm_bytes
-    cost, kernels = program_cost(traced, compiled, trips=config.layers - 1, flops_per_cycle=V6E)
+    cost, kernels = program_cost(traced, compiled, trips=config.layers - 1, rates=V6E)
     assert kernels == config.layers
     # A ring passes on twice all parts but one of the embedding, and of two sums in each layer, the last one's of a few
     # rows: bfloat16, never a float32 residual stream.
@@ -361,7 +361,7 @@ def test_an_encoder_compiles_for_one_chip_and_for_four(kind: str) -> None:
     for over in (mesh(1, 1, chips[:1]), mesh(2, 2, chips)):
         programs, laid = without_weights(config, over, BY_PLATFORM["tpu"])
         traced = programs.compiler.trace(Kind.SEGMENTS, laid.ladder[0])
-        _, kernels = program_cost(traced, traced.lower().compile(), trips=config.layers - 1, flops_per_cycle=V6E)
+        _, kernels = program_cost(traced, traced.lower().compile(), trips=config.layers - 1, rates=V6E)
         assert kernels == 0  # attention is XLA's
 
 

@@ -1,11 +1,13 @@
 """Costs counted in a compiled program: each trip of a loop, no on-chip memory, and of kernels only their number."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from model.cost import Ragged, dot_flops, hlo_cost
+from model.cost import Ragged, Rates, Schedule, dot_flops, hlo_cost
 
 HLO = """
 HloModule jit_f, is_scheduled=true
@@ -44,7 +46,7 @@ ENTRY %main (x: f32[60,100], w: bf16[5,64,128]) -> f32[60,100] {
 X = 64 * 128 * 4
 """Bytes of f32[60,100] with its padding to tiles of 8 x 128."""
 LAYER = 64 * 128 * 2
-PEAK = 1e6
+RATES = Rates(1e6, 1e5)
 PRODUCT = """
 %product (param_0: bf16[512,1024], param_1: bf16[1024,256]) -> f32[512,256] {
   %a = bf16[512,1024]{1,0:T(8,128)(2,1)} parameter(0)
@@ -63,7 +65,7 @@ backend_config={"window_config":{"estimated_cycles":"EXPECTED"}}
 
 
 def test_bytes_follow_loops_cuts_and_memory_spaces() -> None:
-    cost, kernels = hlo_cost(HLO, trips=5, flops_per_cycle=PEAK)
+    cost, kernels = hlo_cost(HLO, trips=5, rates=RATES)
     # Each trip copies one layer of the stack into on-chip memory; then the sum is read, written and read once more.
     assert cost.bytes == 5 * LAYER + 2 * X + X
     assert cost.collective_bytes == X
@@ -74,7 +76,7 @@ def test_a_loop_runs_as_often_as_its_text_says() -> None:
     """As XLA notes it, or as its counter is compared with."""
     loop = "while(%init), condition=%less, body=%body"
     noted = HLO.replace(loop, loop + ', backend_config={"known_trip_count":{"n":"7"},"window_config":{}}')
-    assert hlo_cost(noted, trips=5, flops_per_cycle=PEAK) == hlo_cost(HLO, trips=7, flops_per_cycle=PEAK)
+    assert hlo_cost(noted, trips=5, rates=RATES) == hlo_cost(HLO, trips=7, rates=RATES)
     condition = """
 %less (arg.1: (s32[], f32[60,100])) -> pred[] {
   %arg.1 = (s32[]{:T(128)}, f32[60,100]{1,0:T(8,128)}) parameter(0)
@@ -83,23 +85,39 @@ def test_a_loop_runs_as_often_as_its_text_says() -> None:
   ROOT %before = pred[]{:T(512)} compare(%m, %bound), direction=LT
 }
 """
-    assert hlo_cost(condition + HLO, trips=5, flops_per_cycle=PEAK) == hlo_cost(HLO, trips=3, flops_per_cycle=PEAK)
+    assert hlo_cost(condition + HLO, trips=5, rates=RATES) == hlo_cost(HLO, trips=3, rates=RATES)
 
 
 def test_expected_cycles_follow_loops_and_are_named() -> None:
     """A fusion's own operations are not counted again."""
-    cost, _ = hlo_cost(HLO, trips=5, flops_per_cycle=PEAK)
+    cost, _ = hlo_cost(HLO, trips=5, rates=RATES)
     assert cost.cycles == {"slice (layer)": 5 * 700, "copy": 90}
     assert (cost * 2 + cost).cycles == {"slice (layer)": 15 * 700, "copy": 270}
 
 
-@pytest.mark.parametrize(("expected", "taken"), [(300, 300), (200, 2 * 512 * 1024 * 256 / PEAK)])
+@pytest.mark.parametrize(("expected", "taken"), [(300, 300), (200, 2 * 512 * 1024 * 256 / RATES.flops)])
 def test_a_product_takes_no_fewer_cycles_than_the_matrix_units_need(expected: int, taken: float) -> None:
-    cost, _ = hlo_cost(PRODUCT.replace("EXPECTED", str(expected)), trips=1, flops_per_cycle=PEAK)
+    cost, _ = hlo_cost(PRODUCT.replace("EXPECTED", str(expected)), trips=1, rates=RATES)
     assert cost.cycles == {"y": pytest.approx(taken)}
+    assert cost.modelled == expected
     batched = PRODUCT.replace("dim_labels=bf_io->bf", "dim_labels=0bf_0io->0bf")
-    cost, _ = hlo_cost(batched.replace("EXPECTED", str(expected)), trips=1, flops_per_cycle=PEAK)
+    cost, _ = hlo_cost(batched.replace("EXPECTED", str(expected)), trips=1, rates=RATES)
     assert cost.cycles == {"y": expected}
+
+
+def test_an_operation_takes_the_bundles_of_its_finished_program() -> None:
+    """Those of its loop as often as that runs; and no less than its bytes need."""
+
+    def finished(name: str, operands: Sequence[str], shapes: Sequence[str]) -> Schedule | None:
+        assert (operands, shapes) == (("x", "w"), ["bf16[512,1024]", "bf16[1024,256]"])
+        return Schedule(once=7, each=100) if name == "y" else None
+
+    text = PRODUCT.replace('"EXPECTED"', '"50","iteration_bounds":["2","3","1"]')
+    cost, _ = hlo_cost(text, trips=1, rates=RATES, finished=finished)
+    assert (cost.cycles, cost.modelled) == ({"y": 7 + 6 * 100}, 50)
+    moved = 2 * (512 * 1024 + 1024 * 256) + 4 * 512 * 256
+    cost, _ = hlo_cost(text, trips=1, rates=Rates(1e6, 1e3), finished=finished)
+    assert cost.cycles == {"y": moved / 1e3}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +134,7 @@ def test_a_product_takes_no_fewer_cycles_than_the_matrix_units_need(expected: in
 def test_a_collective_goes_around_a_ring(collective: str, sent: float) -> None:
     """In a sum every chip passes on all parts but one, twice: first to be added up, then as sums."""
     text = HLO.replace("all-reduce(%y), replica_groups={{0,1}}", collective)
-    assert hlo_cost(text, trips=5, flops_per_cycle=PEAK)[0].collective_bytes == sent * X
+    assert hlo_cost(text, trips=5, rates=RATES)[0].collective_bytes == sent * X
 
 
 def test_matrix_products_of_a_loop_count_as_often_as_it_runs() -> None:
@@ -144,10 +162,10 @@ def test_experts_products_are_told_by_their_shapes_and_tiles() -> None:
         'frontend_attributes={mosaic_fusion_entry_point="true",ragged_dot_tiling="256,256,128"}'
     )
     text = HLO.replace("  %fused_attention.1 =", f"  {product}\n  %fused_attention.1 =")
-    cost, kernels = hlo_cost(text, trips=5, flops_per_cycle=PEAK)
+    cost, kernels = hlo_cost(text, trips=5, rates=RATES)
     ragged = Ragged(1000, 640, 256, 300, (256, 256, 128))
     assert (cost.ragged, kernels) == ({ragged: 5}, 5)
-    assert cost.bytes == hlo_cost(HLO, trips=5, flops_per_cycle=PEAK)[0].bytes
+    assert cost.bytes == hlo_cost(HLO, trips=5, rates=RATES)[0].bytes
     assert (cost * 2 + cost).ragged == {ragged: 15}
     # Four tiles of rows, and one more for each expert that begins within one; three parts of the kernel's width.
     assert ragged.visits(128) == (4 + 127) * 3
