@@ -7,7 +7,6 @@ import math
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -23,7 +22,7 @@ from model.families.registry import from_hf
 from model.fields import read_config
 from scripts.planning.chips import CHIPS, libtpu_version
 from scripts.planning.estimate import Estimate, Workload, estimate
-from scripts.planning.schedules import Schedules
+from scripts.planning.schedules import finished_programs
 from serve_app import model_source
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -69,8 +68,7 @@ def plan_tpu(
     cache = None if prefix_cache_gb is None else int(prefix_cache_gb * GB)
     try:
         config, found = read(model), dict[str, Estimate]()
-        with TemporaryDirectory(prefix="plan-tpu-") as folder:
-            schedules = Schedules(Path(folder))
+        with finished_programs() as schedules:
             for name in topology:
                 with Progress(console=Console(stderr=True), transient=True) as bar:
                     task = bar.add_task(f"compiling for {chip} {name}", total=None)

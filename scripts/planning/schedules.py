@@ -4,30 +4,42 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from model.cost import Schedule
 from scripts.planning.bundles import DUMP_FLAGS, depths
 
+_FLAGS = "LIBTPU_INIT_ARGS"
 _OPERAND = re.compile(r"\[shape: (\w+\[[\d,]*\]), index: \d+, kind: input")
 _ENTRY = re.compile(r"entry bundle: %?([\w.\-]+) = [\w\-]+\((.*?)\) \*/")
 
 
-class Schedules:
-    """The finished programs of all that this process compiles from now on.
+@contextmanager
+def finished_programs() -> Iterator[Schedules]:
+    """Those of all that this process compiles in this context, which takes some 100 MB of temporary files.
 
-    libtpu reads its flags when it is loaded, by the first call of ``chips.devices``: made later, this finds nothing.
-
-    Args:
-        folder: for libtpu's files, some 100 MB.
+    libtpu reads its flags when it is loaded, by the first call of ``chips.devices``: after that nothing is found.
     """
+    before = os.environ.get(_FLAGS)
+    with TemporaryDirectory(prefix="schedules-") as folder:
+        os.environ[_FLAGS] = " ".join((before or "", f"--xla_jf_dump_to={folder}", *DUMP_FLAGS)).strip()
+        try:
+            yield Schedules(Path(folder))
+        finally:
+            del os.environ[_FLAGS]
+            if before is not None:
+                os.environ[_FLAGS] = before
+
+
+class Schedules:
+    """The finished programs in a folder that libtpu writes them into."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._found: dict[Path, Schedule | None] = {}
-        flags = (f"--xla_jf_dump_to={folder}", *DUMP_FLAGS)
-        os.environ["LIBTPU_INIT_ARGS"] = " ".join((os.environ.get("LIBTPU_INIT_ARGS", ""), *flags)).strip()
 
     def of(self, name: str, operands: Sequence[str], shapes: Sequence[str]) -> Schedule | None:
         """The bundles of an operation's program, or None: there is no such program, or it has a loop in its loop.

@@ -5,6 +5,8 @@ Nothing runs here: libtpu compiles for a described topology, and its compiler re
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -130,18 +132,23 @@ def test_the_plan_of_ranking_on_one_v6e(tmp_path: Path) -> None:
     """The planner's command with Qwen3-0.6B's sizes: a cold query of 2,000 tokens, 500 items of 20 tokens."""
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_06B_JSON))
     told, picture = tmp_path / "plan.json", tmp_path / "plan.png"
-    result = CliRunner().invoke(app, [str(tmp_path), "--price", "2.7", "--json", str(told), "--plot", str(picture)])
-    assert result.exit_code == 0, result.output
-    assert "nothing ran on a TPU" in " ".join(result.output.split())
+    command = [sys.executable, "-m", "scripts.planning.plan", str(tmp_path), "--price", "2.7"]
+    # A process of its own, since libtpu reads its flags once.
+    result = subprocess.run(
+        [*command, "--json", str(told), "--plot", str(picture)], capture_output=True, text=True, timeout=1200
+    )
+    assert result.returncode == 0, result.stderr
+    assert "nothing ran on a TPU" in " ".join(result.stdout.split())
     found = json.loads(told.read_text())
     assert found["fits"]
     assert found["bytes_per_chip"]["weights"] == pytest.approx(2 * 596e6, rel=0.01)
     assert found["floor_seconds"] == pytest.approx(17e-3, rel=0.05)
     assert found["roofline_seconds"] <= 1.25 * found["floor_seconds"]
-    # libtpu's own estimate of the same programs is more than twice the roofline.
+    # The finished programs and the host take nearly twice as long as the roofline.
     parts = [found[f"{part}_seconds"] for part in ("operations", "attention", "transfer", "host")]
     assert found["expected_seconds"] == pytest.approx(sum(parts) - found["hidden_seconds"])
-    assert found["operations_seconds"] <= 25e-3
+    assert found["operations_seconds"] <= 18.6e-3
+    assert found["modelled_seconds"] <= 22e-3
     assert found["attention_seconds"] <= 17.8e-3
     assert found["items_per_s_per_chip"] == pytest.approx(500 / found["expected_seconds"])
     assert len(found["dearest"]) == 10

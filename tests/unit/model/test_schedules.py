@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from model.cost import Schedule
-from scripts.planning.schedules import Schedules
+from scripts.planning.schedules import Schedules, finished_programs
 
 HEAD = """= control target key start
 LB: loop body
@@ -21,12 +21,26 @@ LB: loop body
 LOOP = "   0x2 LB: > { %s2 = sphi }\n   0x3   : > { %v2 = vadd %v1, %v1 }\n   0x4   :  { %4 = sbr.rel }\n"
 
 
+@pytest.mark.parametrize("before", ["--xla_a=1", None])
+def test_libtpu_is_told_to_write_them_as_long_as_they_are_wanted(
+    before: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if before is None:
+        monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    else:
+        monkeypatch.setenv("LIBTPU_INIT_ARGS", before)
+    with finished_programs():
+        told = os.environ["LIBTPU_INIT_ARGS"].split()
+        (folder,) = (Path(flag.partition("=")[2]) for flag in told if flag.startswith("--xla_jf_dump_to="))
+        assert folder.is_dir()
+        assert set(told) > {"--xla_jf_dump_llo_text=true", *filter(None, [before])}
+    assert os.environ.get("LIBTPU_INIT_ARGS") == before
+    assert not folder.exists()
+
+
 @pytest.fixture
-def schedules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Schedules:
-    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_a=1")
-    made = Schedules(tmp_path)
-    assert os.environ["LIBTPU_INIT_ARGS"].startswith(f"--xla_a=1 --xla_jf_dump_to={tmp_path} --xla_jf_dump_llo_text")
-    return made
+def schedules(tmp_path: Path) -> Schedules:
+    return Schedules(tmp_path)
 
 
 def test_each_operation_has_the_program_of_its_operands(schedules: Schedules, tmp_path: Path) -> None:
