@@ -79,8 +79,8 @@ class TokenBatch:
             in this batch or another. None: all are 0.
         adapters: for each sequence the slot of its LoRA adapter, from 1; 0: the model itself. None: all are 0.
         shared: for each sequence, how many leading tokens it shares with the one before it in this batch, its last
-            token never counted; 0 for the first. Less is allowed. Engines do not compare these again. None: not
-            measured.
+            token never counted; 0 for the first. Less is allowed; with more, scores are wrong, since engines do not
+            compare these again. None: not measured.
     """
 
     tokens: Int32

@@ -72,7 +72,8 @@ class Cost:
             collectives and of experts' products are left out.
         ragged: experts' products and how often each runs; their bytes are not counted, since they depend on how many
             experts have rows.
-        modelled: cycles that libtpu expects of all that ``cycles`` has from its operations.
+        modelled: cycles of the same operations by libtpu's model.
+        counted: of ``cycles``, those of operations whose finished programs are known.
     """
 
     flops: float = 0
@@ -81,20 +82,22 @@ class Cost:
     cycles: Mapping[str, float] = field(default_factory=dict[str, float])
     ragged: Mapping[Ragged, float] = field(default_factory=dict[Ragged, float])
     modelled: float = 0
+    counted: float = 0
 
     def __add__(self, other: "Cost") -> "Cost":
         cycles, ragged = Counter(self.cycles), Counter(self.ragged)
         cycles.update(other.cycles)
         ragged.update(other.ragged)
         collective = self.collective_bytes + other.collective_bytes
-        flops, moved, modelled = self.flops + other.flops, self.bytes + other.bytes, self.modelled + other.modelled
-        return Cost(flops, moved, collective, cycles, ragged, modelled)
+        flops, moved = self.flops + other.flops, self.bytes + other.bytes
+        modelled, counted = self.modelled + other.modelled, self.counted + other.counted
+        return Cost(flops, moved, collective, cycles, ragged, modelled, counted)
 
     def __mul__(self, count: float) -> "Cost":
         cycles = {name: cycles * count for name, cycles in self.cycles.items()}
         ragged = {product: times * count for product, times in self.ragged.items()}
         flops, moved, collective = (each * count for each in (self.flops, self.bytes, self.collective_bytes))
-        return Cost(flops, moved, collective, cycles, ragged, self.modelled * count)
+        return Cost(flops, moved, collective, cycles, ragged, self.modelled * count, self.counted * count)
 
 
 class Rates(NamedTuple):
@@ -105,14 +108,22 @@ class Rates(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """Bundles of an operation's finished program: those that run once, and those of its loop."""
+    """Bundles of an operation's finished program.
+
+    Attributes:
+        once: outside of its loop.
+        each: of each trip.
+        seldom: of the trips that finish a part of the result: where a product's inner axis is cut, one of so many.
+    """
 
     once: int
     each: int
+    seldom: int = 0
 
 
 Finished = Callable[[str, Sequence[str], Sequence[str]], Schedule | None]
-"""From an operation's name, its operands' names and their shapes to its finished program, where there is one."""
+"""From an operation's name, its operands' names, and their and its results' shapes to its finished program, where there
+is one."""
 
 
 def program_cost(
@@ -163,6 +174,9 @@ def dot_flops(jaxpr: ClosedJaxpr | Jaxpr, *, trips: bool = True) -> float:
 
 _OP = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*)(:[^}]*)?\})?")
+_SHAPE_ALONE = re.compile(r"\b[a-z]\w*\[[\d,]*\]")
+_PRODUCT_BOUNDS = 3
+"""A product's loop runs over so many axes; the last is the inner one, along which it sums."""
 _WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "partition-id", "iota")
@@ -207,7 +221,7 @@ def hlo_cost(hlo: str, *, trips: int, rates: Rates, finished: Finished | None = 
     computations = dict(_computations(hlo))
     entry = re.search(r"^ENTRY %?([\w.\-]+)", hlo, re.MULTILINE)
     assert entry, "the text of a compiled program has an entry"
-    moved = collective = modelled = 0.0
+    moved = collective = modelled = counted = 0.0
     cycles, ragged = defaultdict[str, float](float), Counter[Ragged]()
     kernels = 0
     pending = [(entry[1], 1)]
@@ -224,8 +238,8 @@ def hlo_cost(hlo: str, *, trips: int, rates: Rates, finished: Finished | None = 
                 ragged[_ragged(op)] += times
                 continue
             elif op.kind.removesuffix("-start") in _COLLECTIVES:
-                taken = sum(ops[operand].results[0].bytes for operand in op.operands if operand in ops)
-                collective += times * taken * _sent(op)
+                given = sum(ops[operand].results[0].bytes for operand in op.operands if operand in ops)
+                collective += times * given * _sent(op)
             own_bytes = 0.0
             if op.kind not in _FREE and not op.kind.endswith("-done") and KERNEL not in op.name:
                 own_bytes = _op_bytes(op, ops, computations)
@@ -234,19 +248,24 @@ def hlo_cost(hlo: str, *, trips: int, rates: Rates, finished: Finished | None = 
             if expected and op.kind.removesuffix("-start").removesuffix("-done") not in _COLLECTIVES:
                 least = max(_product_flops(op, ops, computations) / rates.flops, own_bytes / rates.bytes)
                 bundles = _bundles(op, ops, finished) if finished else None
-                cycles[_title(op)] += times * max(int(expected[1]) if bundles is None else bundles, least)
+                taken = times * max(int(expected[1]) if bundles is None else bundles, least)
+                cycles[_title(op)] += taken
+                counted += 0 if bundles is None else taken
                 modelled += times * int(expected[1])
-    return Cost(0, moved, collective, cycles, ragged, modelled), kernels
+    return Cost(0, moved, collective, cycles, ragged, modelled, counted), kernels
 
 
 def _bundles(op: _Op, ops: Mapping[str, _Op], finished: Finished) -> int | None:
-    """Bundles of an operation's finished program, times how often its loop runs."""
-    shapes = [re.match(r"\w+\[[\d,]*\]", ops[name].shape) if name in ops else None for name in op.operands]
-    schedule = finished(op.name, op.operands, [shape[0] if shape else "" for shape in shapes])
-    bounds = re.search(r'"iteration_bounds":\[([^\]]*)\]', op.text)
-    if schedule is None or bounds is None:
+    """Bundles that an operation's finished program runs through."""
+    shapes = [shape for name in op.operands if name in ops for shape in _SHAPE_ALONE.findall(ops[name].shape)]
+    schedule = finished(op.name, op.operands, [*shapes, *_SHAPE_ALONE.findall(op.shape)])
+    if schedule is None or not (schedule.each or schedule.seldom):
+        return schedule and schedule.once
+    if (found := re.search(r'"iteration_bounds":\[([^\]]*)\]', op.text)) is None:
         return None
-    return schedule.once + schedule.each * math.prod(map(int, re.findall(r"\d+", bounds[1])))
+    bounds = [int(bound) for bound in re.findall(r"\d+", found[1])]
+    trips, inner = math.prod(bounds), bounds[-1] if len(bounds) == _PRODUCT_BOUNDS else 1
+    return schedule.once + schedule.each * trips + schedule.seldom * trips // inner
 
 
 def _product_flops(op: _Op, ops: Mapping[str, _Op], computations: Mapping[str, list[_Op]]) -> float:

@@ -353,7 +353,7 @@ def _shared_by_all(heads: Sequence[Tokens], known: int) -> int:
     first = heads[0][known:].tobytes()
     for head in heads:
         if not first.startswith(head[known:shared].data):  # a memcmp
-            shared = common_prefix(head[:shared], heads[0])
+            shared = known + common_prefix(head[known:shared], heads[0][known:])
     return shared
 
 

@@ -132,7 +132,8 @@ def _inverse_roots(
         rest -= pieces[-1].astype(jnp.float32)
     squares = jnp.concatenate(pieces, axis=1)
     ones = jnp.ones((squares.shape[1], rest.shape[1]), squares.dtype)
-    sums = lax.dot(squares, ones, preferred_element_type=jnp.float32)
+    # In float32 models the default is a precision that only takes float32; products with 1 are exact in any.
+    sums = lax.dot(squares, ones, precision=lax.Precision.DEFAULT, preferred_element_type=jnp.float32)
     return jnp.split(lax.rsqrt(sums + eps), len(heads), axis=0)
 
 

@@ -115,6 +115,8 @@ class DeltaBatch:
             ValueError: ``batch.shared`` is not what its sequences share, so that other tokens would arrive.
         """
         shared = shared_tokens(batch)
+        if (shared < 0).any():
+            raise ValueError(f"TokenBatch.shared has {shared.min()}; a number of tokens is 0 or more")
         ends = batch.offsets[1:].tolist()
         own = zip((batch.offsets[:-1] + shared).tolist(), ends, strict=True)
         tokens = np.concatenate([batch.tokens[:0], *(batch.tokens[start:end] for start, end in own)])

@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -124,11 +123,6 @@ def rotary_bundles(kernel: Rotary) -> int:
     if not found:
         raise RuntimeError(f"the kernel's program for {kernel} has no loop in that over its grid")
     return found
-
-
-def depths(program: str) -> Counter[int]:
-    """How many bundles of a finished program are in no loop, in a loop, in a loop in that, and so on."""
-    return Counter(len(found[2]) for line in program.splitlines() if (found := _LINE.match(line)))
 
 
 def _depth(line: str) -> int:

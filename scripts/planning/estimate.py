@@ -1,6 +1,6 @@
 """Estimates what a workload costs on a TPU, from programs compiled for it here.
 
-The time is what libtpu expects its own programs to take, plus the host's. The roofline beside it is FLOPs and bytes at
+The time is that of the compiled programs' instructions, plus the host's. The roofline beside it is FLOPs and bytes at
 the chip's peaks: no program reaches it.
 """
 
@@ -93,7 +93,7 @@ class Estimate:
         roofline_seconds: the sum over launches of the larger of FLOPs / peak and bytes / bandwidth, plus the time of
             the launch's collectives, since the next step waits for them.
         collective_seconds: the time of the collectives alone.
-        expected: the time by libtpu's estimate and the host's measurement.
+        expected: the time by the programs' instructions and the host's measurement.
     """
 
     chips: int
@@ -115,7 +115,8 @@ class Expected:
     Attributes:
         operations: of XLA's operations, see ``cost.hlo_cost``, of the collectives, and of the kernel of queries and
             keys, counted as attention's.
-        modelled: what libtpu's model expects of XLA's operations, which is a part of that.
+        modelled: the same with what libtpu's model expects of XLA's operations.
+        counted: of the cycles of ``operations``, the share that is by finished programs.
         attention: of the kernel's loops, a cycle for each bundle of its program: it waits for nothing.
         experts: of libtpu's kernel for the products of experts, where tokens choose them at random.
         experts_worst: the same where they are chosen so that it takes longest.
@@ -127,6 +128,7 @@ class Expected:
 
     operations: float
     modelled: float
+    counted: float
     attention: float
     experts: float
     experts_worst: float
@@ -212,7 +214,7 @@ def launch_cost(
     programs: Programs, config: ModelConfig, laid: Layout, launch: Launch, chip: str, schedules: Schedules | None
 ) -> LaunchCost:
     """The cost of one launch."""
-    cost, runs, memory = _compiled(
+    cost, runs, memory = _cost(
         programs, launch.kind, launch.size, trips(config, launch.kind, launch.size), chip, schedules
     )
     bundles = 0.0
@@ -234,7 +236,8 @@ def launch_cost(
         rotary_width = config.rotary_width or config.head_width
         rotary = Rotary(chip, heads, kv_heads, config.head_width, rotary_width, config.qk_norm == "head")
         rotations = runs * -(-tokens // rotary_tpu.FOLD_TOKENS) * rotary_bundles(rotary)
-        cost += Cost(cycles={rotary_tpu.NAME: rotations / CHIPS[chip].cores})
+        own = rotations / CHIPS[chip].cores
+        cost += Cost(cycles={rotary_tpu.NAME: own}, modelled=own, counted=own)
     expected, worst = 0.0, 0.0
     if cost.ragged:
         for product, count in cost.ragged.items():
@@ -263,15 +266,21 @@ def experts_seconds(product: Ragged, chip: str, experts: float) -> float:
 
 
 @cache
-def _compiled(
+def _compiled(programs: Programs, kind: Kind, size: Any) -> tuple[Any, Any]:
+    """A program, traced and compiled."""
+    traced = programs.compiler.trace(kind, size)
+    try:
+        return traced, traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:  # such as one that needs more memory than there is, with figures
+        raise ValueError(f"{kind} {size} does not compile for this chip: {error}") from error
+
+
+@cache
+def _cost(
     programs: Programs, kind: Kind, size: Any, trips: int, chip: str, schedules: Schedules | None
 ) -> tuple[Cost, int, int]:
     """(cost without the attention kernel, runs of it, memory beyond arguments)."""
-    traced = programs.compiler.trace(kind, size)
-    try:
-        compiled = traced.lower().compile()
-    except jax.errors.JaxRuntimeError as error:  # such as one that needs more memory than there is, with figures
-        raise ValueError(f"{kind} {size} does not compile for this chip: {error}") from error
+    traced, compiled = _compiled(programs, kind, size)
     cost, runs = program_cost(
         traced, compiled, trips=trips, rates=CHIPS[chip].rates, finished=schedules and schedules.of
     )
@@ -335,15 +344,16 @@ def estimate(
         return Estimate(len(here), at_once, memory, int(missing), floor, dict(counts))
     total, seconds, collective, extra = Cost(), 0.0, 0.0, 0
     kinds = {(launch.kind, launch.size) for launch in needed}
+    if schedules:
+        schedules.forget()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        compiling = [
-            pool.submit(_compiled, programs, kind, size, trips(config, kind, size), chip, schedules)
-            for kind, size in kinds
-        ]
+        compiling = [pool.submit(_compiled, programs, kind, size) for kind, size in kinds]
         for done, future in enumerate(as_completed(compiling), 1):
             future.result()
             if progress is not None:
                 progress(done, len(compiling))
+    if schedules:
+        schedules.read()
     bundles, experts, experts_worst, cycles = 0.0, 0.0, 0.0, Counter[str]()
     for launch, count in needed.items():
         one = launch_cost(programs, config, laid, launch, chip, schedules)
@@ -362,7 +372,8 @@ def estimate(
     operations, attention = cycles.total() / peaks.clock + collective, bundles / peaks.clock
     expected = Expected(
         operations=operations,
-        modelled=total.modelled / peaks.clock,
+        modelled=total.modelled / peaks.clock + collective,
+        counted=total.counted / cycles.total(),
         attention=attention,
         experts=experts,
         experts_worst=experts_worst,

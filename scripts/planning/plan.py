@@ -92,7 +92,7 @@ def plan_tpu(
             console.print(f"{name}: the operations that take longest, ms a request:")
             console.print("\n".join(f"{seconds * 1e3:8.2f}  {operation}" for operation, seconds in row["dearest"]))
     console.print(
-        "Estimates by libtpu of programs compiled for the chip; nothing ran on a TPU. "
+        "Estimates from programs that libtpu compiled for the chip; nothing ran on a TPU. "
         f"jax {version('jax')}, libtpu {libtpu_version()}."
     )
     if json_file:
@@ -141,6 +141,7 @@ def figures(found: Estimate, requests_per_s: float, items: int, price: float | N
         "roofline_seconds": found.roofline_seconds,
         "operations_seconds": expected and expected.operations,
         "modelled_seconds": expected and expected.modelled,
+        "counted_share": expected and expected.counted,
         "attention_seconds": expected and expected.attention,
         "experts_seconds": expected and expected.experts,
         "experts_worst_seconds": expected and expected.experts_worst,
@@ -185,7 +186,8 @@ def table(chip: str, rows: dict[str, dict[str, Any]], workload: Workload, reques
     line("roofline, ms", number("roofline_seconds", 1e-3, 1))
     line("collectives, ms", number("collective_seconds", 1e-3, 2))
     line("operations and collectives, ms", number("operations_seconds", 1e-3, 1))
-    line("operations by libtpu's model, ms", number("modelled_seconds", 1e-3, 1))
+    line("of it by finished programs, %", number("counted_share", 1e-2, 0))
+    line("all by libtpu's model, ms", number("modelled_seconds", 1e-3, 1))
     line("attention kernel, ms", number("attention_seconds", 1e-3, 1))
     if any(row["experts_seconds"] for row in rows.values()):
         line("experts, ms", number("experts_seconds", 1e-3, 1))
@@ -216,7 +218,7 @@ def draw(file: Path, chip: str, rows: dict[str, dict[str, Any]]) -> None:
         f"{topology}\n{f'{n:,.0f}' if row['fits'] else 'does not fit'}"
         for n, (topology, row) in zip(items, rows.items(), strict=True)
     ]
-    axes.bar(names, items, width=0.5, label="libtpu's estimate, one request at a time")
+    axes.bar(names, items, width=0.5, label="estimate, one request at a time")
     floors = [n * row["times_floor"] if n else 0 for n, row in zip(items, rows.values(), strict=True)]
     axes.plot(names, floors, "_", markersize=24, color="black", label="the algorithm's floor")
     axes.margins(x=0.5, y=0.15)

@@ -12,8 +12,8 @@ from tests.batches import label_batch
 from tests.invariance.rows import LABELS, VOCAB
 from tests.tiny_families import make_family
 
-QUERY, LONG = 100, 170
-"""Tokens that all prompts begin with; beyond ``LONG`` the second family has another rope."""
+QUERY = 100
+"""Tokens that all prompts begin with."""
 
 
 @pytest.mark.parametrize(

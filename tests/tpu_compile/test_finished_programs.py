@@ -21,6 +21,7 @@ with finished_programs() as schedules:
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=here)
     traced = jax.jit(lambda x, w: jax.nn.silu(x @ w)).trace(array(4096, 1024), array(1024, 2048))
     compiled = traced.lower().compile()
+    schedules.read()
     costs = [program_cost(traced, compiled, trips=1, rates=CHIPS["v6e"].rates, finished=way)[0]
              for way in (None, schedules.of)]
     print(json.dumps([sum(cost.cycles.values()) for cost in costs] + [costs[1].flops / CHIPS["v6e"].rates.flops]))

@@ -111,3 +111,5 @@ def test_a_delta_of_tokens_that_are_not_shared_is_refused():
     batch = label_batch([[1, 2, 3], [1, 5, 3]], [[1]] * 2)
     with pytest.raises(ValueError, match="shared"):
         DeltaBatch.of(replace(batch, shared=np.array([0, 2], np.int64)))
+    with pytest.raises(ValueError, match="has -1"):
+        DeltaBatch.of(replace(batch, shared=np.array([0, -1], np.int64)))

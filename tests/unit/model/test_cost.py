@@ -109,12 +109,12 @@ def test_an_operation_takes_the_bundles_of_its_finished_program() -> None:
     """Those of its loop as often as that runs; and no less than its bytes need."""
 
     def finished(name: str, operands: Sequence[str], shapes: Sequence[str]) -> Schedule | None:
-        assert (operands, shapes) == (("x", "w"), ["bf16[512,1024]", "bf16[1024,256]"])
-        return Schedule(once=7, each=100) if name == "y" else None
+        assert (operands, shapes) == (("x", "w"), ["bf16[512,1024]", "bf16[1024,256]", "f32[512,256]"])
+        return Schedule(once=7, each=100, seldom=20) if name == "y" else None
 
-    text = PRODUCT.replace('"EXPECTED"', '"50","iteration_bounds":["2","3","1"]')
+    text = PRODUCT.replace('"EXPECTED"', '"50","iteration_bounds":["2","1","3"]')
     cost, _ = hlo_cost(text, trips=1, rates=RATES, finished=finished)
-    assert (cost.cycles, cost.modelled) == ({"y": 7 + 6 * 100}, 50)
+    assert (cost.cycles, cost.modelled, cost.counted) == ({"y": 7 + 6 * 100 + 2 * 20}, 50, 647)
     moved = 2 * (512 * 1024 + 1024 * 256) + 4 * 512 * 256
     cost, _ = hlo_cost(text, trips=1, rates=Rates(1e6, 1e3), finished=finished)
     assert cost.cycles == {"y": moved / 1e3}
