@@ -127,6 +127,7 @@ SIZES = Sizes(
 BUILT = [
     *(Built(chip) for chip in SMALLEST),
     *(Built(chip, dtype="float32") for chip in ("v5e", "v6e")),
+    *(Built(chip, "qwen3", "float32") for chip in ("v5e", "v6e")),  # with norms of each head
     *(Built(chip, int8=True) for chip in ("v5e", "v6e", "tpu7x")),
     *(Built("v6e", family) for family in ("gemma2", "phi3-longrope", "qwen3_moe")),
     *(Built(chip, data=4) for chip in ("v5e", "v6e")),
@@ -158,6 +159,11 @@ def compile_programs(built: Built, *only: Kind) -> None:
         assert "all-reduce" not in text, kind
         if kind == Kind.WRITE:
             assert compiled.memory_analysis().alias_size_in_bytes >= model.layout.pool_bytes, "the pool is copied"
+
+
+def test_float32_with_norms_of_each_head_compiles() -> None:
+    """Products then have a precision by default that only takes float32, and the norms' are of bfloat16."""
+    compile_programs(Built("v6e", "qwen3", "float32"), Kind.SEGMENTS)
 
 
 def test_the_programs_of_four_data_parallel_chips_compile() -> None:
