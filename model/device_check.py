@@ -216,8 +216,8 @@ class Timing:
     """The time of one run of a program, in seconds.
 
     Attributes:
-        expected: what libtpu expects its operations to take, without the attention kernel and sums over chips; None:
-            the compiler does not say, or the chip's clock is not known.
+        expected: what libtpu's model expects its operations to take, without the attention kernel and sums over chips;
+            None: the compiler does not say, or the chip's clock is not known.
         kernels: how often it runs the attention kernel.
     """
 

@@ -25,8 +25,8 @@ def tpu_check(model: Model = "demo", dtype: Type = None, max_prompt_tokens: Long
 
     Compares the attention kernel with a plain softmax, for all shapes of calls, and runs every program of the model on
     the first chip. Prints one JSON object: "right" is true if everything agrees, "programs" has for each program its
-    time and what libtpu expects of its operations, the attention kernel left out. Exit code 0: right; 1: wrong results,
-    no TPU, or no such model. No service may be using the chip. The first time it compiles, for some minutes.
+    time and what libtpu's model expects of its operations, the attention kernel left out. Exit code 0: right; 1: wrong
+    results, no TPU, or no such model. No service may be using the chip. The first time it compiles, for some minutes.
 
     For example:
     score-serve tpu-check --model Qwen/Qwen3-0.6B > tpu.json
