@@ -58,7 +58,8 @@ CHIPS = {
         "2x2",
     ),
 }
-"""Source: as of ``model.cost.PEAKS``. It gives the links' rate of a whole chip in both directions, 400, 1,200 and 800 GB/s: of four links, of six, of four."""
+"""Source: as of ``model.cost.PEAKS``. It gives the links' rate of a whole chip in both directions, 400, 1,200 and 800
+GB/s: of four links, of six, of four."""
 HOST_BANDWIDTH = 10e9
 """Bytes a second between a host and its chips: assumed, no document gives it."""
 RINGS = 2
