@@ -44,6 +44,11 @@ def common_prefix(one: Int32 | Int64, other: Int32 | Int64) -> int:
     return first if room and differs[first] else room
 
 
+def shared_by_all(shared: Int64) -> int:
+    """The number of leading tokens that all sequences share, from what each shares with the one before it."""
+    return int(shared[1:].min()) if len(shared) > 1 else 0
+
+
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
     """Token sequences and the positions whose next-token distribution is read, packed.

@@ -34,6 +34,7 @@ from model.contract import (
     ModelInfo,
     Progress,
     TokenBatch,
+    shared_by_all,
 )
 from model.inputs import Inputs, padding
 from model.pages import CacheStats, Node, OutOfPagesError, PrefixCache, SeenPrefixes
@@ -240,7 +241,7 @@ class Engine:
             sequences=[tokens[start:stop] for start, stop in itertools.pairwise(batch.offsets.tolist())],
             salts=self._salts(batch, adapters),
             adapters=adapters,
-            shared=_shared_by_all(batch) if tokens is batch.tokens else 0,
+            shared=0 if batch.shared is None or tokens is not batch.tokens else shared_by_all(batch.shared),
             reads=[positions[start:stop] for start, stop in itertools.pairwise(first.tolist())],
             positions=batch.read_positions,
             order=order,
@@ -477,11 +478,6 @@ class Engine:
 
 
 _POSITION = 2**32 - 1
-
-
-def _shared_by_all(batch: TokenBatch) -> int:
-    """Leading tokens that all sequences of a batch are known to share."""
-    return 0 if batch.shared is None or len(batch.shared) < 2 else int(batch.shared[1:].min())
 
 
 def _in_order(sequences: npt.NDArray[Any], positions: npt.NDArray[Any]) -> plan.Numbers:

@@ -90,11 +90,6 @@ def shared_tokens(batch: TokenBatch) -> Int64:
     return shared_with_previous(batch) if batch.shared is None else batch.shared
 
 
-def shared_by_all(shared: Int64) -> int:
-    """The number of leading tokens that all sequences share, from what each shares with the one before it."""
-    return int(shared[1:].min()) if len(shared) > 1 else 0
-
-
 @dataclass(frozen=True, slots=True)
 class DeltaBatch:
     """A batch in which each sequence lacks the tokens that it shares with the one before it: a long query is sent once.

@@ -24,6 +24,7 @@ from model.contract import ModelInfo as ModelInfo
 from model.contract import Progress as Progress
 from model.contract import TokenBatch as TokenBatch
 from model.contract import common_prefix as common_prefix
+from model.contract import shared_by_all as shared_by_all
 
 MEMORY = "memory:"
 """Begins the line about memory in a scorer's log, which the launcher shows."""

@@ -58,9 +58,9 @@ def plan_tpu(
     The engine's own programs are compiled for the slice, which needs no TPU and takes some minutes. The launches are
     those that the engine's planner makes for the workload. The time is that of one request by itself: the instructions
     of its operations and of the attention kernel, the transfers, and this machine's time for the host's part, but for
-    what it does while the chips compute. Nothing ran on a TPU. The roofline is arithmetic
-    and memory traffic at the chip's peaks, which no program reaches. Every request has a query that no cache holds, and
-    asks for full-vocabulary log-probabilities.
+    what it does while the chips compute. Nothing ran on a TPU. The roofline is arithmetic and memory traffic at the
+    chip's peaks, which no program reaches. Every request has a query that no cache holds, and asks for full-vocabulary
+    log-probabilities.
     """
     if chip not in CHIPS:
         raise typer.BadParameter(f"{chip!r} is not one of {', '.join(CHIPS)}", param_hint="--chip")

@@ -20,8 +20,8 @@ import numpy as np
 from pydantic import BaseModel
 
 from serve_app import timing
-from serve_app.batches import shared_by_all, shared_tokens
-from serve_app.contract import SALT_BITS, BatchResult, JobResult, ModelInfo, ScoreJob, TokenBatch
+from serve_app.batches import shared_tokens
+from serve_app.contract import SALT_BITS, BatchResult, JobResult, ModelInfo, ScoreJob, TokenBatch, shared_by_all
 from serve_app.errors import (
     DeadlineExceededError,
     InternalError,

@@ -7,8 +7,8 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from serve_app.batches import cut, reads_of, shared_by_all, shared_tokens
-from serve_app.contract import EVERYONE, Share, TokenBatch
+from serve_app.batches import cut, reads_of, shared_tokens
+from serve_app.contract import EVERYONE, Share, TokenBatch, shared_by_all
 
 AHEAD_TOKENS = 1_024
 """A sequence that takes much longer than a piece is prefilled in pieces that end at multiples of this. On a CPU's
