@@ -75,7 +75,10 @@ class PlainText:
         text = _TO_ESCAPE.sub(lambda found: _ESCAPED[found[0]], text)
         guarded = self._begins.sub(lambda found: found[0] + MARK, text)
         if guarded == text and self._normalised_has_one(text):
-            guarded = text[:1] + MARK + text[1:]
+            # Within the first one, so that the mark parts no token of ordinary text, such as one of line breaks.
+            end = bisect_left(range(len(text)), True, key=lambda end: self._normalised_has_one(text[:end]))
+            at = max(end - 1, 1)
+            guarded = text[:at] + MARK + text[at:]
         return self._edges.guarded(guarded)
 
     def count(self, text: str) -> int:
