@@ -34,14 +34,22 @@ class Costs:
     Attributes:
         call: of a call whatever its size: it reads all weights once.
         attention: of one more position to attend to, for each token.
+        fold: tokens of a bin that are computed over the bin up to the last of them; None: all are, over all of it.
     """
 
     call: float = 32
     attention: float = 1 / 1536
+    fold: int | None = None
 
     def of(self, shape: "Shape") -> float:
         """Cost of one call."""
-        return shape.tokens * (1 + shape.width * self.attention) + self.call
+        positions = (shape.width + min(shape.width, self.fold or shape.width)) / 2
+        return shape.tokens * (1 + positions * self.attention) + self.call
+
+    def over(self, prefix: float) -> "Costs":
+        """The same, in units of one token's matmuls and its attention to so many tokens of a prefix."""
+        unit = 1 + prefix * self.attention
+        return replace(self, call=self.call / unit, attention=self.attention / unit)
 
 
 CPU_COSTS = Costs()
@@ -493,8 +501,14 @@ def pack_bins(groups: Sequence[Group], ladder: Sequence[Shape], costs: Costs = C
     order = np.lexsort((segments.reads, -segments.lengths, prefixes))
     ordered, of_each = segments[order], prefixes[order]
     columns = of_each, ordered.lengths, ordered.reads
-    found = _chosen(*(column.tobytes() for column in columns), tuple(ladder), costs)
+    seen = np.array([group.prefix_length for group in groups])[of_each]
+    prefix = round(float(np.average(seen, weights=ordered.lengths)) / _PREFIX_STEP) * _PREFIX_STEP
+    found = _chosen(*(column.tobytes() for column in columns), tuple(ladder), costs.over(prefix))
     return [Call(one.shape, ordered[one.places], one.bins, one.offsets, of_each[one.places]) for one in found]
+
+
+_PREFIX_STEP = 1024
+"""Prefixes are weighed in steps of so many tokens, so that what was chosen is found again after another prefix."""
 
 
 class _Run(NamedTuple):
@@ -584,8 +598,8 @@ def _of_one(runs: Sequence[_Run], ladder: Sequence[Shape], costs: Costs) -> list
     best: list[_Planned] = []
     best_cost = float("inf")
     for cut, wide, narrow in sorted(options, key=lambda option: least(*option)):
-        if least(cut, wide, narrow) + costs.call >= 0.98 * best_cost:
-            break  # the rest of the search could save no more than a fiftieth
+        if least(cut, wide, narrow) + costs.call >= 0.99 * best_cost:
+            break  # the rest of the search could save no more than a hundredth
         parts = [(part, full[width]) for part, width in ((runs[:cut], wide), (runs[cut:], narrow)) if part]
         calls = [call for part, shape in parts for call in _calls(_packed(part, shape), shape, ladder, costs)]
         if (cost := _cost(calls, costs)) < best_cost:

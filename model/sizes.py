@@ -12,6 +12,7 @@ import numpy as np
 
 from model import plan
 from model.attention import FUSED, NATIVE, PARTIAL_PAGES, TRITON, pool_head_width, segment_step
+from model.attention_tpu import FOLD_TOKENS
 from model.config import ModelConfig
 from model.contract import MOST_TOP, PAGE_TOKENS
 from model.delta import Snapshots
@@ -28,6 +29,9 @@ what it leaves, and one on the way."""
 
 CHUNKS = (64, 128, 192, 256, 288, 320, 384, 448, 512)
 CHUNKS_WITH_CHEAP_PADDING = (64, 128, 192, 256, 384, 512, 1024)
+
+FUSED_PACE = 3.0
+"""How many times as long as a FLOP of a matmul one of the TPU kernel takes in a wide bin: on a v6e, by instructions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +234,8 @@ def layout(
     chunks = sizes.chunks or (CHUNKS_WITH_CHEAP_PADDING if cheap else CHUNKS)
     vocabulary = 0 if config.classes else config.vocab_size
     tops = tuple(sorted({min(count, vocabulary) for count in sizes.top_counts} - {0}))
+    if implementation in FUSED:
+        sizes = replace(sizes, costs=_fused_costs(config, head_width, sizes.costs))
     sizes = replace(sizes, chunks=chunks[: bisect.bisect_left(chunks, longest) + 1], top_counts=tops)
     if dtype == jnp.bfloat16:
         # XLA's CPU backend multiplies a single row in float32, and widens the whole head for it.
@@ -237,6 +243,18 @@ def layout(
     pool = jax.ShapeDtypeStruct((pages, *page), stored)
     adapters = (config.lora.slots if config.packed else CALL_ADAPTERS) if config.lora else 0
     return Layout(sizes, longest, ladder, width, prefixes, slots, pool, adapters, flat, snapshots=snapshots)
+
+
+def _fused_costs(config: ModelConfig, head_width: int, costs: plan.Costs) -> plan.Costs:
+    """What attention of the TPU kernel costs beside a layer's matmuls: an eighth of it in Llama-3.1-8B, to
+    Qwen3-0.6B, whose matmuls are small.
+
+    Args:
+        head_width: in the pool.
+    """
+    linears = 2 * config.width * config.head_width * (config.heads + config.kv_heads)
+    linears += 3 * config.width * (config.ff_width * max(1, config.experts_per_token) + config.shared_ff_width)
+    return replace(costs, attention=FUSED_PACE * 2 * config.heads * head_width / linears, fold=FOLD_TOKENS)
 
 
 def _of_whole_sequences(config: ModelConfig, sizes: Sizes, longest: int, dtype: Any, implementation: str) -> Layout:
