@@ -106,6 +106,11 @@ class Rates(NamedTuple):
     flops: float
     bytes: float
 
+    @classmethod
+    def of(cls, kind: str) -> "Rates":
+        """Those of a chip, by jax's name of its kind."""
+        return cls(PEAKS[kind] / CLOCKS[kind], BANDWIDTHS[kind] / CLOCKS[kind])
+
 
 class Schedule(NamedTuple):
     """Bundles of an operation's finished program.

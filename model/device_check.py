@@ -19,7 +19,7 @@ from model import decoder
 from model.attention import FOLD_PREFIX, NATIVE, AttentionContext, MaskSpec, attend, query_factor, to_pool
 from model.computations import WHOLE, Argument, Definition, Kind, Model, Size, definition
 from model.contract import PAGE_TOKENS, Progress, TokenBatch
-from model.cost import BANDWIDTHS, CLOCKS, PEAKS, Rates, hlo_cost
+from model.cost import CLOCKS, Rates, hlo_cost
 from model.plan import Shape
 from model.programs import Programs
 from model.sharding import DATA, MODEL, put
@@ -238,8 +238,7 @@ def timings(programs: Programs, progress: Progress | None = None) -> Iterator[Ti
         expected, kernels = None, 0
         if clock and (text := run.as_text()):
             trips = model.config.layers - 1
-            rates = Rates(PEAKS[device] / clock, BANDWIDTHS[device] / clock)
-            cost, kernels = hlo_cost(text, trips=trips, rates=rates)
+            cost, kernels = hlo_cost(text, trips=trips, rates=Rates.of(device))
             expected = sum(cost.cycles.values()) / clock if cost.cycles else None
         yield Timing(f"{kind} {size}", _quickest(programs, kind, size, run), expected, kernels)
 

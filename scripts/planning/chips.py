@@ -20,43 +20,47 @@ class Chip:
     """Peaks of one chip.
 
     Attributes:
-        flops: bfloat16 operations a second.
-        hbm_bytes: memory.
-        bandwidth: of the memory, bytes a second.
+        kind: jax's name of it.
         link: one link to another chip, one direction, bytes a second.
-        clock: cycles a second.
         cores: that share a kernel's grid.
         smallest: the smallest topology that can be compiled for; its first chip stands for a single one.
     """
 
-    flops: float
-    hbm_bytes: float
-    bandwidth: float
+    kind: str
     link: float
-    clock: float
     cores: int
     smallest: str
 
     @property
+    def flops(self) -> float:
+        """bfloat16 operations a second."""
+        return PEAKS[self.kind]
+
+    @property
+    def hbm_bytes(self) -> float:
+        """Memory."""
+        return HBM_BYTES[self.kind]
+
+    @property
+    def bandwidth(self) -> float:
+        """Of the memory, bytes a second."""
+        return BANDWIDTHS[self.kind]
+
+    @property
+    def clock(self) -> float:
+        """Cycles a second."""
+        return CLOCKS[self.kind]
+
+    @property
     def rates(self) -> Rates:
         """What it does in a cycle."""
-        return Rates(self.flops / self.clock, self.bandwidth / self.clock)
+        return Rates.of(self.kind)
 
 
 CHIPS = {
-    "v5e": Chip(
-        PEAKS["TPU v5 lite"], HBM_BYTES["TPU v5 lite"], BANDWIDTHS["TPU v5 lite"], 50e9, CLOCKS["TPU v5 lite"], 1, "2x2"
-    ),
-    "v5p": Chip(PEAKS["TPU v5"], HBM_BYTES["TPU v5"], BANDWIDTHS["TPU v5"], 100e9, CLOCKS["TPU v5"], 2, "2x2x1"),
-    "v6e": Chip(
-        PEAKS["TPU v6 lite"],
-        HBM_BYTES["TPU v6 lite"],
-        BANDWIDTHS["TPU v6 lite"],
-        100e9,
-        CLOCKS["TPU v6 lite"],
-        1,
-        "2x2",
-    ),
+    "v5e": Chip("TPU v5 lite", 50e9, 1, "2x2"),
+    "v5p": Chip("TPU v5", 100e9, 2, "2x2x1"),
+    "v6e": Chip("TPU v6 lite", 100e9, 1, "2x2"),
 }
 """Source: as of ``model.cost.PEAKS``. It gives the links' rate of a whole chip in both directions, 400, 1,200 and 800
 GB/s: of four links, of six, of four."""

@@ -21,6 +21,8 @@ FLOAT32, BFLOAT16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
     [
         pytest.param(640, 128, 128, "head", 0.0, PLAIN, FLOAT32, id="norms, and a tile that is not filled"),
         pytest.param(128, 64, 64, None, 0.0, PLAIN, BFLOAT16, id="no norms, narrow heads", marks=pytest.mark.slow),
+        pytest.param(24, 64, 64, "head", 0.0, PLAIN, FLOAT32, id="norms of narrow heads"),
+        pytest.param(128, 80, 80, "head", 0.0, PLAIN, BFLOAT16, id="norms of odd heads", marks=pytest.mark.slow),
         pytest.param(24, 80, 32, None, 0.0, PLAIN, FLOAT32, id="a part of a head, fewer tokens than a fold"),
         pytest.param(128, 128, 96, "head", 0.0, YARN, BFLOAT16, id="a part of a head, YaRN"),
         pytest.param(128, 256, 256, "head", 1.0, PLAIN, BFLOAT16, id="wide heads, scales stored less 1"),
