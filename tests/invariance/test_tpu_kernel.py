@@ -62,7 +62,7 @@ def check(scorer: Engine, sequences: list[list[int]]) -> None:
     order = np.random.default_rng(1).permutation(len(sequences))
     shuffled = values(scorer, [sequences[i] for i in order])
     np.testing.assert_allclose(shuffled, wanted[order], rtol=0, atol=TOLERANCE)
-    for seed in (7, 8):
+    for seed in (7, 8, 9):
         values(scorer, prompts(3, seed=seed, query=470, longest=9))
     assert scorer.cache_stats.evicted_pages > 0
     np.testing.assert_allclose(values(scorer, sequences), wanted, rtol=0, atol=TOLERANCE)
