@@ -31,7 +31,7 @@ CHUNKS = (64, 128, 192, 256, 288, 320, 384, 448, 512)
 CHUNKS_WITH_CHEAP_PADDING = (64, 128, 192, 256, 384, 512, 1024)
 
 FUSED_PACE = 3.0
-"""How many times as long as a FLOP of a matmul one of the TPU kernel takes in a wide bin: on a v6e, by instructions."""
+"""The time of a FLOP of the TPU kernel in a wide bin over that of a FLOP of a matmul: on a v6e, by instructions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +246,7 @@ def layout(
 
 
 def _fused_costs(config: ModelConfig, head_width: int, costs: plan.Costs) -> plan.Costs:
-    """What attention of the TPU kernel costs beside a layer's matmuls: an eighth of it in Llama-3.1-8B, to
+    """What attention of the TPU kernel costs beside a layer's matmuls: in Llama-3.1-8B a seventh of what it does in
     Qwen3-0.6B, whose matmuls are small.
 
     Args:

@@ -35,12 +35,14 @@ def test_a_partial_page_costs_the_tokens_that_are_read_of_it(implementation: str
         (1024, 3072, 16, 2000, ["32x128", "32x128", "16x128", "4x128"]),  # Qwen3-0.6B
         (1024, 3072, 16, 8000, ["8x512", "8x512", "4x512"]),
         (4096, 14336, 32, 8000, ["8x512", "8x512", "4x512"]),  # Llama-3.1-8B
+        (4096, 14336, 32, 128, ["6x768", "6x768", "8x128"]),  # by its matmuls alone
     ],
 )
 def test_bins_are_wider_where_attention_is_a_small_part_of_a_layer_or_each_token_sees_a_long_prefix(
     width: int, ff_width: int, heads: int, prefix: int, expected: list[str]
 ) -> None:
-    """500 items of 20: six to a bin of 128, which leaves 8 free, or 25 to one of 512, which leaves 12."""
+    """500 items of 20: six to a bin of 128, which leaves 8 free, 25 to one of 512, which leaves 12,
+    or 38 to one of 768, which leaves 8."""
     config = from_hf(
         SMALL
         | {
