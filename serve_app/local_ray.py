@@ -8,8 +8,10 @@ import logging
 import os
 import re
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,10 @@ from typing import Any
 import psutil
 
 APP_NAME = "score"
+"""Name of the Serve application: ``serve.get_app_handle("score")``."""
+
 CONNECT_S = 10
 """Seconds in which what listens at RAY_ADDRESS must take a connection."""
-"""Name of the Serve application: ``serve.get_app_handle("score")``."""
 
 FAST_FRONT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -95,7 +98,7 @@ def start_ray(cpus: int, *, alone: bool = True, **options: Any) -> None:
     set_environment()
     import ray
 
-    with _empty_folder(), _loopback() if alone else contextlib.nullcontext():
+    with _empty_folder(), _own_sigterm(), _loopback() if alone else contextlib.nullcontext():
         ray.init(  # pyright: ignore[reportUnknownMemberType]
             "local",
             num_cpus=cpus,
@@ -114,6 +117,28 @@ def _empty_folder() -> Generator[None]:
     atexit.register(shutil.rmtree, empty, ignore_errors=True)
     with contextlib.chdir(empty):
         yield
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Generator[None]:
+    """Keep this process's handler of SIGTERM, where it has one, while Ray starts or connects.
+
+    Ray's handler raises SystemExit, which Python turns into an exit without any ``finally`` where it comes in a
+    callback from C. Ray also sets one from C++, of which Python learns nothing and which prints a stack; ours is put
+    back after it.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    from ray._private import utils
+
+    rays, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda _: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = rays
+        signal.signal(signal.SIGTERM, handler)
 
 
 @contextlib.contextmanager
@@ -168,7 +193,7 @@ def join_ray(**options: Any) -> None:
 
     if address.startswith("127.0.0.1:") or (not address and _listens_on_loopback()):
         ray_constants.ENABLE_RAY_CLUSTER = False  # what LOOPBACK sets, for this process, which has imported Ray
-    with _empty_folder():
+    with _empty_folder(), _own_sigterm():
         ray.init("auto", **options)  # pyright: ignore[reportUnknownMemberType]
 
 

@@ -129,7 +129,7 @@ def watched() -> Generator[Ending]:
     ending.start()
     try:
         yield ending
-    except (Exception, SystemExit):  # ray.init puts a handler of SIGTERM in place for a while that raises SystemExit
+    except Exception:
         if not ending.asked:
             raise
         if not ending.patient:

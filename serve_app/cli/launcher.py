@@ -312,7 +312,6 @@ def _service(
         end.watch_ray()
         check_chips(settings, ray.nodes())
         quiet = {"log_level": "WARNING", "enable_access_log": False}
-        interrupt_on_signals()  # ray.init has put its own handler in place, which ends the process at once
         http = {"host": host, "port": port}
         try:
             serve.start(http_options=http, logging_config=quiet)  # pyright: ignore[reportUnknownMemberType]
@@ -347,12 +346,11 @@ def interrupt_on_signals() -> None:
     """Make SIGTERM and SIGHUP do what Ctrl-C does; where nohup has SIGHUP ignored, it stays so.
 
     An interrupt in a finalizer or in a fork's callbacks would be printed and lost; it comes again a moment later.
-    So does the SystemExit with which Ray answers SIGTERM while it starts.
     """
     report = sys.__unraisablehook__
 
     def interrupt_again(unraisable: sys.UnraisableHookArgs) -> None:
-        if not issubclass(unraisable.exc_type, (KeyboardInterrupt, SystemExit)):
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
             report(unraisable)
             return
         again = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM))

@@ -289,6 +289,38 @@ def test_a_signal_to_the_whole_group_ends_the_start(when: str, number: int, mode
         assert process.returncode == 130
 
 
+STARTS_RAY = """
+import os, signal, threading
+from serve_app.local_ray import start_ray
+
+got, seen, over = [], set(), threading.Event()
+
+def ours(number, frame):
+    got.append(number)
+
+def watch():
+    while not over.wait(0.02):
+        seen.add(signal.getsignal(signal.SIGTERM))
+
+signal.signal(signal.SIGTERM, ours)
+watcher = threading.Thread(target=watch)
+watcher.start()
+try:
+    start_ray(1)
+finally:
+    over.set()
+watcher.join()
+assert seen == {ours}, seen
+os.kill(os.getpid(), signal.SIGTERM)
+print(got)
+"""
+
+
+def test_ray_starts_without_its_own_handler_of_sigterm():
+    result = subprocess.run([sys.executable, "-c", STARTS_RAY], capture_output=True, text=True, env=of_a_user())
+    assert (result.returncode, result.stdout, result.stderr) == (0, "[15]\n", "")
+
+
 @pytest.mark.parametrize(
     "number", [each if each == signal.SIGTERM else pytest.param(each, marks=pytest.mark.slow) for each in SIGNALS]
 )
