@@ -24,7 +24,7 @@ from jax.experimental.layout import Layout as Order
 from jax.experimental.layout import with_layout_constraint
 from jax.sharding import Mesh
 
-from model import decoder
+from model import decoder, overlap
 from model.attention import AttentionContext, prepared, to_pool
 from model.config import ModelConfig
 from model.contract import PAGE_TOKENS
@@ -124,6 +124,7 @@ class Model:
         layout: the sizes that programs are compiled for.
         by_layer: how the layers run.
         mesh: that the parameters lie on; None: one device.
+        divided: the same with the tokens of its calls divided among devices, for large calls; None: it has none.
     """
 
     config: ModelConfig
@@ -131,6 +132,12 @@ class Model:
     layout: Layout
     by_layer: bool
     mesh: Mesh | None
+    divided: "Model | None" = None
+
+    def of_call(self, tokens: int) -> "Model":
+        """The model for a call of so many tokens."""
+        large = tokens >= self.layout.divided_tokens and overlap.can_share(tokens, self.config.shards)
+        return self.divided if self.divided is not None and large else self
 
     @property
     def at_once(self) -> int:
@@ -168,9 +175,14 @@ class Model:
     def collect(self, ends: State, hidden: jax.Array, place: jax.Array, collected: jax.Array) -> jax.Array:
         """Collected hidden states with these, normalised, from ``place`` on. Every device, and so every host, gets
         those of all calls."""
-        normed = self.ends(ends).norm(hidden)
+        normed = self.normed(ends, hidden)
         rows = normed if self.at_once == 1 else lax.all_gather(normed, DATA, tiled=True)
         return lax.dynamic_update_slice(collected, rows, (place[0], 0))
+
+    def normed(self, ends: State, hidden: jax.Array) -> jax.Array:
+        """Hidden states, all of this device's call, after the last norm."""
+        normed = self.ends(ends).norm(hidden)
+        return overlap.all_rows(normed) if self.config.by_tokens else normed
 
     def inputs(self, array: jax.Array, size: int) -> Inputs:
         """What this device's call of ``size`` tokens is told."""
@@ -279,7 +291,7 @@ def read(
 
 def read_all(model: Model, ends: State, x: jax.Array, inputs: Inputs, collected: jax.Array) -> jax.Array:
     """Collected hidden states with those of all tokens of a prefill, which every device has."""
-    return lax.dynamic_update_slice(collected, model.ends(ends).norm(x), (inputs.place[0], 0))
+    return lax.dynamic_update_slice(collected, model.normed(ends, x), (inputs.place[0], 0))
 
 
 def segments(
@@ -344,7 +356,7 @@ def _kept_layers(
     """The output of the first ``count`` layers, their keys and values, with room for those of the others, and the
     snapshots with theirs."""
     x, angles, inputs = embedded
-    context, stack = context_of(model, inputs, pool, snapshots), _stack_of_kept(model, len(x))
+    context, stack = context_of(model, inputs, pool, snapshots), _stack_of_kept(model, len(inputs.tokens))
 
     def step(number: jax.Array, carry: tuple[jax.Array, jax.Array, Kept]) -> tuple[jax.Array, jax.Array, Kept]:
         x, kept, snapshots = carry
@@ -483,8 +495,10 @@ class Definition(NamedTuple):
 
 def definition(model: Model, weights: Weights, kind: Kind, size: Size) -> Definition:
     """The program of this kind, for arguments of this size."""
-    c, ends, layers = model.config, _ends(model, weights), _layers(model, weights)
     tokens = size if isinstance(size, int) else size.tokens
+    if kind in (Kind.SEGMENTS, Kind.PREFILL, Kind.PREFILL_READ):
+        model = model.of_call(tokens)
+    c, ends, layers = model.config, _ends(model, weights), _layers(model, weights)
     array = Argument(_int32(1, width(tokens, model.layout.room)), CALLS)
     number, pool = Argument(_int32(), WHOLE), Argument(model.layout.pool, POOL)
     x, angles, inputs = Argument(_float32(tokens, c.width), CALLS), _angles(model, tokens), _inputs(model, tokens)

@@ -182,6 +182,7 @@ class ModelConfig:
         encoder: None: the model is a decoder.
         decision_head: what its hidden states are read by, in place of an output head; None: by the output head.
         shards: devices that every layer is split over; heads, key/value heads and F are one device's.
+        by_tokens: between layers a device holds a share of a call's tokens, see ``model.overlap``.
         int8: the kernels of attention and MLP are stored so, see ``layers.quantized``.
         native: sums over a token's channels, and over the vocabulary, are those of ``cpu.linear``.
         packed: matmuls are, too, with kernels stored packed.
@@ -226,6 +227,7 @@ class ModelConfig:
     encoder: Encoder | None = None
     decision_head: DecisionHead | None = None
     shards: int = 1
+    by_tokens: bool = False
     int8: bool = False
     native: bool = False
     packed: bool = False

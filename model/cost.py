@@ -24,6 +24,12 @@ PEAKS = {"TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12}
 CLOCKS = {"TPU v5 lite": 1.5e9, "TPU v5": 1.75e9, "TPU v6 lite": 1.75e9}
 """Cycles a second, by jax's name of a chip's kind: the documented peak over the operations that its matrix units do in
 a cycle."""
+LINKS = {"TPU v5 lite": 50e9, "TPU v5": 100e9, "TPU v6 lite": 100e9}
+"""Bytes a second over one link to another chip, one direction. Source: as of ``PEAKS``, which gives all links of a chip
+in both directions, 400, 1,200 and 800 GB/s: of four links, of six, of four."""
+RINGS = 2
+"""The compiler turns a sum over all chips of a slice into two rings in opposite directions, so each chip sends over two
+links. The smallest slices have no more."""
 KERNEL = "fused_attention"
 """Name of the Pallas kernel, ``model.attention_tpu``."""
 EXPERTS_KERNEL = "ragged-dot-none"
@@ -68,6 +74,7 @@ class Cost:
         flops: floating-point operations.
         bytes: to and from HBM.
         collective_bytes: sent to other chips.
+        waited: cycles in which the chip waits for them.
         cycles: of its operations, by the operation's name, see ``hlo_cost``; the Pallas kernel's and those of
             collectives and of experts' products are left out.
         ragged: experts' products and how often each runs; their bytes are not counted, since they depend on how many
@@ -79,6 +86,7 @@ class Cost:
     flops: float = 0
     bytes: float = 0
     collective_bytes: float = 0
+    waited: float = 0
     cycles: Mapping[str, float] = field(default_factory=dict[str, float])
     ragged: Mapping[Ragged, float] = field(default_factory=dict[Ragged, float])
     modelled: float = 0
@@ -88,28 +96,31 @@ class Cost:
         cycles, ragged = Counter(self.cycles), Counter(self.ragged)
         cycles.update(other.cycles)
         ragged.update(other.ragged)
-        collective = self.collective_bytes + other.collective_bytes
+        collective, waited = self.collective_bytes + other.collective_bytes, self.waited + other.waited
         flops, moved = self.flops + other.flops, self.bytes + other.bytes
         modelled, counted = self.modelled + other.modelled, self.counted + other.counted
-        return Cost(flops, moved, collective, cycles, ragged, modelled, counted)
+        return Cost(flops, moved, collective, waited, cycles, ragged, modelled, counted)
 
     def __mul__(self, count: float) -> "Cost":
         cycles = {name: cycles * count for name, cycles in self.cycles.items()}
         ragged = {product: times * count for product, times in self.ragged.items()}
         flops, moved, collective = (each * count for each in (self.flops, self.bytes, self.collective_bytes))
-        return Cost(flops, moved, collective, cycles, ragged, self.modelled * count, self.counted * count)
+        waited, modelled, counted = (each * count for each in (self.waited, self.modelled, self.counted))
+        return Cost(flops, moved, collective, waited, cycles, ragged, modelled, counted)
 
 
 class Rates(NamedTuple):
-    """What a chip does in a cycle at most: floating-point operations in bfloat16, and bytes to or from its memory."""
+    """What a chip does in a cycle at most: floating-point operations in bfloat16, bytes to or from its memory, and
+    bytes over one link to another chip."""
 
     flops: float
     bytes: float
+    link: float
 
     @classmethod
     def of(cls, kind: str) -> "Rates":
         """Those of a chip, by jax's name of its kind."""
-        return cls(PEAKS[kind] / CLOCKS[kind], BANDWIDTHS[kind] / CLOCKS[kind])
+        return cls(*(rate[kind] / CLOCKS[kind] for rate in (PEAKS, BANDWIDTHS, LINKS)))
 
 
 class Schedule(NamedTuple):
@@ -226,13 +237,13 @@ def hlo_cost(hlo: str, *, trips: int, rates: Rates, finished: Finished | None = 
     computations = dict(_computations(hlo))
     entry = re.search(r"^ENTRY %?([\w.\-]+)", hlo, re.MULTILINE)
     assert entry, "the text of a compiled program has an entry"
-    moved = collective = modelled = counted = 0.0
+    moved = collective = waited = modelled = counted = 0.0
     cycles, ragged = defaultdict[str, float](float), Counter[Ragged]()
     kernels = 0
     pending = [(entry[1], 1)]
     while pending:
         name, times = pending.pop()
-        ops = {op.name: op for op in computations[name]}
+        ops, exchange = {op.name: op for op in computations[name]}, _Exchange(rates.link)
         for op in ops.values():
             if op.kind == "while":
                 assert op.calls
@@ -245,6 +256,8 @@ def hlo_cost(hlo: str, *, trips: int, rates: Rates, finished: Finished | None = 
             elif op.kind.removesuffix("-start") in _COLLECTIVES:
                 given = sum(ops[operand].results[0].bytes for operand in op.operands if operand in ops)
                 collective += times * given * _sent(op)
+                exchange.begin(op, given * _sent(op))
+            exchange.end(op)
             own_bytes = 0.0
             if op.kind not in _FREE and not op.kind.endswith("-done") and KERNEL not in op.name:
                 own_bytes = _op_bytes(op, ops, computations)
@@ -253,11 +266,45 @@ def hlo_cost(hlo: str, *, trips: int, rates: Rates, finished: Finished | None = 
             if expected and op.kind.removesuffix("-start").removesuffix("-done") not in _COLLECTIVES:
                 least = max(_product_flops(op, ops, computations) / rates.flops, own_bytes / rates.bytes)
                 bundles = _bundles(op, ops, finished) if finished else None
-                taken = times * max(int(expected[1]) if bundles is None else bundles, least)
+                once = max(int(expected[1]) if bundles is None else bundles, least)
+                exchange.now += once
+                taken = times * once
                 cycles[_title(op)] += taken
                 counted += 0 if bundles is None else taken
                 modelled += times * int(expected[1])
-    return Cost(0, moved, collective, cycles, ragged, modelled, counted), kernels
+        waited += times * exchange.waited
+    return Cost(0, moved, collective, waited, cycles, ragged, modelled, counted), kernels
+
+
+class _Exchange:
+    """A chip's collectives beside its operations, as one computation has them one after the other.
+
+    A permutation sends over one link; permutations to the same chips follow each other. Others take ``RINGS`` links.
+
+    Attributes:
+        now: cycles since the computation began.
+        waited: of these, those in which the chip waited.
+    """
+
+    def __init__(self, link: float) -> None:
+        self.now = self.waited = 0.0
+        self._link = link
+        self._free: dict[str, float] = defaultdict(float)
+        self._arrives: dict[str, float] = {}
+
+    def begin(self, op: _Op, sent: float) -> None:
+        """A collective that sends so many bytes begins."""
+        to = re.search(r"source_target_pairs=(\{\{.*?\}\})", op.text)
+        links, rate = (to[1], self._link) if to else ("", RINGS * self._link)
+        self._free[links] = self._arrives[op.name] = max(self.now, self._free[links]) + sent / rate
+
+    def end(self, op: _Op) -> None:
+        """What waits for a collective, or is one that waits for itself, has it."""
+        kind = op.kind.removesuffix("-done")
+        if kind in _COLLECTIVES:
+            arrives = self._arrives[op.name if kind == op.kind else op.operands[0]]
+            self.waited += max(0.0, arrives - self.now)
+            self.now = max(arrives, self.now)
 
 
 def _bundles(op: _Op, ops: Mapping[str, _Op], finished: Finished) -> int | None:

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from model import decision_heads, rotary_tpu
+from model import decision_heads, overlap, rotary_tpu
 from model.attention import FUSED, FUSED_INTERPRETED, AttentionContext, Layer, MaskSpec, attend, query_factor
 from model.checkpoint import Entry, Target
 from model.config import ModelConfig
@@ -55,6 +55,7 @@ def gated_mlp(config: ModelConfig, dtype: jnp.dtype) -> GatedMLP:
         dtype=dtype,
         activation=config.activation,
         shards=config.shards,
+        by_tokens=config.by_tokens,
         int8=config.int8,
         packed=config.packed,
         lora=config.lora,
@@ -72,6 +73,7 @@ def projection(
         dtype=dtype,
         axes=axes,
         shards=config.shards,
+        by_tokens=config.by_tokens,
         int8=config.int8,
         packed=config.packed,
         lora=config.lora,
@@ -88,6 +90,8 @@ def qk_norm_widths(config: ModelConfig) -> dict[str, int]:
 
 class Attention(nnx.Module):
     """Projections of one attention layer; the attending itself is ``model.attention``.
+
+    Its input and output have the rows of M tokens, or of this device's share of them, see ``model.overlap``.
 
     Args:
         implementation: of attention. Its TPU kernel takes queries and keys from another, ``model.rotary_tpu``.
@@ -109,19 +113,19 @@ class Attention(nnx.Module):
         self.k_norm = norm(config, widths["k"], dtype, "kv_heads" if whole else "embed") if widths else None
 
     def __call__(
-        self, x: Float[Array, "M D"], angles: Angles, rows: Rows | None
+        self, x: Float[Array, "rows D"], angles: Angles, rows: Rows | None
     ) -> tuple[Float[Array, "M N W"], Float[Array, "M K W"], Float[Array, "M K H"]]:
         """Queries, keys and values of all tokens; see ``queries`` and ``keys_values``."""
         q, k, v = each((self.q, self.k, self.v), x, rows)
         q, k = self._rotated([self._queries(q), self._keys(k)], angles)
         return q, k, self._values(v)
 
-    def queries(self, x: Float[Array, "M D"], angles: Angles, rows: Rows | None) -> Float[Array, "M N W"]:
+    def queries(self, x: Float[Array, "rows D"], angles: Angles, rows: Rows | None) -> Float[Array, "M N W"]:
         """Queries of all tokens, rotated and scaled, in the weights' dtype; a TPU's kernel widens their heads."""
         return self._rotated([self._queries(self.q(x, rows))], angles)[0]
 
     def keys_values(
-        self, x: Float[Array, "M D"], angles: Angles, rows: Rows | None
+        self, x: Float[Array, "rows D"], angles: Angles, rows: Rows | None
     ) -> tuple[Float[Array, "M K W"], Float[Array, "M K H"]]:
         """Keys, rotated, and values, in the weights' dtype; a TPU's kernel widens the keys' heads."""
         k, v = each((self.k, self.v), x, rows)
@@ -142,7 +146,7 @@ class Attention(nnx.Module):
             return rotary_tpu.rotated(parts, angles, self.q.dtype, interpret=interpret)
         return [rotated(part, angles).astype(self.q.dtype) for part in parts]
 
-    def output(self, attended: Float[Array, "M N H"], rows: Rows | None) -> Float[Array, "M D"]:
+    def output(self, attended: Float[Array, "M N H"], rows: Rows | None) -> Float[Array, "rows D"]:
         return self.o(attended.reshape(attended.shape[0], -1), rows)
 
 
@@ -179,8 +183,8 @@ class Block(nnx.Module):
         raise NotImplementedError
 
     def __call__(
-        self, x: Float[Array, "M D"], angles: AllAngles, context: AttentionContext, layer: Layer
-    ) -> tuple[Float[Array, "M D"], KeysValues]:
+        self, x: Float[Array, "rows D"], angles: AllAngles, context: AttentionContext, layer: Layer
+    ) -> tuple[Float[Array, "rows D"], KeysValues]:
         """The layer's output, and its keys and values."""
         rows = context.adapters
         q, k, v = self.attention(self.attention_input(x, layer), self._layer_angles(angles, layer), rows)
@@ -188,39 +192,44 @@ class Block(nnx.Module):
         return self.post_attention(x, self.attention.output(attended, rows), rows), stacked(k, v)
 
     def keep(
-        self, x: Float[Array, "M D"], angles: AllAngles, context: AttentionContext, layer: Layer
-    ) -> tuple[Float[Array, "M D"], KeysValues, Snapshots | None]:
+        self, x: Float[Array, "rows D"], angles: AllAngles, context: AttentionContext, layer: Layer
+    ) -> tuple[Float[Array, "rows D"], KeysValues, Snapshots | None]:
         """What ``__call__`` returns, and the snapshots with this layer's, for a prefill."""
         return *self(x, angles, context, layer), context.snapshots
 
     def keep_last(
-        self, x: Float[Array, "M D"], angles: AllAngles, context: AttentionContext, layer: Layer
+        self, x: Float[Array, "rows D"], angles: AllAngles, context: AttentionContext, layer: Layer
     ) -> tuple[KeysValues, Snapshots | None]:
         """The keys and values, and the snapshots with this layer's, for a last layer that is not read."""
         return self.keys_values(x, angles, layer, context.adapters), context.snapshots
 
-    def keys_values(self, x: Float[Array, "M D"], angles: AllAngles, layer: Layer, rows: Rows | None) -> KeysValues:
+    def keys_values(self, x: Float[Array, "rows D"], angles: AllAngles, layer: Layer, rows: Rows | None) -> KeysValues:
         """The keys and values alone, for a last layer that is not read."""
         inputs = self.attention_input(x, layer)
         return stacked(*self.attention.keys_values(inputs, self._layer_angles(angles, layer), rows))
 
     def forward_reads(
         self,
-        x: Float[Array, "M D"],
+        x: Float[Array, "rows D"],
         angles: AllAngles,
         context: AttentionContext,
         layer: Layer,
         reads: Int[Array, " R"],
-    ) -> Float[Array, "R D"]:
+    ) -> Float[Array, "read D"]:
         """The layer's output at the flat indices ``reads`` alone; other tokens get only their keys and values."""
         (cos, sin), inputs = self._layer_angles(angles, layer), self.attention_input(x, layer)
         rows = context.adapters
         k, v = self.attention.keys_values(inputs, (cos, sin), rows)
         rows = rows and rows.at(reads)
-        q = self.attention.queries(inputs[reads], (cos[reads], sin[reads]), rows)
+        if self.config.by_tokens:
+            x = overlap.rows_at(x, reads)
+            inputs = self.attention_input(x, layer)
+        else:
+            x, inputs = x[reads], inputs[reads]
+        q = self.attention.queries(inputs, (cos[reads], sin[reads]), rows)
         spec = self._mask_spec(layer)
         attended = attend(q, k, v, context, layer, spec, implementation=self.implementation, reads=reads)
-        return self.post_attention(x[reads], self.attention.output(attended, rows), rows)
+        return self.post_attention(x, self.attention.output(attended, rows), rows)
 
     def _mask_spec(self, layer: Layer) -> MaskSpec:
         softcap, widths = self.config.attention_softcap, windows(self.config)
@@ -248,18 +257,22 @@ def all_angles(config: ModelConfig, positions: Int[Array, " M"], long: Bool[Arra
     return jnp.stack([angles[0], local[0]]), jnp.stack([angles[1], local[1]])
 
 
-def embedded(embedding: Float[Array, "rows D"], tokens: Int[Array, " M"], shards: int) -> Float[Array, "M D"]:
+def embedded(
+    embedding: Float[Array, "rows D"], tokens: Int[Array, " M"], shards: int, *, by_tokens: bool = False
+) -> Float[Array, "share D"]:
     """The rows of tokens, float32; zeros for padding, which is below 0.
 
     Args:
         shards: devices that the rows are split over.
+        by_tokens: of this device's share of the tokens.
     """
     if shards == 1:
         return jnp.where(tokens[:, None] < 0, 0.0, embedding[tokens].astype(jnp.float32))
     rows = tokens - lax.axis_index(MODEL) * embedding.shape[0]
     local = (rows >= 0) & (rows < embedding.shape[0])
     x = embedding[jnp.where(local, rows, 0)]
-    return lax.psum(jnp.where(local[:, None], x, jnp.zeros_like(x)), MODEL).astype(jnp.float32)
+    x = jnp.where(local[:, None], x, jnp.zeros_like(x))
+    return (overlap.own_share(x) if by_tokens else lax.psum(x, MODEL)).astype(jnp.float32)
 
 
 class AroundLayers(nnx.Module):
@@ -268,12 +281,12 @@ class AroundLayers(nnx.Module):
     def last_layer(
         self,
         block: Block,
-        x: Float[Array, "M D"],
+        x: Float[Array, "rows D"],
         angles: AllAngles,
         context: AttentionContext,
         layer: Layer,
         inputs: Inputs,
-    ) -> Float[Array, "R D"]:
+    ) -> Float[Array, "read D"]:
         """The last layer's output for the reads, see ``Block.forward_reads``."""
         return block.forward_reads(x, angles, context, layer, inputs.reads)
 
@@ -294,7 +307,7 @@ class EmbeddingAndHead(AroundLayers):
         of_adapters = (config.lora.slots, config.classes, config.width) if config.lora and config.classes else None
         self.adapter_heads = of_adapters and nnx.Param(jnp.zeros(of_adapters, dtype), axes=(None, None, "embed"))
 
-    def embed(self, tokens: Int[Array, " M"], positions: Int[Array, " M"]) -> tuple[Float[Array, "M D"], AllAngles]:
+    def embed(self, tokens: Int[Array, " M"], positions: Int[Array, " M"]) -> tuple[Float[Array, "rows D"], AllAngles]:
         """The first layer's input, float32, and the rope angles of all layers.
 
         Args:
@@ -306,7 +319,7 @@ class EmbeddingAndHead(AroundLayers):
             long = tokens >= config.vocab_size
             tokens = jnp.where(long, tokens - config.vocab_size, tokens)
         angles = all_angles(config, positions, long)
-        x = embedded(self.embedding[...], tokens, config.shards)
+        x = embedded(self.embedding[...], tokens, config.shards, by_tokens=config.by_tokens)
         return x if config.embedding_scale == 1.0 else x * config.embedding_scale, angles
 
     def head_weights(self) -> Float[Array, "V D"]:

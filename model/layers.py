@@ -17,6 +17,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from model import overlap
 from model.config import Activation, Lora, Rope
 from model.cpu import linear
 from model.lora import LowRank, Rows, added
@@ -30,6 +31,7 @@ class Linear(nnx.Module):
         dtype: of the operands.
         axes: names of the kernel's axes, see ``sharding.Rules``.
         shards: devices that these are split over; where that is the first, the devices' products are summed.
+        by_tokens: x is a share of all tokens, or the result is, see ``model.overlap``.
         int8: the kernel is stored so, see ``quantized``.
         packed: the kernel is stored so, see ``cpu.linear``; not one that is int8.
         lora: room for adapters of it.
@@ -44,11 +46,13 @@ class Linear(nnx.Module):
         dtype: jnp.dtype,
         axes: tuple[str, str],
         shards: int = 1,
+        by_tokens: bool = False,
         int8: bool = False,
         packed: bool = False,
         lora: Lora | None = None,
     ) -> None:
         self.dtype = dtype
+        self.by_tokens = by_tokens
         self.features_out = features_out
         self.packed = packed
         shape = linear.packed_shape(features_in, features_out, dtype) if packed else (features_in, features_out)
@@ -60,17 +64,26 @@ class Linear(nnx.Module):
             LowRank(features_in, features_out, lora, dtype=dtype, axes=axes, packed=packed) if lora else None
         )
 
-    def __call__(self, x: Float[Array, "M features_in"], rows: Rows | None = None) -> Float[Array, "M features_out"]:
-        if self.packed:
+    def __call__(self, x: Float[Array, "M features_in"], rows: Rows | None = None) -> Float[Array, "rows features_out"]:
+        if self.by_tokens and self.over:
+            return self.of_shares(overlap.leaving(x.astype(self.dtype)))
+        if self.packed or self.by_tokens:
             return each([self], x, rows)[0]
-        y = lax.dot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), preferred_element_type=jnp.float32)
-        if self.scales is not None:
-            y = y * self.scales[...]
+        y = self.product(x.astype(self.dtype))
         if self.low_rank is not None and rows is not None:
             y = y + self.low_rank(x, rows)
         if self.over:
             y = summed(y, self.over, self.dtype)
         return self.biased(y)
+
+    def product(self, x: Float[Array, "rows features_in"]) -> Float[Array, "rows features_out"]:
+        """Operands times the kernel, on this device."""
+        y = lax.dot(x, self.kernel[...].astype(self.dtype), preferred_element_type=jnp.float32)
+        return y if self.scales is None else y * self.scales[...]
+
+    def of_shares(self, shares: Sequence[Float[Array, "share features_in"]]) -> Float[Array, "share features_out"]:
+        """This device's share of the result, from operands in the order of ``overlap.arriving``."""
+        return self.biased(overlap.summed(shares, self.product, self.dtype))
 
     def biased(self, y: Float[Array, "M features_out"]) -> Float[Array, "M features_out"]:
         bias = self.float_bias()
@@ -95,8 +108,11 @@ class OfStack:
 
 def each(
     linears: Sequence[Linear], x: Float[Array, "M features_in"], rows: Rows | None = None
-) -> Sequence[Float[Array, "M features_out"]]:
-    """Apply every linear to x; those with packed kernels in one call."""
+) -> Sequence[Float[Array, "rows features_out"]]:
+    """Apply every linear to x; those with packed kernels in one call. Where x is a share of all tokens, to all."""
+    if linears[0].by_tokens:
+        shares = overlap.arriving(x.astype(linears[0].dtype))
+        return [linear.biased(overlap.in_order([linear.product(share) for share in shares])) for linear in linears]
     if not all(linear.packed for linear in linears):
         return [linear(x, rows) for linear in linears]
     kernels, widths = [linear.kernel[...] for linear in linears], [linear.features_out for linear in linears]
@@ -205,13 +221,23 @@ class GatedMLP(nnx.Module):
         dtype: jnp.dtype,
         activation: Activation = "silu",
         shards: int = 1,
+        by_tokens: bool = False,
         int8: bool = False,
         packed: bool = False,
         lora: Lora | None = None,
     ) -> None:
         def linear(into: int, out: int, axes: tuple[str, str]) -> Linear:
             return Linear(
-                into, out, bias=bias, dtype=dtype, axes=axes, shards=shards, int8=int8, packed=packed, lora=lora
+                into,
+                out,
+                bias=bias,
+                dtype=dtype,
+                axes=axes,
+                shards=shards,
+                by_tokens=by_tokens,
+                int8=int8,
+                packed=packed,
+                lora=lora,
             )
 
         self.gate = linear(width, ff_width, ("embed", "mlp"))
@@ -225,11 +251,19 @@ class GatedMLP(nnx.Module):
             kernels, x = (gate.kernel[...], up.kernel[...]), x.astype(gate.dtype)
             of_rows, biases = added([gate.low_rank, up.low_rank], x, rows), (gate.float_bias(), up.float_bias())
             return self.down(linear.gated(x, *kernels, gate.features_out, self.activation, of_rows, biases), rows)
-        gated, ungated = each((gate, up), x, rows)
+        if gate.by_tokens:
+            shares = overlap.arriving(x.astype(gate.dtype))
+            return self.down.of_shares(
+                [self._inner(*(linear.biased(linear.product(share)) for linear in (gate, up))) for share in shares]
+            )
+        return self.down(self._inner(*each((gate, up), x, rows)), rows)
+
+    def _inner(self, gated: Float[Array, "rows F"], ungated: Float[Array, "rows F"]) -> Float[Array, "rows F"]:
+        """The operands of ``down``."""
         if ungated.size >= LARGE:
-            ungated = lax.optimization_barrier(ungated.astype(up.dtype)).astype(jnp.float32)
-        product = (activate(gated, self.activation) * ungated).astype(up.dtype)
-        return self.down(lax.optimization_barrier(product), rows)  # in one operation with ``down``, TPUs take longer
+            ungated = lax.optimization_barrier(ungated.astype(self.up.dtype)).astype(jnp.float32)
+        product = (activate(gated, self.activation) * ungated).astype(self.up.dtype)
+        return lax.optimization_barrier(product)  # in one operation with ``down``, TPUs take longer
 
 
 def rope_frequencies(rope: Rope, width: int, *, long: bool = False) -> npt.NDArray[np.float32]:

@@ -108,6 +108,7 @@ def prepare(
     compiled_folder: Path | None = None,
     quantization: Quantization | None = None,
     ragged: bool | None = None,
+    by_tokens: bool | None = None,
     mesh: Mesh | None = None,
     trust_config: Sequence[str] = (),
     room: Room | None = None,
@@ -125,6 +126,7 @@ def prepare(
         compiled_folder: keeps the CPU's kernels for the next start.
         quantization: of the kernels of attention and MLP, applied while they are read.
         ragged: how experts multiply, see ``model.config``; None: so on TPU.
+        by_tokens: whether devices divide the tokens of large calls, see ``model.config``; None: they do on TPU.
         mesh: devices to spread the model over, see ``model.sharding``; None: the first device.
         trust_config: keys of ``config.json`` that change nothing, as the user says.
         room: the memory that it may take; None: any.
@@ -152,12 +154,20 @@ def prepare(
         native = native and config.width % 2 == 0
         packed = native and kernels.bfloat16 and config.ff_width % 2 == 0 and config.shared_ff_width % 2 == 0
     packed = packed and not quantization
-    ragged = platform == "tpu" if ragged is None else ragged
+    ragged, by_tokens = (platform == "tpu" if each is None else each for each in (ragged, by_tokens))
     if lora and config.encoder:
         raise ConfigError(f"{config.architecture}: encoders take no adapters beside their weights; {REMEDY}")
     lora = lora and replace(lora, rank=-(-lora.rank // linear.STRIP) * linear.STRIP)
     return choose(
-        replace(config, int8=quantization == "int8", native=native, packed=packed, ragged=ragged, lora=lora),
+        replace(
+            config,
+            int8=quantization == "int8",
+            native=native,
+            packed=packed,
+            ragged=ragged,
+            by_tokens=by_tokens,
+            lora=lora,
+        ),
         dtype=dtype,
         implementation=implementation,
         by_layer=platform == "cpu" if by_layer is None else by_layer,
@@ -196,7 +206,11 @@ def choose(
     if config.recurrence and implementation in TRITON:
         implementation = "paged"  # recurrent layers by XLA know one prefix a call, and that kernel's calls have several
     part = config if mesh is None else divided(config, mesh.shape[MODEL])
-    family, abstract = registry.build(part, dtype=target, implementation=implementation)
+    by_tokens = config.by_tokens and not by_layer and part.shards > 1 and not part.experts
+    by_tokens = by_tokens and not (part.recurrence or part.encoder or part.lora)
+    part = replace(part, by_tokens=by_tokens)
+    whole_calls = replace(part, by_tokens=False)
+    family, abstract = registry.build(whole_calls, dtype=target, implementation=implementation)
 
     def laid(longest: int | None, cache: int | None) -> Layout:
         own = sizes if cache is None else replace(sizes, prefix_cache_bytes=cache)
@@ -204,7 +218,11 @@ def choose(
 
     weighed = Weighed.of(abstract, part.layers)
     chosen, memory = fit(part, weighed, laid, room, max_prompt_tokens=max_prompt_tokens, cache_bytes=cache_bytes)
-    return Choice(config, family, Model(part, abstract, chosen, by_layer, mesh), memory)
+    of_tokens = None
+    if by_tokens:
+        _, abstract_of_tokens = registry.build(part, dtype=target, implementation=implementation)
+        of_tokens = Model(part, abstract_of_tokens, chosen, by_layer, mesh)
+    return Choice(config, family, Model(whole_calls, abstract, chosen, by_layer, mesh, of_tokens), memory)
 
 
 def place(stored: Opened, choice: Choice, progress: Progress | None = None) -> Weights:
@@ -249,7 +267,7 @@ def without_weights(
         MemoryNeededError: it does not fit into ``room``.
     """
     model = choose(
-        replace(config, ragged=implementation == "fused"),
+        replace(config, ragged=implementation == "fused", by_tokens=implementation == "fused"),
         dtype=dtype,
         implementation=implementation,
         by_layer=False,

@@ -8,6 +8,7 @@ runs several calls at once, each on devices of its own.
 Source: the split of a layer is that of Megatron-LM (arXiv 1909.08053), section 3.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -58,7 +59,7 @@ class Tensor(Protocol):
 
 
 def mesh(data: int, model: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of ``data`` x ``model`` devices.
+    """A mesh of ``data`` x ``model`` devices. Those that a model is over are in the order of a ring, if they can be.
 
     Args:
         devices: None: all that jax sees, on all hosts.
@@ -71,7 +72,24 @@ def mesh(data: int, model: int, devices: Sequence[Any] | None = None) -> Mesh:
         raise ConfigError(
             f"a mesh of {data} x {model} (data x model) takes {data * model} devices and there are {len(devices)}"
         )
-    return Mesh(np.array(devices).reshape(data, model), (DATA, MODEL))
+    rows = [ring(devices[start : start + model]) for start in range(0, data * model, model)]
+    return Mesh(np.array(rows), (DATA, MODEL))
+
+
+def ring(devices: Sequence[Any]) -> list[Any]:
+    """Devices in an order in which each has a link to the next, and the last to the first.
+
+    Where they are no grid with an even number of rows, they stay as they are.
+    """
+    places = {tuple(coords): device for device in devices if (coords := getattr(device, "coords", None))}
+    axes = [sorted(set(axis)) for axis in zip(*places, strict=True)]
+    axes = sorted((axis for axis in enumerate(axes) if len(axis[1]) > 1), key=lambda axis: len(axis[1]) % 2)
+    if len(axes) != 2 or len(axes[0][1]) % 2 or len(places) != math.prod(len(axis) for _, axis in axes):
+        return list(devices)
+    (first, rows), (second, columns) = axes
+    found = {(place[first], place[second]): device for place, device in places.items()}
+    there = [(row, c) for n, row in enumerate(rows) for c in (columns[1:] if n % 2 == 0 else columns[:0:-1])]
+    return [found[each] for each in (*there, *((row, columns[0]) for row in reversed(rows)))]
 
 
 def splits(chips: int, data: int | None = None) -> list[tuple[int, int]]:

@@ -51,6 +51,8 @@ class Sizes:
             of the longest kind needs it, and less where not so much is free, see ``model.memory``.
         costs: what the planner weighs.
         large_calls: the smallest calls are an eighth of a full one, see ``plan.large_shapes``.
+        share_tokens: of a model over several devices: the least tokens of a device's share in calls whose tokens are
+            divided among them, see ``model.overlap``.
         fill_memory: the prefix cache takes its share of the free memory, however much; see ``model.memory``.
     """
 
@@ -64,6 +66,7 @@ class Sizes:
     prefix_cache_bytes: int = 384 * 2**20
     costs: plan.Costs = plan.CPU_COSTS
     large_calls: bool = False
+    share_tokens: int = 1024
     fill_memory: bool = False
 
 
@@ -113,6 +116,7 @@ class Layout:
         prefixes: how many prefixes the segments of a call see at most.
         slots: entries of a page table.
         adapters: that the tokens of a call take at most; 0: there are none.
+        divided_tokens: the smallest calls whose tokens are divided among devices, see ``model.overlap``.
         flat: segments follow each other in one bin, since attention looks at each by itself.
         whole: sequences share no prefix, and each is one segment: an encoder's.
         pool: shape and dtype of the page pool, [pages, L, 2, K, page, H].
@@ -127,6 +131,7 @@ class Layout:
     slots: int
     pool: jax.ShapeDtypeStruct
     adapters: int = 0
+    divided_tokens: int = 0
     flat: bool = False
     whole: bool = False
     snapshots: Snapshots | None = None
@@ -219,7 +224,8 @@ def layout(
     snapshots = _snapshots(config, sizes.prefix_cache_bytes // 2)
     for_pages = sizes.prefix_cache_bytes // (2 if snapshots else 1)
     pages = 1 + max(slots, for_pages // (int(np.prod(page)) * stored.itemsize))
-    call_tokens = max(sizes.call_tokens, width)
+    divided_tokens = sizes.share_tokens * config.shards
+    call_tokens = max(sizes.call_tokens, width, divided_tokens if config.by_tokens else 0)
     cheap = config.packed and not config.experts  # ``cpu.linear`` passes over padding, XLA multiplies it
     flat = implementation in (NATIVE, *TRITON)
     if implementation == NATIVE:
@@ -232,6 +238,8 @@ def layout(
         prefixes = CALL_PREFIXES if implementation in FUSED and not config.recurrence else 1
         ladder = (plan.large_shapes if sizes.large_calls else plan.shapes)(width, call_tokens)
     chunks = sizes.chunks or (CHUNKS_WITH_CHEAP_PADDING if cheap else CHUNKS)
+    if config.by_tokens and divided_tokens > chunks[-1]:
+        chunks = (*chunks, divided_tokens)
     vocabulary = 0 if config.classes else config.vocab_size
     tops = tuple(sorted({min(count, vocabulary) for count in sizes.top_counts} - {0}))
     if implementation in FUSED:
@@ -242,7 +250,9 @@ def layout(
         sizes = replace(sizes, head_sizes=(max(2, sizes.head_sizes[0]), *sizes.head_sizes[1:]))
     pool = jax.ShapeDtypeStruct((pages, *page), stored)
     adapters = (config.lora.slots if config.packed else CALL_ADAPTERS) if config.lora else 0
-    return Layout(sizes, longest, ladder, width, prefixes, slots, pool, adapters, flat, snapshots=snapshots)
+    return Layout(
+        sizes, longest, ladder, width, prefixes, slots, pool, adapters, divided_tokens, flat, snapshots=snapshots
+    )
 
 
 def _fused_costs(config: ModelConfig, head_width: int, costs: plan.Costs) -> plan.Costs:

@@ -21,13 +21,11 @@ class Chip:
 
     Attributes:
         kind: jax's name of it.
-        link: one link to another chip, one direction, bytes a second.
         cores: that share a kernel's grid.
         smallest: the smallest topology that can be compiled for; its first chip stands for a single one.
     """
 
     kind: str
-    link: float
     cores: int
     smallest: str
 
@@ -58,17 +56,12 @@ class Chip:
 
 
 CHIPS = {
-    "v5e": Chip("TPU v5 lite", 50e9, 1, "2x2"),
-    "v5p": Chip("TPU v5", 100e9, 2, "2x2x1"),
-    "v6e": Chip("TPU v6 lite", 100e9, 1, "2x2"),
+    "v5e": Chip("TPU v5 lite", 1, "2x2"),
+    "v5p": Chip("TPU v5", 2, "2x2x1"),
+    "v6e": Chip("TPU v6 lite", 1, "2x2"),
 }
-"""Source: as of ``model.cost.PEAKS``. It gives the links' rate of a whole chip in both directions, 400, 1,200 and 800
-GB/s: of four links, of six, of four."""
 HOST_BANDWIDTH = 10e9
 """Bytes a second between a host and its chips: assumed, no document gives it."""
-RINGS = 2
-"""The compiler turns a sum over all chips of a slice into two rings in opposite directions, so each chip sends over two
-links. The smallest slices have no more."""
 
 
 def libtpu_version() -> str | None:

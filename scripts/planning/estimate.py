@@ -33,7 +33,7 @@ from model.sharding import mesh, splits
 from model.sizes import BY_PLATFORM, Layout
 from scripts.benchmarks.work import Request, Sizes, Variant, floor_flops
 from scripts.planning.bundles import Kernel, Product, Rotary, fold_bundles, rotary_bundles, visit_bundles
-from scripts.planning.chips import CHIPS, HOST_BANDWIDTH, RINGS, devices
+from scripts.planning.chips import CHIPS, HOST_BANDWIDTH, devices
 from scripts.planning.host import host_cost
 from scripts.planning.schedules import Schedules
 
@@ -90,9 +90,9 @@ class Estimate:
         data: calls that run at once, each on an equal share of the chips.
         missing_bytes: how much memory is lacking; 0 if it fits. If weights and prefix cache alone do not fit,
             nothing is compiled, and the attributes from ``cost`` on are None.
-        roofline_seconds: the sum over launches of the larger of FLOPs / peak and bytes / bandwidth, plus the time of
-            the launch's collectives, since the next step waits for them.
-        collective_seconds: the time of the collectives alone.
+        roofline_seconds: the sum over launches of the larger of FLOPs / peak and bytes / bandwidth, plus the time
+            in which the chip waits for collectives.
+        collective_seconds: the time in which a chip waits for collectives.
         expected: the time by the programs' instructions and the host's measurement.
     """
 
@@ -363,7 +363,7 @@ def estimate(
         experts += count * one.experts
         experts_worst += count * one.experts_worst
         cycles.update({f"{launch.kind}: {name}": count * each for name, each in one.cost.cycles.items()})
-        exchange = one.cost.collective_bytes / (RINGS * peaks.link)
+        exchange = one.cost.waited / peaks.clock
         seconds += count * (max(one.cost.flops / peaks.flops, one.cost.bytes / peaks.bandwidth) + exchange)
         collective += count * exchange
     memory["temporaries"] = extra

@@ -2,9 +2,11 @@
 
 import re
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -23,6 +25,7 @@ from tests.invariance.rows import LABELS, TOLERANCE, VOCAB, prompts, values, wit
 from tests.reads import bytes_read
 from tests.sharding.one_of_two import SIZES
 from tests.tiny import make_llama
+from tests.tiny_families import make_family
 from tests.tiny_heads import candidate_head
 
 MESHES = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 4), (1, 8), (2, 4)]
@@ -85,6 +88,46 @@ def test_every_mesh_gives_the_same_scores(
     for mine, alone in zip(everything(spread), wanted[0], strict=True):
         np.testing.assert_allclose(mine, alone, rtol=0, atol=TOLERANCE)
     assert spread.stats.prefix_hit_tokens == wanted[1]
+
+
+BY_TOKENS: dict[str, Any] = SIZES | {"by_layer": False, "by_tokens": True, "share_tokens": 16}
+
+
+@pytest.mark.parametrize(("data", "model"), [pytest.param(1, 2, marks=pytest.mark.slow), (2, 4)])
+def test_tokens_divided_among_devices_have_the_same_scores(
+    folder: Path, wanted: tuple[list[np.ndarray], int], data: int, model: int
+) -> None:
+    spread = loading.load(folder, mesh=mesh(data, model), **BY_TOKENS)
+    for mine, alone in zip(everything(spread), wanted[0], strict=True):
+        np.testing.assert_allclose(mine, alone, rtol=0, atol=TOLERANCE)
+    assert spread.stats.prefix_hit_tokens == wanted[1]
+
+
+@pytest.mark.parametrize("family", ["gemma2", pytest.param("olmo2", marks=pytest.mark.slow)])
+def test_families_whose_layers_differ_have_the_same_scores_by_tokens(family: str, tmp_path: Path) -> None:
+    """Norms after the sums, windows and a scaled embedding; norms of all heads' queries as one vector."""
+    folder = make_family(tmp_path / "model", family)
+    asked = prompts(5, seed=3, query=90, longest=30)
+    alone = values(loading.load(folder, **SIZES), asked)
+    spread = values(loading.load(folder, mesh=mesh(1, 2), **BY_TOKENS), asked)
+    np.testing.assert_allclose(spread, alone, rtol=0, atol=TOLERANCE)
+
+
+def test_large_calls_send_shares_of_tokens_in_place_of_sums(folder: Path) -> None:
+    """No sum over devices is left in the layers, and small calls are as before."""
+    spread = loading.load(folder, mesh=mesh(1, 4), **BY_TOKENS | {"share_tokens": 32})
+    programs: Any = spread._programs  # pyright: ignore[reportPrivateUsage]
+    ladder = sorted(spread._layout.ladder, key=lambda shape: shape.tokens)  # pyright: ignore[reportPrivateUsage]
+    large, small = ladder[-1], ladder[0]
+    assert small.tokens < large.tokens == 4 * 32
+    found = re.compile(r"= \S+ (all-\w+|reduce-scatter|collective-permute)(?:-start)?\(")
+    sent = Counter(found.findall(programs.compiler.get(Kind.SEGMENTS, large).as_text()))
+    # Two layers, the first in a loop. Each sends shares before q, k, v (the last one before its reads' queries, too)
+    # and before the MLP, and sums after attention and after the MLP; three times, both ways.
+    assert sent.pop("collective-permute") == (4 + 5) * 3 * 2
+    # The embedding's rows, the last layer's reads, and the hidden states at the end.
+    assert sent == {"reduce-scatter": 2, "all-gather": 1}
+    assert set(found.findall(programs.compiler.get(Kind.SEGMENTS, small).as_text())) == {"all-reduce"}
 
 
 def test_every_program_is_launched_under_one_lock(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,6 +266,21 @@ def test_sizes_that_cannot_be_divided_are_refused(folder: Path) -> None:
         sharding.divided(config, 3)
     with pytest.raises(ConfigError, match=r"a mesh of 2 x 3 .* takes 6 devices and there are 8"):
         sharding.mesh(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows", "is_ring"),
+    [(2, 2, True), (2, 4, True), (4, 2, True), (3, 4, True), (4, 4, True), (3, 3, False)],
+)
+def test_chips_of_a_model_are_in_a_ring_of_links(columns: int, rows: int, is_ring: bool) -> None:
+    chips = [SimpleNamespace(coords=(x, y, 0)) for y in range(rows) for x in range(columns)]
+    found = sharding.ring(chips)
+    assert sorted(chip.coords for chip in found) == sorted(chip.coords for chip in chips)
+    steps = zip(found, (*found[1:], found[0]), strict=True)
+    distances = [sum(abs(a - b) for a, b in zip(one.coords, other.coords, strict=True)) for one, other in steps]
+    assert (set(distances) == {1}) == is_ring
+    if not is_ring:
+        assert found == chips
 
 
 def test_a_function_of_each_devices_part_is_compiled_once_for_all_parameters_of_a_shape():

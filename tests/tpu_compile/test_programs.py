@@ -7,6 +7,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -300,6 +301,21 @@ def test_programs_compile_for_slices_and_their_attention_is_fused(config: ModelC
     assert sums <= cost.collective_bytes / one_sum <= sums + 2
     assert_no_scores_move(cost, config, programs, laid, laid.ladder[0])
     assert "[<=" not in compiled.as_text(), "a dynamic shape"
+
+
+@pytest.mark.slow
+def test_a_slice_computes_while_shares_of_tokens_travel() -> None:
+    """Chips would wait for all of it if they summed after each half of a layer."""
+    chips = devices("v6e", "2x2")
+    config = replace(LLAMA_31_8B, layers=4)
+    programs, laid = without_weights(config, mesh(1, 4, chips), BY_PLATFORM["tpu"], max_prompt_tokens=8192)
+    for kind, size in ((Kind.SEGMENTS, Shape(128, 32)), (Kind.PREFILL, laid.sizes.chunks[-1])):
+        traced = programs.compiler.trace(kind, size)
+        compiled = traced.lower().compile()
+        cost, kernels = program_cost(traced, compiled, trips=config.layers - 1, rates=V6E)
+        assert kernels >= config.layers - 1
+        assert cost.waited < 0.5 * cost.collective_bytes / (2 * V6E.link)
+        assert cost.waited < 0.25 * sum(cost.cycles.values())
 
 
 @pytest.mark.parametrize(

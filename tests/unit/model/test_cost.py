@@ -46,7 +46,7 @@ ENTRY %main (x: f32[60,100], w: bf16[5,64,128]) -> f32[60,100] {
 X = 64 * 128 * 4
 """Bytes of f32[60,100] with its padding to tiles of 8 x 128."""
 LAYER = 64 * 128 * 2
-RATES = Rates(1e6, 1e5)
+RATES = Rates(1e6, 1e5, 1e3)
 PRODUCT = """
 %product (param_0: bf16[512,1024], param_1: bf16[1024,256]) -> f32[512,256] {
   %a = bf16[512,1024]{1,0:T(8,128)(2,1)} parameter(0)
@@ -69,6 +69,7 @@ def test_bytes_follow_loops_cuts_and_memory_spaces() -> None:
     # Each trip copies one layer of the stack into on-chip memory; then the sum is read, written and read once more.
     assert cost.bytes == 5 * LAYER + 2 * X + X
     assert cost.collective_bytes == X
+    assert cost.waited == X / 2e3  # two links of 1,000 bytes a cycle
     assert kernels == 5
 
 
@@ -116,7 +117,7 @@ def test_an_operation_takes_the_bundles_of_its_finished_program() -> None:
     cost, _ = hlo_cost(text, trips=1, rates=RATES, finished=finished)
     assert (cost.cycles, cost.modelled, cost.counted) == ({"y": 7 + 6 * 100 + 2 * 20}, 50, 647)
     moved = 2 * (512 * 1024 + 1024 * 256) + 4 * 512 * 256
-    cost, _ = hlo_cost(text, trips=1, rates=Rates(1e6, 1e3), finished=finished)
+    cost, _ = hlo_cost(text, trips=1, rates=Rates(1e6, 1e3, 1e3), finished=finished)
     assert cost.cycles == {"y": moved / 1e3}
 
 
@@ -135,6 +136,38 @@ def test_a_collective_goes_around_a_ring(collective: str, sent: float) -> None:
     """In a sum every chip passes on all parts but one, twice: first to be added up, then as sums."""
     text = HLO.replace("all-reduce(%y), replica_groups={{0,1}}", collective)
     assert hlo_cost(text, trips=5, rates=RATES)[0].collective_bytes == sent * X
+
+
+SENDS = """
+ENTRY %main (x: f32[60,100]) -> f32[60,100] {
+  %x = f32[60,100]{1,0:T(8,128)} parameter(0)
+  %right = (f32[60,100]{1,0:T(8,128)}) collective-permute-start(%x), source_target_pairs={{0,1},{1,2},{2,0}}
+  %left = (f32[60,100]{1,0:T(8,128)}) collective-permute-start(%x), source_target_pairs={{1,0},{2,1},{0,2}}
+  %beside = f32[60,100]{1,0:T(8,128)S(1)} copy(%x), backend_config={"window_config":{"estimated_cycles":"20"}}
+  %right.1 = f32[60,100]{1,0:T(8,128)} collective-permute-done(%right)
+  %left.1 = f32[60,100]{1,0:T(8,128)} collective-permute-done(%left)
+  %again = (f32[60,100]{1,0:T(8,128)}) collective-permute-start(%right.1), source_target_pairs={{0,1},{1,2},{2,0}}
+  %long = f32[60,100]{1,0:T(8,128)S(1)} copy(%x), backend_config={"window_config":{"estimated_cycles":"90"}}
+  ROOT %again.1 = f32[60,100]{1,0:T(8,128)} collective-permute-done(%again)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "waited"),
+    [
+        # 32.768 cycles for each array over its link: 20 of the first two are hidden, and all of the third.
+        (("", ""), X / 1e3 - 20),
+        # To the same chips they go one after the other.
+        (("{{1,0},{2,1},{0,2}}", "{{0,1},{1,2},{2,0}}"), 2 * X / 1e3 - 20),
+        (('"90"', '"30"'), 2 * X / 1e3 - 50),
+    ],
+)
+def test_a_chip_waits_for_what_has_not_arrived_beside_its_operations(change: tuple[str, str], waited: float) -> None:
+    cost, _ = hlo_cost(SENDS.replace(*change), trips=1, rates=Rates(1e6, 1e6, 1e3))
+    assert cost.collective_bytes == 3 * X
+    assert cost.waited == pytest.approx(waited)
+    assert (cost * 3 + cost).waited == pytest.approx(4 * waited)
 
 
 def test_matrix_products_of_a_loop_count_as_often_as_it_runs() -> None:

@@ -1,5 +1,7 @@
 """The layout that follows from a model and the platform's sizes."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -57,6 +59,20 @@ def test_bins_are_wider_where_attention_is_a_small_part_of_a_layer_or_each_token
     laid = layout(config, BY_PLATFORM["tpu"], dtype=jnp.dtype(jnp.bfloat16), implementation="fused")
     segments = plan.Segments.of([plan.Segment(number, prefix, prefix + 20, 1) for number in range(500)])
     assert [str(call.shape) for call in laid.calls([plan.Group(0, prefix, segments)])] == expected
+
+
+@pytest.mark.parametrize(
+    ("shards", "by_tokens", "most", "chunk"),
+    [(4, False, 4608, 2048), (4, True, 4608, 4096), (8, True, 8448, 8192), (8, False, 4608, 2048)],
+)
+def test_calls_are_large_enough_to_be_divided_among_devices(
+    shards: int, by_tokens: bool, most: int, chunk: int
+) -> None:
+    config = from_hf(SMALL | {"max_position_embeddings": 2**14})
+    part = replace(config, heads=1, kv_heads=1, shards=shards, by_tokens=by_tokens)
+    laid = layout(part, BY_PLATFORM["tpu"], dtype=jnp.dtype(jnp.bfloat16), implementation="fused")
+    assert (max(shape.tokens for shape in laid.ladder), laid.sizes.chunks[-1]) == (most, chunk)
+    assert laid.divided_tokens == 1024 * shards
 
 
 def test_a_fold_s_tokens_see_a_bin_up_to_its_last() -> None:
