@@ -191,6 +191,8 @@ def dot_flops(jaxpr: ClosedJaxpr | Jaxpr, *, trips: bool = True) -> float:
 _OP = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*)(:[^}]*)?\})?")
 _SHAPE_ALONE = re.compile(r"\b[a-z]\w*\[[\d,]*\]")
+_CONFIG = re.compile(r'"(?:estimated_cycles|iteration_bounds)":(?:"\d+"|\[[^\]]*\])')
+_NAMED = re.compile(r"%[\w.\-]+|, (?:metadata|backend_config|sharding|frontend_attributes)=.*$")
 _PRODUCT_BOUNDS = 3
 """A product's loop runs over so many axes; the last is the inner one, along which it sums."""
 _WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
@@ -239,7 +241,7 @@ def hlo_cost(hlo: str, *, trips: int, rates: Rates, finished: Finished | None = 
     assert entry, "the text of a compiled program has an entry"
     moved = collective = waited = modelled = counted = 0.0
     cycles, ragged = defaultdict[str, float](float), Counter[Ragged]()
-    kernels = 0
+    kernels, schedules = 0, _schedules(computations, finished) if finished else {}
     pending = [(entry[1], 1)]
     while pending:
         name, times = pending.pop()
@@ -265,7 +267,8 @@ def hlo_cost(hlo: str, *, trips: int, rates: Rates, finished: Finished | None = 
             expected = re.search(r'"estimated_cycles":"(\d+)"', op.text)
             if expected and op.kind.removesuffix("-start").removesuffix("-done") not in _COLLECTIVES:
                 least = max(_product_flops(op, ops, computations) / rates.flops, own_bytes / rates.bytes)
-                bundles = _bundles(op, ops, finished) if finished else None
+                schedule = schedules.get(_alike(op, ops, computations)) if schedules else None
+                bundles = schedule and _bundles(op, schedule)
                 once = max(int(expected[1]) if bundles is None else bundles, least)
                 exchange.now += once
                 taken = times * once
@@ -307,12 +310,39 @@ class _Exchange:
             self.now = max(arrives, self.now)
 
 
-def _bundles(op: _Op, ops: Mapping[str, _Op], finished: Finished) -> int | None:
+def _schedules(computations: Mapping[str, list[_Op]], finished: Finished) -> Mapping[tuple[str, ...], Schedule]:
+    """The finished programs of all operations whose programs are known, by ``_alike``: of operations that are alike,
+    libtpu finishes one. Where theirs differ, none is given."""
+    found = defaultdict[tuple[str, ...], set[Schedule]](set)
+    for body in computations.values():
+        ops = {op.name: op for op in body}
+        for op in body:
+            if not _CONFIG.search(op.text):
+                continue
+            shapes = [shape for name in op.operands if name in ops for shape in _SHAPE_ALONE.findall(ops[name].shape)]
+            if schedule := finished(op.name, op.operands, [*shapes, *_SHAPE_ALONE.findall(op.shape)]):
+                found[_alike(op, ops, computations)].add(schedule)
+    return {alike: schedules.pop() for alike, schedules in found.items() if len(schedules) == 1}
+
+
+def _alike(op: _Op, ops: Mapping[str, _Op], computations: Mapping[str, list[_Op]]) -> tuple[str, ...]:
+    """What two operations have in common whose programs are the same: all of their text but names, and where it comes
+    from."""
+    own = _CONFIG.findall(op.text)
+    inside = computations[op.calls] if op.calls and op.kind != "while" else []
+    numbers = {each.name: str(number) for number, each in enumerate(inside)}
+    body = [
+        f"{each.kind} {each.shape} {' '.join(numbers.get(name, '') for name in each.operands)} "
+        f"{_NAMED.sub('', each.text) if each.kind != 'fusion' else _alike(each, {}, computations)}"
+        for each in inside
+    ]
+    return (op.kind, op.shape, *(ops[name].shape for name in op.operands if name in ops), *own, *body)
+
+
+def _bundles(op: _Op, schedule: Schedule) -> int | None:
     """Bundles that an operation's finished program runs through."""
-    shapes = [shape for name in op.operands if name in ops for shape in _SHAPE_ALONE.findall(ops[name].shape)]
-    schedule = finished(op.name, op.operands, [*shapes, *_SHAPE_ALONE.findall(op.shape)])
-    if schedule is None or not (schedule.each or schedule.seldom):
-        return schedule and schedule.once
+    if not (schedule.each or schedule.seldom):
+        return schedule.once
     if (found := re.search(r'"iteration_bounds":\[([^\]]*)\]', op.text)) is None:
         return None
     bounds = [int(bound) for bound in re.findall(r"\d+", found[1])]
