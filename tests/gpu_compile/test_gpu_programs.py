@@ -107,7 +107,7 @@ def h100(config: ModelConfig, dtype: Any = "bfloat16") -> Any:
 
 def test_segments_of_a_whole_model_compile_to_few_kernels() -> None:
     programs, laid = h100(QWEN3_06B)
-    assert len(programs.wanted()) <= 28, "each is compiled at the first start"
+    assert len(programs.wanted()) <= 33, "each is compiled at the first start"
     call = laid.ladder[-1]
     compiled = programs.compiler.trace(Kind.SEGMENTS, call).lower().compile()
     hlo = compiled.as_text()
