@@ -206,7 +206,7 @@ def choose(
     if config.recurrence and implementation in TRITON:
         implementation = "paged"  # recurrent layers by XLA know one prefix a call, and that kernel's calls have several
     part = config if mesh is None else divided(config, mesh.shape[MODEL])
-    by_tokens = config.by_tokens and not by_layer and part.shards > 1 and not part.experts
+    by_tokens = config.by_tokens and not by_layer and part.shards > 1
     by_tokens = by_tokens and not (part.recurrence or part.encoder or part.lora)
     part = replace(part, by_tokens=by_tokens)
     whole_calls = replace(part, by_tokens=False)

@@ -24,7 +24,7 @@ def can_share(tokens: int, shards: int) -> bool:
     return not any(rows % (2 * shards) for rows in (tokens, reads_of(tokens)))
 
 
-def all_rows(x: Float[Array, "share D"]) -> Float[Array, "M D"]:
+def all_rows(x: Num[Array, "share D"]) -> Num[Array, "M D"]:
     """The rows of all devices."""
     return lax.all_gather(x, MODEL, tiled=True)
 

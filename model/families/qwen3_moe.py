@@ -13,7 +13,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from model import decoder
+from model import decoder, overlap
 from model.checkpoint import Target, Targets
 from model.config import ModelConfig, common_config, with_window
 from model.families import llama
@@ -82,12 +82,16 @@ class Experts(nnx.Module):
 
     def __call__(self, x: Float[Array, "M D"], _rows: Rows | None = None) -> Float[Array, "M D"]:
         """The mixture. Adapters change no experts."""
-        tokens, per_token = x.shape[0], self.config.experts_per_token
         shares, chosen = self._in_blocks(x) if self.config.native else self._chosen(x)
+        if self.config.by_tokens:
+            x, shares, chosen = (overlap.all_rows(each) for each in (x.astype(self.router.dtype), shares, chosen))
+        tokens, per_token = x.shape[0], self.config.experts_per_token
         through = self._sorted if self.config.ragged else self._block_by_block
         results = through(x, chosen.reshape(-1)).reshape(tokens, per_token, -1)
         mixed = jnp.sum(results * shares[..., None], axis=1)
         # Each device holds some of every expert's channels: as with an MLP, one sum over the devices.
+        if self.config.by_tokens:
+            return overlap.own_share(mixed.astype(self.router.dtype)).astype(jnp.float32)
         return mixed if self.config.shards == 1 else summed(mixed, MODEL, self.router.dtype)
 
     def _sorted(self, x: Float[Array, "M D"], chosen: Int[Array, " pairs"]) -> Float[Array, "pairs D"]:

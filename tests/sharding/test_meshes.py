@@ -103,9 +103,9 @@ def test_tokens_divided_among_devices_have_the_same_scores(
     assert spread.stats.prefix_hit_tokens == wanted[1]
 
 
-@pytest.mark.parametrize("family", ["gemma2", pytest.param("olmo2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["gemma2", "qwen3_moe", pytest.param("olmo2", marks=pytest.mark.slow)])
 def test_families_whose_layers_differ_have_the_same_scores_by_tokens(family: str, tmp_path: Path) -> None:
-    """Norms after the sums, windows and a scaled embedding; norms of all heads' queries as one vector."""
+    """Norms after the sums, windows and a scaled embedding; experts; norms of all heads' queries as one vector."""
     folder = make_family(tmp_path / "model", family)
     asked = prompts(5, seed=3, query=90, longest=30)
     alone = values(loading.load(folder, **SIZES), asked)

@@ -263,6 +263,14 @@ def test_the_kernel_takes_no_more_bundles_for_a_thousand_scores(
     assert found.mixed / (of_step * FOLD_TOKENS) < mixed
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("groups", "width"), [(2, 768), (2, 384), (4, 768)])
+def test_bins_that_fill_no_whole_tile_take_as_many_bundles_over_a_prefix(groups: int, width: int) -> None:
+    """Their tiles have 768 tokens, which are folded at once. Of 256 at once, 1,000 scores take 2.84 and 2.19."""
+    found = fold_bundles(Kernel("v6e", width, groups, 128, windowed=False, softcap=None))
+    assert found.prefix / (groups / 1000 * STEP_PAGES * PAGE_TOKENS * 768) < 2.2
+
+
 @pytest.mark.parametrize(
     ("chip", "most"), [pytest.param("v5e", 0.82, id="v5e", marks=pytest.mark.slow), pytest.param("v6e", 0.44, id="v6e")]
 )
