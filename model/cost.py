@@ -47,6 +47,7 @@ class Ragged:
         groups: experts of all layers in one stack; a layer's rows are of its own experts.
         into, out: axes of an expert's kernel.
         tile: rows, and parts of the two axes, that are multiplied at a time.
+        result_bytes: of one number of the result.
     """
 
     rows: int
@@ -54,6 +55,7 @@ class Ragged:
     into: int
     out: int
     tile: tuple[int, int, int]
+    result_bytes: int = 4
 
     def visits(self, experts: float) -> float:
         """Tiles that are multiplied where so many experts have rows, each beginning within a tile."""
@@ -61,9 +63,9 @@ class Ragged:
         return (-(-self.rows // rows) + experts - 1) * -(-self.into // into) * -(-self.out // out)
 
     def bytes(self, experts: float) -> float:
-        """To and from HBM, in bfloat16 with float32 results: each expert's kernel once, the rows once a part of out."""
+        """To and from HBM, of operands in bfloat16: each expert's kernel once, the rows once a part of out."""
         parts = -(-self.out // self.tile[2])
-        return 2 * experts * self.into * self.out + self.rows * (2 * parts * self.into + 4 * self.out)
+        return 2 * experts * self.into * self.out + self.rows * (2 * parts * self.into + self.result_bytes * self.out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,7 +380,8 @@ def _ragged(op: _Op) -> Ragged:
     assert shapes, f"no shapes of the operands in {op.text[:500]}"
     assert tile, f"no tiles in {op.text[:500]}"
     rows, groups, into, out = map(int, shapes.groups())
-    return Ragged(rows, groups, into, out, (int(tile[1]), int(tile[2]), int(tile[3])))
+    result_bytes = _WIDTHS[_SHAPE.findall(op.shape)[0][0]]
+    return Ragged(rows, groups, into, out, (int(tile[1]), int(tile[2]), int(tile[3])), result_bytes)
 
 
 def _title(op: _Op) -> str:

@@ -105,16 +105,19 @@ class Experts(nnx.Module):
         order = jnp.argsort(chosen)
         counts = jnp.sum(chosen[:, None] == jnp.arange(self.config.experts)[None], axis=0, dtype=jnp.int32)
 
-        def times(x: Float[Array, "pairs into"], kernels: nnx.Param[Any]) -> Float[Array, "pairs out"]:
+        def times(
+            x: Float[Array, "pairs into"], kernels: nnx.Param[Any], result: jnp.dtype | type = jnp.float32
+        ) -> Float[Array, "pairs out"]:
             stored = kernels.get_value()
             of = stored if isinstance(stored, OfStack) else OfStack(stored[None], 0)
             stack = of.stack.reshape(-1, *of.stack.shape[2:])
             sizes = lax.dynamic_update_slice(jnp.zeros(len(stack), jnp.int32), counts, (of.number * len(counts),))
-            return lax.ragged_dot(x.astype(dtype), stack, sizes, preferred_element_type=jnp.float32)
+            return lax.ragged_dot(x.astype(dtype), stack, sizes, preferred_element_type=result)
 
         pairs = x.astype(dtype)[order // per_token]
         hidden = activate(times(pairs, self.gate), self.config.activation) * times(pairs, self.up)
-        return times(hidden, self.down)[jnp.argsort(order)]
+        # Rounded as a sum over devices is: in float32 so many rows take longer to put back in order than to compute.
+        return times(hidden, self.down, dtype)[jnp.argsort(order)]
 
     def _block_by_block(self, x: Float[Array, "M D"], chosen: Int[Array, " pairs"]) -> Float[Array, "pairs D"]:
         """The same in blocks of one size, which keeps a token's bits on a CPU."""

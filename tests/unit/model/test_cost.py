@@ -246,6 +246,9 @@ def test_experts_products_are_told_by_their_shapes_and_tiles() -> None:
     # Four tiles of rows, and one more for each expert that begins within one; three parts of the kernel's width.
     assert ragged.visits(128) == (4 + 127) * 3
     assert ragged.bytes(128) == 2 * 128 * 256 * 300 + 2 * 3 * 1000 * 256 + 4 * 1000 * 300
+    rounded = text.replace("%ragged-dot-none.2 = f32[", "%ragged-dot-none.2 = bf16[")
+    (of_rounded,) = hlo_cost(rounded, trips=5, rates=RATES)[0].ragged
+    assert of_rounded.bytes(128) == ragged.bytes(128) - 2 * 1000 * 300
 
 
 def test_experts_products_count_a_row_once() -> None:
