@@ -207,6 +207,7 @@ def choose(
         implementation = "paged"  # recurrent layers by XLA know one prefix a call, and that kernel's calls have several
     part = config if mesh is None else divided(config, mesh.shape[MODEL])
     by_tokens = config.by_tokens and not by_layer and part.shards > 1
+    # Their layers are written for all of a call's tokens.
     by_tokens = by_tokens and not (part.recurrence or part.encoder or part.lora)
     part = replace(part, by_tokens=by_tokens)
     whole_calls = replace(part, by_tokens=False)

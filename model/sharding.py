@@ -84,7 +84,8 @@ def ring(devices: Sequence[Any]) -> list[Any]:
     places = {tuple(coords): device for device in devices if (coords := getattr(device, "coords", None))}
     axes = [sorted(set(axis)) for axis in zip(*places, strict=True)]
     axes = sorted((axis for axis in enumerate(axes) if len(axis[1]) > 1), key=lambda axis: len(axis[1]) % 2)
-    if len(axes) != 2 or len(axes[0][1]) % 2 or len(places) != math.prod(len(axis) for _, axis in axes):
+    cells = math.prod(len(axis) for _, axis in axes)
+    if len(axes) != 2 or len(axes[0][1]) % 2 or not len(devices) == len(places) == cells:
         return list(devices)
     (first, rows), (second, columns) = axes
     found = {(place[first], place[second]): device for place, device in places.items()}

@@ -283,6 +283,12 @@ def test_chips_of_a_model_are_in_a_ring_of_links(columns: int, rows: int, is_rin
         assert found == chips
 
 
+def test_cores_of_one_chip_stay_together() -> None:
+    """A v3's chip is two devices at one place."""
+    cores = [SimpleNamespace(coords=(x, y, 0), core=core) for y in range(2) for x in range(2) for core in range(2)]
+    assert sharding.ring(cores) == cores
+
+
 def test_a_function_of_each_devices_part_is_compiled_once_for_all_parameters_of_a_shape():
     """As int8 is: a model has hundreds of matrices of a few shapes."""
     traced: list[tuple[int, ...]] = []
