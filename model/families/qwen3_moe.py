@@ -85,10 +85,11 @@ class Experts(nnx.Module):
         shares, chosen = self._in_blocks(x) if self.config.native else self._chosen(x)
         if self.config.by_tokens:
             x, shares, chosen = (overlap.all_rows(each) for each in (x.astype(self.router.dtype), shares, chosen))
+            x = x.astype(jnp.float32)
         tokens, per_token = x.shape[0], self.config.experts_per_token
         through = self._sorted if self.config.ragged else self._block_by_block
         results = through(x, chosen.reshape(-1)).reshape(tokens, per_token, -1)
-        mixed = jnp.sum(results * shares[..., None], axis=1)
+        mixed = jnp.sum(results.astype(jnp.float32) * shares[..., None], axis=1)
         # Each device holds some of every expert's channels: as with an MLP, one sum over the devices.
         if self.config.by_tokens:
             return overlap.own_share(mixed.astype(self.router.dtype)).astype(jnp.float32)
