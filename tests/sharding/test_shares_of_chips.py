@@ -1,5 +1,6 @@
 """A replica's chips run as many calls at once as its memory allows, through its settings, on simulated devices."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ def _on_simulated_chips(monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ig
         return [mesh(*sizes, jax.devices()[:chips]) for sizes in splits(chips, data)]
 
     monkeypatch.setattr(sharding, "tpu_meshes", meshes)
+    for name, value in (("JAX_PLATFORMS", "cpu"), ("LIBTPU_INIT_ARGS", "")):  # which a scorer with chips sets
+        monkeypatch.setenv(name, os.environ.get(name, value))
 
 
 def test_a_model_that_fits_a_chip_runs_on_each_and_scores_as_on_one(folder: Path) -> None:
