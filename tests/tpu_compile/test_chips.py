@@ -63,6 +63,8 @@ KERNELS = [
     *(Kernel(chip, groups=groups) for chip in ("v5e", "v6e") for groups in (1, 4, 7, 8)),
     Kernel("v5e", "float32", groups=8, **GEMMA),
     *(Kernel("v6e", head_width=head_width) for head_width in (64, 80)),
+    Kernel("v4", groups=4, width=768),
+    Kernel("v4", "float32", width=768),
     *(Kernel("v6e", bins=bins, width=width) for bins, width in ((1, 128), (9, 128), (3, 384), (2, 1024), (2, 2048))),
 ]
 
