@@ -713,15 +713,19 @@ def _runs(bins: Sequence[list[_Run]], shape: Shape) -> list[_Planned]:
     return [*calls, _Planned(shape, taken)]
 
 
+MOST_PADDING = 1023
+"""Positions of padding up to which the last tokens of a prefill are one call: more cost as much as another call."""
+
+
 def chunks(length: int, sizes: Sequence[int]) -> list[int]:
-    """Sizes of the prefill chunks that cover ``length`` tokens with the least padding, largest first."""
-    if not length:
-        return []
-    largest = sizes[-1]
-    result = [largest] * (length // largest)
-    rest = length - largest * len(result)
-    if rest:
-        result.append(next(size for size in sizes if size >= rest))
+    """Sizes of the prefill chunks that cover ``length`` tokens in few calls, largest first."""
+    result: list[int] = []
+    while length > 0:
+        size = bucket(length, sizes)
+        if size - length > MOST_PADDING:
+            size = max((each for each in sizes if each <= length), default=size)
+        result.append(size)
+        length -= size
     return result
 
 

@@ -253,6 +253,11 @@ def test_prefill_chunks_cover_the_prefix() -> None:
     assert plan.chunks(1, (128, 256)) == [128]
     assert plan.chunks(300, (128, 256)) == [256, 128]
     assert plan.chunks(512, (128, 256)) == [256, 256]
+    for_four, for_eight = (256, 512, 1024, 2048, 4096), (256, 512, 1024, 2048, 8192)
+    assert plan.chunks(2100, for_four) == plan.chunks(2100, for_eight) == [2048, 256]
+    assert plan.chunks(6500, for_four) == [4096, 2048, 512]
+    assert plan.chunks(8000, for_four) == [4096, 4096]
+    assert plan.chunks(1100, for_eight) == [2048]
 
 
 def test_buckets() -> None:
