@@ -2,7 +2,8 @@
 
 Every device runs the same program on its own part (``jax.shard_map``), with the sizes that ``divided`` gives. Split
 over the axis ``model`` are attention's heads, the MLP's inner channels, the vocabulary and the page pool; a layer sums
-over that axis twice, after attention's output projection and after the MLP's last one. Over the axis ``data`` a launch
+over that axis twice, after attention's output projection and after the MLP's last one, or, in large calls on a TPU,
+sends shares of the tokens round it (``model.overlap``). Over the axis ``data`` a launch
 runs several calls at once, each on devices of its own.
 
 Source: the split of a layer is that of Megatron-LM (arXiv 1909.08053), section 3.
